@@ -1,0 +1,41 @@
+# Each target builds .venv first if it is missing or out of date.
+#   make train                        second-order MAML with the defaults
+#   make train ARGS="task.ways=20"    any key of `python scripts/train.py --help`
+#   make test                         lint, types and tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: train test lint bench clean-venv
+.DELETE_ON_ERROR:
+
+train: $(VENV)/.core
+	$(BIN)/python scripts/train.py inner.second_order=true $(ARGS)
+
+bench: $(VENV)/.dev
+	$(BIN)/python scripts/benchmark.py $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.core: pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'metalearn needs Python 3.10 or later, and this is ' + sys.version)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+# learn2learn is compared with, never depended on: where it does not build, its tests skip and say so.
+$(VENV)/.dev: $(VENV)/.core requirements-peers.txt
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --requirement requirements-peers.txt \
+	  || echo "WARNING: learn2learn could not be installed; the tests that compare with it will be skipped." >&2
+	touch $@
+
+clean-venv:
+	rm -rf $(VENV)

@@ -1,0 +1,192 @@
+"""Omniglot, verified, as one uint8 tensor: 1,623 handwritten characters with 20 drawings each (Lake et al. 2015).
+
+torchvision downloads it and checks the two archives; what is then on disk is checked here, file by file, in sorted
+order, and kept as one tensor outside ``root``. The cache is used only while every file has the size and the time of
+change that it had when it was read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from metalearn import files
+from metalearn.data.catalog import DRAWINGS, OMNIGLOT_PARTS, OMNIGLOT_SPLITS, cache_dir, omniglot_root, omniglot_source
+from metalearn.data.splits import ImageSplits, with_rotations
+from metalearn.errors import DataError
+
+log = logging.getLogger(__name__)
+
+SIZE = 28
+_VALIDATION_ALPHABETS = 5
+
+
+class Characters(NamedTuple):
+    """All of Omniglot: images ``[1623, 20, 1, 28, 28]`` uint8, white on black, and each class's alphabet and part."""
+
+    images: Tensor
+    alphabets: list[str]
+    parts: list[str]
+
+
+def omniglot(root: str | None = None, *, split: str = "classic", rotations: bool = True) -> ImageSplits:
+    """Omniglot, split by class.
+
+    Args:
+        root: folder that holds ``omniglot-py``, as torchvision lays it out; ``None`` for the default one, which is
+            filled by download.
+        split: ``"classic"``: 1100 / 100 / 423 classes at random, by a fixed seed (as Vinyals et al. 2016 and
+            Finn et al. 2017 do); ``"alphabets"``: whole alphabets, the original evaluation set as test and five
+            background alphabets for validation (803 / 161 / 659).
+        rotations: whether training classes are also rotated by multiples of 90 degrees into new classes.
+
+    Raises:
+        DataError: if it is nowhere to be had, incomplete or damaged; the message names the folder or file.
+        ValueError: if there is no such split.
+    """
+    if split not in OMNIGLOT_SPLITS:
+        raise ValueError(f"omniglot: split={split!r}; it must be one of {', '.join(OMNIGLOT_SPLITS)}.")
+    characters = read_characters(root)
+    train, validation, test = _classic() if split == "classic" else _by_alphabet(characters)
+    images = characters.images
+    return ImageSplits(
+        "omniglot",
+        train=with_rotations(images[train]) if rotations else images[train],
+        validation=images[validation],
+        test=images[test],
+    )
+
+
+def read_characters(root: str | None = None) -> Characters:
+    """Every class, from the cache or from disk, downloaded first where it is missing."""
+    if omniglot_source(root) == "download":
+        _download(omniglot_root(root))
+    folder = omniglot_root(root)
+    base = folder / "omniglot-py" if (folder / "omniglot-py").is_dir() else folder
+    drawings, fingerprint = _listing(base)
+    cached = cache_dir() / f"omniglot-{SIZE}px-{fingerprint[:16]}.pt"
+    try:
+        images = files.load(cached)
+    except FileNotFoundError:
+        images = None
+    except files.DamagedFileError as error:
+        log.warning("%s It is made anew.", error)
+        images = None
+    if images is None:
+        log.info("Reading and checking the %d drawings in %s (once; then cached)", len(drawings), base)
+        images = _decode(drawings)
+        try:
+            files.save(images, cached)
+        except OSError as error:
+            log.warning("Omniglot could not be cached, so every run will read it again: %s", error)
+    classes = [drawing.parent for drawing in drawings[::DRAWINGS]]
+    return Characters(images, [c.parent.name for c in classes], [c.parent.parent.name for c in classes])
+
+
+def _listing(base: Path) -> tuple[list[Path], str]:
+    """Every drawing in sorted order, and a fingerprint of their names, sizes and times of change."""
+    drawings: list[Path] = []
+    digest = hashlib.sha256()
+    for part, n_classes in OMNIGLOT_PARTS.items():
+        if not (base / part).is_dir():
+            raise DataError(_incomplete(base, f"the folder {part} is missing"))
+        classes = [character for alphabet in _folders(base / part) for character in _folders(alphabet)]
+        for character in classes:
+            images = sorted((e for e in os.scandir(character) if e.name.endswith(".png")), key=lambda e: e.name)
+            if len(images) != DRAWINGS:
+                where = character.relative_to(base)
+                raise DataError(_incomplete(base, f"{where} holds {len(images)} drawings and not {DRAWINGS}"))
+            drawings += [Path(image.path) for image in images]
+            for image in images:
+                stat = image.stat()
+                digest.update(f"{part}/{character.name}/{image.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        if len(classes) != n_classes:
+            raise DataError(_incomplete(base, f"{part} holds {len(classes)} characters and not {n_classes}"))
+    return drawings, digest.hexdigest()
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir())
+
+
+def _incomplete(base: Path, what: str) -> str:
+    return (
+        f"Omniglot in {base} is incomplete: {what}. Was a copy or an extraction interrupted? Remove the folder and "
+        "copy it again, or run again with a network to download it."
+    )
+
+
+def _decode(drawings: list[Path]) -> Tensor:
+    """``[classes, 20, 1, 28, 28]`` uint8, ink white."""
+    with ThreadPoolExecutor() as pool:
+        images = np.stack(list(pool.map(_read, drawings, chunksize=256)))
+    return torch.from_numpy(images).view(-1, DRAWINGS, 1, SIZE, SIZE)
+
+
+def _read(path: Path) -> NDArray[np.uint8]:
+    """One drawing, inverted and resized; every checksum in the file is compared, which decoding alone does not do."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+        with Image.open(path) as image:
+            if image.size != (105, 105):
+                raise ValueError(f"it measures {image.size} pixels and not (105, 105)")
+            small = image.convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow reports a broken PNG as any of the three
+        raise DataError(f"Omniglot's {path} is damaged: {error}. Replace it, or the whole folder.") from error
+    return np.asarray(ImageOps.invert(small))
+
+
+def _download(root: Path) -> None:
+    from torchvision.datasets import Omniglot  # here, as its import takes as long as torch's, for what happens once
+
+    log.info("Downloading Omniglot to %s", root)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
+            for background in (True, False):
+                Omniglot(str(root), background=background, download=True)
+    except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError for a wrong digest
+        raise DataError(
+            f"Omniglot could not be downloaded to {root}: {error}. Remove {root / 'omniglot-py'} and run again, point "
+            "data.root to a copy, or train on the embedded data with data=glyphs."
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _classic() -> list[list[int]]:
+    # RandomState's stream is frozen for good, unlike that of numpy's and torch's newer generators.
+    order = np.random.RandomState(0).permutation(sum(OMNIGLOT_PARTS.values())).tolist()
+    sizes = OMNIGLOT_SPLITS["classic"]
+    return [order[: sizes.train], order[sizes.train : -sizes.test], order[-sizes.test :]]
+
+
+def _by_alphabet(characters: Characters) -> list[list[int]]:
+    background = sorted({a for a, part in zip(characters.alphabets, characters.parts, strict=True) if _is_train(part)})
+    held_out = set(np.random.RandomState(0).permutation(background)[:_VALIDATION_ALPHABETS].tolist())
+    train: list[int] = []
+    validation: list[int] = []
+    test: list[int] = []
+    for index, (alphabet, part) in enumerate(zip(characters.alphabets, characters.parts, strict=True)):
+        chosen = test if not _is_train(part) else validation if alphabet in held_out else train
+        chosen.append(index)
+    return [train, validation, test]
+
+
+def _is_train(part: str) -> bool:
+    return part == "images_background"

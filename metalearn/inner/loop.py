@@ -1,0 +1,145 @@
+"""K steps of gradient descent on every task's support loss at once:
+
+    theta_0 = theta,    theta_{k+1} = theta_k - lr * dL_support(theta_k) / dtheta_k
+
+(Finn, Abbeel & Levine 2017, arXiv 1703.03400, eq. 1.) The fast weights of T tasks are stacked along dimension 0.
+The total support loss is a sum over tasks whose parameters are disjoint, so one ``autograd.grad`` of the total is
+every task's own gradient. ``vmap`` is applied to the forward pass alone, so ``create_graph`` stays in sight.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from metalearn.params import gradients, stack
+from metalearn.types import Forward, Loss, Params
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """Settings of the inner loop.
+
+    Args:
+        lr: step size of the inner gradient descent, positive.
+        steps: K, the number of inner steps, at least 0.
+        second_order: whether the meta-gradient goes through the inner gradients (MAML) or takes them as
+            constants (first-order MAML).
+        engine: how the meta-gradient is computed, one of ``metalearn.metagrad.ENGINES``.
+        task_chunk: at most this many tasks are held in memory at a time; ``None`` takes all at once.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
+
+    lr: float
+    steps: int
+    second_order: bool = True
+    engine: str = "unroll"
+    task_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"InnerLoop: lr={self.lr}; it must be a positive number.")
+        if self.steps < 0:
+            raise ValueError(f"InnerLoop: steps={self.steps}; it must be 0 or more.")
+        if self.task_chunk is not None and self.task_chunk < 1:
+            raise ValueError(f"InnerLoop: task_chunk={self.task_chunk}; it must be at least 1, or None for all tasks.")
+
+
+class TaskLosses(NamedTuple):
+    """Losses ``[T]`` and predictions ``[T, examples, ...]`` of T tasks."""
+
+    losses: Tensor
+    predictions: Tensor
+
+
+def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: Loss) -> TaskLosses:
+    """Every task's loss under its own parameters.
+
+    Args:
+        forward: one task's model.
+        fast: stacked parameters, each ``[T, ...]``.
+        x: inputs ``[T, examples, ...]``.
+        y: targets ``[T, examples, ...]``.
+        loss: one task's mean loss.
+    """
+
+    def one_task(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        prediction = forward(params, x)
+        return loss(prediction, y), prediction
+
+    # randomness="different": dropout draws its own mask for every task.
+    losses, predictions = torch.vmap(one_task, randomness="different")(fast, x, y)
+    return TaskLosses(losses, predictions)
+
+
+def predict(forward: Forward, fast: Params, x: Tensor) -> Tensor:
+    """Every task's predictions ``[T, examples, ...]`` under its own parameters, for ``x`` ``[T, examples, ...]``."""
+    predictions: Tensor = torch.vmap(forward, randomness="different")(fast, x)
+    return predictions
+
+
+def inner_step(
+    forward: Forward, fast: Params, support_x: Tensor, support_y: Tensor, inner: InnerLoop, *, loss: Loss
+) -> tuple[Params, Tensor]:
+    """One gradient step of every task.
+
+    The result is differentiable through ``fast`` if that is (and gradients are enabled); if ``inner.second_order``
+    is set, through the gradient as well.
+
+    Returns:
+        ``(fast, losses)``: the new fast weights, and the support losses ``[T]`` before the step, detached.
+
+    Raises:
+        ValueError: if the support loss depends on no parameter.
+    """
+    differentiable = torch.is_grad_enabled() and any(w.requires_grad for w in fast.values())
+    with torch.enable_grad():
+        at = fast if differentiable else {name: w.detach().requires_grad_() for name, w in fast.items()}
+        losses, _ = task_losses(forward, at, support_x, support_y, loss=loss)
+        grads = gradients(losses.sum(), at, create_graph=inner.second_order and differentiable)
+    return {name: w - inner.lr * grads[name] for name, w in fast.items()}, losses.detach()
+
+
+def adapt(
+    forward: Forward,
+    params: Params,
+    support_x: Tensor,
+    support_y: Tensor,
+    inner: InnerLoop,
+    *,
+    loss: Loss = cross_entropy,
+) -> Params:
+    """Adapt the meta-parameters to T tasks.
+
+    Args:
+        forward: pure model of one task, from ``functionalize``.
+        params: meta-parameters theta, each ``[...]``.
+        support_x: ``[T, S, ...]``.
+        support_y: ``[T, S, ...]``; int64 labels for the default loss.
+        inner: step size, number of steps, and whether the result is differentiable through the inner gradients.
+        loss: ``loss(prediction, target)``, the mean over one task's examples.
+
+    Returns:
+        Fast weights, each ``[T, ...]``. They carry a graph back to ``params`` if those require a gradient and
+        gradients are enabled; otherwise none, and no memory is spent on one.
+
+    Raises:
+        ValueError: if the support loss depends on no parameter.
+
+    Example:
+        >>> forward, theta = functionalize(nn.Linear(3, 2))
+        >>> fast = adapt(forward, theta, torch.randn(8, 4, 3), torch.zeros(8, 4).long(), InnerLoop(lr=0.1, steps=2))
+        >>> fast["weight"].shape
+        torch.Size([8, 2, 3])
+    """
+    fast = stack(params, support_x.shape[0])
+    for _ in range(inner.steps):
+        fast, _ = inner_step(forward, fast, support_x, support_y, inner, loss=loss)
+    return fast

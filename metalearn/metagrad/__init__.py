@@ -1,0 +1,71 @@
+"""The meta-gradient d L_query(adapt(theta)) / d theta, by engines that differ in price and agree in value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from metalearn.inner import InnerLoop
+from metalearn.metagrad.unroll import unroll
+from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
+
+Engine = Callable[[Forward, Params, Episodes, InnerLoop, Loss], MetaGradient]
+
+ENGINES: dict[str, Engine] = {"unroll": unroll}
+
+
+def meta_gradient(
+    forward: Forward,
+    params: Params,
+    episodes: Episodes,
+    inner: InnerLoop,
+    *,
+    loss: Loss = cross_entropy,
+) -> MetaGradient:
+    """The mean query loss over tasks after adaptation, and its gradient in the meta-parameters.
+
+        grads = 1/T sum_t d L_query,t(adapt_t(theta)) / d theta
+
+    Args:
+        forward: pure model of one task, from ``functionalize``.
+        params: meta-parameters theta, each ``[...]``; they need not require gradients and are not changed.
+        episodes: T tasks.
+        inner: the inner loop; ``inner.engine`` picks how the gradient is computed, ``inner.task_chunk`` how many
+            tasks are in memory at a time (the result does not depend on it beyond rounding).
+        loss: ``loss(prediction, target)``, the mean over one task's examples.
+
+    Returns:
+        The loss, the gradients (zeros for parameters that the loss does not reach), the query predictions and the
+        support losses.
+
+    Raises:
+        ValueError: if the engine is unknown, or if a loss depends on no parameter.
+
+    Example:
+        >>> forward, theta = functionalize(nn.Linear(3, 2))
+        >>> x, y = torch.randn(8, 4, 3), torch.zeros(8, 4).long()
+        >>> result = meta_gradient(forward, theta, Episodes(x, y, x, y), InnerLoop(lr=0.1, steps=2))
+        >>> result.grads["weight"].shape
+        torch.Size([2, 3])
+    """
+    if inner.engine not in ENGINES:
+        raise ValueError(f"meta_gradient: inner.engine={inner.engine!r} is not one of {', '.join(ENGINES)}.")
+    engine = ENGINES[inner.engine]
+    chunks = episodes.split(inner.task_chunk or episodes.tasks)
+    parts = [engine(forward, params, chunk, inner, loss) for chunk in chunks]
+    if len(parts) == 1:
+        return parts[0]
+    shares = [chunk.tasks / episodes.tasks for chunk in chunks]
+    return MetaGradient(
+        loss=_mean([part.loss for part in parts], shares),
+        grads={name: _mean([part.grads[name] for part in parts], shares) for name in params},
+        predictions=torch.cat([part.predictions for part in parts]),
+        support_loss=_mean([part.support_loss for part in parts], shares),
+    )
+
+
+def _mean(values: list[torch.Tensor], shares: list[float]) -> torch.Tensor:
+    """Mean over chunks, each weighted by its share of the tasks."""
+    return sum((share * value for share, value in zip(shares, values, strict=True)), torch.zeros_like(values[0]))

@@ -1,0 +1,35 @@
+"""The readable reference: K inner steps under ``create_graph=True``, then one backward through all of them.
+
+    d L_query(theta_K) / d theta = (I - lr H_0) ... (I - lr H_{K-1}) dL_query(theta_K),    H_k = d2 L_support(theta_k)
+
+Autograd forms the Hessian terms H_k because the inner gradients carry a graph. Memory grows with K, as every step's
+graph is kept. ``second_order=False`` drops every H_k. (Finn et al. 2017, arXiv 1703.03400, sections 2.2 and 5.2.)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from metalearn.inner import InnerLoop, inner_step, task_losses
+from metalearn.params import gradients, stack
+from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
+
+
+def unroll(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> MetaGradient:
+    """The meta-gradient of one chunk of tasks; arguments and result as in ``metalearn.meta_gradient``."""
+    with torch.enable_grad():
+        theta = {name: p.detach().requires_grad_() for name, p in params.items()}
+        fast = stack(theta, episodes.tasks)
+        support_loss = []
+        for _ in range(inner.steps):
+            fast, losses = inner_step(forward, fast, episodes.support_x, episodes.support_y, inner, loss=loss)
+            support_loss.append(losses.mean())
+        losses, predictions = task_losses(forward, fast, episodes.query_x, episodes.query_y, loss=loss)
+        query_loss = losses.mean()
+        grads = gradients(query_loss, theta, create_graph=False)
+    return MetaGradient(
+        loss=query_loss.detach(),
+        grads=grads,
+        predictions=predictions.detach(),
+        support_loss=torch.stack(support_loss) if support_loss else query_loss.new_empty(0),
+    )

@@ -1,0 +1,54 @@
+"""Four convolutions: the network of most few-shot papers (Vinyals et al. 2016; Finn et al. 2017, section 5.2)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Conv4(nn.Module):
+    """Four blocks of 3x3 convolution, BatchNorm and ReLU, the mean over positions, and a linear head.
+
+    With ``pool="stride"`` (Finn's for Omniglot) every convolution has stride 2: 28 to 14, 7, 4, 2 pixels. With
+    ``pool="max"`` (Vinyals') it has stride 1 and a 2x2 max-pool follows: 28 to 14, 7, 3, 1.
+
+    BatchNorm always uses the statistics of the batch at hand; MAML keeps no running ones.
+
+    Args:
+        ways: N, the number of classes.
+        channels: of the input images.
+        width: filters of every convolution.
+        pool: ``"stride"`` or ``"max"``.
+
+    Shapes: ``[examples, channels, height, width]`` to logits ``[examples, ways]``. Images of at least 16 x 16 with
+    ``pool="max"``, of any size otherwise.
+
+    Raises:
+        ValueError: if ``pool`` is neither.
+
+    Example:
+        >>> Conv4(ways=5)(torch.zeros(10, 1, 28, 28)).shape
+        torch.Size([10, 5])
+
+    Reference: Finn et al. 2017, arXiv 1703.03400; Vinyals et al. 2016, arXiv 1606.04080.
+    """
+
+    def __init__(self, ways: int, *, channels: int = 1, width: int = 64, pool: str = "stride") -> None:
+        super().__init__()
+        if pool not in ("stride", "max"):
+            raise ValueError(f"Conv4: pool={pool!r}; it must be 'stride' or 'max'.")
+        inputs = [channels, width, width, width]
+        self.features = nn.Sequential(*[_block(n, width, max_pool=pool == "max") for n in inputs])
+        self.head = nn.Linear(width, ways)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(x).mean(dim=(-2, -1)))
+        return logits
+
+
+def _block(inputs: int, outputs: int, *, max_pool: bool) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, kernel_size=3, stride=1 if max_pool else 2, padding=1)
+    nn.init.xavier_uniform_(convolution.weight)
+    assert convolution.bias is not None
+    nn.init.zeros_(convolution.bias)
+    layers: list[nn.Module] = [convolution, nn.BatchNorm2d(outputs, track_running_stats=False), nn.ReLU()]
+    return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if max_pool else []))

@@ -1,0 +1,85 @@
+"""Arithmetic on parameter dictionaries, and any ``nn.Module`` as a pure function of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from metalearn.types import Forward, Params
+
+_RUNNING_STATISTICS = (nn.modules.batchnorm._NormBase,)  # BatchNorm1d..3d, SyncBatchNorm, InstanceNorm1d..3d
+
+
+def functionalize(module: nn.Module) -> tuple[Forward, Params]:
+    """Split a module into a pure function and the parameters that it is a function of.
+
+    Trainable parameters become the dictionary; frozen ones (``requires_grad=False``) and buffers stay in the
+    module as constants. The module is not changed, and later changes of its trainable parameters are not seen.
+
+    Args:
+        module: any module that maps one tensor ``[examples, ...]`` to predictions ``[examples, ...]``.
+
+    Returns:
+        ``(forward, params)``: ``forward(params, x)`` is the module's output for one task under ``params``;
+        ``params`` are detached copies of the trainable parameters, by name.
+
+    Raises:
+        ValueError: if nothing is trainable, if a trainable parameter is not floating point, or if a normalisation
+            layer in training mode keeps running statistics: those are written in place, across tasks.
+
+    Example:
+        >>> forward, theta = functionalize(nn.Linear(3, 2))
+        >>> forward(theta, torch.zeros(4, 3)).shape
+        torch.Size([4, 2])
+    """
+    _refuse_running_statistics(module)
+    params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    if not params:
+        raise ValueError(
+            f"functionalize: {type(module).__name__} has no trainable parameter. Set requires_grad=True on what the "
+            "inner loop is to adapt."
+        )
+
+    def forward(params: Params, x: Tensor) -> Tensor:
+        prediction: Tensor = torch.func.functional_call(module, params, (x,))
+        return prediction
+
+    return forward, params
+
+
+def _refuse_running_statistics(module: nn.Module) -> None:
+    for name, layer in module.named_modules():
+        if isinstance(layer, _RUNNING_STATISTICS) and layer.training and layer.running_mean is not None:
+            kind = type(layer).__name__
+            raise ValueError(
+                f"functionalize: layer '{name}' ({kind}) keeps running statistics, which every task would overwrite "
+                f"in place. Build it as {kind}({layer.num_features}, track_running_stats=False), convert the model "
+                "with torch.func.replace_all_batch_norm_modules_(model), or call model.eval() to use the stored "
+                "statistics as constants."
+            )
+
+
+def stack(theta: Params, tasks: int) -> Params:
+    """One copy of theta per task: ``[...]`` to ``[T, ...]``, without taking memory, and differentiable in theta."""
+    return {name: p.expand(tasks, *p.shape) for name, p in theta.items()}
+
+
+def gradients(loss: Tensor, params: Params, *, create_graph: bool) -> Params:
+    """``torch.autograd.grad`` over a dictionary; zeros for the parameters that the loss does not reach.
+
+    Raises:
+        ValueError: if the loss reaches none of them, which is a mistake and not a zero gradient.
+    """
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss depends on no parameter: nothing that was computed from them reaches it through autograd. Look "
+            "for .detach(), .item(), argmax or torch.no_grad() in the model or in the loss."
+        )
+    grads = torch.autograd.grad(loss, list(params.values()), create_graph=create_graph, materialize_grads=True)
+    return dict(zip(params, grads, strict=True))
+
+
+def global_norm(tree: Params) -> Tensor:
+    """Euclidean norm over every entry of every tensor."""
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p) for p in tree.values()]))
+    return norm

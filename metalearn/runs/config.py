@@ -1,0 +1,200 @@
+"""From the command line to a checked configuration: the only place that knows Hydra.
+
+    @main("train", TrainConfig, check)
+    def train(config: TrainConfig, run_dir: Path) -> None: ...
+
+composes ``conf/train.yaml`` with the command line, refuses what cannot be run before torch is imported, and calls the
+function once, or once a job under ``--multirun``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import hydra
+from hydra._internal.utils import get_args_parser  # Hydra's own parser: no public way to read its flags
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from metalearn.data.catalog import dataset_in_use
+from metalearn.errors import ConfigError, MetalearnError
+from metalearn.runs import schema
+from metalearn.runs.config_help import explain, help_text, unknown_keys
+
+CONF = Path(__file__).parents[2] / "conf"
+log = logging.getLogger(__name__)
+
+Config = TypeVar("Config")
+
+_SCHEMAS = {
+    "train": schema.TrainConfig,
+    "evaluate": schema.EvaluateConfig,
+    "maml": schema.AlgorithmConfig,
+    "omniglot": schema.OmniglotConfig,
+    "glyphs": schema.GlyphsConfig,
+    "conv4": schema.Conv4Config,
+    "mlp": schema.MLPConfig,
+}
+
+
+def main(
+    name: str, kind: type[Config], check: Callable[[Config], None]
+) -> Callable[[Callable[[Config, Path], None]], Callable[[], None]]:
+    """Make a function of a configuration and a run's folder into a command.
+
+    Args:
+        name: of the primary file in ``conf/``.
+        kind: its schema.
+        check: raises ``ConfigError`` for a configuration that cannot be run.
+    """
+
+    def decorate(function: Callable[[Config, Path], None]) -> Callable[[], None]:
+        @functools.wraps(function)
+        def command() -> None:
+            register()
+            flags = get_args_parser().parse_args()
+            try:
+                if flags.help:
+                    print(help_text(compose(name), sys.argv[0], function.__doc__ or "", CONF))
+                    return
+                if not (flags.multirun or flags.hydra_help or flags.info or flags.shell_completion):
+                    check(typed(compose(name, flags.overrides, flags.config_dir), kind))
+            except MetalearnError as error:
+                _stop(error)
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+
+        def job(config: DictConfig) -> None:
+            try:
+                checked = typed(config, kind)
+                check(checked)
+                function(checked, Path(HydraConfig.get().runtime.output_dir))
+            except MetalearnError as error:
+                _stop(error)
+
+        return command
+
+    return decorate
+
+
+def compose(name: str, overrides: list[str] | None = None, config_dir: str | None = None) -> DictConfig:
+    """Compose ``conf/NAME.yaml`` as the command line would.
+
+    Raises:
+        ConfigError: naming the key, the value and what is allowed.
+    """
+    register()
+    overrides = list(overrides or [])
+    more = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra.compose(name, overrides + more)
+    except (HydraException, OmegaConfBaseException) as error:
+        places = [CONF, *([Path(config_dir)] if config_dir else [])]
+        raise ConfigError(explain(error, overrides, places)) from error
+
+
+def typed(config: DictConfig, kind: type[Config]) -> Config:
+    """A composed configuration as the schema's own objects.
+
+    Raises:
+        ConfigError: for keys that ``+`` added, missing values and broken interpolations.
+    """
+    faults = unknown_keys(config) + [f"{name} is required" for name in sorted(OmegaConf.missing_keys(config))]
+    if faults:
+        raise ConfigError("\n".join(faults))
+    try:
+        checked = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error, [], [CONF])) from error
+    assert isinstance(checked, kind)
+    return checked
+
+
+def from_yaml(path: Path) -> schema.TrainConfig:
+    """A finished run's configuration, from the ``config.yaml`` in its folder.
+
+    Raises:
+        ConfigError: if it does not fit the schema.
+    """
+    try:
+        raw = OmegaConf.load(path)
+        assert isinstance(raw, DictConfig)
+        base = OmegaConf.structured(schema.TrainConfig)
+        for group in ("data", "model", "algorithm"):
+            base[group] = OmegaConf.structured(_SCHEMAS[raw[group].name])
+        merged = OmegaConf.merge(base, raw)
+        assert isinstance(merged, DictConfig)
+        return typed(merged, schema.TrainConfig)
+    except (OSError, KeyError, AssertionError, OmegaConfBaseException, ConfigError) as error:
+        raise ConfigError(f"{path} is not the configuration of a run: {error}") from error
+
+
+def settle_data(config: schema.TrainConfig) -> schema.TrainConfig:
+    """The configuration with the data set that is really used: its fallback where Omniglot cannot be had.
+
+    Raises:
+        ConfigError: if the task does not fit the fallback.
+    """
+    data = config.data
+    if not isinstance(data, schema.OmniglotConfig):
+        return config
+    name = dataset_in_use(data.name, data.root, data.fallback)
+    if name == data.name:
+        root = str(Path(data.root).expanduser().absolute()) if data.root else None
+        return dataclasses.replace(config, data=dataclasses.replace(data, root=root))
+    log.warning(
+        "NO OMNIGLOT: %s, so this run trains on the embedded glyphs (data.fallback=glyphs). Its figures are not "
+        "Omniglot's. METALEARN_DATA=FOLDER or data.root=FOLDER points to a copy.",
+        f"data.root={data.root} does not exist" if data.root else "it is neither on disk nor downloadable",
+    )
+    raw = OmegaConf.load(CONF / "data" / f"{name}.yaml")
+    assert isinstance(raw, DictConfig)
+    raw.pop("defaults")
+    fallback = OmegaConf.merge(OmegaConf.structured(_SCHEMAS[name]), raw)
+    assert isinstance(fallback, DictConfig)
+    settled = dataclasses.replace(config, data=typed(fallback, schema.GlyphsConfig))
+    schema.check(settled)
+    return settled
+
+
+def to_yaml(config: object) -> str:
+    """A configuration object as YAML, every key resolved."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+@functools.cache
+def register() -> None:
+    """Tell Hydra of the schemas, and of the names for runs."""
+    store = ConfigStore.instance()
+    for name, node in _SCHEMAS.items():
+        store.store(group="schema", name=name, node=node)
+    OmegaConf.register_new_resolver("run_name", _run_name)
+    OmegaConf.register_new_resolver("moment", moment)
+
+
+def moment() -> str:
+    """The time of day to the microsecond, so that runs started together have folders of their own."""
+    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+
+
+def _run_name(*, _root_: Any) -> str:
+    data, task, inner = _root_.data, _root_.task, _root_.inner
+    name = dataset_in_use(data.name, data.get("root"), data.get("fallback"))
+    order = "second_order" if inner.second_order else "first_order"
+    folder = f"{name}-{task.ways}w{task.shots}s"
+    return f"{folder}/{_root_.algorithm.name}-{order}-seed{_root_.run.seed}-{moment()}"
+
+
+def _stop(error: MetalearnError) -> NoReturn:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,126 @@
+"""What a user is told of the configuration: every key on ``--help``, and the key at fault when one is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import textwrap
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from metalearn.runs.schema import allowed
+
+_GROUPS = ("algorithm", "data", "model", "experiment")
+
+
+def help_text(config: DictConfig, script: str, description: str, conf: Path) -> str:
+    """Every key of a configuration with its default, meaning and range, and the choices of every group."""
+    lines = [
+        textwrap.dedent(description).strip(),
+        "",
+        f"usage: python {script} [KEY=VALUE ...] [--cfg job] [--multirun] [--hydra-help]",
+        "",
+        "Keys, with their defaults:",
+    ]
+    for section in config:
+        node = config._get_node(section)
+        if isinstance(node, DictConfig) and OmegaConf.get_type(node) is not dict:
+            lines += ["", *_section(str(section), node)]
+    groups = [g for g in _GROUPS if g in config or g == "experiment"] if "task" in config else []
+    if groups:
+        lines += ["", "Groups, each option with keys of its own (GROUP=OPTION --cfg job shows them):"]
+    for group in groups:
+        options = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+        lines.append(f"  {group}={'|'.join(options)}")
+    return "\n".join(lines)
+
+
+def _section(section: str, node: DictConfig) -> list[str]:
+    lines = []
+    kind = OmegaConf.get_type(node)
+    for f in dataclasses.fields(kind):  # type: ignore[arg-type]  # a section's type is its schema
+        default = _as_yaml(OmegaConf.to_container(node, resolve=False)[f.name])  # type: ignore[index,call-overload]
+        meaning = f"{f.metadata['meaning']} ({allowed(f, get_type_hints(kind)[f.name])})"
+        head = f"  {section}.{f.name}={default}"
+        lines += textwrap.wrap(meaning, 118, initial_indent=f"{head:<34}  ", subsequent_indent=" " * 36)
+    return lines
+
+
+def _as_yaml(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return "(required)" if value == "???" else str(value)
+
+
+def explain(error: Exception, overrides: list[str], places: list[Path]) -> str:
+    """A refusal by Hydra or OmegaConf in the words of the schema: the key, the value, what is allowed.
+
+    Args:
+        error: what was raised.
+        overrides: of the command line, to quote the value that was given.
+        places: folders of YAML files, to quote the value from the one at fault.
+    """
+    cause = _cause(error)
+    if cause is None or cause.full_key is None:
+        return re.sub(r"\nConfig search path:.*", "", str(error), flags=re.DOTALL).strip()
+    source = re.match(r"In '(.+?)':", str(error))
+    key, where = str(cause.full_key), f" (in {source[1]}.yaml)" if source else ""
+    value = cause.value if cause.value is not None else _given(key, overrides, source[1] if source else None, places)
+    shown = key if value is None else f"{key}={value}"
+    kind = cause.object_type
+    if dataclasses.is_dataclass(kind):
+        known = {f.name: f for f in dataclasses.fields(kind)}
+        if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
+            return f"{shown}: there is no such key{where}. {_nearest(key, list(known))}"
+        if (f := known.get(str(cause.key))) and f.metadata:
+            return f"{shown}: must be {allowed(f, get_type_hints(kind)[f.name])}{where} ({f.metadata['meaning']})"
+    return f"{shown}: {str(cause).splitlines()[0]}{where}"
+
+
+def _cause(error: BaseException | None) -> OmegaConfBaseException | None:
+    while error is not None:
+        if isinstance(error, OmegaConfBaseException):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _given(key: str, overrides: list[str], source: str | None, places: list[Path]) -> Any:
+    """The value that the command line or the YAML file at fault gives the key, if it can be found."""
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name.lstrip("+~") == key:
+            return value
+    for place in places if source else []:
+        file = place / f"{source}.yaml"
+        if file.is_file():
+            return OmegaConf.select(OmegaConf.load(file), key)
+    return None
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    prefix, _, last = key.rpartition(".")
+    dot = "." if prefix else ""
+    if key == "experiment":
+        return "A file in experiment/ must open with the line '# @package _global_'."
+    close = difflib.get_close_matches(last, known, n=1)
+    hint = f"Did you mean {prefix}{dot}{close[0]}? " if close else ""
+    return f"{hint}The keys{' of ' + prefix if prefix else ''} are {', '.join(known)}."
+
+
+def unknown_keys(config: DictConfig, prefix: str = "") -> list[str]:
+    """Keys that ``+key=value`` added to a typed section; Hydra lets them pass."""
+    kind = OmegaConf.get_type(config)
+    known = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+    faults = []
+    for name in config:
+        node, full = config._get_node(name), f"{prefix}{name!s}"
+        if known and name not in known:
+            faults.append(f"{full}={config[name]}: there is no such key. {_nearest(full, known)}")
+        elif isinstance(node, DictConfig):
+            faults += unknown_keys(node, f"{full}.")
+    return faults

@@ -1,0 +1,119 @@
+"""Accuracy of the adapted model on held-out classes, after each inner step, with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metalearn.data.sampler import EpisodeSampler
+from metalearn.inner import InnerLoop, inner_step, predict
+from metalearn.params import stack
+from metalearn.types import Episodes, Forward, Params
+
+_IMAGES_PER_PASS = 4096  # of non-transductive prediction; bounds its memory
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over tasks and the half-width of its 95% interval, 1.96 standard errors."""
+
+    mean: float
+    ci95: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> Estimate:
+        """From one value per task, ``[tasks]``, at least two."""
+        return cls(values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2%} ± {self.ci95:.2%}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracies as fractions, over the same tasks.
+
+    Args:
+        episodes: number of tasks.
+        per_step: after 0, 1, ... inner steps, each query set predicted as one batch (transductive BatchNorm).
+        nontransductive: after the last step, each query predicted without seeing the others; ``None`` if not asked.
+    """
+
+    episodes: int
+    per_step: list[Estimate]
+    nontransductive: Estimate | None
+
+    @property
+    def accuracy(self) -> Estimate:
+        """After the last inner step, transductive: the figure that papers on MAML report."""
+        return self.per_step[-1]
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Forward,
+    params: Params,
+    sampler: EpisodeSampler,
+    inner: InnerLoop,
+    *,
+    episodes: int,
+    batch: int,
+    nontransductive: bool,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Adapt to the sampler's first ``episodes`` tasks and predict their queries.
+
+    Args:
+        forward: one task's model.
+        params: meta-parameters.
+        sampler: of classes that were not trained on.
+        inner: step size and number of steps.
+        episodes: number of tasks.
+        batch: tasks at a time; the result does not depend on it beyond rounding.
+        nontransductive: whether to predict each query on its own as well.
+        progress: called with the number of tasks done.
+    """
+    per_step: list[list[Tensor]] = [[] for _ in range(inner.steps + 1)]
+    alone: list[Tensor] = []
+    for first in range(0, episodes, batch):
+        tasks = sampler.tasks(first, min(batch, episodes - first))
+        fast = stack(params, tasks.tasks)
+        for step in range(inner.steps + 1):
+            if step > 0:
+                fast, _ = inner_step(
+                    forward, fast, tasks.support_x, tasks.support_y, inner, loss=torch.nn.functional.cross_entropy
+                )
+            per_step[step].append(accuracy(predict(forward, fast, tasks.query_x), tasks.query_y))
+        if nontransductive:
+            alone.append(accuracy(predict_one_by_one(forward, fast, tasks), tasks.query_y))
+        progress(min(first + batch, episodes))
+    return Evaluation(
+        episodes,
+        per_step=[Estimate.of(torch.cat(values)) for values in per_step],
+        nontransductive=Estimate.of(torch.cat(alone)) if nontransductive else None,
+    )
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of right predictions per task: ``[T, Q, N]`` and ``[T, Q]`` to ``[T]``."""
+    return (logits.argmax(dim=-1) == labels).float().mean(dim=-1)
+
+
+def predict_one_by_one(forward: Forward, fast: Params, episodes: Episodes) -> Tensor:
+    """Predict every query in a batch of the support set and itself, ``[T, Q, ...]``.
+
+    BatchNorm then learns nothing from the other queries (Nichol et al. 2018, arXiv 1803.02999, section 6.1). A model
+    without statistics over the batch predicts the same either way.
+    """
+
+    def one_query(params: Params, support_x: Tensor, query: Tensor) -> Tensor:
+        return forward(params, torch.cat([support_x, query.unsqueeze(0)]))[-1]
+
+    tasks, support = episodes.support_x.shape[:2]
+    queries_per_pass = max(1, _IMAGES_PER_PASS // (tasks * (support + 1)))
+    one_task = torch.vmap(one_query, in_dims=(None, None, 0), chunk_size=queries_per_pass, randomness="different")
+    predictions: Tensor = torch.vmap(one_task, randomness="different")(fast, episodes.support_x, episodes.query_x)
+    return predictions

@@ -1,0 +1,123 @@
+"""From a checked configuration to the parts of a run: data, model, inner loops."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from metalearn.data.catalog import glyph_splits
+from metalearn.data.glyphs import glyphs
+from metalearn.data.omniglot import omniglot
+from metalearn.data.sampler import EpisodeSampler, TaskShape
+from metalearn.data.splits import ImageSplits
+from metalearn.errors import ConfigError
+from metalearn.inner import InnerLoop
+from metalearn.models import MLP, Conv4
+from metalearn.params import functionalize
+from metalearn.runs.schema import Conv4Config, GlyphsConfig, MLPConfig, OmniglotConfig, TrainConfig
+from metalearn.types import Forward, Params
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that a run computes with, on its device; nothing here changes while it runs.
+
+    Args:
+        config: what it was built from.
+        dataset: name of the data set.
+        device: where everything lies.
+        forward: the model as a pure function.
+        theta: its initial parameters.
+        inner: the inner loop in training.
+        eval_inner: the inner loop in validation and test; never differentiated.
+        train: sampler of training tasks.
+        validation: sampler of the tasks that choose the checkpoint.
+        test: sampler of the tasks of the final test.
+    """
+
+    config: TrainConfig
+    dataset: str
+    device: torch.device
+    forward: Forward
+    theta: Params
+    inner: InnerLoop
+    eval_inner: InnerLoop
+    train: EpisodeSampler
+    validation: EpisodeSampler
+    test: EpisodeSampler
+
+
+def build(config: TrainConfig) -> Experiment:
+    """Load the data, build the model, seeded by ``run.seed``.
+
+    Raises:
+        ConfigError: if the device is not there.
+        DataError: if the data set is missing or damaged.
+    """
+    device = pick_device(config.run.device)
+    _make_deterministic(config.run.deterministic)
+    splits = load_data(config).to(device)
+    shape = TaskShape(config.task.ways, config.task.shots, config.task.queries)
+    train, validation, test = (
+        EpisodeSampler(images, shape, config.run.seed, split)
+        for split, images in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
+    )
+    torch.manual_seed(config.run.seed)
+    forward, theta = functionalize(build_model(config, splits.train.shape[2:]).to(device))
+    settings = config.inner
+    inner = InnerLoop(
+        lr=settings.lr,
+        steps=settings.steps,
+        second_order=settings.second_order,
+        engine=settings.engine,
+        task_chunk=settings.task_chunk,
+    )
+    eval_inner = dataclasses.replace(inner, steps=settings.eval_steps, second_order=False)
+    return Experiment(config, splits.name, device, forward, theta, inner, eval_inner, train, validation, test)
+
+
+def load_data(config: TrainConfig) -> ImageSplits:
+    """The data set of a configuration, in main memory."""
+    data = config.data
+    if isinstance(data, OmniglotConfig):
+        return omniglot(data.root, split=data.split, rotations=data.rotations)
+    assert isinstance(data, GlyphsConfig)
+    images = glyphs(classes=data.classes, jitter=data.jitter, seed=data.seed)
+    sizes = glyph_splits(data.classes)
+    return ImageSplits(data.name, *images.split([sizes.train, sizes.validation, sizes.test]))
+
+
+def build_model(config: TrainConfig, image: torch.Size) -> nn.Module:
+    """A freshly initialised network for images ``[channels, height, width]``."""
+    model, ways = config.model, config.task.ways
+    if isinstance(model, Conv4Config):
+        return Conv4(ways, channels=image[0], width=model.width, pool=model.pool)
+    assert isinstance(model, MLPConfig)
+    return MLP(image.numel(), ways, hidden=model.hidden, batch_norm=model.batch_norm)
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the first GPU, or the CPU where there is none.
+
+    Raises:
+        ConfigError: if that device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"run.device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; use run.device=auto or cpu"
+        )
+    return device
+
+
+def _make_deterministic(wanted: bool) -> None:
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.deterministic = wanted

@@ -1,0 +1,189 @@
+"""The outer loop: meta-steps, validation, and one test of the best checkpoint.
+
+    theta <- Adam(theta, d/dtheta 1/T sum_t L_query,t(adapt_t(theta)))
+
+The checkpoint with the best validation accuracy is the one that is tested.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import Progress
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from metalearn.errors import RunError
+from metalearn.inner import adapt, predict
+from metalearn.metagrad import meta_gradient
+from metalearn.runs.checkpoints import Checkpoint, best_path, load_checkpoint, save_checkpoint
+from metalearn.runs.console import print_table, progress_bar
+from metalearn.runs.evaluation import accuracy, evaluate
+from metalearn.runs.experiment import Experiment, build
+from metalearn.runs.meter import Meter, StepFigures
+from metalearn.runs.pictures import task_picture
+from metalearn.runs.report import cost_metrics, cost_rows, test_metrics, test_rows, write_metrics
+from metalearn.runs.schema import OuterConfig, TrainConfig
+from metalearn.runs.testing import test
+from metalearn.runs.tracking import Tracker
+from metalearn.types import Episodes, Params
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """The only mutable object of a run: what changes from one meta-step to the next."""
+
+    params: Params
+    optimizer: Adam
+    schedule: CosineAnnealingLR | None
+    iteration: int = 0
+    best: Checkpoint | None = None
+
+    @classmethod
+    def start(cls, theta: Params, outer: OuterConfig) -> TrainState:
+        """Before the first meta-step."""
+        params = {name: p.clone() for name, p in theta.items()}
+        optimizer = Adam(params.values(), lr=outer.lr)
+        cosine = outer.schedule == "cosine"
+        return cls(params, optimizer, CosineAnnealingLR(optimizer, outer.iterations) if cosine else None)
+
+
+def train(config: TrainConfig, run_dir: Path, config_yaml: str) -> None:
+    """Train, validate, and test the best checkpoint; write everything into ``run_dir``.
+
+    Args:
+        config: checked, with the data set that is really there.
+        run_dir: a folder that holds no other run.
+        config_yaml: the configuration as text, for ``config.yaml`` and TensorBoard.
+
+    Raises:
+        RunError: if the folder holds another run, or if the loss is no longer finite.
+        ConfigError: if the device is not there.
+        DataError: if the data set is missing or damaged.
+    """
+    started = time.perf_counter()
+    claim(run_dir, config_yaml)
+    experiment = build(config)
+    state = TrainState.start(experiment.theta, config.outer)
+    meter = Meter(experiment.device)
+    with Tracker(run_dir, config=config_yaml) as tracker, progress_bar() as progress:
+        meta_train(experiment, state, run_dir, meter, tracker, progress)
+        best = load_checkpoint(best_path(run_dir), like=state.params, device=experiment.device)
+        result = test(experiment, best.params, config.eval.episodes, progress)
+        tracker.test(result)
+    metrics = {
+        **test_metrics(experiment, result),
+        "iterations": state.iteration,
+        "validation.best_accuracy": best.validation_accuracy,
+        "validation.best_iteration": best.iteration,
+        **cost_metrics(meter, total_s=time.perf_counter() - started),
+    }
+    write_metrics(metrics, run_dir)
+    print_table("Summary", {**test_rows(experiment, result), **cost_rows(metrics), "folder": str(run_dir)})
+
+
+def claim(run_dir: Path, config_yaml: str) -> None:
+    """Make the folder this run's own, by being the one that creates its ``config.yaml``."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with (run_dir / "config.yaml").open("x") as file:
+            file.write(config_yaml)
+    except FileExistsError:
+        raise RunError(
+            f"hydra.run.dir={run_dir} already holds a run (its config.yaml), which would be overwritten. Choose "
+            "another folder, or leave hydra.run.dir out for a new one."
+        ) from None
+
+
+def meta_train(
+    experiment: Experiment, state: TrainState, run_dir: Path, meter: Meter, tracker: Tracker, progress: Progress
+) -> None:
+    """Take the meta-steps that are left, and keep the checkpoint with the best validation accuracy."""
+    config = experiment.config
+    last = config.outer.iterations
+    bar = progress.add_task("meta-training", total=last, completed=state.iteration, note="")
+    while state.iteration < last:
+        episodes = experiment.train.batch(state.iteration, config.task.meta_batch)
+        with meter.step():
+            figures = meta_step(experiment, state, episodes)
+        meter.add(figures)
+        progress.update(bar, completed=state.iteration)
+        validation_due = state.iteration % config.eval.every == 0 or state.iteration == last
+        if validation_due or state.iteration % config.log.every == 0:
+            window = meter.close_window()
+            _refuse_nonfinite(window, state, config)
+            tracker.scalars({**window, "outer/lr": state.optimizer.param_groups[0]["lr"]}, state.iteration)
+        if validation_due:
+            estimate = validate(experiment, state, run_dir, tracker)
+            progress.update(bar, note=f"validation {estimate:.1%}")
+            meter.open_window()
+
+
+def meta_step(experiment: Experiment, state: TrainState, episodes: Episodes) -> StepFigures:
+    """One step of the meta-optimiser on a batch of tasks."""
+    result = meta_gradient(experiment.forward, state.params, episodes, experiment.inner)
+    for name, p in state.params.items():
+        p.grad = result.grads[name]
+    norm = clip_grad_norm_(state.params.values(), experiment.config.outer.clip_norm or math.inf)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    if state.schedule is not None:
+        state.schedule.step()
+    state.iteration += 1
+    return StepFigures(
+        query_loss=result.loss,
+        query_accuracy=accuracy(result.predictions, episodes.query_y).mean(),
+        support_loss=result.support_loss[:1].mean(),
+        grad_norm=norm,
+    )
+
+
+def validate(experiment: Experiment, state: TrainState, run_dir: Path, tracker: Tracker) -> float:
+    """Accuracy on validation classes; saves the parameters if they are the best so far."""
+    config = experiment.config
+    result = evaluate(
+        experiment.forward,
+        state.params,
+        experiment.validation,
+        experiment.eval_inner,
+        episodes=config.eval.validation_episodes,
+        batch=config.task.meta_batch,
+        nontransductive=False,
+    )
+    tracker.validation(result, state.iteration)
+    if config.log.images:
+        tracker.image("validation/task", picture(experiment, state.params), state.iteration)
+    mean = result.accuracy.mean
+    if state.best is None or mean > state.best.validation_accuracy:
+        state.best = Checkpoint(state.params, state.iteration, mean)
+        save_checkpoint(state.best, best_path(run_dir))
+    log.info("%6d/%d  validation accuracy %s", state.iteration, config.outer.iterations, result.accuracy)
+    return mean
+
+
+def picture(experiment: Experiment, params: Params) -> NDArray[np.uint8]:
+    """The first validation task, with the predictions of the adapted model."""
+    task = experiment.validation.tasks(0, 1)
+    with torch.no_grad():
+        fast = adapt(experiment.forward, params, task.support_x, task.support_y, experiment.eval_inner)
+        return task_picture(task, predict(experiment.forward, fast, task.query_x))
+
+
+def _refuse_nonfinite(window: dict[str, float], state: TrainState, config: TrainConfig) -> None:
+    bad = [f"{tag} is {value}" for tag, value in window.items() if not math.isfinite(value)]
+    if bad:
+        raise RunError(
+            f"Training has diverged by meta-step {state.iteration}: {', '.join(bad)}. Try a smaller inner.lr "
+            f"(now {config.inner.lr}) or outer.lr ({config.outer.lr}), or outer.clip_norm=10 "
+            f"(now {config.outer.clip_norm}). The best checkpoint so far is kept."
+        )

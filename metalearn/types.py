@@ -1,0 +1,82 @@
+"""The nouns: parameters, episodes, and what a meta-gradient returns.
+
+Symbols, with one spelling everywhere: T tasks, N ways, S support examples per task, Q query examples per task,
+K inner steps; ``theta`` meta-parameters, ``fast`` adapted parameters ``[T, ...]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+Params = dict[str, Tensor]
+"""Named parameters of one model (``theta``), or of T adapted copies stacked along dimension 0 (``fast``)."""
+
+Forward = Callable[[Params, Tensor], Tensor]
+"""``forward(params, x) -> prediction``: pure, for one task; ``x`` is ``[S or Q, ...]``."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""``loss(prediction, target) -> scalar``: for one task, the mean over its examples."""
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """A batch of T few-shot tasks; every tensor leads with the task dimension.
+
+    Args:
+        support_x: inputs to adapt on, ``[T, S, ...]``, floating point.
+        support_y: their targets, ``[T, S]`` int64 class labels or ``[T, S, ...]`` regression targets.
+        query_x: inputs that the adapted parameters are judged on, ``[T, Q, ...]``.
+        query_y: their targets, ``[T, Q]`` or ``[T, Q, ...]``.
+
+    Raises:
+        ValueError: if the tensors disagree on T, on S or on Q, or if there is no task or an empty set.
+    """
+
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = {f.name: tuple(getattr(self, f.name).shape) for f in fields(self)}
+        for name, shape in shapes.items():
+            if len(shape) < 2:
+                raise ValueError(f"Episodes: {name} has shape {shape}; it must lead with [tasks, examples].")
+        if len({shape[0] for shape in shapes.values()}) != 1:
+            raise ValueError(f"Episodes: every tensor must lead with the same number of tasks T, got {shapes}.")
+        for part in ("support", "query"):
+            x, y = shapes[f"{part}_x"], shapes[f"{part}_y"]
+            if x[1] != y[1]:
+                raise ValueError(f"Episodes: {part}_x holds {x[1]} examples a task and {part}_y {y[1]}; got {shapes}.")
+            if x[0] == 0 or x[1] == 0:
+                raise ValueError(f"Episodes: the {part} set is empty, {part}_x has shape {x}; give at least one.")
+
+    @property
+    def tasks(self) -> int:
+        """T, the number of tasks."""
+        return self.support_x.shape[0]
+
+    def split(self, size: int) -> list[Episodes]:
+        """The same tasks in order, as batches of at most ``size`` tasks."""
+        parts = (getattr(self, f.name).split(size) for f in fields(self))
+        return [Episodes(*tensors) for tensors in zip(*parts, strict=True)]
+
+
+@dataclass(frozen=True)
+class MetaGradient:
+    """What every engine returns.
+
+    Args:
+        loss: mean query loss over tasks, a detached scalar.
+        grads: d loss / d theta, named and shaped like the parameters; zeros where the loss does not reach.
+        predictions: of the adapted parameters on the query sets, detached, ``[T, Q, ...]``.
+        support_loss: mean support loss over tasks before each inner step, detached, ``[K]``.
+    """
+
+    loss: Tensor
+    grads: Params
+    predictions: Tensor
+    support_loss: Tensor

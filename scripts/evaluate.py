@@ -1,0 +1,29 @@
+"""Test the best checkpoint of a finished run again.
+
+Run it as ``python scripts/evaluate.py run.dir=outputs/omniglot-5w1s/maml-second_order-seed0-...``.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from metalearn.runs.config import from_yaml, main
+from metalearn.runs.schema import EvaluateConfig, check_evaluate
+
+
+@main("evaluate", EvaluateConfig, check_evaluate)
+def evaluate(config: EvaluateConfig, output_dir: Path) -> None:
+    """Test the best checkpoint of a run again, on the tasks of test classes that the run itself was tested on."""
+    run_dir = Path(config.run.dir)
+    trained = from_yaml(run_dir / "config.yaml")
+    wanted = dataclasses.replace(
+        trained,
+        run=dataclasses.replace(trained.run, device=config.run.device or trained.run.device),
+        eval=dataclasses.replace(trained.eval, episodes=config.eval.episodes or trained.eval.episodes),
+    )
+    from metalearn.runs.testing import retest  # here, so that a refused configuration need not wait for torch
+
+    retest(wanted, run_dir, output_dir)
+
+
+if __name__ == "__main__":
+    evaluate()

@@ -1,0 +1,25 @@
+"""Train MAML, validate while training, and test the best checkpoint once.
+
+Run it as ``python scripts/train.py inner.second_order=true``; ``--help`` explains every key.
+"""
+
+from pathlib import Path
+
+from metalearn.runs.config import main, settle_data, to_yaml
+from metalearn.runs.schema import TrainConfig, check
+
+
+@main("train", TrainConfig, check)
+def train(config: TrainConfig, run_dir: Path) -> None:
+    """Train MAML on few-shot tasks, validate while training, and test the best checkpoint once.
+
+    inner.second_order=true differentiates through the inner update (MAML); false does not (first-order MAML).
+    """
+    settled = settle_data(config)
+    from metalearn.runs.training import train  # here, so that a refused configuration need not wait for torch
+
+    train(settled, run_dir, to_yaml(settled))
+
+
+if __name__ == "__main__":
+    train()
