@@ -79,7 +79,7 @@ def read_characters(root: str | None = None) -> Characters:
     cached = cache_dir() / f"omniglot-{SIZE}px-{fingerprint[:16]}.pt"
     try:
         images = files.load(cached)
-    except FileNotFoundError:
+    except OSError:  # none yet, or a folder that cannot be read
         images = None
     except files.DamagedFileError as error:
         log.warning("%s It is made anew.", error)

@@ -25,6 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from metalearn.data.catalog import dataset_in_use
 from metalearn.errors import ConfigError, MetalearnError
@@ -109,10 +110,10 @@ def typed(config: DictConfig, kind: type[Config]) -> Config:
     Raises:
         ConfigError: for keys that ``+`` added, missing values and broken interpolations.
     """
-    faults = unknown_keys(config) + [f"{name} is required" for name in sorted(OmegaConf.missing_keys(config))]
-    if faults:
-        raise ConfigError("\n".join(faults))
     try:
+        faults = unknown_keys(config) + [f"{name} is required" for name in sorted(OmegaConf.missing_keys(config))]
+        if faults:
+            raise ConfigError("\n".join(faults))
         checked = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error, [], [CONF])) from error
@@ -135,7 +136,7 @@ def from_yaml(path: Path) -> schema.TrainConfig:
         merged = OmegaConf.merge(base, raw)
         assert isinstance(merged, DictConfig)
         return typed(merged, schema.TrainConfig)
-    except (OSError, KeyError, AssertionError, OmegaConfBaseException, ConfigError) as error:
+    except (OSError, KeyError, AssertionError, YAMLError, OmegaConfBaseException, ConfigError) as error:
         raise ConfigError(f"{path} is not the configuration of a run: {error}") from error
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from metalearn.runs.schema import allowed
 
@@ -76,7 +76,7 @@ def explain(error: Exception, overrides: list[str], places: list[Path]) -> str:
         known = {f.name: f for f in dataclasses.fields(kind)}
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
             return f"{shown}: there is no such key{where}. {_nearest(key, list(known))}"
-        if (f := known.get(str(cause.key))) and f.metadata:
+        if isinstance(cause, ValidationError) and (f := known.get(str(cause.key))) and f.metadata:
             return f"{shown}: must be {allowed(f, get_type_hints(kind)[f.name])}{where} ({f.metadata['meaning']})"
     return f"{shown}: {str(cause).splitlines()[0]}{where}"
 

@@ -1,0 +1,65 @@
+"""What several tests share: small episodes and models in float64, and where the optional inputs are."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from metalearn import Episodes
+
+REPO = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests neither read nor write the user's cache; they share one of their own."""
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setenv("METALEARN_CACHE", str(folder))
+
+
+def image_episodes(
+    *,
+    tasks: int = 3,
+    ways: int = 3,
+    shots: int = 1,
+    queries: int = 2,
+    size: int = 28,
+    dtype: torch.dtype = torch.float64,
+) -> Episodes:
+    """Random images with labels in class order."""
+    labels = torch.arange(ways)
+    return Episodes(
+        support_x=torch.rand(tasks, ways * shots, 1, size, size, dtype=dtype),
+        support_y=labels.repeat_interleave(shots).repeat(tasks, 1),
+        query_x=torch.rand(tasks, ways * queries, 1, size, size, dtype=dtype),
+        query_y=labels.repeat_interleave(queries).repeat(tasks, 1),
+    )
+
+
+@pytest.fixture
+def learn2learn_installed() -> None:
+    """Skips where learn2learn is missing; on CI that is a failure."""
+    if importlib.util.find_spec("learn2learn") is None:
+        if os.environ.get("CI") and sys.version_info >= (3, 11):
+            pytest.fail("learn2learn is not installed on CI, so nothing is compared with it")
+        pytest.skip("learn2learn is not installed: pip install -r requirements-peers.txt")
+
+
+@pytest.fixture
+def omniglot_root() -> str:
+    """A real copy of Omniglot, from METALEARN_DATA."""
+    root = os.environ.get("METALEARN_DATA")
+    if not root or not Path(root).is_dir():
+        pytest.skip("no Omniglot here: set METALEARN_DATA to a folder that holds omniglot-py/")
+    return root

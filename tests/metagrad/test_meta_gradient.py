@@ -1,0 +1,282 @@
+"""The meta-gradient against closed forms, finite differences and a hand-written loop, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient
+from metalearn.metagrad import ENGINES
+from metalearn.models import MLP, Conv4
+from metalearn.params import global_norm, gradients
+from tests.conftest import image_episodes
+
+DOUBLE = torch.float64
+
+
+def linear(params: Params, x: Tensor) -> Tensor:
+    return x @ params["w"]
+
+
+def regression(*, tasks: int, support: int, query: int, features: int) -> Episodes:
+    return Episodes(
+        torch.randn(tasks, support, features, dtype=DOUBLE),
+        torch.randn(tasks, support, dtype=DOUBLE),
+        torch.randn(tasks, query, features, dtype=DOUBLE),
+        torch.randn(tasks, query, dtype=DOUBLE),
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_quadratic_closed_form(engine: str, second_order: bool, steps: int) -> None:
+    # Linear least squares: L_support(w) = |X w - y|^2 / S has the constant Hessian H = 2 X'X / S and the minimum s, so
+    # w_K - s = (I - lr H)^K (w - s), and with the query gradient g_q(w) = 2 Z'(Z w - u) / Q:
+    #   second order: dL_query(w_K)/dw = (I - lr H)^K g_q(w_K);      first order: g_q(w_K).
+    episodes = regression(tasks=4, support=7, query=5, features=3)
+    w, lr = torch.randn(3, dtype=DOUBLE), 0.05
+    expected = torch.zeros(3, dtype=DOUBLE)
+    for x, y, z, u in zip(episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y, strict=True):
+        hessian = 2 * x.T @ x / len(x)
+        s = torch.linalg.solve(x.T @ x, x.T @ y)
+        shrink = torch.linalg.matrix_power(torch.eye(3, dtype=DOUBLE) - lr * hessian, steps)
+        adapted = s + shrink @ (w - s)
+        query_gradient = 2 * z.T @ (z @ adapted - u) / len(z)
+        expected += (shrink @ query_gradient if second_order else query_gradient) / 4
+
+    inner = InnerLoop(lr=lr, steps=steps, second_order=second_order, engine=engine)
+    result = meta_gradient(linear, {"w": w}, episodes, inner, loss=mse_loss)
+
+    torch.testing.assert_close(result.grads["w"], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_parameter_closed_form(engine: str) -> None:
+    # L_support(w) = a w^3 and L_query(w) = b w^3, so one step gives v = w - 3 lr a w^2, and
+    #   second order: 3 b v^2 (1 - 6 lr a w);      first order: 3 b v^2.
+    a, b, w, lr = 0.7, 1.3, 0.9, 0.1
+    episodes = Episodes(*(torch.full((1, 1), value, dtype=DOUBLE) for value in (a, 0.0, b, 0.0)))
+
+    def cube(params: Params, x: Tensor) -> Tensor:
+        return x * params["w"] ** 3
+
+    def value(prediction: Tensor, target: Tensor) -> Tensor:
+        return prediction.mean()
+
+    v = w - 3 * lr * a * w**2
+    for second_order, expected in ((True, 3 * b * v**2 * (1 - 6 * lr * a * w)), (False, 3 * b * v**2)):
+        inner = InnerLoop(lr=lr, steps=1, second_order=second_order, engine=engine)
+        result = meta_gradient(cube, {"w": torch.tensor(w, dtype=DOUBLE)}, episodes, inner, loss=value)
+        assert result.grads["w"].item() == pytest.approx(expected, rel=1e-13)
+        assert result.loss.item() == pytest.approx(b * v**3, rel=1e-13)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "conv4": lambda: Conv4(3, width=6),
+    "conv4 with max-pooling": lambda: Conv4(3, width=6, pool="max"),
+    "mlp": lambda: MLP(28 * 28, 3, hidden=(16, 8)),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_second_order_equals_finite_differences(model: str, steps: int, engine: str) -> None:
+    forward, theta = functionalize(MODELS[model]().double())
+    episodes = image_episodes(shots=4, queries=4)  # BatchNorm over very few examples is too kinked to difference
+    inner = InnerLoop(lr=0.05, steps=steps, engine=engine)
+    grads = meta_gradient(forward, theta, episodes, inner).grads
+    # Along the gradient, where the slope is |gradient|, and not in the noise of a random direction.
+    norm = global_norm(grads)
+    eps = 1e-6
+
+    def loss_at(t: float) -> Tensor:
+        moved = {name: p + t * grads[name] / norm for name, p in theta.items()}
+        return meta_gradient(forward, moved, episodes, inner).loss
+
+    slope = (loss_at(eps) - loss_at(-eps)) / (2 * eps)
+
+    assert slope.item() == pytest.approx(norm.item(), rel=1e-6)
+
+
+def by_hand(module: nn.Module, episodes: Episodes, lr: float, steps: int, *, detach: bool) -> Params:
+    """The textbook loop: a task at a time, ``create_graph=True``, the inner gradients detached or not."""
+    theta = {name: p.detach().requires_grad_() for name, p in module.named_parameters()}
+    total = torch.zeros((), dtype=DOUBLE)
+    for t in range(episodes.tasks):
+        fast = theta
+        for _ in range(steps):
+            logits = torch.func.functional_call(module, fast, (episodes.support_x[t],))
+            loss = cross_entropy(logits, episodes.support_y[t])
+            grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+            fast = {
+                name: w - lr * (g.detach() if detach else g) for (name, w), g in zip(fast.items(), grads, strict=True)
+            }
+        logits = torch.func.functional_call(module, fast, (episodes.query_x[t],))
+        total = total + cross_entropy(logits, episodes.query_y[t]) / episodes.tasks
+    return dict(zip(theta, torch.autograd.grad(total, list(theta.values())), strict=True))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize("model", MODELS)
+def test_equals_a_hand_written_loop_and_first_order_is_the_detached_one(
+    model: str, second_order: bool, engine: str
+) -> None:
+    module = MODELS[model]().double()
+    episodes = image_episodes()
+    expected = by_hand(module, episodes, lr=0.1, steps=2, detach=not second_order)
+    other = by_hand(module, episodes, lr=0.1, steps=2, detach=second_order)
+
+    forward, theta = functionalize(module)
+    inner = InnerLoop(lr=0.1, steps=2, second_order=second_order, engine=engine)
+    grads = meta_gradient(forward, theta, episodes, inner).grads
+
+    assert relative_error(grads, expected) < 1e-10
+    assert relative_error(grads, other) > 1e-2, "first and second order must differ here"
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+def test_inner_gradient_carries_a_graph_exactly_in_second_order(
+    second_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def spy(loss: Tensor, params: Params, *, create_graph: bool) -> Params:
+        grads = gradients(loss, params, create_graph=create_graph)
+        seen.extend(g.grad_fn is not None for g in grads.values())
+        return grads
+
+    monkeypatch.setattr("metalearn.inner.loop.gradients", spy)
+    forward, theta = functionalize(Conv4(3, width=4).double())
+
+    meta_gradient(forward, theta, image_episodes(), InnerLoop(lr=0.1, steps=2, second_order=second_order))
+
+    assert len(seen) == 2 * len(theta)
+    assert set(seen) == {second_order}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("second_order", [True, False])
+def test_every_parameter_gets_a_gradient(second_order: bool, engine: str) -> None:
+    forward, theta = functionalize(Conv4(3, width=6).double())
+
+    grads = meta_gradient(
+        forward, theta, image_episodes(), InnerLoop(lr=0.1, steps=2, second_order=second_order, engine=engine)
+    ).grads
+
+    assert grads.keys() == theta.keys()
+    for name, grad in grads.items():
+        assert grad.shape == theta[name].shape
+        assert torch.isfinite(grad).all(), name
+        # A bias in front of BatchNorm is subtracted again with the mean, so that its gradient is truly zero.
+        before_batch_norm = name.startswith("features") and name.endswith(".0.bias")
+        assert (grad.abs().max() < 1e-12) == before_batch_norm, name
+
+
+class TwoHeads(nn.Module):
+    """Uses one of its two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(4, 3)
+        self.unused = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.used(x)
+        return logits
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("second_order", [True, False])
+def test_parameters_out_of_reach_get_zeros(second_order: bool, engine: str) -> None:
+    forward, theta = functionalize(TwoHeads())
+    x, y = torch.randn(2, 6, 4), torch.randint(3, (2, 6))
+
+    inner = InnerLoop(lr=0.1, steps=2, second_order=second_order, engine=engine)
+    grads = meta_gradient(forward, theta, Episodes(x, y, x, y), inner).grads
+
+    assert grads["unused.weight"].eq(0).all()
+    assert grads["unused.bias"].eq(0).all()
+    assert grads["used.weight"].ne(0).any()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_loss_that_reaches_nothing_is_an_error(engine: str) -> None:
+    forward, theta = functionalize(TwoHeads())
+    x, y = torch.randn(2, 6, 4), torch.randint(3, (2, 6))
+
+    def detached(prediction: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(prediction.detach(), target)
+
+    with pytest.raises(ValueError, match=r"depends on no parameter.*\.detach\(\)"):
+        meta_gradient(forward, theta, Episodes(x, y, x, y), InnerLoop(lr=0.1, steps=1, engine=engine), loss=detached)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("chunk", [1, 2, 5, 7])
+def test_result_does_not_depend_on_task_chunk(chunk: int, engine: str) -> None:
+    forward, theta = functionalize(Conv4(3, width=4).double())
+    episodes = image_episodes(tasks=5)
+    whole = meta_gradient(forward, theta, episodes, InnerLoop(lr=0.1, steps=2, engine=engine))
+    parts = meta_gradient(forward, theta, episodes, InnerLoop(lr=0.1, steps=2, engine=engine, task_chunk=chunk))
+
+    assert relative_error(parts.grads, whole.grads) < 1e-12
+    torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(parts.support_loss, whole.support_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(parts.predictions, whole.predictions, rtol=1e-10, atol=1e-12)
+
+
+def test_result_describes_the_adapted_model() -> None:
+    forward, theta = functionalize(Conv4(3, width=4).double())
+    episodes = image_episodes()
+    inner = InnerLoop(lr=0.1, steps=2)
+    result = meta_gradient(forward, theta, episodes, inner)
+    fast = adapt(forward, theta, episodes.support_x, episodes.support_y, inner)
+
+    for t in range(episodes.tasks):
+        logits = forward({name: w[t] for name, w in fast.items()}, episodes.query_x[t])
+        torch.testing.assert_close(result.predictions[t], logits)
+    first_support = [
+        cross_entropy(forward(theta, x), y) for x, y in zip(episodes.support_x, episodes.support_y, strict=True)
+    ]
+    torch.testing.assert_close(result.support_loss[0], torch.stack(first_support).mean())
+    assert not any(t.requires_grad for t in (result.loss, result.predictions, result.support_loss))
+
+
+def test_parameters_are_neither_changed_nor_marked() -> None:
+    forward, theta = functionalize(Conv4(3, width=4))
+    before = {name: p.clone() for name, p in theta.items()}
+
+    meta_gradient(forward, theta, image_episodes(dtype=torch.float32), InnerLoop(lr=0.1, steps=1))
+
+    for name, p in theta.items():
+        assert torch.equal(p, before[name])
+        assert not p.requires_grad
+        assert p.grad is None
+
+
+def test_works_under_no_grad() -> None:
+    forward, theta = functionalize(Conv4(3, width=4).double())
+    episodes = image_episodes()
+    expected = meta_gradient(forward, theta, episodes, InnerLoop(lr=0.1, steps=1)).grads
+    with torch.no_grad():
+        grads = meta_gradient(forward, theta, episodes, InnerLoop(lr=0.1, steps=1)).grads
+    assert relative_error(grads, expected) == 0
+
+
+def test_unknown_engine_is_named() -> None:
+    forward, theta = functionalize(nn.Linear(2, 2))
+    x, y = torch.randn(1, 2, 2), torch.zeros(1, 2).long()
+    with pytest.raises(ValueError, match=r"engine='nope' is not one of unroll"):
+        meta_gradient(forward, theta, Episodes(x, y, x, y), InnerLoop(lr=0.1, steps=1, engine="nope"))
+
+
+def relative_error(got: Params, expected: Params) -> float:
+    difference = {name: got[name] - expected[name] for name in expected}
+    return (global_norm(difference) / global_norm(expected)).item()

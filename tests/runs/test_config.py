@@ -1,0 +1,210 @@
+"""Configurations: what is refused, in which words, and that every shipped experiment composes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from metalearn import InnerLoop
+from metalearn.data import catalog
+from metalearn.data.glyphs import glyphs
+from metalearn.errors import ConfigError
+from metalearn.metagrad import ENGINES
+from metalearn.models import MLP, Conv4
+from metalearn.runs import schema
+from metalearn.runs.config import CONF, compose, from_yaml, settle_data, to_yaml, typed
+from metalearn.runs.config_help import help_text
+from metalearn.runs.schema import EvaluateConfig, GlyphsConfig, OmniglotConfig, TrainConfig, check, check_evaluate
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _no_omniglot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("METALEARN_DATA", raising=False)
+    monkeypatch.setattr(catalog, "_reachable", lambda: False)
+
+
+def checked(*overrides: str, config_dir: Path | None = None) -> TrainConfig:
+    config = typed(compose("train", list(overrides), str(config_dir) if config_dir else None), TrainConfig)
+    check(config)
+    return config
+
+
+REFUSED = [
+    ("inner.second_ordr=true", r"inner\.second_ordr=true: there is no such key\. Did you mean inner\.second_order\?"),
+    ("+inner.second_ordr=true", r"inner\.second_ordr=True: there is no such key\. Did you mean inner\.second_order\?"),
+    ("++inner.extra=1", r"inner\.extra=1: there is no such key\..*The keys of inner are lr, steps"),
+    ("nope=1", r"nope=1: there is no such key\..*The keys are task, inner, outer"),
+    ("inner.second_order=maybe", r"inner\.second_order=maybe: must be true or false"),
+    ("inner.steps=-1", r"inner\.steps=-1: must be a whole number, at least 0"),
+    ("inner.steps=many", r"inner\.steps=many: must be a whole number, at least 0"),
+    ("inner.steps=1.5", r"inner\.steps=1\.5: must be a whole number"),
+    ("inner.engine=nope", r"inner\.engine=nope: must be unroll"),
+    ("inner.task_chunk=0", r"inner\.task_chunk=0: must be a whole number, at least 1 or null"),
+    ("inner.lr=0", r"inner\.lr=0\.0: must be a number above 0"),
+    ("inner.lr=nan", r"inner\.lr=nan: must be a number above 0"),
+    ("inner.lr=inf", r"inner\.lr=inf: must be a number above 0"),
+    ("outer.schedule=step", r"outer\.schedule=step: must be one of constant, cosine"),
+    ("task.ways=2000", r"task\.ways=2000: at most 100, the smallest part of Omniglot's classic split"),
+    ("task.ways=1", r"task\.ways=1: must be a whole number, at least 2"),
+    ("task.queries=20", r"task\.shots=1 and task\.queries=20: together 21, and a class has 20 drawings"),
+    ("data.split=mine", r"data\.split=mine: must be one of classic, alphabets"),
+    ("model=resnet", r"Could not find 'model/resnet'(?s:.*)conv4"),
+    ("model.hidden=[3]", r"model\.hidden=\[3\]: there is no such key\. The keys of model are name, width, pool"),
+    ("algorithm=reptile", r"Could not find 'algorithm/reptile'(?s:.*)maml"),
+    ("experiment=nope", r"Could not find 'experiment/nope'(?s:.*)omniglot_5way_1shot"),
+    ("run.device=gpu", r"run\.device=gpu: must be auto, cpu, cuda or cuda:N"),
+    ("inner=3", r"inner=3"),
+    ("inner.steps=[", r"no viable alternative at input '\['"),
+    ("~inner.lr", r"inner\.lr.*does not support deletion"),
+    ("task.ways=${nope}", r"nope"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), REFUSED, ids=[override for override, _ in REFUSED])
+def test_refused_with_key_value_and_what_is_allowed(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        checked(override)
+
+
+def test_every_fault_is_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as refused:
+        checked("inner.steps=-1", "task.shots=0", "outer.lr=-3")
+    assert [line.split(":")[0] for line in str(refused.value).splitlines()] == [
+        "task.shots=0",
+        "inner.steps=-1",
+        "outer.lr=-3.0",
+    ]
+
+
+def test_typo_in_an_experiment_file_names_file_key_and_value(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ninner:\n  second_ordr: true\n")
+    with pytest.raises(ConfigError, match=r"inner\.second_ordr=True: .*\(in experiment/mine\.yaml\).*second_order\?"):
+        checked("experiment=mine", config_dir=tmp_path)
+
+
+def test_wrong_type_in_an_experiment_file_names_file_key_and_value(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ninner:\n  second_order: maybe\n")
+    with pytest.raises(ConfigError, match=r"second_order=maybe: must be true or false \(in experiment/mine\.yaml\)"):
+        checked("experiment=mine", config_dir=tmp_path)
+
+
+def test_experiment_file_without_its_package_line_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("inner:\n  steps: 2\n")
+    with pytest.raises(ConfigError, match=r"must open with the line '# @package _global_'"):
+        checked("experiment=mine", config_dir=tmp_path)
+
+
+def test_missing_omniglot_without_fallback(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.root=/nonexistent: there is no such folder(?s:.*)Three ways out"):
+        checked("data.root=/nonexistent", "data.fallback=null")
+    checked("data.root=/nonexistent")
+
+
+def test_ways_are_limited_by_the_data_in_use() -> None:
+    checked("data.split=alphabets", "task.ways=160")
+    with pytest.raises(ConfigError, match=r"task\.ways=161: at most 100, the smallest part of 1000 glyphs"):
+        settle_data(checked("data.split=alphabets", "task.ways=161"))
+    with pytest.raises(ConfigError, match=r"at most 5, the smallest part of 50 glyphs"):
+        checked("data=glyphs", "data.classes=50", "task.ways=6")
+
+
+def test_settled_data_is_glyphs_with_their_defaults_where_omniglot_is_nowhere(caplog: pytest.LogCaptureFixture) -> None:
+    settled = settle_data(checked())
+    assert settled.data == checked("data=glyphs").data
+    assert "NO OMNIGLOT" in caplog.text
+
+
+def test_settled_root_does_not_depend_on_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "omniglot-py" / "images_background").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    data = settle_data(checked("data.root=.")).data
+    assert isinstance(data, OmniglotConfig)
+    assert data.root == str(tmp_path)
+
+
+def test_metalearn_data_is_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METALEARN_DATA", "/somewhere")
+    data = checked().data
+    assert isinstance(data, OmniglotConfig)
+    assert data.root == "/somewhere"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_have_finns_hyperparameters(name: str) -> None:
+    config = checked(f"experiment={name}")
+    ways, shots = (int(n) for n in re.findall(r"\d+", name))
+    assert (config.task.ways, config.task.shots, config.task.queries) == (ways, shots, shots)
+    expected = (0.4, 1, 32) if ways == 5 else (0.1, 5, 16)
+    assert (config.inner.lr, config.inner.steps, config.task.meta_batch) == expected
+    assert config.inner.eval_steps > config.inner.steps
+    assert (config.outer.lr, config.outer.iterations, config.outer.schedule) == (1e-3, 60_000, "constant")
+
+
+def test_the_four_classic_settings_are_there() -> None:
+    assert {f"omniglot_{n}way_{k}shot" for n in (5, 20) for k in (1, 5)} <= set(EXPERIMENTS)
+
+
+def test_a_saved_configuration_comes_back(tmp_path: Path) -> None:
+    for overrides in (["data=glyphs", "model=mlp", "model.hidden=[4,4]"], ["inner.task_chunk=3"]):
+        config = checked(*overrides)
+        (tmp_path / "config.yaml").write_text(to_yaml(config))
+        assert from_yaml(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("text", ["", "a: 1", "- 1", "data: {name: nope}", "{"])
+def test_a_file_that_is_no_configuration_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml is not the configuration of a run"):
+        from_yaml(tmp_path / "config.yaml")
+
+
+def test_evaluate_needs_a_runs_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.dir is required"):
+        typed(compose("evaluate"), EvaluateConfig)
+    with pytest.raises(ConfigError, match=r"not a run's folder, as it holds no config\.yaml"):
+        check_evaluate(typed(compose("evaluate", [f"run.dir={tmp_path}"]), EvaluateConfig))
+
+
+def test_help_explains_every_key() -> None:
+    text = help_text(compose("train"), "scripts/train.py", "Trains.", CONF)
+    for name, _, f, kind in schema.entries(checked()):
+        line = text.split(f"  {name}=", 1)[1].split("\n\n")[0]
+        assert f.metadata["meaning"].split()[0] in line
+        assert schema.allowed(f, kind).split()[0] in line
+
+
+def defaults_of(function: Any) -> dict[str, Any]:
+    return {name: p.default for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+
+
+def test_yaml_and_signatures_agree_on_defaults() -> None:
+    # A default lives in the YAML for runs and in the signature for the library; the two are one.
+    inner, library = checked().inner, defaults_of(InnerLoop)
+    for name in ("second_order", "engine", "task_chunk"):
+        assert getattr(inner, name) == library[name]
+    data = checked("data=glyphs").data
+    assert isinstance(data, GlyphsConfig)
+    assert (data.jitter, data.seed) == (defaults_of(glyphs)["jitter"], defaults_of(glyphs)["seed"])
+    conv4, mlp = dataclasses.asdict(checked().model), dataclasses.asdict(checked("model=mlp").model)
+    assert (conv4["width"], conv4["pool"]) == (defaults_of(Conv4)["width"], defaults_of(Conv4)["pool"])
+    assert (tuple(mlp["hidden"]), mlp["batch_norm"]) == (defaults_of(MLP)["hidden"], defaults_of(MLP)["batch_norm"])
+
+
+def test_schema_and_engines_agree() -> None:
+    assert tuple(ENGINES) == schema.ENGINES
+
+
+def test_no_default_hides_in_the_schema() -> None:
+    for _, kind in get_type_hints(TrainConfig).items():
+        for f in dataclasses.fields(kind):
+            assert f.default == "???", f"{kind.__name__}.{f.name}"

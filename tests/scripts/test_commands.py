@@ -1,0 +1,131 @@
+"""The commands as a user types them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO
+
+SMALL = [
+    "data=glyphs",
+    "data.classes=50",
+    "model.width=8",
+    "task.meta_batch=4",
+    "outer.iterations=4",
+    "eval.every=2",
+    "eval.validation_episodes=4",
+    "eval.episodes=8",
+]
+
+
+def command(script: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name not in ("METALEARN_DATA", "PYTHONPATH")}
+    return subprocess.run(
+        [sys.executable, str(REPO / "scripts" / script), *arguments],
+        cwd=cwd,
+        env={**env, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_train_from_another_folder_then_evaluate(tmp_path: Path) -> None:
+    trained = command("train.py", "inner.second_order=true", *SMALL, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "test accuracy" in trained.stdout
+    assert "non-transductive" in trained.stdout
+    (metrics_file,) = tmp_path.glob("outputs/glyphs-5w1s/maml-second_order-seed0-*/metrics.json")
+    run_dir = metrics_file.parent
+    names = {p.name for p in run_dir.iterdir()}
+    assert {"config.yaml", "metrics.json", "checkpoints", "train.log"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    metrics = json.loads(metrics_file.read_text())
+
+    tested = command("evaluate.py", f"run.dir={run_dir}", cwd=tmp_path)
+    assert tested.returncode == 0, tested.stderr
+    (again_file,) = run_dir.glob("evaluations/*/metrics.json")
+    again = json.loads(again_file.read_text())
+    assert {k: v for k, v in again.items() if k.startswith("test.")} == {
+        k: v for k, v in metrics.items() if k.startswith("test.")
+    }
+
+    damaged = run_dir / "checkpoints" / "best.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-5])
+    refused = command("evaluate.py", f"run.dir={run_dir}", cwd=tmp_path)
+    assert refused.returncode != 0
+    assert "best.pt is damaged" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_run_dir_is_honoured_and_never_shared(tmp_path: Path) -> None:
+    first = command("train.py", *SMALL, "hydra.run.dir=mine", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert (tmp_path / "mine" / "metrics.json").is_file()
+    second = command("train.py", *SMALL, "hydra.run.dir=mine", cwd=tmp_path)
+    assert second.returncode != 0
+    assert "mine already holds a run" in second.stderr
+
+
+def test_fallback_is_loud_and_in_the_name(tmp_path: Path) -> None:
+    small = [override for override in SMALL if not override.startswith("data")]
+    run = command("train.py", *small, f"data.root={tmp_path}/typo", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "NO OMNIGLOT" in run.stdout
+    (metrics_file,) = tmp_path.glob("outputs/glyphs-5w1s/*/metrics.json")
+    assert json.loads(metrics_file.read_text())["dataset"] == "glyphs"
+
+
+def test_multirun_gives_each_job_a_folder(tmp_path: Path) -> None:
+    sweep = command("train.py", "--multirun", "inner.second_order=true,false", *SMALL, cwd=tmp_path)
+    assert sweep.returncode == 0, sweep.stderr
+    orders = {json.loads(p.read_text())["second_order"] for p in tmp_path.glob("outputs/glyphs-5w1s/*/metrics.json")}
+    assert orders == {True, False}
+
+
+def test_cfg_job_shows_the_configuration(tmp_path: Path) -> None:
+    shown = command("train.py", "--cfg", "job", "inner.lr=0.25", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert re.search(r"inner:\n  lr: 0\.25\n", shown.stdout)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_help(script: str, tmp_path: Path) -> None:
+    shown = command(script, "--help", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert f"usage: python {REPO / 'scripts' / script}" in shown.stdout
+    assert "run.device=" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inner.second_ordr=true"], "Did you mean inner.second_order?"),
+        (["inner.second_order=maybe"], "inner.second_order=maybe: must be true or false"),
+        (["--cfg", "job", "inner.steps=-1"], "inner.steps=-1: must be a whole number, at least 0"),
+        (["data.root=/nonexistent", "data.fallback=null"], "data.root=/nonexistent: there is no such folder"),
+        (["--multirun", "inner.steps=-1,-2"], "inner.steps=-1: must be"),
+        (["run.device=cuda:99"], "run.device=cuda:99: PyTorch sees"),
+    ],
+)
+def test_refusals_have_an_exit_code_and_no_stack_trace(arguments: list[str], message: str, tmp_path: Path) -> None:
+    refused = command("train.py", *arguments, cwd=tmp_path)
+    assert refused.returncode == 2, refused.stdout
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stderr + refused.stdout
+
+
+def test_evaluate_refuses_a_folder_without_a_run_and_makes_none(tmp_path: Path) -> None:
+    refused = command("evaluate.py", f"run.dir={tmp_path}/typo", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "not a run's folder" in refused.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,79 @@
+"""Imports point one way: types, params <- inner <- metagrad <- runs <- scripts; data and models know only the nouns."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import metalearn
+from tests.conftest import REPO
+
+NOUNS = {"types", "params", "errors", "files"}
+MAY_IMPORT = {
+    "errors": set(),
+    "types": set(),
+    "files": {"errors"},
+    "params": {"types"},
+    "models": NOUNS,
+    "data": NOUNS,
+    "inner": {"types", "params"},
+    "metagrad": {"types", "params", "inner"},
+    "peers": {"types", "params", "inner", "metagrad"},
+    "runs": NOUNS | {"models", "data", "inner", "metagrad", "peers"},
+}
+ONLY_IN = {
+    "hydra": {"runs/config.py"},
+    "omegaconf": {"runs/config.py", "runs/config_help.py", "runs/schema.py"},
+    "tensorboard": {"runs/tracking.py"},
+    "torch.utils.tensorboard": {"runs/tracking.py"},
+    "torch.distributed": {"runs/distributed.py"},
+    "learn2learn": {"peers/learn2learn.py"},
+}
+FILES = sorted((REPO / "metalearn").rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports, wherever in it; ``from a import b`` counts as a and a.b."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(REPO)))
+def test_imports_point_one_way(path: Path) -> None:
+    inside = path.relative_to(REPO / "metalearn")
+    part = inside.parts[0].removesuffix(".py")
+    if part == "__init__":
+        return
+    for name in imported(path):
+        if name.startswith("metalearn."):
+            other = name.split(".")[1]
+            assert other == part or other in MAY_IMPORT[part], f"{inside} imports {name}"
+        for library, places in ONLY_IN.items():
+            if name == library or name.startswith(f"{library}."):
+                assert str(inside) in places, f"{inside} imports {name}"
+
+
+def test_every_part_has_a_rule() -> None:
+    parts = {p.relative_to(REPO / "metalearn").parts[0].removesuffix(".py") for p in FILES} - {"__init__"}
+    assert parts == set(MAY_IMPORT)
+
+
+def test_public_surface_is_what_is_listed() -> None:
+    for name in metalearn.__all__:
+        assert getattr(metalearn, name) is not None
+    assert set(metalearn.__all__) <= set(dir(metalearn))
+    with pytest.raises(AttributeError, match=r"no attribute 'nope'; it offers Episodes"):
+        metalearn.nope  # noqa: B018  # the access is what is tested
+
+
+def test_scripts_are_short() -> None:
+    for script in (REPO / "scripts").glob("*.py"):
+        assert len(script.read_text().splitlines()) < 100, script

@@ -1,0 +1,63 @@
+"""Files are written whole or not at all, and damage is noticed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from metalearn import files
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    content = {"w": torch.randn(3), "n": 1, "name": "x", "list": [1.5, None]}
+    files.save(content, tmp_path / "sub" / "a.pt")
+    loaded = files.load(tmp_path / "sub" / "a.pt")
+    assert torch.equal(loaded.pop("w"), content.pop("w"))  # type: ignore[arg-type]
+    assert loaded == content
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    files.save({"w": torch.randn(16)}, path)
+    data = path.read_bytes()
+    for position in range(0, len(data), 37):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << (position % 8)
+        path.write_bytes(damaged)
+        with pytest.raises(files.DamagedFileError, match="its SHA-256 differs"):
+            files.load(path)
+
+
+def test_file_without_digest_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(1)}, tmp_path / "a.pt")
+    with pytest.raises(files.DamagedFileError, match=r"no digest beside it \(a\.pt\.sha256\)"):
+        files.load(tmp_path / "a.pt")
+
+
+def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    files.save({"w": Evil()}, tmp_path / "a.pt")
+    with pytest.raises(pickle.UnpicklingError, match=r"(?i)weights.only"):
+        files.load(tmp_path / "a.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.json"
+    files.write_text(path, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]

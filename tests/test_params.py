@@ -1,0 +1,107 @@
+"""Modules as pure functions of their parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metalearn import Params, functionalize
+from metalearn.models import Conv4
+from metalearn.params import global_norm, gradients, stack
+
+
+def test_forward_equals_the_module() -> None:
+    module = Conv4(5, width=8)
+    x = torch.rand(10, 1, 28, 28)
+    forward, theta = functionalize(module)
+    torch.testing.assert_close(forward(theta, x), module(x), rtol=0, atol=0)
+
+
+def test_params_are_copies_and_the_module_is_left_alone() -> None:
+    module = nn.Linear(2, 2)
+    before = module.weight.detach().clone()
+    forward, theta = functionalize(module)
+    theta["weight"].zero_()
+    torch.testing.assert_close(module.weight.detach(), before, rtol=0, atol=0)
+    assert forward(theta, torch.ones(1, 2)).tolist() == [module.bias.tolist()]
+
+
+class Scaled(nn.Module):
+    """A frozen layer, a buffer and a trainable layer."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(3, 3)
+        self.frozen.requires_grad_(False)
+        self.register_buffer("scale", torch.tensor(2.0))
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.frozen(x) * self.scale)
+        return logits
+
+
+def test_frozen_parameters_and_buffers_are_constants() -> None:
+    module = Scaled()
+    forward, theta = functionalize(module)
+    assert set(theta) == {"head.weight", "head.bias"}
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(forward(theta, x), module.head(module.frozen(x) * 2.0))
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.InstanceNorm2d(4, track_running_stats=True)])
+def test_running_statistics_are_refused_with_the_remedies(layer: nn.Module) -> None:
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), layer)
+    with pytest.raises(ValueError, match=r"layer '1'.*track_running_stats=False.*model\.eval\(\)"):
+        functionalize(module)
+
+
+def test_the_remedies_for_running_statistics_work() -> None:
+    x = torch.rand(2, 1, 8, 8)
+    evaluated = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).eval()
+    forward, theta = functionalize(evaluated)
+    torch.testing.assert_close(forward(theta, x), evaluated(x))
+    converted = torch.func.replace_all_batch_norm_modules_(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)))
+    functionalize(converted)
+    functionalize(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)))
+
+
+def test_module_without_trainable_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ReLU has no trainable parameter.*requires_grad=True"):
+        functionalize(nn.ReLU())
+
+
+def test_tied_parameters_appear_once() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    module[1].weight = module[0].weight
+    forward, theta = functionalize(module)
+    assert set(theta) == {"0.weight", "0.bias", "1.bias"}
+    doubled = {**theta, "0.weight": 2 * theta["0.weight"]}
+    x = torch.randn(2, 3)
+    expected = (x @ doubled["0.weight"].T + theta["0.bias"]) @ doubled["0.weight"].T + theta["1.bias"]
+    torch.testing.assert_close(forward(doubled, x), expected)
+
+
+def test_stack_is_a_view_and_differentiable() -> None:
+    theta = {"w": torch.randn(2, 3, requires_grad=True)}
+    fast = stack(theta, 5)["w"]
+    assert fast.shape == (5, 2, 3)
+    assert fast.data_ptr() == theta["w"].data_ptr()
+    fast.sum().backward()
+    assert theta["w"].grad is not None
+    assert theta["w"].grad.eq(5).all()
+
+
+def test_gradients_of_a_dictionary() -> None:
+    params: Params = {"a": torch.tensor(3.0, requires_grad=True), "b": torch.tensor(2.0, requires_grad=True)}
+    grads = gradients(params["a"] ** 2, params, create_graph=True)
+    assert grads["a"].item() == 6
+    assert grads["a"].grad_fn is not None
+    assert grads["b"].item() == 0
+
+
+def test_global_norm() -> None:
+    assert global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([[0.0, 4.0]])}).item() == 5

@@ -1,0 +1,35 @@
+"""Episodes refuse tensors that do not belong together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from metalearn import Episodes
+from tests.conftest import image_episodes
+
+X, Y = torch.zeros(2, 5, 3), torch.zeros(2, 5).long()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ((X, Y, X[:1], Y), r"same number of tasks.*'query_x': \(1, 5, 3\)"),
+        ((X, Y[:, :4], X, Y), r"support_x holds 5 examples a task and support_y 4"),
+        ((X, Y, X, Y[:, :4]), r"query_x holds 5 examples a task and query_y 4"),
+        ((X[:, :0], Y[:, :0], X, Y), r"the support set is empty.*\(2, 0, 3\)"),
+        ((X[:0], Y[:0], X[:0], Y[:0]), r"the support set is empty"),
+        ((X, Y[:, 0], X, Y), r"support_y has shape \(2,\); it must lead with \[tasks, examples\]"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(tensors: tuple[torch.Tensor, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Episodes(*tensors)
+
+
+def test_split_keeps_every_task_in_order() -> None:
+    episodes = image_episodes(tasks=5)
+    parts = episodes.split(2)
+    assert [part.tasks for part in parts] == [2, 2, 1]
+    torch.testing.assert_close(torch.cat([part.query_x for part in parts]), episodes.query_x)
+    torch.testing.assert_close(torch.cat([part.support_y for part in parts]), episodes.support_y)
