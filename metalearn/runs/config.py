@@ -39,6 +39,7 @@ Config = TypeVar("Config")
 
 _SCHEMAS = {
     "train": schema.TrainConfig,
+    "benchmark": schema.BenchmarkConfig,
     "evaluate": schema.EvaluateConfig,
     "maml": schema.AlgorithmConfig,
     "omniglot": schema.OmniglotConfig,
@@ -140,7 +141,10 @@ def from_yaml(path: Path) -> schema.TrainConfig:
         raise ConfigError(f"{path} is not the configuration of a run: {error}") from error
 
 
-def settle_data(config: schema.TrainConfig) -> schema.TrainConfig:
+Trained = TypeVar("Trained", bound=schema.TrainConfig)
+
+
+def settle_data(config: Trained) -> Trained:
     """The configuration with the data set that is really used: its fallback where Omniglot cannot be had.
 
     Raises:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -23,9 +24,26 @@ def progress_bar() -> Progress:
     )
 
 
-def print_table(title: str, rows: Mapping[str, str]) -> None:
+def print_facts(title: str, rows: Mapping[str, str]) -> None:
     """Two columns of names and values."""
     table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, value)
     rich.get_console().print(table)
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Rows under a header; every column but the first holds figures."""
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    rich.get_console().print(table)
+
+
+def print_path(what: str, path: Path) -> None:
+    """Where something was written, on a line that is not broken and can be copied."""
+    rich.get_console().print(f"{what}: {path}", soft_wrap=True, highlight=False)

@@ -147,6 +147,18 @@ class TrainConfig:
 
 
 @dataclass
+class BenchConfig:
+    rounds: int = key("times that every contender is timed, in turns", at_least=2)
+
+
+@dataclass
+class BenchmarkConfig(TrainConfig):
+    """``conf/benchmark.yaml``: a training's configuration, of which one meta-step is timed."""
+
+    bench: BenchConfig = field(default_factory=BenchConfig)
+
+
+@dataclass
 class EvaluatedRunConfig:
     dir: str = key("folder of the run to test")
     device: str | None = key("null: as the run was trained; or auto, cpu, cuda, cuda:N")

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from metalearn.runs.checkpoints import best_path, load_checkpoint
-from metalearn.runs.console import print_table, progress_bar
+from metalearn.runs.console import print_facts, print_path, progress_bar
 from metalearn.runs.evaluation import Evaluation, evaluate
 from metalearn.runs.experiment import Experiment, build
 from metalearn.runs.report import test_metrics, test_rows, write_metrics
@@ -47,4 +47,5 @@ def retest(config: TrainConfig, run_dir: Path, output_dir: Path) -> None:
         result = test(experiment, best.params, config.eval.episodes, progress)
     metrics = {**test_metrics(experiment, result), "iterations": best.iteration, "run.dir": str(run_dir)}
     path = write_metrics(metrics, output_dir)
-    print_table("Test", {**test_rows(experiment, result), "run": str(run_dir), "written to": str(path)})
+    print_facts(f"Test of the checkpoint at meta-step {best.iteration}", test_rows(experiment, result))
+    print_path("Written to", path)

@@ -25,7 +25,7 @@ from metalearn.errors import RunError
 from metalearn.inner import adapt, predict
 from metalearn.metagrad import meta_gradient
 from metalearn.runs.checkpoints import Checkpoint, best_path, load_checkpoint, save_checkpoint
-from metalearn.runs.console import print_table, progress_bar
+from metalearn.runs.console import print_facts, print_path, progress_bar
 from metalearn.runs.evaluation import accuracy, evaluate
 from metalearn.runs.experiment import Experiment, build
 from metalearn.runs.meter import Meter, StepFigures
@@ -89,7 +89,8 @@ def train(config: TrainConfig, run_dir: Path, config_yaml: str) -> None:
         **cost_metrics(meter, total_s=time.perf_counter() - started),
     }
     write_metrics(metrics, run_dir)
-    print_table("Summary", {**test_rows(experiment, result), **cost_rows(metrics), "folder": str(run_dir)})
+    print_facts("Summary", {**test_rows(experiment, result), **cost_rows(metrics)})
+    print_path("Run folder", run_dir)
 
 
 def claim(run_dir: Path, config_yaml: str) -> None:
