@@ -1,13 +1,16 @@
 """Tensors on disk, written whole or not at all, and checked by digest before they are believed.
 
-``torch.load`` does not notice flipped bits, so a SHA-256 stands beside each file as ``NAME.sha256``.
+``torch.load`` does not notice flipped bits, so a SHA-256 stands beside each file as ``NAME.sha256``. While a file is
+being replaced that holds two lines, the old digest and the new one, so that an interruption at any moment leaves a
+file that can be read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,14 @@ def write_text(path: Path, text: str) -> None:
 
 def save(content: Any, path: Path) -> None:
     """Save plain containers of tensors, with a digest beside them."""
-    with tempfile.TemporaryFile() as buffer:
-        torch.save(content, buffer)
-        buffer.seek(0)
-        data = buffer.read()
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data = buffer.getvalue()
+    digests = _digest_path(path)
+    new = hashlib.sha256(data).hexdigest().encode() + b"\n"
+    _replace(digests, (digests.read_bytes() if digests.exists() else b"") + new)
     _replace(path, data)
-    write_text(_digest_path(path), hashlib.sha256(data).hexdigest() + "\n")
+    _replace(digests, new)
 
 
 def load(path: Path, *, device: torch.device | str = "cpu") -> Any:
@@ -46,10 +51,9 @@ def load(path: Path, *, device: torch.device | str = "cpu") -> Any:
     digest = _digest_path(path)
     if not digest.exists():
         raise DamagedFileError(f"{path} has no digest beside it ({digest.name}): its writing was interrupted.")
-    if hashlib.sha256(data).hexdigest() != digest.read_text().strip():
+    if hashlib.sha256(data).hexdigest().encode() not in digest.read_bytes().split():
         raise DamagedFileError(f"{path} is damaged: its SHA-256 differs from {digest.name}.")
-    with path.open("rb") as file:
-        return torch.load(file, map_location=device, weights_only=True)
+    return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
 
 
 def _digest_path(path: Path) -> Path:
@@ -58,13 +62,13 @@ def _digest_path(path: Path) -> Path:
 
 def _replace(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -13,8 +13,9 @@ _RUNNING_STATISTICS = (nn.modules.batchnorm._NormBase,)  # BatchNorm1d..3d, Sync
 def functionalize(module: nn.Module) -> tuple[Forward, Params]:
     """Split a module into a pure function and the parameters that it is a function of.
 
-    Trainable parameters become the dictionary; frozen ones (``requires_grad=False``) and buffers stay in the
-    module as constants. The module is not changed, and later changes of its trainable parameters are not seen.
+    Trainable parameters become the dictionary; frozen ones (``requires_grad=False``) and buffers are constants. The
+    module is not changed, not even by a forward pass that writes to a buffer, and later changes of its trainable
+    parameters and buffers are not seen.
 
     Args:
         module: any module that maps one tensor ``[examples, ...]`` to predictions ``[examples, ...]``.
@@ -24,8 +25,8 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
         ``params`` are detached copies of the trainable parameters, by name.
 
     Raises:
-        ValueError: if nothing is trainable, if a trainable parameter is not floating point, or if a normalisation
-            layer in training mode keeps running statistics: those are written in place, across tasks.
+        ValueError: if nothing is trainable, or if a normalisation layer in training mode keeps running statistics:
+            those are written in place, across tasks.
 
     Example:
         >>> forward, theta = functionalize(nn.Linear(3, 2))
@@ -40,8 +41,11 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
             "inner loop is to adapt."
         )
 
+    buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+
     def forward(params: Params, x: Tensor) -> Tensor:
-        prediction: Tensor = torch.func.functional_call(module, params, (x,))
+        constants = {name: b.clone() for name, b in buffers.items()}  # a pass that writes to them writes to a copy
+        prediction: Tensor = torch.func.functional_call(module, {**constants, **params}, (x,))
         return prediction
 
     return forward, params

@@ -21,7 +21,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """``loss(prediction, target) -> scalar``: for one task, the mean over its examples."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single truth to compare by
 class Episodes:
     """A batch of T few-shot tasks; every tensor leads with the task dimension.
 
@@ -65,7 +65,7 @@ class Episodes:
         return [Episodes(*tensors) for tensors in zip(*parts, strict=True)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MetaGradient:
     """What every engine returns.
 

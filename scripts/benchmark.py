@@ -5,11 +5,12 @@ Run it as ``python scripts/benchmark.py``, with any key of training.
 
 from pathlib import Path
 
+from metalearn.runs.checks import check
 from metalearn.runs.config import main, settle_data
-from metalearn.runs.schema import BenchmarkConfig, check
+from metalearn.runs.schema import BenchmarkConfig
 
 
-@main("benchmark", BenchmarkConfig, check)
+@main("benchmark", BenchmarkConfig, check, writes="benchmark.json")
 def benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
     """Time one meta-step side by side with learn2learn, after checking that both give the same meta-gradient."""
     settled = settle_data(config)

@@ -6,11 +6,12 @@ Run it as ``python scripts/evaluate.py run.dir=outputs/omniglot-5w1s/maml-second
 import dataclasses
 from pathlib import Path
 
+from metalearn.runs.checks import check, check_evaluate
 from metalearn.runs.config import from_yaml, main
-from metalearn.runs.schema import EvaluateConfig, check_evaluate
+from metalearn.runs.schema import EvaluateConfig, OmniglotConfig
 
 
-@main("evaluate", EvaluateConfig, check_evaluate)
+@main("evaluate", EvaluateConfig, check_evaluate, writes="metrics.json")
 def evaluate(config: EvaluateConfig, output_dir: Path) -> None:
     """Test the best checkpoint of a run again, on the tasks of test classes that the run itself was tested on."""
     run_dir = Path(config.run.dir)
@@ -20,6 +21,9 @@ def evaluate(config: EvaluateConfig, output_dir: Path) -> None:
         run=dataclasses.replace(trained.run, device=config.run.device or trained.run.device),
         eval=dataclasses.replace(trained.eval, episodes=config.eval.episodes or trained.eval.episodes),
     )
+    if isinstance(trained.data, OmniglotConfig) and config.data.root:
+        wanted = dataclasses.replace(wanted, data=dataclasses.replace(trained.data, root=config.data.root))
+    check(wanted)
     from metalearn.runs.testing import retest  # here, so that a refused configuration need not wait for torch
 
     retest(wanted, run_dir, output_dir)

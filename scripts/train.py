@@ -5,11 +5,12 @@ Run it as ``python scripts/train.py inner.second_order=true``; ``--help`` explai
 
 from pathlib import Path
 
+from metalearn.runs.checks import check
 from metalearn.runs.config import main, settle_data, to_yaml
-from metalearn.runs.schema import TrainConfig, check
+from metalearn.runs.schema import TrainConfig
 
 
-@main("train", TrainConfig, check)
+@main("train", TrainConfig, check, writes="config.yaml")
 def train(config: TrainConfig, run_dir: Path) -> None:
     """Train MAML on few-shot tasks, validate while training, and test the best checkpoint once.
 

@@ -32,6 +32,46 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
             files.load(path)
 
 
+@pytest.mark.parametrize("writes_before", [0, 1, 2])
+def test_interruption_at_any_moment_leaves_a_readable_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes_before: int
+) -> None:
+    path = tmp_path / "a.pt"
+    files.save({"n": 1}, path)
+    left, replace = [writes_before], os.replace
+
+    def cut_off(source: Path, target: Path) -> None:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        files.save({"n": 2}, path)
+    assert files.load(path) == {"n": 2 if writes_before == 2 else 1}
+    monkeypatch.undo()
+    files.save({"n": 3}, path)
+    assert files.load(path) == {"n": 3}
+    assert len((tmp_path / "a.pt.sha256").read_bytes().split()) == 1
+
+
+def test_files_can_be_read_by_others_as_far_as_the_umask_allows(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        files.write_text(tmp_path / "a", "")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+
+
+def test_garbage_for_a_digest_is_damage(tmp_path: Path) -> None:
+    files.save({"n": 1}, tmp_path / "a.pt")
+    (tmp_path / "a.pt.sha256").write_bytes(b"\xff\xfe")
+    with pytest.raises(files.DamagedFileError, match="is damaged"):
+        files.load(tmp_path / "a.pt")
+
+
 def test_file_without_digest_is_refused(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(1)}, tmp_path / "a.pt")
     with pytest.raises(files.DamagedFileError, match=r"no digest beside it \(a\.pt\.sha256\)"):

@@ -52,6 +52,30 @@ def test_frozen_parameters_and_buffers_are_constants() -> None:
     torch.testing.assert_close(forward(theta, x), module.head(module.frozen(x) * 2.0))
 
 
+class Counting(nn.Module):
+    """Writes to a buffer in its forward pass."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        prediction: Tensor = self.linear(x) * self.calls
+        return prediction
+
+
+def test_a_forward_that_writes_to_a_buffer_changes_nothing() -> None:
+    module = Counting()
+    forward, theta = functionalize(module)
+    first, second = (forward(theta, torch.ones(1, 2)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert module.calls == 0
+
+
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.InstanceNorm2d(4, track_running_stats=True)])
 def test_running_statistics_are_refused_with_the_remedies(layer: nn.Module) -> None:
     module = nn.Sequential(nn.Conv2d(1, 4, 3), layer)

@@ -62,7 +62,7 @@ def omniglot_root(root: str | None) -> Path:
 
 
 def omniglot_source(root: str | None) -> str:
-    """Where Omniglot would come from: ``"disk"``, or ``"download"``.
+    """Where Omniglot would come from: ``"disk"``, ``"archives"`` that lie there to be unpacked, or ``"download"``.
 
     A folder that was named but does not exist is taken as a mistake and not created.
 
@@ -72,11 +72,24 @@ def omniglot_source(root: str | None) -> str:
     folder = omniglot_root(root)
     if root and not folder.is_dir():
         raise DataError(f"data.root={root}: there is no such folder")
-    if any((base / part).is_dir() for base in (folder / "omniglot-py", folder) for part in OMNIGLOT_PARTS):
-        return "disk"
-    if all((folder / "omniglot-py" / f"{part}.zip").is_file() for part in OMNIGLOT_PARTS) or _reachable():
+    bases = (folder / "omniglot-py", folder)
+    missing = [part for part in OMNIGLOT_PARTS if not any((base / part).is_dir() for base in bases)]
+    if missing and all((bases[0] / f"{part}.zip").is_file() for part in missing):
+        return "archives"
+    if len(missing) < len(OMNIGLOT_PARTS):
+        return "disk"  # incomplete, if anything is missing: that is for its reader to say
+    if _reachable():
         return "download"
     raise DataError(f"{folder} holds no Omniglot, and it cannot be downloaded from here")
+
+
+def why_not_omniglot(root: str | None) -> str | None:
+    """Why Omniglot cannot be had, or ``None`` if it can."""
+    try:
+        omniglot_source(root)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def dataset_in_use(name: str, root: str | None, fallback: str | None) -> str:
@@ -87,16 +100,14 @@ def dataset_in_use(name: str, root: str | None, fallback: str | None) -> str:
     """
     if name != "omniglot":
         return name
-    try:
-        omniglot_source(root)
-    except DataError as error:
+    if (reason := why_not_omniglot(root)) is not None:
         if fallback is None:
             raise DataError(
-                f"{error}, and data.fallback=null forbids another data set. Three ways out:\n"
+                f"{reason}, and data.fallback=null forbids another data set. Three ways out:\n"
                 "  data.root=FOLDER       a folder that holds omniglot-py/ (METALEARN_DATA=FOLDER does the same)\n"
                 "  mkdir -p FOLDER        with a network, an existing or the default folder is filled by download\n"
                 "  data.fallback=glyphs   train on the embedded glyphs instead (or data=glyphs)"
-            ) from None
+            )
         return fallback
     return name
 
@@ -105,7 +116,7 @@ def dataset_in_use(name: str, root: str | None, fallback: str | None) -> str:
 def _reachable() -> bool:
     request = urllib.request.Request(f"{OMNIGLOT_URL}/images_background.zip", method="HEAD")
     try:
-        with urllib.request.urlopen(request, timeout=3):
+        with urllib.request.urlopen(request, timeout=2):
             return True
     except (urllib.error.URLError, OSError):
         return False

@@ -1,8 +1,8 @@
 """Omniglot, verified, as one uint8 tensor: 1,623 handwritten characters with 20 drawings each (Lake et al. 2015).
 
-torchvision downloads it and checks the two archives; what is then on disk is checked here, file by file, in sorted
-order, and kept as one tensor outside ``root``. The cache is used only while every file has the size and the time of
-change that it had when it was read.
+torchvision downloads and unpacks it. What is then on disk is checked here, file by file in sorted order, and kept as
+one tensor outside ``root``; the cache is used only while every file has the size and the time of change that it had
+when it was read.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import socket
+import re
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,17 +19,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from rich.progress import track
 from torch import Tensor
 
 from metalearn import files
-from metalearn.data.catalog import DRAWINGS, OMNIGLOT_PARTS, OMNIGLOT_SPLITS, cache_dir, omniglot_root, omniglot_source
+from metalearn.data.catalog import DRAWINGS, OMNIGLOT_PARTS, OMNIGLOT_SPLITS, cache_dir, omniglot_root
+from metalearn.data.omniglot_download import ensure_omniglot
 from metalearn.data.splits import ImageSplits, with_rotations
 from metalearn.errors import DataError
 
 log = logging.getLogger(__name__)
 
 SIZE = 28
+_DECODING = "28px-lanczos-1"  # part of the cache's name: another way to decode needs another name
 _VALIDATION_ALPHABETS = 5
+_PIXELS_SHA256 = {
+    "images_background": "51ca506ce7ea3430a8b51e6e6426a1035e782f1b3fdd7d385232445603f2f4b6",
+    "images_evaluation": "57262cc3e42fa55b35985f8f2df924c5716fcf2a372bf410590b5c66b4698ebd",
+}
+"""Of every drawing's 105 x 105 bits in sorted order, so that an exchanged or edited drawing is noticed as well."""
 
 
 class Characters(NamedTuple):
@@ -71,12 +78,14 @@ def omniglot(root: str | None = None, *, split: str = "classic", rotations: bool
 
 def read_characters(root: str | None = None) -> Characters:
     """Every class, from the cache or from disk, downloaded first where it is missing."""
-    if omniglot_source(root) == "download":
-        _download(omniglot_root(root))
+    ensure_omniglot(root)
     folder = omniglot_root(root)
     base = folder / "omniglot-py" if (folder / "omniglot-py").is_dir() else folder
-    drawings, fingerprint = _listing(base)
-    cached = cache_dir() / f"omniglot-{SIZE}px-{fingerprint[:16]}.pt"
+    try:
+        drawings, fingerprint = _listing(base)
+    except OSError as error:
+        raise DataError(f"Omniglot in {base} cannot be read: {error}") from error
+    cached = cache_dir() / f"omniglot-{_DECODING}-{fingerprint[:16]}.pt"
     try:
         images = files.load(cached)
     except OSError:  # none yet, or a folder that cannot be read
@@ -85,7 +94,6 @@ def read_characters(root: str | None = None) -> Characters:
         log.warning("%s It is made anew.", error)
         images = None
     if images is None:
-        log.info("Reading and checking the %d drawings in %s (once; then cached)", len(drawings), base)
         images = _decode(drawings)
         try:
             files.save(images, cached)
@@ -104,10 +112,11 @@ def _listing(base: Path) -> tuple[list[Path], str]:
             raise DataError(_incomplete(base, f"the folder {part} is missing"))
         classes = [character for alphabet in _folders(base / part) for character in _folders(alphabet)]
         for character in classes:
-            images = sorted((e for e in os.scandir(character) if e.name.endswith(".png")), key=lambda e: e.name)
-            if len(images) != DRAWINGS:
-                where = character.relative_to(base)
-                raise DataError(_incomplete(base, f"{where} holds {len(images)} drawings and not {DRAWINGS}"))
+            images = sorted((entry for entry in os.scandir(character) if _is_drawing(entry)), key=lambda e: e.name)
+            numbers = [int(image.name[5:7]) for image in images]
+            if numbers != list(range(1, DRAWINGS + 1)) or len({image.name[:4] for image in images}) != 1:
+                what = f"{character.relative_to(base)} holds {len(images)} drawings"
+                raise DataError(_incomplete(base, f"{what} and not {DRAWINGS} of one number, _01.png to _20.png"))
             drawings += [Path(image.path) for image in images]
             for image in images:
                 stat = image.stat()
@@ -118,7 +127,11 @@ def _listing(base: Path) -> tuple[list[Path], str]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _is_drawing(entry: os.DirEntry[str]) -> bool:
+    return re.fullmatch(r"\d{4}_\d{2}\.png", entry.name) is not None
 
 
 def _incomplete(base: Path, what: str) -> str:
@@ -129,44 +142,40 @@ def _incomplete(base: Path, what: str) -> str:
 
 
 def _decode(drawings: list[Path]) -> Tensor:
-    """``[classes, 20, 1, 28, 28]`` uint8, ink white."""
+    """``[classes, 20, 1, 28, 28]`` uint8, ink white; the bits as published are compared with their digest."""
+    digests = {part: hashlib.sha256() for part in OMNIGLOT_PARTS}
+    images = []
     with ThreadPoolExecutor() as pool:
-        images = np.stack(list(pool.map(_read, drawings, chunksize=256)))
-    return torch.from_numpy(images).view(-1, DRAWINGS, 1, SIZE, SIZE)
+        reading = track(pool.map(_read, drawings), "Reading and checking Omniglot (once)", total=len(drawings))
+        for path, (bits, image) in zip(drawings, reading, strict=True):
+            digests[path.parts[-4]].update(bits)
+            images.append(image)
+    for part, digest in digests.items():
+        if digest.hexdigest() != _PIXELS_SHA256[part]:
+            folder = drawings[0].parents[3] / part
+            raise DataError(
+                f"Omniglot's {folder} is damaged: it has the right files, but their pixels are not the published ones; "
+                "some drawing or character was exchanged or edited. Replace the folder."
+            )
+    return torch.from_numpy(np.stack(images)).view(-1, DRAWINGS, 1, SIZE, SIZE)
 
 
-def _read(path: Path) -> NDArray[np.uint8]:
-    """One drawing, inverted and resized; every checksum in the file is compared, which decoding alone does not do."""
+def _read(path: Path) -> tuple[bytes, NDArray[np.uint8]]:
+    """One drawing's bits, and the drawing inverted and resized.
+
+    Every checksum in the file is compared, which decoding alone does not do.
+    """
     try:
         with Image.open(path) as image:
             image.verify()
         with Image.open(path) as image:
             if image.size != (105, 105):
                 raise ValueError(f"it measures {image.size} pixels and not (105, 105)")
+            bits = image.convert("1").tobytes()
             small = image.convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow reports a broken PNG as any of the three
         raise DataError(f"Omniglot's {path} is damaged: {error}. Replace it, or the whole folder.") from error
-    return np.asarray(ImageOps.invert(small))
-
-
-def _download(root: Path) -> None:
-    from torchvision.datasets import Omniglot  # here, as its import takes as long as torch's, for what happens once
-
-    log.info("Downloading Omniglot to %s", root)
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
-            for background in (True, False):
-                Omniglot(str(root), background=background, download=True)
-    except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError for a wrong digest
-        raise DataError(
-            f"Omniglot could not be downloaded to {root}: {error}. Remove {root / 'omniglot-py'} and run again, point "
-            "data.root to a copy, or train on the embedded data with data=glyphs."
-        ) from error
-    finally:
-        socket.setdefaulttimeout(before)
+    return bits, np.asarray(ImageOps.invert(small))
 
 
 def _classic() -> list[list[int]]:

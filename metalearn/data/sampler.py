@@ -34,7 +34,7 @@ class TaskShape:
                 raise ValueError(f"TaskShape: {name}={getattr(self, name)}; it must be at least 1.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EpisodeSampler:
     """Draws N-way K-shot tasks from class-indexed images.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageSplits:
     """Class-indexed images, each ``[classes, drawings, channels, height, width]`` uint8.
 

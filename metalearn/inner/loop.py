@@ -101,7 +101,7 @@ def inner_step(
     """
     differentiable = torch.is_grad_enabled() and any(w.requires_grad for w in fast.values())
     with torch.enable_grad():
-        at = fast if differentiable else {name: w.detach().requires_grad_() for name, w in fast.items()}
+        at = {n: w if differentiable and w.requires_grad else w.detach().requires_grad_() for n, w in fast.items()}
         losses, _ = task_losses(forward, at, support_x, support_y, loss=loss)
         grads = gradients(losses.sum(), at, create_graph=inner.second_order and differentiable)
     return {name: w - inner.lr * grads[name] for name, w in fast.items()}, losses.detach()

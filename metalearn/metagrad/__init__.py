@@ -53,19 +53,21 @@ def meta_gradient(
     if inner.engine not in ENGINES:
         raise ValueError(f"meta_gradient: inner.engine={inner.engine!r} is not one of {', '.join(ENGINES)}.")
     engine = ENGINES[inner.engine]
-    chunks = episodes.split(inner.task_chunk or episodes.tasks)
-    parts = [engine(forward, params, chunk, inner, loss) for chunk in chunks]
-    if len(parts) == 1:
-        return parts[0]
-    shares = [chunk.tasks / episodes.tasks for chunk in chunks]
+    if inner.task_chunk is None or inner.task_chunk >= episodes.tasks:
+        return engine(forward, params, episodes, inner, loss)
+    grads = {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()}
+    losses, support_losses, predictions = [], [], []
+    for chunk in episodes.split(inner.task_chunk):
+        share = chunk.tasks / episodes.tasks
+        part = engine(forward, params, chunk, inner, loss)
+        for name, total in grads.items():
+            total.add_(part.grads[name], alpha=share)
+        losses.append(share * part.loss)
+        support_losses.append(share * part.support_loss)
+        predictions.append(part.predictions)
     return MetaGradient(
-        loss=_mean([part.loss for part in parts], shares),
-        grads={name: _mean([part.grads[name] for part in parts], shares) for name in params},
-        predictions=torch.cat([part.predictions for part in parts]),
-        support_loss=_mean([part.support_loss for part in parts], shares),
+        loss=torch.stack(losses).sum(),
+        grads=grads,
+        predictions=torch.cat(predictions),
+        support_loss=torch.stack(support_losses).sum(dim=0),
     )
-
-
-def _mean(values: list[torch.Tensor], shares: list[float]) -> torch.Tensor:
-    """Mean over chunks, each weighted by its share of the tasks."""
-    return sum((share * value for share, value in zip(shares, values, strict=True)), torch.zeros_like(values[0]))

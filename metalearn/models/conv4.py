@@ -46,9 +46,9 @@ class Conv4(nn.Module):
 
 
 def _block(inputs: int, outputs: int, *, max_pool: bool) -> nn.Sequential:
-    convolution = nn.Conv2d(inputs, outputs, kernel_size=3, stride=1 if max_pool else 2, padding=1)
-    nn.init.xavier_uniform_(convolution.weight)
-    assert convolution.bias is not None
-    nn.init.zeros_(convolution.bias)
-    layers: list[nn.Module] = [convolution, nn.BatchNorm2d(outputs, track_running_stats=False), nn.ReLU()]
+    layers: list[nn.Module] = [
+        nn.Conv2d(inputs, outputs, kernel_size=3, stride=1 if max_pool else 2, padding=1),
+        nn.BatchNorm2d(outputs, track_running_stats=False),
+        nn.ReLU(),
+    ]
     return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if max_pool else []))

@@ -46,7 +46,8 @@ class Contender:
 
     @property
     def name(self) -> str:
-        return f"{self.library} {self.engine}, {'second' if self.second_order else 'first'} order".replace(" ,", ",")
+        order = "second order" if self.second_order else "first order"
+        return f"{self.library}{f' {self.engine}' if self.engine else ''}, {order}"
 
 
 @dataclass(frozen=True)
@@ -202,9 +203,9 @@ def summarise(
 def _peak_mib(contender: Contender, module: nn.Module, episodes: Episodes) -> float:
     module.zero_grad()
     if episodes.query_x.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(episodes.query_x.device)
         contender.step(module, episodes)
-        return torch.cuda.max_memory_allocated() / MIB
+        return torch.cuda.max_memory_allocated(episodes.query_x.device) / MIB
     live = LiveTensorBytes()
     with live:
         contender.step(module, episodes)

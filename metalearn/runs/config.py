@@ -1,6 +1,6 @@
 """From the command line to a checked configuration: the only place that knows Hydra.
 
-    @main("train", TrainConfig, check)
+    @main("train", TrainConfig, check, writes="config.yaml")
     def train(config: TrainConfig, run_dir: Path) -> None: ...
 
 composes ``conf/train.yaml`` with the command line, refuses what cannot be run before torch is imported, and calls the
@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -22,15 +23,17 @@ import hydra
 from hydra._internal.utils import get_args_parser  # Hydra's own parser: no public way to read its flags
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from metalearn.data.catalog import dataset_in_use
-from metalearn.errors import ConfigError, MetalearnError
+from metalearn.data.catalog import dataset_in_use, why_not_omniglot
+from metalearn.errors import ConfigError, MetalearnError, RunError
 from metalearn.runs import schema
-from metalearn.runs.config_help import explain, help_text, unknown_keys
+from metalearn.runs.checks import check
+from metalearn.runs.config_help import GROUPS, explain, help_text, unknown_keys
 
 CONF = Path(__file__).parents[2] / "conf"
 log = logging.getLogger(__name__)
@@ -50,36 +53,45 @@ _SCHEMAS = {
 
 
 def main(
-    name: str, kind: type[Config], check: Callable[[Config], None]
+    name: str, kind: type[Config], check: Callable[[Config], None], *, writes: str
 ) -> Callable[[Callable[[Config, Path], None]], Callable[[], None]]:
-    """Make a function of a configuration and a run's folder into a command.
+    """Make a function of a configuration and an output folder into a command.
 
     Args:
         name: of the primary file in ``conf/``.
         kind: its schema.
         check: raises ``ConfigError`` for a configuration that cannot be run.
+        writes: the file in the output folder by which a finished or running job is known; it is never overwritten.
     """
 
     def decorate(function: Callable[[Config, Path], None]) -> Callable[[], None]:
         @functools.wraps(function)
         def command() -> None:
-            register()
             flags = get_args_parser().parse_args()
             try:
                 if flags.help:
-                    print(help_text(compose(name), sys.argv[0], function.__doc__ or "", CONF))
+                    config = compose(name, flags.overrides, flags.config_dir)
+                    print(help_text(config, sys.argv[0], function.__doc__ or "", _options(name, config)))
                     return
-                if not (flags.multirun or flags.hydra_help or flags.info or flags.shell_completion):
-                    check(typed(compose(name, flags.overrides, flags.config_dir), kind))
+                if not (flags.hydra_help or flags.info or flags.shell_completion):
+                    for overrides in jobs(flags.overrides) if flags.multirun else [flags.overrides]:
+                        check(typed(compose(flags.config_name or name, overrides, flags.config_dir), kind))
+                        _refuse_file_as_folder(overrides)
             except MetalearnError as error:
                 _stop(error)
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
 
         def job(config: DictConfig) -> None:
+            output_dir = Path(HydraConfig.get().runtime.output_dir)
             try:
+                if (output_dir / writes).exists():
+                    raise RunError(
+                        f"hydra.run.dir={output_dir} already holds a run (its {writes}), which would be overwritten. "
+                        "Choose another folder, or leave hydra.run.dir out for a new one."
+                    )
                 checked = typed(config, kind)
                 check(checked)
-                function(checked, Path(HydraConfig.get().runtime.output_dir))
+                function(checked, output_dir)
             except MetalearnError as error:
                 _stop(error)
 
@@ -88,21 +100,60 @@ def main(
     return decorate
 
 
-def compose(name: str, overrides: list[str] | None = None, config_dir: str | None = None) -> DictConfig:
+def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> DictConfig:
     """Compose ``conf/NAME.yaml`` as the command line would.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
     """
     register()
-    overrides = list(overrides or [])
-    more = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
+    for group in GROUPS:
+        if f"{group}=null" in overrides:
+            options = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+            raise ConfigError(f"{group}=null: choose one of {', '.join(options)}")
+    more = [f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"] if config_dir else []
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra.compose(name, overrides + more)
+            return hydra.compose(name, [*overrides, *more])
     except (HydraException, OmegaConfBaseException) as error:
         places = [CONF, *([Path(config_dir)] if config_dir else [])]
         raise ConfigError(explain(error, overrides, places)) from error
+
+
+def jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every job of a ``--multirun``, as Hydra's basic sweeper makes them.
+
+    Raises:
+        ConfigError: for an override that cannot be parsed.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(explain(error, overrides, [CONF])) from error
+    choices = [
+        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+        if one.is_sweep_override()
+        else [str(one.input_line)]
+        for one in parsed
+    ]
+    return [list(job) for job in itertools.product(*choices)]
+
+
+def _options(name: str, config: DictConfig) -> dict[str, DictConfig]:
+    """The section of every option of every group, as ``GROUP=OPTION``."""
+    return {
+        f"{group}={file.stem}": compose(name, [f"{group}={file.stem}"])[group]
+        for group in GROUPS
+        if group in config and (CONF / group).is_dir() and name != "evaluate"
+        for file in sorted((CONF / group).glob("*.yaml"))
+    }
+
+
+def _refuse_file_as_folder(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name == "hydra.run.dir" and Path(value).is_file():
+            raise ConfigError(f"{override}: this is a file; name a folder")
 
 
 def typed(config: DictConfig, kind: type[Config]) -> Config:
@@ -118,7 +169,8 @@ def typed(config: DictConfig, kind: type[Config]) -> Config:
         checked = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error, [], [CONF])) from error
-    assert isinstance(checked, kind)
+    if not isinstance(checked, kind):
+        raise ConfigError(f"this configuration lacks its schema, {kind.__name__}; start from a file in {CONF}")
     return checked
 
 
@@ -158,9 +210,9 @@ def settle_data(config: Trained) -> Trained:
         root = str(Path(data.root).expanduser().absolute()) if data.root else None
         return dataclasses.replace(config, data=dataclasses.replace(data, root=root))
     log.warning(
-        "NO OMNIGLOT: %s, so this run trains on the embedded glyphs (data.fallback=glyphs). Its figures are not "
+        "NO OMNIGLOT: %s. So this run trains on the embedded glyphs (data.fallback=glyphs); its figures are not "
         "Omniglot's. METALEARN_DATA=FOLDER or data.root=FOLDER points to a copy.",
-        f"data.root={data.root} does not exist" if data.root else "it is neither on disk nor downloadable",
+        why_not_omniglot(data.root),
     )
     raw = OmegaConf.load(CONF / "data" / f"{name}.yaml")
     assert isinstance(raw, DictConfig)
@@ -168,7 +220,7 @@ def settle_data(config: Trained) -> Trained:
     fallback = OmegaConf.merge(OmegaConf.structured(_SCHEMAS[name]), raw)
     assert isinstance(fallback, DictConfig)
     settled = dataclasses.replace(config, data=typed(fallback, schema.GlyphsConfig))
-    schema.check(settled)
+    check(settled)
     return settled
 
 

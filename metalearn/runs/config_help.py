@@ -6,36 +6,43 @@ import dataclasses
 import difflib
 import re
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from metalearn.runs.schema import allowed
+from metalearn.runs.checks import allowed
 
-_GROUPS = ("algorithm", "data", "model", "experiment")
+GROUPS = ("algorithm", "data", "model")
 
 
-def help_text(config: DictConfig, script: str, description: str, conf: Path) -> str:
-    """Every key of a configuration with its default, meaning and range, and the choices of every group."""
+def help_text(config: DictConfig, script: str, description: str, options: Mapping[str, DictConfig]) -> str:
+    """Every key of a configuration with its default, meaning and range.
+
+    Args:
+        config: composed, with what was given on the command line.
+        script: path of the command.
+        description: what it does.
+        options: sections of the groups' options, by ``GROUP=OPTION``; a group without one is a plain section.
+    """
     lines = [
         textwrap.dedent(description).strip(),
         "",
-        f"usage: python {script} [KEY=VALUE ...] [--cfg job] [--multirun] [--hydra-help]",
+        f"usage: python {script} [KEY=VALUE ...] [GROUP=OPTION ...] [--cfg job] [--multirun] [--hydra-help]",
         "",
         "Keys, with their defaults:",
     ]
+    grouped = {name.partition("=")[0] for name in options}
     for section in config:
         node = config._get_node(section)
-        if isinstance(node, DictConfig) and OmegaConf.get_type(node) is not dict:
+        if section not in grouped and isinstance(node, DictConfig):
             lines += ["", *_section(str(section), node)]
-    groups = [g for g in _GROUPS if g in config or g == "experiment"] if "task" in config else []
-    if groups:
-        lines += ["", "Groups, each option with keys of its own (GROUP=OPTION --cfg job shows them):"]
-    for group in groups:
-        options = sorted(path.stem for path in (conf / group).glob("*.yaml"))
-        lines.append(f"  {group}={'|'.join(options)}")
+    for name, node in options.items():
+        lines += ["", f"With {name}:", *_section(name.partition("=")[0], node)]
+    if options:
+        lines += ["", "experiment=NAME sets the keys that conf/experiment/NAME.yaml holds; --cfg job shows the result."]
     return "\n".join(lines)
 
 
@@ -56,7 +63,7 @@ def _as_yaml(value: Any) -> str:
     return "(required)" if value == "???" else str(value)
 
 
-def explain(error: Exception, overrides: list[str], places: list[Path]) -> str:
+def explain(error: Exception, overrides: Sequence[str], places: list[Path]) -> str:
     """A refusal by Hydra or OmegaConf in the words of the schema: the key, the value, what is allowed.
 
     Args:
@@ -89,7 +96,7 @@ def _cause(error: BaseException | None) -> OmegaConfBaseException | None:
     return None
 
 
-def _given(key: str, overrides: list[str], source: str | None, places: list[Path]) -> Any:
+def _given(key: str, overrides: Sequence[str], source: str | None, places: list[Path]) -> Any:
     """The value that the command line or the YAML file at fault gives the key, if it can be found."""
     for override in overrides:
         name, _, value = override.partition("=")

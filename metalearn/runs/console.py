@@ -46,4 +46,4 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 def print_path(what: str, path: Path) -> None:
     """Where something was written, on a line that is not broken and can be copied."""
-    rich.get_console().print(f"{what}: {path}", soft_wrap=True, highlight=False)
+    rich.get_console().print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ from metalearn.types import Forward, Params
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Experiment:
     """Everything that a run computes with, on its device; nothing here changes while it runs.
 
@@ -52,6 +53,11 @@ class Experiment:
     validation: EpisodeSampler
     test: EpisodeSampler
 
+    @property
+    def eval_batch(self) -> int:
+        """Tasks at a time in validation and test."""
+        return min(self.config.task.meta_batch, self.config.inner.task_chunk or self.config.task.meta_batch)
+
 
 def build(config: TrainConfig) -> Experiment:
     """Load the data, build the model, seeded by ``run.seed``.
@@ -61,13 +67,15 @@ def build(config: TrainConfig) -> Experiment:
         DataError: if the data set is missing or damaged.
     """
     device = pick_device(config.run.device)
-    _make_deterministic(config.run.deterministic)
+    if config.run.deterministic:
+        _make_deterministic()
     splits = load_data(config).to(device)
-    shape = TaskShape(config.task.ways, config.task.shots, config.task.queries)
-    train, validation, test = (
-        EpisodeSampler(images, shape, config.run.seed, split)
-        for split, images in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
-    )
+    task, seed = config.task, config.run.seed
+    train_shape = TaskShape(task.ways, task.shots, task.queries)
+    eval_shape = TaskShape(task.ways, task.shots, config.eval.queries)
+    train = EpisodeSampler(splits.train, train_shape, seed, "train")
+    validation = EpisodeSampler(splits.validation, eval_shape, seed, "validation")
+    test = EpisodeSampler(splits.test, eval_shape, seed, "test")
     torch.manual_seed(config.run.seed)
     forward, theta = functionalize(build_model(config, splits.train.shape[2:]).to(device))
     settings = config.inner
@@ -118,6 +126,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _make_deterministic(wanted: bool) -> None:
-    torch.use_deterministic_algorithms(wanted)
-    torch.backends.cudnn.deterministic = wanted
+def _make_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first call
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True

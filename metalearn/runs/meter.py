@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from statistics import median
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,48 +14,36 @@ from torch import Tensor
 from metalearn.runs.memory import MIB, LiveTensorBytes
 
 
-class StepFigures(NamedTuple):
-    """Of one meta-step, as scalars on the device.
-
-    Args:
-        query_loss: mean query loss after adaptation.
-        query_accuracy: mean accuracy on the query sets after adaptation.
-        support_loss: mean support loss before adaptation.
-        grad_norm: global norm of the meta-gradient, before clipping.
-    """
-
-    query_loss: Tensor
-    query_accuracy: Tensor
-    support_loss: Tensor
-    grad_norm: Tensor
-
-
 class Meter:
     """Means, times and peak memory of meta-steps.
 
     Args:
-        device: where the steps run. On CUDA the peak is the allocator's, over all steps. Elsewhere it is the live
-            tensors' bytes in the first step, which takes longer for it; that step's window is left out of the times.
+        device: where the steps run. On CUDA the peak is the allocator's, over all steps: the data set, the parameters
+            and the optimiser's state are in it. Elsewhere it is the most bytes that tensors made in a meta-step take
+            at once, measured in the first, which takes longer for it and is not timed.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.peak_bytes = 0
-        self._steps: list[StepFigures] = []
+        self._figures: list[Mapping[str, Tensor]] = []
+        self._timed = 0
         self._window_ms: list[float] = []
+        self._measured_step_ms = math.nan  # of the step whose memory was measured: only if there is no other
         self.open_window()
 
     @property
     def meta_step_ms(self) -> float:
-        """Median over windows of the mean time of a step; the first window warms up."""
-        return median(self._window_ms[1:] or self._window_ms)
+        """Median over windows of the mean time of a step, sampling included; the first window warms up."""
+        return median(self._window_ms[1:] or self._window_ms or [self._measured_step_ms])
 
     def open_window(self) -> None:
         """Start to measure; what happened since the last window closed does not count."""
-        self._steps = []
+        self._figures = []
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
+        self._timed = 0
         self._opened = time.perf_counter()
 
     @contextmanager
@@ -63,24 +51,30 @@ class Meter:
         """Around one meta-step."""
         if self.device.type == "cuda" or self.peak_bytes:
             yield
-        else:
-            with LiveTensorBytes() as live:
-                yield
-            self.peak_bytes = live.peak
+            self._timed += 1
+            return
+        live = LiveTensorBytes()
+        with live:
+            yield
+        self.peak_bytes = live.peak
+        self._measured_step_ms = 1000 * (time.perf_counter() - self._opened)
+        self._opened = time.perf_counter()
 
-    def add(self, figures: StepFigures) -> None:
-        """Note a step's figures without reading them."""
-        self._steps.append(figures)
+    def add(self, figures: Mapping[str, Tensor]) -> None:
+        """Note a step's figures, scalars on the device, without reading them."""
+        self._figures.append(figures)
 
     def close_window(self) -> dict[str, float]:
         """Read the window's figures, as TensorBoard's tags and values, and open the next."""
         means = {
-            f"train/{name}": torch.stack(values).mean().item()
-            for name, values in zip(StepFigures._fields, zip(*self._steps, strict=True), strict=True)
+            f"train/{name}": torch.stack([figures[name] for figures in self._figures]).mean().item()
+            for name in self._figures[0]
         }
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device))
-        self._window_ms.append(1000 * (time.perf_counter() - self._opened) / len(self._steps))
+        if self._timed:
+            self._window_ms.append(1000 * (time.perf_counter() - self._opened) / self._timed)
+            means["time/meta_step_ms"] = self._window_ms[-1]
         self.open_window()
-        return {**means, "time/meta_step_ms": self._window_ms[-1], "memory/peak_mib": self.peak_bytes / MIB}
+        return {**means, "memory/peak_mib": self.peak_bytes / MIB}

@@ -15,7 +15,7 @@ from metalearn.runs.memory import MIB
 from metalearn.runs.meter import Meter
 
 
-def test_metrics(experiment: Experiment, result: Evaluation) -> dict[str, Any]:
+def accuracy_metrics(experiment: Experiment, result: Evaluation) -> dict[str, Any]:
     """What was tested, and how well it did; accuracies are fractions, intervals half-widths."""
     config = experiment.config
     alone = result.nontransductive
@@ -32,6 +32,7 @@ def test_metrics(experiment: Experiment, result: Evaluation) -> dict[str, Any]:
         "test.accuracy_nontransductive": alone.mean if alone else None,
         "test.ci95_nontransductive": alone.ci95 if alone else None,
         "test.episodes": result.episodes,
+        "test.queries": config.eval.queries,
         "test.inner_steps": len(result.per_step) - 1,
         "test.accuracy_per_step": [estimate.mean for estimate in result.per_step],
         "test.ci95_per_step": [estimate.ci95 for estimate in result.per_step],
@@ -65,7 +66,7 @@ def cost_rows(metrics: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def test_rows(experiment: Experiment, result: Evaluation) -> dict[str, str]:
+def accuracy_rows(experiment: Experiment, result: Evaluation) -> dict[str, str]:
     """The rows of a test in the closing table."""
     config = experiment.config
     order = "second order" if config.inner.second_order else "first order"

@@ -10,12 +10,12 @@ from metalearn.runs.checkpoints import best_path, load_checkpoint
 from metalearn.runs.console import print_facts, print_path, progress_bar
 from metalearn.runs.evaluation import Evaluation, evaluate
 from metalearn.runs.experiment import Experiment, build
-from metalearn.runs.report import test_metrics, test_rows, write_metrics
+from metalearn.runs.report import accuracy_metrics, accuracy_rows, write_metrics
 from metalearn.runs.schema import TrainConfig
 from metalearn.types import Params
 
 
-def test(experiment: Experiment, params: Params, episodes: int, progress: Progress) -> Evaluation:
+def final_test(experiment: Experiment, params: Params, episodes: int, progress: Progress) -> Evaluation:
     """Accuracy on ``episodes`` tasks of test classes, by both BatchNorm protocols."""
     bar = progress.add_task("test", total=episodes, note="")
     return evaluate(
@@ -24,7 +24,7 @@ def test(experiment: Experiment, params: Params, episodes: int, progress: Progre
         experiment.test,
         experiment.eval_inner,
         episodes=episodes,
-        batch=experiment.config.task.meta_batch,
+        batch=experiment.eval_batch,
         nontransductive=True,
         progress=lambda done: progress.update(bar, completed=done),
     )
@@ -44,8 +44,8 @@ def retest(config: TrainConfig, run_dir: Path, output_dir: Path) -> None:
     experiment = build(config)
     best = load_checkpoint(best_path(run_dir), like=experiment.theta, device=experiment.device)
     with progress_bar() as progress:
-        result = test(experiment, best.params, config.eval.episodes, progress)
-    metrics = {**test_metrics(experiment, result), "iterations": best.iteration, "run.dir": str(run_dir)}
+        result = final_test(experiment, best.params, config.eval.episodes, progress)
+    metrics = {**accuracy_metrics(experiment, result), "checkpoint.iteration": best.iteration, "run.dir": str(run_dir)}
     path = write_metrics(metrics, output_dir)
-    print_facts(f"Test of the checkpoint at meta-step {best.iteration}", test_rows(experiment, result))
+    print_facts(f"Test of the checkpoint at meta-step {best.iteration}", accuracy_rows(experiment, result))
     print_path("Written to", path)

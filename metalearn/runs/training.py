@@ -12,11 +12,13 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.progress import Progress
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -28,15 +30,22 @@ from metalearn.runs.checkpoints import Checkpoint, best_path, load_checkpoint, s
 from metalearn.runs.console import print_facts, print_path, progress_bar
 from metalearn.runs.evaluation import accuracy, evaluate
 from metalearn.runs.experiment import Experiment, build
-from metalearn.runs.meter import Meter, StepFigures
+from metalearn.runs.meter import Meter
 from metalearn.runs.pictures import task_picture
-from metalearn.runs.report import cost_metrics, cost_rows, test_metrics, test_rows, write_metrics
+from metalearn.runs.report import accuracy_metrics, accuracy_rows, cost_metrics, cost_rows, write_metrics
 from metalearn.runs.schema import OuterConfig, TrainConfig
-from metalearn.runs.testing import test
+from metalearn.runs.testing import final_test
 from metalearn.runs.tracking import Tracker
 from metalearn.types import Episodes, Params
 
 log = logging.getLogger(__name__)
+
+
+class Best(NamedTuple):
+    """Which parameters lie in the checkpoint: those after ``iteration`` meta-steps."""
+
+    iteration: int
+    validation_accuracy: float
 
 
 @dataclass
@@ -47,7 +56,7 @@ class TrainState:
     optimizer: Adam
     schedule: CosineAnnealingLR | None
     iteration: int = 0
-    best: Checkpoint | None = None
+    best: Best | None = None
 
     @classmethod
     def start(cls, theta: Params, outer: OuterConfig) -> TrainState:
@@ -72,24 +81,24 @@ def train(config: TrainConfig, run_dir: Path, config_yaml: str) -> None:
         DataError: if the data set is missing or damaged.
     """
     started = time.perf_counter()
-    claim(run_dir, config_yaml)
     experiment = build(config)
+    claim(run_dir, config_yaml)
     state = TrainState.start(experiment.theta, config.outer)
     meter = Meter(experiment.device)
     with Tracker(run_dir, config=config_yaml) as tracker, progress_bar() as progress:
-        meta_train(experiment, state, run_dir, meter, tracker, progress)
+        meta_train(experiment, state, run_dir, meter=meter, tracker=tracker, progress=progress)
         best = load_checkpoint(best_path(run_dir), like=state.params, device=experiment.device)
-        result = test(experiment, best.params, config.eval.episodes, progress)
+        result = final_test(experiment, best.params, config.eval.episodes, progress)
         tracker.test(result)
     metrics = {
-        **test_metrics(experiment, result),
+        **accuracy_metrics(experiment, result),
         "iterations": state.iteration,
         "validation.best_accuracy": best.validation_accuracy,
         "validation.best_iteration": best.iteration,
         **cost_metrics(meter, total_s=time.perf_counter() - started),
     }
     write_metrics(metrics, run_dir)
-    print_facts("Summary", {**test_rows(experiment, result), **cost_rows(metrics)})
+    print_facts("Summary", {**accuracy_rows(experiment, result), **cost_rows(metrics)})
     print_path("Run folder", run_dir)
 
 
@@ -107,7 +116,7 @@ def claim(run_dir: Path, config_yaml: str) -> None:
 
 
 def meta_train(
-    experiment: Experiment, state: TrainState, run_dir: Path, meter: Meter, tracker: Tracker, progress: Progress
+    experiment: Experiment, state: TrainState, run_dir: Path, *, meter: Meter, tracker: Tracker, progress: Progress
 ) -> None:
     """Take the meta-steps that are left, and keep the checkpoint with the best validation accuracy."""
     config = experiment.config
@@ -115,6 +124,7 @@ def meta_train(
     bar = progress.add_task("meta-training", total=last, completed=state.iteration, note="")
     while state.iteration < last:
         episodes = experiment.train.batch(state.iteration, config.task.meta_batch)
+        lr = state.optimizer.param_groups[0]["lr"]
         with meter.step():
             figures = meta_step(experiment, state, episodes)
         meter.add(figures)
@@ -123,15 +133,15 @@ def meta_train(
         if validation_due or state.iteration % config.log.every == 0:
             window = meter.close_window()
             _refuse_nonfinite(window, state, config)
-            tracker.scalars({**window, "outer/lr": state.optimizer.param_groups[0]["lr"]}, state.iteration)
+            tracker.scalars({**window, "outer/lr": lr}, state.iteration)
         if validation_due:
-            estimate = validate(experiment, state, run_dir, tracker)
-            progress.update(bar, note=f"validation {estimate:.1%}")
+            mean = validate(experiment, state, run_dir, tracker)
+            progress.update(bar, note=f"validation {mean:.1%}")
             meter.open_window()
 
 
-def meta_step(experiment: Experiment, state: TrainState, episodes: Episodes) -> StepFigures:
-    """One step of the meta-optimiser on a batch of tasks."""
+def meta_step(experiment: Experiment, state: TrainState, episodes: Episodes) -> dict[str, Tensor]:
+    """One step of the meta-optimiser on a batch of tasks; returns its figures, still on the device."""
     result = meta_gradient(experiment.forward, state.params, episodes, experiment.inner)
     for name, p in state.params.items():
         p.grad = result.grads[name]
@@ -141,24 +151,28 @@ def meta_step(experiment: Experiment, state: TrainState, episodes: Episodes) -> 
     if state.schedule is not None:
         state.schedule.step()
     state.iteration += 1
-    return StepFigures(
-        query_loss=result.loss,
-        query_accuracy=accuracy(result.predictions, episodes.query_y).mean(),
-        support_loss=result.support_loss[:1].mean(),
-        grad_norm=norm,
-    )
+    figures = {
+        "query_loss": result.loss,
+        "query_accuracy": accuracy(result.predictions, episodes.query_y).mean(),
+        "grad_norm": norm,
+    }
+    if experiment.inner.steps > 0:
+        figures["support_loss"] = result.support_loss[0]
+    return figures
 
 
 def validate(experiment: Experiment, state: TrainState, run_dir: Path, tracker: Tracker) -> float:
     """Accuracy on validation classes; saves the parameters if they are the best so far."""
     config = experiment.config
+    if not all(torch.isfinite(p).all() for p in state.params.values()):
+        raise _diverged("a parameter is not finite", state, config)
     result = evaluate(
         experiment.forward,
         state.params,
         experiment.validation,
         experiment.eval_inner,
         episodes=config.eval.validation_episodes,
-        batch=config.task.meta_batch,
+        batch=experiment.eval_batch,
         nontransductive=False,
     )
     tracker.validation(result, state.iteration)
@@ -166,8 +180,8 @@ def validate(experiment: Experiment, state: TrainState, run_dir: Path, tracker: 
         tracker.image("validation/task", picture(experiment, state.params), state.iteration)
     mean = result.accuracy.mean
     if state.best is None or mean > state.best.validation_accuracy:
-        state.best = Checkpoint(state.params, state.iteration, mean)
-        save_checkpoint(state.best, best_path(run_dir))
+        save_checkpoint(Checkpoint(state.params, state.iteration, mean), best_path(run_dir))
+        state.best = Best(state.iteration, mean)
     log.info("%6d/%d  validation accuracy %s", state.iteration, config.outer.iterations, result.accuracy)
     return mean
 
@@ -183,8 +197,13 @@ def picture(experiment: Experiment, params: Params) -> NDArray[np.uint8]:
 def _refuse_nonfinite(window: dict[str, float], state: TrainState, config: TrainConfig) -> None:
     bad = [f"{tag} is {value}" for tag, value in window.items() if not math.isfinite(value)]
     if bad:
-        raise RunError(
-            f"Training has diverged by meta-step {state.iteration}: {', '.join(bad)}. Try a smaller inner.lr "
-            f"(now {config.inner.lr}) or outer.lr ({config.outer.lr}), or outer.clip_norm=10 "
-            f"(now {config.outer.clip_norm}). The best checkpoint so far is kept."
-        )
+        raise _diverged(", ".join(bad), state, config)
+
+
+def _diverged(what: str, state: TrainState, config: TrainConfig) -> RunError:
+    remedy = (
+        f"Try a smaller inner.lr (now {config.inner.lr}) or outer.lr ({config.outer.lr}), or outer.clip_norm=10 "
+        f"(now {config.outer.clip_norm})."
+    )
+    kept = f" The checkpoint of meta-step {state.best.iteration} is kept." if state.best else ""
+    return RunError(f"Training has diverged by meta-step {state.iteration}: {what}. {remedy}{kept}")

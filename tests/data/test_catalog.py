@@ -46,7 +46,11 @@ def test_archives_are_unpacked_without_a_network(tmp_path: Path) -> None:
     (tmp_path / "omniglot-py").mkdir()
     for part in catalog.OMNIGLOT_PARTS:
         (tmp_path / "omniglot-py" / f"{part}.zip").touch()
-    assert omniglot_source(str(tmp_path)) == "download"
+    assert omniglot_source(str(tmp_path)) == "archives"
+    (tmp_path / "omniglot-py" / "images_background").mkdir()
+    assert omniglot_source(str(tmp_path)) == "archives", "one of the two is still packed"
+    (tmp_path / "omniglot-py" / "images_evaluation").mkdir()
+    assert omniglot_source(str(tmp_path)) == "disk"
 
 
 def test_download_fills_an_existing_or_the_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from metalearn.data import catalog, omniglot
+from metalearn.data import catalog, omniglot, omniglot_download
 from metalearn.data.splits import with_rotations
 from metalearn.errors import DataError
 
+PIXELS = {
+    "images_background": "a90972222e6da451049dbf89c759b11589db2d9eff9365c33fcbe6be6d2f9188",
+    "images_evaluation": "b5c12022fe2fc72d9cdc0b9451cd636578d58a3ddae0d03c4924404d11e8baad",
+}
 PARTS = {"images_background": 3, "images_evaluation": 2}
 
 
@@ -22,7 +28,9 @@ PARTS = {"images_background": 3, "images_evaluation": 2}
 def _small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Five classes stand for the 1,623, with a cache of their own."""
     if "omniglot_root" not in request.fixturenames:
-        monkeypatch.setattr(omniglot, "OMNIGLOT_PARTS", PARTS)
+        for module in (omniglot, catalog, omniglot_download):
+            monkeypatch.setattr(module, "OMNIGLOT_PARTS", PARTS)
+        monkeypatch.setattr(omniglot, "_PIXELS_SHA256", PIXELS)
         monkeypatch.setattr(catalog, "_reachable", lambda: False)
         monkeypatch.setenv("METALEARN_CACHE", str(tmp_path / "own cache"))
 
@@ -137,17 +145,108 @@ def test_incomplete_folders_are_named(root: Path, missing: str, message: str) ->
 
 def test_stray_files_do_not_matter(root: Path) -> None:
     base = root / "omniglot-py"
-    for stray in ("images_background/.DS_Store", "images_background/A/.DS_Store", "images_background/A/c1/notes.txt"):
-        (base / stray).touch()
+    (base / "images_background" / "A" / ".ipynb_checkpoints").mkdir()
+    for stray in (".DS_Store", "A/.DS_Store", "A/c1/notes.txt", "A/c1/._0000_03.png", "A/c1/0000_04 (1).png"):
+        (base / "images_background" / stray).touch()
     assert omniglot.read_characters(str(root)).images.shape[0] == 5
 
 
-def test_failed_download_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "omniglot-py").mkdir()
+def test_other_pixels_than_the_published_ones_are_noticed(root: Path) -> None:
+    base = root / "omniglot-py" / "images_background"
+    shutil.copy(base / "A/c1/0000_03.png", base / "A/c1/0000_04.png")
+    with pytest.raises(DataError, match=r"images_background is damaged: .*pixels are not the published ones"):
+        omniglot.read_characters(str(root))
+
+
+def test_names_that_do_not_belong_are_noticed(root: Path) -> None:
+    folder = root / "omniglot-py" / "images_background" / "A" / "c1"
+    (folder / "0000_03.png").rename(folder / "0007_03.png")
+    with pytest.raises(DataError, match=r"A/c1 holds 20 drawings and not 20 of one number"):
+        omniglot.read_characters(str(root))
+
+
+def test_a_link_to_nowhere_is_named(root: Path) -> None:
+    file = root / "omniglot-py" / "images_background" / "A" / "c1" / "0000_03.png"
+    file.unlink()
+    file.symlink_to(root / "gone")
+    with pytest.raises(DataError, match=r"cannot be read: .*0000_03\.png"):
+        omniglot.read_characters(str(root))
+
+
+def pack(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turn the folders into archives, whose digests are then the published ones."""
+    digests = {}
     for part in PARTS:
-        (tmp_path / "omniglot-py" / f"{part}.zip").write_bytes(b"not an archive")
-    with pytest.raises(DataError, match=r"could not be downloaded.*data=glyphs"):
+        base = root / "omniglot-py"
+        archive = Path(shutil.make_archive(str(base / part), "zip", base, part))
+        digests[part] = hashlib.md5(archive.read_bytes()).hexdigest()
+        shutil.rmtree(base / part)
+    monkeypatch.setattr("torchvision.datasets.Omniglot.zips_md5", digests)
+
+
+def test_archives_without_folders_are_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = omniglot.read_characters(str(root)).images
+    pack(root, monkeypatch)
+    assert torch.equal(omniglot.read_characters(str(root)).images, expected)
+    assert not list(root.rglob(".unpacking-*"))
+
+
+def test_one_archive_of_two_is_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack(root, monkeypatch)
+    omniglot.read_characters(str(root))
+    shutil.rmtree(root / "omniglot-py" / "images_evaluation")
+    assert omniglot.read_characters(str(root)).images.shape[0] == 5
+
+
+def test_damaged_archive_is_named_and_not_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack(root, monkeypatch)
+    archive = root / "omniglot-py" / "images_evaluation.zip"
+    archive.write_bytes(archive.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"images_evaluation\.zip is damaged: its MD5 is not the published"):
+        omniglot.read_characters(str(root))
+    assert not (root / "omniglot-py" / "images_evaluation").exists()
+
+
+def test_interrupted_unpacking_leaves_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack(root, monkeypatch)
+
+    def half(archive: str, to: str) -> None:
+        (Path(to) / "images_background" / "A").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchvision.datasets.utils.extract_archive", half)
+    with pytest.raises(KeyboardInterrupt):
+        omniglot.read_characters(str(root))
+    assert sorted(p.name for p in (root / "omniglot-py").iterdir()) == [f"{part}.zip" for part in sorted(PARTS)]
+
+
+def fake_download(root: Path) -> Callable[..., None]:
+    """Torchvision's class, which copies instead."""
+
+    def download(to: str, *, background: bool, download: bool) -> None:
+        part = "images_background" if background else "images_evaluation"
+        shutil.copytree(root / "omniglot-py" / part, Path(to) / "omniglot-py" / part)
+
+    return download
+
+
+def test_download_fills_the_default_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "_reachable", lambda: True)
+    monkeypatch.setattr("torchvision.datasets.Omniglot", fake_download(root))
+    assert omniglot.read_characters(None).images.shape[0] == 5
+    assert sorted(p.name for p in (catalog.cache_dir() / "data" / "omniglot-py").iterdir()) == sorted(PARTS)
+
+
+def test_failed_download_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(to: str, *, background: bool, download: bool) -> None:
+        (Path(to) / "omniglot-py" / "images_background").mkdir(parents=True)
+        raise RuntimeError("File not found or corrupted.")
+
+    monkeypatch.setattr(catalog, "_reachable", lambda: True)
+    monkeypatch.setattr("torchvision.datasets.Omniglot", fails)
+    with pytest.raises(DataError, match=r"could not be brought to .*File not found or corrupted.*data=glyphs"):
         omniglot.read_characters(str(tmp_path))
+    assert not list(tmp_path.rglob("images_background"))
 
 
 def test_rotations_make_new_classes() -> None:

@@ -42,6 +42,16 @@ def test_result_is_differentiable_in_params_that_require_it(second_order: bool) 
     assert bool(jacobian.ne(0).any()) == second_order
 
 
+def test_only_some_parameters_require_a_gradient() -> None:
+    forward, theta = functionalize(nn.Linear(2, 2))
+    theta["bias"].requires_grad_()
+    x, y = torch.randn(1, 3, 2), torch.tensor([[0, 1, 1]])
+    fast = adapt(forward, theta, x, y, InnerLoop(lr=0.5, steps=2))
+    plain = adapt(forward, {n: p.detach() for n, p in theta.items()}, x, y, InnerLoop(lr=0.5, steps=2))
+    torch.testing.assert_close(fast, plain)
+    assert fast["bias"].requires_grad
+
+
 def test_no_graph_where_none_is_wanted() -> None:
     forward, theta = functionalize(nn.Linear(2, 2))
     x, y = torch.randn(1, 3, 2), torch.tensor([[0, 1, 1]])

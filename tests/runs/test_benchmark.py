@@ -14,8 +14,9 @@ from metalearn.errors import RunError
 from metalearn.models import Conv4
 from metalearn.runs import benchmark
 from metalearn.runs.benchmark import Contender, check_equal, contenders, run_benchmark, summarise
+from metalearn.runs.checks import check
 from metalearn.runs.config import compose, settle_data, typed
-from metalearn.runs.schema import BenchmarkConfig, check
+from metalearn.runs.schema import BenchmarkConfig
 from tests.conftest import image_episodes
 
 pytestmark = pytest.mark.usefixtures("learn2learn_installed")

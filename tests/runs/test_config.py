@@ -17,9 +17,10 @@ from metalearn.errors import ConfigError
 from metalearn.metagrad import ENGINES
 from metalearn.models import MLP, Conv4
 from metalearn.runs import schema
-from metalearn.runs.config import CONF, compose, from_yaml, settle_data, to_yaml, typed
+from metalearn.runs.checks import allowed, check, check_evaluate, entries
+from metalearn.runs.config import CONF, _options, compose, from_yaml, jobs, settle_data, to_yaml, typed
 from metalearn.runs.config_help import help_text
-from metalearn.runs.schema import EvaluateConfig, GlyphsConfig, OmniglotConfig, TrainConfig, check, check_evaluate
+from metalearn.runs.schema import EvaluateConfig, GlyphsConfig, OmniglotConfig, TrainConfig
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
@@ -59,7 +60,18 @@ REFUSED = [
     ("model.hidden=[3]", r"model\.hidden=\[3\]: there is no such key\. The keys of model are name, width, pool"),
     ("algorithm=reptile", r"Could not find 'algorithm/reptile'(?s:.*)maml"),
     ("experiment=nope", r"Could not find 'experiment/nope'(?s:.*)omniglot_5way_1shot"),
+    ("eval.queries=20", r"task\.shots=1 and eval\.queries=20: together 21, and a class has 20 drawings"),
+    ("data=null", r"data=null: choose one of glyphs, omniglot"),
+    ("~data", r"data\.name is required"),
+    ("~model", r"model\.name is required"),
+    ("data.name=glyphs", r"data\.name=glyphs: must be omniglot"),
+    ("model.name=mlp", r"model\.name=mlp: must be conv4"),
+    ("run.seed=9223372036854775808", r"run\.seed=9223372036854775808: .* at most 9223372036854775807"),
+    ("run.seed=-1", r"run\.seed=-1: must be a whole number, at least 0"),
     ("run.device=gpu", r"run\.device=gpu: must be auto, cpu, cuda or cuda:N"),
+    ("run.device='cuda:'", r"run\.device=cuda:: must be auto, cpu, cuda or cuda:N"),
+    ("run.device='cpu:'", r"run\.device=cpu:: must be"),
+    ("run.device='cuda:01'", r"run\.device=cuda:01: must be"),
     ("inner=3", r"inner=3"),
     ("inner.steps=[", r"no viable alternative at input '\['"),
     ("~inner.lr", r"inner\.lr.*does not support deletion"),
@@ -75,12 +87,40 @@ def test_refused_with_key_value_and_what_is_allowed(override: str, message: str)
 
 def test_every_fault_is_reported_at_once() -> None:
     with pytest.raises(ConfigError) as refused:
-        checked("inner.steps=-1", "task.shots=0", "outer.lr=-3")
+        checked("inner.steps=-1", "task.shots=0", "outer.lr=-3", "run.device=gpu")
     assert [line.split(":")[0] for line in str(refused.value).splitlines()] == [
         "task.shots=0",
         "inner.steps=-1",
         "outer.lr=-3.0",
+        "eval.queries=0",
+        "run.device=gpu",
     ]
+
+
+@pytest.mark.parametrize("group", ["data", "model"])
+def test_a_group_without_an_option_is_refused(group: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{group}: nothing is chosen; take {group}=\w+ or {group}=\w+"):
+        checked(f"~{group}", f"{group}.name=mine")
+
+
+def test_every_job_of_a_sweep_is_seen() -> None:
+    assert jobs(["inner.steps=1,2", "run.seed=range(0,2)", "model=mlp", "inner.lr=0.5"]) == [
+        [f"inner.steps={steps}", f"run.seed={seed}", "model=mlp", "inner.lr=0.5"] for steps in (1, 2) for seed in (0, 1)
+    ]
+    with pytest.raises(ConfigError, match="no viable alternative"):
+        jobs(["inner.steps=["])
+
+
+def test_a_folder_with_a_comma_can_hold_experiments(tmp_path: Path) -> None:
+    folder = tmp_path / "my, own"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "mine.yaml").write_text("# @package _global_\ninner:\n  steps: 7\n")
+    assert checked("experiment=mine", config_dir=folder).inner.steps == 7
+
+
+def test_a_configuration_without_the_schema_is_refused() -> None:
+    with pytest.raises(ConfigError, match="lacks its schema, TrainConfig"):
+        typed(compose("settings"), TrainConfig)
 
 
 def test_typo_in_an_experiment_file_names_file_key_and_value(tmp_path: Path) -> None:
@@ -121,7 +161,7 @@ def test_ways_are_limited_by_the_data_in_use() -> None:
 def test_settled_data_is_glyphs_with_their_defaults_where_omniglot_is_nowhere(caplog: pytest.LogCaptureFixture) -> None:
     settled = settle_data(checked())
     assert settled.data == checked("data=glyphs").data
-    assert "NO OMNIGLOT" in caplog.text
+    assert re.search(r"NO OMNIGLOT: .* holds no Omniglot, and it cannot be downloaded", caplog.text)
 
 
 def test_settled_root_does_not_depend_on_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +183,12 @@ def test_metalearn_data_is_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_experiments_have_finns_hyperparameters(name: str) -> None:
     config = checked(f"experiment={name}")
     ways, shots = (int(n) for n in re.findall(r"\d+", name))
-    assert (config.task.ways, config.task.shots, config.task.queries) == (ways, shots, shots)
+    assert (config.task.ways, config.task.shots, config.task.queries, config.eval.queries) == (
+        ways,
+        shots,
+        shots,
+        shots,
+    )
     expected = (0.4, 1, 32) if ways == 5 else (0.1, 5, 16)
     assert (config.inner.lr, config.inner.steps, config.task.meta_batch) == expected
     assert config.inner.eval_steps > config.inner.steps
@@ -175,12 +220,13 @@ def test_evaluate_needs_a_runs_folder(tmp_path: Path) -> None:
         check_evaluate(typed(compose("evaluate", [f"run.dir={tmp_path}"]), EvaluateConfig))
 
 
-def test_help_explains_every_key() -> None:
-    text = help_text(compose("train"), "scripts/train.py", "Trains.", CONF)
-    for name, _, f, kind in schema.entries(checked()):
-        line = text.split(f"  {name}=", 1)[1].split("\n\n")[0]
-        assert f.metadata["meaning"].split()[0] in line
-        assert schema.allowed(f, kind).split()[0] in line
+@pytest.mark.parametrize("groups", [[], ["data=glyphs", "model=mlp"]])
+def test_help_explains_every_key(groups: list[str]) -> None:
+    config = compose("train")
+    text = re.sub(r"\s+", " ", help_text(config, "scripts/train.py", "Trains.", _options("train", config)))
+    for name, _, f, kind in entries(checked(*groups)):
+        pattern = rf" {re.escape(name)}=\S+ (\[[\d, ]+\] |[\d, ]+\] )?{re.escape(f.metadata['meaning'])} "
+        assert re.search(pattern + re.escape(f"({allowed(f, kind)})"), text), name
 
 
 def defaults_of(function: Any) -> dict[str, Any]:

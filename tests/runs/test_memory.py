@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-from metalearn import InnerLoop, functionalize, meta_gradient
+from metalearn import Episodes, InnerLoop, functionalize, meta_gradient
 from metalearn.models import Conv4
 from metalearn.runs.memory import LiveTensorBytes
 from tests.conftest import image_episodes
@@ -50,6 +51,15 @@ def test_second_order_needs_more_and_grows_with_the_steps() -> None:
 
     assert peak(1, second_order=False) < peak(1, second_order=True) < peak(3, second_order=True)
     assert peak(3, second_order=False) < 1.1 * peak(1, second_order=False)
+
+
+def test_gradients_of_chunks_are_not_kept() -> None:
+    forward, theta = functionalize(nn.Linear(400, 400))
+    x, y = torch.randn(16, 1, 400), torch.zeros(16, 1).long()
+    live = LiveTensorBytes()
+    with live:
+        meta_gradient(forward, theta, Episodes(x, y, x, y), InnerLoop(lr=0.1, steps=1, task_chunk=1))
+    assert live.peak < 10 * 400 * 400 * 4, "some copies of the parameters, and not sixteen"
 
 
 def test_bounded_by_tasks_in_chunks() -> None:

@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
-from metalearn import files
+from metalearn import Episodes, files
 from metalearn.data import catalog
 from metalearn.errors import ConfigError, RunError
 from metalearn.runs.checkpoints import best_path, load_checkpoint
+from metalearn.runs.checks import check
 from metalearn.runs.config import CONF, compose, from_yaml, settle_data, to_yaml, typed
-from metalearn.runs.experiment import build, pick_device
-from metalearn.runs.schema import TrainConfig, check
+from metalearn.runs.experiment import Experiment, build, pick_device
+from metalearn.runs.schema import TrainConfig
 from metalearn.runs.testing import retest
-from metalearn.runs.training import train
+from metalearn.runs.training import TrainState, meta_step, train
 
 SMALL = [
     "data=glyphs",
@@ -105,7 +107,8 @@ def test_tensorboard_shows_every_tag(finished: tuple[Path, dict[str, Any]]) -> N
     for tag in every_5:
         assert [step for step, _ in scalars[tag]] == list(range(5, 41, 5)), tag
         assert all(math.isfinite(value) for _, value in scalars[tag])
-    assert scalars["outer/lr"][-1][1] == pytest.approx(0, abs=1e-8), "the cosine ends at 0"
+    cosine = [0.005 * (1 + math.cos(math.pi * (step - 1) / 40)) / 2 for step in range(5, 41, 5)]
+    assert [value for _, value in scalars["outer/lr"]] == pytest.approx(cosine, rel=1e-5), "the rate that was used"
     for tag in ("validation/accuracy", "validation/accuracy_low", "validation/accuracy_high"):
         assert [step for step, _ in scalars[tag]] == [20, 40]
     low, mean, high = (scalars[f"validation/accuracy{end}"][-1][1] for end in ("_low", "", "_high"))
@@ -173,9 +176,41 @@ def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, dict[str, 
 
 
 def test_divergence_stops_with_the_remedy_and_keeps_the_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"diverged by meta-step \d+: .*train/query_loss is .*outer\.clip_norm"):
+    with pytest.raises(RunError, match=r"diverged by meta-step \d+: .*outer\.clip_norm"):
         run(tmp_path / "run", "outer.lr=1e30", "eval.every=1", "outer.schedule=constant", "log.every=1")
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_parameters_that_are_no_longer_finite_are_neither_kept_nor_tested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The last update is what breaks them, so that no loss shows it.
+    def broken_step(experiment: Experiment, state: TrainState, episodes: Episodes) -> dict[str, Tensor]:
+        figures = meta_step(experiment, state, episodes)
+        if state.iteration == 20:
+            state.params["head.bias"].fill_(math.nan)
+        return figures
+
+    monkeypatch.setattr("metalearn.runs.training.meta_step", broken_step)
+    with pytest.raises(RunError, match=r"diverged by meta-step 20: a parameter is not finite.*meta-step 15 is kept"):
+        run(tmp_path / "run", "eval.every=5", "outer.iterations=20")
+    assert files.load(best_path(tmp_path / "run"))["iteration"] <= 15
+
+
+def test_a_refused_run_leaves_the_folder_free(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="PyTorch sees"):
+        run(tmp_path / "run", "run.device=cuda:99")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_inner_steps(tmp_path: Path) -> None:
+    metrics = run(tmp_path / "run", "inner.steps=0", "inner.eval_steps=0", "outer.iterations=2")
+    assert len(metrics["test.accuracy_per_step"]) == 1
+    assert "train/support_loss" not in events(tmp_path / "run").Tags()["scalars"]
+
+
+def test_one_iteration(tmp_path: Path) -> None:
+    assert run(tmp_path / "run", "outer.iterations=1")["time.meta_step_ms"] > 0
 
 
 def test_gradient_clipping_bounds_the_step(tmp_path: Path) -> None:

@@ -58,6 +58,11 @@ def test_train_from_another_folder_then_evaluate(tmp_path: Path) -> None:
         k: v for k, v in metrics.items() if k.startswith("test.")
     }
 
+    onto = command("evaluate.py", f"run.dir={run_dir}", f"hydra.run.dir={run_dir}", cwd=tmp_path)
+    assert onto.returncode == 2
+    assert "already holds a run (its metrics.json)" in onto.stderr
+    assert json.loads(metrics_file.read_text()) == metrics
+
     damaged = run_dir / "checkpoints" / "best.pt"
     damaged.write_bytes(damaged.read_bytes()[:-5])
     refused = command("evaluate.py", f"run.dir={run_dir}", cwd=tmp_path)
@@ -70,9 +75,15 @@ def test_run_dir_is_honoured_and_never_shared(tmp_path: Path) -> None:
     first = command("train.py", *SMALL, "hydra.run.dir=mine", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert (tmp_path / "mine" / "metrics.json").is_file()
+    logged = (tmp_path / "mine" / "train.log").read_text()
     second = command("train.py", *SMALL, "hydra.run.dir=mine", cwd=tmp_path)
     assert second.returncode != 0
     assert "mine already holds a run" in second.stderr
+    assert (tmp_path / "mine" / "train.log").read_text() == logged
+    (tmp_path / "file").touch()
+    third = command("train.py", *SMALL, "hydra.run.dir=file", cwd=tmp_path)
+    assert third.returncode == 2
+    assert "hydra.run.dir=file: this is a file; name a folder" in third.stderr
 
 
 def test_fallback_is_loud_and_in_the_name(tmp_path: Path) -> None:
@@ -87,8 +98,10 @@ def test_fallback_is_loud_and_in_the_name(tmp_path: Path) -> None:
 def test_multirun_gives_each_job_a_folder(tmp_path: Path) -> None:
     sweep = command("train.py", "--multirun", "inner.second_order=true,false", *SMALL, cwd=tmp_path)
     assert sweep.returncode == 0, sweep.stderr
-    orders = {json.loads(p.read_text())["second_order"] for p in tmp_path.glob("outputs/glyphs-5w1s/*/metrics.json")}
-    assert orders == {True, False}
+    found = list(tmp_path.glob("outputs/sweeps/*/glyphs-5w1s/maml-*/metrics.json"))
+    assert {json.loads(p.read_text())["second_order"] for p in found} == {True, False}
+    assert len({p.parents[2] for p in found}) == 1, "one sweep, one folder"
+    assert {p.name for p in tmp_path.iterdir()} == {"outputs"}
 
 
 def test_cfg_job_shows_the_configuration(tmp_path: Path) -> None:
@@ -113,7 +126,8 @@ def test_help(script: str, tmp_path: Path) -> None:
         (["inner.second_order=maybe"], "inner.second_order=maybe: must be true or false"),
         (["--cfg", "job", "inner.steps=-1"], "inner.steps=-1: must be a whole number, at least 0"),
         (["data.root=/nonexistent", "data.fallback=null"], "data.root=/nonexistent: there is no such folder"),
-        (["--multirun", "inner.steps=-1,-2"], "inner.steps=-1: must be"),
+        (["--multirun", "inner.steps=1,-2"], "inner.steps=-2: must be"),
+        (["--multirun", "inner.second_ordr=true,false"], "Did you mean inner.second_order?"),
         (["run.device=cuda:99"], "run.device=cuda:99: PyTorch sees"),
     ],
 )

@@ -1,0 +1,96 @@
+"""Getting Omniglot onto the disk, whole or not at all: from archives that lie there, or by torchvision's download."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+from filelock import FileLock
+
+from metalearn.data.catalog import OMNIGLOT_PARTS, omniglot_root, omniglot_source
+from metalearn.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+def ensure_omniglot(root: str | None) -> None:
+    """Unpack or download Omniglot below ``root`` if its folders are not there yet.
+
+    Two runs that start together wait for each other, and an interrupted download leaves nothing behind.
+
+    Raises:
+        DataError: if it can be had from nowhere, if an archive is damaged, or if the download fails.
+    """
+    if omniglot_source(root) == "disk":
+        return
+    folder = omniglot_root(root)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".omniglot.lock"):
+            source = omniglot_source(root)  # again: another run may have brought it meanwhile
+            if source == "archives":
+                _unpack(folder / "omniglot-py")
+            elif source == "download":
+                _download(folder)
+    except (OSError, RuntimeError, http.client.HTTPException, zipfile.BadZipFile) as error:
+        # torchvision raises RuntimeError for a wrong digest
+        raise DataError(
+            f"Omniglot could not be brought to {folder}: {error}. Run again, point data.root to a copy, or train on "
+            "the embedded data with data=glyphs."
+        ) from error
+
+
+def _unpack(base: Path) -> None:
+    """Extract the archives whose folders are missing, after comparing their digests with the published ones."""
+    # torchvision is imported here, as that takes as long as torch's, for what happens once.
+    from torchvision.datasets import Omniglot
+    from torchvision.datasets.utils import check_integrity, extract_archive
+
+    for part in OMNIGLOT_PARTS:
+        archive = base / f"{part}.zip"
+        if (base / part).is_dir():
+            continue
+        if not check_integrity(str(archive), Omniglot.zips_md5[part]):
+            raise DataError(
+                f"{archive} is damaged: its MD5 is not the published {Omniglot.zips_md5[part]}. Remove it and run "
+                "again with a network, or replace it."
+            )
+        log.info("Unpacking %s", archive)
+        with _temporary_folder(base) as temporary:
+            extract_archive(str(archive), str(temporary))
+            os.replace(temporary / part, base / part)
+
+
+def _download(folder: Path) -> None:
+    from torchvision.datasets import Omniglot
+
+    log.info("Downloading Omniglot to %s", folder)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)
+    try:
+        with _temporary_folder(folder) as temporary, open(os.devnull, "w") as quiet, redirect_stdout(quiet):
+            for background in (True, False):
+                Omniglot(str(temporary), background=background, download=True)
+            (folder / "omniglot-py").mkdir(exist_ok=True)
+            for part in OMNIGLOT_PARTS:
+                os.replace(temporary / "omniglot-py" / part, folder / "omniglot-py" / part)
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@contextmanager
+def _temporary_folder(beside: Path) -> Iterator[Path]:
+    """A folder on the same disk, removed in any case."""
+    temporary = Path(tempfile.mkdtemp(dir=beside, prefix=".unpacking-"))
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,137 @@
+"""Refusing a configuration that cannot be run, before anything is loaded. Imports neither torch nor Hydra."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from metalearn.data.catalog import DRAWINGS, dataset_in_use
+from metalearn.errors import ConfigError, DataError
+from metalearn.runs.schema import DataConfig, EvaluateConfig, ModelConfig, OmniglotConfig, TrainConfig
+
+
+def entries(config: object, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any], Any]]:
+    """Every leaf key below a configuration object: full name, value, field and type."""
+    assert dataclasses.is_dataclass(config)
+    types = get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from entries(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value, f, types[f.name]
+
+
+_IN_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list[int]: "whole numbers",
+}
+
+
+def allowed(f: dataclasses.Field[Any], kind: Any) -> str:
+    """What a key may hold, in words."""
+    limits = f.metadata
+    if limits["choices"]:
+        words = "one of " + ", ".join(limits["choices"]) if len(limits["choices"]) > 1 else limits["choices"][0]
+    else:
+        words = next(words for base, words in _IN_WORDS.items() if kind in (base, base | None))
+        if limits["at_least"] is not None:
+            words += f", at least {limits['at_least']:g}"
+        if limits["at_most"] is not None:
+            words += f" and at most {limits['at_most']}"
+        if limits["above"] is not None:
+            words += f" above {limits['above']:g}"
+    return words + (" or null" if kind in (str | None, int | None, float | None) else "")
+
+
+def _in_range(value: Any, limits: Any) -> bool:
+    if value is None:
+        return True
+    if isinstance(value, list):
+        return len(value) > 0 and all(_in_range(v, limits) for v in value)
+    if limits["choices"] is not None:
+        return value in limits["choices"]
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    if limits["at_least"] is not None and value < limits["at_least"]:
+        return False
+    if limits["at_most"] is not None and value > limits["at_most"]:
+        return False
+    return limits["above"] is None or value > limits["above"]
+
+
+def _faults(config: object) -> list[str]:
+    return [
+        f"{name}={'null' if value is None else value}: must be {allowed(f, kind)} ({f.metadata['meaning']})"
+        for name, value, f, kind in entries(config)
+        if not _in_range(value, f.metadata)
+    ]
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse a configuration that cannot be run, before anything is loaded.
+
+    Raises:
+        ConfigError: listing every value that is out of range, or that does not fit another.
+    """
+    faults = [
+        f"{group}: nothing is chosen; take {' or '.join(f'{group}={option}' for option in options)}"
+        for group, base, options in (
+            ("data", DataConfig, ("omniglot", "glyphs")),
+            ("model", ModelConfig, ("conv4", "mlp")),
+        )
+        if type(getattr(config, group)) is base
+    ]
+    _refuse(faults)
+    faults = _faults(config) + _device_faults(config.run.device)
+    faults += [] if faults else _task_faults(config)
+    if not faults and isinstance(config.data, OmniglotConfig) and config.data.fallback is None:
+        try:
+            dataset_in_use(config.data.name, config.data.root, None)
+        except DataError as error:
+            faults.append(str(error))
+    _refuse(faults)
+
+
+def _task_faults(config: TrainConfig) -> list[str]:
+    """What does not fit the data set; its size is known without loading it."""
+    faults = []
+    task, queries = config.task, max(config.task.queries, config.eval.queries)
+    classes, where = config.data.smallest_split()
+    if task.ways > classes:
+        faults.append(f"task.ways={task.ways}: at most {classes}, the smallest part {where}")
+    if (each := task.shots + queries) > DRAWINGS:
+        name = "task.queries" if queries == task.queries else "eval.queries"
+        faults.append(
+            f"task.shots={task.shots} and {name}={queries}: together {each}, and a class has {DRAWINGS} drawings; "
+            f"choose at most {DRAWINGS} in all"
+        )
+    return faults
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """As ``check``, for ``conf/evaluate.yaml``."""
+    faults = _faults(config) + (_device_faults(config.run.device) if config.run.device else [])
+    if not (Path(config.run.dir) / "config.yaml").is_file():
+        faults.append(f"run.dir={config.run.dir}: not a run's folder, as it holds no config.yaml")
+    if config.data.root and not Path(config.data.root).expanduser().is_dir():
+        faults.append(f"data.root={config.data.root}: there is no such folder")
+    _refuse(faults)
+
+
+def _device_faults(device: str) -> list[str]:
+    if re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]*))?", device):
+        return []
+    return [f"run.device={device}: must be auto, cpu, cuda or cuda:N"]
+
+
+def _refuse(faults: list[str]) -> None:
+    if faults:
+        raise ConfigError("\n".join(faults))
