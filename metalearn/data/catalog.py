@@ -34,6 +34,7 @@ class SplitSizes:
 
     @property
     def smallest(self) -> int:
+        """The number of ways can be no larger."""
         return min(self.train, self.validation, self.test)
 
 

@@ -41,6 +41,7 @@ class Conv4(nn.Module):
         self.head = nn.Linear(width, ways)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[examples, ways]`` of images ``[examples, channels, height, width]``."""
         logits: Tensor = self.head(self.features(x).mean(dim=(-2, -1)))
         return logits
 

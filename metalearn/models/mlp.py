@@ -37,5 +37,6 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(inputs, ways))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Outputs ``[examples, ways]`` of inputs ``[examples, ...]``."""
         prediction: Tensor = self.layers(x)
         return prediction

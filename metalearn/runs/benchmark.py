@@ -46,6 +46,7 @@ class Contender:
 
     @property
     def name(self) -> str:
+        """As it stands in the table."""
         order = "second order" if self.second_order else "first order"
         return f"{self.library}{f' {self.engine}' if self.engine else ''}, {order}"
 

@@ -35,6 +35,8 @@ def key(
 
 @dataclass
 class TaskConfig:
+    """What a task is, and how many make a meta-step."""
+
     ways: int = key("N, classes per task", at_least=2)
     shots: int = key("K, support examples per class", at_least=1)
     queries: int = key("query examples per class", at_least=1)
@@ -43,6 +45,8 @@ class TaskConfig:
 
 @dataclass
 class InnerConfig:
+    """The inner loop, and how it is differentiated."""
+
     lr: float = key("step size of the inner gradient descent", above=0)
     steps: int = key("inner steps in training", at_least=0)
     eval_steps: int = key("inner steps in validation and test; may differ from inner.steps", at_least=0)
@@ -53,6 +57,8 @@ class InnerConfig:
 
 @dataclass
 class OuterConfig:
+    """The meta-optimiser."""
+
     lr: float = key("Adam's learning rate", above=0)
     iterations: int = key("meta-steps", at_least=1)
     schedule: str = key("learning rate over the run; cosine falls to 0", choices=("constant", "cosine"))
@@ -61,6 +67,8 @@ class OuterConfig:
 
 @dataclass
 class EvalConfig:
+    """Validation and test."""
+
     every: int = key("meta-steps between validations", at_least=1)
     queries: int = key("query examples per class in validation and test; Finn et al. take as many as shots", at_least=1)
     validation_episodes: int = key("tasks of validation classes in each validation", at_least=2)
@@ -80,6 +88,8 @@ class DataConfig:
 
 @dataclass
 class OmniglotConfig(DataConfig):
+    """``conf/data/omniglot.yaml``."""
+
     name: str = key("the data set", choices=("omniglot",))
     root: str | None = key("folder that holds omniglot-py/; null: the user's cache, filled by download")
     fallback: str | None = key("what to train on where Omniglot cannot be had; null: stop", choices=("glyphs",))
@@ -87,17 +97,21 @@ class OmniglotConfig(DataConfig):
     rotations: bool = key("rotate training classes by multiples of 90 degrees into new ones")
 
     def smallest_split(self) -> tuple[int, str]:
+        """As the base says."""
         return OMNIGLOT_SPLITS[self.split].smallest, f"of Omniglot's {self.split} split"
 
 
 @dataclass
 class GlyphsConfig(DataConfig):
+    """``conf/data/glyphs.yaml``."""
+
     name: str = key("the data set", choices=("glyphs",))
     classes: int = key("characters to invent: 70% to train on, 10% validation, 20% test", at_least=20)
     jitter: float = key("how differently one character is drawn, as a fraction of the image's width", at_least=0)
     seed: int = key("of the characters and drawings", at_least=0, at_most=LARGEST_SEED)
 
     def smallest_split(self) -> tuple[int, str]:
+        """As the base says."""
         return glyph_splits(self.classes).smallest, f"of {self.classes} glyphs ({GLYPH_SHARES[1]:.0%} validate)"
 
 
@@ -110,6 +124,8 @@ class ModelConfig:
 
 @dataclass
 class Conv4Config(ModelConfig):
+    """``conf/model/conv4.yaml``."""
+
     name: str = key("the network", choices=("conv4",))
     width: int = key("filters of every convolution", at_least=1)
     pool: str = key("stride: stride-2 convolutions (Finn); max: max-pooling (Vinyals)", choices=("stride", "max"))
@@ -117,6 +133,8 @@ class Conv4Config(ModelConfig):
 
 @dataclass
 class MLPConfig(ModelConfig):
+    """``conf/model/mlp.yaml``."""
+
     name: str = key("the network", choices=("mlp",))
     hidden: list[int] = key("width of each hidden layer", at_least=1)
     batch_norm: bool = key("BatchNorm before each ReLU")
@@ -124,11 +142,15 @@ class MLPConfig(ModelConfig):
 
 @dataclass
 class AlgorithmConfig:
+    """``conf/algorithm/``."""
+
     name: str = key("the meta-learner", choices=("maml",))
 
 
 @dataclass
 class RunConfig:
+    """Where and how reproducibly."""
+
     seed: int = key("of the initial parameters and of every task", at_least=0, at_most=LARGEST_SEED)
     device: str = key("auto: the GPU if there is one; or cpu, cuda, cuda:N")
     deterministic: bool = key("refuse operations that are not reproducible bit by bit")
@@ -136,6 +158,8 @@ class RunConfig:
 
 @dataclass
 class LogConfig:
+    """What TensorBoard is shown, and how often."""
+
     every: int = key("meta-steps between points in TensorBoard; figures are means over them", at_least=1)
     images: bool = key("a grid of support and query images with predictions, at each validation")
 
@@ -157,6 +181,8 @@ class TrainConfig:
 
 @dataclass
 class BenchConfig:
+    """How long to measure."""
+
     rounds: int = key("times that every contender is timed, in turns", at_least=2)
 
 
@@ -169,17 +195,23 @@ class BenchmarkConfig(TrainConfig):
 
 @dataclass
 class EvaluatedRunConfig:
+    """Which run, and where to test it."""
+
     dir: str = key("folder of the run to test")
     device: str | None = key("null: as the run was trained; or auto, cpu, cuda, cuda:N")
 
 
 @dataclass
 class EvaluatedEvalConfig:
+    """How much to test."""
+
     episodes: int | None = key("tasks of test classes; null: as the run says", at_least=2)
 
 
 @dataclass
 class EvaluatedDataConfig:
+    """Where the data lies now."""
+
     root: str | None = key("folder that holds omniglot-py/; null: as the run says")
 
 

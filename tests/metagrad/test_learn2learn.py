@@ -12,7 +12,7 @@ from metalearn import InnerLoop, functionalize, meta_gradient
 from metalearn.metagrad import ENGINES
 from metalearn.models import MLP, Conv4
 from tests.conftest import image_episodes
-from tests.metagrad.test_meta_gradient import relative_error
+from tests.metagrad.models import relative_error
 
 pytestmark = pytest.mark.usefixtures("learn2learn_installed")
 

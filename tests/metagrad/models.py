@@ -1,0 +1,23 @@
+"""Small networks that the tests of the meta-gradient share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from metalearn import Params
+from metalearn.models import MLP, Conv4
+from metalearn.params import global_norm
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "conv4": lambda: Conv4(3, width=6),
+    "conv4 with max-pooling": lambda: Conv4(3, width=6, pool="max"),
+    "mlp": lambda: MLP(28 * 28, 3, hidden=(16, 8)),
+}
+
+
+def relative_error(got: Params, expected: Params) -> float:
+    """Of the whole gradient, as one vector."""
+    difference = {name: got[name] - expected[name] for name in expected}
+    return (global_norm(difference) / global_norm(expected)).item()
