@@ -24,7 +24,7 @@ def glyphs(
     drawings: int = 20,
     size: int = 28,
     strokes: int = 3,
-    jitter: float = 0.1,
+    jitter: float = 0.13,
     seed: int = 0,
 ) -> Tensor:
     """Draw a set of characters.

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +24,7 @@ from metalearn.metagrad import ENGINES, meta_gradient
 from metalearn.params import functionalize, global_norm
 from metalearn.runs.console import print_path, print_table, progress_bar
 from metalearn.runs.experiment import build, build_model
+from metalearn.runs.machine import machine
 from metalearn.runs.memory import MIB, LiveTensorBytes
 from metalearn.runs.schema import BenchmarkConfig
 from metalearn.types import Episodes, MetaGradient, Params
@@ -211,24 +209,3 @@ def _peak_mib(contender: Contender, module: nn.Module, episodes: Episodes) -> fl
     with live:
         contender.step(module, episodes)
     return live.peak / MIB
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
-    description = {
-        "device": str(device),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    if device.type == "cuda":
-        description["gpu"] = torch.cuda.get_device_name(device)
-    return description
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

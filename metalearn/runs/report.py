@@ -11,6 +11,7 @@ import torch
 from metalearn import files
 from metalearn.runs.evaluation import Evaluation
 from metalearn.runs.experiment import Experiment
+from metalearn.runs.machine import machine
 from metalearn.runs.memory import MIB
 from metalearn.runs.meter import Meter
 
@@ -45,12 +46,13 @@ def device_name(device: torch.device) -> str:
 
 
 def cost_metrics(meter: Meter, *, total_s: float) -> dict[str, Any]:
-    """What the run took, in MiB, milliseconds and seconds."""
+    """What the run took, in MiB, milliseconds and seconds, and on what machine."""
     return {
         "memory.peak_mib": meter.peak_bytes / MIB,
         "memory.kind": "cuda" if meter.device.type == "cuda" else "cpu-tensors",
         "time.meta_step_ms": meter.meta_step_ms,
         "time.total_s": total_s,
+        **{f"machine.{name}": value for name, value in machine(meter.device).items()},
     }
 
 
