@@ -26,6 +26,7 @@ lint: $(VENV)/.dev
 
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'metalearn needs Python 3.10 or later, and this is ' + sys.version)"
+	@echo "Building $(VENV): PyTorch and the rest take some minutes and 6 GB, once."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable .

@@ -19,7 +19,11 @@ def evaluate(config: EvaluateConfig, output_dir: Path) -> None:
     wanted = dataclasses.replace(
         trained,
         run=dataclasses.replace(trained.run, device=config.run.device or trained.run.device),
-        eval=dataclasses.replace(trained.eval, episodes=config.eval.episodes or trained.eval.episodes),
+        eval=dataclasses.replace(
+            trained.eval,
+            episodes=config.eval.episodes or trained.eval.episodes,
+            queries=config.eval.queries or trained.eval.queries,
+        ),
     )
     if isinstance(trained.data, OmniglotConfig) and config.data.root:
         wanted = dataclasses.replace(wanted, data=dataclasses.replace(trained.data, root=config.data.root))

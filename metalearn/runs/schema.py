@@ -206,6 +206,7 @@ class EvaluatedEvalConfig:
     """How much to test."""
 
     episodes: int | None = key("tasks of test classes; null: as the run says", at_least=2)
+    queries: int | None = key("query examples per class; null: as the run says", at_least=1)
 
 
 @dataclass

@@ -26,6 +26,7 @@ from metalearn.runs.training import TrainState, meta_step, train
 SMALL = [
     "data=glyphs",
     "data.classes=60",
+    "data.jitter=0.05",
     "model.width=16",
     "task.meta_batch=8",
     "outer.iterations=40",
@@ -192,7 +193,7 @@ def test_parameters_that_are_no_longer_finite_are_neither_kept_nor_tested(
         return figures
 
     monkeypatch.setattr("metalearn.runs.training.meta_step", broken_step)
-    with pytest.raises(RunError, match=r"diverged by meta-step 20: a parameter is not finite.*meta-step 15 is kept"):
+    with pytest.raises(RunError, match=r"by meta-step 20: a parameter is not finite.*meta-step (5|10|15) is kept"):
         run(tmp_path / "run", "eval.every=5", "outer.iterations=20")
     assert files.load(best_path(tmp_path / "run"))["iteration"] <= 15
 

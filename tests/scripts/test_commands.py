@@ -58,6 +58,10 @@ def test_train_from_another_folder_then_evaluate(tmp_path: Path) -> None:
         k: v for k, v in metrics.items() if k.startswith("test.")
     }
 
+    wider = command("evaluate.py", f"run.dir={run_dir}", "eval.queries=3", "hydra.run.dir=wider", cwd=tmp_path)
+    assert wider.returncode == 0, wider.stderr
+    assert json.loads((tmp_path / "wider" / "metrics.json").read_text())["test.queries"] == 3
+
     onto = command("evaluate.py", f"run.dir={run_dir}", f"hydra.run.dir={run_dir}", cwd=tmp_path)
     assert onto.returncode == 2
     assert "already holds a run (its metrics.json)" in onto.stderr
