@@ -38,7 +38,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     """Rows under a header; every column but the first holds figures."""
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left")
+        table.add_column(name, justify="right" if i else "left", no_wrap=not i)
     for row in rows:
         table.add_row(*row)
     rich.get_console().print(table)

@@ -1,4 +1,4 @@
-"""One task as a picture: a row a class, its support images, then its queries with what was predicted for them."""
+"""Tasks as a picture: a row a class, its support images, then its queries with what was predicted for them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _RIGHT_COLOUR, _WRONG_COLOUR = (0, 158, 115), (213, 94, 0)  # Okabe and Ito's gr
 _MOST_ROWS, _MOST_QUERIES = 20, 8
 
 
-def task_picture(episodes: Episodes, predictions: Tensor) -> NDArray[np.uint8]:
-    """The first task of a batch, ``[height, width, 3]`` uint8.
+def tasks_picture(episodes: Episodes, predictions: Tensor) -> NDArray[np.uint8]:
+    """A batch of tasks side by side, ``[height, width, 3]`` uint8.
 
     A query's frame is green if it was predicted right; otherwise vermilion, with the wrong label on it.
 
@@ -23,6 +23,10 @@ def task_picture(episodes: Episodes, predictions: Tensor) -> NDArray[np.uint8]:
         episodes: images in [0, 1], ``[T, examples, 1 or 3, height, width]``, labels 0 to N - 1.
         predictions: logits of the queries, ``[T, Q, N]``.
     """
+    return np.hstack([_task(one, p) for one, p in zip(episodes.split(1), predictions.split(1), strict=True)])
+
+
+def _task(episodes: Episodes, predictions: Tensor) -> NDArray[np.uint8]:
     support, query = episodes.support_x[0].cpu(), episodes.query_x[0].cpu()
     support_y, query_y = episodes.support_y[0].tolist(), episodes.query_y[0].tolist()
     predicted = predictions[0].argmax(dim=-1).tolist()
@@ -31,7 +35,7 @@ def task_picture(episodes: Episodes, predictions: Tensor) -> NDArray[np.uint8]:
     queries = min(max(query_y.count(label) for label in range(ways)), _MOST_QUERIES)
     pitch = _CELL + _GAP
     split = _LEFT + shots * pitch + 2 * _GAP
-    sheet = Image.new("RGB", (max(split + queries * pitch, 260), _TOP + ways * pitch), "white")
+    sheet = Image.new("RGB", (max(split + queries * pitch, 230), _TOP + ways * pitch), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
     draw.text((_LEFT, 4), "support", fill="black", font=font)
     right = sum(p == y for p, y in zip(predicted, query_y, strict=True))

@@ -31,7 +31,7 @@ from metalearn.runs.console import print_facts, print_path, progress_bar
 from metalearn.runs.evaluation import accuracy, evaluate
 from metalearn.runs.experiment import Experiment, build
 from metalearn.runs.meter import Meter
-from metalearn.runs.pictures import task_picture
+from metalearn.runs.pictures import tasks_picture
 from metalearn.runs.report import accuracy_metrics, accuracy_rows, cost_metrics, cost_rows, write_metrics
 from metalearn.runs.schema import OuterConfig, TrainConfig
 from metalearn.runs.testing import final_test
@@ -39,6 +39,8 @@ from metalearn.runs.tracking import Tracker
 from metalearn.types import Episodes, Params
 
 log = logging.getLogger(__name__)
+
+_TASKS_SHOWN = 4
 
 
 class Best(NamedTuple):
@@ -83,6 +85,7 @@ def train(config: TrainConfig, run_dir: Path, config_yaml: str) -> None:
     started = time.perf_counter()
     experiment = build(config)
     claim(run_dir, config_yaml)
+    log.info("Training on %s, device %s, into %s", experiment.dataset, experiment.device, run_dir)
     state = TrainState.start(experiment.theta, config.outer)
     meter = Meter(experiment.device)
     with Tracker(run_dir, config=config_yaml) as tracker, progress_bar() as progress:
@@ -177,7 +180,7 @@ def validate(experiment: Experiment, state: TrainState, run_dir: Path, tracker: 
     )
     tracker.validation(result, state.iteration)
     if config.log.images:
-        tracker.image("validation/task", picture(experiment, state.params), state.iteration)
+        tracker.image("validation/tasks", picture(experiment, state.params), state.iteration)
     mean = result.accuracy.mean
     if state.best is None or mean > state.best.validation_accuracy:
         save_checkpoint(Checkpoint(state.params, state.iteration, mean), best_path(run_dir))
@@ -187,11 +190,11 @@ def validate(experiment: Experiment, state: TrainState, run_dir: Path, tracker: 
 
 
 def picture(experiment: Experiment, params: Params) -> NDArray[np.uint8]:
-    """The first validation task, with the predictions of the adapted model."""
-    task = experiment.validation.tasks(0, 1)
+    """The first validation tasks, with the predictions of the adapted model."""
+    tasks = experiment.validation.tasks(0, _TASKS_SHOWN)
     with torch.no_grad():
-        fast = adapt(experiment.forward, params, task.support_x, task.support_y, experiment.eval_inner)
-        return task_picture(task, predict(experiment.forward, fast, task.query_x))
+        fast = adapt(experiment.forward, params, tasks.support_x, tasks.support_y, experiment.eval_inner)
+        return tasks_picture(tasks, predict(experiment.forward, fast, tasks.query_x))
 
 
 def _refuse_nonfinite(window: dict[str, float], state: TrainState, config: TrainConfig) -> None:

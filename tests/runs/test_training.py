@@ -116,7 +116,7 @@ def test_tensorboard_shows_every_tag(finished: tuple[Path, dict[str, Any]]) -> N
     assert low < mean < high
     by_step = [value for _, value in scalars["test/accuracy_by_inner_step"]]
     assert by_step == pytest.approx(metrics["test.accuracy_per_step"])
-    assert [image.step for image in shown.Images("validation/task")] == [20, 40]
+    assert [image.step for image in shown.Images("validation/tasks")] == [20, 40]
     text = shown.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "second_order: true" in text
 
