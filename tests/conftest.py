@@ -15,6 +15,12 @@ from metalearn import Episodes
 REPO = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """The tests' models are small: more threads only wait for each other, for minutes on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from metalearn.data.catalog import dataset_in_use, why_not_omniglot
-from metalearn.errors import ConfigError, MetalearnError, RunError
+from metalearn.errors import ConfigError, FolderTakenError, MetalearnError
 from metalearn.runs import schema
 from metalearn.runs.checks import check
 from metalearn.runs.config_help import GROUPS, explain, help_text, unknown_keys
@@ -85,10 +85,7 @@ def main(
             output_dir = Path(HydraConfig.get().runtime.output_dir)
             try:
                 if (output_dir / writes).exists():
-                    raise RunError(
-                        f"hydra.run.dir={output_dir} already holds a run (its {writes}), which would be overwritten. "
-                        "Choose another folder, or leave hydra.run.dir out for a new one."
-                    )
+                    raise FolderTakenError(output_dir, writes)
                 checked = typed(config, kind)
                 check(checked)
                 function(checked, output_dir)

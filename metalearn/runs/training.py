@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from metalearn.errors import RunError
+from metalearn.errors import FolderTakenError, RunError
 from metalearn.inner import adapt, predict
 from metalearn.metagrad import meta_gradient
 from metalearn.runs.checkpoints import Checkpoint, best_path, load_checkpoint, save_checkpoint
@@ -78,7 +78,8 @@ def train(config: TrainConfig, run_dir: Path, config_yaml: str) -> None:
         config_yaml: the configuration as text, for ``config.yaml`` and TensorBoard.
 
     Raises:
-        RunError: if the folder holds another run, or if the loss is no longer finite.
+        FolderTakenError: if the folder holds another run.
+        RunError: if a figure or a parameter is no longer finite.
         ConfigError: if the device is not there.
         DataError: if the data set is missing or damaged.
     """
@@ -107,15 +108,15 @@ def train(config: TrainConfig, run_dir: Path, config_yaml: str) -> None:
 
 def claim(run_dir: Path, config_yaml: str) -> None:
     """Make the folder this run's own, by being the one that creates its ``config.yaml``."""
+    for file in ("metrics.json", "checkpoints"):
+        if (run_dir / file).exists():
+            raise FolderTakenError(run_dir, file)
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with (run_dir / "config.yaml").open("x") as file:
-            file.write(config_yaml)
+        with (run_dir / "config.yaml").open("x") as config:
+            config.write(config_yaml)
     except FileExistsError:
-        raise RunError(
-            f"hydra.run.dir={run_dir} already holds a run (its config.yaml), which would be overwritten. Choose "
-            "another folder, or leave hydra.run.dir out for a new one."
-        ) from None
+        raise FolderTakenError(run_dir, "config.yaml") from None
 
 
 def meta_train(

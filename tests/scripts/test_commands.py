@@ -30,7 +30,7 @@ def command(script: str, *arguments: str, cwd: Path, **environment: str) -> subp
     return subprocess.run(
         [sys.executable, str(REPO / "scripts" / script), *arguments],
         cwd=cwd,
-        env={**env, **environment},
+        env={"OMP_NUM_THREADS": "1", **env, **environment},
         capture_output=True,
         text=True,
         timeout=300,
