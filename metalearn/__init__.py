@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metalearn.inner import InnerLoop, adapt
+    from metalearn.inner import InnerLoop, adapt, predict
     from metalearn.metagrad import meta_gradient
     from metalearn.params import functionalize
     from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
@@ -30,6 +30,7 @@ __all__ = [
     "adapt",
     "functionalize",
     "meta_gradient",
+    "predict",
 ]
 
 _HOMES = {
@@ -42,6 +43,7 @@ _HOMES = {
     "adapt": "inner",
     "functionalize": "params",
     "meta_gradient": "metagrad",
+    "predict": "inner",
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,8 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
     parameters and buffers are not seen.
 
     Args:
-        module: any module that maps one tensor ``[examples, ...]`` to predictions ``[examples, ...]``.
+        module: maps one tensor ``[examples, ...]`` to predictions ``[examples, ...]``, by operations that
+            ``torch.vmap`` can batch: no branch on a tensor's values, no recurrent cuDNN layers.
 
     Returns:
         ``(forward, params)``: ``forward(params, x)`` is the module's output for one task under ``params``;
@@ -45,7 +48,12 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
 
     def forward(params: Params, x: Tensor) -> Tensor:
         constants = {name: b.clone() for name, b in buffers.items()}  # a pass that writes to them writes to a copy
-        prediction: Tensor = torch.func.functional_call(module, {**constants, **params}, (x,))
+        prediction: Any = torch.func.functional_call(module, {**constants, **params}, (x,))
+        if not isinstance(prediction, Tensor):
+            raise TypeError(
+                f"functionalize: {type(module).__name__} returns {type(prediction).__name__} and must return one "
+                "tensor of predictions; wrap it in a module that picks it out."
+            )
         return prediction
 
     return forward, params

@@ -21,6 +21,29 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """``loss(prediction, target) -> scalar``: for one task, the mean over its examples."""
 
 
+def check_examples(name: str, x: Tensor, y: Tensor) -> None:
+    """Refuse inputs and targets that do not belong together.
+
+    Args:
+        name: ``"support"`` or ``"query"``, for the message.
+        x: inputs, ``[T, examples, ...]``.
+        y: targets, ``[T, examples, ...]``.
+
+    Raises:
+        ValueError: naming the tensor and its shape.
+    """
+    shapes = {f"{name}_x": tuple(x.shape), f"{name}_y": tuple(y.shape)}
+    for tensor, shape in shapes.items():
+        if len(shape) < 2:
+            raise ValueError(f"{tensor} has shape {shape}; it must lead with [tasks, examples].")
+    if x.shape[:2] != y.shape[:2]:
+        raise ValueError(f"{name}_x and {name}_y must lead with the same numbers of tasks and examples, got {shapes}.")
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        raise ValueError(
+            f"the {name} set is empty, {name}_x has shape {shapes[f'{name}_x']}; give at least one example."
+        )
+
+
 @dataclass(frozen=True, eq=False)  # tensors have no single truth to compare by
 class Episodes:
     """A batch of T few-shot tasks; every tensor leads with the task dimension.
@@ -41,18 +64,11 @@ class Episodes:
     query_y: Tensor
 
     def __post_init__(self) -> None:
+        check_examples("support", self.support_x, self.support_y)
+        check_examples("query", self.query_x, self.query_y)
         shapes = {f.name: tuple(getattr(self, f.name).shape) for f in fields(self)}
-        for name, shape in shapes.items():
-            if len(shape) < 2:
-                raise ValueError(f"Episodes: {name} has shape {shape}; it must lead with [tasks, examples].")
         if len({shape[0] for shape in shapes.values()}) != 1:
             raise ValueError(f"Episodes: every tensor must lead with the same number of tasks T, got {shapes}.")
-        for part in ("support", "query"):
-            x, y = shapes[f"{part}_x"], shapes[f"{part}_y"]
-            if x[1] != y[1]:
-                raise ValueError(f"Episodes: {part}_x holds {x[1]} examples a task and {part}_y {y[1]}; got {shapes}.")
-            if x[0] == 0 or x[1] == 0:
-                raise ValueError(f"Episodes: the {part} set is empty, {part}_x has shape {x}; give at least one.")
 
     @property
     def tasks(self) -> int:

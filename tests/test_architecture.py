@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "runs": NOUNS | {"models", "data", "inner", "metagrad", "peers"},
 }
 ONLY_IN = {
-    "hydra": {"runs/config.py"},
+    "hydra": {"runs/config.py", "runs/config_help.py"},
     "omegaconf": {"runs/config.py", "runs/config_help.py", "runs/schema.py"},
     "tensorboard": {"runs/tracking.py"},
     "torch.utils.tensorboard": {"runs/tracking.py"},

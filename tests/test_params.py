@@ -98,6 +98,19 @@ def test_module_without_trainable_parameters_is_refused() -> None:
         functionalize(nn.ReLU())
 
 
+class Pair(nn.Linear):
+    """Returns two tensors."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), x
+
+
+def test_a_model_that_returns_more_than_a_tensor_is_refused() -> None:
+    forward, theta = functionalize(Pair(2, 2))
+    with pytest.raises(TypeError, match="Pair returns tuple and must return one tensor of predictions"):
+        forward(theta, torch.zeros(1, 2))
+
+
 def test_tied_parameters_appear_once() -> None:
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     module[1].weight = module[0].weight

@@ -14,9 +14,9 @@ X, Y = torch.zeros(2, 5, 3), torch.zeros(2, 5).long()
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ((X, Y, X[:1], Y), r"same number of tasks.*'query_x': \(1, 5, 3\)"),
-        ((X, Y[:, :4], X, Y), r"support_x holds 5 examples a task and support_y 4"),
-        ((X, Y, X, Y[:, :4]), r"query_x holds 5 examples a task and query_y 4"),
+        ((X, Y, X[:1], Y[:1]), r"same number of tasks.*'query_x': \(1, 5, 3\)"),
+        ((X, Y[:, :4], X, Y), r"same numbers of tasks and examples, got .*'support_y': \(2, 4\)"),
+        ((X, Y, X, Y[:, :4]), r"same numbers of tasks and examples, got .*'query_y': \(2, 4\)"),
         ((X[:, :0], Y[:, :0], X, Y), r"the support set is empty.*\(2, 0, 3\)"),
         ((X[:0], Y[:0], X[:0], Y[:0]), r"the support set is empty"),
         ((X, Y[:, 0], X, Y), r"support_y has shape \(2,\); it must lead with \[tasks, examples\]"),

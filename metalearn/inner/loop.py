@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from metalearn.params import gradients, stack
-from metalearn.types import Forward, Loss, Params
+from metalearn.types import Forward, Loss, Params, check_examples
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class InnerLoop:
     task_chunk: int | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"InnerLoop: lr={self.lr}; it must be a positive number.")
-        if self.steps < 0:
-            raise ValueError(f"InnerLoop: steps={self.steps}; it must be 0 or more.")
+        if not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"InnerLoop: lr={self.lr!r}; it must be a positive number.")
+        if not isinstance(self.steps, int) or self.steps < 0:
+            raise ValueError(f"InnerLoop: steps={self.steps!r}; it must be a whole number, 0 or more.")
         if self.task_chunk is not None and self.task_chunk < 1:
             raise ValueError(f"InnerLoop: task_chunk={self.task_chunk}; it must be at least 1, or None for all tasks.")
 
@@ -68,6 +68,9 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
         x: inputs ``[T, examples, ...]``.
         y: targets ``[T, examples, ...]``.
         loss: one task's mean loss.
+
+    Raises:
+        ValueError: if ``loss`` gives more than one number for a task.
     """
 
     def one_task(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,6 +79,11 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
 
     # randomness="different": dropout draws its own mask for every task.
     losses, predictions = torch.vmap(one_task, randomness="different")(fast, x, y)
+    if losses.ndim != 1:
+        raise ValueError(
+            f"loss: it gave {tuple(losses.shape[1:])} numbers for a task and must give one, the mean over the task's "
+            "examples (reduction='mean')."
+        )
     return TaskLosses(losses, predictions)
 
 
@@ -131,7 +139,8 @@ def adapt(
         gradients are enabled; otherwise none, and no memory is spent on one.
 
     Raises:
-        ValueError: if the support loss depends on no parameter.
+        ValueError: if the support set's tensors do not lead with the same numbers of tasks and examples, or if the
+            support loss depends on no parameter.
 
     Example:
         >>> forward, theta = functionalize(nn.Linear(3, 2))
@@ -139,6 +148,7 @@ def adapt(
         >>> fast["weight"].shape
         torch.Size([8, 2, 3])
     """
+    check_examples("support", support_x, support_y)
     fast = stack(params, support_x.shape[0])
     for _ in range(inner.steps):
         fast, _ = inner_step(forward, fast, support_x, support_y, inner, loss=loss)

@@ -7,10 +7,12 @@ treats them alike. Times are medians over rounds, with the quartiles.
 from __future__ import annotations
 
 import copy
+import io
 import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -69,7 +71,8 @@ def contenders(inner: InnerLoop) -> list[Contender]:
         RunError: if learn2learn is not installed.
     """
     try:
-        from metalearn.peers import learn2learn
+        with redirect_stderr(io.StringIO()):  # gym, which learn2learn imports, announces there that it is unmaintained
+            from metalearn.peers import learn2learn
     except ImportError as error:
         raise RunError(
             f"learn2learn cannot be imported ({error}); install it with `pip install -r requirements-peers.txt`."
@@ -156,7 +159,7 @@ def time_in_turns(found: list[Contender], module: nn.Module, episodes: Episodes,
     """Milliseconds of each contender in each round."""
     times: dict[str, list[float]] = {contender.name: [] for contender in found}
     with progress_bar() as progress:
-        bar = progress.add_task("rounds", total=rounds + _WARM_UP, note="")
+        bar = progress.add_task("rounds, the first two to warm up", total=rounds + _WARM_UP, note="")
         for turn in range(rounds + _WARM_UP):
             for contender in found:
                 _wait_for(episodes.query_x)

@@ -52,7 +52,9 @@ def load_checkpoint(path: Path, *, like: Params, device: torch.device) -> Checkp
     try:
         content: dict[str, Any] = files.load(path, device=device)
     except FileNotFoundError:
-        raise RunError(f"{path} does not exist: the run has not reached its first validation.") from None
+        raise RunError(
+            f"{path} does not exist: the run has not reached its first validation, or was copied without it."
+        ) from None
     params = content["params"]
     want, have = ({name: tuple(p.shape) for name, p in tree.items()} for tree in (like, params))
     if want != have:

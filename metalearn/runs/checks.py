@@ -111,7 +111,7 @@ def _task_faults(config: TrainConfig) -> list[str]:
         name = "task.queries" if queries == task.queries else "eval.queries"
         faults.append(
             f"task.shots={task.shots} and {name}={queries}: together {each}, and a class has {DRAWINGS} drawings; "
-            f"choose at most {DRAWINGS} in all"
+            f"choose at most {DRAWINGS} in all (unless it is set, eval.queries is task.shots)"
         )
     return faults
 

@@ -91,6 +91,9 @@ def main(
                 function(checked, output_dir)
             except MetalearnError as error:
                 _stop(error)
+            except KeyboardInterrupt:
+                print(f"Interrupted. What was written so far lies in {output_dir}", file=sys.stderr)
+                sys.exit(130)
 
         return command
 
@@ -112,7 +115,7 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = N
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             return hydra.compose(name, [*overrides, *more])
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         places = [CONF, *([Path(config_dir)] if config_dir else [])]
         raise ConfigError(explain(error, overrides, places)) from error
 
@@ -207,7 +210,7 @@ def settle_data(config: Trained) -> Trained:
         root = str(Path(data.root).expanduser().absolute()) if data.root else None
         return dataclasses.replace(config, data=dataclasses.replace(data, root=root))
     log.warning(
-        "NO OMNIGLOT: %s. So this run trains on the embedded glyphs (data.fallback=glyphs); its figures are not "
+        "NO OMNIGLOT: %s. The embedded glyphs are used instead (data.fallback=glyphs); figures are not "
         "Omniglot's. METALEARN_DATA=FOLDER or data.root=FOLDER points to a copy.",
         why_not_omniglot(data.root),
     )

@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+from yaml import YAMLError
 
 from metalearn.runs.checks import allowed
+from metalearn.runs.schema import BenchmarkConfig
 
 GROUPS = ("algorithm", "data", "model")
 
@@ -72,7 +75,13 @@ def explain(error: Exception, overrides: Sequence[str], places: list[Path]) -> s
         places: folders of YAML files, to quote the value from the one at fault.
     """
     cause = _cause(error)
-    if cause is None or cause.full_key is None:
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override}: {error}\nWrite KEY=VALUE without spaces, and quote a value that holds ~, = or commas."
+        )
+    if isinstance(error, YAMLError):
+        return f"a YAML file cannot be read: {error}"
+    if cause is None or not cause.full_key:
         return re.sub(r"\nConfig search path:.*", "", str(error), flags=re.DOTALL).strip()
     source = re.match(r"In '(.+?)':", str(error))
     key, where = str(cause.full_key), f" (in {source[1]}.yaml)" if source else ""
@@ -111,12 +120,21 @@ def _given(key: str, overrides: Sequence[str], source: str | None, places: list[
 
 def _nearest(key: str, known: list[str]) -> str:
     prefix, _, last = key.rpartition(".")
+    inside = [f"{section}.{f.name}" for section in known for f in _fields_of(section) if f.name == key]
+    if inside and not prefix:
+        return f"Did you mean {' or '.join(inside)}?"
     dot = "." if prefix else ""
     if key == "experiment":
         return "A file in experiment/ must open with the line '# @package _global_'."
     close = difflib.get_close_matches(last, known, n=1)
     hint = f"Did you mean {prefix}{dot}{close[0]}? " if close else ""
     return f"{hint}The keys{' of ' + prefix if prefix else ''} are {', '.join(known)}."
+
+
+def _fields_of(section: str) -> tuple[dataclasses.Field[Any], ...]:
+    """The keys of a section of the configurations."""
+    kind = get_type_hints(BenchmarkConfig).get(section)
+    return dataclasses.fields(kind) if kind else ()
 
 
 def unknown_keys(config: DictConfig, prefix: str = "") -> list[str]:

@@ -86,7 +86,8 @@ def train(config: TrainConfig, run_dir: Path, config_yaml: str) -> None:
     started = time.perf_counter()
     experiment = build(config)
     claim(run_dir, config_yaml)
-    log.info("Training on %s, device %s, into %s", experiment.dataset, experiment.device, run_dir)
+    log.info("Training on %s, device %s", experiment.dataset, experiment.device)
+    print_path("Run folder", run_dir)
     state = TrainState.start(experiment.theta, config.outer)
     meter = Meter(experiment.device)
     with Tracker(run_dir, config=config_yaml) as tracker, progress_bar() as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -77,12 +78,27 @@ def test_dropout_draws_another_mask_for_every_task() -> None:
     assert not torch.equal(fast["1.weight"][0], fast["1.weight"][1])
 
 
+def test_a_loss_of_several_numbers_is_refused() -> None:
+    forward, theta = functionalize(nn.Linear(2, 2))
+    x, y = torch.randn(1, 3, 2), torch.tensor([[0, 1, 1]])
+    with pytest.raises(ValueError, match=r"gave \(3,\) numbers for a task and must give one.*reduction='mean'"):
+        adapt(forward, theta, x, y, InnerLoop(lr=0.5, steps=1), loss=partial(cross_entropy, reduction="none"))
+
+
+def test_one_task_without_a_task_dimension_is_refused() -> None:
+    forward, theta = functionalize(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"support_y has shape \(3,\); it must lead with \[tasks, examples\]"):
+        adapt(forward, theta, torch.randn(3, 2), torch.tensor([0, 1, 1]), InnerLoop(lr=0.5, steps=1))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"lr": 0.0, "steps": 1}, "lr=0.0; it must be a positive number"),
+        ({"lr": "0.1", "steps": 1}, "lr='0.1'; it must be a positive number"),
+        ({"lr": 0.1, "steps": 1.5}, "steps=1.5; it must be a whole number"),
         ({"lr": float("nan"), "steps": 1}, "lr=nan"),
-        ({"lr": 0.1, "steps": -1}, "steps=-1; it must be 0 or more"),
+        ({"lr": 0.1, "steps": -1}, "steps=-1; it must be a whole number, 0 or more"),
         ({"lr": 0.1, "steps": 1, "task_chunk": 0}, "task_chunk=0; it must be at least 1, or None"),
     ],
 )

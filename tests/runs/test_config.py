@@ -41,6 +41,10 @@ REFUSED = [
     ("inner.second_ordr=true", r"inner\.second_ordr=true: there is no such key\. Did you mean inner\.second_order\?"),
     ("+inner.second_ordr=true", r"inner\.second_ordr=True: there is no such key\. Did you mean inner\.second_order\?"),
     ("++inner.extra=1", r"inner\.extra=1: there is no such key\..*The keys of inner are lr, steps"),
+    ("second_order=false", r"second_order=false: there is no such key\. Did you mean inner\.second_order\?"),
+    ("lr=0.1", r"lr=0\.1: there is no such key\. Did you mean inner\.lr or outer\.lr\?"),
+    ("inner.lr=", r"inner\.lr"),
+    ("inner.lr= 1=2", r"Write KEY=VALUE without spaces"),
     ("nope=1", r"nope=1: there is no such key\..*The keys are task, inner, outer"),
     ("inner.second_order=maybe", r"inner\.second_order=maybe: must be true or false"),
     ("inner.steps=-1", r"inner\.steps=-1: must be a whole number, at least 0"),
@@ -134,6 +138,13 @@ def test_wrong_type_in_an_experiment_file_names_file_key_and_value(tmp_path: Pat
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ninner:\n  second_order: maybe\n")
     with pytest.raises(ConfigError, match=r"second_order=maybe: must be true or false \(in experiment/mine\.yaml\)"):
+        checked("experiment=mine", config_dir=tmp_path)
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ninner:\n  lr: 1\n steps: 2\n")
+    with pytest.raises(ConfigError, match=r"(?s)a YAML file cannot be read: .*mine\.yaml"):
         checked("experiment=mine", config_dir=tmp_path)
 
 
