@@ -1,7 +1,7 @@
 """Tensors on disk, written whole or not at all, and checked by digest before they are believed.
 
 ``torch.load`` does not notice flipped bits, so a SHA-256 stands beside each file as ``NAME.sha256``. While a file is
-being replaced that holds two lines, the old digest and the new one, so that an interruption at any moment leaves a
+being replaced that holds the old digest and the new one, so that an interruption at any moment leaves a
 file that can be read.
 """
 
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from metalearn.errors import RunError
+
+_READS = 3  # a file may be replaced between the reading of it and of its digest
 
 
 class DamagedFileError(RunError):
@@ -35,7 +37,7 @@ def save(content: Any, path: Path) -> None:
     data = buffer.getvalue()
     digests = _digest_path(path)
     new = hashlib.sha256(data).hexdigest().encode() + b"\n"
-    _replace(digests, (digests.read_bytes() if digests.exists() else b"") + new)
+    _replace(digests, (digests.read_bytes() + b"\n" if digests.exists() else b"") + new)
     _replace(path, data)
     _replace(digests, new)
 
@@ -47,13 +49,14 @@ def load(path: Path, *, device: torch.device | str = "cpu") -> Any:
         FileNotFoundError: if there is no such file.
         DamagedFileError: if the digest is missing or differs.
     """
-    data = path.read_bytes()
     digest = _digest_path(path)
-    if not digest.exists():
-        raise DamagedFileError(f"{path} has no digest beside it ({digest.name}): its writing was interrupted.")
-    if hashlib.sha256(data).hexdigest().encode() not in digest.read_bytes().split():
-        raise DamagedFileError(f"{path} is damaged: its SHA-256 differs from {digest.name}.")
-    return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    for _ in range(_READS):
+        data = path.read_bytes()
+        if not digest.exists():
+            raise DamagedFileError(f"{path} has no digest beside it ({digest.name}): its writing was interrupted.")
+        if hashlib.sha256(data).hexdigest().encode() in digest.read_bytes().split():
+            return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    raise DamagedFileError(f"{path} is damaged: its SHA-256 differs from {digest.name}.")
 
 
 def _digest_path(path: Path) -> Path:

@@ -15,9 +15,9 @@ _RUNNING_STATISTICS = (nn.modules.batchnorm._NormBase,)  # BatchNorm1d..3d, Sync
 def functionalize(module: nn.Module) -> tuple[Forward, Params]:
     """Split a module into a pure function and the parameters that it is a function of.
 
-    Trainable parameters become the dictionary; frozen ones (``requires_grad=False``) and buffers are constants. The
-    module is not changed, not even by a forward pass that writes to a buffer, and later changes of its trainable
-    parameters and buffers are not seen.
+    Trainable parameters become the dictionary; frozen ones (``requires_grad=False``) and buffers stay in the module as
+    constants. The module is not changed, not even by a forward pass that writes to a buffer (``torch.vmap`` refuses
+    one that writes what depends on the input), and later changes of its trainable parameters are not seen.
 
     Args:
         module: maps one tensor ``[examples, ...]`` to predictions ``[examples, ...]``, by operations that
@@ -44,10 +44,8 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
             "inner loop is to adapt."
         )
 
-    buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
-
     def forward(params: Params, x: Tensor) -> Tensor:
-        constants = {name: b.clone() for name, b in buffers.items()}  # a pass that writes to them writes to a copy
+        constants = {name: b.clone() for name, b in module.named_buffers()}  # who writes to them writes to a copy
         prediction: Any = torch.func.functional_call(module, {**constants, **params}, (x,))
         if not isinstance(prediction, Tensor):
             raise TypeError(

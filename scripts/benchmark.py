@@ -10,7 +10,7 @@ from metalearn.runs.config import main, settle_data
 from metalearn.runs.schema import BenchmarkConfig
 
 
-@main("benchmark", BenchmarkConfig, check, writes="benchmark.json")
+@main("benchmark", BenchmarkConfig, check)
 def benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
     """Time one meta-step side by side with learn2learn, after checking that both give the same meta-gradient."""
     settled = settle_data(config)

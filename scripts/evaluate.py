@@ -7,11 +7,11 @@ import dataclasses
 from pathlib import Path
 
 from metalearn.runs.checks import check, check_evaluate
-from metalearn.runs.config import from_yaml, main
-from metalearn.runs.schema import EvaluateConfig, OmniglotConfig
+from metalearn.runs.config import from_yaml, main, relocated
+from metalearn.runs.schema import EvaluateConfig
 
 
-@main("evaluate", EvaluateConfig, check_evaluate, writes="metrics.json")
+@main("evaluate", EvaluateConfig, check_evaluate)
 def evaluate(config: EvaluateConfig, output_dir: Path) -> None:
     """Test the best checkpoint of a run again, on the tasks of test classes that the run itself was tested on."""
     run_dir = Path(config.run.dir)
@@ -25,8 +25,7 @@ def evaluate(config: EvaluateConfig, output_dir: Path) -> None:
             queries=config.eval.queries or trained.eval.queries,
         ),
     )
-    if isinstance(trained.data, OmniglotConfig) and config.data.root:
-        wanted = dataclasses.replace(wanted, data=dataclasses.replace(trained.data, root=config.data.root))
+    wanted = dataclasses.replace(wanted, data=relocated(trained.data, config.data.root))
     check(wanted)
     from metalearn.runs.testing import retest  # here, so that a refused configuration need not wait for torch
 

@@ -10,7 +10,7 @@ from metalearn.runs.config import main, settle_data, to_yaml
 from metalearn.runs.schema import TrainConfig
 
 
-@main("train", TrainConfig, check, writes="config.yaml")
+@main("train", TrainConfig, check)
 def train(config: TrainConfig, run_dir: Path) -> None:
     """Train MAML on few-shot tasks, validate while training, and test the best checkpoint once.
 

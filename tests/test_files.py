@@ -56,6 +56,24 @@ def test_interruption_at_any_moment_leaves_a_readable_file(
     assert len((tmp_path / "a.pt.sha256").read_bytes().split()) == 1
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.pt"
+    files.save({"n": 1}, path)
+    read, turn = Path.read_bytes, [0]
+
+    def read_then_replaced(self: Path) -> bytes:
+        data = read(self)
+        if self == path and turn[0] == 0:
+            turn[0] = 1
+            files.save({"n": 2}, path)
+        return data
+
+    monkeypatch.setattr(Path, "read_bytes", read_then_replaced)
+    assert files.load(path) == {"n": 2}
+
+
 def test_files_can_be_read_by_others_as_far_as_the_umask_allows(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:

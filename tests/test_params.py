@@ -73,7 +73,16 @@ def test_a_forward_that_writes_to_a_buffer_changes_nothing() -> None:
     forward, theta = functionalize(module)
     first, second = (forward(theta, torch.ones(1, 2)) for _ in range(2))
     assert torch.equal(first, second)
+    torch.vmap(forward)({name: p.expand(3, *p.shape) for name, p in theta.items()}, torch.ones(3, 1, 2))
     assert module.calls == 0
+
+
+def test_constants_move_with_the_module() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+    forward, theta = functionalize(module)
+    module.double()
+    moved = {name: p.double() for name, p in theta.items()}
+    assert forward(moved, torch.ones(3, 2, dtype=torch.float64)).dtype == torch.float64
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.InstanceNorm2d(4, track_running_stats=True)])

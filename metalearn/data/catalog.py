@@ -62,6 +62,15 @@ def omniglot_root(root: str | None) -> Path:
     return Path(root).expanduser() if root else cache_dir() / "data"
 
 
+def omniglot_base(root: str | None) -> Path:
+    """The folder of the two parts: ``omniglot-py`` below the root, or the root itself if they lie there."""
+    folder = omniglot_root(root)
+    nested = folder / "omniglot-py"
+    lies_here = any((folder / part).is_dir() for part in OMNIGLOT_PARTS)
+    lies_below = any((nested / part).is_dir() for part in OMNIGLOT_PARTS)
+    return folder if lies_here and not lies_below else nested
+
+
 def omniglot_source(root: str | None) -> str:
     """Where Omniglot would come from: ``"disk"``, ``"archives"`` that lie there to be unpacked, or ``"download"``.
 
@@ -73,9 +82,9 @@ def omniglot_source(root: str | None) -> str:
     folder = omniglot_root(root)
     if root and not folder.is_dir():
         raise DataError(f"data.root={root}: there is no such folder")
-    bases = (folder / "omniglot-py", folder)
-    missing = [part for part in OMNIGLOT_PARTS if not any((base / part).is_dir() for base in bases)]
-    if missing and all((bases[0] / f"{part}.zip").is_file() for part in missing):
+    base = omniglot_base(root)
+    missing = [part for part in OMNIGLOT_PARTS if not (base / part).is_dir()]
+    if missing and all((base / f"{part}.zip").is_file() for part in missing):
         return "archives"
     if len(missing) < len(OMNIGLOT_PARTS):
         return "disk"  # incomplete, if anything is missing: that is for its reader to say

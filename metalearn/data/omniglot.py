@@ -23,7 +23,7 @@ from rich.progress import track
 from torch import Tensor
 
 from metalearn import files
-from metalearn.data.catalog import DRAWINGS, OMNIGLOT_PARTS, OMNIGLOT_SPLITS, cache_dir, omniglot_root
+from metalearn.data.catalog import DRAWINGS, OMNIGLOT_PARTS, OMNIGLOT_SPLITS, cache_dir, omniglot_base
 from metalearn.data.omniglot_download import ensure_omniglot
 from metalearn.data.splits import ImageSplits, with_rotations
 from metalearn.errors import DataError
@@ -79,8 +79,7 @@ def omniglot(root: str | None = None, *, split: str = "classic", rotations: bool
 def read_characters(root: str | None = None) -> Characters:
     """Every class, from the cache or from disk, downloaded first where it is missing."""
     ensure_omniglot(root)
-    folder = omniglot_root(root)
-    base = folder / "omniglot-py" if (folder / "omniglot-py").is_dir() else folder
+    base = omniglot_base(root)
     try:
         drawings, fingerprint = _listing(base)
     except OSError as error:
@@ -136,8 +135,8 @@ def _is_drawing(entry: os.DirEntry[str]) -> bool:
 
 def _incomplete(base: Path, what: str) -> str:
     return (
-        f"Omniglot in {base} is incomplete: {what}. Was a copy or an extraction interrupted? Remove the folder and "
-        "copy it again, or run again with a network to download it."
+        f"Omniglot in {base} is incomplete: {what}. Was a copy or an extraction interrupted? Remove that folder, "
+        "not a part of it, and copy it again, or run again with a network to download it."
     )
 
 

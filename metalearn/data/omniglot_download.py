@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from metalearn.data.catalog import OMNIGLOT_PARTS, omniglot_root, omniglot_source
+from metalearn.data.catalog import OMNIGLOT_PARTS, omniglot_base, omniglot_root, omniglot_source
 from metalearn.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def ensure_omniglot(root: str | None) -> None:
         with FileLock(folder / ".omniglot.lock"):
             source = omniglot_source(root)  # again: another run may have brought it meanwhile
             if source == "archives":
-                _unpack(folder / "omniglot-py")
+                _unpack(omniglot_base(root))
             elif source == "download":
                 _download(folder)
     except (OSError, RuntimeError, http.client.HTTPException, zipfile.BadZipFile) as error:
@@ -79,9 +79,7 @@ def _download(folder: Path) -> None:
         with _temporary_folder(folder) as temporary, open(os.devnull, "w") as quiet, redirect_stdout(quiet):
             for background in (True, False):
                 Omniglot(str(temporary), background=background, download=True)
-            (folder / "omniglot-py").mkdir(exist_ok=True)
-            for part in OMNIGLOT_PARTS:
-                os.replace(temporary / "omniglot-py" / part, folder / "omniglot-py" / part)
+            os.replace(temporary / "omniglot-py", folder / "omniglot-py")  # whole, or over an empty folder
     finally:
         socket.setdefaulttimeout(before)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -44,12 +45,16 @@ class InnerLoop:
     task_chunk: int | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr) and self.lr > 0):
+        if not (isinstance(self.lr, Real) and math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"InnerLoop: lr={self.lr!r}; it must be a positive number.")
-        if not isinstance(self.steps, int) or self.steps < 0:
+        if not _is_whole(self.steps) or self.steps < 0:
             raise ValueError(f"InnerLoop: steps={self.steps!r}; it must be a whole number, 0 or more.")
-        if self.task_chunk is not None and self.task_chunk < 1:
+        if self.task_chunk is not None and (not _is_whole(self.task_chunk) or self.task_chunk < 1):
             raise ValueError(f"InnerLoop: task_chunk={self.task_chunk}; it must be at least 1, or None for all tasks.")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class TaskLosses(NamedTuple):

@@ -121,8 +121,6 @@ def check_evaluate(config: EvaluateConfig) -> None:
     faults = _faults(config) + (_device_faults(config.run.device) if config.run.device else [])
     if not (Path(config.run.dir) / "config.yaml").is_file():
         faults.append(f"run.dir={config.run.dir}: not a run's folder, as it holds no config.yaml")
-    if config.data.root and not Path(config.data.root).expanduser().is_dir():
-        faults.append(f"data.root={config.data.root}: there is no such folder")
     _refuse(faults)
 
 

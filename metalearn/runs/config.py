@@ -1,6 +1,6 @@
 """From the command line to a checked configuration: the only place that knows Hydra.
 
-    @main("train", TrainConfig, check, writes="config.yaml")
+    @main("train", TrainConfig, check)
     def train(config: TrainConfig, run_dir: Path) -> None: ...
 
 composes ``conf/train.yaml`` with the command line, refuses what cannot be run before torch is imported, and calls the
@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -35,6 +36,9 @@ from metalearn.runs import schema
 from metalearn.runs.checks import check
 from metalearn.runs.config_help import GROUPS, explain, help_text, unknown_keys
 
+RUN_FILES = ("config.yaml", "metrics.json", "checkpoints", "benchmark.json")
+"""By these a folder is known to hold a run; nothing is written there again."""
+
 CONF = Path(__file__).parents[2] / "conf"
 log = logging.getLogger(__name__)
 
@@ -53,7 +57,7 @@ _SCHEMAS = {
 
 
 def main(
-    name: str, kind: type[Config], check: Callable[[Config], None], *, writes: str
+    name: str, kind: type[Config], check: Callable[[Config], None]
 ) -> Callable[[Callable[[Config, Path], None]], Callable[[], None]]:
     """Make a function of a configuration and an output folder into a command.
 
@@ -61,7 +65,6 @@ def main(
         name: of the primary file in ``conf/``.
         kind: its schema.
         check: raises ``ConfigError`` for a configuration that cannot be run.
-        writes: the file in the output folder by which a finished or running job is known; it is never overwritten.
     """
 
     def decorate(function: Callable[[Config, Path], None]) -> Callable[[], None]:
@@ -70,7 +73,7 @@ def main(
             flags = get_args_parser().parse_args()
             try:
                 if flags.help:
-                    config = compose(name, flags.overrides, flags.config_dir)
+                    config = compose(name)
                     print(help_text(config, sys.argv[0], function.__doc__ or "", _options(name, config)))
                     return
                 if not (flags.hydra_help or flags.info or flags.shell_completion):
@@ -84,8 +87,9 @@ def main(
         def job(config: DictConfig) -> None:
             output_dir = Path(HydraConfig.get().runtime.output_dir)
             try:
-                if (output_dir / writes).exists():
-                    raise FolderTakenError(output_dir, writes)
+                for file in RUN_FILES:
+                    if (output_dir / file).exists():
+                        raise FolderTakenError(output_dir, file)
                 checked = typed(config, kind)
                 check(checked)
                 function(checked, output_dir)
@@ -111,7 +115,8 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = N
         if f"{group}=null" in overrides:
             options = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
             raise ConfigError(f"{group}=null: choose one of {', '.join(options)}")
-    more = [f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"] if config_dir else []
+    folder = str(Path(config_dir).absolute()).replace("'", "\\'") if config_dir else ""
+    more = [f"hydra.searchpath=['file://{folder}']"] if config_dir else []
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             return hydra.compose(name, [*overrides, *more])
@@ -130,13 +135,15 @@ def jobs(overrides: Sequence[str]) -> list[list[str]]:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise ConfigError(explain(error, overrides, [CONF])) from error
-    choices = [
-        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
-        if one.is_sweep_override()
-        else [str(one.input_line)]
-        for one in parsed
-    ]
-    return [list(job) for job in itertools.product(*choices)]
+    choices: dict[str, list[str]] = {}
+    for one in parsed:
+        key = one.get_key_element()
+        try:
+            values = one.sweep_string_iterator() if one.is_sweep_override() else []
+            choices[key] = [f"{key}={value}" for value in values] or [str(one.input_line)]
+        except HydraException:  # glob and interval are for Hydra to expand; every job is checked when it starts
+            return []
+    return [list(job) for job in itertools.product(*choices.values())]
 
 
 def _options(name: str, config: DictConfig) -> dict[str, DictConfig]:
@@ -152,8 +159,9 @@ def _options(name: str, config: DictConfig) -> dict[str, DictConfig]:
 def _refuse_file_as_folder(overrides: Sequence[str]) -> None:
     for override in overrides:
         name, _, value = override.partition("=")
-        if name == "hydra.run.dir" and Path(value).is_file():
-            raise ConfigError(f"{override}: this is a file; name a folder")
+        path = Path(value.strip("'\""))
+        if name in ("hydra.run.dir", "hydra.sweep.dir") and any(p.is_file() for p in (path, *path.parents)):
+            raise ConfigError(f"{override}: this is a file, or lies below one; name a folder")
 
 
 def typed(config: DictConfig, kind: type[Config]) -> Config:
@@ -222,6 +230,20 @@ def settle_data(config: Trained) -> Trained:
     settled = dataclasses.replace(config, data=typed(fallback, schema.GlyphsConfig))
     check(settled)
     return settled
+
+
+def relocated(data: schema.DataConfig, root: str | None) -> schema.DataConfig:
+    """A finished run's data set where it lies now: in ``root``, where it was, or in ``METALEARN_DATA``.
+
+    Raises:
+        ConfigError: if ``root`` is given for a data set that is not on disk.
+    """
+    if not isinstance(data, schema.OmniglotConfig):
+        if root:
+            raise ConfigError(f"data.root={root}: the run was trained on {data.name}, which is embedded; leave it out")
+        return data
+    recorded = data.root if data.root is None or Path(data.root).is_dir() else os.environ.get("METALEARN_DATA")
+    return dataclasses.replace(data, root=root or recorded or data.root, fallback=None)
 
 
 def to_yaml(config: object) -> str:

@@ -16,7 +16,6 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from metalearn.runs.checks import allowed
-from metalearn.runs.schema import BenchmarkConfig
 
 GROUPS = ("algorithm", "data", "model")
 
@@ -91,7 +90,7 @@ def explain(error: Exception, overrides: Sequence[str], places: list[Path]) -> s
     if dataclasses.is_dataclass(kind):
         known = {f.name: f for f in dataclasses.fields(kind)}
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
-            return f"{shown}: there is no such key{where}. {_nearest(key, list(known))}"
+            return f"{shown}: there is no such key{where}. {_nearest(key, kind)}"
         if isinstance(cause, ValidationError) and (f := known.get(str(cause.key))) and f.metadata:
             return f"{shown}: must be {allowed(f, get_type_hints(kind)[f.name])}{where} ({f.metadata['meaning']})"
     return f"{shown}: {str(cause).splitlines()[0]}{where}"
@@ -118,23 +117,24 @@ def _given(key: str, overrides: Sequence[str], source: str | None, places: list[
     return None
 
 
-def _nearest(key: str, known: list[str]) -> str:
+def _nearest(key: str, kind: Any) -> str:
+    """What was probably meant, and the keys that there are in a section of this type."""
+    known = [f.name for f in dataclasses.fields(kind)]
     prefix, _, last = key.rpartition(".")
-    inside = [f"{section}.{f.name}" for section in known for f in _fields_of(section) if f.name == key]
-    if inside and not prefix:
-        return f"Did you mean {' or '.join(inside)}?"
-    dot = "." if prefix else ""
     if key == "experiment":
         return "A file in experiment/ must open with the line '# @package _global_'."
+    inside = [] if prefix else [f"{s}.{key}" for s in known if key in _keys_of(get_type_hints(kind)[s])]
+    if inside:
+        return f"Did you mean {' or '.join(inside)}?"
+    dot = "." if prefix else ""
     close = difflib.get_close_matches(last, known, n=1)
     hint = f"Did you mean {prefix}{dot}{close[0]}? " if close else ""
     return f"{hint}The keys{' of ' + prefix if prefix else ''} are {', '.join(known)}."
 
 
-def _fields_of(section: str) -> tuple[dataclasses.Field[Any], ...]:
-    """The keys of a section of the configurations."""
-    kind = get_type_hints(BenchmarkConfig).get(section)
-    return dataclasses.fields(kind) if kind else ()
+def _keys_of(section: type) -> set[str]:
+    """The keys of a section, whichever option of its group is chosen."""
+    return {f.name for kind in (section, *section.__subclasses__()) for f in dataclasses.fields(kind)}
 
 
 def unknown_keys(config: DictConfig, prefix: str = "") -> list[str]:
@@ -145,7 +145,7 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> list[str]:
     for name in config:
         node, full = config._get_node(name), f"{prefix}{name!s}"
         if known and name not in known:
-            faults.append(f"{full}={config[name]}: there is no such key. {_nearest(full, known)}")
+            faults.append(f"{full}={config[name]}: there is no such key. {_nearest(full, kind)}")
         elif isinstance(node, DictConfig):
             faults += unknown_keys(node, f"{full}.")
     return faults

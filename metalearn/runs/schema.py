@@ -213,7 +213,7 @@ class EvaluatedEvalConfig:
 class EvaluatedDataConfig:
     """Where the data lies now."""
 
-    root: str | None = key("folder that holds omniglot-py/; null: as the run says")
+    root: str | None = key("folder that holds omniglot-py/; null: the run's own, or METALEARN_DATA if that is gone")
 
 
 @dataclass

@@ -109,9 +109,6 @@ def train(config: TrainConfig, run_dir: Path, config_yaml: str) -> None:
 
 def claim(run_dir: Path, config_yaml: str) -> None:
     """Make the folder this run's own, by being the one that creates its ``config.yaml``."""
-    for file in ("metrics.json", "checkpoints"):
-        if (run_dir / file).exists():
-            raise FolderTakenError(run_dir, file)
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with (run_dir / "config.yaml").open("x") as config:
@@ -139,6 +136,7 @@ def meta_train(
             window = meter.close_window()
             _refuse_nonfinite(window, state, config)
             tracker.scalars({**window, "outer/lr": lr}, state.iteration)
+            meter.open_window()
         if validation_due:
             mean = validate(experiment, state, run_dir, tracker)
             progress.update(bar, note=f"validation {mean:.1%}")

@@ -6,11 +6,13 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from metalearn.data import catalog, omniglot, omniglot_download
@@ -235,6 +237,21 @@ def test_download_fills_the_default_folder(root: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("torchvision.datasets.Omniglot", fake_download(root))
     assert omniglot.read_characters(None).images.shape[0] == 5
     assert sorted(p.name for p in (catalog.cache_dir() / "data" / "omniglot-py").iterdir()) == sorted(PARTS)
+
+
+def test_a_run_that_starts_meanwhile_waits_and_downloads_nothing(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "_reachable", lambda: True)
+    monkeypatch.setattr("torchvision.datasets.Omniglot", lambda *_, **__: pytest.fail("downloaded again"))
+    here = tmp_path / "shared"
+    here.mkdir()
+    with ThreadPoolExecutor() as pool, FileLock(here / ".omniglot.lock"):
+        waiting = pool.submit(omniglot.read_characters, str(here))
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.5)
+        shutil.copytree(root / "omniglot-py", here / "omniglot-py")
+    assert waiting.result(timeout=30).images.shape[0] == 5
 
 
 def test_failed_download_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

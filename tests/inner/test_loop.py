@@ -96,6 +96,8 @@ def test_one_task_without_a_task_dimension_is_refused() -> None:
     [
         ({"lr": 0.0, "steps": 1}, "lr=0.0; it must be a positive number"),
         ({"lr": "0.1", "steps": 1}, "lr='0.1'; it must be a positive number"),
+        ({"lr": 0.1, "steps": True}, "steps=True; it must be a whole number"),
+        ({"lr": 0.1, "steps": 1, "task_chunk": 1.5}, "task_chunk=1.5; it must be at least 1"),
         ({"lr": 0.1, "steps": 1.5}, "steps=1.5; it must be a whole number"),
         ({"lr": float("nan"), "steps": 1}, "lr=nan"),
         ({"lr": 0.1, "steps": -1}, "steps=-1; it must be a whole number, 0 or more"),

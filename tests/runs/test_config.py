@@ -18,7 +18,7 @@ from metalearn.metagrad import ENGINES
 from metalearn.models import MLP, Conv4
 from metalearn.runs import schema
 from metalearn.runs.checks import allowed, check, check_evaluate, entries
-from metalearn.runs.config import CONF, _options, compose, from_yaml, jobs, settle_data, to_yaml, typed
+from metalearn.runs.config import CONF, _options, compose, from_yaml, jobs, relocated, settle_data, to_yaml, typed
 from metalearn.runs.config_help import help_text
 from metalearn.runs.schema import EvaluateConfig, GlyphsConfig, OmniglotConfig, TrainConfig
 
@@ -43,7 +43,7 @@ REFUSED = [
     ("++inner.extra=1", r"inner\.extra=1: there is no such key\..*The keys of inner are lr, steps"),
     ("second_order=false", r"second_order=false: there is no such key\. Did you mean inner\.second_order\?"),
     ("lr=0.1", r"lr=0\.1: there is no such key\. Did you mean inner\.lr or outer\.lr\?"),
-    ("inner.lr=", r"inner\.lr"),
+    ("width=32", r"Did you mean model\.width\?"),
     ("inner.lr= 1=2", r"Write KEY=VALUE without spaces"),
     ("nope=1", r"nope=1: there is no such key\..*The keys are task, inner, outer"),
     ("inner.second_order=maybe", r"inner\.second_order=maybe: must be true or false"),
@@ -111,8 +111,34 @@ def test_every_job_of_a_sweep_is_seen() -> None:
     assert jobs(["inner.steps=1,2", "run.seed=range(0,2)", "model=mlp", "inner.lr=0.5"]) == [
         [f"inner.steps={steps}", f"run.seed={seed}", "model=mlp", "inner.lr=0.5"] for steps in (1, 2) for seed in (0, 1)
     ]
+    assert jobs(["inner.steps=1,2", "inner.steps=3"]) == [["inner.steps=3"]]
+    for for_hydra in ("experiment=glob(*)", "inner.lr=interval(0.1,0.5)"):
+        assert jobs([for_hydra]) == []
     with pytest.raises(ConfigError, match="no viable alternative"):
         jobs(["inner.steps=["])
+
+
+def test_data_of_a_finished_run_is_found_where_it_lies_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def root(recorded: str | None, given: str | None) -> str | None:
+        omniglot = checked().data
+        assert isinstance(omniglot, OmniglotConfig)
+        data = relocated(dataclasses.replace(omniglot, root=recorded), given)
+        assert isinstance(data, OmniglotConfig)
+        assert data.fallback is None, "a test on other data is no test"
+        return data.root
+
+    here, gone = str(tmp_path), str(tmp_path / "gone")
+    assert root(here, None) == here
+    assert root(gone, here) == here
+    assert root(None, None) is None
+    assert root(gone, None) == gone
+    monkeypatch.setenv("METALEARN_DATA", "/elsewhere")
+    assert root(gone, None) == "/elsewhere"
+    assert root(here, None) == here
+    glyphs_data = checked("data=glyphs").data
+    assert relocated(glyphs_data, None) == glyphs_data
+    with pytest.raises(ConfigError, match="trained on glyphs, which is embedded"):
+        relocated(glyphs_data, here)
 
 
 def test_a_folder_with_a_comma_can_hold_experiments(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_train_from_another_folder_then_evaluate(tmp_path: Path) -> None:
 
     onto = command("evaluate.py", f"run.dir={run_dir}", f"hydra.run.dir={run_dir}", cwd=tmp_path)
     assert onto.returncode == 2
-    assert "already holds a run (its metrics.json)" in onto.stderr
+    assert "already holds a run (its config.yaml)" in onto.stderr
     assert json.loads(metrics_file.read_text()) == metrics
 
     damaged = run_dir / "checkpoints" / "best.pt"
@@ -87,7 +87,18 @@ def test_run_dir_is_honoured_and_never_shared(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     third = command("train.py", *SMALL, "hydra.run.dir=file", cwd=tmp_path)
     assert third.returncode == 2
-    assert "hydra.run.dir=file: this is a file; name a folder" in third.stderr
+    assert "hydra.run.dir=file: this is a file, or lies below one; name a folder" in third.stderr
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.json", "checkpoints", "benchmark.json"])
+def test_nothing_of_the_users_is_overwritten(name: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("mine")
+    refused = command("train.py", *SMALL, "hydra.run.dir=mine", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert f"already holds a run (its {name})" in refused.stderr
+    assert (tmp_path / "mine" / name).read_text() == "mine"
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == [name]
 
 
 def test_fallback_is_loud_and_in_the_name(tmp_path: Path) -> None:
