@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout  # the builtin one only from Python 3.11 on
 from pathlib import Path
 
 import numpy as np
@@ -248,7 +249,7 @@ def test_a_run_that_starts_meanwhile_waits_and_downloads_nothing(
     here.mkdir()
     with ThreadPoolExecutor() as pool, FileLock(here / ".omniglot.lock"):
         waiting = pool.submit(omniglot.read_characters, str(here))
-        with pytest.raises(TimeoutError):
+        with pytest.raises(FutureTimeout):
             waiting.result(timeout=0.5)
         shutil.copytree(root / "omniglot-py", here / "omniglot-py")
     assert waiting.result(timeout=30).images.shape[0] == 5
