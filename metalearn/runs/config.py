@@ -74,7 +74,7 @@ def main(
             try:
                 if flags.help:
                     config = compose(name)
-                    print(help_text(config, sys.argv[0], function.__doc__ or "", _options(name, config)))
+                    print(help_text(config, sys.argv[0], function.__doc__ or "", option_sections(name, config)))
                     return
                 if not (flags.hydra_help or flags.info or flags.shell_completion):
                     for overrides in jobs(flags.overrides) if flags.multirun else [flags.overrides]:
@@ -113,8 +113,7 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = N
     register()
     for group in GROUPS:
         if f"{group}=null" in overrides:
-            options = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
-            raise ConfigError(f"{group}=null: choose one of {', '.join(options)}")
+            raise ConfigError(f"{group}=null: choose one of {', '.join(_options(group))}")
     folder = str(Path(config_dir).absolute()).replace("'", "\\'") if config_dir else ""
     more = [f"hydra.searchpath=['file://{folder}']"] if config_dir else []
     try:
@@ -146,14 +145,17 @@ def jobs(overrides: Sequence[str]) -> list[list[str]]:
     return [list(job) for job in itertools.product(*choices.values())]
 
 
-def _options(name: str, config: DictConfig) -> dict[str, DictConfig]:
-    """The section of every option of every group, as ``GROUP=OPTION``."""
-    return {
-        f"{group}={file.stem}": compose(name, [f"{group}={file.stem}"])[group]
-        for group in GROUPS
-        if group in config and (CONF / group).is_dir() and name != "evaluate"
-        for file in sorted((CONF / group).glob("*.yaml"))
-    }
+def option_sections(name: str, config: DictConfig) -> dict[str, DictConfig]:
+    """The section of every option of every group, as ``GROUP=OPTION``; none if the schema has no groups."""
+    kind = OmegaConf.get_type(config)
+    if kind is None or not issubclass(kind, schema.TrainConfig):
+        return {}
+    choices = [f"{group}={option}" for group in GROUPS for option in _options(group)]
+    return {choice: compose(name, [choice])[choice.partition("=")[0]] for choice in choices}
+
+
+def _options(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
 def _refuse_file_as_folder(overrides: Sequence[str]) -> None:
@@ -194,11 +196,16 @@ def from_yaml(path: Path) -> schema.TrainConfig:
         base = OmegaConf.structured(schema.TrainConfig)
         for group in ("data", "model", "algorithm"):
             base[group] = OmegaConf.structured(_SCHEMAS[raw[group].name])
-        merged = OmegaConf.merge(base, raw)
-        assert isinstance(merged, DictConfig)
-        return typed(merged, schema.TrainConfig)
+        return _on_schema(base, raw, schema.TrainConfig)
     except (OSError, KeyError, AssertionError, YAMLError, OmegaConfBaseException, ConfigError) as error:
         raise ConfigError(f"{path} is not the configuration of a run: {error}") from error
+
+
+def _on_schema(base: DictConfig, raw: DictConfig, kind: type[Config]) -> Config:
+    """What a YAML file holds, on the schema that it must fit."""
+    merged = OmegaConf.merge(base, raw)
+    assert isinstance(merged, DictConfig)
+    return typed(merged, kind)
 
 
 Trained = TypeVar("Trained", bound=schema.TrainConfig)
@@ -225,9 +232,8 @@ def settle_data(config: Trained) -> Trained:
     raw = OmegaConf.load(CONF / "data" / f"{name}.yaml")
     assert isinstance(raw, DictConfig)
     raw.pop("defaults")
-    fallback = OmegaConf.merge(OmegaConf.structured(_SCHEMAS[name]), raw)
-    assert isinstance(fallback, DictConfig)
-    settled = dataclasses.replace(config, data=typed(fallback, schema.GlyphsConfig))
+    fallback = _on_schema(OmegaConf.structured(_SCHEMAS[name]), raw, schema.GlyphsConfig)
+    settled = dataclasses.replace(config, data=fallback)
     check(settled)
     return settled
 

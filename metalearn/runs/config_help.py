@@ -24,7 +24,7 @@ def help_text(config: DictConfig, script: str, description: str, options: Mappin
     """Every key of a configuration with its default, meaning and range.
 
     Args:
-        config: composed, with what was given on the command line.
+        config: composed, without overrides.
         script: path of the command.
         description: what it does.
         options: sections of the groups' options, by ``GROUP=OPTION``; a group without one is a plain section.

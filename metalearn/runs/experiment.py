@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from dataclasses import dataclass
 
@@ -21,8 +20,6 @@ from metalearn.models import MLP, Conv4
 from metalearn.params import functionalize
 from metalearn.runs.schema import Conv4Config, GlyphsConfig, MLPConfig, OmniglotConfig, TrainConfig
 from metalearn.types import Forward, Params
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)

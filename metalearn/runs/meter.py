@@ -65,7 +65,7 @@ class Meter:
         self._figures.append(figures)
 
     def close_window(self) -> dict[str, float]:
-        """Read the window's figures, as TensorBoard's tags and values, and open the next."""
+        """Read the window's figures, as TensorBoard's tags and values; ``open_window`` starts the next."""
         means = {
             f"train/{name}": torch.stack([figures[name] for figures in self._figures]).mean().item()
             for name in self._figures[0]
@@ -76,5 +76,4 @@ class Meter:
         if self._timed:
             self._window_ms.append(1000 * (time.perf_counter() - self._opened) / self._timed)
             means["time/meta_step_ms"] = self._window_ms[-1]
-        self.open_window()
         return {**means, "memory/peak_mib": self.peak_bytes / MIB}

@@ -136,10 +136,9 @@ def meta_train(
             window = meter.close_window()
             _refuse_nonfinite(window, state, config)
             tracker.scalars({**window, "outer/lr": lr}, state.iteration)
-            meter.open_window()
-        if validation_due:
-            mean = validate(experiment, state, run_dir, tracker)
-            progress.update(bar, note=f"validation {mean:.1%}")
+            if validation_due:
+                mean = validate(experiment, state, run_dir, tracker)
+                progress.update(bar, note=f"validation {mean:.1%}")
             meter.open_window()
 
 

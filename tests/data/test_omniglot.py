@@ -2,56 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout  # the builtin one only from Python 3.11 on
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 
-from metalearn.data import catalog, omniglot, omniglot_download
+from metalearn.data import catalog, omniglot
 from metalearn.data.splits import with_rotations
 from metalearn.errors import DataError
-
-PIXELS = {
-    "images_background": "a90972222e6da451049dbf89c759b11589db2d9eff9365c33fcbe6be6d2f9188",
-    "images_evaluation": "b5c12022fe2fc72d9cdc0b9451cd636578d58a3ddae0d03c4924404d11e8baad",
-}
-PARTS = {"images_background": 3, "images_evaluation": 2}
-
-
-@pytest.fixture(autouse=True)
-def _small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Five classes stand for the 1,623, with a cache of their own."""
-    if "omniglot_root" not in request.fixturenames:
-        for module in (omniglot, catalog, omniglot_download):
-            monkeypatch.setattr(module, "OMNIGLOT_PARTS", PARTS)
-        monkeypatch.setattr(omniglot, "_PIXELS_SHA256", PIXELS)
-        monkeypatch.setattr(catalog, "_reachable", lambda: False)
-        monkeypatch.setenv("METALEARN_CACHE", str(tmp_path / "own cache"))
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A folder as torchvision lays it out; each image has a black square whose place tells class and drawing."""
-    number = 0
-    for part, characters in (("images_background", ["A/c1", "A/c2", "B/c1"]), ("images_evaluation", ["C/c1", "D/c1"])):
-        for character in characters:
-            folder = tmp_path / "root" / "omniglot-py" / part / character
-            folder.mkdir(parents=True)
-            for drawing in range(20):
-                pixels = np.full((105, 105), 255, dtype=np.uint8)
-                pixels[5 * drawing : 5 * drawing + 5, 20 * number : 20 * number + 20] = 0
-                Image.fromarray(pixels).convert("1").save(folder / f"{number:04}_{drawing + 1:02}.png")
-            number += 1
-    return tmp_path / "root"
 
 
 def test_images_are_white_on_black_in_sorted_order(root: Path) -> None:
@@ -174,97 +136,6 @@ def test_a_link_to_nowhere_is_named(root: Path) -> None:
     file.symlink_to(root / "gone")
     with pytest.raises(DataError, match=r"cannot be read: .*0000_03\.png"):
         omniglot.read_characters(str(root))
-
-
-def pack(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Turn the folders into archives, whose digests are then the published ones."""
-    digests = {}
-    for part in PARTS:
-        base = root / "omniglot-py"
-        archive = Path(shutil.make_archive(str(base / part), "zip", base, part))
-        digests[part] = hashlib.md5(archive.read_bytes()).hexdigest()
-        shutil.rmtree(base / part)
-    monkeypatch.setattr("torchvision.datasets.Omniglot.zips_md5", digests)
-
-
-def test_archives_without_folders_are_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = omniglot.read_characters(str(root)).images
-    pack(root, monkeypatch)
-    assert torch.equal(omniglot.read_characters(str(root)).images, expected)
-    assert not list(root.rglob(".unpacking-*"))
-
-
-def test_one_archive_of_two_is_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pack(root, monkeypatch)
-    omniglot.read_characters(str(root))
-    shutil.rmtree(root / "omniglot-py" / "images_evaluation")
-    assert omniglot.read_characters(str(root)).images.shape[0] == 5
-
-
-def test_damaged_archive_is_named_and_not_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pack(root, monkeypatch)
-    archive = root / "omniglot-py" / "images_evaluation.zip"
-    archive.write_bytes(archive.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"images_evaluation\.zip is damaged: its MD5 is not the published"):
-        omniglot.read_characters(str(root))
-    assert not (root / "omniglot-py" / "images_evaluation").exists()
-
-
-def test_interrupted_unpacking_leaves_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pack(root, monkeypatch)
-
-    def half(archive: str, to: str) -> None:
-        (Path(to) / "images_background" / "A").mkdir(parents=True)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("torchvision.datasets.utils.extract_archive", half)
-    with pytest.raises(KeyboardInterrupt):
-        omniglot.read_characters(str(root))
-    assert sorted(p.name for p in (root / "omniglot-py").iterdir()) == [f"{part}.zip" for part in sorted(PARTS)]
-
-
-def fake_download(root: Path) -> Callable[..., None]:
-    """Torchvision's class, which copies instead."""
-
-    def download(to: str, *, background: bool, download: bool) -> None:
-        part = "images_background" if background else "images_evaluation"
-        shutil.copytree(root / "omniglot-py" / part, Path(to) / "omniglot-py" / part)
-
-    return download
-
-
-def test_download_fills_the_default_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "_reachable", lambda: True)
-    monkeypatch.setattr("torchvision.datasets.Omniglot", fake_download(root))
-    assert omniglot.read_characters(None).images.shape[0] == 5
-    assert sorted(p.name for p in (catalog.cache_dir() / "data" / "omniglot-py").iterdir()) == sorted(PARTS)
-
-
-def test_a_run_that_starts_meanwhile_waits_and_downloads_nothing(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(catalog, "_reachable", lambda: True)
-    monkeypatch.setattr("torchvision.datasets.Omniglot", lambda *_, **__: pytest.fail("downloaded again"))
-    here = tmp_path / "shared"
-    here.mkdir()
-    with ThreadPoolExecutor() as pool, FileLock(here / ".omniglot.lock"):
-        waiting = pool.submit(omniglot.read_characters, str(here))
-        with pytest.raises(FutureTimeout):
-            waiting.result(timeout=0.5)
-        shutil.copytree(root / "omniglot-py", here / "omniglot-py")
-    assert waiting.result(timeout=30).images.shape[0] == 5
-
-
-def test_failed_download_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(to: str, *, background: bool, download: bool) -> None:
-        (Path(to) / "omniglot-py" / "images_background").mkdir(parents=True)
-        raise RuntimeError("File not found or corrupted.")
-
-    monkeypatch.setattr(catalog, "_reachable", lambda: True)
-    monkeypatch.setattr("torchvision.datasets.Omniglot", fails)
-    with pytest.raises(DataError, match=r"could not be brought to .*File not found or corrupted.*data=glyphs"):
-        omniglot.read_characters(str(tmp_path))
-    assert not list(tmp_path.rglob("images_background"))
 
 
 def test_rotations_make_new_classes() -> None:

@@ -18,7 +18,17 @@ from metalearn.metagrad import ENGINES
 from metalearn.models import MLP, Conv4
 from metalearn.runs import schema
 from metalearn.runs.checks import allowed, check, check_evaluate, entries
-from metalearn.runs.config import CONF, _options, compose, from_yaml, jobs, relocated, settle_data, to_yaml, typed
+from metalearn.runs.config import (
+    CONF,
+    compose,
+    from_yaml,
+    jobs,
+    option_sections,
+    relocated,
+    settle_data,
+    to_yaml,
+    typed,
+)
 from metalearn.runs.config_help import help_text
 from metalearn.runs.schema import EvaluateConfig, GlyphsConfig, OmniglotConfig, TrainConfig
 
@@ -260,7 +270,7 @@ def test_evaluate_needs_a_runs_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("groups", [[], ["data=glyphs", "model=mlp"]])
 def test_help_explains_every_key(groups: list[str]) -> None:
     config = compose("train")
-    text = re.sub(r"\s+", " ", help_text(config, "scripts/train.py", "Trains.", _options("train", config)))
+    text = re.sub(r"\s+", " ", help_text(config, "scripts/train.py", "Trains.", option_sections("train", config)))
     for name, _, f, kind in entries(checked(*groups)):
         pattern = rf" {re.escape(name)}=\S+ (\[[\d, ]+\] |[\d, ]+\] )?{re.escape(f.metadata['meaning'])} "
         assert re.search(pattern + re.escape(f"({allowed(f, kind)})"), text), name
