@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from metalearn import derivatives
     from metalearn.inner import InnerLoop, adapt, predict
     from metalearn.metagrad import meta_gradient
     from metalearn.params import functionalize
@@ -28,6 +29,7 @@ __all__ = [
     "MetaGradient",
     "Params",
     "adapt",
+    "derivatives",
     "functionalize",
     "meta_gradient",
     "predict",
@@ -48,6 +50,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "derivatives":
+        return importlib.import_module("metalearn.derivatives")
     if name not in _HOMES:
         raise AttributeError(f"module 'metalearn' has no attribute {name!r}; it offers {', '.join(__all__)}")
     return getattr(importlib.import_module(f"metalearn.{_HOMES[name]}"), name)

@@ -1,4 +1,7 @@
-"""Imports point one way: types, params <- inner <- metagrad <- runs <- scripts; data and models know only the nouns."""
+"""Imports point one way: types, params <- derivatives, inner <- metagrad <- runs <- scripts.
+
+Data and models know only the nouns.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,13 @@ MAY_IMPORT = {
     "params": {"types"},
     "models": NOUNS,
     "data": NOUNS,
+    "derivatives": {"types", "params"},
+    "gradcheck": {"types", "params", "derivatives"},
     "inner": {"types", "params"},
-    "metagrad": {"types", "params", "inner"},
+    "metagrad": {"types", "params", "derivatives", "inner"},
     "peers": {"types", "params", "inner", "metagrad"},
-    "runs": NOUNS | {"models", "data", "inner", "metagrad", "peers"},
+    "lab": NOUNS | {"models", "data", "derivatives", "gradcheck", "inner", "metagrad"},
+    "runs": NOUNS | {"models", "data", "derivatives", "gradcheck", "inner", "metagrad", "peers", "lab"},
 }
 ONLY_IN = {
     "hydra": {"runs/config.py", "runs/config_help.py"},
@@ -30,6 +36,9 @@ ONLY_IN = {
     "torch.utils.tensorboard": {"runs/tracking.py"},
     "torch.distributed": {"runs/distributed.py"},
     "learn2learn": {"peers/learn2learn.py"},
+    "higher": {"peers/higher.py"},
+    "torchopt": {"peers/torchopt.py"},
+    "scipy": {"derivatives/spectrum.py"},
 }
 FILES = sorted((REPO / "metalearn").rglob("*.py"))
 

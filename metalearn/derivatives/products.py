@@ -1,0 +1,126 @@
+"""Products with second-derivative matrices that are never formed, at the price of a few gradients:
+
+hvp:               H v = d/dt grad f(x + t v) at t = 0                (Pearlmutter 1994)
+gauss_newton_vp:   G v = J^T (d2 loss / dz2) J v,  z = model(x)       (Schraudolph 2002)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from metalearn.derivatives.points import Point, ScalarFunction, check_direction, check_point, jvp, scalar, vjp
+
+
+def gradient(f: ScalarFunction, x: Point) -> Point:
+    """df/dx by reverse mode, without a graph of its own: the activations are freed as the pass comes to them.
+
+    Unlike ``torch.func.grad``, which keeps both so that it can be nested in reverse mode. Forward mode may be put
+    around it.
+
+    Raises:
+        ValueError: if ``f`` does not give a scalar.
+        TypeError: if ``x`` holds other than floating-point tensors.
+    """
+    check_point("x", x)
+    value, pull_back = vjp(scalar(f), x)
+    return cast(Point, pull_back(torch.ones_like(value)))
+
+
+def hvp(f: ScalarFunction, x: Point, v: Point, *, mode: str = "forward_over_reverse") -> Point:
+    """Hessian-vector product H v of ``f`` at ``x``, in the memory of a few gradients, whatever the size of H.
+
+        forward_over_reverse:  d/dt grad f(x + t v)           cheapest where every operation has a forward-mode formula
+        reverse_over_reverse:  d/dx <grad f(x), v>            needs nothing but double backward
+        reverse_over_forward:  d/dx (d/dt f(x + t v))
+
+    Args:
+        f: from a point to a scalar.
+        x: where.
+        v: direction, shaped like ``x``.
+        mode: one of ``HVP_MODES``.
+
+    Returns:
+        H v, shaped like ``x``.
+
+    Raises:
+        ValueError: if ``f`` does not give a scalar, ``v`` is not shaped like ``x``, or the mode is unknown.
+        TypeError: if ``x`` or ``v`` holds other than floating-point tensors.
+        NotImplementedError: if an operation lacks a forward-mode formula, in the modes that use one.
+
+    Example:
+        >>> x, v = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])
+        >>> hvp(lambda x: x[0] ** 2 * x[1], x, v)
+        tensor([4., 2.])
+
+    Reference: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
+    """
+    if mode not in HVP_MODES:
+        raise ValueError(f"hvp: mode={mode!r} is not one of {', '.join(HVP_MODES)}.")
+    check_point("x", x)
+    check_direction(x, v)
+    return cast(Point, HVP_MODES[mode](scalar(f), x, v))
+
+
+def _forward_over_reverse(f: ScalarFunction, x: Any, v: Any) -> Any:
+    return jvp(lambda x: gradient(f, x), x, v)[1]
+
+
+def _reverse_over_reverse(f: ScalarFunction, x: Any, v: Any) -> Any:
+    leaves, spec = tree_flatten(x)
+    with torch.enable_grad():
+        at = [leaf.detach().requires_grad_() for leaf in leaves]
+        value = f(tree_unflatten(at, spec))
+        if not value.requires_grad:
+            return tree_map(torch.zeros_like, x)
+        grads = torch.autograd.grad(value, at, create_graph=True, materialize_grads=True)
+        curved = [(g, w) for g, w in zip(grads, tree_flatten(v)[0], strict=True) if g.requires_grad]
+        if not curved:  # f is linear: its gradient is a constant
+            return tree_map(torch.zeros_like, x)
+        gs, vs = zip(*curved, strict=True)
+        products = torch.autograd.grad(gs, at, vs, materialize_grads=True)
+    return tree_unflatten(list(products), spec)
+
+
+def _reverse_over_forward(f: ScalarFunction, x: Any, v: Any) -> Any:
+    return gradient(lambda x: jvp(f, x, v)[1], x)
+
+
+HVP_MODES: dict[str, Callable[[ScalarFunction, Any, Any], Any]] = {
+    "forward_over_reverse": _forward_over_reverse,
+    "reverse_over_reverse": _reverse_over_reverse,
+    "reverse_over_forward": _reverse_over_forward,
+}
+"""Names for ``mode``: the order in which the two derivatives are taken."""
+
+
+def gauss_newton_vp(model: Callable[[Any], Tensor], loss: ScalarFunction, x: Point, v: Point) -> Point:
+    """Product of the generalised Gauss-Newton matrix of ``loss(model(x))`` with ``v``.
+
+        G v = J^T (d2 loss / dz2) J v,    J = dz/dx,  z = model(x)
+
+    It is the Hessian without the curvature of the model itself, and positive semi-definite where the loss is convex.
+
+    Args:
+        model: from a point to predictions z of any shape.
+        loss: from predictions to a scalar.
+        x: where.
+        v: direction, shaped like ``x``.
+
+    Returns:
+        G v, shaped like ``x``.
+
+    Raises:
+        ValueError, TypeError: as ``hvp``.
+
+    Reference: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
+    """
+    check_point("x", x)
+    check_direction(x, v)
+    z, jv = jvp(model, x, v)
+    _, pull_back = vjp(model, x)
+    return cast(Point, pull_back(hvp(loss, z, jv)))

@@ -1,0 +1,57 @@
+"""The top of a Hessian's spectrum, by Lanczos on products with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from metalearn.derivatives.points import Point, ScalarFunction, check_point
+from metalearn.derivatives.products import hvp
+
+
+def top_eigenvalues(f: ScalarFunction, x: Point, k: int = 1, *, tol: float = 1e-3, seed: int = 0) -> Tensor:
+    """The k largest eigenvalues of the Hessian, by Lanczos through ``hvp``: the matrix is never formed.
+
+    Args:
+        f: from a point to a scalar.
+        x: where, n numbers in all.
+        k: how many, at most n.
+        tol: relative accuracy.
+        seed: of the vector that Lanczos starts from.
+
+    Returns:
+        ``[k]``, largest first, float64, on the CPU.
+
+    Raises:
+        ValueError: for a k below 1 or above n, and as ``hvp``.
+        scipy.sparse.linalg.ArpackNoConvergence: if Lanczos does not reach ``tol``.
+
+    Reference: Lehoucq, Sorensen & Yang 1998, "ARPACK users' guide", through ``scipy.sparse.linalg.eigsh``.
+    """
+    check_point("x", x)
+    leaves, spec = tree_flatten(x)
+    sizes = [leaf.numel() for leaf in leaves]
+    n = sum(sizes)
+    if not 1 <= k <= n:
+        raise ValueError(f"top_eigenvalues: k={k}; it must be at least 1 and at most n = {n}.")
+
+    def product(column: Any) -> Any:
+        parts = torch.as_tensor(column).reshape(-1).split(sizes)
+        v = tree_unflatten([p.reshape(leaf.shape).to(leaf) for p, leaf in zip(parts, leaves, strict=True)], spec)
+        return torch.cat([p.detach().double().cpu().reshape(-1) for p in tree_flatten(hvp(f, x, v))[0]]).numpy()
+
+    if k >= n - 1 or n <= _SMALL:  # Lanczos needs room; a small matrix is quicker formed
+        columns = [torch.from_numpy(product(row.numpy())) for row in torch.eye(n, dtype=torch.float64)]
+        ascending: Tensor = torch.linalg.eigvalsh(torch.stack(columns))
+        return ascending.flip(0)[:k]
+    start = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).numpy()
+    operator = LinearOperator((n, n), matvec=product, dtype=start.dtype)
+    values = eigsh(operator, k=k, which="LA", tol=tol, v0=start, return_eigenvectors=False)
+    return torch.from_numpy(values).sort(descending=True).values
+
+
+_SMALL = 32  # numbers
