@@ -69,6 +69,24 @@ def _refuse_running_statistics(module: nn.Module) -> None:
             )
 
 
+def check_params(params: Params) -> None:
+    """Refuse meta-parameters that cannot be adapted.
+
+    Raises:
+        ValueError: if there is none.
+        TypeError: naming the one that is not a floating-point tensor.
+    """
+    if not params:
+        raise ValueError("params is empty: there is nothing to adapt.")
+    for name, p in params.items():
+        if not isinstance(p, Tensor) or not p.is_floating_point():
+            kind = p.dtype if isinstance(p, Tensor) else type(p).__name__
+            raise TypeError(
+                f"params[{name!r}] is {kind}: only floating-point tensors have gradients. Convert it with .float(), or "
+                "keep it in the model as a buffer, which is a constant."
+            )
+
+
 def stack(theta: Params, tasks: int) -> Params:
     """One copy of theta per task: ``[...]`` to ``[T, ...]``, without taking memory, and differentiable in theta."""
     return {name: p.expand(tasks, *p.shape) for name, p in theta.items()}

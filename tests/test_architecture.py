@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "derivatives": {"types", "params"},
     "gradcheck": {"types", "params", "derivatives"},
     "inner": {"types", "params"},
-    "metagrad": {"types", "params", "derivatives", "inner"},
+    "metagrad": {"types", "params", "errors", "derivatives", "inner"},
     "peers": {"types", "params", "inner", "metagrad"},
     "lab": NOUNS | {"models", "data", "derivatives", "gradcheck", "inner", "metagrad"},
     "runs": NOUNS | {"models", "data", "derivatives", "gradcheck", "inner", "metagrad", "peers", "lab"},

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import dual_level, make_dual
 from torch.utils._pytree import tree_map
 
 from metalearn.types import Params
@@ -65,5 +68,15 @@ def vjp(f: Callable[[Any], Tensor], x: Any) -> tuple[Tensor, Callable[[Tensor], 
 
 def jvp(f: Callable[[Any], Any], x: Any, v: Any) -> tuple[Any, Any]:
     """Value and derivative along v. Forward mode lays tangents out as their primals, which must not be expanded."""
+    _load_forward_mode()
     value, slope, *_ = torch.func.jvp(f, (tree_map(Tensor.contiguous, x),), (tree_map(Tensor.contiguous, v),))
     return value, slope
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """Torch loads some forward-mode formulas when they are first used, and warns of its own deprecations then."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        with dual_level():
+            make_dual(torch.zeros(()), torch.zeros(()))

@@ -1,5 +1,15 @@
 """The inner loop: how one task's parameters are adapted, knowing nothing of how that is differentiated."""
 
-from metalearn.inner.loop import InnerLoop, TaskLosses, adapt, inner_step, predict, task_losses
+from metalearn.inner.loop import InnerLoop, TaskLosses, adapt, inner_step, predict, task_losses, total_support_loss
+from metalearn.inner.refusals import explained
 
-__all__ = ["InnerLoop", "TaskLosses", "adapt", "inner_step", "predict", "task_losses"]
+__all__ = [
+    "InnerLoop",
+    "TaskLosses",
+    "adapt",
+    "explained",
+    "inner_step",
+    "predict",
+    "task_losses",
+    "total_support_loss",
+]

@@ -16,9 +16,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from metalearn.params import gradients, stack
+from metalearn.inner.refusals import explained, unchanged
+from metalearn.params import check_params, gradients, stack
 from metalearn.types import Forward, Loss, Params, check_examples
 
 
@@ -33,6 +35,8 @@ class InnerLoop:
             constants (first-order MAML).
         engine: how the meta-gradient is computed, one of ``metalearn.metagrad.ENGINES``.
         task_chunk: at most this many tasks are held in memory at a time; ``None`` takes all at once.
+        snapshot_every: the engines ``checkpoint`` and ``adjoint`` keep the fast weights of every s-th step and
+            compute those between again, in one more first-order step each; 1 keeps all.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -43,6 +47,7 @@ class InnerLoop:
     second_order: bool = True
     engine: str = "unroll"
     task_chunk: int | None = None
+    snapshot_every: int = 1
 
     def __post_init__(self) -> None:
         if not (isinstance(self.lr, Real) and math.isfinite(self.lr) and self.lr > 0):
@@ -51,6 +56,10 @@ class InnerLoop:
             raise ValueError(f"InnerLoop: steps={self.steps!r}; it must be a whole number, 0 or more.")
         if self.task_chunk is not None and (not _is_whole(self.task_chunk) or self.task_chunk < 1):
             raise ValueError(f"InnerLoop: task_chunk={self.task_chunk}; it must be at least 1, or None for all tasks.")
+        if not _is_whole(self.snapshot_every) or self.snapshot_every < 1:
+            raise ValueError(
+                f"InnerLoop: snapshot_every={self.snapshot_every!r}; it must be a whole number, 1 or more."
+            )
 
 
 def _is_whole(value: object) -> bool:
@@ -75,15 +84,18 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
         loss: one task's mean loss.
 
     Raises:
-        ValueError: if ``loss`` gives more than one number for a task.
+        ValueError: if ``loss`` gives more than one number for a task, or if the model cannot be batched or changes a
+            parameter in place.
     """
 
     def one_task(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         prediction = forward(params, x)
         return loss(prediction, y), prediction
 
-    # randomness="different": dropout draws its own mask for every task.
-    losses, predictions = torch.vmap(one_task, randomness="different")(fast, x, y)
+    # randomness="different": dropout draws its own mask for every task. MATH: attention by its formula, as the fused
+    # kernels (flash, efficient) have no second derivative, and on CPUs no batching rule.
+    with unchanged(fast), sdpa_kernel(SDPBackend.MATH):
+        losses, predictions = torch.vmap(one_task, randomness="different")(fast, x, y)
     if losses.ndim != 1:
         raise ValueError(
             f"loss: it gave {tuple(losses.shape[1:])} numbers for a task and must give one, the mean over the task's "
@@ -94,8 +106,14 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
 
 def predict(forward: Forward, fast: Params, x: Tensor) -> Tensor:
     """Every task's predictions ``[T, examples, ...]`` under its own parameters, for ``x`` ``[T, examples, ...]``."""
-    predictions: Tensor = torch.vmap(forward, randomness="different")(fast, x)
+    with explained(), unchanged(fast), sdpa_kernel(SDPBackend.MATH):
+        predictions: Tensor = torch.vmap(forward, randomness="different")(fast, x)
     return predictions
+
+
+def total_support_loss(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: Loss) -> Tensor:
+    """Sum of the tasks' support losses: its gradient is every task's own, its Hessian a block for every task."""
+    return task_losses(forward, fast, x, y, loss=loss).losses.sum()
 
 
 def inner_step(
@@ -153,8 +171,10 @@ def adapt(
         >>> fast["weight"].shape
         torch.Size([8, 2, 3])
     """
+    check_params(params)
     check_examples("support", support_x, support_y)
     fast = stack(params, support_x.shape[0])
-    for _ in range(inner.steps):
-        fast, _ = inner_step(forward, fast, support_x, support_y, inner, loss=loss)
+    with explained():
+        for _ in range(inner.steps):
+            fast, _ = inner_step(forward, fast, support_x, support_y, inner, loss=loss)
     return fast

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from metalearn.inner import InnerLoop
+from metalearn.errors import NonFiniteLossError
+from metalearn.inner import InnerLoop, explained
+from metalearn.metagrad.adjoint import adjoint
+from metalearn.metagrad.checkpoint import checkpoint
 from metalearn.metagrad.unroll import unroll
+from metalearn.params import check_params
 from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
 Engine = Callable[[Forward, Params, Episodes, InnerLoop, Loss], MetaGradient]
 
-ENGINES: dict[str, Engine] = {"unroll": unroll}
+ENGINES: dict[str, Engine] = {"unroll": unroll, "checkpoint": checkpoint, "adjoint": adjoint}
 
 
 def meta_gradient(
@@ -41,7 +46,10 @@ def meta_gradient(
         support losses.
 
     Raises:
-        ValueError: if the engine is unknown, or if a loss depends on no parameter.
+        ValueError: if the engine is unknown, if a loss depends on no parameter, or if the model does what cannot be
+            batched over tasks or differentiated twice.
+        TypeError: if a parameter is not a floating-point tensor.
+        NonFiniteLossError: if a support or query loss is NaN or infinite; naming the task and the inner step.
 
     Example:
         >>> forward, theta = functionalize(nn.Linear(3, 2))
@@ -52,14 +60,28 @@ def meta_gradient(
     """
     if inner.engine not in ENGINES:
         raise ValueError(f"meta_gradient: inner.engine={inner.engine!r} is not one of {', '.join(ENGINES)}.")
+    check_params(params)
     engine = ENGINES[inner.engine]
-    if inner.task_chunk is None or inner.task_chunk >= episodes.tasks:
-        return engine(forward, params, episodes, inner, loss)
+    with explained(), _no_autocast_cache():
+        if inner.task_chunk is None or inner.task_chunk >= episodes.tasks:
+            return engine(forward, params, episodes, inner, loss)
+        return _in_chunks(engine, forward, params, episodes, inner, loss)
+
+
+def _in_chunks(
+    engine: Engine, forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss
+) -> MetaGradient:
+    """The same mean over tasks, ``inner.task_chunk`` of them at a time."""
     grads = {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()}
     losses, support_losses, predictions = [], [], []
-    for chunk in episodes.split(inner.task_chunk):
+    done = 0
+    for chunk in episodes.split(inner.task_chunk or episodes.tasks):
         share = chunk.tasks / episodes.tasks
-        part = engine(forward, params, chunk, inner, loss)
+        try:
+            part = engine(forward, params, chunk, inner, loss)
+        except NonFiniteLossError as error:
+            raise error.in_batch(done) from None
+        done += chunk.tasks
         for name, total in grads.items():
             total.add_(part.grads[name], alpha=share)
         losses.append(share * part.loss)
@@ -71,3 +93,14 @@ def meta_gradient(
         predictions=torch.cat(predictions),
         support_loss=torch.stack(support_losses).sum(dim=0),
     )
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Autocast keeps low-precision copies of leaf tensors until it is left: of every step's weights, here."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)

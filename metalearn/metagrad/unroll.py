@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from metalearn.inner import InnerLoop, inner_step, task_losses
+from metalearn.metagrad.ends import outcome, refuse_nonfinite
 from metalearn.params import gradients, stack
 from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
@@ -20,16 +21,11 @@ def unroll(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoo
     with torch.enable_grad():
         theta = {name: p.detach().requires_grad_() for name, p in params.items()}
         fast = stack(theta, episodes.tasks)
-        support_loss = []
+        support_losses = []
         for _ in range(inner.steps):
             fast, losses = inner_step(forward, fast, episodes.support_x, episodes.support_y, inner, loss=loss)
-            support_loss.append(losses.mean())
-        losses, predictions = task_losses(forward, fast, episodes.query_x, episodes.query_y, loss=loss)
-        query_loss = losses.mean()
-        grads = gradients(query_loss, theta, create_graph=False)
-    return MetaGradient(
-        loss=query_loss.detach(),
-        grads=grads,
-        predictions=predictions.detach(),
-        support_loss=torch.stack(support_loss) if support_loss else query_loss.new_empty(0),
-    )
+            support_losses.append(losses)
+        query = task_losses(forward, fast, episodes.query_x, episodes.query_y, loss=loss)
+        refuse_nonfinite(support_losses, query.losses)
+        grads = gradients(query.losses.mean(), theta, create_graph=False)
+    return outcome(grads, query, support_losses)

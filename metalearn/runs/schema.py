@@ -12,7 +12,7 @@ from omegaconf import MISSING
 
 from metalearn.data.catalog import GLYPH_SHARES, OMNIGLOT_SPLITS, glyph_splits
 
-ENGINES = ("unroll",)
+ENGINES = ("unroll", "checkpoint", "adjoint")
 """Names for ``inner.engine``; a test holds them equal to ``metalearn.metagrad.ENGINES``, which needs torch."""
 
 

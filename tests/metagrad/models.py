@@ -7,13 +7,15 @@ from collections.abc import Callable
 from torch import nn
 
 from metalearn import Params
-from metalearn.models import MLP, Conv4
+from metalearn.models import MLP, Conv4, PatchTransformer, ResidualNet
 from metalearn.params import global_norm
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "conv4": lambda: Conv4(3, width=6),
     "conv4 with max-pooling": lambda: Conv4(3, width=6, pool="max"),
     "mlp": lambda: MLP(28 * 28, 3, hidden=(16, 8)),
+    "transformer": lambda: PatchTransformer(3, patch=14, width=8, heads=2),
+    "residual": lambda: ResidualNet(3, width=4),
 }
 
 

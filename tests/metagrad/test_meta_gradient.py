@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient
@@ -15,6 +16,7 @@ from tests.conftest import image_episodes
 from tests.metagrad.models import MODELS, relative_error
 
 
+@sdpa_kernel(SDPBackend.MATH)  # the fused attention cannot be differentiated twice
 def by_hand(module: nn.Module, episodes: Episodes, lr: float, steps: int, *, detach: bool) -> Params:
     """The textbook loop: a task at a time, ``create_graph=True``, the inner gradients detached or not."""
     theta = {name: p.detach().requires_grad_() for name, p in module.named_parameters()}

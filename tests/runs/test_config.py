@@ -60,7 +60,7 @@ REFUSED = [
     ("inner.steps=-1", r"inner\.steps=-1: must be a whole number, at least 0"),
     ("inner.steps=many", r"inner\.steps=many: must be a whole number, at least 0"),
     ("inner.steps=1.5", r"inner\.steps=1\.5: must be a whole number"),
-    ("inner.engine=nope", r"inner\.engine=nope: must be unroll"),
+    ("inner.engine=nope", r"inner\.engine=nope: must be one of unroll, checkpoint, adjoint"),
     ("inner.task_chunk=0", r"inner\.task_chunk=0: must be a whole number, at least 1 or null"),
     ("inner.lr=0", r"inner\.lr=0\.0: must be a number above 0"),
     ("inner.lr=nan", r"inner\.lr=nan: must be a number above 0"),

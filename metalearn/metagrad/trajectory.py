@@ -1,0 +1,102 @@
+"""The inner loop walked forwards without graphs, and back again step by step.
+
+    forwards:  theta_0 -> theta_1 -> ... -> theta_K, of which every s-th is kept
+    back:      theta_{K-1}, ..., theta_0; those between are computed again from the one kept before them
+
+With s = 1 nothing is computed twice; with s near the square root of K about 2 sqrt(K) of the K snapshots are in memory
+at a time, for at most one more first-order step each. (Griewank & Walther 2008, "Evaluating derivatives", chapter 12.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from metalearn.types import Params
+
+Step = Callable[[Params], tuple[Params, Tensor]]
+"""One inner step of every task: fast weights to the next ones, and the support losses ``[T]`` before it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What an inner step began with: fast weights, and the random generators that dropout draws from."""
+
+    fast: Params
+    cpu_rng: Tensor
+    cuda_devices: list[int]
+    cuda_rng: list[Tensor]
+
+    @classmethod
+    def of(cls, fast: Params) -> Start:
+        """Here and now."""
+        devices, states = get_device_states(*fast.values())
+        return cls(fast, torch.get_rng_state(), devices, states)
+
+    @contextmanager
+    def random_draws_repeated(self) -> Iterator[None]:
+        """Inside, the generators draw what they drew when the step was taken; outside, nothing has happened."""
+        with torch.random.fork_rng(devices=self.cuda_devices):
+            torch.set_rng_state(self.cpu_rng)
+            set_device_states(self.cuda_devices, self.cuda_rng)
+            yield
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """K inner steps that were taken.
+
+    Args:
+        step: how one is taken.
+        steps: K.
+        every: s, the distance of the starts that were kept.
+        kept: those of the steps 0, s, 2s, ...; emptied on the way back, so that each is freed when it is done with.
+        support_losses: before each step, ``[T]`` each.
+    """
+
+    step: Step
+    steps: int
+    every: int
+    kept: list[Start]
+    support_losses: list[Tensor]
+
+    def back(self) -> Iterator[Start]:
+        """What the steps K - 1, ..., 0 began with, in this order; can be walked once."""
+        end = self.steps
+        while self.kept:
+            first = (len(self.kept) - 1) * self.every
+            segment = [self.kept.pop()]
+            if end - first > 1:
+                with segment[0].random_draws_repeated():
+                    for _ in range(first + 1, end):
+                        fast, _ = self.step(segment[-1].fast)
+                        segment.append(Start.of(fast))
+            end = first
+            while segment:
+                yield segment.pop()
+
+
+def walk(step: Step, fast: Params, *, steps: int, every: int | None) -> tuple[Params, Trajectory]:
+    """Take K inner steps.
+
+    Args:
+        step: takes one; it must not build a graph.
+        fast: theta_0, stacked.
+        steps: K.
+        every: keep what every s-th step began with; ``None`` keeps nothing, for who does not come back.
+
+    Returns:
+        theta_K, and the trajectory that leads back from it.
+    """
+    kept, support_losses = [], []
+    for k in range(steps):
+        if every is not None and k % every == 0:
+            kept.append(Start.of(fast))
+        fast, losses = step(fast)
+        support_losses.append(losses)
+    return fast, Trajectory(step, steps, every or 1, kept, support_losses)

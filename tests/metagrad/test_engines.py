@@ -1,0 +1,207 @@
+"""What the engines owe each other beyond equal gradients of a plain network: randomness, autocast, hard operations."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss, scaled_dot_product_attention
+
+from metalearn import Episodes, InnerLoop, Params, functionalize, meta_gradient
+from metalearn.metagrad import ENGINES
+from metalearn.metagrad.adjoint import _say_once, adjoint
+from metalearn.models import Conv4
+from tests.conftest import image_episodes
+from tests.metagrad.models import MODELS, relative_error
+
+OTHERS = [engine for engine in ENGINES if engine != "unroll"]
+
+
+def sequences(*, tasks: int = 2, dtype: torch.dtype = torch.float64) -> Episodes:
+    x, y = torch.randn(tasks, 6, 5, 8, dtype=dtype), torch.randint(3, (tasks, 6))
+    return Episodes(x, y, x.flip(1), y.flip(1))
+
+
+def both(module: nn.Module, episodes: Episodes, engine: str, **settings: Any) -> tuple[Params, Params]:
+    """The gradient by an engine and by unroll, from the same state of the random generator."""
+    forward, theta = functionalize(module)
+    inner = InnerLoop(**{"lr": 0.1, "steps": 3, "engine": engine, **settings})
+    torch.manual_seed(1)
+    got = meta_gradient(forward, theta, episodes, inner).grads
+    torch.manual_seed(1)
+    plain = dataclasses.replace(inner, engine="unroll", snapshot_every=1)
+    return got, meta_gradient(forward, theta, episodes, plain).grads
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_equals_unroll(model: str, engine: str) -> None:
+    got, expected = both(MODELS[model]().double(), image_episodes(), engine)
+    assert relative_error(got, expected) < 1e-9
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+@pytest.mark.parametrize("every", [1, 2, 3, 4, 5, 7])
+def test_result_does_not_depend_on_snapshots(every: int, engine: str) -> None:
+    got, expected = both(Conv4(3, width=4).double(), image_episodes(), engine, steps=5, snapshot_every=every)
+    assert relative_error(got, expected) < 1e-11
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_dropout_draws_the_same_mask_again(chunk: int | None, every: int, engine: str) -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(40, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 3)).double()
+    got, expected = both(module, sequences(), engine, snapshot_every=every, task_chunk=chunk)
+    assert relative_error(got, expected) < 1e-11
+    torch.manual_seed(2)
+    forward, theta = functionalize(module)
+    other = meta_gradient(forward, theta, sequences(), InnerLoop(lr=0.1, steps=3)).grads
+    assert relative_error(other, expected) > 1e-2, "another seed must give another mask"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_random_generator_moves_on_alike(engine: str) -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(40, 3)).double()
+    forward, theta = functionalize(module)
+    draws = []
+    for each in ("unroll", engine):
+        torch.manual_seed(3)
+        inner = InnerLoop(lr=0.1, steps=3, engine=each, snapshot_every=2)
+        meta_gradient(forward, theta, sequences(), inner)
+        draws.append(torch.rand(4))
+    assert torch.equal(*draws)
+
+
+class Attention(nn.Module):
+    """Fused attention where torch chooses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        mixed = scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
+        logits: Tensor = self.head(mixed.mean(dim=1))
+        return logits
+
+
+class AttentionByFormula(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        mixed = (q @ k.transpose(-1, -2) / 8**0.5).softmax(dim=-1) @ v
+        logits: Tensor = self.head(mixed.mean(dim=1))
+        return logits
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("second_order", [True, False])
+def test_fused_attention_is_differentiated_twice(second_order: bool, engine: str) -> None:
+    fused, plain = Attention().double(), AttentionByFormula().double()
+    plain.load_state_dict(fused.state_dict())
+    episodes = sequences()
+    inner = InnerLoop(lr=0.1, steps=2, engine=engine, second_order=second_order)
+    got, expected = (meta_gradient(*functionalize(m), episodes, inner).grads for m in (fused, plain))
+    assert relative_error(got, expected) < 1e-10
+
+
+class SquareWithoutForwardMode(torch.autograd.Function):
+    """x^2 with a differentiable backward and no formula for forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * grads[0]
+
+
+class Squares(nn.Module):
+    def __init__(self, *, forward_mode: bool) -> None:
+        super().__init__()
+        self.forward_mode = forward_mode
+        self.inside, self.drop, self.head = nn.Linear(40, 8), nn.Dropout(0.3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.drop(self.inside(x.flatten(1)))
+        squares = z * z if self.forward_mode else SquareWithoutForwardMode.apply(z)
+        logits: Tensor = self.head(squares)
+        return logits
+
+
+def test_adjoint_falls_back_to_reverse_over_reverse_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    _say_once.cache_clear()
+    module, plain = Squares(forward_mode=False).double(), Squares(forward_mode=True).double()
+    plain.load_state_dict(module.state_dict())
+    episodes = sequences()
+    inner = InnerLoop(lr=0.1, steps=3, engine="adjoint")
+    with caplog.at_level(logging.WARNING):
+        torch.manual_seed(1)
+        got = meta_gradient(*functionalize(module), episodes, inner).grads
+        meta_gradient(*functionalize(module), episodes, inner)
+    torch.manual_seed(1)
+    expected = meta_gradient(*functionalize(plain), episodes, dataclasses.replace(inner, engine="unroll")).grads
+    assert relative_error(got, expected) < 1e-11
+    assert [record.message for record in caplog.records if "reverse over reverse" in record.message] == [
+        caplog.records[0].message
+    ]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_regression_loss_and_frozen_parameters(engine: str) -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(40, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    module[1].weight.requires_grad_(False)  # type: ignore[union-attr]
+    forward, theta = functionalize(module)
+    x, y = torch.randn(2, 6, 5, 8, dtype=torch.float64), torch.randn(2, 6, 2, dtype=torch.float64)
+    episodes = Episodes(x, y, x, y)
+    inner = InnerLoop(lr=0.1, steps=2, engine=engine)
+    got = meta_gradient(forward, theta, episodes, inner, loss=mse_loss).grads
+    expected = meta_gradient(forward, theta, episodes, dataclasses.replace(inner, engine="unroll"), loss=mse_loss).grads
+    assert got.keys() == theta.keys() == {"1.bias", "3.weight", "3.bias"}
+    assert relative_error(got, expected) < 1e-12
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_autocast_to_bfloat16(model: str, engine: str) -> None:
+    # bfloat16 keeps 8 bits, an error of 0.4% an operation. How far that carries is the model's affair (BatchNorm over
+    # few examples multiplies it); the engines owe each other the same rounding, and none may fall back to first order.
+    forward, theta = functionalize(MODELS[model]())
+    episodes = image_episodes(shots=5, queries=5, dtype=torch.float32)
+    inner = InnerLoop(lr=0.1, steps=2, engine=engine)
+    exact = meta_gradient(forward, theta, episodes, inner).grads
+    first = meta_gradient(forward, theta, episodes, dataclasses.replace(inner, second_order=False)).grads
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = meta_gradient(forward, theta, episodes, inner).grads
+        reference = meta_gradient(forward, theta, episodes, dataclasses.replace(inner, engine="unroll")).grads
+    assert all(g.dtype == torch.float32 for g in rounded.values())
+    assert relative_error(rounded, reference) < 0.02
+    assert 0 < relative_error(rounded, exact) < relative_error(first, exact)
+
+
+def test_watch_sees_every_adjoint() -> None:
+    # lam_K is the query gradient at theta_K, whose sum over tasks is the first-order meta-gradient; lam_0's is the
+    # second-order one.
+    forward, theta = functionalize(Conv4(3, width=4).double())
+    episodes, inner = image_episodes(), InnerLoop(lr=0.1, steps=3)
+    seen: dict[int, Params] = {}
+    adjoint(forward, theta, episodes, inner, nn.functional.cross_entropy, watch=lambda k, lam: seen.update({k: lam}))
+    assert list(seen) == [3, 2, 1, 0]
+    for k, second_order in ((3, False), (0, True)):
+        summed = {name: w.sum(dim=0) for name, w in seen[k].items()}
+        expected = meta_gradient(forward, theta, episodes, dataclasses.replace(inner, second_order=second_order)).grads
+        assert relative_error(summed, expected) < 1e-11

@@ -1,0 +1,160 @@
+"""What cannot be meta-learned is refused with the offending thing, why, and what to do."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient
+from metalearn.errors import NonFiniteLossError
+from metalearn.inner import explained
+from metalearn.metagrad import ENGINES
+
+
+def sequences(tasks: int = 3) -> Episodes:
+    x, y = torch.randn(tasks, 6, 5, 8), torch.randint(3, (tasks, 6))
+    return Episodes(x, y, x, y)
+
+
+class InPlace(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "tracked":
+            self.weight.mul_(0.9)
+        elif self.how == "data":
+            self.weight.data.mul_(0.9)
+        else:
+            with torch.no_grad():
+                self.weight.mul_(0.9)
+        return x.mean(dim=1) @ self.weight
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("how", ["tracked", "data", "no_grad"])
+@pytest.mark.parametrize("tasks", [1, 3])  # one task's expanded weights do not overlap, so that torch does not refuse
+def test_writing_to_a_fast_weight_is_refused(tasks: int, how: str, engine: str) -> None:
+    forward, theta = functionalize(InPlace(how))
+    with pytest.raises(ValueError, match=r"changes a parameter in place.*w = 0\.9 \* w"):
+        meta_gradient(forward, theta, sequences(tasks), InnerLoop(lr=0.1, steps=2, engine=engine))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.recurrent = kind(8, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        last: Tensor = self.recurrent(x)[0][:, -1]
+        return last
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_refused(kind: type[nn.Module]) -> None:
+    forward, theta = functionalize(Recurrent(kind))
+    with pytest.raises(ValueError, match=r"nn\.LSTM, nn\.GRU and nn\.RNN cannot be batched.*out of nn\.Linear layers"):
+        meta_gradient(forward, theta, sequences(), InnerLoop(lr=0.1, steps=1))
+    with pytest.raises(ValueError, match=r"out of nn\.Linear layers"):
+        adapt(forward, theta, sequences().support_x, sequences().support_y, InnerLoop(lr=0.1, steps=1))
+
+
+def test_the_cudnn_message_is_explained() -> None:
+    # As torch raises it on a GPU, in _cudnn_rnn_backward's derivative.
+    with pytest.raises(ValueError, match=r"their cuDNN kernels have no second derivative"), explained():
+        raise RuntimeError(
+            "the derivative for '_cudnn_rnn_backward' is not implemented. Double backwards is not supported for CuDNN "
+            "RNNs due to limitations in the CuDNN API."
+        )
+
+
+def test_other_errors_pass_unchanged() -> None:
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes cannot be multiplied$"), explained():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+class InsistsOnFlash(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unsqueeze(1) for t in self.qkv(x).chunk(3, dim=-1))
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(q, k, v).squeeze(1).mean(dim=1)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch, on the kernel's lack of a batching rule
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_that_insists_on_flash_attention_is_refused(engine: str) -> None:
+    forward, theta = functionalize(InsistsOnFlash())
+    with pytest.raises(ValueError, match=r"no second derivative.*remove the sdpa_kernel"):
+        meta_gradient(forward, theta, sequences(), InnerLoop(lr=0.1, steps=1, engine=engine))
+
+
+def test_integer_parameter_is_refused() -> None:
+    forward, theta = functionalize(nn.Sequential(nn.Flatten(), nn.Linear(40, 3)))
+    theta["1.bias"] = torch.zeros(3, dtype=torch.int64)
+    episodes = sequences()
+    message = r"params\['1\.bias'\] is torch\.int64: only floating-point.*\.float\(\)"
+    with pytest.raises(TypeError, match=message):
+        meta_gradient(forward, theta, episodes, InnerLoop(lr=0.1, steps=1))
+    with pytest.raises(TypeError, match=message):
+        adapt(forward, theta, episodes.support_x, episodes.support_y, InnerLoop(lr=0.1, steps=1))
+    with pytest.raises(ValueError, match=r"params is empty"):
+        meta_gradient(forward, {}, episodes, InnerLoop(lr=0.1, steps=1))
+
+
+def nan_in_task(task: int, episodes: Episodes, *, query: bool = False) -> Episodes:
+    support, queries = episodes.support_x.clone(), episodes.query_x.clone()
+    (queries if query else support)[task, 0] = math.nan
+    return Episodes(support, episodes.support_y, queries, episodes.query_y)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("query", [False, True])
+def test_nan_is_refused_with_task_and_step(query: bool, chunk: int | None, engine: str) -> None:
+    forward, theta = functionalize(nn.Sequential(nn.Flatten(), nn.Linear(40, 3)))
+    episodes = nan_in_task(3, sequences(5), query=query)
+    inner = InnerLoop(lr=0.1, steps=2, engine=engine, task_chunk=chunk)
+    with pytest.raises(NonFiniteLossError) as caught:
+        meta_gradient(forward, theta, episodes, inner)
+    error = caught.value
+    assert (error.kind, error.task, error.step) == (("query", 3, 2) if query else ("support", 3, 0))
+    assert f"the {error.kind} loss of task 3 is nan after {error.step} inner steps" in str(error)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_inner_loop_that_diverges_is_told_to_step_less(engine: str) -> None:
+    # L(w) = w^4 / 4 from w = 1 with lr = 1e4 overshoots to -1e4, 1e16, ...: infinite in float32 within some steps.
+    def forward(params: Params, x: Tensor) -> Tensor:
+        return params["w"] ** 4 / 4 * torch.ones_like(x[:, 0])
+
+    x = torch.ones(1, 1, 1)
+    with pytest.raises(NonFiniteLossError, match=r"one step earlier; take a smaller inner\.lr or fewer inner\.steps"):
+        meta_gradient(
+            forward,
+            {"w": torch.tensor(1.0)},
+            Episodes(x, x, x, x),
+            InnerLoop(lr=1e4, steps=8, engine=engine),
+            loss=lambda prediction, target: prediction.mean(),
+        )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_query_loss_that_reaches_nothing_is_an_error(engine: str) -> None:
+    forward, theta = functionalize(nn.Sequential(nn.Flatten(), nn.Linear(40, 3)))
+
+    def detached(prediction: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(prediction.detach(), target)
+
+    with pytest.raises(ValueError, match=r"depends on no parameter"):
+        meta_gradient(forward, theta, sequences(), InnerLoop(lr=0.1, steps=0, engine=engine), loss=detached)
