@@ -32,11 +32,15 @@ $(VENV)/.core: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-# learn2learn is compared with, never depended on: where it does not build, its tests skip and say so.
+# The peers are compared with, never depended on: where one does not install, its tests skip and say so. One by one, as
+# pip installs all of a file or nothing.
 $(VENV)/.dev: $(VENV)/.core requirements-peers.txt
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --requirement requirements-peers.txt \
-	  || echo "WARNING: learn2learn could not be installed; the tests that compare with it will be skipped." >&2
+	for peer in learn2learn higher torchopt; do \
+	  grep "^$$peer==" requirements-peers.txt > $(VENV)/$$peer.txt; \
+	  $(BIN)/python -m pip install --quiet --requirement $(VENV)/$$peer.txt \
+	    || echo "WARNING: $$peer could not be installed; the tests that compare with it will be skipped." >&2; \
+	done
 	touch $@
 
 clean-venv:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -28,7 +28,7 @@ def top_eigenvalues(f: ScalarFunction, x: Point, k: int = 1, *, tol: float = 1e-
 
     Raises:
         ValueError: for a k below 1 or above n, and as ``hvp``.
-        scipy.sparse.linalg.ArpackNoConvergence: if Lanczos does not reach ``tol``.
+        ArithmeticError: if Lanczos does not reach ``tol``, or meets NaN.
 
     Reference: Lehoucq, Sorensen & Yang 1998, "ARPACK users' guide", through ``scipy.sparse.linalg.eigsh``.
     """
@@ -50,7 +50,10 @@ def top_eigenvalues(f: ScalarFunction, x: Point, k: int = 1, *, tol: float = 1e-
         return ascending.flip(0)[:k]
     start = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).numpy()
     operator = LinearOperator((n, n), matvec=product, dtype=start.dtype)
-    values = eigsh(operator, k=k, which="LA", tol=tol, v0=start, return_eigenvectors=False)
+    try:
+        values = eigsh(operator, k=k, which="LA", tol=tol, v0=start, return_eigenvectors=False)
+    except ArpackError as error:
+        raise ArithmeticError(f"top_eigenvalues: {error}. Raise tol (now {tol}), or look for NaN in f.") from error
     return torch.from_numpy(values).sort(descending=True).values
 
 

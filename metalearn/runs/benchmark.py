@@ -27,7 +27,7 @@ from metalearn.params import functionalize, global_norm
 from metalearn.runs.console import print_path, print_table, progress_bar
 from metalearn.runs.experiment import build, build_model
 from metalearn.runs.machine import machine
-from metalearn.runs.memory import MIB, LiveTensorBytes
+from metalearn.runs.memory import MIB, peak_bytes
 from metalearn.runs.schema import BenchmarkConfig
 from metalearn.types import Episodes, MetaGradient, Params
 
@@ -204,11 +204,4 @@ def summarise(
 
 def _peak_mib(contender: Contender, module: nn.Module, episodes: Episodes) -> float:
     module.zero_grad()
-    if episodes.query_x.is_cuda:
-        torch.cuda.reset_peak_memory_stats(episodes.query_x.device)
-        contender.step(module, episodes)
-        return torch.cuda.max_memory_allocated(episodes.query_x.device) / MIB
-    live = LiveTensorBytes()
-    with live:
-        contender.step(module, episodes)
-    return live.peak / MIB
+    return peak_bytes(lambda: contender.step(module, episodes), episodes.query_x.device) / MIB

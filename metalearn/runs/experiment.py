@@ -53,7 +53,15 @@ class Experiment:
     @property
     def eval_batch(self) -> int:
         """Tasks at a time in validation and test."""
-        return min(self.config.task.meta_batch, self.config.inner.task_chunk or self.config.task.meta_batch)
+        return min(self.config.task.meta_batch, self.inner.task_chunk or self.config.task.meta_batch)
+
+    def precision(self) -> torch.autocast:
+        """A context in which the model computes with ``run.precision``.
+
+        Without autocast's cache, which would keep low-precision copies of the weights of every inner step.
+        """
+        low = self.config.run.precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low, cache_enabled=False)
 
 
 def build(config: TrainConfig) -> Experiment:
@@ -82,6 +90,7 @@ def build(config: TrainConfig) -> Experiment:
         second_order=settings.second_order,
         engine=settings.engine,
         task_chunk=settings.task_chunk,
+        snapshot_every=settings.snapshot_every,
     )
     eval_inner = dataclasses.replace(inner, steps=settings.eval_steps, second_order=False)
     return Experiment(config, splits.name, device, forward, theta, inner, eval_inner, train, validation, test)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 MIB = 2**20
+
+
+class MemoryLimitError(Exception):
+    """What is measured does not fit."""
 
 
 class LiveTensorBytes(TorchDispatchMode):
@@ -24,11 +30,18 @@ class LiveTensorBytes(TorchDispatchMode):
         ...     x = torch.zeros(1024)
         >>> live.peak
         4096
+
+    Args:
+        limit: bytes at which to give up, for measuring what might not fit; ``None`` never does.
+
+    Raises:
+        MemoryLimitError: from within an operation, as soon as more than ``limit`` bytes are alive.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # not annotated in torch
         self.peak = 0
+        self._limit = limit
         self._now = 0
         self._known = WeakIdKeyDictionary()
 
@@ -48,7 +61,38 @@ class LiveTensorBytes(TorchDispatchMode):
         self._known[storage] = size
         self._now += size
         self.peak = max(self.peak, self._now)
+        if self._limit is not None and self._now > self._limit:
+            raise MemoryLimitError(f"more than {self._limit / MIB:.0f} MiB of tensors")
         weakref.finalize(storage, self._release, size)
 
     def _release(self, size: int) -> None:
         self._now -= size
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device, *, limit: int | None = None) -> int:
+    """Peak memory of one step: on CUDA the allocator's, above what was allocated before; else of the tensors it makes.
+
+    Args:
+        step: what to measure; it is run once.
+        device: where it runs.
+        limit: bytes at which to give up.
+
+    Raises:
+        MemoryLimitError: if it takes more than ``limit`` bytes, or runs out of memory.
+    """
+    if device.type != "cuda":
+        with LiveTensorBytes(limit) as live:
+            step()
+        measured: int = live.peak
+        return measured
+    torch.cuda.synchronize(device)
+    before: int = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        step()
+    except torch.OutOfMemoryError as error:
+        raise MemoryLimitError(str(error)) from None
+    peak: int = torch.cuda.max_memory_allocated(device) - before
+    if limit is not None and peak > limit:
+        raise MemoryLimitError(f"{peak / MIB:.0f} MiB")
+    return peak

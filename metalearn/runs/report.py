@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from metalearn import files
+from metalearn.inner import InnerLoop
 from metalearn.runs.evaluation import Evaluation
 from metalearn.runs.experiment import Experiment
 from metalearn.runs.machine import machine
@@ -23,7 +24,10 @@ def accuracy_metrics(experiment: Experiment, result: Evaluation) -> dict[str, An
     return {
         "dataset": experiment.dataset,
         "algorithm": config.algorithm.name,
-        "engine": config.inner.engine,
+        "engine": experiment.inner.engine,
+        "task_chunk": experiment.inner.task_chunk,
+        "snapshot_every": experiment.inner.snapshot_every,
+        "precision": config.run.precision,
         "second_order": config.inner.second_order,
         "device": device_name(experiment.device),
         "seed": config.run.seed,
@@ -38,6 +42,14 @@ def accuracy_metrics(experiment: Experiment, result: Evaluation) -> dict[str, An
         "test.accuracy_per_step": [estimate.mean for estimate in result.per_step],
         "test.ci95_per_step": [estimate.ci95 for estimate in result.per_step],
     }
+
+
+def engine_in_words(inner: InnerLoop) -> str:
+    """The engine, with what was set beside it."""
+    words = [inner.engine]
+    words += [f"task_chunk {inner.task_chunk}"] if inner.task_chunk else []
+    words += [f"snapshot_every {inner.snapshot_every}"] if inner.snapshot_every > 1 else []
+    return ", ".join(words)
 
 
 def device_name(device: torch.device) -> str:
@@ -75,7 +87,7 @@ def accuracy_rows(experiment: Experiment, result: Evaluation) -> dict[str, str]:
     steps = "  ".join(f"{k}: {estimate.mean:.1%}" for k, estimate in enumerate(result.per_step))
     rows = {
         "task": f"{experiment.dataset}, {config.task.ways}-way {config.task.shots}-shot",
-        "algorithm": f"{config.algorithm.name}, {order}, engine {config.inner.engine}",
+        "algorithm": f"{config.algorithm.name}, {order}, engine {engine_in_words(experiment.inner)}",
         "test accuracy": f"{result.accuracy} (95% CI, {result.episodes} tasks, {len(result.per_step) - 1} inner steps)",
         "after each inner step": steps,
     }

@@ -43,7 +43,7 @@ def retest(config: TrainConfig, run_dir: Path, output_dir: Path) -> None:
     """
     experiment = build(config)
     best = load_checkpoint(best_path(run_dir), like=experiment.theta, device=experiment.device)
-    with progress_bar() as progress:
+    with experiment.precision(), progress_bar() as progress:
         result = final_test(experiment, best.params, config.eval.episodes, progress)
     metrics = {**accuracy_metrics(experiment, result), "checkpoint.iteration": best.iteration, "run.dir": str(run_dir)}
     path = write_metrics(metrics, output_dir)

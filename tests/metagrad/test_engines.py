@@ -126,7 +126,7 @@ class SquareWithoutForwardMode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+        x: Tensor = ctx.saved_tensors[0]
         return 2 * x * grads[0]
 
 
@@ -164,7 +164,7 @@ def test_adjoint_falls_back_to_reverse_over_reverse_and_says_so_once(caplog: pyt
 @pytest.mark.parametrize("engine", ENGINES)
 def test_regression_loss_and_frozen_parameters(engine: str) -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(40, 8), nn.Tanh(), nn.Linear(8, 2)).double()
-    module[1].weight.requires_grad_(False)  # type: ignore[union-attr]
+    module[1].weight.requires_grad_(False)
     forward, theta = functionalize(module)
     x, y = torch.randn(2, 6, 5, 8, dtype=torch.float64), torch.randn(2, 6, 2, dtype=torch.float64)
     episodes = Episodes(x, y, x, y)

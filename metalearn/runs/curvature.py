@@ -1,0 +1,74 @@
+"""What the second-order term does in a training, seen on a few tasks of a batch.
+
+cosine between the first-order meta-gradient, sum_t lam_K, and the second-order one, sum_t lam_0
+|lam_k| at every inner step: how the adjoint grows or shrinks on its way back
+the largest eigenvalue of d2 L_support: gradient descent with step lr overshoots along it where lr * it > 2
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, cross_entropy
+
+from metalearn.derivatives import top_eigenvalues
+from metalearn.inner import InnerLoop, total_support_loss
+from metalearn.metagrad.adjoint import adjoint
+from metalearn.params import stack
+from metalearn.types import Episodes, Forward, Loss, Params
+
+log = logging.getLogger(__name__)
+
+_TASKS = 4
+_EIGENVALUE_TOLERANCE = 0.01
+
+
+def curvature(
+    forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, *, loss: Loss = cross_entropy
+) -> dict[str, float]:
+    """Figures by TensorBoard tag, from the batch's first tasks (four at most; the eigenvalue from the first).
+
+    Args:
+        forward: one task's model.
+        params: meta-parameters.
+        episodes: a batch of tasks.
+        inner: the inner loop, in either order; what is shown is the second-order term that it has or lacks.
+        loss: one task's mean loss.
+    """
+    few = episodes.split(_TASKS)[0]
+    sums: dict[int, Tensor] = {}
+    norms: dict[int, float] = {}
+
+    def watch(k: int, lam: Params) -> None:
+        per_task = few.tasks * torch.cat([w.flatten(1) for w in lam.values()], dim=1)  # lam is of the mean over tasks
+        norms[k] = per_task.norm(dim=1).mean().item()
+        if k in (0, inner.steps):
+            sums[k] = per_task.sum(dim=0)
+
+    with torch.random.fork_rng(devices=[few.query_x.device] if few.query_x.is_cuda else []):
+        adjoint(forward, params, few, dataclasses.replace(inner, second_order=True), loss, watch=watch)
+        top = support_eigenvalue(forward, params, few, loss)
+    return {
+        "grad/cosine_first_vs_second": cosine_similarity(sums[inner.steps], sums[0], dim=0).item(),
+        **{f"grad/adjoint_norm/step_{k}": norm for k, norm in sorted(norms.items())},
+        "grad/support_top_eigenvalue": top,
+    }
+
+
+def support_eigenvalue(forward: Forward, params: Params, episodes: Episodes, loss: Loss) -> float:
+    """Largest eigenvalue of the first task's support loss at the meta-parameters; NaN where Lanczos fails."""
+    x, y = episodes.support_x[:1], episodes.support_y[:1]
+    point = {name: p.detach() for name, p in params.items()}
+
+    def f(theta: Params) -> Tensor:
+        return total_support_loss(forward, stack(theta, tasks=1), x, y, loss=loss)
+
+    try:
+        return top_eigenvalues(f, point, tol=_EIGENVALUE_TOLERANCE).item()
+    except ArithmeticError as error:
+        log.warning("grad/support_top_eigenvalue: %s", error)
+        return math.nan

@@ -1,0 +1,182 @@
+"""Peak memory and time of every engine against the number of inner steps, on tasks of random images.
+
+First order on all tasks at once is the yardstick. Exact second order is shown on all tasks at once, in chunks of four,
+and one task at a time, each beside first order in the same chunks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+from metalearn import files
+from metalearn.errors import RunError
+from metalearn.inner import InnerLoop
+from metalearn.metagrad import meta_gradient
+from metalearn.models import Conv4
+from metalearn.params import functionalize, global_norm
+from metalearn.runs.console import print_path, print_table, progress_bar
+from metalearn.runs.engine_settings import SETTINGS, Row, Setting
+from metalearn.runs.experiment import pick_device
+from metalearn.runs.figures import memory_figure
+from metalearn.runs.machine import machine
+from metalearn.runs.memory import MIB, MemoryLimitError, peak_bytes
+from metalearn.runs.planning import Problem
+from metalearn.runs.schema import BenchmarkConfig
+from metalearn.types import Episodes, Params
+
+_CHUNK = 4
+_ONE = 1
+_AGREEMENT = 1e-9  # relative, float64
+_TASKS_COMPARED = 2
+
+
+def variants(setting: Setting, steps: int) -> Iterator[InnerLoop]:
+    """What is compared at one K: all tasks at once, exact second order in chunks, and one task at a time."""
+    base = InnerLoop(lr=0.1, steps=steps)
+    for chunk in (None, _CHUNK, _ONE) if setting.tasks > _CHUNK else (None, _ONE):
+        if chunk != _CHUNK:
+            yield replace(base, task_chunk=chunk, second_order=False)
+            yield replace(base, task_chunk=chunk, engine="unroll")
+        yield replace(base, task_chunk=chunk, engine="checkpoint")
+        yield replace(base, task_chunk=chunk, engine="adjoint")
+        if chunk is not None and math.isqrt(steps) > _ONE:
+            yield replace(base, task_chunk=chunk, engine="adjoint", snapshot_every=math.isqrt(steps))
+
+
+def run_engine_table(config: BenchmarkConfig, output_dir: Path) -> None:
+    """Measure every setting, print the tables, and write ``benchmark.json`` and a plot of memory for each.
+
+    Raises:
+        RunError: if two engines disagree.
+        ConfigError: if the device is not there.
+    """
+    device = pick_device(config.run.device)
+    limit = int(config.bench.limit_mib * MIB)
+    report = {"machine": machine(device), "limit_mib": config.bench.limit_mib, "rounds": config.bench.rounds}
+    settings = [s for s in SETTINGS if config.bench.setting in ("all", s.name)]
+    measured: dict[str, object] = {}
+    path = output_dir / "benchmark.json"
+    with progress_bar() as progress:
+        for setting in settings:
+            torch.manual_seed(config.run.seed)
+            problem = random_problem(setting, device)
+            rows = measure(setting, problem, limit=limit, rounds=config.bench.rounds, progress=progress)
+            measured[setting.name] = {**asdict(setting), "rows": [asdict(row) for row in rows]}
+            files.write_text(path, json.dumps({**report, "settings": measured}, indent=2) + "\n")
+            memory_figure(setting.title, rows, config.bench.limit_mib).savefig(
+                output_dir / f"memory-{setting.name}.png", dpi=130
+            )
+            print_rows(setting, rows, config.bench.limit_mib)
+    print_path("Written to", path)
+
+
+def random_problem(setting: Setting, device: torch.device) -> Problem:
+    """Random images in class order: what they show changes neither memory nor time."""
+    forward, theta = functionalize(Conv4(setting.ways, width=setting.width).to(device))
+    labels = torch.arange(setting.ways, device=device)
+
+    def images(each: int) -> torch.Tensor:
+        return torch.rand(setting.tasks, setting.ways * each, 1, 28, 28, device=device)
+
+    def targets(each: int) -> torch.Tensor:
+        return labels.repeat_interleave(each).repeat(setting.tasks, 1)
+
+    episodes = Episodes(
+        images(setting.shots), targets(setting.shots), images(setting.queries), targets(setting.queries)
+    )
+    return Problem(forward, theta, episodes)
+
+
+def measure(setting: Setting, problem: Problem, *, limit: int, rounds: int, progress: Progress) -> list[Row]:
+    """Rows of one setting; the engines are compared with one another before they are timed."""
+    rows: list[Row] = []
+    bar = progress.add_task(setting.name, total=len(setting.steps), note="")
+    for done, steps in enumerate(setting.steps):
+        inners = list(variants(setting, steps))
+        peaks = [_peak_mib(problem, inner, limit) for inner in inners]
+        times: dict[InnerLoop, list[float]] = {}
+        if steps in setting.timed:
+            fitting = [inner for inner, peak in zip(inners, peaks, strict=True) if peak is not None]
+            if steps == setting.timed[0]:
+                check_agreement(problem, fitting)
+            times = time_in_turns(problem.seconds, [i for i in fitting if i.task_chunk != _ONE], rounds)
+        unroll = times.get(InnerLoop(lr=0.1, steps=steps))
+        rows += [_row(inner, peak, times.get(inner), unroll) for inner, peak in zip(inners, peaks, strict=True)]
+        progress.update(bar, completed=done + 1)
+    return rows
+
+
+def _peak_mib(problem: Problem, inner: InnerLoop, limit: int) -> float | None:
+    try:
+        return peak_bytes(lambda: problem.step(inner), problem.device, limit=limit) / MIB
+    except MemoryLimitError:
+        return None
+
+
+def check_agreement(problem: Problem, inners: list[InnerLoop]) -> None:
+    """Refuse to time engines that do not compute the same thing, in float64, on a few of the tasks.
+
+    Raises:
+        RunError: naming the one that differs.
+    """
+    few = problem.episodes.split(_TASKS_COMPARED)[0]
+    episodes = Episodes(few.support_x.double(), few.support_y, few.query_x.double(), few.query_y)
+    theta = {name: p.double() for name, p in problem.params.items()}
+    reference: dict[bool, Params] = {}
+    for inner in inners:
+        grads = meta_gradient(problem.forward, theta, episodes, inner).grads
+        expected = reference.setdefault(inner.second_order, grads)
+        error = (global_norm({n: grads[n] - expected[n] for n in expected}) / global_norm(expected)).item()
+        if not error < _AGREEMENT:
+            raise RunError(f"{inner} differs from {inners[0].engine} by {error:.1e}; nothing was timed.")
+
+
+def time_in_turns(
+    seconds: Callable[[InnerLoop], float], inners: list[InnerLoop], rounds: int
+) -> dict[InnerLoop, list[float]]:
+    """Seconds of each in each round, after one to warm up."""
+    times: dict[InnerLoop, list[float]] = {inner: [] for inner in inners}
+    for turn in range(rounds + 1):
+        for inner in inners:
+            taken = seconds(inner)
+            if turn > 0:
+                times[inner].append(taken)
+    return times
+
+
+def _row(inner: InnerLoop, peak: float | None, times: list[float] | None, unroll: list[float] | None) -> Row:
+    row = Row(inner.engine, inner.second_order, inner.task_chunk, inner.snapshot_every, inner.steps, peak)
+    if times is None:
+        return row
+    low, middle, high = (1000 * t for t in statistics.quantiles(times, n=4))
+    ratio = statistics.median(a / b for a, b in zip(times, unroll, strict=True)) if unroll else None
+    return replace(row, median_ms=middle, quartiles_ms=(low, high), ratio_to_unroll=ratio)
+
+
+def print_rows(setting: Setting, rows: list[Row], limit_mib: float) -> None:
+    """A table: engines down, K across; MiB, and the ratio of times to ``unroll`` on all tasks."""
+    by_name: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        by_name.setdefault(row.name, {})[row.steps] = row
+    print_table(
+        f"{setting.title}: peak MiB (time in units of unroll's on all tasks)",
+        ["", *(f"K = {steps}" for steps in setting.steps)],
+        [
+            [name, *(_cell(at[steps], limit_mib) if steps in at else "" for steps in setting.steps)]
+            for name, at in by_name.items()
+        ],
+    )
+
+
+def _cell(row: Row, limit_mib: float) -> str:
+    if row.peak_mib is None:
+        return f"over {limit_mib:.0f}"
+    return f"{row.peak_mib:.1f}" + (f" ({row.ratio_to_unroll:.2f})" if row.ratio_to_unroll else "")

@@ -1,0 +1,142 @@
+"""Products with second-derivative matrices against closed forms, in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from metalearn import derivatives
+from metalearn.derivatives import HVP_MODES, gauss_newton_vp, gradient, hessian, hvp
+
+DOUBLE = torch.float64
+
+
+def tensor(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=DOUBLE)
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+def test_known_product(mode: str) -> None:
+    # f = w1^2 sin w2 at (1, pi/2): gradient (2 w1 sin w2, w1^2 cos w2) = (2, 0),
+    # Hessian [[2 sin w2, 2 w1 cos w2], [., -w1^2 sin w2]] = diag(2, -1), times (0.5, 1) = (1, -1).
+    x, v = tensor(1.0, math.pi / 2), tensor(0.5, 1.0)
+
+    def f(w: Tensor) -> Tensor:
+        return w[0] ** 2 * torch.sin(w[1])
+
+    torch.testing.assert_close(gradient(f, x), tensor(2.0, 0.0), rtol=0, atol=1e-15)
+    torch.testing.assert_close(hvp(f, x, v, mode=mode), tensor(1.0, -1.0), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+def test_dictionaries_of_any_shapes(mode: str) -> None:
+    # f = sum(a)^2 / 2 * b has H_aa = b 11', H_ab = sum(a) 1, H_bb = 0.
+    x = {"a": torch.randn(2, 3, dtype=DOUBLE), "b": torch.tensor(1.5, dtype=DOUBLE)}
+    v = {"a": torch.randn(2, 3, dtype=DOUBLE), "b": torch.tensor(-0.5, dtype=DOUBLE)}
+    got = hvp(lambda p: p["a"].sum() ** 2 / 2 * p["b"], x, v, mode=mode)
+    total, moved = x["a"].sum(), v["a"].sum()
+    torch.testing.assert_close(got["a"], (x["b"] * moved + total * v["b"]).expand(2, 3))
+    torch.testing.assert_close(got["b"], total * moved)
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+def test_expanded_point_and_direction(mode: str) -> None:
+    x, v = tensor(2.0).expand(3), tensor(1.0).expand(3)
+    torch.testing.assert_close(hvp(lambda x: x.pow(3).sum(), x, v, mode=mode), tensor(12.0, 12.0, 12.0))
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+@pytest.mark.parametrize(
+    "f",
+    [lambda x: 3 * x.sum(), lambda x: torch.zeros((), dtype=DOUBLE), lambda x: (x.detach() ** 2).sum()],
+    ids=["linear", "constant", "detached"],
+)
+def test_zeros_where_there_is_no_curvature(f: Any, mode: str) -> None:
+    assert hvp(f, tensor(1.0, 2.0), tensor(1.0, 1.0), mode=mode).eq(0).all()
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+def test_point_is_neither_changed_nor_marked(mode: str) -> None:
+    x, v = tensor(1.0, 2.0), tensor(1.0, 1.0)
+    with torch.no_grad():
+        hvp(lambda x: x.pow(4).sum(), x, v, mode=mode)
+    assert torch.equal(x, tensor(1.0, 2.0))
+    assert not x.requires_grad
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+def test_bad_input(mode: str) -> None:
+    x = tensor(1.0, 2.0)
+    with pytest.raises(ValueError, match=r"f gave shape \(2,\) and must give a scalar.*\.sum\(\) or \.mean\(\)"):
+        hvp(lambda x: 2 * x, x, x, mode=mode)
+    with pytest.raises(TypeError, match=r"x is torch\.int64: only floating-point tensors have derivatives"):
+        hvp(lambda x: x.sum(), torch.tensor([1, 2]), x, mode=mode)
+    with pytest.raises(TypeError, match=r"x\['n'\] is torch\.int64"):
+        hvp(lambda p: p["n"].sum(), {"n": torch.tensor(1)}, {"n": torch.tensor(1.0)}, mode=mode)
+    with pytest.raises(ValueError, match=r"v must be shaped like x, \(2,\), and is \(3,\)"):
+        hvp(lambda x: x.sum(), x, tensor(1.0, 1.0, 1.0), mode=mode)
+    with pytest.raises(ValueError, match=r"x is an empty dictionary"):
+        hvp(lambda p: torch.zeros(()), {}, {}, mode=mode)
+    with pytest.raises(TypeError, match=r"x is list; give a Tensor or a dictionary"):
+        hvp(lambda x: x.sum(), [1.0], x, mode=mode)  # type: ignore[type-var]
+
+
+def test_unknown_mode_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"mode='forward' is not one of forward_over_reverse, reverse_over_rev"
+    ):
+        hvp(lambda x: x.sum(), tensor(1.0), tensor(1.0), mode="forward")
+
+
+def test_activations_are_freed_as_the_reverse_pass_comes_to_them() -> None:
+    # 20 layers of sin keep 20 activations; the pull-back must not hold all of them, and their duals, to its end.
+    held = []
+
+    def f(x: Tensor) -> Tensor:
+        for _ in range(20):
+            x = torch.sin(x)
+        return x.sum()
+
+    from metalearn.runs.memory import LiveTensorBytes
+
+    x = torch.randn(1000, dtype=DOUBLE)
+    for product in (
+        lambda: hvp(f, x, torch.ones_like(x)),
+        lambda: torch.func.jvp(torch.func.grad(f), (x,), (torch.ones_like(x),)),
+    ):
+        with LiveTensorBytes() as live:
+            product()
+        held.append(live.peak)
+    assert held[0] < 0.6 * held[1]
+
+
+def test_gauss_newton_of_least_squares_lacks_the_models_curvature() -> None:
+    # z = (x1^2, x1 x2), L = |z|^2 / 2: J = [[2 x1, 0], [x2, x1]], d2L/dz2 = I, so G = J'J; the Hessian adds z_i d2 z_i.
+    x, v = tensor(1.5, -0.5), tensor(0.3, 0.7)
+
+    def model(x: Tensor) -> Tensor:
+        return torch.stack([x[0] ** 2, x[0] * x[1]])
+
+    def loss(z: Tensor) -> Tensor:
+        return z.pow(2).sum() / 2
+
+    jacobian = torch.tensor([[3.0, 0.0], [-0.5, 1.5]], dtype=DOUBLE)
+    torch.testing.assert_close(gauss_newton_vp(model, loss, x, v), jacobian.T @ jacobian @ v)
+    full = jacobian.T @ jacobian + torch.tensor([[2 * 2.25, -0.75], [-0.75, 0.0]], dtype=DOUBLE)
+    torch.testing.assert_close(hessian(lambda x: loss(model(x)), x), full)
+
+
+def test_gauss_newton_of_a_linear_model_is_the_hessian() -> None:
+    a = torch.randn(5, 3, dtype=DOUBLE)
+    x, v = torch.randn(3, dtype=DOUBLE), torch.randn(3, dtype=DOUBLE)
+    got = gauss_newton_vp(lambda x: a @ x, lambda z: torch.logsumexp(z, dim=0), x, v)
+    torch.testing.assert_close(got, hvp(lambda x: torch.logsumexp(a @ x, dim=0), x, v))
+
+
+def test_module_is_offered_at_the_top() -> None:
+    assert derivatives.hvp is hvp

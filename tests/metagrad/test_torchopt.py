@@ -1,0 +1,98 @@
+"""The same weights and tasks through TorchOpt's functional SGD, in float64."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from metalearn import InnerLoop, functionalize, meta_gradient
+from tests.conftest import image_episodes
+from tests.metagrad.models import MODELS, relative_error
+
+
+@pytest.fixture(autouse=True)
+def _torchopt_installed() -> None:
+    """Skips where TorchOpt is missing; on CI that is a failure."""
+    if importlib.util.find_spec("torchopt") is None:
+        if os.environ.get("CI") and sys.version_info >= (3, 11):
+            pytest.fail("TorchOpt is not installed on CI, so nothing is compared with it")
+        pytest.skip("TorchOpt is not installed: pip install -r requirements-peers.txt")
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize("model", ["conv4", "mlp"])
+def test_equals_torchopt(model: str, second_order: bool, steps: int) -> None:
+    from metalearn.peers.torchopt import meta_gradient as torchopt
+
+    module = MODELS[model]().double()
+    episodes = image_episodes()
+    inner = InnerLoop(lr=0.1, steps=steps, second_order=second_order)
+
+    ours = meta_gradient(*functionalize(module), episodes, inner)
+    theirs = torchopt(module, episodes, inner)
+
+    assert relative_error(ours.grads, theirs.grads) < 1e-9
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours.support_loss, theirs.support_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours.predictions, theirs.predictions)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("model", ["conv4", "mlp"])
+def test_orders_differ(model: str, steps: int) -> None:
+    from metalearn.peers.torchopt import meta_gradient as torchopt
+
+    module = MODELS[model]().double()
+    episodes = image_episodes()
+
+    second = torchopt(module, episodes, InnerLoop(lr=0.1, steps=steps, second_order=True))
+    first = torchopt(module, episodes, InnerLoop(lr=0.1, steps=steps, second_order=False))
+
+    assert relative_error(first.grads, second.grads) > 1e-3  # their difference is lr * H * lam, not rounding
+    torch.testing.assert_close(first.predictions, second.predictions)
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+def test_frozen_parameters_stay_constant(second_order: bool) -> None:
+    from metalearn.peers.torchopt import meta_gradient as torchopt
+
+    module = MODELS["mlp"]().double()
+    frozen, _ = next(module.named_parameters())
+    module.get_parameter(frozen).requires_grad_(False)
+    episodes = image_episodes()
+    inner = InnerLoop(lr=0.1, steps=3, second_order=second_order)
+
+    ours = meta_gradient(*functionalize(module), episodes, inner)
+    theirs = torchopt(module, episodes, inner)
+
+    assert frozen not in theirs.grads
+    assert theirs.grads.keys() == ours.grads.keys()
+    assert relative_error(ours.grads, theirs.grads) < 1e-9
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+def test_module_comes_back_unchanged(second_order: bool) -> None:
+    from metalearn.peers.torchopt import meta_gradient as torchopt
+
+    # In training mode this BatchNorm writes its running statistics in every forward pass.
+    linear = nn.Linear(28 * 28, 3)
+    module = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(28 * 28), linear).double()
+    linear.weight.grad = torch.rand_like(linear.weight)
+    parameters = dict(module.named_parameters())
+    grads = {name: None if p.grad is None else p.grad.clone() for name, p in parameters.items()}
+    values = {name: value.clone() for name, value in module.state_dict().items()}
+
+    torchopt(module, image_episodes(), InnerLoop(lr=0.1, steps=3, second_order=second_order))
+
+    assert all(p is parameters[name] for name, p in module.named_parameters())
+    assert all(torch.equal(value, values[name]) for name, value in module.state_dict().items())
+    for name, grad in grads.items():
+        assert parameters[name].requires_grad
+        found = parameters[name].grad
+        assert found is None if grad is None else found is not None and torch.equal(found, grad)
