@@ -6,7 +6,8 @@ Run it as ``python scripts/train.py inner.second_order=true``; ``--help`` explai
 from pathlib import Path
 
 from metalearn.runs.checks import check
-from metalearn.runs.config import main, settle_data, to_yaml
+from metalearn.runs.config import main
+from metalearn.runs.config_files import settle_data, to_yaml
 from metalearn.runs.schema import TrainConfig
 
 

@@ -31,7 +31,7 @@ MAY_IMPORT = {
 }
 ONLY_IN = {
     "hydra": {"runs/config.py", "runs/config_help.py"},
-    "omegaconf": {"runs/config.py", "runs/config_help.py", "runs/schema.py"},
+    "omegaconf": {"runs/config.py", "runs/config_files.py", "runs/config_help.py", "runs/schema.py"},
     "tensorboard": {"runs/tracking.py"},
     "torch.utils.tensorboard": {"runs/tracking.py"},
     "torch.distributed": {"runs/distributed.py"},

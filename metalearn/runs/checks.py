@@ -11,7 +11,15 @@ from typing import Any, get_type_hints
 
 from metalearn.data.catalog import DRAWINGS, dataset_in_use
 from metalearn.errors import ConfigError, DataError
-from metalearn.runs.schema import DataConfig, EvaluateConfig, ModelConfig, OmniglotConfig, TrainConfig
+from metalearn.runs.schema import (
+    DataConfig,
+    EvaluateConfig,
+    GradientsConfig,
+    ModelConfig,
+    OmniglotConfig,
+    TrainConfig,
+    VerifyConfig,
+)
 
 
 def entries(config: object, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any], Any]]:
@@ -91,6 +99,11 @@ def check(config: TrainConfig) -> None:
     ]
     _refuse(faults)
     faults = _faults(config) + _device_faults(config.run.device)
+    if config.inner.engine == "auto" and config.run.deterministic:
+        faults.append(
+            "inner.engine=auto with run.deterministic=true: auto chooses by measured times, which differ from run to "
+            "run; name an engine"
+        )
     faults += [] if faults else _task_faults(config)
     if not faults and isinstance(config.data, OmniglotConfig) and config.data.fallback is None:
         try:
@@ -122,6 +135,16 @@ def check_evaluate(config: EvaluateConfig) -> None:
     if not (Path(config.run.dir) / "config.yaml").is_file():
         faults.append(f"run.dir={config.run.dir}: not a run's folder, as it holds no config.yaml")
     _refuse(faults)
+
+
+def check_gradients(config: GradientsConfig) -> None:
+    """As ``check``, for ``conf/gradients.yaml``."""
+    _refuse(_faults(config))
+
+
+def check_verify(config: VerifyConfig) -> None:
+    """As ``check``, for ``conf/verify.yaml``."""
+    _refuse(_faults(config) + _device_faults(config.run.device))
 
 
 def _device_faults(device: str) -> list[str]:

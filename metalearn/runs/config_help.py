@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -30,12 +31,14 @@ def help_text(config: DictConfig, script: str, description: str, options: Mappin
         options: sections of the groups' options, by ``GROUP=OPTION``; a group without one is a plain section.
     """
     lines = [
-        textwrap.dedent(description).strip(),
+        inspect.cleandoc(description),
         "",
         f"usage: python {script} [KEY=VALUE ...] [GROUP=OPTION ...] [--cfg job] [--multirun] [--hydra-help]",
         "",
         "Keys, with their defaults:",
     ]
+    if own := _section("", config):
+        lines += ["", *own]
     grouped = {name.partition("=")[0] for name in options}
     for section in config:
         node = config._get_node(section)
@@ -49,12 +52,15 @@ def help_text(config: DictConfig, script: str, description: str, options: Mappin
 
 
 def _section(section: str, node: DictConfig) -> list[str]:
+    """A line for every key that is no section itself; ``section`` is empty for those that stand in none."""
     lines = []
     kind = OmegaConf.get_type(node)
     for f in dataclasses.fields(kind):  # type: ignore[arg-type]  # a section's type is its schema
+        if isinstance(node._get_node(f.name), DictConfig):
+            continue
         default = _as_yaml(OmegaConf.to_container(node, resolve=False)[f.name])  # type: ignore[index,call-overload]
         meaning = f"{f.metadata['meaning']} ({allowed(f, get_type_hints(kind)[f.name])})"
-        head = f"  {section}.{f.name}={default}"
+        head = f"  {section}{'.' if section else ''}{f.name}={default}"
         lines += textwrap.wrap(meaning, 118, initial_indent=f"{head:<34}  ", subsequent_indent=" " * 36)
     return lines
 
@@ -133,8 +139,9 @@ def _nearest(key: str, kind: Any) -> str:
 
 
 def _keys_of(section: type) -> set[str]:
-    """The keys of a section, whichever option of its group is chosen."""
-    return {f.name for kind in (section, *section.__subclasses__()) for f in dataclasses.fields(kind)}
+    """The keys of a section, whichever option of its group is chosen; none of a key that is no section."""
+    kinds = [kind for kind in (section, *section.__subclasses__()) if dataclasses.is_dataclass(kind)]
+    return {f.name for kind in kinds for f in dataclasses.fields(kind)}
 
 
 def unknown_keys(config: DictConfig, prefix: str = "") -> list[str]:

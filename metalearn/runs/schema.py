@@ -15,6 +15,25 @@ from metalearn.data.catalog import GLYPH_SHARES, OMNIGLOT_SPLITS, glyph_splits
 ENGINES = ("unroll", "checkpoint", "adjoint")
 """Names for ``inner.engine``; a test holds them equal to ``metalearn.metagrad.ENGINES``, which needs torch."""
 
+LESSONS = (
+    "create_graph",
+    "backward",
+    "orders",
+    "graph",
+    "hvp",
+    "dense_hessian",
+    "finite_differences",
+    "big_product",
+    "newton",
+    "sharpness",
+    "pinn",
+    "maml",
+)
+"""Names for ``lesson`` in teaching order; a test holds them equal to ``metalearn.lab.LESSONS``, which needs torch."""
+
+
+ENGINE_SETTINGS = ("20way_1shot", "5way_1shot", "5way_5shot", "20way_1shot_wide")
+"""Names for ``bench.setting``; a test holds them equal to ``metalearn.runs.engine_table.SETTINGS``."""
 
 LARGEST_SEED = 2**63 - 1
 """The largest int64."""
@@ -51,8 +70,11 @@ class InnerConfig:
     steps: int = key("inner steps in training", at_least=0)
     eval_steps: int = key("inner steps in validation and test; may differ from inner.steps", at_least=0)
     second_order: bool = key("differentiate through the inner gradients (MAML); false: first-order MAML")
-    engine: str = key("how the meta-gradient is computed", choices=ENGINES)
+    engine: str = key(
+        "how the meta-gradient is computed; auto: the fastest that fits run.memory_limit", choices=(*ENGINES, "auto")
+    )
     task_chunk: int | None = key("tasks per pass, to save memory; null: all at once", at_least=1)
+    snapshot_every: int = key("checkpoint and adjoint keep every s-th step's weights, and recompute others", at_least=1)
 
 
 @dataclass
@@ -154,6 +176,8 @@ class RunConfig:
     seed: int = key("of the initial parameters and of every task", at_least=0, at_most=LARGEST_SEED)
     device: str = key("auto: the GPU if there is one; or cpu, cuda, cuda:N")
     deterministic: bool = key("refuse operations that are not reproducible bit by bit")
+    precision: str = key("bfloat16: autocast, checked against float32 at the start", choices=("float32", "bfloat16"))
+    memory_limit: float | None = key("MiB that inner.engine=auto may take; null: most of what is free", above=0)
 
 
 @dataclass
@@ -162,6 +186,9 @@ class LogConfig:
 
     every: int = key("meta-steps between points in TensorBoard; figures are means over them", at_least=1)
     images: bool = key("a grid of support and query images with predictions, at each validation")
+    curvature_every: int | None = key(
+        "meta-steps between looks at the second-order term (see grad/ in the README); null: never", at_least=1
+    )
 
 
 @dataclass
@@ -183,7 +210,13 @@ class TrainConfig:
 class BenchConfig:
     """How long to measure."""
 
+    kind: str = key(
+        "peers: one meta-step beside learn2learn; engines: memory and time of every engine against K",
+        choices=("peers", "engines"),
+    )
     rounds: int = key("times that every contender is timed, in turns", at_least=2)
+    setting: str = key("with bench.kind=engines: one of its settings, or all", choices=("all", *ENGINE_SETTINGS))
+    limit_mib: float = key("with bench.kind=engines: MiB at which a contender is stopped", above=0)
 
 
 @dataclass
@@ -223,3 +256,34 @@ class EvaluateConfig:
     run: EvaluatedRunConfig = field(default_factory=EvaluatedRunConfig)
     eval: EvaluatedEvalConfig = field(default_factory=EvaluatedEvalConfig)
     data: EvaluatedDataConfig = field(default_factory=EvaluatedDataConfig)
+
+
+@dataclass
+class GradientsConfig:
+    """``conf/gradients.yaml``."""
+
+    lesson: str = key("the lesson on second-order gradients to run, or all of them", choices=("all", *LESSONS))
+
+
+@dataclass
+class VerifiedRunConfig:
+    """Where the engines are tried, and in which numbers."""
+
+    seed: int = key("of parameters, images and dropout", at_least=0, at_most=LARGEST_SEED)
+    device: str = key("auto: the GPU if there is one; or cpu, cuda, cuda:N")
+    dtype: str = key("float64 proves formulas; float32 shows rounding as well", choices=("float64", "float32"))
+
+
+@dataclass
+class VerifiedCasesConfig:
+    """What the engines are tried on."""
+
+    steps: list[int] = key("numbers of inner steps K", at_least=1)
+
+
+@dataclass
+class VerifyConfig:
+    """``conf/verify.yaml``."""
+
+    run: VerifiedRunConfig = field(default_factory=VerifiedRunConfig)
+    verify: VerifiedCasesConfig = field(default_factory=VerifiedCasesConfig)

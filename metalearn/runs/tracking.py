@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
+from metalearn.lab import Lesson
 from metalearn.runs.evaluation import Evaluation
 
 
@@ -57,3 +58,26 @@ class Tracker:
     def image(self, tag: str, picture: NDArray[np.uint8], iteration: int) -> None:
         """A picture ``[height, width, 3]``."""
         self._writer.add_image(tag, picture, iteration, dataformats="HWC")
+
+
+class LessonTracker:
+    """Writes the event file of the lab; close it, as with ``contextlib.closing``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._writer = SummaryWriter(str(folder))
+
+    def lesson(self, name: str, lesson: Lesson, pictures: Mapping[str, NDArray[np.uint8]], *, seconds: float) -> None:
+        """Claim, code and pictures, and every number with what it must be as a scalar of its own, at step 0."""
+        self._writer.add_text(name, f"{lesson.claim}\n\n```python\n{lesson.code}\n```")
+        self._writer.add_scalar(f"{name}/seconds", seconds)
+        for check in lesson.checks:
+            if not (isinstance(check.computed, str) or isinstance(check.expected, str)):
+                self._writer.add_scalar(f"{name}/{check.what}", check.computed)
+                self._writer.add_scalar(f"{name}/{check.what} (expected)", check.expected)
+        for figure, picture in pictures.items():
+            self._writer.add_image(f"{name}/{figure}", picture, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()

@@ -23,15 +23,18 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from metalearn.errors import FolderTakenError, RunError
+from metalearn.errors import FolderTakenError, NonFiniteLossError, RunError
 from metalearn.inner import adapt, predict
 from metalearn.metagrad import meta_gradient
 from metalearn.runs.checkpoints import Checkpoint, best_path, load_checkpoint, save_checkpoint
 from metalearn.runs.console import print_facts, print_path, progress_bar
+from metalearn.runs.curvature import curvature
 from metalearn.runs.evaluation import accuracy, evaluate
 from metalearn.runs.experiment import Experiment, build
 from metalearn.runs.meter import Meter
 from metalearn.runs.pictures import tasks_picture
+from metalearn.runs.planning import settle_engine
+from metalearn.runs.precision import check_precision
 from metalearn.runs.report import accuracy_metrics, accuracy_rows, cost_metrics, cost_rows, write_metrics
 from metalearn.runs.schema import OuterConfig, TrainConfig
 from metalearn.runs.testing import final_test
@@ -88,9 +91,16 @@ def train(config: TrainConfig, run_dir: Path, config_yaml: str) -> None:
     claim(run_dir, config_yaml)
     log.info("Training on %s, device %s", experiment.dataset, experiment.device)
     print_path("Run folder", run_dir)
+    with experiment.precision():
+        experiment = settle_engine(experiment)
+    prove_precision(experiment)
     state = TrainState.start(experiment.theta, config.outer)
     meter = Meter(experiment.device)
-    with Tracker(run_dir, config=config_yaml) as tracker, progress_bar() as progress:
+    with (
+        experiment.precision(),
+        Tracker(run_dir, config=config_yaml) as tracker,
+        progress_bar() as progress,
+    ):
         meta_train(experiment, state, run_dir, meter=meter, tracker=tracker, progress=progress)
         best = load_checkpoint(best_path(run_dir), like=state.params, device=experiment.device)
         result = final_test(experiment, best.params, config.eval.episodes, progress)
@@ -105,6 +115,18 @@ def train(config: TrainConfig, run_dir: Path, config_yaml: str) -> None:
     write_metrics(metrics, run_dir)
     print_facts("Summary", {**accuracy_rows(experiment, result), **cost_rows(metrics)})
     print_path("Run folder", run_dir)
+
+
+def prove_precision(experiment: Experiment) -> None:
+    """Compare the first meta-gradient with float32's, if the run computes with less.
+
+    Raises:
+        RunError: if rounding takes away what the second-order term would give.
+    """
+    if experiment.config.run.precision == "bfloat16":
+        batch = experiment.train.batch(0, experiment.config.task.meta_batch)
+        report = check_precision(experiment.forward, experiment.theta, batch, experiment.inner, dtype=torch.bfloat16)
+        log.info("%s", report)
 
 
 def claim(run_dir: Path, config_yaml: str) -> None:
@@ -132,10 +154,14 @@ def meta_train(
         meter.add(figures)
         progress.update(bar, completed=state.iteration)
         validation_due = state.iteration % config.eval.every == 0 or state.iteration == last
-        if validation_due or state.iteration % config.log.every == 0:
+        curvature_due = bool(config.log.curvature_every) and state.iteration % (config.log.curvature_every or 1) == 0
+        if validation_due or curvature_due or state.iteration % config.log.every == 0:
             window = meter.close_window()
             _refuse_nonfinite(window, state, config)
             tracker.scalars({**window, "outer/lr": lr}, state.iteration)
+            if curvature_due:
+                seen = curvature(experiment.forward, state.params, episodes, experiment.inner)
+                tracker.scalars(seen, state.iteration)
             if validation_due:
                 mean = validate(experiment, state, run_dir, tracker)
                 progress.update(bar, note=f"validation {mean:.1%}")
@@ -144,7 +170,10 @@ def meta_train(
 
 def meta_step(experiment: Experiment, state: TrainState, episodes: Episodes) -> dict[str, Tensor]:
     """One step of the meta-optimiser on a batch of tasks; returns its figures, still on the device."""
-    result = meta_gradient(experiment.forward, state.params, episodes, experiment.inner)
+    try:
+        result = meta_gradient(experiment.forward, state.params, episodes, experiment.inner)
+    except NonFiniteLossError as error:
+        raise _diverged(str(error).rstrip("."), state, experiment.config) from None
     for name, p in state.params.items():
         p.grad = result.grads[name]
     norm = clip_grad_norm_(state.params.values(), experiment.config.outer.clip_norm or math.inf)

@@ -15,7 +15,8 @@ from metalearn.models import Conv4
 from metalearn.runs import benchmark
 from metalearn.runs.benchmark import Contender, check_equal, contenders, run_benchmark, summarise
 from metalearn.runs.checks import check
-from metalearn.runs.config import compose, settle_data, typed
+from metalearn.runs.config import compose, typed
+from metalearn.runs.config_files import settle_data
 from metalearn.runs.schema import BenchmarkConfig
 from tests.conftest import image_episodes
 
@@ -24,11 +25,13 @@ pytestmark = pytest.mark.usefixtures("learn2learn_installed")
 
 def test_contenders_agree() -> None:
     found = contenders(InnerLoop(lr=0.1, steps=2))
-    assert [(c.library, c.second_order) for c in found] == [
-        ("metalearn", True),
-        ("learn2learn", True),
-        ("metalearn", False),
-        ("learn2learn", False),
+    assert [(c.library, c.engine, c.second_order) for c in found] == [
+        ("metalearn", "unroll", True),
+        ("metalearn", "checkpoint", True),
+        ("metalearn", "adjoint", True),
+        ("learn2learn", "", True),
+        ("metalearn", "unroll", False),
+        ("learn2learn", "", False),
     ]
     check_equal(found, Conv4(3, width=4), image_episodes())
 
@@ -37,7 +40,7 @@ def test_a_wrong_meta_gradient_is_not_timed() -> None:
     found = contenders(InnerLoop(lr=0.1, steps=2))
 
     def wrong(module: nn.Module, episodes: Episodes) -> MetaGradient:
-        return found[2].step(module, episodes)  # the first order's
+        return found[-2].step(module, episodes)  # the first order's
 
     cheat = Contender("cheat", "fast", second_order=True, step=wrong)
     with pytest.raises(RunError, match=r"cheat fast, second order differs from metalearn unroll, second order by .*e-"):
@@ -46,7 +49,7 @@ def test_a_wrong_meta_gradient_is_not_timed() -> None:
 
 def test_ratio_is_the_median_of_ratios_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "_peak_mib", lambda *_: 1.0)
-    found = contenders(InnerLoop(lr=0.1, steps=1))[:2]
+    found = contenders(InnerLoop(lr=0.1, steps=1))[2:4]
     times = {found[0].name: [1.0, 2.0, 30.0], found[1].name: [2.0, 4.0, 10.0]}
     ours, theirs = summarise(found, times, nn.Identity(), image_episodes())
     assert ours.ratio_to_learn2learn == 0.5
@@ -60,6 +63,6 @@ def test_report_is_written(tmp_path: Path) -> None:
     check(config)
     run_benchmark(settle_data(config), tmp_path)
     report = json.loads((tmp_path / "benchmark.json").read_text())
-    assert len(report["rows"]) == 4
+    assert len(report["rows"]) == 6
     assert all(row["median_ms"] > 0 and row["peak_mib"] > 0 for row in report["rows"])
     assert report["machine"]["torch"] == torch.__version__

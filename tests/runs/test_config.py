@@ -18,19 +18,11 @@ from metalearn.metagrad import ENGINES
 from metalearn.models import MLP, Conv4
 from metalearn.runs import schema
 from metalearn.runs.checks import allowed, check, check_evaluate, entries
-from metalearn.runs.config import (
-    CONF,
-    compose,
-    from_yaml,
-    jobs,
-    option_sections,
-    relocated,
-    settle_data,
-    to_yaml,
-    typed,
-)
+from metalearn.runs.config import CONF, compose, jobs, option_sections, typed
+from metalearn.runs.config_files import from_yaml, relocated, settle_data, to_yaml
 from metalearn.runs.config_help import help_text
 from metalearn.runs.schema import EvaluateConfig, GlyphsConfig, OmniglotConfig, TrainConfig
+from tests.conftest import REPO
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
@@ -253,6 +245,14 @@ def test_a_saved_configuration_comes_back(tmp_path: Path) -> None:
         assert from_yaml(tmp_path / "config.yaml") == config
 
 
+def test_a_run_of_before_the_engines_comes_back_with_the_defaults() -> None:
+    older = REPO / "outputs" / "reference" / "omniglot-5w1s" / "maml-second_order-seed0" / "config.yaml"
+    assert "snapshot_every" not in older.read_text()
+    config = from_yaml(older)
+    assert (config.inner.snapshot_every, config.run.precision, config.log.curvature_every) == (1, "float32", None)
+    assert config.inner.lr == 0.4
+
+
 @pytest.mark.parametrize("text", ["", "a: 1", "- 1", "data: {name: nope}", "{"])
 def test_a_file_that_is_no_configuration_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)
@@ -283,7 +283,7 @@ def defaults_of(function: Any) -> dict[str, Any]:
 def test_yaml_and_signatures_agree_on_defaults() -> None:
     # A default lives in the YAML for runs and in the signature for the library; the two are one.
     inner, library = checked().inner, defaults_of(InnerLoop)
-    for name in ("second_order", "engine", "task_chunk"):
+    for name in ("second_order", "engine", "task_chunk", "snapshot_every"):
         assert getattr(inner, name) == library[name]
     data = checked("data=glyphs").data
     assert isinstance(data, GlyphsConfig)

@@ -15,9 +15,12 @@ from torch import Tensor
 from metalearn import Episodes, files
 from metalearn.data import catalog
 from metalearn.errors import ConfigError, RunError
+from metalearn.metagrad import ENGINES
+from metalearn.runs import training
 from metalearn.runs.checkpoints import best_path, load_checkpoint
 from metalearn.runs.checks import check
-from metalearn.runs.config import CONF, compose, from_yaml, settle_data, to_yaml, typed
+from metalearn.runs.config import CONF, compose, typed
+from metalearn.runs.config_files import from_yaml, settle_data, to_yaml
 from metalearn.runs.experiment import Experiment, build, pick_device
 from metalearn.runs.schema import TrainConfig
 from metalearn.runs.testing import retest
@@ -119,6 +122,74 @@ def test_tensorboard_shows_every_tag(finished: tuple[Path, dict[str, Any]]) -> N
     assert [image.step for image in shown.Images("validation/tasks")] == [20, 40]
     text = shown.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "second_order: true" in text
+
+
+def quick(*overrides: str) -> list[str]:
+    return [
+        *SMALL,
+        "model.width=8",
+        "task.meta_batch=4",
+        "outer.iterations=4",
+        "eval.every=4",
+        "eval.episodes=8",
+        *overrides,
+    ]
+
+
+@pytest.mark.parametrize("engine", ["checkpoint", "adjoint"])
+def test_another_engine_takes_the_same_steps(engine: str, tmp_path: Path) -> None:
+    base = quick("inner.steps=3", "inner.lr=0.05", "log.every=1")
+    runs = {}
+    for name, overrides in {
+        "unroll": [],
+        engine: [f"inner.engine={engine}", "inner.task_chunk=3", "inner.snapshot_every=2"],
+    }.items():
+        metrics = run(tmp_path / name, *overrides, base=base)
+        assert metrics["engine"] == name
+        runs[name] = [e.value for e in events(tmp_path / name).Scalars("train/grad_norm")]
+    assert runs[engine] == pytest.approx(runs["unroll"], rel=1e-2)  # float32, and Adam's first steps are signs
+
+
+def test_auto_engine_is_settled_before_the_first_step(tmp_path: Path) -> None:
+    metrics = run(tmp_path / "run", "inner.engine=auto", "run.memory_limit=2", base=quick())
+    assert metrics["engine"] in ENGINES
+    assert metrics["memory.peak_mib"] <= 2.5  # the optimiser's step is in it as well
+    with pytest.raises(RunError, match=r"no engine fits into 0\.100 MiB"):
+        run(tmp_path / "tight", "inner.engine=auto", "run.memory_limit=0.1", base=quick())
+
+
+def test_curvature_is_logged_when_asked(tmp_path: Path) -> None:
+    run(tmp_path / "run", "log.curvature_every=2", "inner.steps=2", "log.every=4", base=quick())
+    shown = events(tmp_path / "run")
+    tags = {tag for tag in shown.Tags()["scalars"] if tag.startswith("grad/")}
+    assert tags == {
+        "grad/cosine_first_vs_second",
+        "grad/support_top_eigenvalue",
+        *(f"grad/adjoint_norm/step_{k}" for k in range(3)),
+    }
+    for tag in tags:
+        points = shown.Scalars(tag)
+        assert [e.step for e in points] == [2, 4]
+        assert all(math.isfinite(e.value) for e in points)
+
+
+def test_mixed_precision_is_proved_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proved = []
+
+    def prove(*args: Any, dtype: torch.dtype) -> str:
+        assert not torch.is_autocast_enabled("cpu"), "the reference must be float32"
+        proved.append(dtype)
+        return "fine"
+
+    monkeypatch.setattr(training, "check_precision", prove)
+    metrics = run(tmp_path / "low", "run.precision=bfloat16", base=quick("log.every=1"))
+    assert proved == [torch.bfloat16]
+    assert metrics["precision"] == "bfloat16"
+    run(tmp_path / "full", base=quick("log.every=1"))
+    low, full = ([e.value for e in events(tmp_path / n).Scalars("train/query_loss")] for n in ("low", "full"))
+    assert low != full
+    assert low == pytest.approx(full, rel=0.1)
+    assert proved == [torch.bfloat16], "float32 needs no proof"
 
 
 def test_config_of_the_run_is_kept(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -1,0 +1,103 @@
+"""Configurations outside of the command line: in a run's folder, and what the data at hand makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from metalearn.data.catalog import dataset_in_use, why_not_omniglot
+from metalearn.errors import ConfigError
+from metalearn.runs import schema
+from metalearn.runs.checks import check
+from metalearn.runs.config import CONF, SCHEMAS, typed
+
+log = logging.getLogger(__name__)
+
+Config = TypeVar("Config")
+
+_ADDED_LATER = ("inner.snapshot_every", "run.precision", "run.memory_limit", "log.curvature_every")
+"""Keys that the files of older runs lack; those were trained as the defaults say."""
+
+
+def from_yaml(path: Path) -> schema.TrainConfig:
+    """A finished run's configuration, from the ``config.yaml`` in its folder.
+
+    Raises:
+        ConfigError: if it does not fit the schema.
+    """
+    try:
+        raw = OmegaConf.load(path)
+        assert isinstance(raw, DictConfig)
+        base = OmegaConf.structured(schema.TrainConfig)
+        for group in ("data", "model", "algorithm"):
+            base[group] = OmegaConf.structured(SCHEMAS[raw[group].name])
+        defaults = OmegaConf.load(CONF / "settings.yaml")
+        for name in _ADDED_LATER:
+            if OmegaConf.select(raw, name, default="missing") == "missing":
+                OmegaConf.update(raw, name, OmegaConf.select(defaults, name))
+        return _on_schema(base, raw, schema.TrainConfig)
+    except (OSError, KeyError, AssertionError, YAMLError, OmegaConfBaseException, ConfigError) as error:
+        raise ConfigError(f"{path} is not the configuration of a run: {error}") from error
+
+
+def _on_schema(base: DictConfig, raw: DictConfig, kind: type[Config]) -> Config:
+    """What a YAML file holds, on the schema that it must fit."""
+    merged = OmegaConf.merge(base, raw)
+    assert isinstance(merged, DictConfig)
+    return typed(merged, kind)
+
+
+Trained = TypeVar("Trained", bound=schema.TrainConfig)
+
+
+def settle_data(config: Trained) -> Trained:
+    """The configuration with the data set that is really used: its fallback where Omniglot cannot be had.
+
+    Raises:
+        ConfigError: if the task does not fit the fallback.
+    """
+    data = config.data
+    if not isinstance(data, schema.OmniglotConfig):
+        return config
+    name = dataset_in_use(data.name, data.root, data.fallback)
+    if name == data.name:
+        root = str(Path(data.root).expanduser().absolute()) if data.root else None
+        return dataclasses.replace(config, data=dataclasses.replace(data, root=root))
+    log.warning(
+        "NO OMNIGLOT: %s. The embedded glyphs are used instead (data.fallback=glyphs); figures are not "
+        "Omniglot's. METALEARN_DATA=FOLDER or data.root=FOLDER points to a copy.",
+        why_not_omniglot(data.root),
+    )
+    raw = OmegaConf.load(CONF / "data" / f"{name}.yaml")
+    assert isinstance(raw, DictConfig)
+    raw.pop("defaults")
+    fallback = _on_schema(OmegaConf.structured(SCHEMAS[name]), raw, schema.GlyphsConfig)
+    settled = dataclasses.replace(config, data=fallback)
+    check(settled)
+    return settled
+
+
+def relocated(data: schema.DataConfig, root: str | None) -> schema.DataConfig:
+    """A finished run's data set where it lies now: in ``root``, where it was, or in ``METALEARN_DATA``.
+
+    Raises:
+        ConfigError: if ``root`` is given for a data set that is not on disk.
+    """
+    if not isinstance(data, schema.OmniglotConfig):
+        if root:
+            raise ConfigError(f"data.root={root}: the run was trained on {data.name}, which is embedded; leave it out")
+        return data
+    recorded = data.root if data.root is None or Path(data.root).is_dir() else os.environ.get("METALEARN_DATA")
+    return dataclasses.replace(data, root=root or recorded or data.root, fallback=None)
+
+
+def to_yaml(config: object) -> str:
+    """A configuration object as YAML, every key resolved."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

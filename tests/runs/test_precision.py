@@ -1,0 +1,174 @@
+"""Mixed precision is measured before it is trusted, and a meta-gradient that is not the reference's is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metalearn import Episodes, InnerLoop, MetaGradient, Params, functionalize, meta_gradient
+from metalearn.errors import RunError
+from metalearn.metagrad import ENGINES, Engine
+from metalearn.metagrad.unroll import unroll
+from metalearn.models import Conv4
+from metalearn.runs.precision import PrecisionReport, check_precision, check_same_gradient, relative_error
+from metalearn.types import Forward, Loss
+from tests.conftest import image_episodes
+from tests.metagrad.models import MODELS
+
+
+def check(module: nn.Module, inner: InnerLoop, *, dtype: torch.dtype = torch.bfloat16) -> PrecisionReport:
+    episodes = image_episodes(shots=5, queries=5, dtype=torch.float32)
+    return check_precision(*functionalize(module), episodes, inner, dtype=dtype)
+
+
+def first_order(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> MetaGradient:
+    return unroll(forward, params, episodes, dataclasses.replace(inner, second_order=False), loss)
+
+
+def no_number(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> MetaGradient:
+    result = unroll(forward, params, episodes, inner, loss)
+    return dataclasses.replace(result, grads={name: g * float("nan") for name, g in result.grads.items()})
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_reports_what_rounding_does(engine: str, second_order: bool) -> None:
+    # bfloat16 keeps 8 bits: it cannot leave a gradient unchanged, nor move this small network's by a tenth.
+    report = check(Conv4(3, width=6), InnerLoop(lr=0.1, steps=2, engine=engine, second_order=second_order))
+    assert report.dtype == "bfloat16"
+    assert report.tasks == 2
+    assert report.engine_error < 0.01
+    assert 1e-4 < report.rounding_error < 0.1
+    assert report.allowed == 1 if not second_order else 0.1 < report.allowed < 1
+    assert f"{report.rounding_error:.2g}" in str(report)
+    assert f"{report.allowed:.2g}" in str(report)
+
+
+def test_errors_are_those_of_the_definition() -> None:
+    module = MODELS["transformer"]()
+    episodes = image_episodes(shots=5, queries=5, dtype=torch.float32)
+    inner = InnerLoop(lr=0.1, steps=2, engine="adjoint")
+    forward, theta = functionalize(module)
+    report = check_precision(forward, theta, episodes, inner, dtype=torch.bfloat16)
+    few = Episodes(episodes.support_x[:2], episodes.support_y[:2], episodes.query_x[:2], episodes.query_y[:2])
+
+    def vector(second_order: bool = True, engine: str = "unroll", rounded: bool = False) -> Tensor:
+        settings = dataclasses.replace(inner, second_order=second_order, engine=engine)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=rounded):
+            grads = meta_gradient(forward, theta, few, settings).grads
+        return torch.cat([g.flatten() for g in grads.values()]).double()
+
+    def error(got: Tensor, expected: Tensor) -> float:
+        return float((got - expected).norm() / expected.norm())
+
+    exact, rounded = vector(), vector(engine="adjoint", rounded=True)
+    assert report.rounding_error == pytest.approx(error(rounded, exact), rel=1e-5)
+    assert report.engine_error == pytest.approx(error(rounded, vector(rounded=True)), rel=1e-5)
+    assert report.allowed == pytest.approx(error(vector(second_order=False), exact), rel=1e-5)
+
+
+@pytest.mark.parametrize("broken", [first_order, no_number])
+def test_a_broken_engine_is_caught(broken: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENGINES, "adjoint", broken)
+    with pytest.raises(RunError, match=r"the engine adjoint and unroll differ by .*Set run\.precision=float32"):
+        check(Conv4(3, width=6), InnerLoop(lr=0.1, steps=2, engine="adjoint"))
+
+
+def test_refused_where_rounding_drowns_the_second_order_term() -> None:
+    # The term is of the order of lr: with lr=0.001 some thousandths, and rounding with BatchNorm some tenths.
+    with pytest.raises(RunError, match=r"rounding moves .* the gap between first order and second.*run\.precision"):
+        check(MODELS["mlp"](), InnerLoop(lr=0.001, steps=1))
+    assert check(MODELS["mlp"](), InnerLoop(lr=0.001, steps=1, second_order=False)).allowed == 1
+
+
+class OtherSign(nn.Module):
+    """Stands for a network of which bfloat16 leaves nothing: its logits come out with the other sign."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(28 * 28, 3, bias=False)  # under vmap a bias is added in float32, and so is the result
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(x.flatten(1))
+        return -logits if logits.dtype == torch.bfloat16 else logits
+
+
+@pytest.mark.parametrize("inner", [InnerLoop(lr=1e-3, steps=1, second_order=False), InnerLoop(lr=0.1, steps=0)])
+def test_refused_in_first_order_and_without_steps(inner: InnerLoop) -> None:
+    with pytest.raises(RunError, match=r"less than 1 is allowed, its whole length\. Set run\.precision=float32"):
+        check(OtherSign(), inner)
+
+
+class Overflows(OtherSign):
+    """Logits by way of numbers above 65504, the largest of float16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(x.flatten(1)) * 1e8
+        return logits / 1e8
+
+
+def test_overflow_is_blamed_on_the_precision() -> None:
+    with pytest.raises(RunError, match=r"In float16 the loss is not finite, as it is in float32 .*run\.precision"):
+        check(Overflows(), InnerLoop(lr=0.1, steps=1), dtype=torch.float16)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_same_draws_throughout_and_none_of_the_runs(chunk: int | None, engine: str) -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 3))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    episodes = image_episodes(shots=5, queries=5, dtype=torch.float32)
+    forward, theta = functionalize(module)
+    torch.set_rng_state(before)
+    inner = InnerLoop(lr=0.1, steps=2, engine=engine, task_chunk=chunk, snapshot_every=2)
+    report = check_precision(forward, theta, episodes, inner, dtype=torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert report.rounding_error < 0.1, "another mask would move the gradient by its own length"
+
+
+def test_generators_are_left_alone_by_a_refusal() -> None:
+    before = torch.get_rng_state()
+    module = OtherSign()
+    episodes = image_episodes(dtype=torch.float32)
+    forward, theta = functionalize(module)
+    torch.set_rng_state(before)
+    with pytest.raises(RunError):
+        check_precision(forward, theta, episodes, InnerLoop(lr=0.1, steps=0), dtype=torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_float32_is_float32_inside_the_callers_autocast() -> None:
+    inner = InnerLoop(lr=0.1, steps=2)
+    torch.manual_seed(1)
+    outside = check(Conv4(3, width=6), inner)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = check(Conv4(3, width=6), inner)
+    assert inside == outside
+
+
+def test_same_gradient() -> None:
+    forward, theta = functionalize(MODELS["mlp"]().double())
+    episodes, inner = image_episodes(), InnerLoop(lr=0.1, steps=2)
+    eager = meta_gradient(forward, theta, episodes, inner)
+    check_same_gradient(eager, eager, 0.0, "the same")
+    off = dataclasses.replace(eager, grads={name: 1.001 * g for name, g in eager.grads.items()})
+    check_same_gradient(eager, off, 2e-3, "nearly the same")  # every entry is off by 1e-3 of itself
+    with pytest.raises(RunError, match=r"the compiled one: its meta-gradient is off by 0\.001 .* 0\.0005 is allowed"):
+        check_same_gradient(eager, off, 5e-4, "the compiled one")
+    first = meta_gradient(forward, theta, episodes, dataclasses.replace(inner, second_order=False))
+    with pytest.raises(RunError, match=r"the compiled one"):
+        check_same_gradient(eager, first, 1e-3, "the compiled one")
+    nan = dataclasses.replace(eager, grads={name: g * float("nan") for name, g in eager.grads.items()})
+    with pytest.raises(RunError, match=r"off by nan"):
+        check_same_gradient(eager, nan, 1e-3, "the compiled one")
+
+
+def test_relative_error_is_of_the_whole_gradient() -> None:
+    # |(0, 1, 0)| / |(2, 2, 1)| = 1/3, and float32 against float64 is compared in float64
+    expected = {"a": torch.tensor([2.0, 2.0], dtype=torch.float64), "b": torch.tensor([1.0], dtype=torch.float64)}
+    assert relative_error({"a": torch.tensor([2.0, 3.0]), "b": torch.tensor([1.0])}, expected) == pytest.approx(1 / 3)
