@@ -13,11 +13,12 @@ import pytest
 import metalearn
 from tests.conftest import REPO
 
-NOUNS = {"types", "params", "errors", "files"}
+NOUNS = {"types", "params", "errors", "files", "live_bytes"}
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
     "files": {"errors"},
+    "live_bytes": set(),
     "params": {"types"},
     "models": NOUNS,
     "data": NOUNS,

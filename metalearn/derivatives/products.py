@@ -34,9 +34,9 @@ def gradient(f: ScalarFunction, x: Point) -> Point:
 def hvp(f: ScalarFunction, x: Point, v: Point, *, mode: str = "forward_over_reverse") -> Point:
     """Hessian-vector product H v of ``f`` at ``x``, in the memory of a few gradients, whatever the size of H.
 
-        forward_over_reverse:  d/dt grad f(x + t v)           cheapest where every operation has a forward-mode formula
-        reverse_over_reverse:  d/dx <grad f(x), v>            needs nothing but double backward
-        reverse_over_forward:  d/dx (d/dt f(x + t v))
+        forward_over_reverse:  d/dt grad f(x + t v)           no graph of a gradient: the least memory on deep networks
+        reverse_over_reverse:  d/dx <grad f(x), v>            needs no forward-mode formulas
+        reverse_over_forward:  d/dx (d/dt f(x + t v))         needs no second derivative of a backward formula
 
     Args:
         f: from a point to a scalar.

@@ -61,23 +61,41 @@ def test_a_hessian_that_does_not_fit_is_refused_before_it_starts() -> None:
     assert not called
 
 
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
 @pytest.mark.parametrize(("order", "expected"), [(0, 8.0), (1, 12.0), (2, 12.0), (3, 6.0), (4, 0.0), (5, 0.0)])
-def test_derivatives_of_a_cube(order: int, expected: float) -> None:
-    assert nth_derivative(lambda x: x**3, torch.tensor(2.0), order).item() == expected
+def test_derivatives_of_a_cube(order: int, expected: float, mode: str) -> None:
+    assert nth_derivative(lambda x: x**3, torch.tensor(2.0), order, mode=mode).item() == expected
+    assert nth_derivative(lambda x: x * x * x, torch.tensor(2.0), order, mode=mode).item() == expected
 
 
-def test_derivatives_at_every_entry() -> None:
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_derivatives_do_not_mind_a_point_that_requires_a_gradient(mode: str) -> None:
+    x = torch.tensor(2.0, requires_grad=True)
+    with torch.no_grad():
+        assert nth_derivative(lambda x: x**3, x, 2, mode=mode).item() == 12
+    assert x.grad is None
+
+
+def test_a_high_order_is_quick_enough() -> None:
+    # d^12 x^12 / dx^12 = 12!; nested forward mode would take most of a minute.
+    got = nth_derivative(lambda x: x**12, torch.tensor(1.5, dtype=DOUBLE), 12)
+    assert got.item() == pytest.approx(math.factorial(12))
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_derivatives_at_every_entry(mode: str) -> None:
     # The n-th derivative of sin x is sin(x + n pi / 2).
     x = torch.linspace(-2, 2, 6, dtype=DOUBLE).reshape(2, 3)
     for order in range(6):
-        torch.testing.assert_close(nth_derivative(torch.sin, x, order), torch.sin(x + order * math.pi / 2))
+        torch.testing.assert_close(nth_derivative(torch.sin, x, order, mode=mode), torch.sin(x + order * math.pi / 2))
 
 
-def test_derivatives_along_a_direction() -> None:
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_derivatives_along_a_direction(mode: str) -> None:
     # f = a^2 b along (1, 2) from (1, 1): (1 + t)^2 (1 + 2t) = 1 + 4t + 5t^2 + 2t^3, so 1, 4, 10, 12, 0.
     x = {"a": torch.tensor(1.0), "b": torch.tensor(1.0)}
     v = {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}
-    got = [nth_derivative(lambda p: p["a"] ** 2 * p["b"], x, order, along=v).item() for order in range(5)]
+    got = [nth_derivative(lambda p: p["a"] ** 2 * p["b"], x, n, along=v, mode=mode).item() for n in range(5)]
     assert got == [1.0, 4.0, 10.0, 12.0, 0.0]
 
 
@@ -88,6 +106,10 @@ def test_nth_derivative_refuses() -> None:
         nth_derivative(torch.sin, torch.tensor(1.0), 1.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"x is a dictionary; say along which direction"):
         nth_derivative(lambda p: p["a"], {"a": torch.tensor(1.0)}, 1)
+    with pytest.raises(ValueError, match=r"maps one number to a tensor of shape \(2,\).*along=v"):
+        nth_derivative(lambda x: torch.stack([x, x]), torch.tensor(1.0), 1)
+    with pytest.raises(ValueError, match=r"mode='jet' is not one of reverse, forward"):
+        nth_derivative(torch.sin, torch.tensor(1.0), 1, mode="jet")
     with pytest.raises(TypeError, match=r"torch\.int64"):
         nth_derivative(torch.sin, torch.tensor(1), 1)
 

@@ -87,9 +87,7 @@ def test_bad_input(mode: str) -> None:
 
 
 def test_unknown_mode_is_named() -> None:
-    with pytest.raises(
-        ValueError, match=r"mode='forward' is not one of forward_over_reverse, reverse_over_rev"
-    ):
+    with pytest.raises(ValueError, match=r"mode='forward' is not one of forward_over_reverse, reverse_over_rev"):
         hvp(lambda x: x.sum(), tensor(1.0), tensor(1.0), mode="forward")
 
 
