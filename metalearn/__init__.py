@@ -13,7 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metalearn import derivatives
+    from metalearn import derivatives, gradcheck
+    from metalearn.errors import NonFiniteLossError
     from metalearn.inner import InnerLoop, adapt, predict
     from metalearn.metagrad import meta_gradient
     from metalearn.params import functionalize
@@ -27,10 +28,12 @@ __all__ = [
     "InnerLoop",
     "Loss",
     "MetaGradient",
+    "NonFiniteLossError",
     "Params",
     "adapt",
     "derivatives",
     "functionalize",
+    "gradcheck",
     "meta_gradient",
     "predict",
 ]
@@ -41,6 +44,7 @@ _HOMES = {
     "InnerLoop": "inner",
     "Loss": "types",
     "MetaGradient": "types",
+    "NonFiniteLossError": "errors",
     "Params": "types",
     "adapt": "inner",
     "functionalize": "params",
@@ -50,8 +54,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "derivatives":
-        return importlib.import_module("metalearn.derivatives")
+    if name in ("derivatives", "gradcheck"):
+        return importlib.import_module(f"metalearn.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'metalearn' has no attribute {name!r}; it offers {', '.join(__all__)}")
     return getattr(importlib.import_module(f"metalearn.{_HOMES[name]}"), name)

@@ -8,6 +8,7 @@ step size proves nothing: too large and too small are both wrong. The sweep show
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from metalearn.derivatives import Point, gradient
+from metalearn.derivatives.points import check_direction
 
 STEPS = tuple(10.0**-e for e in range(1, 11))
 """Step sizes of the sweep, in units of a direction of length one."""
@@ -42,8 +44,9 @@ class DirectionalCheck:
 
     @property
     def errors(self) -> tuple[float, ...]:
-        """Relative error at each h."""
-        return tuple(abs(estimate - self.analytic) / self.scale for estimate in self.estimates)
+        """Relative error at each h; infinite where the difference is NaN."""
+        errors = (abs(estimate - self.analytic) / self.scale for estimate in self.estimates)
+        return tuple(math.inf if math.isnan(error) else error for error in errors)
 
     @property
     def error(self) -> float:
@@ -75,7 +78,8 @@ def directional(
         seed: of the direction that is drawn.
 
     Raises:
-        ValueError: for fewer than two steps, for steps that are not positive, or a direction of length zero.
+        ValueError: for fewer than two steps, for steps that are not positive, for a direction of length zero, or if it
+            or the gradient is not shaped like ``x``.
 
     Example:
         >>> check = directional(lambda x: x.pow(3).sum(), torch.ones(3, dtype=torch.float64))
@@ -88,11 +92,12 @@ def directional(
     if v is None:
         generator = torch.Generator().manual_seed(seed)
         v = tree_map(lambda t: torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device), x)
+    v = check_direction("v", x, v)
     length = _dot(v, v) ** 0.5
     if not length > 0:
         raise ValueError("directional: the direction v has length zero; give one that leads somewhere.")
     unit = tree_map(lambda t: t / length, v)
-    grad = gradient(f, x) if gradient_at_x is None else gradient_at_x
+    grad = gradient(f, x) if gradient_at_x is None else check_direction("gradient_at_x", x, gradient_at_x)
     analytic = _dot(grad, unit)
     size = sum(t.numel() for t in tree_flatten(x)[0])
 

@@ -69,13 +69,28 @@ def _refuse_running_statistics(module: nn.Module) -> None:
             )
 
 
+def refuse_inference_mode() -> None:
+    """Tensors made in inference mode never carry a graph, so that every gradient would look like zero.
+
+    Raises:
+        RuntimeError: inside ``torch.inference_mode()``.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "there are no gradients inside torch.inference_mode(), and adapting takes gradients; use torch.no_grad(), "
+            "under which metalearn turns them on where it needs them."
+        )
+
+
 def check_params(params: Params) -> None:
     """Refuse meta-parameters that cannot be adapted.
 
     Raises:
         ValueError: if there is none.
+        RuntimeError: inside ``torch.inference_mode()``.
         TypeError: naming the one that is not a floating-point tensor.
     """
+    refuse_inference_mode()
     if not params:
         raise ValueError("params is empty: there is nothing to adapt.")
     for name, p in params.items():

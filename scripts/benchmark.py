@@ -8,7 +8,7 @@ from pathlib import Path
 from metalearn.runs.checks import check
 from metalearn.runs.config import main
 from metalearn.runs.config_files import settle_data
-from metalearn.runs.schema import BenchmarkConfig
+from metalearn.runs.schema_commands import BenchmarkConfig
 
 
 @main("benchmark", BenchmarkConfig, check)

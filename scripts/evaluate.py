@@ -9,7 +9,7 @@ from pathlib import Path
 from metalearn.runs.checks import check, check_evaluate
 from metalearn.runs.config import main
 from metalearn.runs.config_files import from_yaml, relocated
-from metalearn.runs.schema import EvaluateConfig
+from metalearn.runs.schema_commands import EvaluateConfig
 
 
 @main("evaluate", EvaluateConfig, check_evaluate)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from metalearn.runs.checks import check_gradients
 from metalearn.runs.config import main
-from metalearn.runs.schema import GradientsConfig
+from metalearn.runs.schema_commands import GradientsConfig
 
 
 @main("gradients", GradientsConfig, check_gradients)

@@ -20,7 +20,7 @@ def train(config: TrainConfig, run_dir: Path) -> None:
     settled = settle_data(config)
     from metalearn.runs.training import train  # here, so that a refused configuration need not wait for torch
 
-    train(settled, run_dir, to_yaml(settled))
+    train(settled, run_dir, to_yaml)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from metalearn.runs.checks import check_verify
 from metalearn.runs.config import main
-from metalearn.runs.schema import VerifyConfig
+from metalearn.runs.schema_commands import VerifyConfig
 
 
 @main("verify", VerifyConfig, check_verify)

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "data": NOUNS,
     "derivatives": {"types", "params"},
     "gradcheck": {"types", "params", "derivatives"},
-    "inner": {"types", "params"},
+    "inner": {"types", "params", "errors"},
     "metagrad": {"types", "params", "errors", "derivatives", "inner"},
     "peers": {"types", "params", "inner", "metagrad"},
     "lab": NOUNS | {"models", "data", "derivatives", "gradcheck", "inner", "metagrad"},

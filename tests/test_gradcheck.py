@@ -66,6 +66,27 @@ def test_refusals() -> None:
         directional(cube, x, torch.zeros(2, dtype=DOUBLE))
 
 
+def test_nan_is_no_agreement() -> None:
+    check = DirectionalCheck(1.0, (0.1, 0.01, 0.001), (1.0, float("nan"), 1.5), scale=1.0)
+    assert check.error == float("inf")
+    outside = directional(lambda x: x.log().sum(), torch.tensor([0.02], dtype=DOUBLE))  # h = 0.1 leaves the domain
+    assert outside.error < 1e-7
+
+
+def test_gradient_and_direction_must_be_shaped_like_the_point() -> None:
+    x = {"a": torch.ones(2, dtype=DOUBLE), "b": torch.ones(3, dtype=DOUBLE)}
+
+    def f(p: dict[str, Tensor]) -> Tensor:
+        return (p["a"] ** 2).sum() + (p["b"] ** 3).sum()
+
+    other_order = {"b": torch.full((3,), 3.0, dtype=DOUBLE), "a": torch.full((2,), 2.0, dtype=DOUBLE)}
+    assert directional(f, x, gradient_at_x=other_order).error < 1e-8
+    with pytest.raises(ValueError, match=r"gradient_at_x must be shaped like x"):
+        directional(f, x, gradient_at_x={"a": torch.ones(2, dtype=DOUBLE)})
+    with pytest.raises(ValueError, match=r"v must be shaped like x"):
+        directional(cube, torch.ones(2, dtype=DOUBLE), torch.tensor(1.0, dtype=DOUBLE))
+
+
 def test_error_is_of_two_neighbours() -> None:
     check = DirectionalCheck(1.0, (0.1, 0.01, 0.001, 0.0001), (1.5, 1.0, 1.2, 1.1), scale=1.0)
     assert check.error == pytest.approx(0.2)

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from metalearn.runs.config import compose
@@ -96,3 +97,102 @@ def test_benchmark_rows_are_the_committed_ones(name: str, second_order: bool) ->
     task = report["task"]
     setting = f"{task['ways']}-way {task['shots']}-shot, {task['meta_batch']} tasks, {task['queries']} quer"
     assert any(setting in line and f"| {' | '.join(cells)} |" in line for line in README.splitlines())
+
+
+# Label in the README's tables; engine, second order, task_chunk, whether snapshots are sparse.
+ENGINE_ROWS: dict[str, tuple[str, bool, int | None, bool]] = {
+    "first order, all {} tasks": ("unroll", False, None, False),
+    "`unroll`, all {} tasks": ("unroll", True, None, False),
+    "`checkpoint`, all {} tasks": ("checkpoint", True, None, False),
+    "`adjoint`, all {} tasks": ("adjoint", True, None, False),
+    "`checkpoint`, `task_chunk=4`": ("checkpoint", True, 4, False),
+    "**`adjoint`, `task_chunk=4`**": ("adjoint", True, 4, False),
+    "`adjoint`, `task_chunk=4`, sparse snapshots": ("adjoint", True, 4, True),
+    "first order, one task at a time": ("unroll", False, 1, False),
+    "`unroll`, one task at a time": ("unroll", True, 1, False),
+    "`checkpoint`, one task at a time": ("checkpoint", True, 1, False),
+    "`adjoint`, one task at a time": ("adjoint", True, 1, False),
+    "`adjoint`, one task at a time, sparse snapshots": ("adjoint", True, 1, True),
+}
+
+
+def engine_rows(setting: str) -> dict[tuple[Any, ...], dict[str, Any]]:
+    rows = read("engines/benchmark.json")["settings"][setting]["rows"]
+    return {(r["engine"], r["second_order"], r["task_chunk"], r["snapshot_every"] > 1, r["steps"]): r for r in rows}
+
+
+def mib(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    return "over 4096" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+
+
+@pytest.mark.parametrize(
+    ("setting", "tasks", "steps"), [("20way_1shot", 16, (1, 5, 10, 20, 50)), ("20way_1shot_wide", 4, (1, 10, 50))]
+)
+def test_tables_of_the_engines_are_the_committed_ones(setting: str, tasks: int, steps: tuple[int, ...]) -> None:
+    rows = engine_rows(setting)
+    shown = 0
+    for label, key in ENGINE_ROWS.items():
+        if not any((*key, k) in rows for k in steps):
+            continue
+        at_ten = rows.get((*key, 10))
+        ratio = at_ten and at_ten["ratio_to_unroll"]
+        cells = [label.format(tasks), *(mib(rows.get((*key, k))) for k in steps), f"{ratio:.2f}" if ratio else "-"]
+        assert f"| {' | '.join(cells)} |" in README
+        shown += 1
+    assert shown >= 9
+
+
+@pytest.mark.parametrize(
+    ("setting", "label"), [("5way_1shot", "5-way 1-shot, 15 queries"), ("5way_5shot", "5-way 5-shot, 15 queries")]
+)
+def test_table_of_more_queries_is_the_committed_one(setting: str, label: str) -> None:
+    rows = engine_rows(setting)
+    keys = [*list(ENGINE_ROWS.values())[:4], ("adjoint", True, 4, False)]
+    at = {k: [mib(rows.get((*key, k))) for key in keys] for k in (1, 10)}
+    cells = [f"{one} / {ten}" for one, ten in zip(at[1], at[10], strict=True)]
+    assert f"| {label} | {' | '.join(cells)} |" in README
+
+
+def test_exact_second_order_fits_into_first_order_memory() -> None:
+    # The headline: less than first order on the same 16 tasks, and beyond the snapshots no growth with K.
+    rows = engine_rows("20way_1shot")
+    first = rows["unroll", False, None, False, 10]["peak_mib"]
+    at_one, at_ten = (rows["adjoint", True, 4, False, k] for k in (1, 10))
+    snapshots = 9 * 4 * 113_236 * 4 / 2**20  # nine more of four tasks' 113,236 weights in float32
+    assert at_ten["peak_mib"] < first
+    assert at_ten["peak_mib"] - snapshots < 1.05 * at_one["peak_mib"]
+    assert at_ten["ratio_to_unroll"] < 1.4
+
+
+def test_verification_is_the_committed_one() -> None:
+    report = read("verify-float64.json")
+    errors: dict[bool, list[float]] = {True: [], False: []}
+    for comparison in report["comparisons"]:
+        errors[comparison["reference"] == "differences"].append(comparison["error"])
+    assert report["right"]
+    said = " ".join(README.split())
+    assert f"{len(report['comparisons'])} comparisons in {report['seconds']:.0f} seconds" in said
+    assert f"{max(errors[False]):.0e} against engines, libraries and the adapted weights" in said
+    assert f"{max(errors[True]):.0e} against differences" in said
+
+
+def test_lessons_are_the_committed_ones() -> None:
+    lessons = read("lab/lessons.json")["lessons"]
+    said = " ".join(README.split())
+    assert all(lesson["right"] for lesson in lessons)
+    assert f"All take {sum(lesson['seconds'] for lesson in lessons):.0f} seconds here" in said
+    assert f"{sum(len(lesson['checks']) for lesson in lessons)} numbers" in said
+    for lesson in lessons:
+        assert f"| `{lesson['name']}` |" in README
+
+
+def test_code_on_derivatives_runs() -> None:
+    code = README.split("## The lab", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    derivatives, f, w, v = (names[name] for name in ("derivatives", "f", "w", "v"))
+    torch.testing.assert_close(derivatives.hvp(f, w, v), torch.tensor([1.0, -1.0]))
+    torch.testing.assert_close(derivatives.hessian(f, w), torch.tensor([[2.0, 0.0], [0.0, -1.0]]), rtol=0, atol=1e-6)
+    assert derivatives.top_eigenvalues(f, w, k=1).item() == pytest.approx(2)

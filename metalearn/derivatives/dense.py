@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from metalearn.derivatives.points import Point, ScalarFunction, check_point, scalar
 
@@ -45,7 +45,8 @@ def hessian(f: ScalarFunction, x: Point, *, memory_limit: int | None = None) -> 
             "top_eigenvalues(f, x, k) for its spectrum: both take the memory of a few vectors."
         )
     # In chunks of rows, as torch.func.hessian's single batch of n rows takes the activations n times.
-    return torch.func.jacrev(torch.func.grad(scalar(f)), chunk_size=_ROWS_AT_A_TIME)(x)
+    rows = torch.func.jacrev(torch.func.grad(scalar(f)), chunk_size=_ROWS_AT_A_TIME)(tree_map(torch.detach, x))
+    return tree_map(torch.detach, rows)
 
 
 _ROWS_AT_A_TIME = 64

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from metalearn.derivatives.points import Point, check_direction, check_point, jvp, scalar
+from metalearn.derivatives.points import Point, check_direction, check_point, fit_for_forward_mode, jvp, scalar
 
 
 def nth_derivative(
@@ -49,8 +50,7 @@ def nth_derivative(
         raise ValueError(f"nth_derivative: mode={mode!r} is not one of {', '.join(_MODES)}.")
     check_point("x", x)
     if along is not None:
-        check_direction(x, along)
-        direction, value = along, scalar(f)
+        direction, value = check_direction("along", x, along), scalar(f)
         start = torch.zeros((), dtype=tree_flatten(x)[0][0].dtype, device=tree_flatten(x)[0][0].device)
         return _MODES[mode](lambda t: value(tree_map(lambda a, v: a + t * v, x, direction)), start, order)
     if not isinstance(x, Tensor):
@@ -72,9 +72,15 @@ def _reverse(values: Callable[[Tensor], Tensor], t: Tensor, order: int) -> Tenso
 
 
 def _forward(values: Callable[[Tensor], Tensor], t: Tensor, order: int) -> Tensor:
-    if order == 0:
-        return values(t)
-    return _forward(lambda t: jvp(values, t, torch.ones_like(t))[1], t, order - 1)
+    derivative = fit_for_forward_mode(values)
+    for _ in range(order):
+        derivative = partial(_slope, derivative)
+    return derivative(t).detach()
+
+
+def _slope(f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    slope: Tensor = jvp(f, t, torch.ones_like(t))[1]
+    return slope
 
 
 _MODES = {"reverse": _reverse, "forward": _forward}
@@ -83,6 +89,8 @@ _MODES = {"reverse": _reverse, "forward": _forward}
 def _one_number(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def checked(t: Tensor) -> Tensor:
         value = f(t)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"nth_derivative: f gave {type(value).__name__} and must give a Tensor.")
         if value.ndim != 0:
             raise ValueError(
                 f"nth_derivative: f maps one number to a tensor of shape {tuple(value.shape)} and must map it to one "

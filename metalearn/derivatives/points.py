@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import dual_level, make_dual
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from metalearn.params import refuse_inference_mode
 from metalearn.types import Params
 
 Point = TypeVar("Point", Tensor, Params)
@@ -26,6 +28,8 @@ def scalar(f: ScalarFunction) -> ScalarFunction:
 
     def checked(x: Any) -> Tensor:
         value = f(x)
+        if isinstance(value, Tensor) and value.is_complex():
+            raise ValueError(f"f gave {value.dtype} and must give a real number; take its .real or .abs().")
         if not isinstance(value, Tensor) or value.ndim != 0:
             shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
@@ -38,6 +42,7 @@ def scalar(f: ScalarFunction) -> ScalarFunction:
 
 def check_point(name: str, x: object) -> None:
     """Refuse a point that has no derivatives."""
+    refuse_inference_mode()
     tensors = x if isinstance(x, dict) else {"": x}
     if not tensors:
         raise ValueError(f"{name} is an empty dictionary: there is nothing to differentiate in.")
@@ -52,12 +57,17 @@ def check_point(name: str, x: object) -> None:
             )
 
 
-def check_direction(x: Any, v: object) -> None:
-    """Refuse a direction that is not shaped like the point."""
-    check_point("v", v)
+def check_direction(name: str, x: Point, v: Point) -> Point:
+    """A direction shaped like the point, with its entries in the point's order.
+
+    Raises:
+        ValueError: if it is shaped otherwise.
+    """
+    check_point(name, v)
     shapes = [tree_map(lambda t: tuple(t.shape), tree) for tree in (x, v)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"v must be shaped like x, {shapes[0]}, and is {shapes[1]}.")
+        raise ValueError(f"{name} must be shaped like x, {shapes[0]}, and is {shapes[1]}.")
+    return v if isinstance(v, Tensor) or isinstance(x, Tensor) else {key: v[key] for key in x}
 
 
 def vjp(f: Callable[[Any], Tensor], x: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -66,11 +76,34 @@ def vjp(f: Callable[[Any], Tensor], x: Any) -> tuple[Tensor, Callable[[Tensor], 
     return value, lambda cotangent: pull_back(cotangent, retain_graph=False, create_graph=False)[0]
 
 
-def jvp(f: Callable[[Any], Any], x: Any, v: Any) -> tuple[Any, Any]:
-    """Value and derivative along v. Forward mode lays tangents out as their primals, which must not be expanded."""
+def jvp(f: Callable[[Any], Any], x: Any, v: Any, *, has_aux: bool = False) -> Any:
+    """``torch.func.jvp`` along v: value and derivative, and what else ``f`` returns."""
     _load_forward_mode()
-    value, slope, *_ = torch.func.jvp(f, (tree_map(Tensor.contiguous, x),), (tree_map(Tensor.contiguous, v),))
-    return value, slope
+    point, direction = tree_map(Tensor.contiguous, x), tree_map(Tensor.contiguous, v)  # tangents are laid out alike
+    return torch.func.jvp(f, (point,), (direction,), has_aux=has_aux)
+
+
+def fit_for_forward_mode(f: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """``f``, refused with ``NotImplementedError`` where it enters ``torch.no_grad()``.
+
+    Reverse mode takes what is computed there as constant; forward mode does not see it and goes on.
+    """
+
+    def watched(x: Any) -> Tensor:
+        with torch.enable_grad(), _GradientsStayOn():
+            return f(x)
+
+    return watched
+
+
+class _GradientsStayOn(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled and args[0] is False:
+            raise NotImplementedError(
+                "forward mode does not stop at torch.no_grad(), which this function enters; use .detach() on what is "
+                "constant, or reverse mode"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 @functools.cache

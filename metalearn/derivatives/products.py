@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from metalearn.derivatives.points import Point, ScalarFunction, check_direction, check_point, jvp, scalar, vjp
+from metalearn.derivatives.points import (
+    Point,
+    ScalarFunction,
+    check_direction,
+    check_point,
+    fit_for_forward_mode,
+    jvp,
+    scalar,
+    vjp,
+)
 
 
 def gradient(f: ScalarFunction, x: Point) -> Point:
@@ -45,12 +54,13 @@ def hvp(f: ScalarFunction, x: Point, v: Point, *, mode: str = "forward_over_reve
         mode: one of ``HVP_MODES``.
 
     Returns:
-        H v, shaped like ``x``.
+        H v, shaped like ``x``: a constant, also where something differentiates through this function.
 
     Raises:
         ValueError: if ``f`` does not give a scalar, ``v`` is not shaped like ``x``, or the mode is unknown.
         TypeError: if ``x`` or ``v`` holds other than floating-point tensors.
-        NotImplementedError: if an operation lacks a forward-mode formula, in the modes that use one.
+        NotImplementedError: in the modes that use forward mode, if an operation lacks a formula for it, or if ``f``
+            enters ``torch.no_grad()``, which forward mode does not see.
 
     Example:
         >>> x, v = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])
@@ -59,38 +69,60 @@ def hvp(f: ScalarFunction, x: Point, v: Point, *, mode: str = "forward_over_reve
 
     Reference: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
     """
+    return value_and_hvp(f, x, v, mode=mode)[1]
+
+
+def value_and_hvp(f: ScalarFunction, x: Point, v: Point, *, mode: str) -> tuple[Tensor, Point]:
+    """f(x), which the product computes on its way, and H v; as ``hvp``."""
     if mode not in HVP_MODES:
         raise ValueError(f"hvp: mode={mode!r} is not one of {', '.join(HVP_MODES)}.")
     check_point("x", x)
-    check_direction(x, v)
-    return cast(Point, HVP_MODES[mode](scalar(f), x, v))
+    value, product = HVP_MODES[mode](scalar(f), x, check_direction("v", x, v))
+    return value, cast(Point, product)
 
 
-def _forward_over_reverse(f: ScalarFunction, x: Any, v: Any) -> Any:
-    return jvp(lambda x: gradient(f, x), x, v)[1]
+def _forward_over_reverse(f: ScalarFunction, x: Any, v: Any) -> tuple[Tensor, Any]:
+    watched = fit_for_forward_mode(f)
+
+    def gradient_and_value(x: Any) -> tuple[Any, Tensor]:
+        value, pull_back = vjp(watched, x)
+        return pull_back(torch.ones_like(value)), value
+
+    _, product, value = jvp(gradient_and_value, x, v, has_aux=True)
+    return value, product
 
 
-def _reverse_over_reverse(f: ScalarFunction, x: Any, v: Any) -> Any:
+def _reverse_over_reverse(f: ScalarFunction, x: Any, v: Any) -> tuple[Tensor, Any]:
     leaves, spec = tree_flatten(x)
+    zeros = tree_map(torch.zeros_like, x)
     with torch.enable_grad():
         at = [leaf.detach().requires_grad_() for leaf in leaves]
         value = f(tree_unflatten(at, spec))
         if not value.requires_grad:
-            return tree_map(torch.zeros_like, x)
+            return value, zeros
         grads = torch.autograd.grad(value, at, create_graph=True, materialize_grads=True)
         curved = [(g, w) for g, w in zip(grads, tree_flatten(v)[0], strict=True) if g.requires_grad]
         if not curved:  # f is linear: its gradient is a constant
-            return tree_map(torch.zeros_like, x)
+            return value.detach(), zeros
         gs, vs = zip(*curved, strict=True)
         products = torch.autograd.grad(gs, at, vs, materialize_grads=True)
-    return tree_unflatten(list(products), spec)
+    return value.detach(), tree_unflatten(list(products), spec)
 
 
-def _reverse_over_forward(f: ScalarFunction, x: Any, v: Any) -> Any:
-    return gradient(lambda x: jvp(f, x, v)[1], x)
+def _reverse_over_forward(f: ScalarFunction, x: Any, v: Any) -> tuple[Tensor, Any]:
+    values: list[Tensor] = []
+    watched = fit_for_forward_mode(f)
+
+    def slope(x: Any) -> Tensor:
+        value, along = jvp(watched, x, v)
+        values.append(value.detach())
+        return cast(Tensor, along)
+
+    product = gradient(slope, x)
+    return values[0], product
 
 
-HVP_MODES: dict[str, Callable[[ScalarFunction, Any, Any], Any]] = {
+HVP_MODES: dict[str, Callable[[ScalarFunction, Any, Any], tuple[Tensor, Any]]] = {
     "forward_over_reverse": _forward_over_reverse,
     "reverse_over_reverse": _reverse_over_reverse,
     "reverse_over_forward": _reverse_over_forward,
@@ -120,7 +152,6 @@ def gauss_newton_vp(model: Callable[[Any], Tensor], loss: ScalarFunction, x: Poi
     Reference: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
     """
     check_point("x", x)
-    check_direction(x, v)
-    z, jv = jvp(model, x, v)
+    z, jv = jvp(fit_for_forward_mode(model), x, check_direction("v", x, v))
     _, pull_back = vjp(model, x)
     return cast(Point, pull_back(hvp(loss, z, jv)))

@@ -13,7 +13,15 @@ from metalearn.derivatives.points import Point, ScalarFunction, check_point
 from metalearn.derivatives.products import hvp
 
 
-def top_eigenvalues(f: ScalarFunction, x: Point, k: int = 1, *, tol: float = 1e-3, seed: int = 0) -> Tensor:
+def top_eigenvalues(
+    f: ScalarFunction,
+    x: Point,
+    k: int = 1,
+    *,
+    tol: float = 1e-3,
+    seed: int = 0,
+    mode: str = "forward_over_reverse",
+) -> Tensor:
     """The k largest eigenvalues of the Hessian, by Lanczos through ``hvp``: the matrix is never formed.
 
     Args:
@@ -22,6 +30,7 @@ def top_eigenvalues(f: ScalarFunction, x: Point, k: int = 1, *, tol: float = 1e-
         k: how many, at most n.
         tol: relative accuracy.
         seed: of the vector that Lanczos starts from.
+        mode: of the products, as in ``hvp``.
 
     Returns:
         ``[k]``, largest first, float64, on the CPU.
@@ -40,20 +49,25 @@ def top_eigenvalues(f: ScalarFunction, x: Point, k: int = 1, *, tol: float = 1e-
         raise ValueError(f"top_eigenvalues: k={k}; it must be at least 1 and at most n = {n}.")
 
     def product(column: Any) -> Any:
-        parts = torch.as_tensor(column).reshape(-1).split(sizes)
-        v = tree_unflatten([p.reshape(leaf.shape).to(leaf) for p, leaf in zip(parts, leaves, strict=True)], spec)
-        return torch.cat([p.detach().double().cpu().reshape(-1) for p in tree_flatten(hvp(f, x, v))[0]]).numpy()
+        entries = torch.as_tensor(column).reshape(-1).split(sizes)
+        v = tree_unflatten([e.reshape(leaf.shape).to(leaf) for e, leaf in zip(entries, leaves, strict=True)], spec)
+        parts = [p.detach().double().cpu().reshape(-1) for p in tree_flatten(hvp(f, x, v, mode=mode))[0]]
+        if not all(torch.isfinite(p).all() for p in parts):
+            raise ArithmeticError("top_eigenvalues: a product with the Hessian is not finite; look for NaN in f.")
+        return torch.cat(parts).numpy()
 
     if k >= n - 1 or n <= _SMALL:  # Lanczos needs room; a small matrix is quicker formed
         columns = [torch.from_numpy(product(row.numpy())) for row in torch.eye(n, dtype=torch.float64)]
         ascending: Tensor = torch.linalg.eigvalsh(torch.stack(columns))
         return ascending.flip(0)[:k]
     start = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).numpy()
+    if not product(start).any():
+        return torch.zeros(k, dtype=torch.float64)  # f is linear here; Lanczos cannot start from nothing
     operator = LinearOperator((n, n), matvec=product, dtype=start.dtype)
     try:
         values = eigsh(operator, k=k, which="LA", tol=tol, v0=start, return_eigenvectors=False)
     except ArpackError as error:
-        raise ArithmeticError(f"top_eigenvalues: {error}. Raise tol (now {tol}), or look for NaN in f.") from error
+        raise ArithmeticError(f"top_eigenvalues: {error}. Raise tol (now {tol}).") from error
     return torch.from_numpy(values).sort(descending=True).values
 
 

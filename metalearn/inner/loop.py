@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from metalearn.inner.refusals import explained, unchanged
+from metalearn.inner.refusals import explained, refuse_nonfinite, unchanged
 from metalearn.params import check_params, gradients, stack
 from metalearn.types import Forward, Loss, Params, check_examples
 
@@ -50,7 +50,7 @@ class InnerLoop:
     snapshot_every: int = 1
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.lr, Real) and math.isfinite(self.lr) and self.lr > 0):
+        if not (isinstance(self.lr, Real) and not isinstance(self.lr, bool) and math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"InnerLoop: lr={self.lr!r}; it must be a positive number.")
         if not _is_whole(self.steps) or self.steps < 0:
             raise ValueError(f"InnerLoop: steps={self.steps!r}; it must be a whole number, 0 or more.")
@@ -94,7 +94,7 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
 
     # randomness="different": dropout draws its own mask for every task. MATH: attention by its formula, as the fused
     # kernels (flash, efficient) have no second derivative, and on CPUs no batching rule.
-    with unchanged(fast), sdpa_kernel(SDPBackend.MATH):
+    with unchanged(_called(fast, x, y)), sdpa_kernel(SDPBackend.MATH):
         losses, predictions = torch.vmap(one_task, randomness="different")(fast, x, y)
     if losses.ndim != 1:
         raise ValueError(
@@ -106,9 +106,15 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
 
 def predict(forward: Forward, fast: Params, x: Tensor) -> Tensor:
     """Every task's predictions ``[T, examples, ...]`` under its own parameters, for ``x`` ``[T, examples, ...]``."""
-    with explained(), unchanged(fast), sdpa_kernel(SDPBackend.MATH):
+    with explained(), unchanged(_called(fast, x)), sdpa_kernel(SDPBackend.MATH):
         predictions: Tensor = torch.vmap(forward, randomness="different")(fast, x)
     return predictions
+
+
+def _called(fast: Params, *examples: Tensor) -> dict[str, Tensor]:
+    """Tensors by what an error calls them."""
+    named = {f"parameter '{name}'": w for name, w in fast.items()}
+    return named | dict(zip(("the inputs x", "the targets y"), examples, strict=False))
 
 
 def total_support_loss(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: Loss) -> Tensor:
@@ -164,6 +170,8 @@ def adapt(
     Raises:
         ValueError: if the support set's tensors do not lead with the same numbers of tasks and examples, or if the
             support loss depends on no parameter.
+        TypeError: if a parameter is not a floating-point tensor.
+        NonFiniteLossError: if a support loss is NaN or infinite.
 
     Example:
         >>> forward, theta = functionalize(nn.Linear(3, 2))
@@ -174,7 +182,10 @@ def adapt(
     check_params(params)
     check_examples("support", support_x, support_y)
     fast = stack(params, support_x.shape[0])
+    support_losses = []
     with explained():
         for _ in range(inner.steps):
-            fast, _ = inner_step(forward, fast, support_x, support_y, inner, loss=loss)
+            fast, losses = inner_step(forward, fast, support_x, support_y, inner, loss=loss)
+            support_losses.append(losses)
+    refuse_nonfinite(support_losses)
     return fast

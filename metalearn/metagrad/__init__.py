@@ -38,7 +38,8 @@ def meta_gradient(
         params: meta-parameters theta, each ``[...]``; they need not require gradients and are not changed.
         episodes: T tasks.
         inner: the inner loop; ``inner.engine`` picks how the gradient is computed, ``inner.task_chunk`` how many
-            tasks are in memory at a time (the result does not depend on it beyond rounding).
+            tasks are in memory at a time (the result does not depend on it beyond rounding, but for dropout, which
+            draws other masks).
         loss: ``loss(prediction, target)``, the mean over one task's examples.
 
     Returns:
@@ -59,7 +60,8 @@ def meta_gradient(
         torch.Size([2, 3])
     """
     if inner.engine not in ENGINES:
-        raise ValueError(f"meta_gradient: inner.engine={inner.engine!r} is not one of {', '.join(ENGINES)}.")
+        measured = " 'auto' is for scripts/train.py, which measures." if inner.engine == "auto" else ""
+        raise ValueError(f"meta_gradient: inner.engine={inner.engine!r} is not one of {', '.join(ENGINES)}.{measured}")
     check_params(params)
     engine = ENGINES[inner.engine]
     with explained(), _no_autocast_cache():

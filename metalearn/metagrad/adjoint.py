@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Callable
+from weakref import WeakSet
 
+import torch
 from torch import Tensor
 
-from metalearn.derivatives import hvp
-from metalearn.inner import InnerLoop, inner_step, total_support_loss
-from metalearn.metagrad.ends import outcome, query_pass, refuse_nonfinite, sum_over_tasks
+from metalearn.derivatives.products import value_and_hvp
+from metalearn.inner import InnerLoop, inner_step, refuse_nonfinite, total_support_loss
+from metalearn.metagrad.ends import outcome, query_pass, sum_over_tasks
 from metalearn.metagrad.trajectory import Start, walk
 from metalearn.params import stack
 from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
@@ -49,32 +52,46 @@ def adjoint(
     theta = {name: p.detach() for name, p in params.items()}
     every = inner.snapshot_every if inner.second_order else None
     fast, trajectory = walk(step, stack(theta, episodes.tasks), steps=inner.steps, every=every)
-    query = query_pass(forward, fast, episodes, loss)
+    query, lam = query_pass(forward, fast, episodes, loss)
     del fast
     refuse_nonfinite(trajectory.support_losses, query.losses)
-    lam, mode = query.lam, "forward_over_reverse"
     watch(inner.steps, lam)
-    for below, start in enumerate(trajectory.back(), start=1):
-        product, mode = hessian_product(support_loss, start, lam, mode)
+    repeated = {}
+    for start in trajectory.back():
+        repeated[start.step], product = hessian_product(forward, support_loss, start, lam)
         lam = {name: lam[name] - inner.lr * product[name] for name in lam}
-        watch(inner.steps - below, lam)
+        watch(start.step, lam)
+    trajectory.refuse_other(repeated)
     return outcome(sum_over_tasks(lam), query, trajectory.support_losses)
 
 
-def hessian_product(f: Callable[[Params], Tensor], start: Start, v: Params, mode: str) -> tuple[Params, str]:
-    """H v at the start of a step, and the mode to take from here on.
+_REVERSE_ONLY: WeakSet[Forward] = WeakSet()
+"""Models that were found not to go through forward mode, so that it is tried once for each."""
 
-    That is ``mode``, or reverse over reverse once an operation was met that cannot be differentiated forwards.
-    """
-    try:
-        with start.random_draws_repeated():
-            return hvp(f, start.fast, v, mode=mode), mode
-    except (RuntimeError, AssertionError) as error:  # NotImplementedError from kernels, others from custom Functions
-        if mode != "forward_over_reverse":
-            raise
-        product = hessian_product(f, start, v, "reverse_over_reverse")
-        _say_once(str(error).partition(" that does not support it")[0].partition("\n")[0] or type(error).__name__)
-        return product
+
+def hessian_product(
+    forward: Forward, support_loss: Callable[[Params], Tensor], start: Start, v: Params
+) -> tuple[Tensor, Params]:
+    """Support loss at the start of a step, and H v: by forward over reverse, or else by reverse over reverse."""
+    if forward not in _REVERSE_ONLY:
+        try:
+            with start.random_draws_repeated():
+                return value_and_hvp(support_loss, start.fast, v, mode="forward_over_reverse")
+        except (NotImplementedError, RuntimeError, AssertionError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or not _lacks_forward_mode(error):
+                raise
+            reason = re.sub(r" (that does not support it|because).*", "", str(error).splitlines()[0])
+        # Out here, as the error's trace would keep the failed attempt's activations.
+        _say_once(reason)
+        _REVERSE_ONLY.add(forward)
+    with start.random_draws_repeated():
+        return value_and_hvp(support_loss, start.fast, v, mode="reverse_over_reverse")
+
+
+def _lacks_forward_mode(error: Exception) -> bool:
+    """Whether an operation has no forward-mode formula: a kernel says so, and a custom Function under vmap asserts."""
+    known = r"forward[- ](AD|mode)|\bjvp\b|flat_bdims must not be None"
+    return isinstance(error, NotImplementedError) or re.search(known, str(error)) is not None
 
 
 @functools.cache

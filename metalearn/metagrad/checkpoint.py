@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metalearn.inner import InnerLoop, inner_step
-from metalearn.metagrad.ends import outcome, query_pass, refuse_nonfinite, sum_over_tasks
+from metalearn.inner import InnerLoop, inner_step, refuse_nonfinite
+from metalearn.metagrad.ends import outcome, query_pass, sum_over_tasks
 from metalearn.metagrad.trajectory import Step, walk
 from metalearn.params import stack
 from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
@@ -31,20 +31,21 @@ def checkpoint(forward: Forward, params: Params, episodes: Episodes, inner: Inne
     theta = {name: p.detach() for name, p in params.items()}
     every = inner.snapshot_every if inner.second_order else None
     fast, trajectory = walk(step, stack(theta, episodes.tasks), steps=inner.steps, every=every)
-    query = query_pass(forward, fast, episodes, loss)
+    query, lam = query_pass(forward, fast, episodes, loss)
     del fast
     refuse_nonfinite(trajectory.support_losses, query.losses)
-    lam = query.lam
+    repeated = {}
     for start in trajectory.back():
         with start.random_draws_repeated():
-            lam = pull_back(step, start.fast, lam)
+            repeated[start.step], lam = pull_back(step, start.fast, lam)
+    trajectory.refuse_other(repeated)
     return outcome(sum_over_tasks(lam), query, trajectory.support_losses)
 
 
-def pull_back(step: Step, fast: Params, lam: Params) -> Params:
-    """Transposed Jacobian of one inner step at ``fast``, times ``lam``."""
+def pull_back(step: Step, fast: Params, lam: Params) -> tuple[Tensor, Params]:
+    """Total support loss of one inner step at ``fast``, and the step's transposed Jacobian times ``lam``."""
     with torch.enable_grad():
         at = {name: w.detach().requires_grad_() for name, w in fast.items()}
-        after, _ = step(at)
+        after, losses = step(at)
         grads = torch.autograd.grad(list(after.values()), list(at.values()), list(lam.values()))
-    return dict(zip(at, grads, strict=True))
+    return losses.sum(), dict(zip(at, grads, strict=True))

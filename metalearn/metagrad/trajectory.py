@@ -19,24 +19,28 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from metalearn.types import Params
 
+_ROUNDING, _ROUNDING_LOW = 1e-3, 5e-2
+"""How far a loss may be off when it is computed again: kernels may round otherwise, in bfloat16 to 8 bits."""
+
 Step = Callable[[Params], tuple[Params, Tensor]]
 """One inner step of every task: fast weights to the next ones, and the support losses ``[T]`` before it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """What an inner step began with: fast weights, and the random generators that dropout draws from."""
+    """What an inner step began with: its number, fast weights, and torch's generators, which dropout draws from."""
 
+    step: int
     fast: Params
     cpu_rng: Tensor
     cuda_devices: list[int]
     cuda_rng: list[Tensor]
 
     @classmethod
-    def of(cls, fast: Params) -> Start:
+    def of(cls, step: int, fast: Params) -> Start:
         """Here and now."""
         devices, states = get_device_states(*fast.values())
-        return cls(fast, torch.get_rng_state(), devices, states)
+        return cls(step, fast, torch.get_rng_state(), devices, states)
 
     @contextmanager
     def random_draws_repeated(self) -> Iterator[None]:
@@ -65,6 +69,30 @@ class Trajectory:
     kept: list[Start]
     support_losses: list[Tensor]
 
+    def refuse_other(self, repeated: dict[int, Tensor]) -> None:
+        """Refuse a model that did not compute the same again.
+
+        Args:
+            repeated: total support loss by step, as it came out on the way back.
+
+        Raises:
+            ValueError: naming the step: something other than torch's generators was drawn from, or the model changed.
+        """
+        if not repeated:
+            return
+        taken = torch.stack([self.support_losses[k].sum() for k in repeated]).float()
+        again = torch.stack(list(repeated.values())).float()
+        tolerance = _ROUNDING_LOW if torch.is_autocast_enabled(taken.device.type) else _ROUNDING
+        differs = ((taken - again).abs() > tolerance * (1 + taken.abs())).nonzero()
+        if len(differs):
+            at = int(differs[0])
+            raise ValueError(
+                f"the support loss of inner step {list(repeated)[at]} was {taken[at].item():.6g} on the way forwards "
+                f"and {again[at].item():.6g} when it was computed again: the model is not the same function twice. "
+                "Draw random numbers from torch's own generators (no torch.Generator, random or numpy), keep no "
+                "state that a pass changes, or use engine='unroll', which computes everything once."
+            )
+
     def back(self) -> Iterator[Start]:
         """What the steps K - 1, ..., 0 began with, in this order; can be walked once."""
         end = self.steps
@@ -73,9 +101,8 @@ class Trajectory:
             segment = [self.kept.pop()]
             if end - first > 1:
                 with segment[0].random_draws_repeated():
-                    for _ in range(first + 1, end):
-                        fast, _ = self.step(segment[-1].fast)
-                        segment.append(Start.of(fast))
+                    for k in range(first + 1, end):
+                        segment.append(Start.of(k, self.step(segment[-1].fast)[0]))
             end = first
             while segment:
                 yield segment.pop()
@@ -96,7 +123,7 @@ def walk(step: Step, fast: Params, *, steps: int, every: int | None) -> tuple[Pa
     kept, support_losses = [], []
     for k in range(steps):
         if every is not None and k % every == 0:
-            kept.append(Start.of(fast))
+            kept.append(Start.of(k, fast))
         fast, losses = step(fast)
         support_losses.append(losses)
     return fast, Trajectory(step, steps, every or 1, kept, support_losses)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from metalearn.inner import InnerLoop, inner_step, task_losses
-from metalearn.metagrad.ends import outcome, refuse_nonfinite
+from metalearn.inner import InnerLoop, inner_step, refuse_nonfinite, task_losses
+from metalearn.metagrad.ends import outcome
 from metalearn.params import gradients, stack
 from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 

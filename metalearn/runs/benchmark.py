@@ -28,7 +28,7 @@ from metalearn.runs.console import print_path, print_table, progress_bar
 from metalearn.runs.experiment import build, build_model
 from metalearn.runs.machine import machine
 from metalearn.runs.memory import MIB, peak_bytes
-from metalearn.runs.schema import BenchmarkConfig
+from metalearn.runs.schema_commands import BenchmarkConfig
 from metalearn.types import Episodes, MetaGradient, Params
 
 _TOLERANCE = 1e-9  # of the relative difference between meta-gradients in float64

@@ -11,15 +11,8 @@ from typing import Any, get_type_hints
 
 from metalearn.data.catalog import DRAWINGS, dataset_in_use
 from metalearn.errors import ConfigError, DataError
-from metalearn.runs.schema import (
-    DataConfig,
-    EvaluateConfig,
-    GradientsConfig,
-    ModelConfig,
-    OmniglotConfig,
-    TrainConfig,
-    VerifyConfig,
-)
+from metalearn.runs.schema import DataConfig, ModelConfig, OmniglotConfig, TrainConfig
+from metalearn.runs.schema_commands import EvaluateConfig, GradientsConfig, VerifyConfig
 
 
 def entries(config: object, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any], Any]]:

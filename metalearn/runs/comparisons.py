@@ -113,7 +113,7 @@ def references(problem: Problem, peers: Mapping[str, Peer]) -> dict[str, Callabl
     random = problem.case.subject.random
     if not problem.case.second_order:
         found[ADAPTED] = lambda: _equals(query_gradient(problem))
-    elif not random or problem.setting.dtype == torch.float64:
+    elif not problem.case.subject.stopped and (not random or problem.setting.dtype == torch.float64):
         found[DIFFERENCES] = lambda: differences(problem)
     if not random:
         found |= {name: partial(_equals_peer, peer, problem) for name, peer in peers.items()}

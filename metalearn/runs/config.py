@@ -30,7 +30,7 @@ from yaml import YAMLError
 
 from metalearn.data.catalog import dataset_in_use
 from metalearn.errors import ConfigError, FolderTakenError, MetalearnError
-from metalearn.runs import schema
+from metalearn.runs import schema, schema_commands
 from metalearn.runs.config_help import GROUPS, explain, help_text, unknown_keys
 
 RUN_FILES = ("config.yaml", "metrics.json", "checkpoints", "benchmark.json", "lessons.json", "verify.json")
@@ -43,10 +43,10 @@ Config = TypeVar("Config")
 
 SCHEMAS: dict[str, type] = {
     "train": schema.TrainConfig,
-    "benchmark": schema.BenchmarkConfig,
-    "evaluate": schema.EvaluateConfig,
-    "gradients": schema.GradientsConfig,
-    "verify": schema.VerifyConfig,
+    "benchmark": schema_commands.BenchmarkConfig,
+    "evaluate": schema_commands.EvaluateConfig,
+    "gradients": schema_commands.GradientsConfig,
+    "verify": schema_commands.VerifyConfig,
     "maml": schema.AlgorithmConfig,
     "omniglot": schema.OmniglotConfig,
     "glyphs": schema.GlyphsConfig,

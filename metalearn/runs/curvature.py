@@ -18,6 +18,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from metalearn.derivatives import top_eigenvalues
 from metalearn.inner import InnerLoop, total_support_loss
 from metalearn.metagrad.adjoint import adjoint
+from metalearn.metagrad.trajectory import Start
 from metalearn.params import stack
 from metalearn.types import Episodes, Forward, Loss, Params
 
@@ -30,7 +31,7 @@ _EIGENVALUE_TOLERANCE = 0.01
 def curvature(
     forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, *, loss: Loss = cross_entropy
 ) -> dict[str, float]:
-    """Figures by TensorBoard tag, from the batch's first tasks (four at most; the eigenvalue from the first).
+    """Figures by TensorBoard tag, from the batch's first tasks: four, or a task chunk; the eigenvalue from the first.
 
     Args:
         forward: one task's model.
@@ -39,7 +40,7 @@ def curvature(
         inner: the inner loop, in either order; what is shown is the second-order term that it has or lacks.
         loss: one task's mean loss.
     """
-    few = episodes.split(_TASKS)[0]
+    few = episodes.split(min(_TASKS, inner.task_chunk or _TASKS))[0]
     sums: dict[int, Tensor] = {}
     norms: dict[int, float] = {}
 
@@ -64,11 +65,14 @@ def support_eigenvalue(forward: Forward, params: Params, episodes: Episodes, los
     x, y = episodes.support_x[:1], episodes.support_y[:1]
     point = {name: p.detach() for name, p in params.items()}
 
+    start = Start.of(0, point)
+
     def f(theta: Params) -> Tensor:
-        return total_support_loss(forward, stack(theta, tasks=1), x, y, loss=loss)
+        with start.random_draws_repeated():  # one dropout mask, so that there is one Hessian
+            return total_support_loss(forward, stack(theta, tasks=1), x, y, loss=loss)
 
     try:
-        return top_eigenvalues(f, point, tol=_EIGENVALUE_TOLERANCE).item()
+        return top_eigenvalues(f, point, tol=_EIGENVALUE_TOLERANCE, mode="reverse_over_reverse").item()
     except ArithmeticError as error:
         log.warning("grad/support_top_eigenvalue: %s", error)
         return math.nan

@@ -29,7 +29,7 @@ from metalearn.runs.figures import memory_figure
 from metalearn.runs.machine import machine
 from metalearn.runs.memory import MIB, MemoryLimitError, peak_bytes
 from metalearn.runs.planning import Problem
-from metalearn.runs.schema import BenchmarkConfig
+from metalearn.runs.schema_commands import BenchmarkConfig
 from metalearn.types import Episodes, Params
 
 _CHUNK = 4
@@ -105,7 +105,7 @@ def measure(setting: Setting, problem: Problem, *, limit: int, rounds: int, prog
         times: dict[InnerLoop, list[float]] = {}
         if steps in setting.timed:
             fitting = [inner for inner, peak in zip(inners, peaks, strict=True) if peak is not None]
-            if steps == setting.timed[0]:
+            if steps == setting.timed[-1]:
                 check_agreement(problem, fitting)
             times = time_in_turns(problem.seconds, [i for i in fitting if i.task_chunk != _ONE], rounds)
         unroll = times.get(InnerLoop(lr=0.1, steps=steps))
@@ -125,7 +125,7 @@ def _peak_mib(problem: Problem, inner: InnerLoop, limit: int) -> float | None:
 
 
 def check_agreement(problem: Problem, inners: list[InnerLoop]) -> None:
-    """Refuse to time engines that do not compute the same thing, in float64, on a few of the tasks.
+    """Refuse to time engines that do not compute the same thing, in float64, on few tasks and in chunks of one.
 
     Raises:
         RunError: naming the one that differs.
@@ -135,7 +135,8 @@ def check_agreement(problem: Problem, inners: list[InnerLoop]) -> None:
     theta = {name: p.double() for name, p in problem.params.items()}
     reference: dict[bool, Params] = {}
     for inner in inners:
-        grads = meta_gradient(problem.forward, theta, episodes, inner).grads
+        chunked = inner if inner.task_chunk is None else replace(inner, task_chunk=_ONE)
+        grads = meta_gradient(problem.forward, theta, episodes, chunked).grads
         expected = reference.setdefault(inner.second_order, grads)
         error = (global_norm({n: grads[n] - expected[n] for n in expected}) / global_norm(expected)).item()
         if not error < _AGREEMENT:
@@ -165,21 +166,31 @@ def _row(inner: InnerLoop, peak: float | None, times: list[float] | None, unroll
 
 
 def print_rows(setting: Setting, rows: list[Row], limit_mib: float) -> None:
-    """A table: engines down, K across; MiB, and the ratio of times to ``unroll`` on all tasks."""
+    """Two tables, engines down and K across: MiB, and times in units of ``unroll``'s on all tasks."""
     by_name: dict[str, dict[int, Row]] = {}
     for row in rows:
         by_name.setdefault(row.name, {})[row.steps] = row
     print_table(
-        f"{setting.title}: peak MiB (time in units of unroll's on all tasks)",
-        ["", *(f"K = {steps}" for steps in setting.steps)],
+        f"{setting.title}: peak MiB",
+        ["", *(f"K={steps}" for steps in setting.steps)],
+        [[name, *(_mib(at.get(steps), limit_mib) for steps in setting.steps)] for name, at in by_name.items()],
+    )
+    print_table(
+        "Time in units of unroll's on all tasks",
+        ["", *(f"K={steps}" for steps in setting.timed)],
         [
-            [name, *(_cell(at[steps], limit_mib) if steps in at else "" for steps in setting.steps)]
+            [name, *(_ratio(at.get(steps)) for steps in setting.timed)]
             for name, at in by_name.items()
+            if any(row.ratio_to_unroll for row in at.values())
         ],
     )
 
 
-def _cell(row: Row, limit_mib: float) -> str:
-    if row.peak_mib is None:
-        return f"over {limit_mib:.0f}"
-    return f"{row.peak_mib:.1f}" + (f" ({row.ratio_to_unroll:.2f})" if row.ratio_to_unroll else "")
+def _mib(row: Row | None, limit_mib: float) -> str:
+    if row is None:
+        return ""
+    return f">{limit_mib:.0f}" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+
+
+def _ratio(row: Row | None) -> str:
+    return f"{row.ratio_to_unroll:.2f}" if row is not None and row.ratio_to_unroll else ""

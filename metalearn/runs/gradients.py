@@ -32,7 +32,7 @@ from metalearn import files
 from metalearn.lab import LESSONS, Check, Lesson
 from metalearn.runs.console import print_path, print_table, progress_bar
 from metalearn.runs.machine import machine
-from metalearn.runs.schema import GradientsConfig
+from metalearn.runs.schema_commands import GradientsConfig
 from metalearn.runs.tracking import LessonTracker
 
 DPI = 120

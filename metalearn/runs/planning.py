@@ -63,17 +63,21 @@ class Problem:
 
 
 def settle_engine(experiment: Experiment) -> Experiment:
-    """The experiment with the engine that ``inner.engine=auto`` stands for; any other as it is.
+    """The experiment with the engine that ``inner.engine=auto`` stands for, also in its configuration.
 
     Raises:
         RunError: if nothing fits into ``run.memory_limit``.
     """
     if experiment.inner.engine != "auto":
         return experiment
-    episodes = experiment.train.batch(0, experiment.config.task.meta_batch)
-    problem = Problem(experiment.forward, experiment.theta, episodes)
-    inner = plan(problem, experiment.inner, limit_mib=experiment.config.run.memory_limit)
-    return replace(experiment, inner=inner)
+    config = experiment.config
+    problem = Problem(experiment.forward, experiment.theta, experiment.train.batch(0, config.task.meta_batch))
+    with experiment.precision():
+        inner = plan(problem, experiment.inner, limit_mib=config.run.memory_limit)
+    settled = replace(
+        config.inner, engine=inner.engine, task_chunk=inner.task_chunk, snapshot_every=inner.snapshot_every
+    )
+    return replace(experiment, inner=inner, config=replace(config, inner=settled))
 
 
 def plan(problem: Problem, inner: InnerLoop, *, limit_mib: float | None) -> InnerLoop:
@@ -87,15 +91,14 @@ def plan(problem: Problem, inner: InnerLoop, *, limit_mib: float | None) -> Inne
     Raises:
         RunError: if nothing fits, with what the smallest would take.
     """
-    share = limit_mib * MIB if limit_mib is not None else _SHARE_OF_FREE * free_bytes(problem.device)
-    limit = int(share)
+    free = _SHARE_OF_FREE * free_bytes(problem.device)
+    limit = int(free if limit_mib is None else min(limit_mib * MIB, free))
+    log.info("inner.engine=auto measures meta-steps with every engine; this takes some seconds")
     with torch.random.fork_rng(devices=[problem.device] if problem.device.type == "cuda" else []):
         fitting = [chunked for one in _variants(inner) for chunked in _chunks(problem, one, limit)]
         if not fitting:
             raise RunError(_nothing_fits(problem, inner, limit))
-        for one in fitting:
-            problem.step(one)  # warms up
-        times = {one: min(problem.seconds(one), problem.seconds(one)) for one in fitting}
+        times = {one: seconds for one in fitting if (seconds := _quickest(problem, one)) is not None}
         for best in sorted(times, key=lambda one: times[one]):
             try:
                 peak = problem.peak(best, limit)
@@ -111,11 +114,20 @@ def plan(problem: Problem, inner: InnerLoop, *, limit_mib: float | None) -> Inne
     raise RunError(_nothing_fits(problem, inner, limit))
 
 
+def _quickest(problem: Problem, inner: InnerLoop) -> float | None:
+    """Seconds of the faster of two meta-gradients after one to warm up; ``None`` if it runs out of memory after all."""
+    try:
+        problem.step(inner)
+        return min(problem.seconds(inner), problem.seconds(inner))
+    except torch.OutOfMemoryError:
+        return None
+
+
 def _variants(inner: InnerLoop) -> Iterator[InnerLoop]:
     sparse = math.isqrt(inner.steps)
-    for engine in ENGINES:
+    for engine in ENGINES if inner.second_order else ("unroll",):  # in first order they are all the same
         yield replace(inner, engine=engine)
-        if engine != "unroll" and inner.second_order and inner.snapshot_every == 1 and sparse > 1:
+        if engine != "unroll" and inner.snapshot_every == 1 and sparse > 1:
             yield replace(inner, engine=engine, snapshot_every=sparse)
 
 

@@ -1,4 +1,4 @@
-"""Every configuration key: its type, what it means, and what is allowed. Imports neither torch nor Hydra.
+"""Every key of a training: its type, what it means, and what is allowed. Imports neither torch nor Hydra.
 
 Defaults are not here but in ``conf/``: a default lives in one place.
 """
@@ -14,26 +14,6 @@ from metalearn.data.catalog import GLYPH_SHARES, OMNIGLOT_SPLITS, glyph_splits
 
 ENGINES = ("unroll", "checkpoint", "adjoint")
 """Names for ``inner.engine``; a test holds them equal to ``metalearn.metagrad.ENGINES``, which needs torch."""
-
-LESSONS = (
-    "create_graph",
-    "backward",
-    "orders",
-    "graph",
-    "hvp",
-    "dense_hessian",
-    "finite_differences",
-    "big_product",
-    "newton",
-    "sharpness",
-    "pinn",
-    "maml",
-)
-"""Names for ``lesson`` in teaching order; a test holds them equal to ``metalearn.lab.LESSONS``, which needs torch."""
-
-
-ENGINE_SETTINGS = ("20way_1shot", "5way_1shot", "5way_5shot", "20way_1shot_wide")
-"""Names for ``bench.setting``; a test holds them equal to ``metalearn.runs.engine_table.SETTINGS``."""
 
 LARGEST_SEED = 2**63 - 1
 """The largest int64."""
@@ -204,86 +184,3 @@ class TrainConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     run: RunConfig = field(default_factory=RunConfig)
     log: LogConfig = field(default_factory=LogConfig)
-
-
-@dataclass
-class BenchConfig:
-    """How long to measure."""
-
-    kind: str = key(
-        "peers: one meta-step beside learn2learn; engines: memory and time of every engine against K",
-        choices=("peers", "engines"),
-    )
-    rounds: int = key("times that every contender is timed, in turns", at_least=2)
-    setting: str = key("with bench.kind=engines: one of its settings, or all", choices=("all", *ENGINE_SETTINGS))
-    limit_mib: float = key("with bench.kind=engines: MiB at which a contender is stopped", above=0)
-
-
-@dataclass
-class BenchmarkConfig(TrainConfig):
-    """``conf/benchmark.yaml``: a training's configuration, of which one meta-step is timed."""
-
-    bench: BenchConfig = field(default_factory=BenchConfig)
-
-
-@dataclass
-class EvaluatedRunConfig:
-    """Which run, and where to test it."""
-
-    dir: str = key("folder of the run to test")
-    device: str | None = key("null: as the run was trained; or auto, cpu, cuda, cuda:N")
-
-
-@dataclass
-class EvaluatedEvalConfig:
-    """How much to test."""
-
-    episodes: int | None = key("tasks of test classes; null: as the run says", at_least=2)
-    queries: int | None = key("query examples per class; null: as the run says", at_least=1)
-
-
-@dataclass
-class EvaluatedDataConfig:
-    """Where the data lies now."""
-
-    root: str | None = key("folder that holds omniglot-py/; null: the run's own, or METALEARN_DATA if that is gone")
-
-
-@dataclass
-class EvaluateConfig:
-    """``conf/evaluate.yaml``."""
-
-    run: EvaluatedRunConfig = field(default_factory=EvaluatedRunConfig)
-    eval: EvaluatedEvalConfig = field(default_factory=EvaluatedEvalConfig)
-    data: EvaluatedDataConfig = field(default_factory=EvaluatedDataConfig)
-
-
-@dataclass
-class GradientsConfig:
-    """``conf/gradients.yaml``."""
-
-    lesson: str = key("the lesson on second-order gradients to run, or all of them", choices=("all", *LESSONS))
-
-
-@dataclass
-class VerifiedRunConfig:
-    """Where the engines are tried, and in which numbers."""
-
-    seed: int = key("of parameters, images and dropout", at_least=0, at_most=LARGEST_SEED)
-    device: str = key("auto: the GPU if there is one; or cpu, cuda, cuda:N")
-    dtype: str = key("float64 proves formulas; float32 shows rounding as well", choices=("float64", "float32"))
-
-
-@dataclass
-class VerifiedCasesConfig:
-    """What the engines are tried on."""
-
-    steps: list[int] = key("numbers of inner steps K", at_least=1)
-
-
-@dataclass
-class VerifyConfig:
-    """``conf/verify.yaml``."""
-
-    run: VerifiedRunConfig = field(default_factory=VerifiedRunConfig)
-    verify: VerifiedCasesConfig = field(default_factory=VerifiedCasesConfig)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
-from metalearn.lab import Lesson
 from metalearn.runs.evaluation import Evaluation
+
+if TYPE_CHECKING:  # the lab brings all lessons and matplotlib, which no training needs
+    from metalearn.lab import Lesson
 
 
 class Tracker:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -72,13 +73,13 @@ class TrainState:
         return cls(params, optimizer, CosineAnnealingLR(optimizer, outer.iterations) if cosine else None)
 
 
-def train(config: TrainConfig, run_dir: Path, config_yaml: str) -> None:
+def train(config: TrainConfig, run_dir: Path, to_yaml: Callable[[TrainConfig], str]) -> None:
     """Train, validate, and test the best checkpoint; write everything into ``run_dir``.
 
     Args:
         config: checked, with the data set that is really there.
         run_dir: a folder that holds no other run.
-        config_yaml: the configuration as text, for ``config.yaml`` and TensorBoard.
+        to_yaml: makes a configuration text, for ``config.yaml`` and TensorBoard; of the one with the settled engine.
 
     Raises:
         FolderTakenError: if the folder holds another run.
@@ -87,12 +88,11 @@ def train(config: TrainConfig, run_dir: Path, config_yaml: str) -> None:
         DataError: if the data set is missing or damaged.
     """
     started = time.perf_counter()
-    experiment = build(config)
+    experiment = settle_engine(build(config))
+    config_yaml = to_yaml(experiment.config)
     claim(run_dir, config_yaml)
     log.info("Training on %s, device %s", experiment.dataset, experiment.device)
     print_path("Run folder", run_dir)
-    with experiment.precision():
-        experiment = settle_engine(experiment)
     prove_precision(experiment)
     state = TrainState.start(experiment.theta, config.outer)
     meter = Meter(experiment.device)

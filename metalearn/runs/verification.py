@@ -23,7 +23,7 @@ from metalearn.runs.comparisons import ADAPTED, ALL, DIFFERENCES, THREADS, UNROL
 from metalearn.runs.console import print_path, print_table, progress_bar
 from metalearn.runs.experiment import pick_device
 from metalearn.runs.machine import machine
-from metalearn.runs.schema import VerifyConfig
+from metalearn.runs.schema_commands import VerifyConfig
 from metalearn.runs.verification_cases import SUBJECTS, Case, Setting
 
 PEERS = {"learn2learn": "learn2learn", "higher": "higher", "TorchOpt": "torchopt"}

@@ -32,6 +32,7 @@ class Subject:
         task_chunk: as in ``InnerLoop``.
         snapshot_every: as in ``InnerLoop``.
         random: whether it draws random numbers: another library, and another dtype, would draw others.
+        stopped: whether it stops gradients on the way: then they are not what differences show.
     """
 
     name: str
@@ -39,10 +40,26 @@ class Subject:
     task_chunk: int | None = None
     snapshot_every: int = 1
     random: bool = False
+    stopped: bool = False
 
 
 def _dropout() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, _WAYS))
+
+
+class _Stopped(nn.Module):
+    """Stops the gradient at a mean by ``torch.no_grad()``, which forward mode does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.head = nn.Linear(28 * 28, 16), nn.Linear(16, _WAYS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inside(x.flatten(1))
+        with torch.no_grad():
+            mean = h.mean(dim=0)
+        logits: Tensor = self.head(torch.tanh(h - mean))
+        return logits
 
 
 SUBJECTS = (
@@ -52,6 +69,7 @@ SUBJECTS = (
     Subject("residual", lambda: ResidualNet(_WAYS, width=4)),
     Subject("in parts", lambda: Conv4(_WAYS, width=4), task_chunk=2, snapshot_every=2),
     Subject("dropout", _dropout, snapshot_every=2, random=True),
+    Subject("no_grad", _Stopped, stopped=True),
 )
 """``in parts`` is conv4 in chunks of two tasks, where only every other step's fast weights are kept."""
 

@@ -31,6 +31,11 @@ def test_hessian_of_a_dictionary() -> None:
     torch.testing.assert_close(got["b"]["b"], -(a**2) * b.sin())
 
 
+def test_hessian_holds_no_graph() -> None:
+    a = torch.ones(2, requires_grad=True)
+    assert not hessian(lambda x: (a * x**2).sum(), torch.ones(2, requires_grad=True)).requires_grad
+
+
 def test_more_rows_than_are_taken_at_a_time() -> None:
     a = torch.randn(150, 150, dtype=DOUBLE)
     got = hessian(lambda x: x @ a @ x / 2, torch.randn(150, dtype=DOUBLE))
@@ -136,8 +141,14 @@ def test_top_eigenvalues_refuses() -> None:
         top_eigenvalues(lambda x: x.sum(), x, 4)
     with pytest.raises(ValueError, match=r"k=0"):
         top_eigenvalues(lambda x: x.sum(), x, 0)
-    with pytest.raises(ArithmeticError, match=r"top_eigenvalues: .*Raise tol \(now 0\.001\), or look for NaN"):
-        top_eigenvalues(lambda x: (x * math.nan).pow(2).sum(), torch.randn(100))
+    for n in (5, 100):
+        with pytest.raises(ArithmeticError, match=r"product with the Hessian is not finite; look for NaN in f"):
+            top_eigenvalues(lambda x: (x * math.nan).pow(2).sum(), torch.randn(n))
+
+
+@pytest.mark.parametrize("n", [5, 100])
+def test_a_linear_function_has_eigenvalues_zero(n: int) -> None:
+    assert top_eigenvalues(lambda x: 3 * x.sum(), torch.randn(n), 2).tolist() == [0.0, 0.0]
 
 
 def test_hessian_and_product_agree_on_a_network() -> None:

@@ -44,6 +44,35 @@ def test_dictionaries_of_any_shapes(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", HVP_MODES)
+def test_order_of_a_dictionary_does_not_matter(mode: str) -> None:
+    x, v = {"a": tensor(1.0), "b": tensor(2.0)}, {"b": tensor(0.0), "a": tensor(1.0)}
+    got = hvp(lambda p: (p["a"] ** 3).sum() + (p["b"] ** 2).sum(), x, v, mode=mode)  # H = diag(6, 2)
+    assert (got["a"].item(), got["b"].item()) == (6.0, 0.0)
+
+
+def stopped(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        total = x.sum()
+    return x.pow(2).sum() * total
+
+
+def test_no_grad_stops_reverse_mode_and_is_refused_by_forward_mode() -> None:
+    # With the sum a constant s = 3 the Hessian is 2 s I.
+    x, v = tensor(1.0, 2.0), tensor(1.0, 0.0)
+    torch.testing.assert_close(hvp(stopped, x, v, mode="reverse_over_reverse"), tensor(6.0, 0.0))
+    for mode in ("forward_over_reverse", "reverse_over_forward"):
+        with pytest.raises(NotImplementedError, match=r"does not stop at torch\.no_grad\(\).*\.detach\(\)"):
+            hvp(stopped, x, v, mode=mode)
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+def test_inference_mode_is_refused(mode: str) -> None:
+    x = tensor(1.0, 2.0)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"no gradients inside torch\.inference_mode"):
+        hvp(lambda x: x.pow(3).sum(), x, x, mode=mode)
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
 def test_expanded_point_and_direction(mode: str) -> None:
     x, v = tensor(2.0).expand(3), tensor(1.0).expand(3)
     torch.testing.assert_close(hvp(lambda x: x.pow(3).sum(), x, v, mode=mode), tensor(12.0, 12.0, 12.0))
@@ -74,6 +103,8 @@ def test_bad_input(mode: str) -> None:
     x = tensor(1.0, 2.0)
     with pytest.raises(ValueError, match=r"f gave shape \(2,\) and must give a scalar.*\.sum\(\) or \.mean\(\)"):
         hvp(lambda x: 2 * x, x, x, mode=mode)
+    with pytest.raises(ValueError, match=r"f gave torch\.complex128 and must give a real number"):
+        hvp(lambda x: (x * 1j).sum(), x, x, mode=mode)
     with pytest.raises(TypeError, match=r"x is torch\.int64: only floating-point tensors have derivatives"):
         hvp(lambda x: x.sum(), torch.tensor([1, 2]), x, mode=mode)
     with pytest.raises(TypeError, match=r"x\['n'\] is torch\.int64"):

@@ -8,7 +8,7 @@ import pytest
 
 from metalearn.lab import LESSONS, Check, Lesson
 from metalearn.lab.lesson import source_of
-from metalearn.runs import schema
+from metalearn.runs import schema_commands
 
 
 def documented(x: int) -> int:
@@ -48,4 +48,4 @@ def test_code_is_shown_without_its_docstring() -> None:
 
 
 def test_schema_and_lessons_agree() -> None:
-    assert tuple(LESSONS) == schema.LESSONS
+    assert tuple(LESSONS) == schema_commands.LESSONS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient
+from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient, predict
 from metalearn.errors import NonFiniteLossError
 from metalearn.inner import explained
 from metalearn.metagrad import ENGINES
@@ -43,8 +44,86 @@ class InPlace(nn.Module):
 @pytest.mark.parametrize("tasks", [1, 3])  # one task's expanded weights do not overlap, so that torch does not refuse
 def test_writing_to_a_fast_weight_is_refused(tasks: int, how: str, engine: str) -> None:
     forward, theta = functionalize(InPlace(how))
-    with pytest.raises(ValueError, match=r"changes a parameter in place.*w = 0\.9 \* w"):
+    with pytest.raises(ValueError, match=r"in place.*w = 0\.9 \* w|reads or writes \.data.*w = 0\.9 \* w"):
         meta_gradient(forward, theta, sequences(tasks), InnerLoop(lr=0.1, steps=2, engine=engine))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_writing_to_the_inputs_is_refused(tasks: int, second_order: bool, engine: str) -> None:
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(40, 3))
+    inner = InnerLoop(lr=0.1, steps=2, engine=engine, second_order=second_order)
+    with pytest.raises(ValueError, match=r"the inputs x: the model changes it in place.*no inplace=True in a first"):
+        meta_gradient(*functionalize(model), sequences(tasks), inner)
+
+
+def test_writing_to_an_activation_is_named_so() -> None:
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(40, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h: Tensor = self.linear(x.flatten(1)).sigmoid()
+            h += 1
+            return h
+
+    model = Overwrites()
+    with pytest.raises(ValueError, match=r"a parameter, an input or an activation.*h = h \+ 1, not h \+= 1"):
+        meta_gradient(*functionalize(model), sequences(), InnerLoop(lr=0.1, steps=2))
+
+
+class OwnNoise(nn.Module):
+    """Draws from a generator that nobody can wind back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(40, 3)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.randn(40, generator=self.generator)
+        logits: Tensor = self.linear(x.flatten(1) + noise)
+        return logits
+
+
+@pytest.mark.parametrize("engine", ["checkpoint", "adjoint"])
+def test_a_model_that_is_another_function_the_second_time_is_refused(engine: str) -> None:
+    forward, theta = functionalize(OwnNoise())
+    message = (
+        r"support loss of inner step 1 was .* on the way forwards and .* when it was computed again.*engine='unroll'"
+    )
+    with pytest.raises(ValueError, match=message):
+        meta_gradient(forward, theta, sequences(), InnerLoop(lr=0.1, steps=2, engine=engine))
+    meta_gradient(forward, theta, sequences(), InnerLoop(lr=0.1, steps=2, engine=engine, second_order=False))
+
+
+def test_running_out_of_memory_is_not_taken_for_a_missing_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def exhausted(*args: object, mode: str) -> None:
+        calls.append(mode)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB in forward mode")
+
+    monkeypatch.setattr(sys.modules["metalearn.metagrad.adjoint"], "value_and_hvp", exhausted)
+    forward, theta = functionalize(nn.Sequential(nn.Flatten(), nn.Linear(40, 3)))
+    with pytest.raises(torch.OutOfMemoryError):
+        meta_gradient(forward, theta, sequences(), InnerLoop(lr=0.1, steps=1, engine="adjoint"))
+    assert calls == ["forward_over_reverse"]
+
+
+def test_inference_mode_is_refused_where_gradients_are_taken_and_not_where_they_are_not() -> None:
+    forward, theta = functionalize(nn.Sequential(nn.Flatten(), nn.Linear(40, 3)))
+    episodes, inner = sequences(), InnerLoop(lr=0.1, steps=1)
+    fast = adapt(forward, theta, episodes.support_x, episodes.support_y, inner)
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match=r"no gradients inside torch\.inference_mode\(\).*torch\.no_grad\(\)"):
+            meta_gradient(forward, theta, episodes, inner)
+        with pytest.raises(RuntimeError, match=r"inference_mode"):
+            adapt(forward, theta, episodes.support_x, episodes.support_y, inner)
+        copies = {name: w.clone() for name, w in fast.items()}
+        assert predict(forward, copies, episodes.query_x).shape == (3, 6, 3)
 
 
 class Recurrent(nn.Module):
@@ -127,6 +206,9 @@ def test_nan_is_refused_with_task_and_step(query: bool, chunk: int | None, engin
     inner = InnerLoop(lr=0.1, steps=2, engine=engine, task_chunk=chunk)
     with pytest.raises(NonFiniteLossError) as caught:
         meta_gradient(forward, theta, episodes, inner)
+    if not query:
+        with pytest.raises(NonFiniteLossError, match="support loss of task 3 is nan after 0 inner steps"):
+            adapt(forward, theta, episodes.support_x, episodes.support_y, inner)
     error = caught.value
     assert (error.kind, error.task, error.step) == (("query", 3, 2) if query else ("support", 3, 0))
     assert f"the {error.kind} loss of task 3 is nan after {error.step} inner steps" in str(error)

@@ -17,7 +17,7 @@ from metalearn.runs.benchmark import Contender, check_equal, contenders, run_ben
 from metalearn.runs.checks import check
 from metalearn.runs.config import compose, typed
 from metalearn.runs.config_files import settle_data
-from metalearn.runs.schema import BenchmarkConfig
+from metalearn.runs.schema_commands import BenchmarkConfig
 from tests.conftest import image_episodes
 
 pytestmark = pytest.mark.usefixtures("learn2learn_installed")

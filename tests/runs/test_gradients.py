@@ -23,7 +23,7 @@ from metalearn.runs import gradients
 from metalearn.runs.checks import check_gradients
 from metalearn.runs.config import compose, typed
 from metalearn.runs.gradients import run_lessons
-from metalearn.runs.schema import GradientsConfig
+from metalearn.runs.schema_commands import GradientsConfig
 from tests.conftest import REPO
 from tests.scripts.test_commands import command
 

@@ -13,7 +13,7 @@ from metalearn.errors import RunError
 from metalearn.metagrad import ENGINES, Engine
 from metalearn.metagrad.unroll import unroll
 from metalearn.models import Conv4
-from metalearn.runs.precision import PrecisionReport, check_precision, check_same_gradient, relative_error
+from metalearn.runs.precision import PrecisionReport, check_precision, relative_error
 from metalearn.types import Forward, Loss
 from tests.conftest import image_episodes
 from tests.metagrad.models import MODELS
@@ -78,10 +78,20 @@ def test_a_broken_engine_is_caught(broken: Engine, monkeypatch: pytest.MonkeyPat
 
 
 def test_refused_where_rounding_drowns_the_second_order_term() -> None:
-    # The term is of the order of lr: with lr=0.001 some thousandths, and rounding with BatchNorm some tenths.
+    # BatchNorm over one example a class: rounding moves the gradient by more than the whole second-order term.
+    episodes = image_episodes(shots=1, queries=3, dtype=torch.float32)
+    forward, theta = functionalize(MODELS["mlp"]())
+    inner = InnerLoop(lr=0.1, steps=2)
     with pytest.raises(RunError, match=r"rounding moves .* the gap between first order and second.*run\.precision"):
-        check(MODELS["mlp"](), InnerLoop(lr=0.001, steps=1))
-    assert check(MODELS["mlp"](), InnerLoop(lr=0.001, steps=1, second_order=False)).allowed == 1
+        check_precision(forward, theta, episodes, inner, dtype=torch.bfloat16)
+    first = dataclasses.replace(inner, second_order=False)
+    assert check_precision(forward, theta, episodes, first, dtype=torch.bfloat16).allowed == 1
+
+
+def test_a_negligible_term_may_drown() -> None:
+    # With lr = 1e-5 the term is of that order, and rounding some thousandths: nothing is lost by it.
+    report = check(Conv4(3, width=6), InnerLoop(lr=1e-5, steps=1))
+    assert report.allowed == 0.05
 
 
 class OtherSign(nn.Module):
@@ -149,23 +159,6 @@ def test_float32_is_float32_inside_the_callers_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = check(Conv4(3, width=6), inner)
     assert inside == outside
-
-
-def test_same_gradient() -> None:
-    forward, theta = functionalize(MODELS["mlp"]().double())
-    episodes, inner = image_episodes(), InnerLoop(lr=0.1, steps=2)
-    eager = meta_gradient(forward, theta, episodes, inner)
-    check_same_gradient(eager, eager, 0.0, "the same")
-    off = dataclasses.replace(eager, grads={name: 1.001 * g for name, g in eager.grads.items()})
-    check_same_gradient(eager, off, 2e-3, "nearly the same")  # every entry is off by 1e-3 of itself
-    with pytest.raises(RunError, match=r"the compiled one: its meta-gradient is off by 0\.001 .* 0\.0005 is allowed"):
-        check_same_gradient(eager, off, 5e-4, "the compiled one")
-    first = meta_gradient(forward, theta, episodes, dataclasses.replace(inner, second_order=False))
-    with pytest.raises(RunError, match=r"the compiled one"):
-        check_same_gradient(eager, first, 1e-3, "the compiled one")
-    nan = dataclasses.replace(eager, grads={name: g * float("nan") for name, g in eager.grads.items()})
-    with pytest.raises(RunError, match=r"off by nan"):
-        check_same_gradient(eager, nan, 1e-3, "the compiled one")
 
 
 def test_relative_error_is_of_the_whole_gradient() -> None:

@@ -51,7 +51,7 @@ def run(folder: Path, *overrides: str, base: list[str] = SMALL) -> dict[str, Any
     config = typed(compose("train", [*base, *overrides]), TrainConfig)
     check(config)
     settled = settle_data(config)
-    train(settled, folder, to_yaml(settled))
+    train(settled, folder, to_yaml)
     metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     return metrics
 
@@ -154,6 +154,8 @@ def test_auto_engine_is_settled_before_the_first_step(tmp_path: Path) -> None:
     metrics = run(tmp_path / "run", "inner.engine=auto", "run.memory_limit=2", base=quick())
     assert metrics["engine"] in ENGINES
     assert metrics["memory.peak_mib"] <= 2.5  # the optimiser's step is in it as well
+    kept = from_yaml(tmp_path / "run" / "config.yaml").inner
+    assert (kept.engine, kept.task_chunk) == (metrics["engine"], metrics["task_chunk"]), "evaluate.py finds it settled"
     with pytest.raises(RunError, match=r"no engine fits into 0\.100 MiB"):
         run(tmp_path / "tight", "inner.engine=auto", "run.memory_limit=0.1", base=quick())
 

@@ -23,7 +23,7 @@ from metalearn.runs import verification
 from metalearn.runs.checks import check_verify
 from metalearn.runs.comparisons import Comparison, compare
 from metalearn.runs.config import compose, typed
-from metalearn.runs.schema import VerifyConfig
+from metalearn.runs.schema_commands import VerifyConfig
 from metalearn.runs.verification import PEERS, installed_peers, run_verification, verdict
 from metalearn.runs.verification_cases import SUBJECTS, Case, Setting
 from metalearn.types import Forward, Loss
