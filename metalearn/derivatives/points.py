@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import dual_level, make_dual
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -27,7 +28,8 @@ def scalar(f: ScalarFunction) -> ScalarFunction:
     """``f``, refused where it gives more than one number."""
 
     def checked(x: Any) -> Tensor:
-        value = f(x)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            value = f(x)
         if isinstance(value, Tensor) and value.is_complex():
             raise ValueError(f"f gave {value.dtype} and must give a real number; take its .real or .abs().")
         if not isinstance(value, Tensor) or value.ndim != 0:

@@ -77,7 +77,15 @@ def value_and_hvp(f: ScalarFunction, x: Point, v: Point, *, mode: str) -> tuple[
     if mode not in HVP_MODES:
         raise ValueError(f"hvp: mode={mode!r} is not one of {', '.join(HVP_MODES)}.")
     check_point("x", x)
-    value, product = HVP_MODES[mode](scalar(f), x, check_direction("v", x, v))
+    direction = check_direction("v", x, v)
+    try:
+        value, product = HVP_MODES[mode](scalar(f), x, direction)
+    except NotImplementedError as error:
+        reason = str(error).partition(" that does not support it")[0]
+        raise NotImplementedError(
+            f"{reason}: hvp's mode={mode!r} needs a forward-mode formula for every operation. Take "
+            "mode='reverse_over_reverse', which needs none."
+        ) from error
     return value, cast(Point, product)
 
 

@@ -33,6 +33,11 @@ _KNOWN = (
     (r"modified by an inplace operation", _OVERWRITES),
     (r"would mutate a captured Tensor|vmap: inplace arithmetic", _OVERWRITES),
     (r"accessing `data` under vmap", _DATA),
+    (
+        r"data-dependent control flow|calling \.item\(\) on a Tensor",
+        "the model or the loss branches on a tensor's values, or reads one with .item(), which cannot be batched over "
+        "tasks. Choose with torch.where(condition, a, b).",
+    ),
     (r"Batching rule not implemented for aten::(lstm|gru|rnn)", _RECURRENT),
     (r"derivative for '?(aten::)?_(cudnn|thnn|miopen).*(rnn|lstm|gru)", _RECURRENT),
     (

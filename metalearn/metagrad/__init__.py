@@ -61,7 +61,7 @@ def meta_gradient(
     """
     if inner.engine not in ENGINES:
         measured = " 'auto' is for scripts/train.py, which measures." if inner.engine == "auto" else ""
-        raise ValueError(f"meta_gradient: inner.engine={inner.engine!r} is not one of {', '.join(ENGINES)}.{measured}")
+        raise ValueError(f"meta_gradient: engine={inner.engine!r} is not one of {', '.join(ENGINES)}.{measured}")
     check_params(params)
     engine = ENGINES[inner.engine]
     with explained(), _no_autocast_cache():

@@ -80,7 +80,7 @@ def hessian_product(
         except (NotImplementedError, RuntimeError, AssertionError) as error:
             if isinstance(error, torch.OutOfMemoryError) or not _lacks_forward_mode(error):
                 raise
-            reason = re.sub(r" (that does not support it|because).*", "", str(error).splitlines()[0])
+            reason = re.sub(r": hvp's mode=.*| that does not support it.*", "", str(error).splitlines()[0])
         # Out here, as the error's trace would keep the failed attempt's activations.
         _say_once(reason)
         _REVERSE_ONLY.add(forward)

@@ -97,6 +97,15 @@ def check(config: TrainConfig) -> None:
             "inner.engine=auto with run.deterministic=true: auto chooses by measured times, which differ from run to "
             "run; name an engine"
         )
+    if config.run.memory_limit is not None and config.inner.engine != "auto":
+        faults.append(
+            f"run.memory_limit={config.run.memory_limit:g}: only inner.engine=auto heeds it; set that, or leave it out"
+        )
+    if config.inner.snapshot_every > 1 and config.inner.engine == "unroll":
+        faults.append(
+            f"inner.snapshot_every={config.inner.snapshot_every}: inner.engine=unroll keeps graphs and no snapshots; "
+            "take checkpoint, adjoint or auto, or leave it"
+        )
     faults += [] if faults else _task_faults(config)
     if not faults and isinstance(config.data, OmniglotConfig) and config.data.fallback is None:
         try:

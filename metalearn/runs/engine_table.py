@@ -171,9 +171,9 @@ def print_rows(setting: Setting, rows: list[Row], limit_mib: float) -> None:
     for row in rows:
         by_name.setdefault(row.name, {})[row.steps] = row
     print_table(
-        f"{setting.title}: peak MiB",
+        f"{setting.title}: peak MiB (over: above {limit_mib:g})",
         ["", *(f"K={steps}" for steps in setting.steps)],
-        [[name, *(_mib(at.get(steps), limit_mib) for steps in setting.steps)] for name, at in by_name.items()],
+        [[name, *(_mib(at.get(steps)) for steps in setting.steps)] for name, at in by_name.items()],
     )
     print_table(
         "Time in units of unroll's on all tasks",
@@ -186,10 +186,10 @@ def print_rows(setting: Setting, rows: list[Row], limit_mib: float) -> None:
     )
 
 
-def _mib(row: Row | None, limit_mib: float) -> str:
+def _mib(row: Row | None) -> str:
     if row is None:
         return ""
-    return f">{limit_mib:.0f}" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+    return "over" if row.peak_mib is None else f"{row.peak_mib:.0f}"
 
 
 def _ratio(row: Row | None) -> str:

@@ -48,7 +48,8 @@ def engine_in_words(inner: InnerLoop) -> str:
     """The engine, with what was set beside it."""
     words = [inner.engine]
     words += [f"task_chunk {inner.task_chunk}"] if inner.task_chunk else []
-    words += [f"snapshot_every {inner.snapshot_every}"] if inner.snapshot_every > 1 else []
+    kept = inner.engine != "unroll" and inner.snapshot_every > 1
+    words += [f"snapshot_every {inner.snapshot_every}"] if kept else []
     return ", ".join(words)
 
 
@@ -84,10 +85,11 @@ def accuracy_rows(experiment: Experiment, result: Evaluation) -> dict[str, str]:
     """The rows of a test in the closing table."""
     config = experiment.config
     order = "second order" if config.inner.second_order else "first order"
+    low = "" if config.run.precision == "float32" else f", {config.run.precision}"
     steps = "  ".join(f"{k}: {estimate.mean:.1%}" for k, estimate in enumerate(result.per_step))
     rows = {
         "task": f"{experiment.dataset}, {config.task.ways}-way {config.task.shots}-shot",
-        "algorithm": f"{config.algorithm.name}, {order}, engine {engine_in_words(experiment.inner)}",
+        "algorithm": f"{config.algorithm.name}, {order}, engine {engine_in_words(experiment.inner)}{low}",
         "test accuracy": f"{result.accuracy} (95% CI, {result.episodes} tasks, {len(result.per_step) - 1} inner steps)",
         "after each inner step": steps,
     }

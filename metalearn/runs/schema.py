@@ -37,7 +37,7 @@ class TaskConfig:
     """What a task is, and how many make a meta-step."""
 
     ways: int = key("N, classes per task", at_least=2)
-    shots: int = key("K, support examples per class", at_least=1)
+    shots: int = key("support examples per class", at_least=1)
     queries: int = key("query examples per class", at_least=1)
     meta_batch: int = key("T, tasks per meta-step, and tasks at a time in evaluation", at_least=1)
 

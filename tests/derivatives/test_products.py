@@ -66,6 +66,30 @@ def test_no_grad_stops_reverse_mode_and_is_refused_by_forward_mode() -> None:
 
 
 @pytest.mark.parametrize("mode", HVP_MODES)
+def test_fused_attention_is_computed_by_its_formula(mode: str) -> None:
+    q, v = torch.randn(1, 2, 3, 4, dtype=DOUBLE), torch.randn(1, 2, 3, 4, dtype=DOUBLE)
+
+    def fused(q: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q).pow(2).sum()
+
+    def plain(q: Tensor) -> Tensor:
+        return ((q @ q.transpose(-1, -2) / 2).softmax(dim=-1) @ q).pow(2).sum()
+
+    torch.testing.assert_close(hvp(fused, q, v, mode=mode), hvp(plain, q, v, mode=mode))
+
+
+def test_a_missing_formula_names_the_mode_that_needs_none() -> None:
+    x, v = torch.randn(2, 6, dtype=DOUBLE), torch.randn(2, 6, dtype=DOUBLE)
+
+    def f(x: Tensor) -> Tensor:
+        return torch.nn.functional.group_norm(x, 2).pow(3).sum()
+
+    assert hvp(f, x, v, mode="reverse_over_reverse").shape == (2, 6)
+    with pytest.raises(NotImplementedError, match=r"mode='reverse_over_reverse', which needs none"):
+        hvp(f, x, v)
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
 def test_inference_mode_is_refused(mode: str) -> None:
     x = tensor(1.0, 2.0)
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"no gradients inside torch\.inference_mode"):

@@ -126,6 +126,16 @@ def test_inference_mode_is_refused_where_gradients_are_taken_and_not_where_they_
         assert predict(forward, copies, episodes.query_x).shape == (3, 6, 3)
 
 
+def test_a_branch_on_values_is_told_of_where() -> None:
+    class Branches(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = super().forward(x)  # type: ignore[no-untyped-call]  # not annotated in torch
+            return logits if logits.sum() > 0 else -logits
+
+    with pytest.raises(ValueError, match=r"branches on a tensor's values.*torch\.where"):
+        meta_gradient(*functionalize(Branches(nn.Flatten(), nn.Linear(40, 3))), sequences(), InnerLoop(lr=0.1, steps=1))
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.Module]) -> None:
         super().__init__()

@@ -83,6 +83,8 @@ REFUSED = [
     ("inner.steps=[", r"no viable alternative at input '\['"),
     ("~inner.lr", r"inner\.lr.*does not support deletion"),
     ("task.ways=${nope}", r"nope"),
+    ("run.memory_limit=100", r"run\.memory_limit=100: only inner\.engine=auto heeds it"),
+    ("inner.snapshot_every=2", r"inner\.snapshot_every=2: inner\.engine=unroll keeps graphs and no snapshots"),
 ]
 
 

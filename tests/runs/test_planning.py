@@ -66,6 +66,15 @@ def test_nothing_fits(problem: Problem) -> None:
         plan(problem, AUTO, limit_mib=0.01)
 
 
+def test_what_the_refusal_asks_for_is_enough(problem: Problem) -> None:
+    with pytest.raises(RunError) as caught:
+        plan(problem, AUTO, limit_mib=0.01)
+    needed = float(str(caught.value).split("takes at least ")[1].split(" MiB")[0])
+    assert plan(problem, AUTO, limit_mib=1.01 * needed).task_chunk == 1
+    with pytest.raises(RunError, match="no engine fits"):
+        plan(problem, AUTO, limit_mib=0.9 * needed)
+
+
 def test_random_draws_of_the_run_do_not_move(problem: Problem, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
