@@ -117,7 +117,8 @@ ENGINE_ROWS: dict[str, tuple[str, bool, int | None, bool]] = {
 
 
 def engine_rows(setting: str) -> dict[tuple[Any, ...], dict[str, Any]]:
-    rows = read("engines/benchmark.json")["settings"][setting]["rows"]
+    name = setting if setting == "20way_1shot" else "benchmark"  # the first was measured once more, alone
+    rows = read(f"engines/{name}.json")["settings"][setting]["rows"]
     return {(r["engine"], r["second_order"], r["task_chunk"], r["snapshot_every"] > 1, r["steps"]): r for r in rows}
 
 
@@ -164,6 +165,7 @@ def test_exact_second_order_fits_into_first_order_memory() -> None:
     assert at_ten["peak_mib"] < first
     assert at_ten["peak_mib"] - snapshots < 1.05 * at_one["peak_mib"]
     assert at_ten["ratio_to_unroll"] < 1.4
+    assert rows["adjoint", True, 4, True, 50]["peak_mib"] < rows["unroll", False, None, False, 1]["peak_mib"]
 
 
 def test_verification_is_the_committed_one() -> None:

@@ -133,7 +133,7 @@ def keep(outcome: Outcome, output_dir: Path, tracker: LessonTracker) -> None:
 
 
 def report(outcomes: list[Outcome], *, complete: bool = True) -> str:
-    """``lessons.json``: every check of every lesson, with its verdict, the seconds it took, and whether all were run."""
+    """``lessons.json``: every check of every lesson, its verdict and seconds, and whether all were run."""
     lessons = [
         {
             "name": outcome.name,
