@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from metalearn.derivatives.products import value_and_hvp
-from metalearn.inner import InnerLoop, inner_step, refuse_nonfinite, total_support_loss
-from metalearn.metagrad.ends import outcome, query_pass, sum_over_tasks
-from metalearn.metagrad.trajectory import Start, walk
-from metalearn.params import stack
+from metalearn.inner import InnerLoop, total_support_loss
+from metalearn.metagrad.ends import outcome, sum_over_tasks, way_there
+from metalearn.metagrad.trajectory import Start
 from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
 log = logging.getLogger(__name__)
@@ -43,18 +42,10 @@ def adjoint(
     ``watch`` is shown k and lam_k, each ``[T, ...]``, for k = K, ..., 0 (in first order, for K alone).
     """
 
-    def step(fast: Params) -> tuple[Params, Tensor]:
-        return inner_step(forward, fast, episodes.support_x, episodes.support_y, inner, loss=loss)
-
     def support_loss(fast: Params) -> Tensor:
         return total_support_loss(forward, fast, episodes.support_x, episodes.support_y, loss=loss)
 
-    theta = {name: p.detach() for name, p in params.items()}
-    every = inner.snapshot_every if inner.second_order else None
-    fast, trajectory = walk(step, stack(theta, episodes.tasks), steps=inner.steps, every=every)
-    query, lam = query_pass(forward, fast, episodes, loss)
-    del fast
-    refuse_nonfinite(trajectory.support_losses, query.losses)
+    query, lam, trajectory = way_there(forward, params, episodes, inner, loss)
     watch(inner.steps, lam)
     repeated = {}
     for start in trajectory.back():

@@ -15,29 +15,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metalearn.inner import InnerLoop, inner_step, refuse_nonfinite
-from metalearn.metagrad.ends import outcome, query_pass, sum_over_tasks
-from metalearn.metagrad.trajectory import Step, walk
-from metalearn.params import stack
+from metalearn.inner import InnerLoop
+from metalearn.metagrad.ends import outcome, sum_over_tasks, way_there
+from metalearn.metagrad.trajectory import Step
 from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
 
 def checkpoint(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> MetaGradient:
     """The meta-gradient of one chunk of tasks; arguments and result as in ``metalearn.meta_gradient``."""
-
-    def step(fast: Params) -> tuple[Params, Tensor]:
-        return inner_step(forward, fast, episodes.support_x, episodes.support_y, inner, loss=loss)
-
-    theta = {name: p.detach() for name, p in params.items()}
-    every = inner.snapshot_every if inner.second_order else None
-    fast, trajectory = walk(step, stack(theta, episodes.tasks), steps=inner.steps, every=every)
-    query, lam = query_pass(forward, fast, episodes, loss)
-    del fast
-    refuse_nonfinite(trajectory.support_losses, query.losses)
+    query, lam, trajectory = way_there(forward, params, episodes, inner, loss)
     repeated = {}
     for start in trajectory.back():
         with start.random_draws_repeated():
-            repeated[start.step], lam = pull_back(step, start.fast, lam)
+            repeated[start.step], lam = pull_back(trajectory.step, start.fast, lam)
     trajectory.refuse_other(repeated)
     return outcome(sum_over_tasks(lam), query, trajectory.support_losses)
 

@@ -1,12 +1,13 @@
-"""The two ends of every engine: the query pass that the meta-gradient starts from, and the result."""
+"""What engines share: the way to the query loss without graphs, where the adjoint starts, and the result."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from metalearn.inner import TaskLosses, task_losses
-from metalearn.params import gradients
+from metalearn.inner import InnerLoop, TaskLosses, inner_step, refuse_nonfinite, task_losses
+from metalearn.metagrad.trajectory import Trajectory, walk
+from metalearn.params import gradients, stack
 from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
 
@@ -20,6 +21,28 @@ def query_pass(forward: Forward, fast: Params, episodes: Episodes, loss: Loss) -
         losses, predictions = task_losses(forward, at, episodes.query_x, episodes.query_y, loss=loss)
         lam = gradients(losses.mean(), at, create_graph=False)
     return TaskLosses(losses.detach(), predictions.detach()), lam
+
+
+def way_there(
+    forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss
+) -> tuple[TaskLosses, Params, Trajectory]:
+    """K inner steps without graphs and the query pass: query losses and predictions, lam_K, and the way back.
+
+    Nothing is kept for the way back in first order, where it has no steps.
+
+    Raises:
+        NonFiniteLossError: if a loss is NaN or infinite.
+    """
+
+    def step(fast: Params) -> tuple[Params, Tensor]:
+        return inner_step(forward, fast, episodes.support_x, episodes.support_y, inner, loss=loss)
+
+    theta = {name: p.detach() for name, p in params.items()}
+    every = inner.snapshot_every if inner.second_order else None
+    fast, trajectory = walk(step, stack(theta, episodes.tasks), steps=inner.steps, every=every)
+    query, lam = query_pass(forward, fast, episodes, loss)
+    refuse_nonfinite(trajectory.support_losses, query.losses)
+    return query, lam, trajectory
 
 
 def outcome(grads: Params, query: TaskLosses, support_losses: list[Tensor]) -> MetaGradient:

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from metalearn.inner import InnerLoop
 from metalearn.params import gradients
+from metalearn.peers.one_by_one import gathered
 from metalearn.types import Episodes, Loss, MetaGradient, Params
 
 
@@ -47,11 +48,4 @@ def meta_gradient(
                 grads[name] += g
         losses.append(query_loss.detach())
         predictions.append(prediction.detach())
-    return MetaGradient(
-        loss=torch.stack(losses).mean(),
-        grads=grads,
-        predictions=torch.stack(predictions),
-        support_loss=torch.stack(support_losses).view(episodes.tasks, -1).mean(dim=0)
-        if inner.steps
-        else losses[0].new_empty(0),
-    )
+    return gathered(grads, losses, predictions, support_losses)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from metalearn.inner import InnerLoop
+from metalearn.peers.one_by_one import gathered
 from metalearn.types import Episodes, Loss, MetaGradient
 
 
@@ -35,11 +36,4 @@ def meta_gradient(
         losses.append(query_loss.detach())
         predictions.append(prediction.detach())
     grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
-    return MetaGradient(
-        loss=torch.stack(losses).mean(),
-        grads=grads,
-        predictions=torch.stack(predictions),
-        support_loss=torch.stack(support_losses).view(episodes.tasks, -1).mean(dim=0)
-        if inner.steps
-        else losses[0].new_empty(0),
-    )
+    return gathered(grads, losses, predictions, support_losses)

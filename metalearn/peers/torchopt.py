@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from metalearn.inner import InnerLoop
 from metalearn.params import gradients
+from metalearn.peers.one_by_one import gathered
 from metalearn.types import Episodes, Loss, MetaGradient, Params
 
 
@@ -19,7 +20,7 @@ def meta_gradient(
     """As ``metalearn.meta_gradient``, at the module's own parameters; ``engine`` and ``task_chunk`` mean nothing here.
 
     The module is not changed: neither its parameters nor their ``.grad``. TorchOpt's ``MetaSGD`` gives the same
-    numbers and takes the same time, but refuses frozen parameters and writes to the module while it works.
+    numbers, but refuses frozen parameters and writes to the module while it works.
 
     Reference: Ren et al. 2023, JMLR 24(367), arXiv 2211.06934; its ``examples/FuncTorch/maml_omniglot_vmap.py``.
     """
@@ -44,11 +45,4 @@ def meta_gradient(
             grads[name] += g
         losses.append(query_loss.detach())
         predictions.append(prediction.detach())
-    return MetaGradient(
-        loss=torch.stack(losses).mean(),
-        grads=grads,
-        predictions=torch.stack(predictions),
-        support_loss=torch.stack(support_losses).view(episodes.tasks, -1).mean(dim=0)
-        if inner.steps
-        else losses[0].new_empty(0),
-    )
+    return gathered(grads, losses, predictions, support_losses)
