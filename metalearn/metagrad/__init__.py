@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -64,7 +63,7 @@ def meta_gradient(
         raise ValueError(f"meta_gradient: engine={inner.engine!r} is not one of {', '.join(ENGINES)}.{measured}")
     check_params(params)
     engine = ENGINES[inner.engine]
-    with explained(), _no_autocast_cache():
+    with explained():
         if inner.task_chunk is None or inner.task_chunk >= episodes.tasks:
             return engine(forward, params, episodes, inner, loss)
         return _in_chunks(engine, forward, params, episodes, inner, loss)
@@ -95,14 +94,3 @@ def _in_chunks(
         predictions=torch.cat(predictions),
         support_loss=torch.stack(support_losses).sum(dim=0),
     )
-
-
-@contextmanager
-def _no_autocast_cache() -> Iterator[None]:
-    """Autocast keeps low-precision copies of leaf tensors until it is left: of every step's weights, here."""
-    enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)

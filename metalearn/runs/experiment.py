@@ -56,12 +56,9 @@ class Experiment:
         return min(self.config.task.meta_batch, self.inner.task_chunk or self.config.task.meta_batch)
 
     def precision(self) -> torch.autocast:
-        """A context in which the model computes with ``run.precision``.
-
-        Without autocast's cache, which would keep low-precision copies of the weights of every inner step.
-        """
+        """A context in which the model computes with ``run.precision``."""
         low = self.config.run.precision == "bfloat16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low, cache_enabled=False)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low)
 
 
 def build(config: TrainConfig) -> Experiment:

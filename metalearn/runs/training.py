@@ -208,13 +208,21 @@ def validate(experiment: Experiment, state: TrainState, run_dir: Path, tracker: 
     )
     tracker.validation(result, state.iteration)
     if config.log.images:
-        tracker.image("validation/tasks", picture(experiment, state.params), state.iteration)
+        show_tasks(experiment, state, tracker)
     mean = result.accuracy.mean
     if state.best is None or mean > state.best.validation_accuracy:
         save_checkpoint(Checkpoint(state.params, state.iteration, mean), best_path(run_dir))
         state.best = Best(state.iteration, mean)
     log.info("%6d/%d  validation accuracy %s", state.iteration, config.outer.iterations, result.accuracy)
     return mean
+
+
+def show_tasks(experiment: Experiment, state: TrainState, tracker: Tracker) -> None:
+    """The picture of this validation, where there is one."""
+    try:
+        tracker.image("validation/tasks", picture(experiment, state.params), state.iteration)
+    except NonFiniteLossError as error:  # the next meta-step stops the run, if training meets it as well
+        log.warning("no picture at meta-step %d: %s", state.iteration, error)
 
 
 def picture(experiment: Experiment, params: Params) -> NDArray[np.uint8]:

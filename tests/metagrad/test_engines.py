@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss, scaled_dot_product_attention
 
 from metalearn import Episodes, InnerLoop, Params, functionalize, meta_gradient
+from metalearn.derivatives.products import value_and_hvp
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.adjoint import _say_once, adjoint
 from metalearn.models import Conv4
@@ -143,16 +145,27 @@ class Squares(nn.Module):
         return logits
 
 
-def test_adjoint_falls_back_to_reverse_over_reverse_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_adjoint_falls_back_to_reverse_over_reverse_tries_and_says_so_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _say_once.cache_clear()
+    modes: list[str] = []
+
+    def spy(*arguments: Any, mode: str) -> tuple[Tensor, Params]:
+        modes.append(mode)
+        return value_and_hvp(*arguments, mode=mode)
+
+    monkeypatch.setattr(sys.modules["metalearn.metagrad.adjoint"], "value_and_hvp", spy)
     module, plain = Squares(forward_mode=False).double(), Squares(forward_mode=True).double()
     plain.load_state_dict(module.state_dict())
     episodes = sequences()
     inner = InnerLoop(lr=0.1, steps=3, engine="adjoint")
     with caplog.at_level(logging.WARNING):
         torch.manual_seed(1)
-        got = meta_gradient(*functionalize(module), episodes, inner).grads
-        meta_gradient(*functionalize(module), episodes, inner)
+        forward, theta = functionalize(module)
+        got = meta_gradient(forward, theta, episodes, inner).grads
+        meta_gradient(forward, theta, episodes, inner)
+    assert modes == ["forward_over_reverse", *6 * ["reverse_over_reverse"]]
     torch.manual_seed(1)
     expected = meta_gradient(*functionalize(plain), episodes, dataclasses.replace(inner, engine="unroll")).grads
     assert relative_error(got, expected) < 1e-11

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from metalearn import Episodes, Forward, InnerLoop, Params, functionalize, meta_gradient
-from metalearn.derivatives import hessian
-from metalearn.runs.curvature import curvature
+from metalearn.derivatives import hessian, top_eigenvalues
+from metalearn.inner import total_support_loss
+from metalearn.params import stack
+from metalearn.runs.curvature import curvature, support_eigenvalue
 
 
 def flat(forward: Forward, theta: Params, episodes: Episodes, inner: InnerLoop, second_order: bool) -> Tensor:
@@ -40,6 +42,19 @@ def test_figures_are_what_they_are_called() -> None:
         [torch.cat([b.reshape(theta[i].numel(), -1) for b in row.values()], dim=1) for i, row in dense.items()]
     )
     assert got["grad/support_top_eigenvalue"] == pytest.approx(torch.linalg.eigvalsh(matrix)[-1].item(), rel=0.01)
+
+
+def test_eigenvalue_is_of_one_dropout_mask() -> None:
+    forward, theta = functionalize(nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)).double())
+    x, y = torch.randn(1, 7, 4, dtype=torch.float64), torch.randint(3, (1, 7))
+
+    def same_mask(params: Params) -> Tensor:
+        torch.manual_seed(4)
+        return total_support_loss(forward, stack(params, 1), x, y, loss=cross_entropy)
+
+    dense = top_eigenvalues(same_mask, theta, mode="reverse_over_reverse")  # 15 numbers: by the dense matrix
+    torch.manual_seed(4)
+    assert support_eigenvalue(forward, theta, Episodes(x, y, x, y), cross_entropy) == pytest.approx(dense.item())
 
 
 def test_first_order_runs_and_other_draws() -> None:

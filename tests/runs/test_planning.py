@@ -54,6 +54,14 @@ def test_the_fastest_that_fits_is_chosen(fast: str, problem: Problem, monkeypatc
     assert plan(problem, AUTO, limit_mib=tight).engine == (fast if fast != "unroll" else "checkpoint")
 
 
+def test_as_many_tasks_are_taken_as_fit(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Problem, "seconds", lambda self, inner: 10 / (inner.task_chunk or 6))
+    three = peak_mib(problem, dataclasses.replace(AUTO, engine="checkpoint", task_chunk=3))
+    chosen = plan(problem, AUTO, limit_mib=1.05 * three)
+    assert chosen.task_chunk is not None
+    assert chosen.task_chunk >= 3
+
+
 def test_a_chunk_that_was_set_is_kept(problem: Problem) -> None:
     chosen = plan(problem, dataclasses.replace(AUTO, task_chunk=2), limit_mib=1000)
     assert chosen.task_chunk == 2

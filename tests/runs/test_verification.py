@@ -101,7 +101,8 @@ def test_every_subject_has_its_references(subject: Any) -> None:
     case = Case(subject, second_order=True, steps=2)
     found = compare(case, Setting(torch.float64, ON_CPU, seed=3), {})
     assert all(comparison.holds for comparison in found), found
-    assert {c.engine for c in found if c.reference == "differences"} == set(ENGINES)
+    differenced = set() if subject.stopped else set(ENGINES)  # what is stopped is no derivative of the loss
+    assert {c.engine for c in found if c.reference == "differences"} == differenced
     expected = {"checkpoint", "adjoint"} if subject.task_chunk is None and not subject.random else set(ENGINES)
     assert {c.engine for c in found if c.reference == "unroll"} == expected
 
