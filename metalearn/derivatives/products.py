@@ -102,16 +102,15 @@ def _forward_over_reverse(f: ScalarFunction, x: Any, v: Any) -> tuple[Tensor, An
 
 def _reverse_over_reverse(f: ScalarFunction, x: Any, v: Any) -> tuple[Tensor, Any]:
     leaves, spec = tree_flatten(x)
-    zeros = tree_map(torch.zeros_like, x)
     with torch.enable_grad():
         at = [leaf.detach().requires_grad_() for leaf in leaves]
         value = f(tree_unflatten(at, spec))
         if not value.requires_grad:
-            return value, zeros
+            return value, tree_map(torch.zeros_like, x)
         grads = torch.autograd.grad(value, at, create_graph=True, materialize_grads=True)
         curved = [(g, w) for g, w in zip(grads, tree_flatten(v)[0], strict=True) if g.requires_grad]
         if not curved:  # f is linear: its gradient is a constant
-            return value.detach(), zeros
+            return value.detach(), tree_map(torch.zeros_like, x)
         gs, vs = zip(*curved, strict=True)
         products = torch.autograd.grad(gs, at, vs, materialize_grads=True)
     return value.detach(), tree_unflatten(list(products), spec)
