@@ -126,3 +126,9 @@ def global_norm(tree: Params) -> Tensor:
     """Euclidean norm over every entry of every tensor."""
     norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p) for p in tree.values()]))
     return norm
+
+
+def relative_error(got: Params, expected: Params) -> float:
+    """|got - expected| / |expected| of the whole dictionary as one vector, in float64; NaN where either is."""
+    difference = {name: got[name].double() - g.double() for name, g in expected.items()}
+    return (global_norm(difference) / global_norm(expected).double()).item()

@@ -13,12 +13,13 @@ import pytest
 import metalearn
 from tests.conftest import REPO
 
-NOUNS = {"types", "params", "errors", "files", "live_bytes"}
+NOUNS = {"types", "params", "errors", "files", "live_bytes", "threads"}
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
     "files": {"errors"},
     "live_bytes": set(),
+    "threads": set(),
     "params": {"types"},
     "models": NOUNS,
     "data": NOUNS,

@@ -10,8 +10,6 @@ On a network the Hessian changes under way: it sharpens until it meets 2 / lr, a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -23,6 +21,7 @@ from metalearn.data.glyphs import glyphs
 from metalearn.derivatives import ScalarFunction, gradient, hessian, top_eigenvalues
 from metalearn.lab.figures import BLUE, GREEN, VERMILION, panels
 from metalearn.lab.lesson import Check, Lesson, source_of
+from metalearn.threads import one_thread
 from metalearn.types import Params
 
 _STEPS, _EVERY = 1200, 20
@@ -68,17 +67,6 @@ def train(loss: ScalarFunction, theta: Params, lr: float) -> Run:
         grads = gradient(loss, theta)
         theta = {name: p - lr * grads[name] for name, p in theta.items()}
     return Run(lr, losses, sharpness, start, theta)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from a second thread, and on a busy machine every operation waits for it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @one_thread()

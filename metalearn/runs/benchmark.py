@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from metalearn import files
 from metalearn.errors import RunError
 from metalearn.inner import InnerLoop
+from metalearn.live_bytes import MIB
 from metalearn.metagrad import ENGINES, meta_gradient
-from metalearn.params import functionalize, global_norm
+from metalearn.params import functionalize, relative_error
 from metalearn.runs.console import print_path, print_table, progress_bar
 from metalearn.runs.experiment import build, build_model
 from metalearn.runs.machine import machine
-from metalearn.runs.memory import MIB, peak_bytes
+from metalearn.runs.memory import peak_bytes
 from metalearn.runs.schema_commands import BenchmarkConfig
 from metalearn.types import Episodes, MetaGradient, Params
 
@@ -150,7 +151,7 @@ def check_equal(found: list[Contender], module: nn.Module, episodes: Episodes) -
     for contender in found:
         grads = contender.step(double, tasks).grads
         expected = reference.setdefault(contender.second_order, {name: g.clone() for name, g in grads.items()})
-        difference = global_norm({name: grads[name] - expected[name] for name in expected}) / global_norm(expected)
+        difference = relative_error(grads, expected)
         if not difference < _TOLERANCE:
             raise RunError(f"{contender.name} differs from {found[0].name} by {difference:.1e}; nothing was timed.")
 

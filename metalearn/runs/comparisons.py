@@ -25,9 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metalearn.gradcheck import directional
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import ENGINES
-from metalearn.params import gradients
-from metalearn.runs.precision import relative_error
+from metalearn.params import gradients, relative_error
 from metalearn.runs.verification_cases import Case, Problem, Setting
+from metalearn.threads import one_thread
 from metalearn.types import Episodes, MetaGradient, Params
 
 Peer = Callable[[nn.Module, Episodes, InnerLoop], MetaGradient]
@@ -37,9 +37,6 @@ Measure = Callable[[Params], float]
 UNROLL, ADAPTED, DIFFERENCES = "unroll", "adapted weights", "differences"
 ALL = "all"
 """Engine and reference of the one comparison that stands for a case whose model or tasks could not be made."""
-
-THREADS = 1
-"""The models are small: more threads only wait for each other, for minutes on a busy machine."""
 
 _BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4}
 _BOUNDS_OF_DIFFERENCES = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -91,7 +88,7 @@ def compare(case: Case, setting: Setting, peers: Mapping[str, Peer]) -> list[Com
         peers: the other libraries that are installed.
     """
     cuda = [setting.device] if setting.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), _full_float32(), _few_threads():
+    with torch.random.fork_rng(devices=cuda), _full_float32(), one_thread():
         posed = _attempt(partial(Problem.pose, case, setting))
         if posed.value is None:
             return [Comparison(case.name, ALL, ALL, bound(UNROLL, setting.dtype), posed.seconds, None, posed.message)]
@@ -206,13 +203,3 @@ def _full_float32() -> Iterator[None]:
     finally:
         for place, value in zip(places, before, strict=True):
             place.fp32_precision = value
-
-
-@contextmanager
-def _few_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -19,15 +19,16 @@ from rich.progress import Progress
 from metalearn import files
 from metalearn.errors import RunError
 from metalearn.inner import InnerLoop
+from metalearn.live_bytes import MIB, MemoryLimitError
 from metalearn.metagrad import meta_gradient
 from metalearn.models import Conv4
-from metalearn.params import functionalize, global_norm
+from metalearn.params import functionalize, relative_error
 from metalearn.runs.console import print_path, print_table, progress_bar
 from metalearn.runs.engine_settings import SETTINGS, Row, Setting
 from metalearn.runs.experiment import pick_device
 from metalearn.runs.figures import memory_figure
 from metalearn.runs.machine import machine
-from metalearn.runs.memory import MIB, MemoryLimitError, peak_bytes
+from metalearn.runs.memory import peak_bytes
 from metalearn.runs.planning import Problem
 from metalearn.runs.schema_commands import BenchmarkConfig
 from metalearn.types import Episodes, Params
@@ -138,7 +139,7 @@ def check_agreement(problem: Problem, inners: list[InnerLoop]) -> None:
         chunked = inner if inner.task_chunk is None else replace(inner, task_chunk=_ONE)
         grads = meta_gradient(problem.forward, theta, episodes, chunked).grads
         expected = reference.setdefault(inner.second_order, grads)
-        error = (global_norm({n: grads[n] - expected[n] for n in expected}) / global_norm(expected)).item()
+        error = relative_error(grads, expected)
         if not error < _AGREEMENT:
             raise RunError(f"{inner} differs from {inners[0].engine} by {error:.1e}; nothing was timed.")
 

@@ -10,8 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from metalearn.runs.console import print_path, print_table, progress_bar
 from metalearn.runs.machine import machine
 from metalearn.runs.schema_commands import GradientsConfig
 from metalearn.runs.tracking import LessonTracker
+from metalearn.threads import one_thread
 
 DPI = 120
 """Of the pictures."""
@@ -90,17 +90,6 @@ def run_lessons(config: GradientsConfig, output_dir: Path) -> bool:
         progress.update(bar, note="")
     summarise(outcomes, output_dir)
     return all(outcome.right for outcome in outcomes)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """The lessons' tensors are small: more threads only wait for each other, for minutes on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def attempt(name: str) -> Outcome:

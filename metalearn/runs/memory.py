@@ -8,8 +8,6 @@ import torch
 
 from metalearn.live_bytes import MIB, LiveTensorBytes, MemoryLimitError
 
-__all__ = ["MIB", "LiveTensorBytes", "MemoryLimitError", "peak_bytes"]
-
 
 def peak_bytes(step: Callable[[], object], device: torch.device, *, limit: int | None = None) -> int:
     """Peak memory of one step: on CUDA the allocator's, above what was allocated before; else of the tensors it makes.

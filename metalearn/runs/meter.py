@@ -11,7 +11,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from metalearn.runs.memory import MIB, LiveTensorBytes
+from metalearn.live_bytes import MIB, LiveTensorBytes
 
 
 class Meter:

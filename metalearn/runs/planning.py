@@ -17,9 +17,10 @@ import torch
 from metalearn.derivatives import free_bytes
 from metalearn.errors import RunError
 from metalearn.inner import InnerLoop
+from metalearn.live_bytes import MIB, MemoryLimitError
 from metalearn.metagrad import ENGINES, meta_gradient
 from metalearn.runs.experiment import Experiment
-from metalearn.runs.memory import MIB, MemoryLimitError, peak_bytes
+from metalearn.runs.memory import peak_bytes
 from metalearn.types import Episodes, Forward, Params
 
 log = logging.getLogger(__name__)

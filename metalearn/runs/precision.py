@@ -18,7 +18,7 @@ import torch
 from metalearn.errors import NonFiniteLossError, RunError
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import meta_gradient
-from metalearn.params import global_norm
+from metalearn.params import relative_error
 from metalearn.types import Episodes, Forward, Params
 
 ENGINE_BOUND = 0.05
@@ -58,12 +58,6 @@ class PrecisionReport:
             f"length (below {self.allowed:.2g} is allowed), and the engine differs from unroll by "
             f"{self.engine_error:.2g} (up to {ENGINE_BOUND:g})"
         )
-
-
-def relative_error(got: Params, expected: Params) -> float:
-    """Of the whole gradient as one vector, in float64; NaN where either is."""
-    difference = {name: got[name].double() - g.double() for name, g in expected.items()}
-    return (global_norm(difference) / global_norm(expected).double()).item()
 
 
 def check_precision(

@@ -10,10 +10,10 @@ import torch
 
 from metalearn import files
 from metalearn.inner import InnerLoop
+from metalearn.live_bytes import MIB
 from metalearn.runs.evaluation import Evaluation
 from metalearn.runs.experiment import Experiment
 from metalearn.runs.machine import machine
-from metalearn.runs.memory import MIB
 from metalearn.runs.meter import Meter
 
 

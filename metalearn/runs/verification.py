@@ -20,7 +20,7 @@ from rich.text import Text
 
 from metalearn import files
 from metalearn.metagrad import ENGINES
-from metalearn.runs.comparisons import ADAPTED, ALL, DIFFERENCES, THREADS, UNROLL, Comparison, Peer, bound, compare
+from metalearn.runs.comparisons import ADAPTED, ALL, DIFFERENCES, UNROLL, Comparison, Peer, bound, compare
 from metalearn.runs.console import print_path, print_table, progress_bar
 from metalearn.runs.experiment import pick_device
 from metalearn.runs.machine import machine
@@ -93,7 +93,7 @@ def report(comparisons: Sequence[Comparison], setting: Setting, missing: dict[st
     """``verify.json``: where it was, and every comparison."""
     content = {
         "right": all(comparison.holds for comparison in comparisons),
-        "machine": {**machine(setting.device), "threads": THREADS},
+        "machine": {**machine(setting.device), "threads": 1},
         "torch": str(torch.__version__),
         "device": str(setting.device),
         "dtype": str(setting.dtype).removeprefix("torch."),

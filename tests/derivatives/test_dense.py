@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metalearn.derivatives import hessian, hessian_bytes, hvp, nth_derivative, top_eigenvalues
-from metalearn.runs.memory import LiveTensorBytes
+from metalearn.live_bytes import LiveTensorBytes
 
 DOUBLE = torch.float64
 

@@ -155,7 +155,7 @@ def test_activations_are_freed_as_the_reverse_pass_comes_to_them() -> None:
             x = torch.sin(x)
         return x.sum()
 
-    from metalearn.runs.memory import LiveTensorBytes
+    from metalearn.live_bytes import LiveTensorBytes
 
     x = torch.randn(1000, dtype=DOUBLE)
     for product in (

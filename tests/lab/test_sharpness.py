@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from metalearn.lab import Lesson, sharpness
+from metalearn.threads import one_thread
 from tests.lab.held import assert_complete, computed, zero
 
 EXPECTED: dict[str, Any] = {
@@ -76,6 +77,6 @@ def test_the_picture_has_the_lines_two_over_lr(lesson: Lesson) -> None:
 
 def test_threads_are_given_back() -> None:
     before = torch.get_num_threads()
-    with sharpness.one_thread():
+    with one_thread():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before

@@ -6,9 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from metalearn import Params
 from metalearn.models import MLP, Conv4, PatchTransformer, ResidualNet
-from metalearn.params import global_norm
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "conv4": lambda: Conv4(3, width=6),
@@ -17,9 +15,3 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "transformer": lambda: PatchTransformer(3, patch=14, width=8, heads=2),
     "residual": lambda: ResidualNet(3, width=4),
 }
-
-
-def relative_error(got: Params, expected: Params) -> float:
-    """Of the whole gradient, as one vector."""
-    difference = {name: got[name] - expected[name] for name in expected}
-    return (global_norm(difference) / global_norm(expected)).item()

@@ -17,8 +17,9 @@ from metalearn.derivatives.products import value_and_hvp
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.adjoint import _say_once, adjoint
 from metalearn.models import Conv4
+from metalearn.params import relative_error
 from tests.conftest import image_episodes
-from tests.metagrad.models import MODELS, relative_error
+from tests.metagrad.models import MODELS
 
 OTHERS = [engine for engine in ENGINES if engine != "unroll"]
 

@@ -11,8 +11,8 @@ from torch import nn
 from metalearn import InnerLoop, functionalize, meta_gradient
 from metalearn.metagrad import ENGINES
 from metalearn.models import MLP, Conv4
+from metalearn.params import relative_error
 from tests.conftest import image_episodes
-from tests.metagrad.models import relative_error
 
 pytestmark = pytest.mark.usefixtures("learn2learn_installed")
 

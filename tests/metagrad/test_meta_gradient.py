@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient
 from metalearn.metagrad import ENGINES
 from metalearn.models import Conv4
-from metalearn.params import gradients
+from metalearn.params import gradients, relative_error
 from tests.conftest import image_episodes
-from tests.metagrad.models import MODELS, relative_error
+from tests.metagrad.models import MODELS
 
 
 @sdpa_kernel(SDPBackend.MATH)  # the fused attention cannot be differentiated twice

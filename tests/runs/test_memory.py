@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from metalearn import Episodes, InnerLoop, functionalize, meta_gradient
+from metalearn.live_bytes import LiveTensorBytes
 from metalearn.models import Conv4
-from metalearn.runs.memory import LiveTensorBytes
 from tests.conftest import image_episodes
 
 

@@ -10,11 +10,12 @@ import torch
 
 from metalearn import InnerLoop, functionalize
 from metalearn.errors import ConfigError, RunError
+from metalearn.live_bytes import MIB, MemoryLimitError
 from metalearn.metagrad import ENGINES
 from metalearn.models import MLP
 from metalearn.runs.checks import check
 from metalearn.runs.config import compose, typed
-from metalearn.runs.memory import MIB, MemoryLimitError, peak_bytes
+from metalearn.runs.memory import peak_bytes
 from metalearn.runs.planning import Problem, plan
 from metalearn.runs.schema import TrainConfig
 from tests.conftest import image_episodes

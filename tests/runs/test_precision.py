@@ -13,7 +13,8 @@ from metalearn.errors import RunError
 from metalearn.metagrad import ENGINES, Engine
 from metalearn.metagrad.unroll import unroll
 from metalearn.models import Conv4
-from metalearn.runs.precision import PrecisionReport, check_precision, relative_error
+from metalearn.params import relative_error
+from metalearn.runs.precision import PrecisionReport, check_precision
 from metalearn.types import Forward, Loss
 from tests.conftest import image_episodes
 from tests.metagrad.models import MODELS

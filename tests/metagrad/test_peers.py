@@ -1,7 +1,8 @@
-"""The same weights and tasks through higher's differentiable SGD, in float64."""
+"""The same weights and tasks through higher's differentiable SGD and TorchOpt's functional one, in float64."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -11,31 +12,34 @@ import torch
 from torch import nn
 
 from metalearn import InnerLoop, functionalize, meta_gradient
+from metalearn.params import relative_error
+from metalearn.runs.comparisons import Peer
 from tests.conftest import image_episodes
-from tests.metagrad.models import MODELS, relative_error
+from tests.metagrad.models import MODELS
 
 
-@pytest.fixture(autouse=True)
-def _higher_installed() -> None:
-    """Skips where higher is missing; on CI that is a failure."""
-    if importlib.util.find_spec("higher") is None:
+@pytest.fixture(params=["higher", "torchopt"])
+def peer(request: pytest.FixtureRequest) -> Peer:
+    """Skips where the library is missing; on CI that is a failure."""
+    name: str = request.param
+    if importlib.util.find_spec(name) is None:
         if os.environ.get("CI") and sys.version_info >= (3, 11):
-            pytest.fail("higher is not installed on CI, so nothing is compared with it")
-        pytest.skip("higher is not installed: pip install -r requirements-peers.txt")
+            pytest.fail(f"{name} is not installed on CI, so nothing is compared with it")
+        pytest.skip(f"{name} is not installed: pip install -r requirements-peers.txt")
+    found: Peer = importlib.import_module(f"metalearn.peers.{name}").meta_gradient
+    return found
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("second_order", [True, False])
 @pytest.mark.parametrize("model", ["conv4", "mlp"])
-def test_equals_higher(model: str, second_order: bool, steps: int) -> None:
-    from metalearn.peers.higher import meta_gradient as higher
-
+def test_equals_the_peer(peer: Peer, model: str, second_order: bool, steps: int) -> None:
     module = MODELS[model]().double()
     episodes = image_episodes()
     inner = InnerLoop(lr=0.1, steps=steps, second_order=second_order)
 
     ours = meta_gradient(*functionalize(module), episodes, inner)
-    theirs = higher(module, episodes, inner)
+    theirs = peer(module, episodes, inner)
 
     assert relative_error(ours.grads, theirs.grads) < 1e-9
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-12, atol=0)
@@ -45,23 +49,19 @@ def test_equals_higher(model: str, second_order: bool, steps: int) -> None:
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("model", ["conv4", "mlp"])
-def test_orders_differ(model: str, steps: int) -> None:
-    from metalearn.peers.higher import meta_gradient as higher
-
+def test_orders_differ(peer: Peer, model: str, steps: int) -> None:
     module = MODELS[model]().double()
     episodes = image_episodes()
 
-    second = higher(module, episodes, InnerLoop(lr=0.1, steps=steps, second_order=True))
-    first = higher(module, episodes, InnerLoop(lr=0.1, steps=steps, second_order=False))
+    second = peer(module, episodes, InnerLoop(lr=0.1, steps=steps, second_order=True))
+    first = peer(module, episodes, InnerLoop(lr=0.1, steps=steps, second_order=False))
 
     assert relative_error(first.grads, second.grads) > 1e-3  # their difference is lr * H * lam, not rounding
     torch.testing.assert_close(first.predictions, second.predictions)
 
 
 @pytest.mark.parametrize("second_order", [True, False])
-def test_frozen_parameters_stay_constant(second_order: bool) -> None:
-    from metalearn.peers.higher import meta_gradient as higher
-
+def test_frozen_parameters_stay_constant(peer: Peer, second_order: bool) -> None:
     module = MODELS["mlp"]().double()
     frozen, _ = next(module.named_parameters())
     module.get_parameter(frozen).requires_grad_(False)
@@ -69,7 +69,7 @@ def test_frozen_parameters_stay_constant(second_order: bool) -> None:
     inner = InnerLoop(lr=0.1, steps=3, second_order=second_order)
 
     ours = meta_gradient(*functionalize(module), episodes, inner)
-    theirs = higher(module, episodes, inner)
+    theirs = peer(module, episodes, inner)
 
     assert frozen not in theirs.grads
     assert theirs.grads.keys() == ours.grads.keys()
@@ -77,9 +77,7 @@ def test_frozen_parameters_stay_constant(second_order: bool) -> None:
 
 
 @pytest.mark.parametrize("second_order", [True, False])
-def test_module_comes_back_unchanged(second_order: bool) -> None:
-    from metalearn.peers.higher import meta_gradient as higher
-
+def test_module_comes_back_unchanged(peer: Peer, second_order: bool) -> None:
     # In training mode this BatchNorm writes its running statistics in every forward pass.
     linear = nn.Linear(28 * 28, 3)
     module = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(28 * 28), linear).double()
@@ -88,7 +86,7 @@ def test_module_comes_back_unchanged(second_order: bool) -> None:
     grads = {name: None if p.grad is None else p.grad.clone() for name, p in parameters.items()}
     values = {name: value.clone() for name, value in module.state_dict().items()}
 
-    higher(module, image_episodes(), InnerLoop(lr=0.1, steps=3, second_order=second_order))
+    peer(module, image_episodes(), InnerLoop(lr=0.1, steps=3, second_order=second_order))
 
     assert all(p is parameters[name] for name, p in module.named_parameters())
     assert all(torch.equal(value, values[name]) for name, value in module.state_dict().items())
