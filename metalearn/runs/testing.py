@@ -10,7 +10,7 @@ from metalearn.runs.checkpoints import best_path, load_checkpoint
 from metalearn.runs.console import print_facts, print_path, progress_bar
 from metalearn.runs.evaluation import Evaluation, evaluate
 from metalearn.runs.experiment import Experiment, build
-from metalearn.runs.report import accuracy_metrics, accuracy_rows, write_metrics
+from metalearn.runs.metrics import accuracy_metrics, accuracy_rows, write_metrics
 from metalearn.runs.schema import TrainConfig
 from metalearn.types import Params
 

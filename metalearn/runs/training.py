@@ -33,10 +33,10 @@ from metalearn.runs.curvature import curvature
 from metalearn.runs.evaluation import accuracy, evaluate
 from metalearn.runs.experiment import Experiment, build
 from metalearn.runs.meter import Meter
+from metalearn.runs.metrics import accuracy_metrics, accuracy_rows, cost_metrics, cost_rows, write_metrics
 from metalearn.runs.pictures import tasks_picture
 from metalearn.runs.planning import settle_engine
 from metalearn.runs.precision import check_precision
-from metalearn.runs.report import accuracy_metrics, accuracy_rows, cost_metrics, cost_rows, write_metrics
 from metalearn.runs.schema import OuterConfig, TrainConfig
 from metalearn.runs.testing import final_test
 from metalearn.runs.tracking import Tracker

@@ -20,12 +20,12 @@ from rich.text import Text
 
 from metalearn import files
 from metalearn.metagrad import ENGINES
-from metalearn.runs.comparisons import ADAPTED, ALL, DIFFERENCES, UNROLL, Comparison, Peer, bound, compare
 from metalearn.runs.console import print_path, print_table, progress_bar
 from metalearn.runs.experiment import pick_device
 from metalearn.runs.machine import machine
 from metalearn.runs.schema_commands import VerifyConfig
 from metalearn.runs.verification_cases import SUBJECTS, Case, Setting
+from metalearn.runs.verification_comparisons import ADAPTED, ALL, DIFFERENCES, UNROLL, Comparison, Peer, bound, compare
 
 PEERS = {"learn2learn": "learn2learn", "higher": "higher", "TorchOpt": "torchopt"}
 """The other libraries, and their modules in ``metalearn.peers``."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from metalearn import InnerLoop, functionalize, meta_gradient
 from metalearn.params import relative_error
-from metalearn.runs.comparisons import Peer
+from metalearn.runs.verification_comparisons import Peer
 from tests.conftest import image_episodes
 from tests.metagrad.models import MODELS
 

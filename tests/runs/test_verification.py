@@ -21,11 +21,11 @@ from metalearn.metagrad import ENGINES, Engine
 from metalearn.metagrad.unroll import unroll
 from metalearn.runs import verification
 from metalearn.runs.checks import check_verify
-from metalearn.runs.comparisons import Comparison, compare
 from metalearn.runs.config import compose, typed
 from metalearn.runs.schema_commands import VerifyConfig
 from metalearn.runs.verification import PEERS, installed_peers, run_verification, verdict
 from metalearn.runs.verification_cases import SUBJECTS, Case, Setting
+from metalearn.runs.verification_comparisons import Comparison, compare
 from metalearn.types import Forward, Loss
 from tests.conftest import REPO
 from tests.scripts.test_commands import command
