@@ -7,17 +7,17 @@ from pathlib import Path
 
 from metalearn.runs.checks import check
 from metalearn.runs.config import main
-from metalearn.runs.config_files import settle_data, to_yaml
+from metalearn.runs.config_files import continued, settle_data, to_yaml
 from metalearn.runs.schema import TrainConfig
 
 
-@main("train", TrainConfig, check)
+@main("train", TrainConfig, check, may_continue=lambda config: config.run.resume is not False)
 def train(config: TrainConfig, run_dir: Path) -> None:
     """Train MAML on few-shot tasks, validate while training, and test the best checkpoint once.
 
     inner.second_order=true differentiates through the inner update (MAML); false does not (first-order MAML).
     """
-    settled = settle_data(config)
+    settled = continued(settle_data(config), run_dir)
     from metalearn.runs.training import train  # here, so that a refused configuration need not wait for torch
 
     train(settled, run_dir, to_yaml)

@@ -34,13 +34,15 @@ MAY_IMPORT = {
 ONLY_IN = {
     "hydra": {"runs/config.py", "runs/config_help.py"},
     "omegaconf": {"runs/config.py", "runs/config_files.py", "runs/config_help.py", "runs/schema.py"},
-    "tensorboard": {"runs/tracking.py"},
-    "torch.utils.tensorboard": {"runs/tracking.py"},
+    "tensorboard": {"runs/hparams.py", "runs/report.py"},
+    "torch.utils.tensorboard": {"runs/hparams.py", "runs/tracking.py"},
     "torch.distributed": {"runs/distributed.py"},
     "learn2learn": {"peers/learn2learn.py"},
     "higher": {"peers/higher.py"},
     "torchopt": {"peers/torchopt.py"},
-    "scipy": {"derivatives/spectrum.py"},
+    "scipy": {"derivatives/spectrum.py", "runs/compare/statistics.py"},
+    "joblib": {"runs/compare/launch.py"},
+    "markdown": {"runs/compare/report.py"},
 }
 FILES = sorted((REPO / "metalearn").rglob("*.py"))
 

@@ -1,4 +1,8 @@
-"""A training's state on disk: plain containers, loaded without running any code, checked by digest."""
+"""A training's state on disk: plain containers, loaded without running any code, checked by digest.
+
+``best.pt`` holds the parameters with the best validation accuracy, which are tested; ``last.pt`` what a training goes
+on from.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ import torch
 
 from metalearn import files
 from metalearn.errors import RunError
+from metalearn.runs.meter import Meter
+from metalearn.runs.state import TrainState
 from metalearn.types import Params
 
 
@@ -33,6 +39,11 @@ def best_path(run_dir: Path) -> Path:
     return run_dir / "checkpoints" / "best.pt"
 
 
+def last_path(run_dir: Path) -> Path:
+    """The state after the latest validation, of which the training can be resumed."""
+    return run_dir / "checkpoints" / "last.pt"
+
+
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint whole, or leave the one that was there."""
     content = {
@@ -41,6 +52,37 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         "validation_accuracy": checkpoint.validation_accuracy,
     }
     files.save(content, path)
+
+
+def save_state(state: TrainState, meter: Meter, *, total_s: float, run_dir: Path) -> None:
+    """Put away what a training goes on from.
+
+    Args:
+        state: between two meta-steps.
+        meter: between two windows.
+        total_s: seconds that the run has taken so far, over all its processes.
+        run_dir: its folder.
+    """
+    files.save({"state": state.content(), "meter": meter.content(), "total_s": total_s}, last_path(run_dir))
+
+
+def load_state(state: TrainState, meter: Meter, *, run_dir: Path) -> float:
+    """Take up what ``save_state`` put away, if it came to that.
+
+    Returns:
+        ``total_s``; 0 where the run has not reached its first validation, and starts anew.
+
+    Raises:
+        RunError: if the file is damaged.
+    """
+    try:
+        content = files.load(last_path(run_dir), device=meter.device)
+    except FileNotFoundError:
+        return 0.0
+    state.restore(content["state"])
+    meter.restore(content["meter"])
+    total_s: float = content["total_s"]
+    return total_s
 
 
 def load_checkpoint(path: Path, *, like: Params, device: torch.device) -> Checkpoint:

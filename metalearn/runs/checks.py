@@ -27,12 +27,21 @@ def entries(config: object, prefix: str = "") -> Iterator[tuple[str, Any, datacl
             yield f"{prefix}{f.name}", value, f, types[f.name]
 
 
+_NOT_COMPARED = ("run.resume", "data.root")
+
+
+def compared_keys(config: object) -> dict[str, Any]:
+    """Every leaf key and its value, but for those that change nothing in what is computed."""
+    return {name: value for name, value, _, _ in entries(config) if name not in _NOT_COMPARED}
+
+
 _IN_WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
     str: "text",
     list[int]: "whole numbers",
+    list[str]: "texts",
 }
 
 
@@ -45,10 +54,10 @@ def allowed(f: dataclasses.Field[Any], kind: Any) -> str:
         words = next(words for base, words in _IN_WORDS.items() if kind in (base, base | None))
         if limits["at_least"] is not None:
             words += f", at least {limits['at_least']:g}"
-        if limits["at_most"] is not None:
-            words += f" and at most {limits['at_most']}"
         if limits["above"] is not None:
             words += f" above {limits['above']:g}"
+        if limits["at_most"] is not None:
+            words += f" and at most {limits['at_most']}"
     return words + (" or null" if kind in (str | None, int | None, float | None) else "")
 
 
@@ -58,7 +67,7 @@ def _in_range(value: Any, limits: Any) -> bool:
     if isinstance(value, list):
         return len(value) > 0 and all(_in_range(v, limits) for v in value)
     if limits["choices"] is not None:
-        return value in limits["choices"]
+        return (str(value).lower() if isinstance(value, bool) else value) in limits["choices"]
     if isinstance(value, float) and not math.isfinite(value):
         return False
     if limits["at_least"] is not None and value < limits["at_least"]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -21,6 +22,7 @@ from typing import Any, NoReturn, TypeVar
 import hydra
 from hydra._internal.utils import get_args_parser  # Hydra's own parser: no public way to read its flags
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -31,9 +33,18 @@ from yaml import YAMLError
 from metalearn.data.catalog import dataset_in_use
 from metalearn.errors import ConfigError, FolderTakenError, MetalearnError
 from metalearn.runs import schema, schema_commands
+from metalearn.runs.compare.names import RECORD, comparison_folder
 from metalearn.runs.config_help import GROUPS, explain, help_text, unknown_keys
 
-RUN_FILES = ("config.yaml", "metrics.json", "checkpoints", "benchmark.json", "lessons.json", "verify.json")
+RUN_FILES = (
+    "config.yaml",
+    "metrics.json",
+    "checkpoints",
+    "benchmark.json",
+    "lessons.json",
+    "verify.json",
+    RECORD,
+)
 """By these a folder is known to hold a run; nothing is written there again."""
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -44,6 +55,7 @@ Config = TypeVar("Config")
 SCHEMAS: dict[str, type] = {
     "train": schema.TrainConfig,
     "benchmark": schema_commands.BenchmarkConfig,
+    "compare": schema_commands.CompareConfig,
     "evaluate": schema_commands.EvaluateConfig,
     "gradients": schema_commands.GradientsConfig,
     "verify": schema_commands.VerifyConfig,
@@ -56,7 +68,11 @@ SCHEMAS: dict[str, type] = {
 
 
 def main(
-    name: str, kind: type[Config], check: Callable[[Config], None]
+    name: str,
+    kind: type[Config],
+    check: Callable[[Config], None],
+    *,
+    may_continue: Callable[[Config], bool] = lambda config: False,
 ) -> Callable[[Callable[[Config, Path], None]], Callable[[], None]]:
     """Make a function of a configuration and an output folder into a command.
 
@@ -64,6 +80,7 @@ def main(
         name: of the primary file in ``conf/``.
         kind: its schema.
         check: raises ``ConfigError`` for a configuration that cannot be run.
+        may_continue: whether a folder that holds a run already is no fault; the function looks into it then.
     """
 
     def decorate(function: Callable[[Config, Path], None]) -> Callable[[], None]:
@@ -86,11 +103,10 @@ def main(
         def job(config: DictConfig) -> None:
             output_dir = Path(HydraConfig.get().runtime.output_dir)
             try:
-                for file in RUN_FILES:
-                    if (output_dir / file).exists():
-                        raise FolderTakenError(output_dir, file)
                 checked = typed(config, kind)
                 check(checked)
+                if not may_continue(checked):
+                    refuse_taken(output_dir)
                 function(checked, output_dir)
             except MetalearnError as error:
                 _stop(error)
@@ -103,7 +119,20 @@ def main(
     return decorate
 
 
-def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> DictConfig:
+def refuse_taken(output_dir: Path) -> None:
+    """Refuse a folder that holds a run.
+
+    Raises:
+        FolderTakenError: naming the file by which it is known.
+    """
+    for file in RUN_FILES:
+        if (output_dir / file).exists():
+            raise FolderTakenError(output_dir, file)
+
+
+def compose(
+    name: str, overrides: Sequence[str] = (), config_dir: str | None = None, *, return_hydra_config: bool = False
+) -> DictConfig:
     """Compose ``conf/NAME.yaml`` as the command line would.
 
     Raises:
@@ -115,12 +144,33 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | None = N
             raise ConfigError(f"{group}=null: choose one of {', '.join(_options(group))}")
     folder = str(Path(config_dir).absolute()).replace("'", "\\'") if config_dir else ""
     more = [f"hydra.searchpath=['file://{folder}']"] if config_dir else []
+    running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a command may compose while it runs
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra.compose(name, [*overrides, *more])
+            return hydra.compose(name, [*overrides, *more], return_hydra_config=return_hydra_config)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         places = [CONF, *([Path(config_dir)] if config_dir else [])]
         raise ConfigError(explain(error, overrides, places)) from error
+    finally:
+        GlobalHydra.instance().hydra = running
+
+
+def recompose(name: str, more: Sequence[str]) -> DictConfig:
+    """Compose what the running command composes, with more overrides; of several for a key the last counts.
+
+    Raises:
+        ConfigError: as ``compose`` does.
+    """
+    flags = get_args_parser().parse_args()
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else flags.overrides
+    last = {override.partition("=")[0].lstrip("+"): override for override in [*given, *more]}
+    return compose(flags.config_name or name, list(last.values()), flags.config_dir)
+
+
+def launcher_overrides() -> list[str]:
+    """What the running command was told of Hydra's launcher; empty for the basic one."""
+    given = [str(o) for o in HydraConfig.get().overrides.hydra if re.match(r"\+?hydra[./]launcher\b", str(o))]
+    return given if any(o.lstrip("+").startswith("hydra/launcher=") and not o.endswith("=basic") for o in given) else []
 
 
 def jobs(overrides: Sequence[str]) -> list[list[str]]:
@@ -190,6 +240,7 @@ def register() -> None:
     for name, node in SCHEMAS.items():
         store.store(group="schema", name=name, node=node)
     OmegaConf.register_new_resolver("run_name", _run_name)
+    OmegaConf.register_new_resolver("comparison_name", _comparison_name)
     OmegaConf.register_new_resolver("moment", moment)
 
 
@@ -199,11 +250,20 @@ def moment() -> str:
 
 
 def _run_name(*, _root_: Any) -> str:
-    data, task, inner = _root_.data, _root_.task, _root_.inner
+    order = "second_order" if _root_.inner.second_order else "first_order"
+    return f"{_task_name(_root_)}/{_root_.algorithm.name}-{order}-seed{_root_.run.seed}-{moment()}"
+
+
+def _task_name(root: Any) -> str:
+    data, task = root.data, root.task
     name = dataset_in_use(data.name, data.get("root"), data.get("fallback"))
-    order = "second_order" if inner.second_order else "first_order"
-    folder = f"{name}-{task.ways}w{task.shots}s"
-    return f"{folder}/{_root_.algorithm.name}-{order}-seed{_root_.run.seed}-{moment()}"
+    return f"{name}-{task.ways}w{task.shots}s"
+
+
+def _comparison_name(*, _root_: Any) -> str:
+    tasks = _task_name(_root_)
+    sections = {str(name): OmegaConf.to_container(_root_[name], resolve=True) for name in _root_ if name != "hydra"}
+    return f"{tasks}/{comparison_folder(Path('outputs/comparisons') / tasks, sections, moment())}"
 
 
 def _stop(error: MetalearnError) -> NoReturn:

@@ -13,16 +13,23 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from metalearn.data.catalog import dataset_in_use, why_not_omniglot
-from metalearn.errors import ConfigError
+from metalearn.errors import ConfigError, RunError
 from metalearn.runs import schema
-from metalearn.runs.checks import check
+from metalearn.runs.checks import check, entries
 from metalearn.runs.config import CONF, SCHEMAS, typed
 
 log = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
 
-_ADDED_LATER = ("inner.snapshot_every", "run.precision", "run.memory_limit", "log.curvature_every")
+_ADDED_LATER = (
+    "inner.snapshot_every",
+    "run.resume",
+    "run.precision",
+    "run.memory_limit",
+    "log.curvature_every",
+    "log.eigenvalue_every",
+)
 """Keys that the files of older runs lack; those were trained as the defaults say."""
 
 
@@ -82,6 +89,43 @@ def settle_data(config: Trained) -> Trained:
     settled = dataclasses.replace(config, data=fallback)
     check(settled)
     return settled
+
+
+def continued(config: schema.TrainConfig, run_dir: Path) -> schema.TrainConfig:
+    """The configuration of a run that may go on in its folder: ``inner.engine=auto`` stays what it was settled to.
+
+    Raises:
+        RunError: if there is nothing to go on with, or it was begun with another configuration.
+    """
+    path = run_dir / "config.yaml"
+    if config.run.resume is False or not (path.exists() or config.run.resume is True):
+        return config
+    if not path.exists():
+        raise RunError(
+            f"run.resume=true, but {run_dir} holds no run to go on with (no config.yaml). Name its folder with "
+            "hydra.run.dir=PATH; run.resume=auto starts a run where there is none."
+        )
+    recorded = from_yaml(path)
+    if config.inner.engine == "auto":
+        kept = {name: getattr(recorded.inner, name) for name in ("engine", "task_chunk", "snapshot_every")}
+        config = dataclasses.replace(config, inner=dataclasses.replace(config.inner, **kept))
+    if differing := differences(config, recorded):
+        raise RunError(
+            f"{run_dir} holds a run with another configuration, which would be mixed with this one:\n"
+            + "\n".join(differing)
+            + "\nGo on with the same values, or take another folder."
+        )
+    return config
+
+
+def differences(wanted: schema.TrainConfig, recorded: schema.TrainConfig) -> list[str]:
+    """Keys of a run that have other values now, in words; whether it is resumed makes no difference."""
+    now, before = ({name: value for name, value, _, _ in entries(config)} for config in (wanted, recorded))
+    return [
+        f"{name}: {before.get(name)} in the folder, {now.get(name)} now"
+        for name in sorted({*now, *before} - {"run.resume"})
+        if now.get(name) != before.get(name)
+    ]
 
 
 def relocated(data: schema.DataConfig, root: str | None) -> schema.DataConfig:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ _EIGENVALUE_TOLERANCE = 0.01
 def curvature(
     forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, *, loss: Loss = cross_entropy
 ) -> dict[str, float]:
-    """Figures by TensorBoard tag, from the batch's first tasks: four, or a task chunk; the eigenvalue from the first.
+    """Cosine and norms by TensorBoard tag, from the batch's first tasks: four, or a task chunk.
 
     Args:
         forward: one task's model.
@@ -50,18 +51,25 @@ def curvature(
         if k in (0, inner.steps):
             sums[k] = per_task.sum(dim=0)
 
-    with torch.random.fork_rng(devices=[few.query_x.device] if few.query_x.is_cuda else []):
+    with _draws_put_back(few):
         adjoint(forward, params, few, dataclasses.replace(inner, second_order=True), loss, watch=watch)
-        top = support_eigenvalue(forward, params, few, loss)
     return {
         "grad/cosine_first_vs_second": cosine_similarity(sums[inner.steps], sums[0], dim=0).item(),
         **{f"grad/adjoint_norm/step_{k}": norm for k, norm in sorted(norms.items())},
-        "grad/support_top_eigenvalue": top,
     }
 
 
-def support_eigenvalue(forward: Forward, params: Params, episodes: Episodes, loss: Loss) -> float:
-    """Largest eigenvalue of the first task's support loss at the meta-parameters; NaN where Lanczos fails."""
+def _draws_put_back(episodes: Episodes) -> AbstractContextManager[None]:
+    """Looking must not move the run's random draws."""
+    return torch.random.fork_rng(devices=[episodes.query_x.device] if episodes.query_x.is_cuda else [])
+
+
+def support_eigenvalue(
+    forward: Forward, params: Params, episodes: Episodes, *, loss: Loss = cross_entropy
+) -> dict[str, float]:
+    """Largest eigenvalue, by TensorBoard tag, of the first task's support loss at the meta-parameters; NaN where
+    Lanczos fails. It costs some twenty Hessian-vector products, ten times as much as ``curvature``.
+    """
     x, y = episodes.support_x[:1], episodes.support_y[:1]
     point = {name: p.detach() for name, p in params.items()}
 
@@ -71,8 +79,10 @@ def support_eigenvalue(forward: Forward, params: Params, episodes: Episodes, los
         with start.random_draws_repeated():  # one dropout mask, so that there is one Hessian
             return total_support_loss(forward, stack(theta, tasks=1), x, y, loss=loss)
 
+    tag = "grad/support_top_eigenvalue"
     try:
-        return top_eigenvalues(f, point, tol=_EIGENVALUE_TOLERANCE, mode="reverse_over_reverse").item()
+        with _draws_put_back(episodes):
+            return {tag: top_eigenvalues(f, point, tol=_EIGENVALUE_TOLERANCE, mode="reverse_over_reverse").item()}
     except ArithmeticError as error:
-        log.warning("grad/support_top_eigenvalue: %s", error)
-        return math.nan
+        log.warning("%s: %s", tag, error)
+        return {tag: math.nan}

@@ -32,19 +32,33 @@ class Estimate:
         return f"{self.mean:.2%} ± {self.ci95:.2%}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Accuracies as fractions, over the same tasks.
+    """Accuracies as fractions, task by task, so that two models can be compared on the same tasks.
 
     Args:
-        episodes: number of tasks.
-        per_step: after 0, 1, ... inner steps, each query set predicted as one batch (transductive BatchNorm).
-        nontransductive: after the last step, each query predicted without seeing the others; ``None`` if not asked.
+        by_task: ``[inner steps + 1, tasks]``, after 0, 1, ... steps, each query set predicted as one batch
+            (transductive BatchNorm).
+        alone: ``[tasks]``, after the last step, each query predicted without seeing the others; ``None`` if not asked.
     """
 
-    episodes: int
-    per_step: list[Estimate]
-    nontransductive: Estimate | None
+    by_task: Tensor
+    alone: Tensor | None
+
+    @property
+    def episodes(self) -> int:
+        """Number of tasks."""
+        return self.by_task.shape[1]
+
+    @property
+    def per_step(self) -> list[Estimate]:
+        """After 0, 1, ... inner steps."""
+        return [Estimate.of(values) for values in self.by_task]
+
+    @property
+    def nontransductive(self) -> Estimate | None:
+        """After the last inner step, each query predicted without the others."""
+        return None if self.alone is None else Estimate.of(self.alone)
 
     @property
     def accuracy(self) -> Estimate:
@@ -90,11 +104,8 @@ def evaluate(
         if nontransductive:
             alone.append(accuracy(predict_one_by_one(forward, fast, tasks), tasks.query_y))
         progress(min(first + batch, episodes))
-    return Evaluation(
-        episodes,
-        per_step=[Estimate.of(torch.cat(values)) for values in per_step],
-        nontransductive=Estimate.of(torch.cat(alone)) if nontransductive else None,
-    )
+    by_task = torch.stack([torch.cat(values) for values in per_step])
+    return Evaluation(by_task, torch.cat(alone) if nontransductive else None)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +22,14 @@ class Meter:
         device: where the steps run. On CUDA the peak is the allocator's, over all steps: the data set, the parameters
             and the optimiser's state are in it. Elsewhere it is the most bytes that tensors made in a meta-step take
             at once, measured in the first, which takes longer for it and is not timed.
+
+    ``training_s`` are the seconds of all timed steps: validation, pictures and logging do not count.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.peak_bytes = 0
+        self.training_s = 0.0
         self._figures: list[Mapping[str, Tensor]] = []
         self._timed = 0
         self._window_ms: list[float] = []
@@ -74,6 +78,17 @@ class Meter:
             torch.cuda.synchronize(self.device)
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device))
         if self._timed:
-            self._window_ms.append(1000 * (time.perf_counter() - self._opened) / self._timed)
+            taken = time.perf_counter() - self._opened
+            self.training_s += taken
+            self._window_ms.append(1000 * taken / self._timed)
             means["time/meta_step_ms"] = self._window_ms[-1]
-        return {**means, "memory/peak_mib": self.peak_bytes / MIB}
+        return {**means, "time/training_s": self.training_s, "memory/peak_mib": self.peak_bytes / MIB}
+
+    def content(self) -> dict[str, Any]:
+        """What a resumed run's meter goes on from, between two windows."""
+        return {"peak_bytes": self.peak_bytes, "training_s": self.training_s, "window_ms": list(self._window_ms)}
+
+    def restore(self, content: Mapping[str, Any]) -> None:
+        """Go on from what ``content`` gave."""
+        self.peak_bytes, self.training_s = content["peak_bytes"], content["training_s"]
+        self._window_ms = list(content["window_ms"])

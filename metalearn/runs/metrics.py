@@ -44,6 +44,15 @@ def accuracy_metrics(experiment: Experiment, result: Evaluation) -> dict[str, An
     }
 
 
+def hparams_metrics(metrics: dict[str, Any]) -> dict[str, float]:
+    """What TensorBoard's table of runs compares them by, by tag."""
+    return {
+        "test/accuracy": metrics["test.accuracy"],
+        "memory/peak_mib": metrics["memory.peak_mib"],
+        "time/median_meta_step_ms": metrics["time.meta_step_ms"],
+    }
+
+
 def engine_in_words(inner: InnerLoop) -> str:
     """The engine, with what was set beside it."""
     words = [inner.engine]
@@ -98,8 +107,13 @@ def accuracy_rows(experiment: Experiment, result: Evaluation) -> dict[str, str]:
     return rows
 
 
-def write_metrics(metrics: dict[str, Any], run_dir: Path) -> Path:
-    """Write ``metrics.json``: flat, dotted names."""
+def write_metrics(metrics: dict[str, Any], result: Evaluation, run_dir: Path) -> Path:
+    """Write ``metrics.json``, flat with dotted names, and before it ``test_tasks.json``, the accuracy of every task."""
+    by_task = {
+        "accuracy": result.by_task[-1].tolist(),
+        "accuracy_nontransductive": None if result.alone is None else result.alone.tolist(),
+    }
+    files.write_text(run_dir / "test_tasks.json", json.dumps(by_task) + "\n")
     path = run_dir / "metrics.json"
     files.write_text(path, json.dumps(metrics, indent=2) + "\n")
     return path

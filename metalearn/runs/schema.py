@@ -155,6 +155,10 @@ class RunConfig:
 
     seed: int = key("of the initial parameters and of every task", at_least=0, at_most=LARGEST_SEED)
     device: str = key("auto: the GPU if there is one; or cpu, cuda, cuda:N")
+    resume: bool | str = key(
+        "true: go on with the run in hydra.run.dir; auto: if there is one, else start it",
+        choices=("false", "true", "auto"),
+    )
     deterministic: bool = key("refuse operations that are not reproducible bit by bit")
     precision: str = key("bfloat16: autocast, checked against float32 at the start", choices=("float32", "bfloat16"))
     memory_limit: float | None = key("MiB that inner.engine=auto may take; null: most of what is free", above=0)
@@ -168,6 +172,10 @@ class LogConfig:
     images: bool = key("a grid of support and query images with predictions, at each validation")
     curvature_every: int | None = key(
         "meta-steps between looks at the second-order term (see grad/ in the README); null: never", at_least=1
+    )
+    eigenvalue_every: int | None = key(
+        "meta-steps between estimates of the support loss's largest eigenvalue (costly); null: never",
+        at_least=1,
     )
 
 

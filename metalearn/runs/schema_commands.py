@@ -108,3 +108,28 @@ class VerifyConfig:
 
     run: VerifiedRunConfig = field(default_factory=VerifiedRunConfig)
     verify: VerifiedCasesConfig = field(default_factory=VerifiedCasesConfig)
+
+
+@dataclass
+class CompareSettings:
+    """What is compared, and how."""
+
+    variants: list[str] = key("what to compare, each a list of overrides with spaces between them")
+    seeds: list[int] = key("values of run.seed; every variant is trained with each", at_least=0, at_most=LARGEST_SEED)
+    jobs: int | None = key("runs at a time on this machine; null: one per core, or one on a GPU", at_least=1)
+    target_accuracy: float | None = key(
+        "validation accuracy whose time is reported, as a fraction; null: the highest that all runs reach",
+        above=0,
+        at_most=1,
+    )
+    steps: list[int] = key("numbers K of inner steps at which memory and time of every engine are measured", at_least=1)
+    rounds: int = key("times that every engine is timed, in turns", at_least=2)
+    limit_mib: float = key("MiB at which a measurement of memory is stopped", above=0)
+    resume: bool = key("go on with an unfinished comparison of the same configuration; false: start another")
+
+
+@dataclass
+class CompareConfig(TrainConfig):
+    """``conf/compare.yaml``: the configuration that all variants share."""
+
+    compare: CompareSettings = field(default_factory=CompareSettings)

@@ -46,6 +46,6 @@ def retest(config: TrainConfig, run_dir: Path, output_dir: Path) -> None:
     with experiment.precision(), progress_bar() as progress:
         result = final_test(experiment, best.params, config.eval.episodes, progress)
     metrics = {**accuracy_metrics(experiment, result), "checkpoint.iteration": best.iteration, "run.dir": str(run_dir)}
-    path = write_metrics(metrics, output_dir)
+    path = write_metrics(metrics, result, output_dir)
     print_facts(f"Test of the checkpoint at meta-step {best.iteration}", accuracy_rows(experiment, result))
     print_path("Written to", path)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -11,18 +12,61 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
-from metalearn.runs.evaluation import Evaluation
+from metalearn.runs.evaluation import Estimate, Evaluation
+from metalearn.runs.hparams import Value, experiment, session
+from metalearn.runs.report import EVENT_FILES, read_scalars
 
 if TYPE_CHECKING:  # the lab brings all lessons and matplotlib, which no training needs
     from metalearn.lab import Lesson
 
 
-class Tracker:
-    """Writes a run's event file; a context manager, so that nothing is lost when the run ends early."""
+def _with_ends(tag: str) -> list[str]:
+    """The tags of an estimate: its mean and the ends of its interval."""
+    return [tag, f"{tag}_low", f"{tag}_high"]
 
-    def __init__(self, run_dir: Path, *, config: str) -> None:
-        self._writer = SummaryWriter(str(run_dir))
-        self._writer.add_text("config", f"```yaml\n{config}```")
+
+# Custom scalars. The tags of a multi-line chart are regular expressions, and one that is not anchored takes
+# validation/accuracy_low for validation/accuracy; those of a margin chart are names. A margin chart is not smoothed.
+LAYOUT: dict[str, dict[str, list[str | list[str]]]] = {
+    "Accuracy": {
+        "validation accuracy": ["Multiline", ["^validation/accuracy$"]],
+        "validation accuracy, 95% interval": ["Margin", _with_ends("validation/accuracy")],
+        "query accuracy in training": ["Multiline", ["^train/query_accuracy$"]],
+        "test accuracy by inner step, 95% interval": ["Margin", _with_ends("test/accuracy_by_inner_step")],
+    },
+    "Cost": {
+        "time of a meta-step, ms": ["Multiline", ["^time/meta_step_ms$"]],
+        "peak memory, MiB": ["Multiline", ["^memory/peak_mib$"]],
+        "training time, s": ["Multiline", ["^time/training_s$"]],
+    },
+    "Second order": {
+        "cosine of first- and second-order meta-gradient": ["Multiline", ["^grad/cosine_first_vs_second$"]],
+        "norm of the adjoint at every inner step": ["Multiline", ["^grad/adjoint_norm/.*"]],
+        "largest eigenvalue of the support loss": ["Multiline", ["^grad/support_top_eigenvalue$"]],
+        "norm of the meta-gradient": ["Multiline", ["^train/grad_norm$"]],
+    },
+}
+
+
+class Tracker:
+    """Writes a run's event file; a context manager, so that nothing is lost when the run ends early.
+
+    Args:
+        run_dir: where the event file goes; its folder's name is the run's in TensorBoard.
+        config: as YAML.
+        resumed_at: the meta-step that an interrupted run goes on from; what it showed later is hidden.
+    """
+
+    def __init__(self, run_dir: Path, *, config: str, resumed_at: int | None = None) -> None:
+        earlier = resumed_at is not None and any(run_dir.glob(EVENT_FILES))
+        self._tags = set(read_scalars(run_dir)) if earlier else set()
+        if earlier:
+            _pass_the_second(run_dir)
+        # Some readers purge only from the second session on: the first must be marked as well.
+        self._writer = SummaryWriter(str(run_dir), purge_step=0 if resumed_at is None else resumed_at + 1)
+        if not earlier:
+            self._writer.add_text("config", f"```yaml\n{config}```")
+            self._writer.add_custom_scalars(LAYOUT)
 
     def __enter__(self) -> Tracker:
         return self
@@ -36,31 +80,83 @@ class Tracker:
         """Points of several curves at one meta-step."""
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, iteration)
+        self._tags |= set(values)
 
     def validation(self, result: Evaluation, iteration: int) -> None:
         """Accuracy on validation classes, with the ends of its interval as curves of their own."""
-        mean, ci95 = result.accuracy.mean, result.accuracy.ci95
-        self.scalars(
-            {
-                "validation/accuracy": mean,
-                "validation/accuracy_low": mean - ci95,
-                "validation/accuracy_high": mean + ci95,
-            },
-            iteration,
-        )
+        self._estimate("validation/accuracy", result.accuracy, iteration)
         self._writer.flush()
 
-    def test(self, result: Evaluation) -> None:
-        """Test accuracy against the number of inner steps (on the step axis)."""
+    def test(self, result: Evaluation, iteration: int = 0) -> None:
+        """Test accuracy, and with its interval against the number of inner steps (on the step axis).
+
+        Args:
+            result: on test classes.
+            iteration: meta-steps that the tested parameters have taken.
+        """
+        self.scalars({"test/accuracy": result.accuracy.mean}, iteration)
         for step, estimate in enumerate(result.per_step):
-            self._writer.add_scalar("test/accuracy_by_inner_step", estimate.mean, step)
+            self._estimate("test/accuracy_by_inner_step", estimate, step)
         if result.nontransductive:
             steps = len(result.per_step) - 1
-            self._writer.add_scalar("test/accuracy_nontransductive", result.nontransductive.mean, steps)
+            self.scalars({"test/accuracy_nontransductive": result.nontransductive.mean}, steps)
+
+    def _estimate(self, tag: str, estimate: Estimate, step: int) -> None:
+        mean, ci95 = estimate.mean, estimate.ci95
+        self.scalars(dict(zip(_with_ends(tag), (mean, mean - ci95, mean + ci95), strict=True)), step)
+
+    def hparams(self, values: Mapping[str, Value], metrics: Mapping[str, float], iteration: int = 0) -> None:
+        """Make the run a row of the HParams table; once, at its end.
+
+        Args:
+            values: dotted keys of the configuration.
+            metrics: by tag, those of ``metalearn.runs.hparams.METRICS``; one that the run shows already is left alone.
+            iteration: meta-steps taken.
+        """
+        for summary in session(values):
+            self._writer._get_file_writer().add_summary(summary)  # add_hparams would make a run of its own
+        self.scalars({tag: value for tag, value in metrics.items() if tag not in self._tags}, iteration)
+        self._writer.flush()
 
     def image(self, tag: str, picture: NDArray[np.uint8], iteration: int) -> None:
         """A picture ``[height, width, 3]``."""
         self._writer.add_image(tag, picture, iteration, dataformats="HWC")
+
+
+def _pass_the_second(run_dir: Path) -> None:
+    """Wait until a new event file's name, which begins with the second, sorts behind all: they are read by name."""
+    newest = max(path.name for path in run_dir.glob(EVENT_FILES)).split(".")[3]
+    if int(newest) == int(time.time()):
+        time.sleep(1 - time.time() % 1)
+
+
+class ReportTracker:
+    """Writes the event file of a comparison's report, over that of an earlier report.
+
+    Args:
+        folder: of the report, beside those of the runs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def report(
+        self, text: str, pictures: Mapping[str, NDArray[np.uint8]], *, runs: Sequence[Mapping[str, Value]]
+    ) -> None:
+        """Show the report, and give the HParams table its columns.
+
+        Args:
+            text: Markdown.
+            pictures: ``[height, width, 3]`` by name.
+            runs: dotted keys of every run's configuration.
+        """
+        for path in self._folder.glob(EVENT_FILES):
+            path.unlink()
+        with SummaryWriter(str(self._folder)) as writer:
+            writer._get_file_writer().add_summary(experiment(runs))
+            writer.add_text("report", text)
+            for name, picture in pictures.items():
+                writer.add_image(f"report/{name}", picture, dataformats="HWC")
 
 
 class LessonTracker:

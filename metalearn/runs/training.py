@@ -11,9 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,23 +19,38 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import Adam
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from metalearn.errors import FolderTakenError, NonFiniteLossError, RunError
+from metalearn.errors import NonFiniteLossError, RunError
 from metalearn.inner import adapt, predict
 from metalearn.metagrad import meta_gradient
-from metalearn.runs.checkpoints import Checkpoint, best_path, load_checkpoint, save_checkpoint
+from metalearn.runs.checkpoints import (
+    Checkpoint,
+    best_path,
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+    save_state,
+)
+from metalearn.runs.checks import compared_keys
 from metalearn.runs.console import print_facts, print_path, progress_bar
-from metalearn.runs.curvature import curvature
+from metalearn.runs.curvature import curvature, support_eigenvalue
 from metalearn.runs.evaluation import accuracy, evaluate
 from metalearn.runs.experiment import Experiment, build
+from metalearn.runs.folders import claim, locked
 from metalearn.runs.meter import Meter
-from metalearn.runs.metrics import accuracy_metrics, accuracy_rows, cost_metrics, cost_rows, write_metrics
+from metalearn.runs.metrics import (
+    accuracy_metrics,
+    accuracy_rows,
+    cost_metrics,
+    cost_rows,
+    hparams_metrics,
+    write_metrics,
+)
 from metalearn.runs.pictures import tasks_picture
 from metalearn.runs.planning import settle_engine
 from metalearn.runs.precision import check_precision
-from metalearn.runs.schema import OuterConfig, TrainConfig
+from metalearn.runs.schema import TrainConfig
+from metalearn.runs.state import Best, TrainState
 from metalearn.runs.testing import final_test
 from metalearn.runs.tracking import Tracker
 from metalearn.types import Episodes, Params
@@ -47,72 +60,62 @@ log = logging.getLogger(__name__)
 _TASKS_SHOWN = 4
 
 
-class Best(NamedTuple):
-    """Which parameters lie in the checkpoint: those after ``iteration`` meta-steps."""
-
-    iteration: int
-    validation_accuracy: float
-
-
-@dataclass
-class TrainState:
-    """The only mutable object of a run: what changes from one meta-step to the next."""
-
-    params: Params
-    optimizer: Adam
-    schedule: CosineAnnealingLR | None
-    iteration: int = 0
-    best: Best | None = None
-
-    @classmethod
-    def start(cls, theta: Params, outer: OuterConfig) -> TrainState:
-        """Before the first meta-step."""
-        params = {name: p.clone() for name, p in theta.items()}
-        optimizer = Adam(params.values(), lr=outer.lr)
-        cosine = outer.schedule == "cosine"
-        return cls(params, optimizer, CosineAnnealingLR(optimizer, outer.iterations) if cosine else None)
-
-
 def train(config: TrainConfig, run_dir: Path, to_yaml: Callable[[TrainConfig], str]) -> None:
     """Train, validate, and test the best checkpoint; write everything into ``run_dir``.
 
     Args:
         config: checked, with the data set that is really there.
-        run_dir: a folder that holds no other run.
+        run_dir: a folder that holds no other run, or, with ``run.resume``, this one's.
         to_yaml: makes a configuration text, for ``config.yaml`` and TensorBoard; of the one with the settled engine.
 
     Raises:
         FolderTakenError: if the folder holds another run.
-        RunError: if a figure or a parameter is no longer finite.
+        RunError: if a figure or a parameter is no longer finite, or a checkpoint is damaged.
         ConfigError: if the device is not there.
         DataError: if the data set is missing or damaged.
     """
     started = time.perf_counter()
+    resume = config.run.resume is not False
     experiment = settle_engine(build(config))
     config_yaml = to_yaml(experiment.config)
-    claim(run_dir, config_yaml)
+    with locked(run_dir, wait=resume):
+        if resume and (run_dir / "metrics.json").exists():
+            log.info("This run is finished: %s", run_dir)
+            return
+        begun = resume and (run_dir / "config.yaml").exists()
+        if not begun:
+            claim(run_dir, config_yaml)
+        _train(experiment, run_dir, config_yaml, started=started, begun=begun)
+
+
+def _train(experiment: Experiment, run_dir: Path, config_yaml: str, *, started: float, begun: bool) -> None:
+    config = experiment.config
     log.info("Training on %s, device %s", experiment.dataset, experiment.device)
     print_path("Run folder", run_dir)
     prove_precision(experiment)
     state = TrainState.start(experiment.theta, config.outer)
     meter = Meter(experiment.device)
+    started -= load_state(state, meter, run_dir=run_dir)
+    if state.iteration > 0:
+        log.info("Going on from meta-step %d", state.iteration)
     with (
         experiment.precision(),
-        Tracker(run_dir, config=config_yaml) as tracker,
+        Tracker(run_dir, config=config_yaml, resumed_at=state.iteration if begun else None) as tracker,
         progress_bar() as progress,
     ):
-        meta_train(experiment, state, run_dir, meter=meter, tracker=tracker, progress=progress)
+        meta_train(experiment, state, run_dir, meter=meter, tracker=tracker, progress=progress, started=started)
         best = load_checkpoint(best_path(run_dir), like=state.params, device=experiment.device)
         result = final_test(experiment, best.params, config.eval.episodes, progress)
-        tracker.test(result)
-    metrics = {
-        **accuracy_metrics(experiment, result),
-        "iterations": state.iteration,
-        "validation.best_accuracy": best.validation_accuracy,
-        "validation.best_iteration": best.iteration,
-        **cost_metrics(meter, total_s=time.perf_counter() - started),
-    }
-    write_metrics(metrics, run_dir)
+        metrics = {
+            **accuracy_metrics(experiment, result),
+            "iterations": state.iteration,
+            "validation.best_accuracy": best.validation_accuracy,
+            "validation.best_iteration": best.iteration,
+            **cost_metrics(meter, total_s=time.perf_counter() - started),
+        }
+        tracker.test(result, best.iteration)
+        tracker.hparams(compared_keys(config), hparams_metrics(metrics), state.iteration)
+    write_metrics(metrics, result, run_dir)
     print_facts("Summary", {**accuracy_rows(experiment, result), **cost_rows(metrics)})
     print_path("Run folder", run_dir)
 
@@ -129,20 +132,27 @@ def prove_precision(experiment: Experiment) -> None:
         log.info("%s", report)
 
 
-def claim(run_dir: Path, config_yaml: str) -> None:
-    """Make the folder this run's own, by being the one that creates its ``config.yaml``."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with (run_dir / "config.yaml").open("x") as config:
-            config.write(config_yaml)
-    except FileExistsError:
-        raise FolderTakenError(run_dir, "config.yaml") from None
-
-
 def meta_train(
-    experiment: Experiment, state: TrainState, run_dir: Path, *, meter: Meter, tracker: Tracker, progress: Progress
+    experiment: Experiment,
+    state: TrainState,
+    run_dir: Path,
+    *,
+    meter: Meter,
+    tracker: Tracker,
+    progress: Progress,
+    started: float,
 ) -> None:
-    """Take the meta-steps that are left, and keep the checkpoint with the best validation accuracy."""
+    """Take the meta-steps that are left; keep the best parameters, and what an interrupted run goes on from.
+
+    Args:
+        experiment: what to compute with.
+        state: changed in place.
+        run_dir: where checkpoints go.
+        meter: of times and memory.
+        tracker: for the curves.
+        progress: for a bar.
+        started: when the run began, on the clock of ``time.perf_counter``.
+    """
     config = experiment.config
     last = config.outer.iterations
     bar = progress.add_task("meta-training", total=last, completed=state.iteration, note="")
@@ -154,16 +164,15 @@ def meta_train(
         meter.add(figures)
         progress.update(bar, completed=state.iteration)
         validation_due = state.iteration % config.eval.every == 0 or state.iteration == last
-        curvature_due = bool(config.log.curvature_every) and state.iteration % (config.log.curvature_every or 1) == 0
-        if validation_due or curvature_due or state.iteration % config.log.every == 0:
+        looks = [every for every in (config.log.curvature_every, config.log.eigenvalue_every) if every]
+        if validation_due or any(state.iteration % every == 0 for every in [config.log.every, *looks]):
             window = meter.close_window()
             _refuse_nonfinite(window, state, config)
             tracker.scalars({**window, "outer/lr": lr}, state.iteration)
-            if curvature_due:
-                seen = curvature(experiment.forward, state.params, episodes, experiment.inner)
-                tracker.scalars(seen, state.iteration)
+            tracker.scalars(second_order_term(experiment, state, episodes), state.iteration)
             if validation_due:
                 mean = validate(experiment, state, run_dir, tracker)
+                save_state(state, meter, total_s=time.perf_counter() - started, run_dir=run_dir)
                 progress.update(bar, note=f"validation {mean:.1%}")
             meter.open_window()
 
@@ -190,6 +199,17 @@ def meta_step(experiment: Experiment, state: TrainState, episodes: Episodes) -> 
     if experiment.inner.steps > 0:
         figures["support_loss"] = result.support_loss[0]
     return figures
+
+
+def second_order_term(experiment: Experiment, state: TrainState, episodes: Episodes) -> dict[str, float]:
+    """What is to be seen of it at this meta-step, by tag; nothing at most of them."""
+    log_config = experiment.config.log
+    seen: dict[str, float] = {}
+    if log_config.curvature_every and state.iteration % log_config.curvature_every == 0:
+        seen |= curvature(experiment.forward, state.params, episodes, experiment.inner)
+    if log_config.eigenvalue_every and state.iteration % log_config.eigenvalue_every == 0:
+        seen |= support_eigenvalue(experiment.forward, state.params, episodes)
+    return seen
 
 
 def validate(experiment: Experiment, state: TrainState, run_dir: Path, tracker: Tracker) -> float:

@@ -23,8 +23,9 @@ from metalearn.runs.config import CONF, compose, typed
 from metalearn.runs.config_files import from_yaml, settle_data, to_yaml
 from metalearn.runs.experiment import Experiment, build, pick_device
 from metalearn.runs.schema import TrainConfig
+from metalearn.runs.state import TrainState
 from metalearn.runs.testing import retest
-from metalearn.runs.training import TrainState, meta_step, train
+from metalearn.runs.training import meta_step, train
 
 SMALL = [
     "data=glyphs",
@@ -161,7 +162,8 @@ def test_auto_engine_is_settled_before_the_first_step(tmp_path: Path) -> None:
 
 
 def test_curvature_is_logged_when_asked(tmp_path: Path) -> None:
-    run(tmp_path / "run", "log.curvature_every=2", "inner.steps=2", "log.every=4", base=quick())
+    looks = ["log.curvature_every=2", "log.eigenvalue_every=2"]
+    run(tmp_path / "run", *looks, "inner.steps=2", "log.every=4", base=quick())
     shown = events(tmp_path / "run")
     tags = {tag for tag in shown.Tags()["scalars"] if tag.startswith("grad/")}
     assert tags == {

@@ -1,0 +1,67 @@
+"""A run's folder belongs to one process at a time, and to one run for good."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from metalearn import files
+from metalearn.errors import FolderTakenError, RunError
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+"""The file whose lock says that a process is at work in the folder; the system releases it when that dies."""
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Be the only process at work in a folder.
+
+    Args:
+        folder: made if it is missing.
+        wait: for another process to end, or give up at once.
+
+    Raises:
+        RunError: if another process is at work there and ``wait`` is false.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if not wait:
+            raise RunError(f"{folder}: another process is at work in this folder. Wait for it or stop it.") from None
+        log.info("Another process is at work in %s: waiting for it to end", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process is at work in a folder at this moment."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / LOCK, blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
+def claim(run_dir: Path, config_yaml: str) -> None:
+    """Make a locked folder this run's own for good, by its ``config.yaml``.
+
+    Raises:
+        FolderTakenError: if it is another run's.
+    """
+    path = run_dir / "config.yaml"
+    if path.exists():
+        raise FolderTakenError(run_dir, path.name)
+    files.write_text(path, config_yaml)

@@ -1,0 +1,166 @@
+"""An interrupted run goes on as if nothing had happened, and never with what belongs to another run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from metalearn import Episodes, files
+from metalearn.data import catalog
+from metalearn.errors import FolderTakenError, RunError
+from metalearn.runs import training
+from metalearn.runs.checkpoints import last_path
+from metalearn.runs.config import compose, typed
+from metalearn.runs.config_files import continued, settle_data, to_yaml
+from metalearn.runs.experiment import Experiment
+from metalearn.runs.folders import is_locked, locked
+from metalearn.runs.report import read_scalars
+from metalearn.runs.schema import TrainConfig
+from metalearn.runs.state import TrainState
+from metalearn.runs.training import train
+
+SMALL = [
+    "data=glyphs",
+    "data.classes=50",
+    "model.width=8",
+    "task.meta_batch=4",
+    "outer.iterations=40",
+    "eval.every=10",
+    "eval.validation_episodes=8",
+    "eval.episodes=12",
+    "log.every=5",
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "_reachable", lambda: False)
+
+
+def run(folder: Path, *overrides: str) -> None:
+    config = typed(compose("train", [*SMALL, *overrides]), TrainConfig)
+    train(continued(settle_data(config), folder), folder, to_yaml)
+
+
+def stop_at(iteration: int, patch: pytest.MonkeyPatch) -> None:
+    """As if the power went, before that meta-step."""
+    step = training.meta_step
+
+    def stopped(experiment: Experiment, state: TrainState, episodes: Episodes) -> dict[str, Tensor]:
+        if state.iteration == iteration:
+            raise SystemExit("power")
+        return step(experiment, state, episodes)
+
+    patch.setattr(training, "meta_step", stopped)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(folder)
+    return folder
+
+
+def timeless(folder: Path) -> dict[str, Any]:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return {name: value for name, value in metrics.items() if not name.startswith("time.")}
+
+
+@pytest.mark.parametrize("iteration", [3, 27, 39])
+def test_resumed_is_bitwise_the_same(iteration: int, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(iteration, patch)
+        with pytest.raises(SystemExit):
+            run(folder)
+    assert not (folder / "metrics.json").exists()
+    run(folder, "run.resume=auto")
+    assert timeless(folder) == timeless(whole)
+    ours, theirs = (files.load(last_path(f))["state"] for f in (folder, whole))
+    assert torch.equal(ours["random"], theirs["random"])
+    for name, p in theirs["params"].items():
+        assert torch.equal(ours["params"][name], p)
+    for i, moments in theirs["optimizer"]["state"].items():
+        assert all(torch.equal(ours["optimizer"]["state"][i][k], v) for k, v in moments.items())
+    assert ours["schedule"] == theirs["schedule"]
+
+
+def test_curves_go_on_without_doubled_points(whole: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(27, patch)
+        with pytest.raises(SystemExit):
+            run(tmp_path)
+    run(tmp_path, "run.resume=true")
+    ours, theirs = read_scalars(tmp_path), read_scalars(whole)
+    assert set(ours) == set(theirs)
+    for tag, points in theirs.items():
+        assert [p.step for p in ours[tag]] == [p.step for p in points], tag
+    assert [p.value for p in ours["train/query_loss"]] == [p.value for p in theirs["train/query_loss"]]
+    seconds = [p.value for p in ours["time/training_s"]]
+    assert seconds == sorted(seconds), "the seconds of both processes, added up"
+
+
+def test_time_of_all_processes_counts(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(27, patch)
+        with pytest.raises(SystemExit):
+            run(tmp_path)
+    content = files.load(last_path(tmp_path))
+    files.save({**content, "total_s": content["total_s"] + 1000}, last_path(tmp_path))
+    run(tmp_path, "run.resume=true")
+    assert json.loads((tmp_path / "metrics.json").read_text())["time.total_s"] > 1000
+
+
+def test_finished_run_is_left_alone(whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"}
+    run(whole, "run.resume=auto")
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"}
+
+
+def test_another_configuration_is_refused_by_key(whole: Path) -> None:
+    with pytest.raises(RunError, match=r"(?s)inner\.lr: 0\.4 in the folder, 0\.2 now.*task\.shots: 1 in the folder"):
+        run(whole, "run.resume=true", "inner.lr=0.2", "task.shots=2")
+
+
+def test_nothing_to_go_on_with(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"holds no run to go on with.*run\.resume=auto"):
+        run(tmp_path / "none", "run.resume=true")
+    assert not (tmp_path / "none").exists()
+
+
+def test_without_resume_a_folder_is_taken(whole: Path) -> None:
+    with pytest.raises(FolderTakenError, match=r"config\.yaml"):
+        run(whole)
+
+
+def test_settled_engine_stays(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(15, patch)
+        with pytest.raises(SystemExit):
+            run(tmp_path, "inner.engine=checkpoint", "inner.task_chunk=2")
+    config = typed(compose("train", [*SMALL, "inner.engine=auto", "run.resume=auto"]), TrainConfig)
+    kept = continued(config, tmp_path).inner
+    assert (kept.engine, kept.task_chunk) == ("checkpoint", 2)
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    assert not is_locked(tmp_path)
+    with locked(tmp_path, wait=False):
+        assert is_locked(tmp_path)
+        with pytest.raises(RunError, match="another process is at work"), locked(tmp_path, wait=False):
+            pass
+    assert not is_locked(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["maybe", "1", "null"])
+def test_resume_is_true_false_or_auto(value: str) -> None:
+    from metalearn.errors import ConfigError
+    from metalearn.runs.checks import check
+
+    with pytest.raises(ConfigError, match=r"run\.resume=.*: must be one of false, true, auto"):
+        check(typed(compose("train", [f"run.resume={value}"]), TrainConfig))
