@@ -47,3 +47,8 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 def print_path(what: str, path: Path) -> None:
     """Where something was written, on a line that is not broken and can be copied."""
     rich.get_console().print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_line(text: str) -> None:
+    """A sentence, as it is."""
+    rich.get_console().print(text, highlight=False, markup=False)

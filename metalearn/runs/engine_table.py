@@ -6,11 +6,12 @@ and one task at a time, each beside first order in the same chunks.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -69,7 +70,12 @@ def run_engine_table(config: BenchmarkConfig, output_dir: Path) -> None:
         for setting in settings:
             torch.manual_seed(config.run.seed)
             problem = random_problem(setting, device)
-            rows = measure(setting, problem, limit=limit, rounds=config.bench.rounds, progress=progress)
+            rows = measure(
+                problem,
+                functools.partial(variants, setting),
+                Grid(setting.name, setting.steps, setting.timed, config.bench.rounds, limit),
+                progress,
+            )
             measured[setting.name] = {**asdict(setting), "rows": [asdict(row) for row in rows]}
             files.write_text(path, json.dumps({**report, "settings": measured}, indent=2) + "\n")
             memory_figure(setting.title, rows, config.bench.limit_mib).savefig(
@@ -96,20 +102,45 @@ def random_problem(setting: Setting, device: torch.device) -> Problem:
     return Problem(forward, theta, episodes)
 
 
-def measure(setting: Setting, problem: Problem, *, limit: int, rounds: int, progress: Progress) -> list[Row]:
-    """Rows of one setting; the engines are compared with one another before they are timed."""
+@dataclass(frozen=True)
+class Grid:
+    """At which numbers of inner steps to measure, and how long.
+
+    Args:
+        name: for the progress bar.
+        steps: numbers K of inner steps.
+        timed: those that are timed as well.
+        rounds: times that each is timed.
+        limit: bytes at which a measurement of memory is stopped.
+    """
+
+    name: str
+    steps: Sequence[int]
+    timed: Sequence[int]
+    rounds: int
+    limit: int
+
+
+def measure(
+    problem: Problem, inners_at: Callable[[int], Iterable[InnerLoop]], grid: Grid, progress: Progress
+) -> list[Row]:
+    """A row for each inner loop at each K; the engines are compared with one another before they are timed.
+
+    Raises:
+        RunError: if two of them disagree.
+    """
     rows: list[Row] = []
-    bar = progress.add_task(setting.name, total=len(setting.steps), note="")
-    for done, steps in enumerate(setting.steps):
-        inners = list(variants(setting, steps))
-        peaks = [_peak_mib(problem, inner, limit) for inner in inners]
+    bar = progress.add_task(grid.name, total=len(grid.steps), note="")
+    for done, steps in enumerate(grid.steps):
+        inners = list(inners_at(steps))
+        peaks = [_peak_mib(problem, inner, grid.limit) for inner in inners]
         times: dict[InnerLoop, list[float]] = {}
-        if steps in setting.timed:
+        if steps in grid.timed:
             fitting = [inner for inner, peak in zip(inners, peaks, strict=True) if peak is not None]
-            if steps == setting.timed[-1]:
+            if steps == grid.timed[-1]:
                 check_agreement(problem, fitting)
-            times = time_in_turns(problem.seconds, [i for i in fitting if i.task_chunk != _ONE], rounds)
-        unroll = times.get(InnerLoop(lr=0.1, steps=steps))
+            times = time_in_turns(problem.seconds, [i for i in fitting if i.task_chunk != _ONE], grid.rounds)
+        unroll = next((times[i] for i in times if i.engine == "unroll" and i.second_order and not i.task_chunk), None)
         rows += [_row(inner, peak, times.get(inner), unroll) for inner, peak in zip(inners, peaks, strict=True)]
         progress.update(bar, completed=done + 1)
     return rows

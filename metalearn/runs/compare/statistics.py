@@ -1,0 +1,57 @@
+"""Intervals over seeds and tasks.
+
+A seed draws its own parameters, training tasks and test tasks, so the means of n seeds are n independent values, and
+
+    mean +- t(0.975, n - 1) s / sqrt(n)
+
+covers the choice of seeds and of tasks alike. A single seed has an interval over its tasks alone.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from scipy.stats import t
+
+from metalearn.runs.evaluation import Estimate
+
+
+def over_seeds(means: Sequence[float], tasks_ci95: Sequence[float]) -> Estimate:
+    """A mean with its 95% interval.
+
+    Args:
+        means: one per seed.
+        tasks_ci95: half-width of each over its tasks; it counts where there is one seed.
+    """
+    n = len(means)
+    if n == 1:
+        return Estimate(means[0], tasks_ci95[0])
+    return Estimate(statistics.fmean(means), float(t.ppf(0.975, n - 1)) * statistics.stdev(means) / math.sqrt(n))
+
+
+def over_tasks(tasks_ci95: Sequence[float]) -> float:
+    """Half-width of the interval of a mean over seeds, if these were the only seeds."""
+    return math.hypot(*tasks_ci95) / len(tasks_ci95)
+
+
+def difference(
+    first: Sequence[Sequence[float]], other: Sequence[Sequence[float]], *, paired: bool
+) -> tuple[Estimate, list[float]]:
+    """Mean of ``first - other`` with its 95% interval, and the difference of every seed.
+
+    Args:
+        first: accuracy of every test task, for every seed.
+        other: the same of another variant.
+        paired: whether both were tested on the same tasks, one by one.
+    """
+    means = [statistics.fmean(a) - statistics.fmean(b) for a, b in zip(first, other, strict=True)]
+    halves = [_half_width(a, b, paired) for a, b in zip(first, other, strict=True)]
+    return over_seeds(means, halves), means
+
+
+def _half_width(a: Sequence[float], b: Sequence[float], paired: bool) -> float:
+    if paired:
+        return 1.96 * statistics.stdev([x - y for x, y in zip(a, b, strict=True)]) / math.sqrt(len(a))
+    return 1.96 * math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
