@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 from metalearn.data.catalog import DRAWINGS, dataset_in_use
 from metalearn.errors import ConfigError, DataError
+from metalearn.runs.compare.names import RECORD
 from metalearn.runs.schema import DataConfig, ModelConfig, OmniglotConfig, TrainConfig
 from metalearn.runs.schema_commands import EvaluateConfig, GradientsConfig, VerifyConfig
 
@@ -40,8 +41,8 @@ _IN_WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     str: "text",
-    list[int]: "whole numbers",
-    list[str]: "texts",
+    list[int]: "one or more whole numbers",
+    list[str]: "one or more texts",
 }
 
 
@@ -144,8 +145,17 @@ def check_evaluate(config: EvaluateConfig) -> None:
     """As ``check``, for ``conf/evaluate.yaml``."""
     faults = _faults(config) + (_device_faults(config.run.device) if config.run.device else [])
     if not (Path(config.run.dir) / "config.yaml").is_file():
-        faults.append(f"run.dir={config.run.dir}: not a run's folder, as it holds no config.yaml")
+        kind = (
+            "a comparison's folder; name one of the runs in it"
+            if _is_comparison(config.run.dir)
+            else "not a run's folder"
+        )
+        faults.append(f"run.dir={config.run.dir}: {kind}, as it holds no config.yaml")
     _refuse(faults)
+
+
+def _is_comparison(folder: str) -> bool:
+    return (Path(folder) / RECORD).is_file()
 
 
 def check_gradients(config: GradientsConfig) -> None:

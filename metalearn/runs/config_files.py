@@ -119,11 +119,11 @@ def continued(config: schema.TrainConfig, run_dir: Path) -> schema.TrainConfig:
 
 
 def differences(wanted: schema.TrainConfig, recorded: schema.TrainConfig) -> list[str]:
-    """Keys of a run that have other values now, in words; whether it is resumed makes no difference."""
+    """Keys of a run that have other values now, in words; that it is resumed or its data moved makes no difference."""
     now, before = ({name: value for name, value, _, _ in entries(config)} for config in (wanted, recorded))
     return [
         f"{name}: {before.get(name)} in the folder, {now.get(name)} now"
-        for name in sorted({*now, *before} - {"run.resume"})
+        for name in sorted({*now, *before} - {"run.resume", "data.root"})
         if now.get(name) != before.get(name)
     ]
 

@@ -82,7 +82,8 @@ def explain(error: Exception, overrides: Sequence[str], places: list[Path]) -> s
     cause = _cause(error)
     if isinstance(error, OverrideParseException):
         return (
-            f"{error.override}: {error}\nWrite KEY=VALUE without spaces, and quote a value that holds ~, = or commas."
+            f"{error.override}: {error}\nWrite KEY=VALUE without spaces, and quote a value that holds ~, = or commas, "
+            "as in \"KEY=['a=1','b=2']\"."
         )
     if isinstance(error, YAMLError):
         return f"a YAML file cannot be read: {error}"

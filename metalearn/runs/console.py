@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     """Rows under a header; every column but the first holds figures."""
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left", no_wrap=not i)
+        table.add_column(name, justify="right" if i else "left", overflow="fold", min_width=6 if i else None)
     for row in rows:
         table.add_row(*row)
     rich.get_console().print(table)
@@ -51,4 +52,4 @@ def print_path(what: str, path: Path) -> None:
 
 def print_line(text: str) -> None:
     """A sentence, as it is."""
-    rich.get_console().print(text, highlight=False, markup=False)
+    rich.get_console().print(text, soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metalearn.errors import RunError
+
+logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it announces every file that it has read to the end
 
 EVENT_FILES = "events.out.tfevents.*"
 

@@ -122,7 +122,7 @@ class CompareSettings:
         above=0,
         at_most=1,
     )
-    steps: list[int] = key("numbers K of inner steps at which memory and time of every engine are measured", at_least=1)
+    steps: list[int] = key("numbers K of inner steps at which every engine is measured, beside inner.steps", at_least=1)
     rounds: int = key("times that every engine is timed, in turns", at_least=2)
     limit_mib: float = key("MiB at which a measurement of memory is stopped", above=0)
     resume: bool = key("go on with an unfinished comparison of the same configuration; false: start another")

@@ -62,5 +62,5 @@ class TrainState:
         self.iteration = content["iteration"]
         self.best = Best(*content["best"]) if content["best"] else None
         torch.set_rng_state(content["random"].cpu())
-        if content["random_cuda"] and torch.cuda.is_available():
+        if len(content["random_cuda"]) == torch.cuda.device_count() > 0:
             torch.cuda.set_rng_state_all([state.cpu() for state in content["random_cuda"]])

@@ -60,13 +60,19 @@ log = logging.getLogger(__name__)
 _TASKS_SHOWN = 4
 
 
-def train(config: TrainConfig, run_dir: Path, to_yaml: Callable[[TrainConfig], str]) -> None:
+def train(
+    config: TrainConfig,
+    run_dir: Path,
+    to_yaml: Callable[[TrainConfig], str],
+    continued: Callable[[TrainConfig, Path], TrainConfig],
+) -> None:
     """Train, validate, and test the best checkpoint; write everything into ``run_dir``.
 
     Args:
         config: checked, with the data set that is really there.
         run_dir: a folder that holds no other run, or, with ``run.resume``, this one's.
         to_yaml: makes a configuration text, for ``config.yaml`` and TensorBoard; of the one with the settled engine.
+        continued: the configuration of a run that may go on in its folder; refuses one that differs from the folder's.
 
     Raises:
         FolderTakenError: if the folder holds another run.
@@ -76,13 +82,16 @@ def train(config: TrainConfig, run_dir: Path, to_yaml: Callable[[TrainConfig], s
     """
     started = time.perf_counter()
     resume = config.run.resume is not False
-    experiment = settle_engine(build(config))
-    config_yaml = to_yaml(experiment.config)
+    experiment = settle_engine(build(continued(config, run_dir)))
+    built = time.perf_counter()
     with locked(run_dir, wait=resume):
+        started += time.perf_counter() - built  # waiting for another process is not this run's time
+        continued(experiment.config, run_dir)  # again: another process may have begun the run since
         if resume and (run_dir / "metrics.json").exists():
             log.info("This run is finished: %s", run_dir)
             return
         begun = resume and (run_dir / "config.yaml").exists()
+        config_yaml = to_yaml(experiment.config)
         if not begun:
             claim(run_dir, config_yaml)
         _train(experiment, run_dir, config_yaml, started=started, begun=begun)
@@ -98,6 +107,8 @@ def _train(experiment: Experiment, run_dir: Path, config_yaml: str, *, started: 
     started -= load_state(state, meter, run_dir=run_dir)
     if state.iteration > 0:
         log.info("Going on from meta-step %d", state.iteration)
+    elif begun:
+        log.warning("The run was interrupted before it could put its state away: it starts anew")
     with (
         experiment.precision(),
         Tracker(run_dir, config=config_yaml, resumed_at=state.iteration if begun else None) as tracker,
@@ -262,7 +273,7 @@ def _refuse_nonfinite(window: dict[str, float], state: TrainState, config: Train
 def _diverged(what: str, state: TrainState, config: TrainConfig) -> RunError:
     remedy = (
         f"Try a smaller inner.lr (now {config.inner.lr}) or outer.lr ({config.outer.lr}), or outer.clip_norm=10 "
-        f"(now {config.outer.clip_norm})."
+        f"(now {config.outer.clip_norm or 'null'})."
     )
     kept = f" The checkpoint of meta-step {state.best.iteration} is kept." if state.best else ""
     return RunError(f"Training has diverged by meta-step {state.iteration}: {what}. {remedy}{kept}")

@@ -17,7 +17,7 @@ from metalearn.runs import training
 from metalearn.runs.checkpoints import last_path
 from metalearn.runs.config import compose, typed
 from metalearn.runs.config_files import continued, settle_data, to_yaml
-from metalearn.runs.experiment import Experiment
+from metalearn.runs.experiment import Experiment, build
 from metalearn.runs.folders import is_locked, locked
 from metalearn.runs.report import read_scalars
 from metalearn.runs.schema import TrainConfig
@@ -44,7 +44,7 @@ def _no_download(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(folder: Path, *overrides: str) -> None:
     config = typed(compose("train", [*SMALL, *overrides]), TrainConfig)
-    train(continued(settle_data(config), folder), folder, to_yaml)
+    train(settle_data(config), folder, to_yaml, continued)
 
 
 def stop_at(iteration: int, patch: pytest.MonkeyPatch) -> None:
@@ -125,6 +125,22 @@ def test_finished_run_is_left_alone(whole: Path) -> None:
 def test_another_configuration_is_refused_by_key(whole: Path) -> None:
     with pytest.raises(RunError, match=r"(?s)inner\.lr: 0\.4 in the folder, 0\.2 now.*task\.shots: 1 in the folder"):
         run(whole, "run.resume=true", "inner.lr=0.2", "task.shots=2")
+
+
+def test_another_process_that_began_the_run_meanwhile_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_while_another_begins(config: TrainConfig) -> Experiment:
+        monkeypatch.setattr(training, "build", build)
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at(15, patch)
+            with pytest.raises(SystemExit):
+                run(tmp_path, "inner.lr=0.1")
+        return build(config)
+
+    monkeypatch.setattr(training, "build", build_while_another_begins)
+    with pytest.raises(RunError, match=r"inner\.lr: 0\.1 in the folder, 0\.4 now"):
+        run(tmp_path, "run.resume=auto")
 
 
 def test_nothing_to_go_on_with(tmp_path: Path) -> None:

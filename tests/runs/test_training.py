@@ -20,7 +20,7 @@ from metalearn.runs import training
 from metalearn.runs.checkpoints import best_path, load_checkpoint
 from metalearn.runs.checks import check
 from metalearn.runs.config import CONF, compose, typed
-from metalearn.runs.config_files import from_yaml, settle_data, to_yaml
+from metalearn.runs.config_files import continued, from_yaml, settle_data, to_yaml
 from metalearn.runs.experiment import Experiment, build, pick_device
 from metalearn.runs.schema import TrainConfig
 from metalearn.runs.state import TrainState
@@ -52,7 +52,7 @@ def run(folder: Path, *overrides: str, base: list[str] = SMALL) -> dict[str, Any
     config = typed(compose("train", [*base, *overrides]), TrainConfig)
     check(config)
     settled = settle_data(config)
-    train(settled, folder, to_yaml)
+    train(settled, folder, to_yaml, continued)
     metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     return metrics
 

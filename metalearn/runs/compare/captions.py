@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 INTERVAL = (
     "95% intervals are over seeds and tasks: Student's t over the seeds' means, as each seed draws its own parameters "
-    "and tasks; over the test tasks alone where there is only one seed."
+    "and tasks; never narrower than over the test tasks alone, which is all that a single seed has."
 )
 BAND = "The line is the mean over seeds, the band reaches from the lowest to the highest seed."
 
@@ -25,7 +25,7 @@ CAPTIONS = {
         f"is predicted without the others. Bars are 95% intervals, faint dots are seeds. {INTERVAL}",
     ),
     "difference": Caption(
-        "Difference in test accuracy on the same seeds and tasks",
+        "Difference in test accuracy on the same seeds",
         "Right of zero the variant that is named first is ahead. The bar is the 95% interval of the mean, faint dots "
         f"are seeds; a bar that crosses zero does not show which of the two is better. {INTERVAL}",
     ),

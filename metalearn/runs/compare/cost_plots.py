@@ -11,16 +11,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from metalearn.runs.compare.captions import CAPTIONS
 from metalearn.runs.compare.results import Results
 from metalearn.runs.compare.sentences import number
-from metalearn.runs.compare.style import GREY, Look, draw_line, legend_below, look, name_rows, new_figure
+from metalearn.runs.compare.style import GREY, draw_line, legend_below, look, name_rows, new_figure
 from metalearn.runs.engine_settings import Row
 
-# The engines' colours in the table of engines, so that a line does not pass for that of a variant elsewhere.
-_ENGINE_LOOKS = {
-    "first order": Look("#000000", "o", ()),
-    "unroll": Look("#D55E00", "s", (5, 2)),
-    "checkpoint": Look("#0072B2", "^", (6, 2, 1, 2)),
-    "adjoint": Look("#009E73", "D", (1, 1.5)),
-}
+# By default second order, which is unroll's, is the first variant and first order the second: the same look everywhere.
+_ENGINE_LOOKS = {name: look(i) for i, name in enumerate(("unroll", "first order", "checkpoint", "adjoint"))}
 _LEAST_RANGE = 8.0  # of a logarithmic axis, highest to lowest, so that small differences look small
 
 

@@ -21,6 +21,7 @@ from metalearn.runs.compare.tables import (
 
 PLOTS = "plots"  # the folder of the images, beside the report
 _NAMED_IN_TITLE = 3
+_CHANGE_A_RUN = ("outer.iterations", "inner.steps", "experiment")
 _IN_ONE_PARAGRAPH = 4
 _MEMORY = {
     "cuda": "as CUDA's allocator counted it",
@@ -57,8 +58,10 @@ def _headline(results: Results) -> str:
 
 def _setup(results: Results) -> str:
     seeds = ", ".join(map(str, results.seeds))
+    own = any(o.startswith(_CHANGE_A_RUN) for variant in results.variants for o in variant.overrides)
+    start = "Unless a variant says otherwise, a run takes" if own else "Each run takes"
     return escape(
-        f"Each run takes {results.iterations} meta-steps with K = {results.inner_steps} inner steps; "
+        f"{start} {results.iterations} meta-steps with K = {results.inner_steps} inner steps; "
         f"seed{'s' if len(results.seeds) > 1 else ''} {seeds}."
     )
 
@@ -80,6 +83,11 @@ def _missing(results: Results) -> list[str]:
 def _variants(results: Results) -> list[str]:
     memory = _MEMORY.get(results.memory_kind, results.memory_kind)
     note = f"{INTERVAL} Peak memory is the highest of the variant's runs, {memory}. Milliseconds are medians."
+    if results.runs_at_a_time > 1:
+        note += (
+            f" {results.runs_at_a_time} runs shared the machine at a time, so times are rough: those under "
+            "«Cost of one meta-gradient» are measured in turns."
+        )
     if results.target_accuracy is not None:
         note += (
             f" Time to {results.target_accuracy:.1%} validation accuracy: training time and meta-steps, "
@@ -99,7 +107,10 @@ def _accuracies(results: Results) -> list[str]:
         parts += ["## Test accuracy after each inner step", table(steps, accuracies)]
     if results.differences:
         parts += ["## Differences", table(*difference_rows(results))]
-        parts += ["On the same seeds and the same tasks. Clear: the 95% interval of the test accuracy excludes zero."]
+        others = [each.other for each in results.differences if not each.paired]
+        same = "On the same seeds and the same test tasks"
+        same += f", except for {', '.join(others)}, whose test tasks are others" if others else ""
+        parts += [escape(f"{same}. Clear: the 95% interval of the test accuracy excludes zero.")]
     return parts
 
 
@@ -108,11 +119,20 @@ def _costs(results: Results) -> list[str]:
         return []
     parts = [
         "## Cost of one meta-gradient",
-        "First order, and second order by each engine, on all tasks at once, measured in turns. Peak memory, MiB:",
+        "Of the tasks and the model that the variants share: first order, and second order by each engine, on all "
+        f"tasks at once, measured in turns{_elsewhere(results)}. Peak memory, MiB:",
         table(*memory_rows(results)),
     ]
     steps, times = time_rows(results)
     return parts + (["Median time, ms:", table(steps, times)] if times else [])
+
+
+def _elsewhere(results: Results) -> str:
+    """The machine of the measurement, if the runs were made on another."""
+    here = {name: str(value) for name, value in results.cost_machine.items()}
+    if not here or all(str(results.machine.get(name)) == here[name] for name in ("cpu", "gpu") if name in here):
+        return ""
+    return escape(f", on another machine than the runs ({here.get('gpu', here.get('cpu'))})")
 
 
 def _plots(names: Iterable[str]) -> list[str]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from metalearn.errors import RunError
 from metalearn.runs.compare.results import CurvePoint, Difference, RunResult, TimeTo, VariantResult
 from metalearn.runs.compare.statistics import difference, over_seeds, over_tasks
 from metalearn.runs.compare.variants import Job, Variant
 from metalearn.runs.report import Point, read_scalars
 from metalearn.runs.schema import TrainConfig
+
+log = logging.getLogger(__name__)
 
 Scalars = dict[str, list[Point]]
 
@@ -33,17 +37,27 @@ def gather(
         target: validation accuracy; ``None`` for the highest whole percentage that all finished runs reach.
     """
     runs = {job.folder: run_result(job, reasons.get(job.folder)) for job in jobs}
-    scalars = {folder: read_scalars(folder) for folder, run in runs.items() if run.state == "finished"}
-    if target is None and scalars:
-        lowest = min(max(p.value for p in s["validation/accuracy"]) for s in scalars.values())
+    scalars = {folder: _curves(folder) for folder, run in runs.items() if run.state == "finished"}
+    drawn = [curves for curves in scalars.values() if curves]
+    if target is None and drawn:
+        lowest = min(max(p.value for p in s["validation/accuracy"]) for s in drawn)
         target = math.floor(100 * (lowest + _ROUNDING)) / 100
     found = []
     for variant in variants:
         folders = [job.folder for job in jobs if job.variant == variant.name]
-        own = [scalars[folder] for folder in folders if folder in scalars]
+        own = [scalars[folder] for folder in folders if scalars.get(folder)]
         result = VariantResult(variant.name, variant.overrides, [runs[folder] for folder in folders])
-        found.append(_with_figures(result, own, target) if own else result)
+        found.append(_with_figures(result, own, target) if result.finished else result)
     return found, target
+
+
+def _curves(folder: Path) -> Scalars:
+    """A run's curves; none where its event file was left behind, as when results are archived."""
+    try:
+        return read_scalars(folder)
+    except RunError as error:
+        log.warning("%s The report has no curves of this run.", error)
+        return {}
 
 
 def run_result(job: Job, reason: str | None) -> RunResult:
@@ -72,7 +86,7 @@ def _with_figures(result: VariantResult, scalars: list[Scalars], target: float |
         per_step=[over_seeds(means, halves) for means, halves in zip(per_step, per_step_ci95, strict=True)],
         meta_step_ms=statistics.median(column("time.meta_step_ms")),
         peak_mib=max(column("memory.peak_mib")),
-        training_s=statistics.fmean(s["time/training_s"][-1].value for s in scalars),
+        training_s=statistics.fmean(s["time/training_s"][-1].value for s in scalars) if scalars else None,
         time_to=None if target is None else time_to(scalars, target),
         curve=curve(scalars, "validation/accuracy"),
         cosine=curve(scalars, "grad/cosine_first_vs_second"),
@@ -83,7 +97,7 @@ def curve(scalars: Sequence[Scalars], tag: str) -> list[CurvePoint]:
     """A tag over seeds, at the meta-steps that all of them have."""
     by_step = [{p.step: p.value for p in s.get(tag, [])} for s in scalars]
     times = [{p.step: p.value for p in s["time/training_s"]} for s in scalars]
-    common = sorted(set.intersection(*(set(points) for points in by_step)))
+    common = sorted(set.intersection(*(set(points) for points in by_step))) if by_step else []
     points = []
     for step in common:
         values = [run[step] for run in by_step]
@@ -102,7 +116,8 @@ def time_to(scalars: Sequence[Scalars], target: float) -> TimeTo | None:
             reached.append((seconds[first], first))
     if not reached:
         return None
-    return TimeTo(statistics.median(s for s, _ in reached), statistics.median(i for _, i in reached), len(reached))
+    seconds_of_all, steps_of_all = zip(*reached, strict=True)
+    return TimeTo(statistics.median_low(seconds_of_all), statistics.median_low(steps_of_all), len(reached))
 
 
 def differences(variants: Sequence[Variant], results: Sequence[VariantResult], folder: Path) -> list[Difference]:
@@ -119,7 +134,7 @@ def differences(variants: Sequence[Variant], results: Sequence[VariantResult], f
             tasks = [[_tasks(folder, v, seed)[name] for seed in seeds] for v in (first, other)]
             estimates.append(difference(tasks[0], tasks[1], paired=paired))
         (accuracy, per_seed), (alone, _) = estimates
-        found.append(Difference(first.name, other.name, accuracy, alone, seeds, per_seed))
+        found.append(Difference(first.name, other.name, accuracy, alone, seeds, per_seed, paired))
     return found
 
 

@@ -6,11 +6,14 @@ every variant is a ``scripts/train.py --multirun`` over the seeds, and the launc
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +25,16 @@ from rich.progress import Progress
 from metalearn.runs.compare.variants import TRAIN, Job, as_override
 from metalearn.runs.experiment import pick_device
 
+log = logging.getLogger(__name__)
+
 CONSOLE = "console.log"
 """What a run wrote to its terminal, in its folder."""
 
 _POLL_S = 0.5
 _GRACE_S = 20.0  # for a child to end after SIGTERM
 _VALIDATED = re.compile(r"(\d+)/\d+  validation accuracy (\S+)")
-_ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b", re.MULTILINE)
+_ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b(?! ignored)", re.MULTILINE)
+_HYDRAS_ADVICE = "Set the environment variable HYDRA_FULL_ERROR"
 _LONGEST_REASON = 600
 
 
@@ -50,6 +56,8 @@ class Children:
     """Processes that were started and not waited for; a context manager that leaves none behind."""
 
     running: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    closing: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __enter__(self) -> Children:
         return self
@@ -57,16 +65,22 @@ class Children:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for child in list(self.running):
+        with self.lock:
+            self.closing = True  # a thread that waits for its turn starts no more
+            left = list(self.running)
+        for child in left:
             child.terminate()
-        for child in list(self.running):
-            try:
-                child.wait(_GRACE_S)
-            except subprocess.TimeoutExpired:
+        try:
+            end = time.monotonic() + _GRACE_S
+            for child in left:
+                child.wait(max(0.0, end - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # deaf, or the user is in a hurry
+            for child in left:
                 child.kill()
+                child.wait()
 
     def run(
-        self, command: Sequence[str], console: Path, *, threads: int, watch: Callable[[str], None]
+        self, command: Sequence[str], console: Path, *, threads: int | None, watch: Callable[[str], None]
     ) -> tuple[int, str]:
         """Run a command to its end; its output is appended to a file, and shown to ``watch`` piece by piece.
 
@@ -74,12 +88,16 @@ class Children:
             Its exit status, and what it wrote.
         """
         console.parent.mkdir(parents=True, exist_ok=True)
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "COLUMNS": "160", "PYTHONUNBUFFERED": "1"}
+        limit = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+        environment = {**limit, **os.environ, "COLUMNS": "160", "PYTHONUNBUFFERED": "1"}
         written = ""
         with console.open("ab") as sink, console.open("r", errors="replace") as source:
             source.seek(0, os.SEEK_END)
-            child = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=environment)
-            self.running.add(child)
+            with self.lock:
+                if self.closing:
+                    raise ChildProcessError("the comparison is being stopped")
+                child = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=environment)
+                self.running.add(child)
             while True:
                 ended = _ended(child)
                 if piece := source.read():
@@ -121,9 +139,17 @@ def launch(jobs: Sequence[Job], *, at_a_time: int, progress: Progress) -> dict[P
                     show(job, int(iteration), f"{job.folder.name}: validation {accuracy}")
 
             command = [sys.executable, str(TRAIN), *job.overrides, *_place(job)]
-            status, written = children.run(command, job.folder / CONSOLE, threads=threads, watch=watch)
-            show(job, job.config.outer.iterations, f"{job.folder.name}: ended")
-            return why_failed(status, written, job.folder)
+            log.info("%s: started", job.folder.name)
+            try:
+                status, written = children.run(command, job.folder / CONSOLE, threads=threads, watch=watch)
+                reason = why_failed(status, written, job.folder)
+            except OSError as error:  # a full disk, a folder that cannot be made
+                reason = f"{type(error).__name__}: {error}"
+            if children.closing:
+                return reason
+            log.info("%s: %s", job.folder.name, f"FAILED, {reason}" if reason else "finished")
+            show(job, job.config.outer.iterations, "")
+            return reason
 
         reasons = Parallel(n_jobs=at_a_time, backend="threading", batch_size=1)(delayed(train)(job) for job in jobs)
     return {job.folder: reason for job, reason in zip(jobs, reasons, strict=True) if reason}
@@ -144,7 +170,7 @@ def launch_by_hydra(jobs: Sequence[Job], launcher: Sequence[str], folder: Path) 
 
         def train(variant: str) -> tuple[int, str]:
             command = [sys.executable, str(TRAIN), "--multirun", *sweep(by_variant[variant], launcher, folder)]
-            return children.run(command, folder / f"{variant}.log", threads=1, watch=lambda piece: None)
+            return children.run(command, folder / f"{variant}.log", threads=None, watch=lambda piece: None)
 
         names = list(by_variant)
         ended = Parallel(n_jobs=len(names), backend="threading")(delayed(train)(name) for name in names)
@@ -152,7 +178,7 @@ def launch_by_hydra(jobs: Sequence[Job], launcher: Sequence[str], folder: Path) 
     for name, (status, written) in zip(names, ended, strict=True):
         for job in by_variant[name]:
             if reason := why_failed(status, written, job.folder):
-                reasons[job.folder] = reason
+                reasons[job.folder] = f"{name}.log (and what the launcher keeps) says: {reason}"
     return reasons
 
 
@@ -177,6 +203,7 @@ def why_failed(status: int, written: str, folder: Path) -> str | None:
         name = signal.Signals(-status).name
         memory = "; the system kills so when memory runs out" if name == "SIGKILL" else ""
         return f"ended by {name}{memory}"
+    written = written.partition(_HYDRAS_ADVICE)[0]
     errors = list(_ERROR.finditer(written))
     if errors:
         return written[errors[-1].start() :].strip()[:_LONGEST_REASON]

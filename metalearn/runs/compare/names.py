@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -17,8 +19,8 @@ RECORD = "comparison.yaml"
 RESULTS = "results.json"
 """The file that a comparison writes when all of its runs have ended."""
 
-_MAY_DIFFER = {("compare", "jobs"), ("compare", "resume"), ("run", "resume")}
-_LONGEST = 120
+_MAY_DIFFER = {("compare", "jobs"), ("compare", "resume"), ("data", "root")}
+_LONGEST = 100  # characters of a name; file systems allow 255 bytes
 
 
 def split(variant: str) -> list[str]:
@@ -26,16 +28,31 @@ def split(variant: str) -> list[str]:
     return shlex.split(variant)
 
 
-def variant_name(variant: str) -> str:
-    """``first_order`` for ``inner.second_order=false``; ``engine-adjoint,steps-5`` for these two keys."""
+def variant_names(variants: Sequence[str]) -> list[str]:
+    """A name for each: ``first_order`` for ``inner.second_order=false``, ``engine-adjoint,steps-5`` for these two keys.
+
+    Where two would be called the same, as ``inner.lr=0.1`` and ``outer.lr=0.1``, their keys are spelt out.
+    """
+    short = [_name(variant, whole_keys=False) for variant in variants]
+    return [_name(variant, whole_keys=short.count(name) > 1) for variant, name in zip(variants, short, strict=True)]
+
+
+def _name(variant: str, *, whole_keys: bool) -> str:
     words = []
     for override in split(variant):
         key, _, value = override.partition("=")
         if key == "inner.second_order" and value.lower() in ("true", "false"):
             words.append("second_order" if value.lower() == "true" else "first_order")
         else:
-            words.append(f"{key.rpartition('.')[2]}-{value}")
-    return re.sub(r"[^\w.,+-]", "_", ",".join(words)) or "base"
+            words.append(f"{key if whole_keys else key.rpartition('.')[2]}-{value}")
+    return _cut(re.sub(r"[^A-Za-z0-9_.,+-]", "_", ",".join(words)) or "base")
+
+
+def _cut(name: str) -> str:
+    """A long name's beginning, with a digest of all of it."""
+    if len(name) <= _LONGEST:
+        return name
+    return f"{name[: _LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def comparison_folder(parent: Path, config: dict[str, Any], moment: str) -> str:
@@ -49,11 +66,26 @@ def comparison_folder(parent: Path, config: dict[str, Any], moment: str) -> str:
     if config["compare"]["resume"]:
         found = sorted(path.parent for path in parent.glob(f"*/{RECORD}"))
         for folder in reversed(found):
-            begun = not (folder / RESULTS).exists() and not is_locked(folder)
-            if begun and identity(read_record(folder)) == identity(config):
+            if is_unfinished(folder) and not is_locked(folder) and identity(read_record(folder)) == identity(config):
                 return folder.name
-    names = "-vs-".join(variant_name(variant) for variant in config["compare"]["variants"])
-    return f"{names[:_LONGEST]}-{moment}"
+    return f"{_cut('-vs-'.join(variant_names(config['compare']['variants'])))}-{moment}"
+
+
+def in_progress(folder: Path, config: dict[str, Any]) -> Path | None:
+    """Another folder beside this one where the same comparison is at work."""
+    for record in folder.parent.glob(f"*/{RECORD}"):
+        other = record.parent
+        if other != folder and is_locked(other) and identity(read_record(other)) == identity(config):
+            return other
+    return None
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a run of a comparison is missing or failed, as far as is known."""
+    try:
+        return json.loads((folder / RESULTS).read_text())["complete"] is not True
+    except (OSError, ValueError, KeyError):
+        return True
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -73,8 +105,3 @@ def identity(config: dict[str, Any]) -> dict[tuple[str, str], Any]:
         for name, value in values.items()
         if (section, name) not in _MAY_DIFFER
     }
-
-
-def folders_of(variants: Sequence[str], seeds: Sequence[int]) -> list[str]:
-    """Names of all run folders of a comparison."""
-    return [f"{variant_name(variant)}-seed{seed}" for seed in seeds for variant in variants]

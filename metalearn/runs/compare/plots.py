@@ -13,6 +13,7 @@ from metalearn.runs.compare.cost_plots import cost, per_run_cost
 from metalearn.runs.compare.results import CurvePoint, Results, VariantResult
 from metalearn.runs.compare.style import (
     GREY,
+    NEUTRAL,
     Look,
     draw_estimate,
     draw_line,
@@ -80,13 +81,12 @@ def difference(results: Results) -> Figure | None:
     """Each difference in percentage points, with its 95% interval, a dot per seed, and zero."""
     if not results.differences:
         return None
-    position = {variant.name: i for i, variant in enumerate(results.variants)}
     height = 2.2 + 0.6 * len(results.differences)
     figure, (axes,) = new_figure(CAPTIONS["difference"].title, results.title, height=height)
     name_rows(axes, [f"{each.first}\nminus {each.other}" for each in results.differences])
     for row, each in enumerate(results.differences):
         seeds = [100 * value for value in each.per_seed]
-        draw_estimate(axes, row, in_percent(each.accuracy), seeds, look(position[each.other]), hollow=False)
+        draw_estimate(axes, row, in_percent(each.accuracy), seeds, NEUTRAL, hollow=False)
     axes.axvline(0, color=GREY, linewidth=1, zorder=0)
     axes.set_xlabel("test accuracy, percentage points (right of zero: the first named is ahead)")
     legend_below(figure, [key("mean and 95% interval"), key("a seed", seed=True)])

@@ -18,10 +18,6 @@ from metalearn import files
 from metalearn.runs.compare.document import PLOTS, document, title
 from metalearn.runs.compare.plots import plots
 from metalearn.runs.compare.results import Results
-from metalearn.runs.compare.sentences import headline
-from metalearn.runs.compare.tables import variant_rows
-
-__all__ = ["headline", "variant_rows", "write_report"]
 
 _DPI = 150
 # User text cannot hold a tag: it is escaped.

@@ -43,7 +43,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class TimeTo:
-    """When validation first reached the target: medians over the seeds that did."""
+    """When validation first reached the target: medians over the seeds that did, of two the lower."""
 
     training_s: float
     iterations: float
@@ -97,9 +97,10 @@ class VariantResult:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first variant's test accuracy minus another's, on the same seeds and the same tasks.
+    """The first variant's test accuracy minus another's, on the same seeds.
 
     Args:
+        paired: whether both were tested on the same tasks.
         first: name of the variant that is subtracted from.
         other: name of the one that is subtracted.
         accuracy: mean and 95% interval over seeds and tasks.
@@ -114,6 +115,7 @@ class Difference:
     nontransductive: Estimate
     seeds: list[int]
     per_seed: list[float]
+    paired: bool = True
 
     @property
     def clear(self) -> bool:
@@ -126,11 +128,11 @@ class Results:
     """A whole comparison.
 
     Args:
-        title: data set and task in words.
+        title: data set and task in words; like all that follows, of the configuration that the variants share.
         dataset: its name.
         command: that made it.
         config: resolved, as YAML.
-        machine: what it ran on.
+        machine: what the runs were made on.
         memory_kind: ``cuda`` or ``cpu-tensors``.
         iterations: meta-steps of a run.
         seeds: of every variant.
@@ -141,6 +143,8 @@ class Results:
         cost: memory and time of one meta-gradient against K: first order, and second order by every engine, all
             tasks at once, measured in turns.
         cost_limit_mib: at which a measurement of memory was stopped.
+        cost_machine: what it was measured on; not always what the runs were made on.
+        runs_at_a_time: that shared the machine; 1 if each had it for itself.
     """
 
     title: str
@@ -157,6 +161,8 @@ class Results:
     differences: list[Difference] = field(default_factory=list)
     cost: list[Row] = field(default_factory=list)
     cost_limit_mib: float = 4096
+    cost_machine: dict[str, Any] = field(default_factory=dict)
+    runs_at_a_time: int = 1
 
     @property
     def complete(self) -> bool:

@@ -5,47 +5,36 @@ What is finished is kept, so that the same command goes on where an interrupted 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import rich
-import torch
-from PIL import Image
-
 from metalearn import files
-from metalearn.errors import RunError
-from metalearn.runs.checks import compared_keys
+from metalearn.errors import ConfigError, RunError
 from metalearn.runs.compare.cost import cost
 from metalearn.runs.compare.gather import differences, gather
 from metalearn.runs.compare.launch import launch, launch_by_hydra, runs_at_a_time
-from metalearn.runs.compare.markup import escape, table
-from metalearn.runs.compare.names import RECORD, RESULTS, identity, read_record
-from metalearn.runs.compare.report import headline, variant_rows, write_report
-from metalearn.runs.compare.results import Results
-from metalearn.runs.compare.variants import Job, Variant, find_variants, jobs, settled
+from metalearn.runs.compare.names import RECORD, RESULTS, identity, in_progress, read_record
+from metalearn.runs.compare.results import Results, VariantResult
+from metalearn.runs.compare.show import show, write_results
+from metalearn.runs.compare.variants import Job, Variant, find_variants, jobs, settled, shared
 from metalearn.runs.config import launcher_overrides, refuse_taken
-from metalearn.runs.config_files import to_yaml
-from metalearn.runs.console import print_line, print_path, print_table, progress_bar
+from metalearn.runs.config_files import continued, to_yaml
+from metalearn.runs.console import print_line, print_path, progress_bar
 from metalearn.runs.experiment import pick_device
 from metalearn.runs.folders import locked
 from metalearn.runs.machine import machine
 from metalearn.runs.schema_commands import CompareConfig
-from metalearn.runs.tracking import ReportTracker
 
 log = logging.getLogger(__name__)
-
-_WIDE = 140  # characters
-_ONLY_IF_WIDE = ("non-transductive", "training time")
-
-REPORT_RUN = "report"
-"""The folder of the report's own event file, a run in TensorBoard."""
 
 
 def run_comparison(config: CompareConfig, folder: Path) -> bool:
@@ -59,48 +48,91 @@ def run_comparison(config: CompareConfig, folder: Path) -> bool:
         Whether every run is finished.
 
     Raises:
-        RunError: if the folder holds another comparison, or another process is at work there.
+        RunError: if the folder holds another comparison or another configuration's run, or another process is at work.
+        ConfigError: if a variant's device is not there.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that no child is left behind
-    with locked(folder, wait=False):
-        claim(config, folder)
+    base, *variants = settled([shared(config), *find_variants(config)])
+    check_devices(variants)
+    every = jobs(variants, config.compare.seeds, folder)
+    with locked(folder, wait=False), stopping_in_order():
+        claim(config, every, folder)
         print_path("Comparison folder", folder)
-        variants = settled(find_variants(config))
-        every = jobs(variants, config.compare.seeds, folder)
-        reasons = train_missing(every, config.compare.jobs, folder)
-        results = collect(config, variants, every, reasons, folder)
+        try:
+            reasons = train_missing(every, config.compare.jobs, folder)
+            results = collect(config, base, variants, every, reasons, folder)
+        except (KeyboardInterrupt, SystemExit):
+            finished = sum((job.folder / "metrics.json").exists() for job in every)
+            print_line(f"Stopped; {finished} of {len(every)} runs are finished. The same command goes on from here.")
+            raise
         write_results(results, every, folder)
         show(results, folder)
     return results.complete
 
 
-def claim(config: CompareConfig, folder: Path) -> None:
+@contextmanager
+def stopping_in_order() -> Iterator[None]:
+    """SIGTERM ends the process as an exception does, so that its children are ended as well."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_devices(variants: Sequence[Variant]) -> None:
+    """Refuse a device that is not there, before anything is written."""
+    for variant in variants:
+        try:
+            pick_device(variant.config.run.device)
+        except ConfigError as error:
+            raise ConfigError(f"compare.variants, {' '.join(variant.overrides)!r}: {error}") from error
+
+
+def claim(config: CompareConfig, every: Sequence[Job], folder: Path) -> None:
     """Make a locked folder this comparison's, or find that it is.
 
     More seeds, other variants or another target may be asked of a comparison later: what is finished stays.
 
     Raises:
-        RunError: if it was begun with another configuration of the training.
-        FolderTakenError: if it holds a run.
+        RunError: if it was begun with another configuration of the training, or holds a run with another one.
+        FolderTakenError: if it is a run's.
     """
     path = folder / RECORD
-    if not path.exists():
-        refuse_taken(folder)
+    if path.exists():
+        refuse_another(config, folder)
     else:
+        refuse_taken(folder)
+    for job in every:
+        resumed = dataclasses.replace(job.config.run, resume="auto")
+        continued(dataclasses.replace(job.config, run=resumed), job.folder)
+    if path.exists():
         log.info("Going on with the comparison in %s", folder)
-        now, before = identity(json.loads(json.dumps(asdict(config)))), identity(read_record(folder))
-        differing = [
-            f"{section}.{name}: {before.get((section, name))} in the folder, {now.get((section, name))} now"
-            for section, name in sorted({*now, *before})
-            if section != "compare" and now.get((section, name)) != before.get((section, name))
-        ]
-        if differing:
-            raise RunError(
-                f"{folder} holds another comparison:\n"
-                + "\n".join(differing)
-                + "\nTake another folder, or the same values."
-            )
+        asked = {job.folder.name for job in every}
+        others = sorted(p.parent.name for p in folder.glob("*/config.yaml") if p.parent.name not in asked)
+        if others:
+            log.warning("Not asked for now, and left out of the report: %s", ", ".join(others))
+    elif twin := in_progress(folder, asdict(config)):
+        log.warning("The same comparison is in progress in %s; this is another, in %s", twin, folder)
     files.write_text(path, to_yaml(config))
+
+
+def refuse_another(config: CompareConfig, folder: Path) -> None:
+    """Refuse a folder whose comparison trains otherwise; what is compared may change."""
+    now, before = identity(asdict(config)), identity(read_record(folder))
+    differing = [
+        f"{section}.{name}: {before.get((section, name))} in the folder, {now.get((section, name))} now"
+        for section, name in sorted({*now, *before})
+        if section != "compare" and now.get((section, name)) != before.get((section, name))
+    ]
+    if differing:
+        listed = "\n".join(differing)
+        raise RunError(
+            f"{folder} holds another comparison:\n{listed}\nTake another folder, or the same values; only compare.* "
+            "may change (more seeds, other variants)."
+        )
 
 
 def train_missing(every: Sequence[Job], at_a_time: int | None, folder: Path) -> dict[Path, str]:
@@ -110,6 +142,7 @@ def train_missing(every: Sequence[Job], at_a_time: int | None, folder: Path) -> 
         log.info("%d of %d runs are finished already", done, len(every))
     if not left:
         return {}
+    reopen(folder)
     if launcher := launcher_overrides():
         log.info("%d runs through %s", len(left), launcher[0])
         return launch_by_hydra(left, launcher, folder)
@@ -119,56 +152,55 @@ def train_missing(every: Sequence[Job], at_a_time: int | None, folder: Path) -> 
         return launch(left, at_a_time=number, progress=progress)
 
 
+def reopen(folder: Path) -> None:
+    """Earlier results stay, but are no longer those of the whole comparison."""
+    path = folder / RESULTS
+    if path.exists():
+        content = json.loads(path.read_text())
+        files.write_text(path, json.dumps({**content, "complete": False}, indent=2) + "\n")
+
+
 def collect(
-    config: CompareConfig, variants: list[Variant], every: list[Job], reasons: Mapping[Path, str], folder: Path
+    config: CompareConfig,
+    base: Variant,
+    variants: list[Variant],
+    every: list[Job],
+    reasons: Mapping[Path, str],
+    folder: Path,
 ) -> Results:
     """All figures, with the cost of one meta-gradient measured now unless it was before."""
     found, target = gather(variants, every, reasons, config.compare.target_accuracy)
-    base = variants[0].config
-    device = pick_device(base.run.device)
     with progress_bar() as progress:
-        rows = cost(base, config.compare, folder, progress)
-    task = base.task
+        rows = cost(base.config, config.compare, folder, progress)
+    task = base.config.task
+    here = machine(pick_device(base.config.run.device))
+    where, kind = ran_on(found) or (here, "cuda" if "gpu" in here else "cpu-tensors")
     return Results(
-        title=f"{base.data.name}, {task.ways}-way {task.shots}-shot",
-        dataset=base.data.name,
+        title=f"{base.config.data.name}, {task.ways}-way {task.shots}-shot",
+        dataset=base.config.data.name,
         command=shlex.join(["python", *sys.argv]),
         config=to_yaml(config),
-        machine=machine(device),
-        memory_kind="cuda" if device.type == "cuda" else "cpu-tensors",
-        iterations=base.outer.iterations,
+        machine=where,
+        memory_kind=kind,
+        iterations=base.config.outer.iterations,
         seeds=list(config.compare.seeds),
         target_accuracy=target,
-        inner_steps=base.inner.steps,
+        inner_steps=base.config.inner.steps,
         variants=found,
         differences=differences(variants, found, folder),
         cost=rows,
         cost_limit_mib=config.compare.limit_mib,
+        cost_machine=dict(here),
+        runs_at_a_time=1 if launcher_overrides() else runs_at_a_time(every, config.compare.jobs),
     )
 
 
-def write_results(results: Results, every: Sequence[Job], folder: Path) -> None:
-    """The report, also for TensorBoard, and ``results.json`` last: it marks the comparison as ended."""
-    write_report(results, folder)
-    pictures = {path.stem: np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("plots/*.png"))}
-    text = "\n\n".join([*(escape(sentence) for sentence in headline(results)), table(*variant_rows(results))])
-    ReportTracker(folder / REPORT_RUN).report(text, pictures, runs=[compared_keys(job.config) for job in every])
-    content = {"complete": results.complete, "torch": str(torch.__version__), **asdict(results)}
-    files.write_text(folder / RESULTS, json.dumps(content, indent=2) + "\n")
-
-
-def show(results: Results, folder: Path) -> None:
-    """The table and the headline in the terminal, and where everything lies."""
-    header, rows = variant_rows(results)
-    if rich.get_console().width < _WIDE:
-        kept = [i for i, name in enumerate(header) if name not in _ONLY_IF_WIDE]
-        header, rows = [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
-    print_table(f"{results.title}, {results.iterations} meta-steps, seeds {results.seeds}", header, rows)
-    for sentence in headline(results):
-        print_line(sentence)
-    for run in (run for variant in results.variants for run in variant.failed):
-        print_line(f"{run.folder} failed: {run.reason}")
-    print_path("Report", folder / "report.html")
-    print_path("TensorBoard: tensorboard --logdir", folder)
-    if not results.complete:
-        print_line("Not every run is finished; with this folder as hydra.run.dir the same command tries those again.")
+def ran_on(variants: Sequence[VariantResult]) -> tuple[dict[str, object], str] | None:
+    """The machine of the runs, and how their memory was counted; every value, where they differ."""
+    metrics = [run.metrics for variant in variants for run in variant.finished]
+    if not metrics:
+        return None
+    names = [name for name in metrics[0] if name.startswith("machine.")]
+    values = {name: list(dict.fromkeys(str(m.get(name)) for m in metrics)) for name in names}
+    where: dict[str, object] = {name.removeprefix("machine."): " / ".join(found) for name, found in values.items()}
+    return where, " / ".join(dict.fromkeys(str(m["memory.kind"]) for m in metrics))

@@ -11,17 +11,22 @@ def headline(results: Results) -> list[str]:
     sentences = []
     for each in results.differences:
         sentences.append(_who_is_ahead(each))
-        sentences += _cost_of_runs(by_name[each.first], by_name[each.other])
+        sentences += _cost_of_runs(by_name[each.first], by_name[each.other], alone=results.runs_at_a_time == 1)
     if not results.differences:
         sentences += _without_a_difference(results.variants)
     return [*sentences, *_cost_of_second_order(results), *_missing_in_short(results)]
 
 
 def _who_is_ahead(each: Difference) -> str:
-    leader, trailer = (each.first, each.other) if each.accuracy.mean >= 0 else (each.other, each.first)
-    by = f"{100 * abs(each.accuracy.mean):.2f} ± {100 * each.accuracy.ci95:.2f} percentage points of test accuracy"
-    verdict = "clear: the interval excludes zero" if each.clear else "not clear: the interval includes zero"
-    return f"{leader} is ahead of {trailer} by {by} (95% interval {over_what(len(each.seeds))}), which is {verdict}."
+    mean, ci95 = each.accuracy.mean, each.accuracy.ci95
+    if mean == 0 and ci95 == 0:
+        return f"{each.first} and {each.other} are equal on every test task."
+    leader, trailer = (each.first, each.other) if mean >= 0 else (each.other, each.first)
+    by = f"{100 * abs(mean):.2f} ± {100 * ci95:.2f} percentage points of test accuracy"
+    over = over_what(len(each.seeds)) + ("" if each.paired else "; they are not tested on the same tasks")
+    if each.clear:
+        return f"{leader} is ahead of {trailer} by {by} (95% interval {over}): the interval excludes zero."
+    return f"Between {leader} and {trailer} there is no clear difference, {by} (95% interval {over}): it includes zero."
 
 
 def over_what(seeds: int) -> str:
@@ -29,8 +34,9 @@ def over_what(seeds: int) -> str:
     return f"over {seeds} seeds and their tasks" if seeds > 1 else "over test tasks alone, as there is one seed"
 
 
-def _cost_of_runs(first: VariantResult, other: VariantResult) -> list[str]:
-    time = _ratio("the time per meta-step", first.meta_step_ms, other.meta_step_ms, "ms")
+def _cost_of_runs(first: VariantResult, other: VariantResult, *, alone: bool) -> list[str]:
+    """Times of runs that shared the machine are no headline: it is not known what ran beside each."""
+    time = _ratio("the time per meta-step", first.meta_step_ms, other.meta_step_ms, "ms") if alone else []
     memory = _ratio("the peak memory", first.peak_mib, other.peak_mib, "MiB")
     parts = " and ".join(time + memory)
     return [f"In its runs {first.name} takes {parts} of {other.name}."] if parts else []
@@ -69,7 +75,7 @@ def _cost_of_second_order(results: Results) -> list[str]:
         parts.append(f"over {ratio} times the peak memory (over {limit:g} against {number(first.peak_mib)} MiB)")
     if not parts:
         return []
-    start = f"At K = {results.inner_steps} inner steps one second-order meta-gradient (unroll) takes"
+    start = f"Measured in turns at K = {results.inner_steps}, one second-order meta-gradient (unroll) takes"
     return [f"{start} {' and '.join(parts)} of first order."]
 
 

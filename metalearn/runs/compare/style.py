@@ -41,6 +41,10 @@ def look(position: int) -> Look:
     )
 
 
+NEUTRAL = Look("#444444", "o", ())
+"""Of what belongs to no variant alone."""
+
+
 def plain(text: str) -> str:
     """Text that matplotlib does not take for a formula."""
     return text.replace("$", r"\$")

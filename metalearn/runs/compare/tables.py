@@ -58,14 +58,20 @@ def difference_rows(results: Results) -> Table:
     rows = [
         [
             f"{each.first} minus {each.other}",
-            f"{100 * each.accuracy.mean:+.2f} ± {100 * each.accuracy.ci95:.2f}",
+            f"{_points(each.accuracy.mean)} ± {100 * each.accuracy.ci95:.2f}",
             "yes" if each.clear else "no",
-            f"{100 * each.nontransductive.mean:+.2f} ± {100 * each.nontransductive.ci95:.2f}",
-            ", ".join(f"{seed}: {100 * value:+.2f}" for seed, value in zip(each.seeds, each.per_seed, strict=True)),
+            f"{_points(each.nontransductive.mean)} ± {100 * each.nontransductive.ci95:.2f}",
+            ", ".join(f"{seed}: {_points(value)}" for seed, value in zip(each.seeds, each.per_seed, strict=True)),
         ]
         for each in results.differences
     ]
     return header, rows
+
+
+def _points(difference: float) -> str:
+    """Percentage points with a sign; zero has none."""
+    rounded = round(100 * difference, 2)
+    return f"{rounded:+.2f}" if rounded else "0.00"
 
 
 def memory_rows(results: Results) -> Table:

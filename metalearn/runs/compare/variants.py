@@ -7,13 +7,14 @@ on ``task.shots``) follows. A run is then ``scripts/train.py`` with every key sp
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from metalearn.errors import ConfigError
 from metalearn.runs.checks import check, entries
-from metalearn.runs.compare.names import split, variant_name
+from metalearn.runs.compare.names import split, variant_names
 from metalearn.runs.config import CONF, recompose, typed
 from metalearn.runs.config_files import settle_data
 from metalearn.runs.schema import TrainConfig
@@ -71,9 +72,13 @@ def check_compare(config: CompareConfig) -> None:
         ConfigError: naming the variant.
     """
     check(config)
-    find_variants(config)
     if len(set(config.compare.seeds)) < len(config.compare.seeds):
         raise ConfigError(f"compare.seeds={config.compare.seeds}: a seed stands there twice")
+    if config.run.seed != 0:
+        raise ConfigError(f"run.seed={config.run.seed}: a comparison has compare.seeds=[{config.run.seed}] instead")
+    if config.run.resume is not False:
+        raise ConfigError(f"run.resume={config.run.resume}: a comparison goes on by itself (compare.resume)")
+    find_variants(config)
 
 
 def find_variants(config: CompareConfig) -> list[Variant]:
@@ -82,13 +87,18 @@ def find_variants(config: CompareConfig) -> list[Variant]:
     Raises:
         ConfigError: if one cannot be composed or run, or two have the same name.
     """
-    found: list[Variant] = []
-    for text in config.compare.variants:
-        variant = _variant(text)
-        if variant.name in [other.name for other in found]:
-            raise ConfigError(f"compare.variants: two of them are called {variant.name}; leave one out")
-        found.append(variant)
-    return found
+    texts = config.compare.variants
+    found = [_variant(text) for text in texts]
+    names = variant_names(texts)
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"compare.variants: two of them are called {name}; leave one out")
+    return [dataclasses.replace(variant, name=name) for variant, name in zip(found, names, strict=True)]
+
+
+def shared(config: CompareConfig) -> Variant:
+    """What all variants start from."""
+    return Variant("shared", [], training_of(config))
 
 
 def _variant(text: str) -> Variant:
@@ -102,7 +112,7 @@ def _variant(text: str) -> Variant:
         check(config)
     except (ConfigError, ValueError) as error:
         raise ConfigError(f"compare.variants, {text!r}: {error}") from error
-    return Variant(variant_name(text), overrides, training_of(config))
+    return Variant(text, overrides, training_of(config))
 
 
 def training_of(config: CompareConfig) -> TrainConfig:
@@ -145,6 +155,6 @@ def as_override(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(as_override(v) for v in value)}]"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
+        quoted = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value, count=0)
+        return f"'{quoted}'"
     return repr(value)

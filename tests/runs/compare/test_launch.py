@@ -67,6 +67,15 @@ def test_a_child_that_will_not_end_is_killed(tmp_path: Path, monkeypatch: pytest
     child.stdout.close()
 
 
+def test_none_is_started_once_the_others_are_stopped(tmp_path: Path) -> None:
+    children = Children()
+    with children:
+        pass
+    with pytest.raises(ChildProcessError, match="being stopped"):
+        children.run(python("print(1)"), tmp_path / "log", threads=1, watch=lambda piece: None)
+    assert (tmp_path / "log").read_text() == ""
+
+
 @pytest.mark.parametrize(
     ("status", "written", "reason"),
     [
@@ -81,6 +90,8 @@ def test_a_child_that_will_not_end_is_killed(tmp_path: Path, monkeypatch: pytest
             "torch.OutOfMemoryError: CUDA",
         ),
         (1, "ConfigError: old\nValueError: new", "ValueError: new"),
+        (1, "RunError: real\nException ignored in: <x>\n", "RunError: real\nException ignored in: <x>"),
+        (1, "OSError: full\n\nSet the environment variable HYDRA_FULL_ERROR=1 for ...\n", "OSError: full"),
         (-9, "fine so far", "ended by SIGKILL; the system kills so when memory runs out"),
         (-15, "", "ended by SIGTERM"),
         (3, "one\nlast words\n", "exit status 3: last words"),

@@ -12,10 +12,10 @@ from PIL import Image
 
 from metalearn.runs.compare.captions import CAPTIONS
 from metalearn.runs.compare.markup import escape
-from metalearn.runs.compare.report import headline, variant_rows, write_report
+from metalearn.runs.compare.report import write_report
 from metalearn.runs.compare.results import Results
-from metalearn.runs.compare.sentences import duration, number
-from metalearn.runs.compare.tables import memory_rows, per_step_rows, run_rows, time_rows
+from metalearn.runs.compare.sentences import duration, headline, number
+from metalearn.runs.compare.tables import memory_rows, per_step_rows, run_rows, time_rows, variant_rows
 from metalearn.runs.evaluation import Estimate
 from tests.runs.compare.made import broken_variant, cost_rows, difference, results, two_orders, variant
 
@@ -70,7 +70,7 @@ def test_a_clear_difference() -> None:
     first, *_ = headline(two_orders((0.010, 0.012, 0.014), ci95=0.005))
     assert first == (
         "second_order is ahead of first_order by 1.20 ± 0.50 percentage points of test accuracy "
-        "(95% interval over 3 seeds and their tasks), which is clear: the interval excludes zero."
+        "(95% interval over 3 seeds and their tasks): the interval excludes zero."
     )
 
 
@@ -81,9 +81,27 @@ def test_the_other_one_ahead() -> None:
 
 def test_a_difference_that_is_not_clear_over_one_seed() -> None:
     first, *_ = headline(two_orders((0.003,), ci95=0.005))
-    assert "by 0.30 ± 0.50 percentage points" in first
+    assert first.startswith("Between second_order and first_order there is no clear difference, 0.30 ± 0.50 percentage")
     assert "over test tasks alone, as there is one seed" in first
-    assert first.endswith("which is not clear: the interval includes zero.")
+    assert first.endswith(": it includes zero.")
+
+
+def test_equal_on_every_task() -> None:
+    first, *_ = headline(two_orders((0.0, 0.0), ci95=0.0))
+    assert first == "second_order and first_order are equal on every test task."
+
+
+def test_other_tasks_are_not_called_the_same() -> None:
+    results = two_orders()
+    (each,) = results.differences
+    apart = dataclasses.replace(results, differences=[dataclasses.replace(each, paired=False)])
+    assert "they are not tested on the same tasks" in headline(apart)[0]
+
+
+def test_times_of_runs_that_shared_the_machine_are_no_headline() -> None:
+    _, runs, engines = headline(dataclasses.replace(two_orders(), runs_at_a_time=2))
+    assert runs == "In its runs second_order takes 1.50 times the peak memory (54.0 against 36.0 MiB) of first_order."
+    assert "times the time" in engines, "measured in turns"
 
 
 def test_costs_are_ratios_of_the_runs_and_of_the_engines() -> None:
@@ -93,7 +111,7 @@ def test_costs_are_ratios_of_the_runs_and_of_the_engines() -> None:
         "1.50 times the peak memory (54.0 against 36.0 MiB) of first_order."
     )
     assert engines == (  # 1500 / 500 ms and 800 / 90 MiB
-        "At K = 5 inner steps one second-order meta-gradient (unroll) takes 3.00 times the time "
+        "Measured in turns at K = 5, one second-order meta-gradient (unroll) takes 3.00 times the time "
         "(1500 against 500 ms) and 8.89 times the peak memory (800 against 90.0 MiB) of first order."
     )
 
