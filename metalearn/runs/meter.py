@@ -23,13 +23,15 @@ class Meter:
             and the optimiser's state are in it. Elsewhere it is the most bytes that tensors made in a meta-step take
             at once, measured in the first, which takes longer for it and is not timed.
 
-    ``training_s`` are the seconds of all timed steps: validation, pictures and logging do not count.
+    ``training_s`` are the seconds of all timed steps: validation and logging do not count. ``logging_s`` are those
+    spent on what is only shown: the event file, pictures, and looks at the second-order term.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.peak_bytes = 0
         self.training_s = 0.0
+        self.logging_s = 0.0
         self._figures: list[Mapping[str, Tensor]] = []
         self._timed = 0
         self._window_ms: list[float] = []
@@ -64,6 +66,13 @@ class Meter:
         self._measured_step_ms = 1000 * (time.perf_counter() - self._opened)
         self._opened = time.perf_counter()
 
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Around what is only shown; not within a window."""
+        started = time.perf_counter()
+        yield
+        self.logging_s += time.perf_counter() - started
+
     def add(self, figures: Mapping[str, Tensor]) -> None:
         """Note a step's figures, scalars on the device, without reading them."""
         self._figures.append(figures)
@@ -86,9 +95,15 @@ class Meter:
 
     def content(self) -> dict[str, Any]:
         """What a resumed run's meter goes on from, between two windows."""
-        return {"peak_bytes": self.peak_bytes, "training_s": self.training_s, "window_ms": list(self._window_ms)}
+        return {
+            "peak_bytes": self.peak_bytes,
+            "training_s": self.training_s,
+            "logging_s": self.logging_s,
+            "window_ms": list(self._window_ms),
+        }
 
     def restore(self, content: Mapping[str, Any]) -> None:
         """Go on from what ``content`` gave."""
         self.peak_bytes, self.training_s = content["peak_bytes"], content["training_s"]
+        self.logging_s = content["logging_s"]
         self._window_ms = list(content["window_ms"])

@@ -73,6 +73,8 @@ def cost_metrics(meter: Meter, *, total_s: float) -> dict[str, Any]:
         "memory.peak_mib": meter.peak_bytes / MIB,
         "memory.kind": "cuda" if meter.device.type == "cuda" else "cpu-tensors",
         "time.meta_step_ms": meter.meta_step_ms,
+        "time.training_s": meter.training_s,
+        "time.logging_s": meter.logging_s,
         "time.total_s": total_s,
         **{f"machine.{name}": value for name, value in machine(meter.device).items()},
     }

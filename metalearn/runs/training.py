@@ -13,15 +13,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.progress import Progress
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from metalearn.errors import NonFiniteLossError, RunError
-from metalearn.inner import adapt, predict
 from metalearn.metagrad import meta_gradient
 from metalearn.runs.checkpoints import (
     Checkpoint,
@@ -33,8 +30,7 @@ from metalearn.runs.checkpoints import (
 )
 from metalearn.runs.checks import compared_keys
 from metalearn.runs.console import print_facts, print_path, progress_bar
-from metalearn.runs.curvature import curvature, support_eigenvalue
-from metalearn.runs.evaluation import accuracy, evaluate
+from metalearn.runs.evaluation import Evaluation, accuracy, evaluate
 from metalearn.runs.experiment import Experiment, build
 from metalearn.runs.folders import claim, locked
 from metalearn.runs.meter import Meter
@@ -46,18 +42,16 @@ from metalearn.runs.metrics import (
     hparams_metrics,
     write_metrics,
 )
-from metalearn.runs.pictures import tasks_picture
 from metalearn.runs.planning import settle_engine
 from metalearn.runs.precision import check_precision
 from metalearn.runs.schema import TrainConfig
 from metalearn.runs.state import Best, TrainState
 from metalearn.runs.testing import final_test
 from metalearn.runs.tracking import Tracker
-from metalearn.types import Episodes, Params
+from metalearn.runs.views import second_order_term, show_tasks
+from metalearn.types import Episodes
 
 log = logging.getLogger(__name__)
-
-_TASKS_SHOWN = 4
 
 
 def train(
@@ -179,12 +173,16 @@ def meta_train(
         if validation_due or any(state.iteration % every == 0 for every in [config.log.every, *looks]):
             window = meter.close_window()
             _refuse_nonfinite(window, state, config)
-            tracker.scalars({**window, "outer/lr": lr}, state.iteration)
-            tracker.scalars(second_order_term(experiment, state, episodes), state.iteration)
+            with meter.logging():
+                tracker.scalars({**window, "outer/lr": lr}, state.iteration)
+                tracker.scalars(second_order_term(experiment, state, episodes), state.iteration)
             if validation_due:
-                mean = validate(experiment, state, run_dir, tracker)
+                result = validate(experiment, state, run_dir)
+                with meter.logging():
+                    tracker.validation(result, state.iteration)
+                    show_tasks(experiment, state, tracker)
                 save_state(state, meter, total_s=time.perf_counter() - started, run_dir=run_dir)
-                progress.update(bar, note=f"validation {mean:.1%}")
+                progress.update(bar, note=f"validation {result.accuracy.mean:.1%}")
             meter.open_window()
 
 
@@ -212,18 +210,7 @@ def meta_step(experiment: Experiment, state: TrainState, episodes: Episodes) -> 
     return figures
 
 
-def second_order_term(experiment: Experiment, state: TrainState, episodes: Episodes) -> dict[str, float]:
-    """What is to be seen of it at this meta-step, by tag; nothing at most of them."""
-    log_config = experiment.config.log
-    seen: dict[str, float] = {}
-    if log_config.curvature_every and state.iteration % log_config.curvature_every == 0:
-        seen |= curvature(experiment.forward, state.params, episodes, experiment.inner)
-    if log_config.eigenvalue_every and state.iteration % log_config.eigenvalue_every == 0:
-        seen |= support_eigenvalue(experiment.forward, state.params, episodes)
-    return seen
-
-
-def validate(experiment: Experiment, state: TrainState, run_dir: Path, tracker: Tracker) -> float:
+def validate(experiment: Experiment, state: TrainState, run_dir: Path) -> Evaluation:
     """Accuracy on validation classes; saves the parameters if they are the best so far."""
     config = experiment.config
     if not all(torch.isfinite(p).all() for p in state.params.values()):
@@ -237,31 +224,12 @@ def validate(experiment: Experiment, state: TrainState, run_dir: Path, tracker: 
         batch=experiment.eval_batch,
         nontransductive=False,
     )
-    tracker.validation(result, state.iteration)
-    if config.log.images:
-        show_tasks(experiment, state, tracker)
     mean = result.accuracy.mean
     if state.best is None or mean > state.best.validation_accuracy:
         save_checkpoint(Checkpoint(state.params, state.iteration, mean), best_path(run_dir))
         state.best = Best(state.iteration, mean)
     log.info("%6d/%d  validation accuracy %s", state.iteration, config.outer.iterations, result.accuracy)
-    return mean
-
-
-def show_tasks(experiment: Experiment, state: TrainState, tracker: Tracker) -> None:
-    """The picture of this validation, where there is one."""
-    try:
-        tracker.image("validation/tasks", picture(experiment, state.params), state.iteration)
-    except NonFiniteLossError as error:  # the next meta-step stops the run, if training meets it as well
-        log.warning("no picture at meta-step %d: %s", state.iteration, error)
-
-
-def picture(experiment: Experiment, params: Params) -> NDArray[np.uint8]:
-    """The first validation tasks, with the predictions of the adapted model."""
-    tasks = experiment.validation.tasks(0, _TASKS_SHOWN)
-    with torch.no_grad():
-        fast = adapt(experiment.forward, params, tasks.support_x, tasks.support_y, experiment.eval_inner)
-        return tasks_picture(tasks, predict(experiment.forward, fast, tasks.query_x))
+    return result
 
 
 def _refuse_nonfinite(window: dict[str, float], state: TrainState, config: TrainConfig) -> None:

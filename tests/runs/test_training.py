@@ -95,7 +95,9 @@ def test_metrics_hold_the_contract(finished: tuple[Path, dict[str, Any]]) -> Non
     if torch.cuda.is_available():
         del expected["device"], expected["memory.kind"]
     assert expected.items() <= metrics.items()
-    for name in ("test.accuracy", "test.ci95", "memory.peak_mib", "time.meta_step_ms", "time.total_s"):
+    seconds = ("time.training_s", "time.logging_s", "time.total_s")
+    assert metrics["time.training_s"] + metrics["time.logging_s"] < metrics["time.total_s"]
+    for name in ("test.accuracy", "test.ci95", "memory.peak_mib", "time.meta_step_ms", *seconds):
         assert math.isfinite(metrics[name])
         assert metrics[name] > 0, name
 

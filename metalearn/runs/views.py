@@ -1,0 +1,51 @@
+"""What a training shows of itself beside its curves: pictures of tasks, and the second-order term."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from metalearn.errors import NonFiniteLossError
+from metalearn.inner import adapt, predict
+from metalearn.runs.curvature import curvature, support_eigenvalue
+from metalearn.runs.experiment import Experiment
+from metalearn.runs.pictures import tasks_picture
+from metalearn.runs.state import TrainState
+from metalearn.runs.tracking import Tracker
+from metalearn.types import Episodes, Params
+
+log = logging.getLogger(__name__)
+
+_TASKS_SHOWN = 4
+
+
+def second_order_term(experiment: Experiment, state: TrainState, episodes: Episodes) -> dict[str, float]:
+    """What is to be seen of it at this meta-step, by tag; nothing at most of them."""
+    log_config = experiment.config.log
+    seen: dict[str, float] = {}
+    if log_config.curvature_every and state.iteration % log_config.curvature_every == 0:
+        seen |= curvature(experiment.forward, state.params, episodes, experiment.inner)
+    if log_config.eigenvalue_every and state.iteration % log_config.eigenvalue_every == 0:
+        seen |= support_eigenvalue(experiment.forward, state.params, episodes)
+    return seen
+
+
+def show_tasks(experiment: Experiment, state: TrainState, tracker: Tracker) -> None:
+    """The picture of this validation, where one is wanted and can be drawn."""
+    if not experiment.config.log.images:
+        return
+    try:
+        tracker.image("validation/tasks", picture(experiment, state.params), state.iteration)
+    except NonFiniteLossError as error:  # the next meta-step stops the run, if training meets it as well
+        log.warning("no picture at meta-step %d: %s", state.iteration, error)
+
+
+def picture(experiment: Experiment, params: Params) -> NDArray[np.uint8]:
+    """The first validation tasks, with the predictions of the adapted model."""
+    tasks = experiment.validation.tasks(0, _TASKS_SHOWN)
+    with torch.no_grad():
+        fast = adapt(experiment.forward, params, tasks.support_x, tasks.support_y, experiment.eval_inner)
+        return tasks_picture(tasks, predict(experiment.forward, fast, tasks.query_x))
