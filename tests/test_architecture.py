@@ -6,6 +6,8 @@ Data and models know only the nouns.
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,17 @@ def test_public_surface_is_what_is_listed() -> None:
     assert set(metalearn.__all__) <= set(dir(metalearn))
     with pytest.raises(AttributeError, match=r"no attribute 'nope'; it offers Episodes"):
         metalearn.nope  # noqa: B018  # the access is what is tested
+
+
+@pytest.mark.parametrize("script", sorted((REPO / "scripts").glob("*.py")), ids=lambda p: p.stem)
+def test_what_a_script_refuses_need_not_wait_for_torch(script: Path) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"runpy.run_path({str(script)!r})\n"
+        "assert not (found := {'torch', 'torchvision', 'matplotlib'} & set(sys.modules)), found"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_scripts_are_short() -> None:

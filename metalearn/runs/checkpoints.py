@@ -1,4 +1,4 @@
-"""A training's state on disk: plain containers, loaded without running any code, checked by digest.
+"""A run's claim to its folder, and its state on disk: plain containers, loaded without code, checked by digest.
 
 ``best.pt`` holds the parameters with the best validation accuracy, which are tested; ``last.pt`` what a training goes
 on from.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from metalearn import files
-from metalearn.errors import RunError
+from metalearn.errors import FolderTakenError, RunError
 from metalearn.runs.meter import Meter
 from metalearn.runs.state import TrainState
 from metalearn.types import Params
@@ -32,6 +32,18 @@ class Checkpoint:
     params: Params
     iteration: int
     validation_accuracy: float
+
+
+def claim(run_dir: Path, config_yaml: str) -> None:
+    """Make a locked folder this run's own for good, by its ``config.yaml``.
+
+    Raises:
+        FolderTakenError: if it is another run's.
+    """
+    path = run_dir / "config.yaml"
+    if path.exists():
+        raise FolderTakenError(run_dir, path.name)
+    files.write_text(path, config_yaml)
 
 
 def best_path(run_dir: Path) -> Path:

@@ -1,4 +1,4 @@
-"""A run's folder belongs to one process at a time, and to one run for good."""
+"""A run's folder belongs to one process at a time. Imports no torch: refusals need not wait for it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from metalearn import files
-from metalearn.errors import FolderTakenError, RunError
+from metalearn.errors import RunError
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +52,3 @@ def is_locked(folder: Path) -> bool:
             return False
     except Timeout:
         return True
-
-
-def claim(run_dir: Path, config_yaml: str) -> None:
-    """Make a locked folder this run's own for good, by its ``config.yaml``.
-
-    Raises:
-        FolderTakenError: if it is another run's.
-    """
-    path = run_dir / "config.yaml"
-    if path.exists():
-        raise FolderTakenError(run_dir, path.name)
-    files.write_text(path, config_yaml)

@@ -23,6 +23,7 @@ from metalearn.metagrad import meta_gradient
 from metalearn.runs.checkpoints import (
     Checkpoint,
     best_path,
+    claim,
     load_checkpoint,
     load_state,
     save_checkpoint,
@@ -32,7 +33,7 @@ from metalearn.runs.checks import compared_keys
 from metalearn.runs.console import print_facts, print_path, progress_bar
 from metalearn.runs.evaluation import Evaluation, accuracy, evaluate
 from metalearn.runs.experiment import Experiment, build
-from metalearn.runs.folders import claim, locked
+from metalearn.runs.folders import locked
 from metalearn.runs.meter import Meter
 from metalearn.runs.metrics import (
     accuracy_metrics,

@@ -47,7 +47,7 @@ def show(results: Results, folder: Path) -> None:
     header, rows = variant_rows(results)
     if rich.get_console().width < _WIDE:
         kept = [i for i, name in enumerate(header) if name not in _ONLY_IF_WIDE]
-        header = [header[i] for i in kept]
+        header = ["\n".join(header[i].rsplit(" ", 1)) for i in kept]
         rows = [[row[i].partition(",")[0] for i in kept] for row in rows]  # of the time to the target, the time
     print_table(f"{results.title}, {results.iterations} meta-steps, seeds {results.seeds}", header, rows)
     for sentence in headline(results):
