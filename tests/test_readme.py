@@ -198,3 +198,73 @@ def test_code_on_derivatives_runs() -> None:
     torch.testing.assert_close(derivatives.hvp(f, w, v), torch.tensor([1.0, -1.0]))
     torch.testing.assert_close(derivatives.hessian(f, w), torch.tensor([[2.0, 0.0], [0.0, -1.0]]), rtol=0, atol=1e-6)
     assert derivatives.top_eigenvalues(f, w, k=1).item() == pytest.approx(2)
+
+
+def estimate(value: dict[str, float]) -> str:
+    return f"{value['mean']:.2%} ± {value['ci95']:.2%}"
+
+
+@pytest.mark.parametrize(
+    ("folder", "label"),
+    [
+        ("glyphs-5w1s", "glyphs, 5-way 1-shot"),
+        ("omniglot-5w1s", "Omniglot, 5-way 1-shot"),
+        ("omniglot-20w1s", "Omniglot, 20-way 1-shot"),
+    ],
+)
+def test_comparisons_are_the_committed_ones(folder: str, label: str) -> None:
+    results = read(f"compare/{folder}/results.json")
+    second, first = results["variants"]
+    (difference,) = results["differences"]
+    assert (second["name"], first["name"], results["complete"]) == ("second_order", "first_order", True)
+    assert results["seeds"] == difference["seeds"] == [0, 1, 2]
+    mean, ci95 = (100 * difference["accuracy"][name] for name in ("mean", "ci95"))
+    assert mean > ci95, "second order is ahead beyond its interval"
+    cells = [label, str(results["iterations"]), estimate(second["accuracy"]), estimate(first["accuracy"])]
+    assert f"| {' | '.join(cells)} | {mean:.2f} ± {ci95:.2f} |" in README
+
+
+def test_comparison_of_the_glyphs_is_the_committed_one() -> None:
+    results = read("compare/glyphs-5w1s/results.json")
+    for variant in results["variants"]:
+        time_to = variant["time_to"]
+        cells = [
+            variant["name"].replace("_", " "),
+            estimate(variant["accuracy"]),
+            estimate(variant["nontransductive"]),
+            f"{variant['meta_step_ms']:.0f}",
+            f"{variant['peak_mib']:.0f}",
+            f"{time_to['training_s']:.0f} s ({time_to['iterations']:.0f} meta-steps)",
+        ]
+        assert f"| {' | '.join(cells)} |" in README
+    at = {(r["engine"], r["second_order"]): r for r in results["cost"] if r["steps"] == results["inner_steps"]}
+    first, second = at["unroll", False], at["unroll", True]
+    time, memory = (second[name] / first[name] for name in ("median_ms", "peak_mib"))
+    said = " ".join(README.split())
+    assert f"takes {time:.2f} times as long as first order's and {memory:.2f} times the memory" in said
+    (difference,) = results["differences"]
+    mean, ci95 = (100 * difference["accuracy"][name] for name in ("mean", "ci95"))
+    assert f"Second order is {mean:.1f} ± {ci95:.1f} points ahead" in said
+    assert f"time to {results['target_accuracy']:.0%} in validation" in README
+
+
+def test_cost_at_20_ways_and_of_logging_is_the_committed_one() -> None:
+    results = read("compare/omniglot-20w1s/results.json")
+    at = {(r["engine"], r["second_order"]): r for r in results["cost"] if r["steps"] == results["inner_steps"]}
+    time, memory = (at["unroll", True][name] / at["unroll", False][name] for name in ("median_ms", "peak_mib"))
+    said = " ".join(README.split())
+    assert f"takes {time:.2f} times as long as first order's and {memory:.2f} times the memory by `unroll`" in said
+    logging = read("compare/logging.json")
+    assert f"Logging took {logging['share']['all']:.1%} of the training time" in said
+    assert f"its event files {logging['event_bytes'] / 1e6:.1f} MB" in said
+    runs = [r["metrics"] for v in read("compare/glyphs-5w1s/results.json")["variants"] for r in v["runs"]]
+    share = sum(m["time.logging_s"] for m in runs) / sum(m["time.training_s"] for m in runs)
+    assert logging["share"]["all"] == pytest.approx(share, abs=1e-4)
+    assert share < 0.03
+
+
+def test_every_picture_is_there() -> None:
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert len(pictures) >= 6
+    for picture in pictures:
+        assert (REPO / picture).is_file(), picture
