@@ -238,8 +238,8 @@ def test_settings_of_the_process_are_left_alone() -> None:
     [
         ("run.dtype=float16", r"run\.dtype=float16: must be one of float64, float32"),
         ("run.device=gpu", r"run\.device=gpu: must be auto, cpu, cuda or cuda:N"),
-        ("verify.steps=[]", r"verify\.steps=\[\]: must be whole numbers, at least 1"),
-        ("verify.steps=[0,1]", r"verify\.steps=\[0, 1\]: must be whole numbers, at least 1"),
+        ("verify.steps=[]", r"verify\.steps=\[\]: must be one or more whole numbers, at least 1"),
+        ("verify.steps=[0,1]", r"verify\.steps=\[0, 1\]: must be one or more whole numbers, at least 1"),
         ("verify.stps=[1]", r"verify\.stps=\[1\]: there is no such key\. Did you mean verify\.steps\?"),
     ],
 )
