@@ -90,6 +90,15 @@ def test_resumed_is_bitwise_the_same(iteration: int, whole: Path, tmp_path: Path
     assert ours["schedule"] == theirs["schedule"]
 
 
+def test_random_draws_go_on_where_they_were() -> None:
+    outer = typed(compose("train"), TrainConfig).outer
+    state = TrainState.start({"w": torch.ones(2)}, outer)
+    content = state.content()
+    expected = torch.rand(3)
+    TrainState.start({"w": torch.zeros(2)}, outer).restore(content)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_curves_go_on_without_doubled_points(whole: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         stop_at(27, patch)

@@ -82,6 +82,8 @@ def test_target_that_was_given(comparison: tuple[list[Variant], list[Job]]) -> N
     assert target == 0.88
     assert second.time_to == TimeTo(6.0, 300, 1), "only seed 0 reaches it"
     assert first.time_to is None
+    (exactly, _), _ = gather(*comparison, {}, 0.9)
+    assert exactly.time_to == TimeTo(6.0, 300, 1), "0.9 is a little less in an event file's float32"
 
 
 def test_differences_are_paired_by_seed(comparison: tuple[list[Variant], list[Job]], tmp_path: Path) -> None:

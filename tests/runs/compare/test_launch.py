@@ -43,10 +43,14 @@ def test_no_child_outlives_its_parent(tmp_path: Path) -> None:
     def stop(piece: str) -> None:
         raise KeyboardInterrupt
 
+    before = set(psutil.Process().children())
     children = Children()
     with pytest.raises(KeyboardInterrupt), children:
         children.run(python(code), tmp_path / "log", threads=1, watch=stop)
-    assert not [p for p in psutil.Process().children() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    (child,) = children.running
+    assert child.returncode == -15, "it was asked to end, not killed"
+    left = set(psutil.Process().children()) - before
+    assert not [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_a_child_that_will_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
