@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -15,7 +16,7 @@ from yaml import YAMLError
 from metalearn.data.catalog import dataset_in_use, why_not_omniglot
 from metalearn.errors import ConfigError, RunError
 from metalearn.runs import schema
-from metalearn.runs.checks import check, entries
+from metalearn.runs.checks import check, compared_keys
 from metalearn.runs.config import CONF, SCHEMAS, typed
 
 log = logging.getLogger(__name__)
@@ -119,11 +120,15 @@ def continued(config: schema.TrainConfig, run_dir: Path) -> schema.TrainConfig:
 
 
 def differences(wanted: schema.TrainConfig, recorded: schema.TrainConfig) -> list[str]:
-    """Keys of a run that have other values now, in words; that it is resumed or its data moved makes no difference."""
-    now, before = ({name: value for name, value, _, _ in entries(config)} for config in (wanted, recorded))
+    """Keys of a run that have other values now; that it is resumed or its data moved makes no difference."""
+    return changed(compared_keys(wanted), compared_keys(recorded))
+
+
+def changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """A line for every dotted key whose value in a folder is not the one that is asked for."""
     return [
         f"{name}: {before.get(name)} in the folder, {now.get(name)} now"
-        for name in sorted({*now, *before} - {"run.resume", "data.root"})
+        for name in sorted({*now, *before})
         if now.get(name) != before.get(name)
     ]
 

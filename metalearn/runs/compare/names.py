@@ -19,7 +19,7 @@ RECORD = "comparison.yaml"
 RESULTS = "results.json"
 """The file that a comparison writes when all of its runs have ended."""
 
-_MAY_DIFFER = {("compare", "jobs"), ("compare", "resume"), ("data", "root")}
+_MAY_DIFFER = {"compare.jobs", "compare.resume", "data.root"}
 _LONGEST = 100  # characters of a name; file systems allow 255 bytes
 
 
@@ -97,11 +97,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def identity(config: dict[str, Any]) -> dict[tuple[str, str], Any]:
-    """The values that make it the same comparison."""
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The values that make it the same comparison, by their dotted keys."""
     return {
-        (section, name): value
+        key: value
         for section, values in config.items()
         for name, value in values.items()
-        if (section, name) not in _MAY_DIFFER
+        if (key := f"{section}.{name}") not in _MAY_DIFFER
     }

@@ -27,7 +27,7 @@ from metalearn.runs.compare.results import Results, VariantResult
 from metalearn.runs.compare.show import show, write_results
 from metalearn.runs.compare.variants import Job, Variant, find_variants, jobs, settled, shared
 from metalearn.runs.config import launcher_overrides, refuse_taken
-from metalearn.runs.config_files import continued, to_yaml
+from metalearn.runs.config_files import changed, continued, to_yaml
 from metalearn.runs.console import print_line, print_path, progress_bar
 from metalearn.runs.experiment import pick_device
 from metalearn.runs.folders import locked
@@ -121,13 +121,8 @@ def claim(config: CompareConfig, every: Sequence[Job], folder: Path) -> None:
 
 def refuse_another(config: CompareConfig, folder: Path) -> None:
     """Refuse a folder whose comparison trains otherwise; what is compared may change."""
-    now, before = identity(asdict(config)), identity(read_record(folder))
-    differing = [
-        f"{section}.{name}: {before.get((section, name))} in the folder, {now.get((section, name))} now"
-        for section, name in sorted({*now, *before})
-        if section != "compare" and now.get((section, name)) != before.get((section, name))
-    ]
-    if differing:
+    differing = changed(identity(asdict(config)), identity(read_record(folder)))
+    if differing := [line for line in differing if not line.startswith("compare.")]:
         listed = "\n".join(differing)
         raise RunError(
             f"{folder} holds another comparison:\n{listed}\nTake another folder, or the same values; only compare.* "
