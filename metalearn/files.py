@@ -27,7 +27,7 @@ class DamagedFileError(RunError):
 
 def write_text(path: Path, text: str) -> None:
     """Write a file through a temporary one beside it: a reader sees the old content or the new, never a part."""
-    _replace(path, text.encode())
+    write_bytes(path, text.encode())
 
 
 def save(content: Any, path: Path) -> None:
@@ -37,9 +37,9 @@ def save(content: Any, path: Path) -> None:
     data = buffer.getvalue()
     digests = _digest_path(path)
     new = hashlib.sha256(data).hexdigest().encode() + b"\n"
-    _replace(digests, (digests.read_bytes() + b"\n" if digests.exists() else b"") + new)
-    _replace(path, data)
-    _replace(digests, new)
+    write_bytes(digests, (digests.read_bytes() + b"\n" if digests.exists() else b"") + new)
+    write_bytes(path, data)
+    write_bytes(digests, new)
 
 
 def load(path: Path, *, device: torch.device | str = "cpu") -> Any:
@@ -63,7 +63,8 @@ def _digest_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _replace(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
+    """As ``write_text``, for what is no text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:

@@ -17,8 +17,7 @@ def train(config: TrainConfig, run_dir: Path) -> None:
 
     inner.second_order=true differentiates through the inner update (MAML); false does not (first-order MAML).
     """
-    settled = settle_data(config)
-    continued(settled, run_dir)  # what is refused need not wait for torch either
+    settled = continued(settle_data(config), run_dir)
     from metalearn.runs.training import train  # here, so that a refused configuration need not wait for torch
 
     train(settled, run_dir, to_yaml, continued)

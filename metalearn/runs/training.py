@@ -64,7 +64,7 @@ def train(
     """Train, validate, and test the best checkpoint; write everything into ``run_dir``.
 
     Args:
-        config: checked, with the data set that is really there.
+        config: checked, with the data set that is really there, and the engine of a run that goes on.
         run_dir: a folder that holds no other run, or, with ``run.resume``, this one's.
         to_yaml: makes a configuration text, for ``config.yaml`` and TensorBoard; of the one with the settled engine.
         continued: the configuration of a run that may go on in its folder; refuses one that differs from the folder's.
@@ -77,7 +77,7 @@ def train(
     """
     started = time.perf_counter()
     resume = config.run.resume is not False
-    experiment = settle_engine(build(continued(config, run_dir)))
+    experiment = settle_engine(build(config))
     built = time.perf_counter()
     with locked(run_dir, wait=resume):
         started += time.perf_counter() - built  # waiting for another process is not this run's time

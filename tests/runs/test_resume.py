@@ -44,7 +44,7 @@ def _no_download(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(folder: Path, *overrides: str) -> None:
     config = typed(compose("train", [*SMALL, *overrides]), TrainConfig)
-    train(settle_data(config), folder, to_yaml, continued)
+    train(continued(settle_data(config), folder), folder, to_yaml, continued)
 
 
 def stop_at(iteration: int, patch: pytest.MonkeyPatch) -> None:

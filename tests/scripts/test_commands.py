@@ -25,12 +25,17 @@ SMALL = [
 ]
 
 
-def command(script: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def environment_of_its_own(**more: str) -> dict[str, str]:
+    """One thread, and nothing that the tests' own environment says of data and code."""
     env = {name: value for name, value in os.environ.items() if name not in ("METALEARN_DATA", "PYTHONPATH")}
+    return {"OMP_NUM_THREADS": "1", **env, **more}
+
+
+def command(script: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(REPO / "scripts" / script), *arguments],
         cwd=cwd,
-        env={"OMP_NUM_THREADS": "1", **env, **environment},
+        env=environment_of_its_own(**environment),
         capture_output=True,
         text=True,
         timeout=300,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPO
-from tests.scripts.test_commands import command
+from tests.scripts.test_commands import command, environment_of_its_own
 
 SMALL = [
     "data=glyphs",
@@ -43,7 +43,7 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(REPO / "scripts" / "compare.py"), *arguments],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment_of_its_own(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -19,7 +19,7 @@ from metalearn.live_bytes import MIB
 from metalearn.metagrad import ENGINES
 from metalearn.runs.engine_settings import Row
 from metalearn.runs.engine_table import Grid, measure
-from metalearn.runs.experiment import build
+from metalearn.runs.experiment import build, pick_device
 from metalearn.runs.machine import machine
 from metalearn.runs.planning import Problem
 from metalearn.runs.schema import TrainConfig
@@ -37,10 +37,9 @@ def cost(config: TrainConfig, settings: CompareSettings, folder: Path, progress:
         folder: where ``cost.json`` is kept.
         progress: for a bar.
     """
-    experiment = build(config)
     steps = sorted({*settings.steps, *([config.inner.steps] if config.inner.steps else [])})
     setting = {
-        "machine": machine(experiment.device),
+        "machine": machine(pick_device(config.run.device)),
         "task": asdict(config.task),
         "model": asdict(config.model),
         "precision": config.run.precision,
@@ -51,6 +50,7 @@ def cost(config: TrainConfig, settings: CompareSettings, folder: Path, progress:
     }
     if kept := _kept(folder / FILE, setting):
         return kept
+    experiment = build(config)
     problem = Problem(experiment.forward, experiment.theta, experiment.train.batch(0, config.task.meta_batch))
     grid = Grid("memory and time against K", steps, steps, settings.rounds, int(settings.limit_mib * MIB))
     with experiment.precision():

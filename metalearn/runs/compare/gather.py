@@ -129,11 +129,11 @@ def differences(variants: Sequence[Variant], results: Sequence[VariantResult], f
         if not seeds:
             continue
         paired = _test_tasks(first_config) == _test_tasks(variant.config)
-        estimates = []
-        for name in ("accuracy", "accuracy_nontransductive"):
-            tasks = [[_tasks(folder, v, seed)[name] for seed in seeds] for v in (first, other)]
-            estimates.append(difference(tasks[0], tasks[1], paired=paired))
-        (accuracy, per_seed), (alone, _) = estimates
+        ours, theirs = ([_tasks(folder, v, seed) for seed in seeds] for v in (first, other))
+        (accuracy, per_seed), (alone, _) = (
+            difference([run[name] for run in ours], [run[name] for run in theirs], paired=paired)
+            for name in ("accuracy", "accuracy_nontransductive")
+        )
         found.append(Difference(first.name, other.name, accuracy, alone, seeds, per_seed, paired))
     return found
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 import re
 from pathlib import Path
 from string import Template
@@ -75,7 +74,7 @@ def write_report(results: Results, folder: Path) -> Path:
     vectors = {name: _svg(figure) for name, figure in drawn.items()}
     for name, figure in drawn.items():
         files.write_text(folder / PLOTS / f"{name}.svg", vectors[name])
-        _write_png(figure, folder / PLOTS / f"{name}.png")
+        files.write_bytes(folder / PLOTS / f"{name}.png", _png(figure))
     text = document(results, folder, drawn)
     files.write_text(folder / "report.md", text)
     page = folder / "report.html"
@@ -91,11 +90,10 @@ def _svg(figure: Figure) -> str:
     return buffer.getvalue()
 
 
-def _write_png(figure: Figure, path: Path) -> None:
-    """Whole or not at all, as ``files.write_text`` does for text."""
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=_DPI)
-    os.replace(temporary, path)
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    return buffer.getvalue()
 
 
 def _page(name: str, text: str, vectors: dict[str, str]) -> str:

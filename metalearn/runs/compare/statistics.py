@@ -14,6 +14,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+import torch
 from scipy.stats import t
 
 from metalearn.runs.evaluation import Estimate
@@ -52,6 +53,7 @@ def difference(
 
 
 def _half_width(a: Sequence[float], b: Sequence[float], paired: bool) -> float:
+    first, other = (torch.tensor(tasks, dtype=torch.float64) for tasks in (a, b))
     if paired:
-        return 1.96 * statistics.stdev([x - y for x, y in zip(a, b, strict=True)]) / math.sqrt(len(a))
-    return 1.96 * math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
+        return Estimate.of(first - other).ci95
+    return math.hypot(Estimate.of(first).ci95, Estimate.of(other).ci95)
