@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import secrets
 from pathlib import Path
+from pickle import UnpicklingError  # only the name of torch's refusal: nothing is unpickled here
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ _READS = 3  # a file may be replaced between the reading of it and of its digest
 
 
 class DamagedFileError(RunError):
-    """A file's content does not match its digest, or the digest is missing."""
+    """A file that is not what ``save`` wrote: its digest is missing or another, or it holds more than plain tensors."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,12 +44,12 @@ def save(content: Any, path: Path) -> None:
     write_bytes(digests, new)
 
 
-def load(path: Path, *, device: torch.device | str = "cpu") -> Any:
-    """Load what ``save`` wrote; no code in the file is run.
+def load(path: Path) -> Any:
+    """Load what ``save`` wrote into main memory; no code in the file is run.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DamagedFileError: if the digest is missing or differs.
+        DamagedFileError: if the digest is missing or differs, or if loading would run code.
     """
     digest = _digest_path(path)
     for _ in range(_READS):
@@ -55,8 +57,31 @@ def load(path: Path, *, device: torch.device | str = "cpu") -> Any:
         if not digest.exists():
             raise DamagedFileError(f"{path} has no digest beside it ({digest.name}): its writing was interrupted.")
         if hashlib.sha256(data).hexdigest().encode() in digest.read_bytes().split():
-            return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+            return _plain(data, path)
     raise DamagedFileError(f"{path} is damaged: its SHA-256 differs from {digest.name}.")
+
+
+def _plain(data: bytes, path: Path) -> Any:
+    """Containers, numbers, text and tensors, and nothing else."""
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (UnpicklingError, EOFError, RuntimeError, ValueError):  # torch's message advises to load it all the same
+        raise DamagedFileError(
+            f"{path} is refused: it is no file of plain tensors, and loading it could run code. Nothing in it was run."
+        ) from None
+
+
+def remove(path: Path) -> None:
+    """Remove a file that ``save`` wrote, and its digest; nothing happens if it is gone."""
+    path.unlink(missing_ok=True)
+    _digest_path(path).unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder; no other process may be writing there."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{16}", path.name):
+            path.unlink(missing_ok=True)
 
 
 def _digest_path(path: Path) -> Path:
@@ -73,6 +98,19 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+        _sync_names(path.parent)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
+
+
+def _sync_names(folder: Path) -> None:
+    """Have a renaming on disk before what follows it; Windows has no such call for folders."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
