@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 
@@ -21,7 +22,50 @@ class RunError(MetalearnError):
     """A run's folder or files that cannot be used as asked, or a training that cannot go on."""
 
 
-class NonFiniteLossError(MetalearnError, ArithmeticError):
+class NonFiniteError(MetalearnError, ArithmeticError):
+    """A number that is NaN or infinite where a training cannot go on with it; ``task`` of the batch, if it is known."""
+
+    task: int | None = None
+
+    def in_batch(self, first: int) -> NonFiniteError:
+        """The same, where the chunk that it was found in starts with task ``first`` of the batch."""
+        return self
+
+
+class NonFiniteElsewhereError(NonFiniteError):
+    """What another process of the run has found among its tasks."""
+
+    def __init__(self) -> None:
+        super().__init__("another process has found a loss or a gradient that is not finite; see its message.")
+
+
+class NonFiniteGradientError(NonFiniteError):
+    """A meta-gradient that is NaN or infinite although every loss is finite.
+
+    Args:
+        parameter: where.
+        value: one of its elements.
+        task: which task of the batch, from 0; ``None`` if each task's own gradient is finite.
+        step: inner steps taken before the one that the gradient did not come back through; K for the query loss.
+    """
+
+    def __init__(self, parameter: str, *, value: float, task: int | None, step: int | None) -> None:
+        self.parameter, self.value, self.task, self.step = parameter, value, task, step
+        of_task = "" if task is None else f" of task {task}"
+        back = "" if step is None else f" on its way back to inner step {step}"
+        super().__init__(
+            f"the meta-gradient{of_task} is {value} in parameter '{parameter}'{back}, though every loss is finite: it "
+            "overflows, so take a smaller inner.lr or fewer inner.steps; or the derivative of a sqrt, norm, log or "
+            "power in the model or the loss is infinite at 0, so add a small constant inside of it."
+        )
+
+    def in_batch(self, first: int) -> NonFiniteGradientError:
+        """As the base says."""
+        task = None if self.task is None else first + self.task
+        return NonFiniteGradientError(self.parameter, value=self.value, task=task, step=self.step)
+
+
+class NonFiniteLossError(NonFiniteError):
     """A support or query loss that is NaN or infinite, so that no gradient of it means anything.
 
     Args:
@@ -34,6 +78,7 @@ class NonFiniteLossError(MetalearnError, ArithmeticError):
 
     def __init__(self, kind: str, *, task: int, step: int, value: float, before: float | None) -> None:
         self.kind, self.task, self.step, self.value, self.before = kind, task, step, value, before
+        self.task: int
         if before is None:
             why = (
                 "no inner step was taken yet, so look at the task's inputs and targets, at the parameters, and for "
@@ -47,7 +92,7 @@ class NonFiniteLossError(MetalearnError, ArithmeticError):
         super().__init__(f"the {kind} loss of task {task} is {value} after {step} inner steps: {why}.")
 
     def in_batch(self, first: int) -> NonFiniteLossError:
-        """The same, where the chunk that it was found in starts with task ``first`` of the batch."""
+        """As the base says."""
         return NonFiniteLossError(
             self.kind, task=first + self.task, step=self.step, value=self.value, before=self.before
         )
@@ -61,3 +106,11 @@ class FolderTakenError(RunError):
             f"hydra.run.dir={folder} already holds a run (its {file}), which would be overwritten. Choose another "
             "folder, or leave hydra.run.dir out for a new one."
         )
+
+
+class StoppedError(RunError):
+    """A process that was asked to end by a signal, and has put away what it had."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"Stopped by {signal.Signals(number).name}.")
+        self.signal = number

@@ -6,7 +6,7 @@ Run it as ``python scripts/benchmark.py``, with any key of training, or with ``b
 from pathlib import Path
 
 from metalearn.runs.checks import check
-from metalearn.runs.config import main
+from metalearn.runs.command import main
 from metalearn.runs.config_files import settle_data
 from metalearn.runs.schema_commands import BenchmarkConfig
 

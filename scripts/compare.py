@@ -7,8 +7,8 @@ Run it as ``python scripts/compare.py``, or with variants of your own:
 import sys
 from pathlib import Path
 
+from metalearn.runs.command import main
 from metalearn.runs.compare.variants import check_compare
-from metalearn.runs.config import main
 from metalearn.runs.schema_commands import CompareConfig
 
 

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from metalearn.runs.checks import check, check_evaluate
-from metalearn.runs.config import main
+from metalearn.runs.command import main
 from metalearn.runs.config_files import from_yaml, relocated
 from metalearn.runs.schema_commands import EvaluateConfig
 

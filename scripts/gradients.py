@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from metalearn.runs.checks import check_gradients
-from metalearn.runs.config import main
+from metalearn.runs.command import main
 from metalearn.runs.schema_commands import GradientsConfig
 
 

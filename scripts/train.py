@@ -6,12 +6,19 @@ Run it as ``python scripts/train.py inner.second_order=true``; ``--help`` explai
 from pathlib import Path
 
 from metalearn.runs.checks import check
-from metalearn.runs.config import main
-from metalearn.runs.config_files import continued, settle_data, to_yaml
+from metalearn.runs.command import main
+from metalearn.runs.config_files import continued, settle_data
 from metalearn.runs.schema import TrainConfig
 
 
-@main("train", TrainConfig, check, may_continue=lambda config: config.run.resume is not False)
+def follow(config: TrainConfig) -> None:
+    """Be one of the other processes that torchrun has started."""
+    from metalearn.runs.training import follow
+
+    follow(settle_data(config))
+
+
+@main("train", TrainConfig, check, may_continue=lambda config: config.run.resume is not False, follow=follow)
 def train(config: TrainConfig, run_dir: Path) -> None:
     """Train MAML on few-shot tasks, validate while training, and test the best checkpoint once.
 
@@ -20,7 +27,7 @@ def train(config: TrainConfig, run_dir: Path) -> None:
     settled = continued(settle_data(config), run_dir)
     from metalearn.runs.training import train  # here, so that a refused configuration need not wait for torch
 
-    train(settled, run_dir, to_yaml, continued)
+    train(settled, run_dir)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,15 @@ MAY_IMPORT = {
     "runs": NOUNS | {"models", "data", "derivatives", "gradcheck", "inner", "metagrad", "peers", "lab"},
 }
 ONLY_IN = {
-    "hydra": {"runs/config.py", "runs/config_help.py"},
-    "omegaconf": {"runs/config.py", "runs/config_files.py", "runs/config_help.py", "runs/schema.py"},
+    "hydra": {"runs/command.py", "runs/config.py", "runs/config_help.py", "runs/overrides.py"},
+    "omegaconf": {
+        "runs/command.py",
+        "runs/config.py",
+        "runs/config_files.py",
+        "runs/config_help.py",
+        "runs/overrides.py",
+        "runs/schema.py",
+    },
     "tensorboard": {"runs/hparams.py", "runs/report.py"},
     "torch.utils.tensorboard": {"runs/hparams.py", "runs/tracking.py"},
     "torch.distributed": {"runs/distributed.py"},

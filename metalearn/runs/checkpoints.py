@@ -1,11 +1,13 @@
 """A run's claim to its folder, and its state on disk: plain containers, loaded without code, checked by digest.
 
-``best.pt`` holds the parameters with the best validation accuracy, which are tested; ``last.pt`` what a training goes
-on from.
+``state-ITERATION.pt`` is all that a training goes on from, the best parameters so far included; the last two are kept,
+so that there is one before a damaged one. ``best.pt`` holds the best parameters once more, for the test.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,13 @@ import torch
 
 from metalearn import files
 from metalearn.errors import FolderTakenError, RunError
-from metalearn.runs.meter import Meter
-from metalearn.runs.state import TrainState
+from metalearn.runs.state import Best, refuse_other_shapes
 from metalearn.types import Params
+
+log = logging.getLogger(__name__)
+
+_KEPT = 2
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -51,66 +57,135 @@ def best_path(run_dir: Path) -> Path:
     return run_dir / "checkpoints" / "best.pt"
 
 
-def last_path(run_dir: Path) -> Path:
-    """The state after the latest validation, of which the training can be resumed."""
-    return run_dir / "checkpoints" / "last.pt"
+def state_path(run_dir: Path, iteration: int) -> Path:
+    """The state after that many meta-steps."""
+    return run_dir / "checkpoints" / f"state-{iteration:08}.pt"
 
 
-def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint whole, or leave the one that was there."""
-    content = {
-        "params": {name: p.detach().cpu() for name, p in checkpoint.params.items()},
-        "iteration": checkpoint.iteration,
-        "validation_accuracy": checkpoint.validation_accuracy,
-    }
-    files.save(content, path)
+def state_paths(run_dir: Path) -> list[Path]:
+    """States that are on disk, the newest first."""
+    return sorted((run_dir / "checkpoints").glob("state-*.pt"), reverse=True)
 
 
-def save_state(state: TrainState, meter: Meter, *, total_s: float, run_dir: Path) -> None:
-    """Put away what a training goes on from.
+def save_state(content: dict[str, Any], iteration: int, run_dir: Path) -> None:
+    """Put a state away, whole or not at all; then remove those that it makes superfluous.
 
     Args:
-        state: between two meta-steps.
-        meter: between two windows.
-        total_s: seconds that the run has taken so far, over all its processes.
-        run_dir: its folder.
+        content: plain containers.
+        iteration: meta-steps taken.
+        run_dir: the run's folder.
     """
-    files.save({"state": state.content(), "meter": meter.content(), "total_s": total_s}, last_path(run_dir))
+    path = state_path(run_dir, iteration)
+    files.save({"format": _FORMAT, **content}, path)
+    earlier = [other for other in state_paths(run_dir) if other < path]
+    later = [other for other in state_paths(run_dir) if other > path]  # damaged, or the run went on from before them
+    for other in [*later, *earlier[_KEPT - 1 :]]:
+        files.remove(other)
 
 
-def load_state(state: TrainState, meter: Meter, *, run_dir: Path) -> float:
-    """Take up what ``save_state`` put away, if it came to that.
+def remove_unfinished(run_dir: Path) -> None:
+    """Remove what a process that was killed while it wrote has left in a locked folder."""
+    for folder in (run_dir, run_dir / "checkpoints"):
+        files.remove_unfinished(folder)
 
-    Returns:
-        ``total_s``; 0 where the run has not reached its first validation, and starts anew.
+
+def newest_state(run_dir: Path) -> dict[str, Any] | None:
+    """The newest state that is whole; ``None`` where none was saved yet.
 
     Raises:
-        RunError: if the file is damaged.
+        RunError: if there are some, and all are damaged.
     """
+    damaged = []
+    for path in state_paths(run_dir):
+        try:
+            content: dict[str, Any] = files.load(path)
+        except files.DamagedFileError as error:
+            log.warning("%s The one before it is taken.", error)
+            damaged.append(path.name)
+            continue
+        if content.get("format") != _FORMAT:
+            raise RunError(
+                f"{path}: its format is {content.get('format')}, and this version of metalearn reads {_FORMAT}; go on "
+                "with the version that wrote it."
+            )
+        return content
+    if damaged:
+        raise RunError(
+            f"{run_dir}: every checkpoint is damaged ({', '.join(damaged)}), so there is nothing to go on from. "
+            "Restore one from a copy, or start anew in another folder."
+        )
+    return None
+
+
+def save_best(best: Best, run_dir: Path) -> None:
+    """Write ``best.pt`` whole, or leave the one that was there."""
+    content = {
+        "params": best.params,
+        "iteration": best.iteration,
+        "validation_accuracy": best.validation_accuracy,
+    }
+    files.save(content, best_path(run_dir))
+
+
+def settle_best(best: Best | None, run_dir: Path) -> None:
+    """Have ``best.pt`` agree with a state that a run goes on from: a kill may have come between the two."""
     try:
-        content = files.load(last_path(run_dir), device=meter.device)
-    except FileNotFoundError:
-        return 0.0
-    state.restore(content["state"])
-    meter.restore(content["meter"])
-    total_s: float = content["total_s"]
-    return total_s
+        found = files.load(best_path(run_dir))["iteration"]
+    except (FileNotFoundError, files.DamagedFileError):
+        found = None
+    if best is None:
+        files.remove(best_path(run_dir))
+    elif found != best.iteration:
+        save_best(best, run_dir)
 
 
-def load_checkpoint(path: Path, *, like: Params, device: torch.device) -> Checkpoint:
-    """Read a checkpoint of a model with parameters like these.
+def load_best(run_dir: Path, *, like: Params, device: torch.device) -> Checkpoint:
+    """The best parameters of a run, from ``best.pt``, or, if that is damaged, from the newest state.
+
+    Args:
+        run_dir: the run's folder.
+        like: parameters of the model that they must fit.
+        device: where they are wanted.
 
     Raises:
-        RunError: if it is missing, damaged, or of another model.
+        RunError: if they are missing, damaged, or of another model.
     """
+    path = best_path(run_dir)
     try:
-        content: dict[str, Any] = files.load(path, device=device)
+        content: dict[str, Any] = files.load(path)
+        best = Best(content["iteration"], content["validation_accuracy"], content["params"])
     except FileNotFoundError:
         raise RunError(
             f"{path} does not exist: the run has not reached its first validation, or was copied without it."
         ) from None
-    params = content["params"]
-    want, have = ({name: tuple(p.shape) for name, p in tree.items()} for tree in (like, params))
-    if want != have:
-        raise RunError(f"{path} does not fit the model of the run's config.yaml: parameters {have} and not {want}.")
-    return Checkpoint(params, content["iteration"], content["validation_accuracy"])
+    except files.DamagedFileError as error:
+        state = newest_state(run_dir)
+        if state is None or state["state"]["best"] is None:
+            raise
+        best = Best(*state["state"]["best"])
+        log.warning("%s The best parameters are taken from the state instead.", error)
+    try:
+        refuse_other_shapes(best.params, like)
+    except RunError as error:
+        raise RunError(f"{path}: {error}") from None
+    params = {name: p.to(device) for name, p in best.params.items()}
+    return Checkpoint(params, best.iteration, best.validation_accuracy)
+
+
+def supersede(run_dir: Path, config_yaml: str, iteration: int) -> None:
+    """Give a run that goes on another configuration; the earlier one is kept, and so are figures of a finished run."""
+    for name in ("metrics.json", "test_tasks.json"):
+        path = run_dir / name
+        if path.exists():
+            path.replace(_unused(path, iteration))
+    config = run_dir / "config.yaml"
+    files.write_text(_unused(config, iteration), config.read_text())
+    files.write_text(config, config_yaml)
+
+
+def _unused(path: Path, iteration: int) -> Path:
+    for more in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):
+        other = path.with_name(f"{path.stem}-until-{iteration}{more}{path.suffix}")
+        if not other.exists():
+            return other
+    raise AssertionError("there is always another number")

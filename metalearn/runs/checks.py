@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import re
 from collections.abc import Iterator
@@ -28,11 +29,11 @@ def entries(config: object, prefix: str = "") -> Iterator[tuple[str, Any, datacl
             yield f"{prefix}{f.name}", value, f, types[f.name]
 
 
-_NOT_COMPARED = ("run.resume", "data.root")
+_NOT_COMPARED = ("run.resume", "run.accept", "run.checkpoint_seconds", "run.on_nonfinite", "data.root")
 
 
 def compared_keys(config: object) -> dict[str, Any]:
-    """Every leaf key and its value, but for those that change nothing in what is computed."""
+    """Every leaf key and its value, but for those that change nothing in what was computed so far."""
     return {name: value for name, value, _, _ in entries(config) if name not in _NOT_COMPARED}
 
 
@@ -66,7 +67,7 @@ def _in_range(value: Any, limits: Any) -> bool:
     if value is None:
         return True
     if isinstance(value, list):
-        return len(value) > 0 and all(_in_range(v, limits) for v in value)
+        return (len(value) > 0 or limits["may_be_empty"]) and all(_in_range(v, limits) for v in value)
     if limits["choices"] is not None:
         return (str(value).lower() if isinstance(value, bool) else value) in limits["choices"]
     if isinstance(value, float) and not math.isfinite(value):
@@ -101,7 +102,7 @@ def check(config: TrainConfig) -> None:
         if type(getattr(config, group)) is base
     ]
     _refuse(faults)
-    faults = _faults(config) + _device_faults(config.run.device)
+    faults = _faults(config) + _device_faults(config.run.device) + _accept_faults(config)
     if config.inner.engine == "auto" and config.run.deterministic:
         faults.append(
             "inner.engine=auto with run.deterministic=true: auto chooses by measured times, which differ from run to "
@@ -172,6 +173,19 @@ def _device_faults(device: str) -> list[str]:
     if re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]*))?", device):
         return []
     return [f"run.device={device}: must be auto, cpu, cuda or cuda:N"]
+
+
+def _accept_faults(config: TrainConfig) -> list[str]:
+    known = compared_keys(config)
+    accept = config.run.accept
+    if accept and config.run.resume is False:
+        return [f"run.accept={accept}: only a run that is resumed has values to differ from; set run.resume=true too"]
+    return [
+        f"run.accept={name}: there is no such key that a run is compared by"
+        + "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, known, n=1))
+        for name in accept
+        if name not in known
+    ]
 
 
 def _refuse(faults: list[str]) -> None:

@@ -26,6 +26,9 @@ Config = TypeVar("Config")
 _ADDED_LATER = (
     "inner.snapshot_every",
     "run.resume",
+    "run.accept",
+    "run.checkpoint_seconds",
+    "run.on_nonfinite",
     "run.precision",
     "run.memory_limit",
     "log.curvature_every",
@@ -35,13 +38,25 @@ _ADDED_LATER = (
 
 
 def from_yaml(path: Path) -> schema.TrainConfig:
-    """A finished run's configuration, from the ``config.yaml`` in its folder.
+    """A run's configuration, from the ``config.yaml`` in its folder.
 
     Raises:
         ConfigError: if it does not fit the schema.
     """
     try:
-        raw = OmegaConf.load(path)
+        return from_text(path.read_text(), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not the configuration of a run: {error}") from error
+
+
+def from_text(text: str, path: Path) -> schema.TrainConfig:
+    """A run's configuration as YAML, which was found in ``path``.
+
+    Raises:
+        ConfigError: if it does not fit the schema.
+    """
+    try:
+        raw = OmegaConf.create(text)
         assert isinstance(raw, DictConfig)
         base = OmegaConf.structured(schema.TrainConfig)
         for group in ("data", "model", "algorithm"):
@@ -51,7 +66,7 @@ def from_yaml(path: Path) -> schema.TrainConfig:
             if OmegaConf.select(raw, name, default="missing") == "missing":
                 OmegaConf.update(raw, name, OmegaConf.select(defaults, name))
         return _on_schema(base, raw, schema.TrainConfig)
-    except (OSError, KeyError, AssertionError, YAMLError, OmegaConfBaseException, ConfigError) as error:
+    except (KeyError, AssertionError, YAMLError, OmegaConfBaseException, ConfigError) as error:
         raise ConfigError(f"{path} is not the configuration of a run: {error}") from error
 
 
@@ -96,7 +111,8 @@ def continued(config: schema.TrainConfig, run_dir: Path) -> schema.TrainConfig:
     """The configuration of a run that may go on in its folder: ``inner.engine=auto`` stays what it was settled to.
 
     Raises:
-        RunError: if there is nothing to go on with, or it was begun with another configuration.
+        RunError: if there is nothing to go on with, or if keys differ from those that it was begun with and are not
+            in ``run.accept``.
     """
     path = run_dir / "config.yaml"
     if config.run.resume is False or not (path.exists() or config.run.resume is True):
@@ -110,27 +126,29 @@ def continued(config: schema.TrainConfig, run_dir: Path) -> schema.TrainConfig:
     if config.inner.engine == "auto":
         kept = {name: getattr(recorded.inner, name) for name in ("engine", "task_chunk", "snapshot_every")}
         config = dataclasses.replace(config, inner=dataclasses.replace(config.inner, **kept))
-    if differing := differences(config, recorded):
+    refused = {name: line for name, line in differences(config, recorded).items() if name not in config.run.accept}
+    if refused:
         raise RunError(
             f"{run_dir} holds a run with another configuration, which would be mixed with this one:\n"
-            + "\n".join(differing)
-            + "\nGo on with the same values, or take another folder."
+            + "\n".join(refused.values())
+            + "\nGo on with the same values, take another folder, or accept what is meant to change: "
+            + f"'run.accept=[{','.join([*config.run.accept, *refused])}]'."
         )
     return config
 
 
-def differences(wanted: schema.TrainConfig, recorded: schema.TrainConfig) -> list[str]:
-    """Keys of a run that have other values now; that it is resumed or its data moved makes no difference."""
+def differences(wanted: schema.TrainConfig, recorded: schema.TrainConfig) -> dict[str, str]:
+    """Keys of a run that have other values now, and a line for each; that it is resumed makes no difference."""
     return changed(compared_keys(wanted), compared_keys(recorded))
 
 
-def changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """A line for every dotted key whose value in a folder is not the one that is asked for."""
-    return [
-        f"{name}: {before.get(name)} in the folder, {now.get(name)} now"
+def changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, str]:
+    """Every dotted key whose value in a folder is not the one that is asked for, and a line that says so."""
+    return {
+        name: f"{name}: {before.get(name)} in the folder, {now.get(name)} now"
         for name in sorted({*now, *before})
         if now.get(name) != before.get(name)
-    ]
+    }
 
 
 def relocated(data: schema.DataConfig, root: str | None) -> schema.DataConfig:

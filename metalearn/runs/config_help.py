@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -12,11 +13,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra.errors import OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
-from metalearn.runs.checks import allowed
+from metalearn.runs.checks import allowed, entries
 
 GROUPS = ("algorithm", "data", "model")
 
@@ -87,8 +88,10 @@ def explain(error: Exception, overrides: Sequence[str], places: list[Path]) -> s
         )
     if isinstance(error, YAMLError):
         return f"a YAML file cannot be read: {error}"
-    if cause is None or not cause.full_key:
-        return re.sub(r"\nConfig search path:.*", "", str(error), flags=re.DOTALL).strip()
+    if cause is None or cause.full_key in (None, "", "_dummy_"):  # Hydra's stand-in for a group
+        text = re.sub(r"\nConfig search path:.*", "", str(error), flags=re.DOTALL).strip() or type(error).__name__
+        named = any(override.partition("=")[0].lstrip("+~") in text for override in overrides)
+        return text if named or not overrides else f"{' '.join(overrides)}: this cannot be composed: {text}"
     source = re.match(r"In '(.+?)':", str(error))
     key, where = str(cause.full_key), f" (in {source[1]}.yaml)" if source else ""
     value = cause.value if cause.value is not None else _given(key, overrides, source[1] if source else None, places)
@@ -120,7 +123,8 @@ def _given(key: str, overrides: Sequence[str], source: str | None, places: list[
     for place in places if source else []:
         file = place / f"{source}.yaml"
         if file.is_file():
-            return OmegaConf.select(OmegaConf.load(file), key)
+            with contextlib.suppress(OmegaConfBaseException, OSError):  # a file that is no dictionary, say
+                return OmegaConf.select(OmegaConf.load(file), key)
     return None
 
 
@@ -141,8 +145,9 @@ def _nearest(key: str, kind: Any) -> str:
 
 def _keys_of(section: type) -> set[str]:
     """The keys of a section, whichever option of its group is chosen; none of a key that is no section."""
-    kinds = [kind for kind in (section, *section.__subclasses__()) if dataclasses.is_dataclass(kind)]
-    return {f.name for kind in kinds for f in dataclasses.fields(kind)}
+    if not dataclasses.is_dataclass(section):
+        return set()
+    return {f.name for kind in (section, *section.__subclasses__()) for f in dataclasses.fields(kind)}
 
 
 def unknown_keys(config: DictConfig, prefix: str = "") -> list[str]:
@@ -157,3 +162,13 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> list[str]:
         elif isinstance(node, DictConfig):
             faults += unknown_keys(node, f"{full}.")
     return faults
+
+
+def lacking(config: Any) -> list[str]:
+    """What deletions and interpolations took away unnoticed by OmegaConf: ``~inner``, ``run=${task.ways}``."""
+    replaced = [
+        f"{name}={getattr(config, name)}: must be a section, with the keys {', '.join(sorted(keys))}."
+        for name, kind in get_type_hints(type(config)).items()
+        if (keys := _keys_of(kind)) and not isinstance(getattr(config, name), kind)
+    ]
+    return replaced or [f"{name} is required" for name, value, _, _ in entries(config) if value == MISSING]

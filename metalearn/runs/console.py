@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 
-def progress_bar() -> Progress:
+def progress_bar(*, shown: bool = True) -> Progress:
     """A bar with counts, the time that is left, and a note of its tasks' ``note`` field."""
     return Progress(
         TextColumn("{task.description}"),
@@ -22,6 +22,7 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=rich.get_console(),
+        disable=not shown,
     )
 
 

@@ -74,11 +74,12 @@ def evaluate(
     inner: InnerLoop,
     *,
     episodes: int,
+    first: int = 0,
     batch: int,
     nontransductive: bool,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Adapt to the sampler's first ``episodes`` tasks and predict their queries.
+    """Adapt to ``episodes`` of the sampler's tasks and predict their queries.
 
     Args:
         forward: one task's model.
@@ -86,14 +87,15 @@ def evaluate(
         sampler: of classes that were not trained on.
         inner: step size and number of steps.
         episodes: number of tasks.
+        first: index of the first.
         batch: tasks at a time; the result does not depend on it beyond rounding.
         nontransductive: whether to predict each query on its own as well.
         progress: called with the number of tasks done.
     """
     per_step: list[list[Tensor]] = [[] for _ in range(inner.steps + 1)]
     alone: list[Tensor] = []
-    for first in range(0, episodes, batch):
-        tasks = sampler.tasks(first, min(batch, episodes - first))
+    for done in range(0, episodes, batch):
+        tasks = sampler.tasks(first + done, min(batch, episodes - done))
         fast = stack(params, tasks.tasks)
         for step in range(inner.steps + 1):
             if step > 0:
@@ -103,7 +105,7 @@ def evaluate(
             per_step[step].append(accuracy(predict(forward, fast, tasks.query_x), tasks.query_y))
         if nontransductive:
             alone.append(accuracy(predict_one_by_one(forward, fast, tasks), tasks.query_y))
-        progress(min(first + batch, episodes))
+        progress(min(done + batch, episodes))
     by_task = torch.stack([torch.cat(values) for values in per_step])
     return Evaluation(by_task, torch.cat(alone) if nontransductive else None)
 

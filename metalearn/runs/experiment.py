@@ -18,7 +18,9 @@ from metalearn.errors import ConfigError
 from metalearn.inner import InnerLoop
 from metalearn.models import MLP, Conv4
 from metalearn.params import functionalize
-from metalearn.runs.schema import Conv4Config, GlyphsConfig, MLPConfig, OmniglotConfig, TrainConfig
+from metalearn.runs import torchrun
+from metalearn.runs.random_state import seed_all
+from metalearn.runs.schema import Conv4Config, GlyphsConfig, InnerConfig, MLPConfig, OmniglotConfig, TrainConfig
 from metalearn.types import Forward, Params
 
 
@@ -78,10 +80,22 @@ def build(config: TrainConfig) -> Experiment:
     train = EpisodeSampler(splits.train, train_shape, seed, "train")
     validation = EpisodeSampler(splits.validation, eval_shape, seed, "validation")
     test = EpisodeSampler(splits.test, eval_shape, seed, "test")
-    torch.manual_seed(config.run.seed)
+    seed_all(config.run.seed)
     forward, theta = functionalize(build_model(config, splits.train.shape[2:]).to(device))
-    settings = config.inner
-    inner = InnerLoop(
+    inner, eval_inner = inner_loops(config.inner)
+    return Experiment(config, splits.name, device, forward, theta, inner, eval_inner, train, validation, test)
+
+
+def with_settled(experiment: Experiment, settings: InnerConfig) -> Experiment:
+    """The experiment with another engine, task chunk or number of snapshots, also in its configuration."""
+    inner, eval_inner = inner_loops(settings)
+    config = dataclasses.replace(experiment.config, inner=settings)
+    return dataclasses.replace(experiment, config=config, inner=inner, eval_inner=eval_inner)
+
+
+def inner_loops(settings: InnerConfig) -> tuple[InnerLoop, InnerLoop]:
+    """The inner loop in training, and that in validation and test."""
+    training = InnerLoop(
         lr=settings.lr,
         steps=settings.steps,
         second_order=settings.second_order,
@@ -89,8 +103,7 @@ def build(config: TrainConfig) -> Experiment:
         task_chunk=settings.task_chunk,
         snapshot_every=settings.snapshot_every,
     )
-    eval_inner = dataclasses.replace(inner, steps=settings.eval_steps, second_order=False)
-    return Experiment(config, splits.name, device, forward, theta, inner, eval_inner, train, validation, test)
+    return training, dataclasses.replace(training, steps=settings.eval_steps, second_order=False)
 
 
 def load_data(config: TrainConfig) -> ImageSplits:
@@ -114,17 +127,22 @@ def build_model(config: TrainConfig, image: torch.Size) -> nn.Module:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the first GPU, or the CPU where there is none.
+    """``auto`` is the first GPU, or the CPU where there is none; under ``torchrun`` every process has its own GPU.
 
     Raises:
         ConfigError: if that device is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and torchrun.size() > 1:
+        if name != "cuda":
+            raise ConfigError(f"run.device={name}: torchrun gives every process a GPU of its own; use run.device=cuda")
+        name = f"cuda:{torchrun.local_rank()}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"run.device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; use run.device=auto or cpu"
+            f"run.device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; use run.device=auto or "
+            "cpu, and under torchrun no more processes than GPUs"
         )
     return device
 

@@ -75,6 +75,7 @@ def cost_metrics(meter: Meter, *, total_s: float) -> dict[str, Any]:
         "time.meta_step_ms": meter.meta_step_ms,
         "time.training_s": meter.training_s,
         "time.logging_s": meter.logging_s,
+        "time.checkpoint_s": meter.checkpoint_s,
         "time.total_s": total_s,
         **{f"machine.{name}": value for name, value in machine(meter.device).items()},
     }

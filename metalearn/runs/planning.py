@@ -19,7 +19,7 @@ from metalearn.errors import RunError
 from metalearn.inner import InnerLoop
 from metalearn.live_bytes import MIB, MemoryLimitError
 from metalearn.metagrad import ENGINES, meta_gradient
-from metalearn.runs.experiment import Experiment
+from metalearn.runs.experiment import Experiment, with_settled
 from metalearn.runs.memory import peak_bytes
 from metalearn.types import Episodes, Forward, Params
 
@@ -72,13 +72,19 @@ def settle_engine(experiment: Experiment) -> Experiment:
     if experiment.inner.engine != "auto":
         return experiment
     config = experiment.config
-    problem = Problem(experiment.forward, experiment.theta, experiment.train.batch(0, config.task.meta_batch))
+    problem = problem_of(experiment)
     with experiment.precision():
         inner = plan(problem, experiment.inner, limit_mib=config.run.memory_limit)
     settled = replace(
         config.inner, engine=inner.engine, task_chunk=inner.task_chunk, snapshot_every=inner.snapshot_every
     )
-    return replace(experiment, inner=inner, config=replace(config, inner=settled))
+    return with_settled(experiment, settled)
+
+
+def problem_of(experiment: Experiment) -> Problem:
+    """The first meta-step of a run."""
+    batch = experiment.train.batch(0, experiment.config.task.meta_batch)
+    return Problem(experiment.forward, experiment.theta, batch)
 
 
 def plan(problem: Problem, inner: InnerLoop, *, limit_mib: float | None) -> InnerLoop:
@@ -139,9 +145,9 @@ def _chunks(problem: Problem, inner: InnerLoop, limit: int) -> list[InnerLoop]:
     totals = 2 * sum(p.numel() * p.element_size() for p in problem.params.values())  # the sum over chunks, and a part
     sizes: set[int] = set()
     try:
-        one = _peak_of_few(problem, inner, 1, limit)
+        one = peak_of_few(problem, inner, 1, limit)
         sizes.add(1)
-        slope = max(_peak_of_few(problem, inner, min(2, most), limit) - one, 1)
+        slope = max(peak_of_few(problem, inner, min(2, most), limit) - one, 1)
         largest = 1 + max(0, limit - one - totals) // slope
         sizes = {min(largest, most), *(size for size in _CACHE_FRIENDLY if size < min(largest, most))}
     except MemoryLimitError:
@@ -149,7 +155,8 @@ def _chunks(problem: Problem, inner: InnerLoop, limit: int) -> list[InnerLoop]:
     return [replace(inner, task_chunk=None if size == tasks else size) for size in sorted(sizes)]
 
 
-def _peak_of_few(problem: Problem, inner: InnerLoop, tasks: int, limit: int) -> int:
+def peak_of_few(problem: Problem, inner: InnerLoop, tasks: int, limit: int = 2**62) -> int:
+    """Bytes of a pass of the first tasks, all at once."""
     few = replace(problem, episodes=problem.episodes.split(tasks)[0])
     return few.peak(replace(inner, task_chunk=None), limit)
 

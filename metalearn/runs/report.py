@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from metalearn.errors import RunError
 
-logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it announces every file that it has read to the end
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it announces every file read, and what a resumed run hides
 
 EVENT_FILES = "events.out.tfevents.*"
 

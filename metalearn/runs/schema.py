@@ -26,9 +26,11 @@ def key(
     above: float | None = None,
     at_most: float | None = None,
     choices: tuple[str, ...] | None = None,
+    may_be_empty: bool = False,
 ) -> Any:
     """A configuration key without a default, with what ``--help`` says of it and the range that is checked."""
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "choices": choices}
+    limits["may_be_empty"] = may_be_empty
     return field(default=MISSING, metadata={"meaning": meaning, **limits})
 
 
@@ -158,6 +160,17 @@ class RunConfig:
     resume: bool | str = key(
         "true: go on with the run in hydra.run.dir; auto: if there is one, else start it",
         choices=("false", "true", "auto"),
+    )
+    accept: list[str] = key(
+        "keys that may have another value than the run that is resumed was begun with", may_be_empty=True
+    )
+    checkpoint_seconds: float | None = key(
+        "seconds between checkpoints, beside one at each validation; 0: after every step; null: no others",
+        at_least=0,
+    )
+    on_nonfinite: str = key(
+        "a loss or gradient that is NaN or infinite: stop, or skip that meta-step and count it",
+        choices=("stop", "skip"),
     )
     deterministic: bool = key("refuse operations that are not reproducible bit by bit")
     precision: str = key("bfloat16: autocast, checked against float32 at the start", choices=("float32", "bfloat16"))

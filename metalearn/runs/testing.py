@@ -1,13 +1,13 @@
-"""The final test on classes that were never seen, and its repetition from a run's folder."""
+"""Validation, the final test on classes that were never seen, and its repetition from a run's folder."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from rich.progress import Progress
-
-from metalearn.runs.checkpoints import best_path, load_checkpoint
+from metalearn.runs.checkpoints import load_best
 from metalearn.runs.console import print_facts, print_path, progress_bar
+from metalearn.runs.distributed import Ranks
 from metalearn.runs.evaluation import Evaluation, evaluate
 from metalearn.runs.experiment import Experiment, build
 from metalearn.runs.metrics import accuracy_metrics, accuracy_rows, write_metrics
@@ -15,19 +15,41 @@ from metalearn.runs.schema import TrainConfig
 from metalearn.types import Params
 
 
-def final_test(experiment: Experiment, params: Params, episodes: int, progress: Progress) -> Evaluation:
-    """Accuracy on ``episodes`` tasks of test classes, by both BatchNorm protocols."""
-    bar = progress.add_task("test", total=episodes, note="")
-    return evaluate(
+def evaluate_together(
+    experiment: Experiment,
+    params: Params,
+    episodes: int,
+    *,
+    test: bool,
+    ranks: Ranks,
+    progress: Callable[[int], None],
+) -> Evaluation:
+    """Accuracy on validation tasks, or on those of test classes by both BatchNorm protocols.
+
+    Args:
+        experiment: what to compute with.
+        params: meta-parameters.
+        episodes: number of tasks.
+        test: whether on test classes.
+        ranks: the processes, each of which takes a share of the tasks.
+        progress: called with the number of tasks that this process has done.
+
+    Raises:
+        LostProcessError: if a process is gone.
+    """
+    share = ranks.share(episodes)
+    own = evaluate(
         experiment.forward,
         params,
-        experiment.test,
+        experiment.test if test else experiment.validation,
         experiment.eval_inner,
-        episodes=episodes,
+        first=share.start,
+        episodes=len(share),
         batch=experiment.eval_batch,
-        nontransductive=True,
-        progress=lambda done: progress.update(bar, completed=done),
+        nontransductive=test,
+        progress=progress,
     )
+    return Evaluation(ranks.join(own.by_task), None if own.alone is None else ranks.join(own.alone))
 
 
 def retest(config: TrainConfig, run_dir: Path, output_dir: Path) -> None:
@@ -42,9 +64,18 @@ def retest(config: TrainConfig, run_dir: Path, output_dir: Path) -> None:
         RunError: if the checkpoint is missing or damaged.
     """
     experiment = build(config)
-    best = load_checkpoint(best_path(run_dir), like=experiment.theta, device=experiment.device)
+    best = load_best(run_dir, like=experiment.theta, device=experiment.device)
+    episodes = config.eval.episodes
     with experiment.precision(), progress_bar() as progress:
-        result = final_test(experiment, best.params, config.eval.episodes, progress)
+        bar = progress.add_task("test", total=episodes, note="")
+        result = evaluate_together(
+            experiment,
+            best.params,
+            episodes,
+            test=True,
+            ranks=Ranks(),
+            progress=lambda done: progress.update(bar, completed=done),
+        )
     metrics = {**accuracy_metrics(experiment, result), "checkpoint.iteration": best.iteration, "run.dir": str(run_dir)}
     path = write_metrics(metrics, result, output_dir)
     print_facts(f"Test of the checkpoint at meta-step {best.iteration}", accuracy_rows(experiment, result))

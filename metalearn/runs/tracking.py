@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ from metalearn.runs.report import EVENT_FILES, read_scalars
 
 if TYPE_CHECKING:  # the lab brings all lessons and matplotlib, which no training needs
     from metalearn.lab import Lesson
+
+
+log = logging.getLogger(__name__)
 
 
 def _with_ends(tag: str) -> list[str]:
@@ -54,14 +58,23 @@ class Tracker:
     Args:
         run_dir: where the event file goes; its folder's name is the run's in TensorBoard.
         config: as YAML.
-        resumed_at: the meta-step that an interrupted run goes on from; what it showed later is hidden.
+        resumed_at: the meta-step that an interrupted run goes on from; what it showed later is hidden, and what it
+            showed before is not shown twice.
+        position: what ``position`` gave then.
     """
 
-    def __init__(self, run_dir: Path, *, config: str, resumed_at: int | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, *, config: str, resumed_at: int | None = None, position: Mapping[str, int] | None = None
+    ) -> None:
+        self._run_dir = run_dir
+        self._shown: dict[tuple[str, int], float] = {}
         earlier = resumed_at is not None and any(run_dir.glob(EVENT_FILES))
-        self._tags = set(read_scalars(run_dir)) if earlier else set()
-        if earlier:
+        if resumed_at is not None and earlier:
+            _warn_of_lost_points(run_dir, position or {})
+            curves = read_scalars(run_dir)
+            self._shown = {(tag, p.step): p.value for tag in curves for p in curves[tag] if p.step <= resumed_at}
             _pass_the_second(run_dir)
+        self._tags = {tag for tag, _ in self._shown}
         # Some readers purge only from the second session on: the first must be marked as well.
         self._writer = SummaryWriter(str(run_dir), purge_step=0 if resumed_at is None else resumed_at + 1)
         if not earlier:
@@ -79,8 +92,14 @@ class Tracker:
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
         """Points of several curves at one meta-step."""
         for tag, value in values.items():
-            self._writer.add_scalar(tag, value, iteration)
-        self._tags |= set(values)
+            if self._shown.get((tag, iteration)) != _as_shown(value):
+                self._writer.add_scalar(tag, value, iteration)
+            self._tags.add(tag)
+
+    def position(self) -> dict[str, int]:
+        """Bytes of every event file, after all that was shown is written."""
+        self._writer.flush()
+        return {path.name: path.stat().st_size for path in sorted(self._run_dir.glob(EVENT_FILES))}
 
     def validation(self, result: Evaluation, iteration: int) -> None:
         """Accuracy on validation classes, with the ends of its interval as curves of their own."""
@@ -121,6 +140,26 @@ class Tracker:
     def image(self, tag: str, picture: NDArray[np.uint8], iteration: int) -> None:
         """A picture ``[height, width, 3]``."""
         self._writer.add_image(tag, picture, iteration, dataformats="HWC")
+
+
+def _as_shown(value: float) -> float:
+    """As an event file keeps it, in single precision."""
+    return float(np.float32(value))
+
+
+def _warn_of_lost_points(run_dir: Path, position: Mapping[str, int]) -> None:
+    """Say so if an event file has lost what it held when the state was put away."""
+    for name, size in position.items():
+        path = run_dir / name
+        now = path.stat().st_size if path.exists() else 0
+        if now < size:
+            log.warning(
+                "%s has %d bytes and had %d at the checkpoint: its curves lack points that were shown before. The "
+                "training itself has lost nothing.",
+                path,
+                now,
+                size,
+            )
 
 
 def _pass_the_second(run_dir: Path) -> None:

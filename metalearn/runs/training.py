@@ -1,38 +1,26 @@
-"""The outer loop: meta-steps, validation, and one test of the best checkpoint.
+"""A training from beginning to end: its folder, the outer loop, and one test of the best parameters.
 
-    theta <- Adam(theta, d/dtheta 1/T sum_t L_query,t(adapt_t(theta)))
-
-The checkpoint with the best validation accuracy is the one that is tested.
+The parameters with the best validation accuracy are those that are tested. Under ``torchrun`` the first process owns
+the folder, logs and saves; the others follow it.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from rich.progress import Progress
-from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
-from metalearn.errors import NonFiniteLossError, RunError
-from metalearn.metagrad import meta_gradient
-from metalearn.runs.checkpoints import (
-    Checkpoint,
-    best_path,
-    claim,
-    load_checkpoint,
-    load_state,
-    save_checkpoint,
-    save_state,
-)
+from metalearn.errors import ConfigError, RunError
+from metalearn.runs.checkpoints import claim, newest_state, remove_unfinished, settle_best, supersede
 from metalearn.runs.checks import compared_keys
+from metalearn.runs.config_files import continued, differences, from_yaml, to_yaml
 from metalearn.runs.console import print_facts, print_path, progress_bar
-from metalearn.runs.evaluation import Evaluation, accuracy, evaluate
-from metalearn.runs.experiment import Experiment, build
+from metalearn.runs.distributed import Ranks, joined
+from metalearn.runs.evaluation import Evaluation
+from metalearn.runs.experiment import Experiment, build, pick_device, with_settled
 from metalearn.runs.folders import locked
 from metalearn.runs.meter import Meter
 from metalearn.runs.metrics import (
@@ -43,87 +31,191 @@ from metalearn.runs.metrics import (
     hparams_metrics,
     write_metrics,
 )
+from metalearn.runs.outer_loop import meta_train
 from metalearn.runs.planning import settle_engine
 from metalearn.runs.precision import check_precision
-from metalearn.runs.schema import TrainConfig
+from metalearn.runs.saver import Saver
+from metalearn.runs.schema import InnerConfig, TrainConfig
+from metalearn.runs.session import Session
+from metalearn.runs.signals import Stop
 from metalearn.runs.state import Best, TrainState
-from metalearn.runs.testing import final_test
 from metalearn.runs.tracking import Tracker
-from metalearn.runs.views import second_order_term, show_tasks
-from metalearn.types import Episodes
 
 log = logging.getLogger(__name__)
 
 
-def train(
-    config: TrainConfig,
-    run_dir: Path,
-    to_yaml: Callable[[TrainConfig], str],
-    continued: Callable[[TrainConfig, Path], TrainConfig],
-) -> None:
+class Start(NamedTuple):
+    """What the first process tells the others before the first meta-step.
+
+    Args:
+        run_dir: the run's folder.
+        inner: with the engine that ``auto`` was settled to.
+        content: what to go on from, as it was put away; ``None`` at the beginning.
+    """
+
+    run_dir: Path
+    inner: InnerConfig
+    content: dict[str, Any] | None
+
+
+def train(config: TrainConfig, run_dir: Path) -> None:
     """Train, validate, and test the best checkpoint; write everything into ``run_dir``.
 
     Args:
         config: checked, with the data set that is really there, and the engine of a run that goes on.
         run_dir: a folder that holds no other run, or, with ``run.resume``, this one's.
-        to_yaml: makes a configuration text, for ``config.yaml`` and TensorBoard; of the one with the settled engine.
-        continued: the configuration of a run that may go on in its folder; refuses one that differs from the folder's.
 
     Raises:
         FolderTakenError: if the folder holds another run.
-        RunError: if a figure or a parameter is no longer finite, or a checkpoint is damaged.
+        StoppedError: if the process was asked to end; the run can go on.
+        RunError: if a loss, gradient or parameter is not finite, memory runs out, another process of the run is gone,
+            or every checkpoint is damaged.
         ConfigError: if the device is not there.
         DataError: if the data set is missing or damaged.
     """
     started = time.perf_counter()
     resume = config.run.resume is not False
-    experiment = settle_engine(build(config))
-    built = time.perf_counter()
-    with locked(run_dir, wait=resume):
-        started += time.perf_counter() - built  # waiting for another process is not this run's time
-        continued(experiment.config, run_dir)  # again: another process may have begun the run since
-        if resume and (run_dir / "metrics.json").exists():
-            log.info("This run is finished: %s", run_dir)
+    with joined(pick_device(config.run.device)) as ranks, Stop() as stop:
+        refuse_idle_processes(config, ranks)
+        experiment = settle_engine(build(config))
+        built = time.perf_counter()
+        with locked(run_dir, wait=resume):
+            started += time.perf_counter() - built  # waiting for another process is not this run's time
+            continued(experiment.config, run_dir)  # again: another process may have begun the run since
+            stop.refuse_to_go_on()
+            begun = resume and (run_dir / "config.yaml").exists()
+            changed = differences(experiment.config, from_yaml(run_dir / "config.yaml")) if begun else {}
+            if begun and (run_dir / "metrics.json").exists() and not changed:
+                log.info("This run is finished: %s", run_dir)
+                ranks.from_first(None)
+                return
+            if begun:
+                remove_unfinished(run_dir)
+            else:
+                claim(run_dir, to_yaml(experiment.config))
+            start = Start(run_dir, experiment.config.inner, newest_state(run_dir) if begun else None)
+            ranks.from_first(start)
+            _lead(experiment, start, ranks, stop, started=started, begun=begun, changed=changed)
+
+
+def follow(config: TrainConfig) -> None:
+    """Be one of the other processes of a training: the same meta-steps, and nothing written.
+
+    Raises:
+        As ``train`` does.
+    """
+    with joined(pick_device(config.run.device)) as ranks, Stop() as stop:
+        refuse_idle_processes(config, ranks)
+        experiment = build(config)
+        start: Start | None = ranks.from_first(None)
+        if start is None:
             return
-        begun = resume and (run_dir / "config.yaml").exists()
-        config_yaml = to_yaml(experiment.config)
-        if not begun:
-            claim(run_dir, config_yaml)
-        _train(experiment, run_dir, config_yaml, started=started, begun=begun)
+        experiment = with_settled(experiment, start.inner)
+        state, meter = TrainState.start(experiment.theta, experiment.config.outer), Meter(experiment.device)
+        _take_up(state, meter, start.content, experiment.config)
+        with experiment.precision(), progress_bar(shown=False) as progress:
+            session = Session(experiment, start.run_dir, meter, stop, progress, ranks, saver=None)
+            meta_train(session, state)
+            session.evaluate(_best(state).params, test=True)
 
 
-def _train(experiment: Experiment, run_dir: Path, config_yaml: str, *, started: float, begun: bool) -> None:
-    config = experiment.config
+def refuse_idle_processes(config: TrainConfig, ranks: Ranks) -> None:
+    """Refuse more processes than there are tasks to share.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    settings = config.eval
+    for name, tasks in (
+        ("task.meta_batch", config.task.meta_batch),
+        ("eval.validation_episodes", settings.validation_episodes),
+        ("eval.episodes", settings.episodes),
+    ):
+        if tasks < ranks.size:
+            raise ConfigError(
+                f"{name}={tasks}: {ranks.size} processes share these tasks; take as many, or fewer processes"
+            )
+
+
+def _lead(
+    experiment: Experiment,
+    start: Start,
+    ranks: Ranks,
+    stop: Stop,
+    *,
+    started: float,
+    begun: bool,
+    changed: dict[str, str],
+) -> None:
+    config, run_dir, content = experiment.config, start.run_dir, start.content
     log.info("Training on %s, device %s", experiment.dataset, experiment.device)
     print_path("Run folder", run_dir)
     prove_precision(experiment)
-    state = TrainState.start(experiment.theta, config.outer)
-    meter = Meter(experiment.device)
-    started -= load_state(state, meter, run_dir=run_dir)
-    if state.iteration > 0:
-        log.info("Going on from meta-step %d", state.iteration)
-    elif begun:
-        log.warning("The run was interrupted before it could put its state away: it starts anew")
+    state, meter = TrainState.start(experiment.theta, config.outer), Meter(experiment.device)
+    _take_up(state, meter, content, config)
+    if begun:
+        settle_best(state.best, run_dir)
+        _say_what_goes_on(state, changed)
+    config_yaml = to_yaml(config)
+    if changed:
+        supersede(run_dir, config_yaml, state.iteration)
+    position = content["event_files"] if content else None
+    resumed_at = state.iteration if begun else None
     with (
         experiment.precision(),
-        Tracker(run_dir, config=config_yaml, resumed_at=state.iteration if begun else None) as tracker,
+        Tracker(run_dir, config=config_yaml, resumed_at=resumed_at, position=position) as tracker,
         progress_bar() as progress,
     ):
-        meta_train(experiment, state, run_dir, meter=meter, tracker=tracker, progress=progress, started=started)
-        best = load_checkpoint(best_path(run_dir), like=state.params, device=experiment.device)
-        result = final_test(experiment, best.params, config.eval.episodes, progress)
-        metrics = {
-            **accuracy_metrics(experiment, result),
-            "iterations": state.iteration,
-            "validation.best_accuracy": best.validation_accuracy,
-            "validation.best_iteration": best.iteration,
-            **cost_metrics(meter, total_s=time.perf_counter() - started),
-        }
-        tracker.test(result, best.iteration)
+        began = started - (content["total_s"] if content else 0.0)
+        saver = Saver(run_dir, config_yaml, meter, tracker, config.run.checkpoint_seconds, began)
+        session = Session(experiment, run_dir, meter, stop, progress, ranks, saver)
+        meta_train(session, state)
+        result = session.evaluate(_best(state).params, test=True)
+        metrics = _metrics(session, state, result, saver.total_s)
+        tracker.test(result, metrics["validation.best_iteration"])
         tracker.hparams(compared_keys(config), hparams_metrics(metrics), state.iteration)
     write_metrics(metrics, result, run_dir)
     print_facts("Summary", {**accuracy_rows(experiment, result), **cost_rows(metrics)})
     print_path("Run folder", run_dir)
+
+
+def _take_up(state: TrainState, meter: Meter, content: dict[str, Any] | None, config: TrainConfig) -> None:
+    if content is None:
+        return
+    state.restore(content["state"])
+    meter.restore(content["meter"])
+    if state.iteration > config.outer.iterations:
+        raise RunError(
+            f"outer.iterations={config.outer.iterations}: the run has taken {state.iteration} meta-steps already, and "
+            "none can be taken back; set at least as many."
+        )
+
+
+def _say_what_goes_on(state: TrainState, changed: dict[str, str]) -> None:
+    if state.iteration > 0:
+        log.info("Going on from meta-step %d", state.iteration)
+    else:
+        log.warning("The run was interrupted before it could put its state away: it starts anew")
+    for line in changed.values():
+        log.warning("From here on, as run.accept allows: %s", line)
+
+
+def _best(state: TrainState) -> Best:
+    assert state.best is not None, "the last meta-step is followed by validation"
+    return state.best
+
+
+def _metrics(session: Session, state: TrainState, result: Evaluation, total_s: float) -> dict[str, Any]:
+    best = _best(state)
+    return {
+        **accuracy_metrics(session.experiment, result),
+        "processes": session.ranks.size,
+        "iterations": state.iteration,
+        "iterations.skipped": state.skipped,
+        "validation.best_accuracy": best.validation_accuracy,
+        "validation.best_iteration": best.iteration,
+        **cost_metrics(session.meter, total_s=total_s),
+    }
 
 
 def prove_precision(experiment: Experiment) -> None:
@@ -136,113 +228,3 @@ def prove_precision(experiment: Experiment) -> None:
         batch = experiment.train.batch(0, experiment.config.task.meta_batch)
         report = check_precision(experiment.forward, experiment.theta, batch, experiment.inner, dtype=torch.bfloat16)
         log.info("%s", report)
-
-
-def meta_train(
-    experiment: Experiment,
-    state: TrainState,
-    run_dir: Path,
-    *,
-    meter: Meter,
-    tracker: Tracker,
-    progress: Progress,
-    started: float,
-) -> None:
-    """Take the meta-steps that are left; keep the best parameters, and what an interrupted run goes on from.
-
-    Args:
-        experiment: what to compute with.
-        state: changed in place.
-        run_dir: where checkpoints go.
-        meter: of times and memory.
-        tracker: for the curves.
-        progress: for a bar.
-        started: when the run began, on the clock of ``time.perf_counter``.
-    """
-    config = experiment.config
-    last = config.outer.iterations
-    bar = progress.add_task("meta-training", total=last, completed=state.iteration, note="")
-    while state.iteration < last:
-        episodes = experiment.train.batch(state.iteration, config.task.meta_batch)
-        lr = state.optimizer.param_groups[0]["lr"]
-        with meter.step():
-            figures = meta_step(experiment, state, episodes)
-        meter.add(figures)
-        progress.update(bar, completed=state.iteration)
-        validation_due = state.iteration % config.eval.every == 0 or state.iteration == last
-        looks = [every for every in (config.log.curvature_every, config.log.eigenvalue_every) if every]
-        if validation_due or any(state.iteration % every == 0 for every in [config.log.every, *looks]):
-            window = meter.close_window()
-            _refuse_nonfinite(window, state, config)
-            with meter.logging():
-                tracker.scalars({**window, "outer/lr": lr}, state.iteration)
-                tracker.scalars(second_order_term(experiment, state, episodes), state.iteration)
-            if validation_due:
-                result = validate(experiment, state, run_dir)
-                with meter.logging():
-                    tracker.validation(result, state.iteration)
-                    show_tasks(experiment, state, tracker)
-                save_state(state, meter, total_s=time.perf_counter() - started, run_dir=run_dir)
-                progress.update(bar, note=f"validation {result.accuracy.mean:.1%}")
-            meter.open_window()
-
-
-def meta_step(experiment: Experiment, state: TrainState, episodes: Episodes) -> dict[str, Tensor]:
-    """One step of the meta-optimiser on a batch of tasks; returns its figures, still on the device."""
-    try:
-        result = meta_gradient(experiment.forward, state.params, episodes, experiment.inner)
-    except NonFiniteLossError as error:
-        raise _diverged(str(error).rstrip("."), state, experiment.config) from None
-    for name, p in state.params.items():
-        p.grad = result.grads[name]
-    norm = clip_grad_norm_(state.params.values(), experiment.config.outer.clip_norm or math.inf)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    if state.schedule is not None:
-        state.schedule.step()
-    state.iteration += 1
-    figures = {
-        "query_loss": result.loss,
-        "query_accuracy": accuracy(result.predictions, episodes.query_y).mean(),
-        "grad_norm": norm,
-    }
-    if experiment.inner.steps > 0:
-        figures["support_loss"] = result.support_loss[0]
-    return figures
-
-
-def validate(experiment: Experiment, state: TrainState, run_dir: Path) -> Evaluation:
-    """Accuracy on validation classes; saves the parameters if they are the best so far."""
-    config = experiment.config
-    if not all(torch.isfinite(p).all() for p in state.params.values()):
-        raise _diverged("a parameter is not finite", state, config)
-    result = evaluate(
-        experiment.forward,
-        state.params,
-        experiment.validation,
-        experiment.eval_inner,
-        episodes=config.eval.validation_episodes,
-        batch=experiment.eval_batch,
-        nontransductive=False,
-    )
-    mean = result.accuracy.mean
-    if state.best is None or mean > state.best.validation_accuracy:
-        save_checkpoint(Checkpoint(state.params, state.iteration, mean), best_path(run_dir))
-        state.best = Best(state.iteration, mean)
-    log.info("%6d/%d  validation accuracy %s", state.iteration, config.outer.iterations, result.accuracy)
-    return result
-
-
-def _refuse_nonfinite(window: dict[str, float], state: TrainState, config: TrainConfig) -> None:
-    bad = [f"{tag} is {value}" for tag, value in window.items() if not math.isfinite(value)]
-    if bad:
-        raise _diverged(", ".join(bad), state, config)
-
-
-def _diverged(what: str, state: TrainState, config: TrainConfig) -> RunError:
-    remedy = (
-        f"Try a smaller inner.lr (now {config.inner.lr}) or outer.lr ({config.outer.lr}), or outer.clip_norm=10 "
-        f"(now {config.outer.clip_norm or 'null'})."
-    )
-    kept = f" The checkpoint of meta-step {state.best.iteration} is kept." if state.best else ""
-    return RunError(f"Training has diverged by meta-step {state.iteration}: {what}. {remedy}{kept}")

@@ -18,9 +18,10 @@ from metalearn.metagrad import ENGINES
 from metalearn.models import MLP, Conv4
 from metalearn.runs import schema
 from metalearn.runs.checks import allowed, check, check_evaluate, entries
-from metalearn.runs.config import CONF, compose, jobs, option_sections, typed
+from metalearn.runs.config import CONF, compose, option_sections, typed
 from metalearn.runs.config_files import from_yaml, relocated, settle_data, to_yaml
 from metalearn.runs.config_help import help_text
+from metalearn.runs.overrides import jobs
 from metalearn.runs.schema import GlyphsConfig, OmniglotConfig, TrainConfig
 from metalearn.runs.schema_commands import EvaluateConfig
 from tests.conftest import REPO

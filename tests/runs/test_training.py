@@ -10,22 +10,22 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
 
-from metalearn import Episodes, files
+from metalearn import files
 from metalearn.data import catalog
 from metalearn.errors import ConfigError, RunError
 from metalearn.metagrad import ENGINES
-from metalearn.runs import training
-from metalearn.runs.checkpoints import best_path, load_checkpoint
+from metalearn.runs import outer_loop, training
+from metalearn.runs.checkpoints import best_path, load_best
 from metalearn.runs.checks import check
 from metalearn.runs.config import CONF, compose, typed
-from metalearn.runs.config_files import continued, from_yaml, settle_data, to_yaml
-from metalearn.runs.experiment import Experiment, build, pick_device
+from metalearn.runs.config_files import from_yaml, settle_data
+from metalearn.runs.experiment import build, pick_device
 from metalearn.runs.schema import TrainConfig
+from metalearn.runs.session import Session
 from metalearn.runs.state import TrainState
 from metalearn.runs.testing import retest
-from metalearn.runs.training import meta_step, train
+from metalearn.runs.training import train
 
 SMALL = [
     "data=glyphs",
@@ -52,7 +52,7 @@ def run(folder: Path, *overrides: str, base: list[str] = SMALL) -> dict[str, Any
     config = typed(compose("train", [*base, *overrides]), TrainConfig)
     check(config)
     settled = settle_data(config)
-    train(settled, folder, to_yaml, continued)
+    train(settled, folder)
     metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     return metrics
 
@@ -210,7 +210,7 @@ def test_best_checkpoint_is_the_one_reported(finished: tuple[Path, dict[str, Any
     shown = [e.value for e in events(folder).Scalars("validation/accuracy")]
     assert metrics["validation.best_accuracy"] == pytest.approx(max(shown))
     experiment = build(from_yaml(folder / "config.yaml"))
-    best = load_checkpoint(best_path(folder), like=experiment.theta, device=experiment.device)
+    best = load_best(folder, like=experiment.theta, device=experiment.device)
     assert best.iteration == metrics["validation.best_iteration"]
 
 
@@ -254,7 +254,7 @@ def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, dict[str, 
 
 
 def test_divergence_stops_with_the_remedy_and_keeps_the_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"diverged by meta-step \d+: .*outer\.clip_norm=10.*meta-step \d+ is kept"):
+    with pytest.raises(RunError, match=r"diverged at meta-step \d+: .*outer\.clip_norm=10.*meta-step \d+ is kept"):
         run(tmp_path / "run", "outer.lr=1e30", "eval.every=1", "outer.schedule=constant", "log.every=1")
     assert files.load(best_path(tmp_path / "run"))["iteration"] >= 1
     assert not (tmp_path / "run" / "metrics.json").exists()
@@ -264,14 +264,16 @@ def test_parameters_that_are_no_longer_finite_are_neither_kept_nor_tested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The last update is what breaks them, so that no loss shows it.
-    def broken_step(experiment: Experiment, state: TrainState, episodes: Episodes) -> dict[str, Tensor]:
-        figures = meta_step(experiment, state, episodes)
+    meta_step = outer_loop.meta_step
+
+    def broken_step(session: Session, state: TrainState) -> bool:
+        asked = meta_step(session, state)
         if state.iteration == 20:
             state.params["head.bias"].fill_(math.nan)
-        return figures
+        return asked
 
-    monkeypatch.setattr("metalearn.runs.training.meta_step", broken_step)
-    with pytest.raises(RunError, match=r"by meta-step 20: a parameter is not finite.*meta-step (5|10|15) is kept"):
+    monkeypatch.setattr(outer_loop, "meta_step", broken_step)
+    with pytest.raises(RunError, match=r"at meta-step 20: a parameter is not finite.*meta-step 15 is kept"):
         run(tmp_path / "run", "eval.every=5", "outer.iterations=20")
     assert files.load(best_path(tmp_path / "run"))["iteration"] <= 15
 

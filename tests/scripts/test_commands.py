@@ -74,9 +74,19 @@ def test_train_from_another_folder_then_evaluate(tmp_path: Path) -> None:
 
     damaged = run_dir / "checkpoints" / "best.pt"
     damaged.write_bytes(damaged.read_bytes()[:-5])
+    restored = command("evaluate.py", f"run.dir={run_dir}", "hydra.run.dir=restored", cwd=tmp_path)
+    assert restored.returncode == 0, restored.stderr
+    said = " ".join(restored.stdout.split())
+    assert "best.pt is damaged" in said
+    assert "best parameters are taken from the state instead" in said
+    restored_metrics = json.loads((tmp_path / "restored" / "metrics.json").read_text())
+    assert restored_metrics["test.accuracy"] == metrics["test.accuracy"]
+
+    for state in run_dir.glob("checkpoints/state-*.pt"):
+        state.write_bytes(b"")
     refused = command("evaluate.py", f"run.dir={run_dir}", cwd=tmp_path)
-    assert refused.returncode != 0
-    assert "best.pt is damaged" in refused.stderr
+    assert refused.returncode == 2
+    assert "every checkpoint is damaged" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 

@@ -95,7 +95,7 @@ def test_interrupted_comparison_goes_on(sent: signal.Signals, tmp_path: Path) ->
     long = [o for o in SMALL if "iterations" not in o and "jobs" not in o] + ["outer.iterations=40", "compare.jobs=1"]
     process = start(*long, cwd=tmp_path)
     deadline = time.monotonic() + 120
-    while not any(tmp_path.glob("outputs/comparisons/*/*/first_order-seed0/checkpoints/last.pt")):
+    while not any(tmp_path.glob("outputs/comparisons/*/*/first_order-seed0/checkpoints/state-*.pt")):
         assert process.poll() is None, process.stdout and process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -115,7 +115,7 @@ def test_interrupted_comparison_goes_on(sent: signal.Signals, tmp_path: Path) ->
     assert "1 of 2 runs are finished already" in done.stdout
     assert (folder / "second_order-seed0" / "metrics.json").stat().st_mtime_ns == finished
     log = (folder / "first_order-seed0" / "train.log").read_text()
-    assert re.search(r"Going on from meta-step (10|20|30|40)", log)
+    assert re.search(r"Going on from meta-step [1-9]", log)
     assert results(folder)["complete"]
 
     fresh = command("compare.py", *long, "--cfg", "hydra", cwd=tmp_path)

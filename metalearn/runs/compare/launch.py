@@ -96,7 +96,11 @@ class Children:
             with self.lock:
                 if self.closing:
                     raise ChildProcessError("the comparison is being stopped")
-                child = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=environment)
+                # In a session of its own, so that Ctrl-C reaches it once, through ``__exit__``: a second signal would
+                # end it before it has put its state away.
+                child = subprocess.Popen(
+                    command, stdout=sink, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                )
                 self.running.add(child)
             while True:
                 ended = _ended(child)

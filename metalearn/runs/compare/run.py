@@ -9,16 +9,14 @@ import dataclasses
 import json
 import logging
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from metalearn import files
 from metalearn.errors import ConfigError, RunError
+from metalearn.runs.command import refuse_taken
 from metalearn.runs.compare.cost import cost
 from metalearn.runs.compare.gather import differences, gather
 from metalearn.runs.compare.launch import launch, launch_by_hydra, runs_at_a_time
@@ -26,13 +24,14 @@ from metalearn.runs.compare.names import RECORD, RESULTS, identity, in_progress,
 from metalearn.runs.compare.results import Results, VariantResult
 from metalearn.runs.compare.show import show, write_results
 from metalearn.runs.compare.variants import Job, Variant, find_variants, jobs, settled, shared
-from metalearn.runs.config import launcher_overrides, refuse_taken
 from metalearn.runs.config_files import changed, continued, to_yaml
 from metalearn.runs.console import print_line, print_path, progress_bar
 from metalearn.runs.experiment import pick_device
 from metalearn.runs.folders import locked
 from metalearn.runs.machine import machine
+from metalearn.runs.overrides import launcher_overrides
 from metalearn.runs.schema_commands import CompareConfig
+from metalearn.runs.signals import HANG_UP, sigterm_as_exception
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ def run_comparison(config: CompareConfig, folder: Path) -> bool:
     base, *variants = settled([shared(config), *find_variants(config)])
     check_devices(variants)
     every = jobs(variants, config.compare.seeds, folder)
-    with locked(folder, wait=False), stopping_in_order():
+    with locked(folder, wait=False), sigterm_as_exception(*HANG_UP):
         claim(config, every, folder)
         print_path("Comparison folder", folder)
         try:
@@ -67,19 +66,6 @@ def run_comparison(config: CompareConfig, folder: Path) -> bool:
         write_results(results, every, folder)
         show(results, folder)
     return results.complete
-
-
-@contextmanager
-def stopping_in_order() -> Iterator[None]:
-    """SIGTERM ends the process as an exception does, so that its children are ended as well."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def check_devices(variants: Sequence[Variant]) -> None:
@@ -121,8 +107,8 @@ def claim(config: CompareConfig, every: Sequence[Job], folder: Path) -> None:
 
 def refuse_another(config: CompareConfig, folder: Path) -> None:
     """Refuse a folder whose comparison trains otherwise; what is compared may change."""
-    differing = changed(identity(asdict(config)), identity(read_record(folder)))
-    if differing := [line for line in differing if not line.startswith("compare.")]:
+    every = changed(identity(asdict(config)), identity(read_record(folder)))
+    if differing := [line for name, line in every.items() if not name.startswith("compare.")]:
         listed = "\n".join(differing)
         raise RunError(
             f"{folder} holds another comparison:\n{listed}\nTake another folder, or the same values; only compare.* "

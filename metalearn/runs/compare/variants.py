@@ -15,8 +15,9 @@ from typing import Any
 from metalearn.errors import ConfigError
 from metalearn.runs.checks import check, entries
 from metalearn.runs.compare.names import split, variant_names
-from metalearn.runs.config import CONF, recompose, typed
+from metalearn.runs.config import CONF, typed
 from metalearn.runs.config_files import settle_data
+from metalearn.runs.overrides import recompose
 from metalearn.runs.schema import TrainConfig
 from metalearn.runs.schema_commands import CompareConfig
 

@@ -1,0 +1,178 @@
+"""A function of a configuration and an output folder, made into a command by Hydra.
+
+    @main("train", TrainConfig, check)
+    def train(config: TrainConfig, run_dir: Path) -> None: ...
+
+composes ``conf/train.yaml`` with the command line, refuses what cannot be run before torch is imported, calls the
+function once, or once a job under ``--multirun``, and ends with a message where the user can mend what went wrong.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser  # Hydra's own parser: no public way to read its flags
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from metalearn.errors import ConfigError, FolderTakenError, MetalearnError, RunError, StoppedError
+from metalearn.runs import torchrun
+from metalearn.runs.compare.names import RECORD
+from metalearn.runs.config import CONF, Config, compose, option_sections, typed
+from metalearn.runs.config_help import help_text
+from metalearn.runs.overrides import asked_for
+from metalearn.runs.signals import sigterm_as_exception
+
+RUN_FILES = (
+    "config.yaml",
+    "metrics.json",
+    "checkpoints",
+    "benchmark.json",
+    "lessons.json",
+    "verify.json",
+    RECORD,
+)
+"""By these a folder is known to hold a run; nothing is written there again."""
+
+
+def main(
+    name: str,
+    kind: type[Config],
+    check: Callable[[Config], None],
+    *,
+    may_continue: Callable[[Config], bool] = lambda config: False,
+    follow: Callable[[Config], None] | None = None,
+) -> Callable[[Callable[[Config, Path], None]], Callable[[], None]]:
+    """Make a function of a configuration and an output folder into a command.
+
+    Args:
+        name: of the primary file in ``conf/``.
+        kind: its schema.
+        check: raises ``ConfigError`` for a configuration that cannot be run.
+        may_continue: whether a folder that holds a run already is no fault; the function looks into it then.
+        follow: what the processes but the first do where ``torchrun`` starts several; ``None`` refuses them.
+    """
+
+    def decorate(function: Callable[[Config, Path], None]) -> Callable[[], None]:
+        @functools.wraps(function)
+        def command() -> None:
+            flags = get_args_parser().parse_args()
+            try:
+                if torchrun.size() > 1 and (follow is None or flags.multirun):
+                    raise ConfigError(
+                        "torchrun starts several processes of one training: python scripts/train.py, without --multirun"
+                    )
+                if flags.help:
+                    config = compose(name)
+                    print(help_text(config, sys.argv[0], function.__doc__ or "", option_sections(name, config)))
+                    return
+                for overrides, config in asked_for(name, flags):
+                    check(typed(config, kind))
+                    _refuse_file_as_folder(overrides)
+                    if not flags.cfg:
+                        _refuse_unwritable(overrides)
+            except MetalearnError as error:
+                _stop(error)
+            if follow is not None and torchrun.rank() > 0:  # without Hydra's folder and log, which are the first's
+                logging.basicConfig(format=f"[process {torchrun.rank()}] %(message)s")
+                overrides = [o for o in flags.overrides if not o.lstrip("+~").startswith("hydra.")]
+                with _explained("nothing is written by this process"):
+                    follow(typed(compose(flags.config_name or name, overrides, flags.config_dir), kind))
+                return
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+
+        def job(config: DictConfig) -> None:
+            output_dir = Path(HydraConfig.get().runtime.output_dir)
+            with _explained(f"what was written so far lies in {output_dir}"):
+                checked = typed(config, kind)
+                check(checked)
+                if not may_continue(checked):
+                    refuse_taken(output_dir)
+                function(checked, output_dir)
+
+        return command
+
+    return decorate
+
+
+def refuse_taken(output_dir: Path) -> None:
+    """Refuse a folder that holds a run.
+
+    Raises:
+        FolderTakenError: naming the file by which it is known.
+    """
+    for file in RUN_FILES:
+        if (output_dir / file).exists():
+            raise FolderTakenError(output_dir, file)
+
+
+def _refuse_file_as_folder(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        name, _, value = override.partition("=")
+        path = Path(value.strip("'\""))
+        if name in ("hydra.run.dir", "hydra.sweep.dir") and any(p.is_file() for p in (path, *path.parents)):
+            raise ConfigError(f"{override}: this is a file, or lies below one; name a folder")
+
+
+def _refuse_unwritable(overrides: Sequence[str]) -> None:
+    """Find out before Hydra does, which would show a stack trace."""
+    given = [o for o in overrides if o.startswith(("hydra.run.dir=", "hydra.sweep.dir="))] or ["hydra.run.dir=outputs"]
+    for override in (o for o in given if "${" not in o):
+        path = Path(override.partition("=")[2].strip("'\"")).absolute()
+        there = next(p for p in (path, *path.parents) if p.is_dir())
+        try:
+            with tempfile.TemporaryDirectory(dir=there):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"{override}: nothing can be written to {there} ({error.strerror}); choose another folder with "
+                "hydra.run.dir=PATH"
+            ) from None
+
+
+@contextmanager
+def _explained(written: str) -> Iterator[None]:
+    """A command's end: without a stack trace where the user can mend it, and with the exit code of a signal."""
+    try:
+        with sigterm_as_exception():
+            yield
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        sys.exit(128 + error.signal)
+    except MetalearnError as error:
+        _stop(error)
+    except OSError as error:
+        if error.errno not in _OF_THE_SYSTEM:
+            raise
+        _stop(RunError(f"{error.filename or 'a file'}: {error.strerror}; {written}. {_OF_THE_SYSTEM[error.errno]}"))
+    except KeyboardInterrupt:
+        print(f"Interrupted; {written}.", file=sys.stderr)
+        sys.exit(130)
+
+
+_OF_THE_SYSTEM = {
+    errno.ENOSPC: "The disk is full: make room and run again; a training goes on with run.resume=true.",
+    errno.EDQUOT: "The disk quota is used up: make room and run again; a training goes on with run.resume=true.",
+    errno.EROFS: "The disk is read-only: choose a folder on another, with hydra.run.dir=PATH.",
+    errno.EACCES: "You may not write there: choose another folder with hydra.run.dir=PATH.",
+    errno.EPERM: "You may not write there: choose another folder with hydra.run.dir=PATH.",
+    errno.EIO: "The disk has failed: copy what is there, and go on elsewhere.",
+}
+"""Errors of the system that a user can mend, and how."""
+
+
+def _stop(error: MetalearnError) -> NoReturn:
+    who = f"[process {torchrun.rank()}] " if torchrun.rank() else ""
+    message = f"{who}{type(error).__name__}: {error}"
+    torchrun.report(message)
+    print(message, file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,121 @@
+"""A loss or a gradient that is not finite: which task and inner step it came from, and the episode put away for replay.
+
+from metalearn.runs.nonfinite import replay
+replay("RUN_FOLDER/nonfinite/meta-step-00000123.pt")      # raises the same error, in a debugger if you like
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from metalearn import files
+from metalearn.errors import NonFiniteElsewhereError, NonFiniteError, NonFiniteGradientError
+from metalearn.metagrad import meta_gradient
+from metalearn.metagrad.adjoint import adjoint
+from metalearn.params import functionalize
+from metalearn.runs.config_files import from_text, to_yaml
+from metalearn.runs.experiment import Experiment, build_model, inner_loops
+from metalearn.runs.schema import TrainConfig
+from metalearn.types import Episodes, MetaGradient, Params
+
+FOLDER = "nonfinite"
+MOST_KEPT = 20
+"""Episodes in a run's folder; of later ones only the message is in the log."""
+
+
+def blame(experiment: Experiment, params: Params, episodes: Episodes, grads: Params) -> NonFiniteError:
+    """The error that names where a gradient of finite losses is not finite.
+
+    Args:
+        experiment: what was computed with.
+        params: where.
+        episodes: this process's tasks.
+        grads: their mean meta-gradient.
+    """
+    name = next((n for n, g in grads.items() if not torch.isfinite(g.norm())), None)
+    if name is None:
+        return NonFiniteElsewhereError()
+    for task, episode in enumerate(episodes.split(1)):
+        own = meta_gradient(experiment.forward, params, episode, experiment.inner).grads
+        for parameter, g in own.items():
+            if (bad := g[~torch.isfinite(g)]).numel():
+                step = _step(experiment, params, episode)
+                return NonFiniteGradientError(parameter, value=bad[0].item(), task=task, step=step)
+    return NonFiniteGradientError(name, value=grads[name].norm().item(), task=None, step=None)
+
+
+def _step(experiment: Experiment, params: Params, episode: Episodes) -> int | None:
+    """The last inner step whose adjoint is not finite; ``None`` where the adjoint cannot be computed or is finite."""
+    steps: list[int] = []
+
+    def watch(k: int, lam: Params) -> None:
+        if not all(torch.isfinite(w).all() for w in lam.values()):
+            steps.append(k)
+
+    try:
+        adjoint(experiment.forward, params, episode, experiment.inner, cross_entropy, watch=watch)
+    except (ValueError, RuntimeError):  # of a model that goes through another engine only
+        return None
+    return max(steps, default=None)
+
+
+def keep_episode(
+    error: NonFiniteError,
+    episodes: Episodes,
+    params: Params,
+    *,
+    first: int,
+    iteration: int,
+    config: TrainConfig,
+    run_dir: Path,
+) -> Path | None:
+    """Put the task away with the parameters that it was not finite at.
+
+    Args:
+        error: names the task of the batch.
+        episodes: this process's tasks of the batch.
+        params: before the meta-step.
+        first: number of this process's first task in the batch.
+        iteration: meta-steps taken before.
+        config: the run's.
+        run_dir: its folder.
+
+    Returns:
+        The file; ``None`` if the task is not known here, or if there are enough files already.
+    """
+    folder = run_dir / FOLDER
+    path = folder / f"meta-step-{iteration:08}.pt"
+    full = not path.exists() and len(list(folder.glob("*.pt"))) >= MOST_KEPT
+    if error.task is None or full:
+        return None
+    episode = episodes.split(1)[error.task - first]
+    content = {
+        "error": str(error),
+        "iteration": iteration,
+        "task_of_stream": iteration * config.task.meta_batch + error.task,
+        "params": {name: p.detach() for name, p in params.items()},
+        "episode": {f.name: getattr(episode, f.name) for f in dataclasses.fields(episode)},
+        "config": to_yaml(config),
+    }
+    files.save(content, path)
+    return path
+
+
+def replay(path: Path | str) -> MetaGradient:
+    """Compute the meta-gradient again, on a CPU, of an episode that was put away; its task is number 0.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        DamagedFileError: if it is damaged.
+        NonFiniteLossError: as in the run, most likely; a non-finite gradient is returned.
+    """
+    content = files.load(Path(path))
+    config = from_text(content["config"], Path(path))
+    episode = Episodes(**content["episode"])
+    forward, _ = functionalize(build_model(config, episode.support_x.shape[2:]))
+    inner, _ = inner_loops(config.inner)
+    return meta_gradient(forward, content["params"], episode, inner)

@@ -1,0 +1,169 @@
+"""The outer loop: meta-steps, validation, and what is shown and put away between them.
+
+    theta <- Adam(theta, d/dtheta 1/T sum_t L_query,t(adapt_t(theta)))
+
+Whatever ends it, ends it between two meta-steps, with the state put away.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+
+from metalearn.errors import NonFiniteError, RunError, StoppedError
+from metalearn.runs.nonfinite import keep_episode
+from metalearn.runs.out_of_memory import explained_out_of_memory
+from metalearn.runs.outer_step import own_tasks, propose, take
+from metalearn.runs.schema import TrainConfig
+from metalearn.runs.session import Session
+from metalearn.runs.state import Best, TrainState
+from metalearn.runs.views import second_order_term, show_tasks
+from metalearn.types import Episodes
+
+log = logging.getLogger(__name__)
+
+MOST_SKIPPED_IN_A_ROW = 100
+"""With ``run.on_nonfinite=skip``: what does not recover is not waited for."""
+
+
+def meta_train(session: Session, state: TrainState) -> None:
+    """Train to the last meta-step, or put away what there is.
+
+    Args:
+        session: of this process.
+        state: changed in place; the same in every process.
+
+    Raises:
+        StoppedError: if a process was asked to end.
+        RunError: if a number is not finite, memory runs out, or another process is gone.
+    """
+    try:
+        with explained_out_of_memory(session.experiment):
+            _take_what_is_left(session, state)
+    except RunError as error:
+        if session.saver and (kept := session.saver.save_before_failing(state)):
+            error.args = (f"{error} {kept}",)
+        raise
+
+
+def _take_what_is_left(session: Session, state: TrainState) -> None:
+    """Take the meta-steps that are left; keep the best parameters, and what an interrupted run goes on from."""
+    last = session.experiment.config.outer.iterations
+    bar = session.progress.add_task("meta-training", total=last, completed=state.iteration, note="")
+    session.meter.go_on()
+    while True:
+        if validation_due(session, state):
+            accuracy = validate(session, state)
+            session.progress.update(bar, note=f"validation {accuracy:.1%}")
+        if state.iteration == last:
+            return
+        asked_to_end = meta_step(session, state)
+        session.progress.update(bar, completed=state.iteration)
+        if asked_to_end:
+            raise StoppedError(session.stop.signal or signal.SIGTERM)
+        if session.saver and session.saver.due and not validation_due(session, state):
+            session.saver.save(state)
+
+
+def validation_due(session: Session, state: TrainState) -> bool:
+    """Whether validation comes before the next meta-step; a run that was interrupted in it takes it again."""
+    config = session.experiment.config
+    at = state.iteration
+    return at > state.validated and (at % config.eval.every == 0 or at == config.outer.iterations)
+
+
+def meta_step(session: Session, state: TrainState) -> bool:
+    """One meta-step, taken or skipped; returns whether a process was asked to end."""
+    experiment, meter = session.experiment, session.meter
+    config, lr = experiment.config, state.lr
+    episodes = own_tasks(experiment, state.iteration, session.ranks)
+    asked = session.stop.asked
+    try:
+        with meter.step():
+            update = propose(experiment, state, episodes, session.ranks, stop=asked)
+            take(state, update, clip_norm=config.outer.clip_norm)
+        meter.add(update.figures)
+        asked = update.stop
+    except NonFiniteError as error:
+        _skip(session, state, episodes, error)
+    show(session, state, episodes, lr)
+    return asked
+
+
+def show(session: Session, state: TrainState, episodes: Episodes, lr: float) -> None:
+    """The curves' points that are due after a meta-step.
+
+    Args:
+        session: of this process.
+        state: after the meta-step.
+        episodes: this process's tasks of it.
+        lr: the learning rate that it was taken with.
+    """
+    log_config = session.experiment.config.log
+    every = [log_config.every, log_config.curvature_every, log_config.eigenvalue_every]
+    if not (validation_due(session, state) or any(n and state.iteration % n == 0 for n in every)):
+        return
+    window = session.meter.close_window()
+    if tracker := session.tracker:
+        with session.meter.logging():
+            skipped = {"train/skipped": float(state.skipped)} if state.skipped else {}
+            tracker.scalars({**window, **skipped, "outer/lr": lr}, state.iteration)
+            tracker.scalars(second_order_term(session.experiment, state, episodes), state.iteration)
+    session.meter.open_window()
+
+
+def validate(session: Session, state: TrainState) -> float:
+    """Accuracy on validation classes; the parameters are kept if they are the best so far.
+
+    Raises:
+        RunError: if a parameter is not finite.
+        StoppedError: if the process was asked to end meanwhile; the run then validates when it goes on.
+    """
+    config = session.experiment.config
+    if not state.finite():
+        raise diverged("a parameter is not finite.", config, state.iteration)
+    result = session.evaluate(state.params, test=False)
+    mean = result.accuracy.mean
+    if state.best is None or mean > state.best.validation_accuracy:
+        state.best = Best(state.iteration, mean, {name: p.detach().clone() for name, p in state.params.items()})
+    state.validated = state.iteration
+    if session.saver:
+        log.info("%6d/%d  validation accuracy %s", state.iteration, config.outer.iterations, result.accuracy)
+        with session.meter.logging():
+            session.saver.tracker.validation(result, state.iteration)
+            show_tasks(session.experiment, state, session.saver.tracker)
+        session.saver.save(state)
+    session.meter.open_window()
+    return mean
+
+
+def _skip(session: Session, state: TrainState, episodes: Episodes, error: NonFiniteError) -> None:
+    """Pass a meta-step by whose numbers are not finite, or stop; its task is put away either way."""
+    config, number = session.experiment.config, state.iteration + 1
+    path = keep_episode(
+        error,
+        episodes,
+        state.params,
+        first=session.ranks.share(config.task.meta_batch).start,
+        iteration=state.iteration,
+        config=config,
+        run_dir=session.run_dir,
+    )
+    what = f"{str(error).rstrip('.')}." + (f" Its episode is kept in {path}." if path else "")
+    if config.run.on_nonfinite == "stop":
+        raise diverged(what, config, number)
+    if state.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+        raise diverged(f"{MOST_SKIPPED_IN_A_ROW} meta-steps in a row were skipped. {what}", config, number)
+    log.warning("Meta-step %d is skipped: %s", number, what)
+    state.iteration += 1
+    state.skipped += 1
+    state.skipped_in_a_row += 1
+
+
+def diverged(what: str, config: TrainConfig, meta_step: int) -> RunError:
+    """The error of a training that cannot go on, with what to do."""
+    remedy = (
+        f"Try a smaller inner.lr (now {config.inner.lr}) or outer.lr ({config.outer.lr}), or outer.clip_norm=10 "
+        f"(now {config.outer.clip_norm or 'null'}); run.on_nonfinite=skip passes such meta-steps by."
+    )
+    return RunError(f"Training has diverged at meta-step {meta_step}: {what} {remedy}")

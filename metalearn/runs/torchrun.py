@@ -1,0 +1,31 @@
+"""Which of several processes this one is, as ``torchrun`` says. Imports no torch: refusals need not wait for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+
+def rank() -> int:
+    """Number of this process among all, from 0."""
+    return int(os.environ.get("RANK", "0")) if size() > 1 else 0
+
+
+def local_rank() -> int:
+    """Number of this process among those of this machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if size() > 1 else 0
+
+
+def size() -> int:
+    """Number of processes of this run; 1 where ``torchrun`` did not start it."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def report(message: str) -> None:
+    """Have ``torchrun`` show the message in its own account of what failed."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # The form that torch.distributed.elastic's ErrorHandler writes.
+        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        Path(file).write_text(json.dumps(content))

@@ -1,0 +1,190 @@
+"""What is kept of a run, which of it is taken, and what may change when it goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from metalearn import files
+from metalearn.errors import ConfigError, RunError
+from metalearn.runs.checkpoints import (
+    best_path,
+    load_best,
+    newest_state,
+    save_best,
+    save_state,
+    settle_best,
+    state_path,
+    state_paths,
+)
+from metalearn.runs.checks import check
+from metalearn.runs.config import compose, typed
+from metalearn.runs.config_files import continued, from_yaml
+from metalearn.runs.outer_step import Update, take
+from metalearn.runs.report import read_scalars
+from metalearn.runs.schema import OuterConfig, TrainConfig
+from metalearn.runs.state import Best, TrainState, learning_rate
+from metalearn.runs.training import train
+from tests.faults.runs import SMALL, timeless
+
+
+def run(folder: Path, *more: str) -> None:
+    config = typed(compose("train", [*SMALL, "run.checkpoint_seconds=null", *more]), TrainConfig)
+    check(config)
+    train(continued(config, folder), folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(folder)
+    return folder
+
+
+def params(value: float) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((2,), value)}
+
+
+def test_the_last_two_states_are_kept(tmp_path: Path) -> None:
+    for iteration in (3, 7, 9):
+        save_state({"n": iteration}, iteration, tmp_path)
+    assert state_paths(tmp_path) == [state_path(tmp_path, 9), state_path(tmp_path, 7)]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4, "each with its digest, and nothing else"
+
+
+def test_a_state_of_a_branch_that_was_left_goes(tmp_path: Path) -> None:
+    for iteration in (3, 7):
+        save_state({"n": iteration}, iteration, tmp_path)
+    state_path(tmp_path, 7).write_bytes(b"damaged")
+    save_state({"n": 5}, 5, tmp_path)
+    assert [path.name for path in state_paths(tmp_path)] == ["state-00000005.pt", "state-00000003.pt"]
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    save_state({"n": 1}, 1, tmp_path)
+    files.save({"format": 99}, state_path(tmp_path, 1))
+    with pytest.raises(RunError, match="its format is 99, and this version of metalearn reads 1"):
+        newest_state(tmp_path)
+
+
+def test_all_damaged_is_no_new_beginning(tmp_path: Path) -> None:
+    assert newest_state(tmp_path) is None
+    save_state({"n": 1}, 1, tmp_path)
+    state_path(tmp_path, 1).write_bytes(b"")
+    with pytest.raises(RunError, match=r"every checkpoint is damaged \(state-00000001\.pt\)"):
+        newest_state(tmp_path)
+
+
+def test_best_parameters_follow_the_state(tmp_path: Path) -> None:
+    save_best(Best(20, 0.9, params(2.0)), tmp_path)  # of a branch that was left
+    settle_best(Best(10, 0.8, params(1.0)), tmp_path)
+    best = load_best(tmp_path, like=params(0.0), device=torch.device("cpu"))
+    assert (best.iteration, best.validation_accuracy) == (10, 0.8)
+    assert torch.equal(best.params["w"], params(1.0)["w"])
+    settle_best(None, tmp_path)
+    assert not best_path(tmp_path).exists()
+
+
+def test_damaged_best_parameters_are_in_the_state_as_well(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    best = Best(10, 0.8, params(1.0))
+    save_best(best, tmp_path)
+    best_path(tmp_path).write_bytes(b"x")
+    with pytest.raises(files.DamagedFileError):
+        load_best(tmp_path, like=params(0.0), device=torch.device("cpu"))
+    save_state({"state": {"best": list(best)}}, 12, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        found = load_best(tmp_path, like=params(0.0), device=torch.device("cpu"))
+    assert torch.equal(found.params["w"], params(1.0)["w"])
+    assert "taken from the state" in caplog.text
+
+
+def test_another_models_parameters_are_refused(tmp_path: Path) -> None:
+    save_best(Best(10, 0.8, params(1.0)), tmp_path)
+    with pytest.raises(RunError, match=r"parameter 'w' is \(2,\) in it and \(3,\)"):
+        load_best(tmp_path, like={"w": torch.zeros(3)}, device=torch.device("cpu"))
+
+
+def outer(**changed: Any) -> OuterConfig:
+    return OuterConfig(**{"lr": 0.1, "iterations": 10, "schedule": "cosine", "clip_norm": None, **changed})
+
+
+def steps(state: TrainState, count: int) -> TrainState:
+    for _ in range(count):
+        grads = {name: torch.ones_like(p) for name, p in state.params.items()}
+        take(state, Update(grads, {"grad_norm": torch.tensor(1.0)}, stop=False), clip_norm=None)
+    return state
+
+
+@pytest.mark.parametrize("iterations", [1, 7, 100])
+def test_the_schedule_is_torchs(iterations: int) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    theirs = CosineAnnealingLR(optimizer, iterations)
+    for t in range(iterations):
+        assert learning_rate(outer(lr=0.3, iterations=iterations), t) == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("changed", [{"lr": 0.3}, {"iterations": 20}, {"schedule": "constant"}])
+def test_an_accepted_schedule_is_as_if_it_had_always_been(changed: dict[str, Any]) -> None:
+    content = steps(TrainState.start(params(1.0), outer()), 4).content()
+    state = TrainState.start(params(0.0), outer(**changed))
+    state.restore(content)
+    new = outer(**changed)
+    # the cosine from lr to 0 over the iterations, at meta-step 4
+    expected = new.lr if new.schedule == "constant" else new.lr * (1 + math.cos(math.pi * 4 / new.iterations)) / 2
+    assert state.lr == pytest.approx(expected)
+    assert state.iteration == 4
+    assert torch.equal(state.optimizer.state_dict()["state"][0]["exp_avg"], content["optimizer"]["state"][0]["exp_avg"])
+
+
+def test_more_meta_steps_for_a_finished_run(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    run(folder, "outer.iterations=32", "run.resume=true", "run.accept=[outer.iterations]")
+    assert timeless(folder)["iterations"] == 32
+    assert json.loads((folder / "metrics-until-24.json").read_text())["iterations"] == 24
+    assert from_yaml(folder / "config-until-24.yaml").outer.iterations == 24
+    assert from_yaml(folder / "config.yaml").outer.iterations == 32
+    run(folder, "outer.iterations=32", "run.resume=true")  # what was accepted is the run's own now
+    steps_shown = [p.step for p in read_scalars(folder)["train/query_loss"]]
+    assert steps_shown == sorted(set(steps_shown))
+    assert steps_shown[-1] == 32
+
+
+def test_fewer_meta_steps_than_were_taken_are_refused(finished: Path) -> None:
+    before = sorted(p.name for p in finished.iterdir())
+    with pytest.raises(RunError, match=r"outer\.iterations=5: the run has taken 24 meta-steps already"):
+        run(finished, "outer.iterations=5", "run.resume=true", "run.accept=[outer.iterations]")
+    assert sorted(p.name for p in finished.iterdir()) == before
+
+
+def test_another_model_cannot_be_accepted(finished: Path) -> None:
+    with pytest.raises(RunError, match=r"the checkpoint does not fit the model: parameter '.*' is \(8"):
+        run(finished, "model.hidden=[9]", "run.resume=true", "run.accept=[model.hidden]")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["run.accept=[inner.lr]"], r"run\.accept=\['inner\.lr'\]: only a run that is resumed"),
+        (["run.resume=true", "run.accept=[inner.lrr]"], r"run\.accept=inner\.lrr: .*did you mean inner\.lr\?"),
+        (["run.checkpoint_seconds=-1"], r"run\.checkpoint_seconds=-1\.0: must be a number, at least 0 or null"),
+        (["run.on_nonfinite=ignore"], r"run\.on_nonfinite=ignore: must be one of stop, skip"),
+    ],
+)
+def test_refused_settings(overrides: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path / "run", *overrides)
+
+
+def test_settings_that_change_no_figure_may_differ(finished: Path) -> None:
+    run(finished, "run.resume=true", "run.on_nonfinite=skip", "run.checkpoint_seconds=5")

@@ -1,0 +1,172 @@
+"""Several processes share a batch's tasks, and compute what one would."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from metalearn.runs import outer_loop
+from metalearn.runs.distributed import Ranks
+from metalearn.runs.experiment import Experiment
+from metalearn.runs.outer_step import own_tasks
+from metalearn.runs.session import Session
+from metalearn.runs.state import TrainState
+from metalearn.types import Episodes
+from tests.faults.processes import finished, output, start, state_of
+from tests.faults.runs import RUN, SMALL, assert_curves, timeless, whole
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_every_task_is_one_processs(size: int) -> None:
+    for count in (7, 8, 16):
+        shares = [Ranks(rank, size).share(count) for rank in range(size)]
+        assert [task for share in shares for task in share] == list(range(count))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_alone_nothing_is_sent() -> None:
+    alone = Ranks()
+    tensors = [torch.ones(2), torch.zeros(())]
+    assert all(a is b for a, b in zip(alone.sum(tensors), tensors, strict=True))
+    assert alone.from_first("x") == "x"
+    assert alone.join(tensors[0]) is tensors[0]
+
+
+def environment(rank: int, size: int, port: int) -> Mapping[str, str]:
+    """As torchrun sets it."""
+    return {
+        "TORCHELASTIC_RUN_ID": "test",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def together(
+    size: int, folder: Path, *more: str, before: Callable[[], None] | None = None, codes: tuple[int, ...] = ()
+) -> Path:
+    """A training by several processes; the second and further write their output beside the run."""
+    port = free_port()
+    processes = [
+        start(
+            [*SMALL, f"hydra.run.dir={folder / RUN}", *more],
+            folder / str(rank),
+            environment=environment(rank, size, port),
+            before=before if rank == size - 1 else None,
+        )
+        for rank in range(size)
+    ]
+    found = tuple(finished(process) for process in processes)
+    assert found == (codes or (0,) * size), "\n".join(output(folder / str(rank)) for rank in range(size))
+    return folder / RUN
+
+
+def gradient_of_the_first_step(run_dir: Path) -> dict[int, Tensor]:
+    """Adam's first moment after one meta-step is a tenth of the meta-gradient."""
+    moments = state_of(run_dir)["state"]["optimizer"]["state"]
+    return {i: 10 * m["exp_avg"] for i, m in moments.items()}
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return together(2, tmp_path_factory.mktemp("two"))
+
+
+def test_the_gradient_is_one_processs(tmp_path: Path) -> None:
+    one_step = ["outer.iterations=1", "eval.every=1"]
+    alone, shared = together(1, tmp_path / "1", *one_step), together(3, tmp_path / "3", *one_step)
+    ours, theirs = gradient_of_the_first_step(shared), gradient_of_the_first_step(alone)
+    for i, gradient in theirs.items():
+        torch.testing.assert_close(ours[i], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_the_first_process_alone_writes(by_two: Path) -> None:
+    assert {p.name for p in (by_two.parent / "1").iterdir()} == {"output.txt"}
+    assert output(by_two.parent / "1") == ""
+    assert_curves(by_two)
+    assert timeless(by_two)["processes"] == 2
+    assert timeless(by_two)["iterations"] == 24
+
+
+def test_one_process_ends_where_two_do(by_two: Path, tmp_path: Path) -> None:
+    ours, theirs = state_of(by_two)["state"], state_of(whole(tmp_path))["state"]
+    for name, p in theirs["params"].items():
+        torch.testing.assert_close(ours["params"][name], p, rtol=1e-3, atol=1e-4)
+    assert timeless(by_two)["test.accuracy"] == pytest.approx(timeless(whole(tmp_path))["test.accuracy"])
+
+
+def be_asked_to_end() -> None:
+    """Have this process asked at its fifth meta-step."""
+    step = outer_loop.meta_step
+
+    def asked(session: Session, state: TrainState) -> bool:
+        if state.iteration == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(session, state)
+
+    pytest.MonkeyPatch().setattr(outer_loop, "meta_step", asked)
+
+
+def test_all_stop_after_the_same_meta_step(tmp_path: Path) -> None:
+    run_dir = together(2, tmp_path, before=be_asked_to_end, codes=(143, 143))
+    assert state_of(run_dir)["state"]["iteration"] == 5
+    assert "checkpoint of meta-step 5 is kept" in " ".join(output(tmp_path / "0").split())
+
+
+def meet_a_nan() -> None:
+    """Have this process's tasks be none, at its third meta-step."""
+
+    def poisoned(experiment: Experiment, iteration: int, ranks: Ranks) -> Episodes:
+        episodes = own_tasks(experiment, iteration, ranks)
+        if iteration == 2:
+            episodes.query_x[0, 0] = math.nan
+        return episodes
+
+    pytest.MonkeyPatch().setattr(outer_loop, "own_tasks", poisoned)
+
+
+def test_what_one_process_meets_stops_all(tmp_path: Path) -> None:
+    run_dir = together(2, tmp_path, before=meet_a_nan, codes=(2, 2))
+    assert "another process has found a loss or a gradient" in " ".join(output(tmp_path / "0").split())
+    assert "[process 1] RunError: Training has diverged at meta-step 3: the query loss of task 1" in output(
+        tmp_path / "1"
+    )
+    assert state_of(run_dir)["state"]["iteration"] == 2
+
+
+def test_what_one_process_meets_is_skipped_by_all(tmp_path: Path) -> None:
+    run_dir = together(2, tmp_path, "run.on_nonfinite=skip", before=meet_a_nan)
+    assert timeless(run_dir)["iterations.skipped"] == 1
+
+
+def test_more_processes_than_tasks_are_refused(tmp_path: Path) -> None:
+    port = free_port()
+    process = start(
+        [*SMALL, "task.meta_batch=1", f"hydra.run.dir={RUN}"], tmp_path, environment=environment(0, 2, port)
+    )
+    other = start([*SMALL, "task.meta_batch=1"], tmp_path / "1", environment=environment(1, 2, port))
+    assert (finished(process), finished(other)) == (2, 2)
+    assert "task.meta_batch=1: 2 processes share these tasks" in output(tmp_path)
+
+
+def test_a_sweep_by_torchrun_is_refused(tmp_path: Path) -> None:
+    process = start(["--multirun", *SMALL], tmp_path, environment=environment(0, 2, 1))
+    assert finished(process) == 2
+    assert "without --multirun" in output(tmp_path)

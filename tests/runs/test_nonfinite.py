@@ -1,0 +1,131 @@
+"""Numbers that are not finite are skipped where that is asked for; memory that runs out is explained."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from metalearn.errors import RunError
+from metalearn.runs import outer_loop, training
+from metalearn.runs.config import compose, typed
+from metalearn.runs.distributed import Ranks
+from metalearn.runs.experiment import Experiment, build
+from metalearn.runs.nonfinite import FOLDER, MOST_KEPT
+from metalearn.runs.out_of_memory import _estimate, explained_out_of_memory
+from metalearn.runs.outer_step import Update, propose
+from metalearn.runs.planning import problem_of
+from metalearn.runs.report import read_scalars
+from metalearn.runs.schema import TrainConfig
+from metalearn.runs.state import TrainState
+from metalearn.runs.training import train
+from metalearn.types import Episodes
+from tests.faults.processes import state_of
+from tests.faults.runs import SMALL, timeless
+
+
+def config(*more: str) -> TrainConfig:
+    return typed(compose("train", [*SMALL, "run.checkpoint_seconds=null", *more]), TrainConfig)
+
+
+def poison(at: range, patch: pytest.MonkeyPatch) -> None:
+    def poisoned(experiment: Experiment, iteration: int, ranks: Ranks) -> Episodes:
+        tasks = experiment.config.task.meta_batch
+        episodes = experiment.train.tasks(iteration * tasks, tasks)
+        if iteration in at:
+            episodes.query_x[1, 0] = math.nan
+        return episodes
+
+    patch.setattr(outer_loop, "own_tasks", poisoned)
+
+
+def test_skipped_meta_steps_are_counted_and_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    poison(range(3, 6), monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        train(config("run.on_nonfinite=skip"), tmp_path)
+    assert timeless(tmp_path)["iterations.skipped"] == 3
+    assert timeless(tmp_path)["iterations"] == 24
+    assert {(p.step, p.value) for p in read_scalars(tmp_path)["train/skipped"]} >= {(n, 3.0) for n in range(6, 25, 3)}
+    assert "Meta-step 4 is skipped: the query loss of task 1 is nan" in caplog.text
+    assert sorted(p.name for p in (tmp_path / FOLDER).glob("*.pt")) == [f"meta-step-{n:08}.pt" for n in (3, 4, 5)]
+    assert state_of(tmp_path)["state"]["optimizer"]["state"][0]["step"] == 21
+
+
+def test_a_whole_window_may_be_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(range(6), monkeypatch)
+    train(config("run.on_nonfinite=skip"), tmp_path)
+    assert [p.step for p in read_scalars(tmp_path)["train/query_loss"]] == [8, *range(9, 16, 3), 16, *range(18, 25, 3)]
+
+
+def test_what_does_not_recover_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(range(2, 1000), monkeypatch)
+    monkeypatch.setattr(outer_loop, "MOST_SKIPPED_IN_A_ROW", 25)
+    with pytest.raises(RunError, match=r"at meta-step 28: 25 meta-steps in a row were skipped"):
+        train(config("run.on_nonfinite=skip", "outer.iterations=100", "eval.every=100"), tmp_path)
+    assert len(list((tmp_path / FOLDER).glob("*.pt"))) == MOST_KEPT
+
+
+def test_the_validation_after_a_skipped_meta_step_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(range(7, 8), monkeypatch)  # the meta-step before a validation
+    train(config("run.on_nonfinite=skip"), tmp_path)
+    assert [p.step for p in read_scalars(tmp_path)["validation/accuracy"]] == [8, 16, 24]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:116] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_names_what_is_needed_and_the_keys(error: Exception) -> None:
+    experiment = build(config("inner.steps=5"))
+    with pytest.raises(RunError) as raised, explained_out_of_memory(experiment):
+        raise error
+    message = str(raised.value)
+    for words in ("inner.engine=unroll, 3 of 3 tasks at a time", "MiB are free now", "  inner.engine=adjoint   about"):
+        assert words in message
+    assert "  inner.task_chunk=1   about" in message
+    assert "inner.engine=auto" in message
+    assert raised.value.__cause__ is None, "its trace would keep the activations"
+
+
+def test_the_estimate_is_what_a_meta_step_takes() -> None:
+    experiment = build(config("inner.steps=3", "task.meta_batch=8"))
+    measured = problem_of(experiment).peak(experiment.inner, 2**62) / 2**20
+    assert _estimate(experiment, experiment.inner, 8) == pytest.approx(measured, rel=0.05)
+
+
+def test_another_error_is_left_as_it_is() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot"), explained_out_of_memory(build(config())):
+        raise RuntimeError("shapes cannot be multiplied")
+
+
+def test_memory_that_runs_out_in_a_meta_step_keeps_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(experiment: Experiment, state: TrainState, *args: Any, **more: Any) -> Update:
+        if state.iteration == 11:
+            torch.empty(2**60)
+        return propose(experiment, state, *args, **more)
+
+    monkeypatch.setattr(outer_loop, "propose", too_much)
+    with pytest.raises(RunError, match=r"(?s)Out of memory.*inner\.task_chunk=1.*checkpoint of meta-step 11 is kept"):
+        train(config(), tmp_path)
+    assert state_of(tmp_path)["state"]["iteration"] == 11
+
+
+def test_a_step_that_was_torn_is_not_put_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tear(state: TrainState, *args: Any, **more: Any) -> None:
+        state.whole = False
+        raise MemoryError
+
+    monkeypatch.setattr(outer_loop, "take", tear)
+    with pytest.raises(RunError, match="Out of memory"):
+        training.train(config(), tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("*"))
