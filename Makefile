@@ -2,13 +2,15 @@
 #   make train                        second-order MAML with the defaults
 #   make train ARGS="task.ways=20"    any key of `python scripts/train.py --help`
 #   make compare                      first against second order: accuracy, time and memory; a quarter of an hour
-#   make test                         lint, types and tests
+#   make test                         lint, types and tests, JOBS files of them at a time
+#   make faults                       every fault of the README's table, as often as it says; half an hour
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+JOBS ?= 2
 
-.PHONY: train compare test lint bench clean-venv
+.PHONY: train compare test faults lint bench clean-venv
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.core
@@ -21,7 +23,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python scripts/benchmark.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+
+faults: $(VENV)/.dev
+	$(BIN)/python -m tests.faults $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,4 +1,8 @@
-"""Getting Omniglot onto the disk, whole or not at all: from archives that lie there, or by torchvision's download."""
+"""Getting Omniglot onto the disk, whole or not at all: from archives that lie there, or by torchvision's download.
+
+No archive is unpacked before its digest was compared, here or by torchvision, and none that lies on the disk if a
+member of it would go anywhere but below the folder for it.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,12 @@ import logging
 import os
 import shutil
 import socket
+import stat
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from filelock import FileLock
 
@@ -63,10 +68,29 @@ def _unpack(base: Path) -> None:
                 f"{archive} is damaged: its MD5 is not the published {Omniglot.zips_md5[part]}. Remove it and run "
                 "again with a network, or replace it."
             )
+        _refuse_stray_members(archive)
         log.info("Unpacking %s", archive)
         with _temporary_folder(base) as temporary:
             extract_archive(str(archive), str(temporary))
             os.replace(temporary / part, base / part)
+
+
+def _refuse_stray_members(archive: Path) -> None:
+    """Refuse an archive that could write outside of the folder that it is unpacked to.
+
+    Raises:
+        DataError: naming the archive and the member that is absolute, climbs out with ``..`` or is a link.
+    """
+    with zipfile.ZipFile(archive) as opened:
+        for member in opened.infolist():
+            name = member.filename
+            path = PureWindowsPath(name)  # either slash separates, and drives are known
+            if path.anchor or ".." in path.parts or stat.S_ISLNK(member.external_attr >> 16):
+                raise DataError(
+                    f"{archive} is not unpacked: its member {name!r} is absolute, climbs out with .. or is a link, and "
+                    "Omniglot's archives hold none such. Remove the archive, and run again with a network or copy it "
+                    "anew."
+                )
 
 
 def _download(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,19 @@ def _other_size(base: Path) -> None:
     Image.new("1", (28, 28)).save(base / "images_background/B/c1/0002_05.png")
 
 
-@pytest.mark.parametrize("damage", [_truncate, _empty, _flip, _other_size])
+def _gigantic(base: Path) -> None:
+    file = base / "images_background/B/c1/0002_05.png"
+    data = bytearray(file.read_bytes())
+    data[16:24] = b"\x7f\xff\xff\xff" * 2  # width and height
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    file.write_bytes(data)
+
+
+def _other_format(base: Path) -> None:
+    Image.new("L", (105, 105)).save(base / "images_background/B/c1/0002_05.png", format="JPEG")
+
+
+@pytest.mark.parametrize("damage", [_truncate, _empty, _flip, _other_size, _gigantic, _other_format])
 def test_damaged_files_are_named(root: Path, damage: object) -> None:
     damage(root / "omniglot-py")  # type: ignore[operator]
     with pytest.raises(DataError, match=r"images_background/B/c1/0002_05\.png is damaged"):
@@ -136,6 +149,20 @@ def test_a_link_to_nowhere_is_named(root: Path) -> None:
     file.symlink_to(root / "gone")
     with pytest.raises(DataError, match=r"cannot be read: .*0000_03\.png"):
         omniglot.read_characters(str(root))
+
+
+def test_a_pipe_is_not_waited_for(root: Path) -> None:
+    file = root / "omniglot-py" / "images_background" / "A" / "c1" / "0000_03.png"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(DataError, match=r"0000_03\.png is no file"):
+        omniglot.read_characters(str(root))
+
+
+def test_a_name_need_not_be_unicode(root: Path) -> None:
+    alphabet = root / "omniglot-py" / "images_evaluation" / "D"
+    (alphabet / "c1").rename(alphabet / os.fsdecode(b"c1\xff"))
+    assert omniglot.read_characters(str(root)).images.shape[0] == 5
 
 
 def test_rotations_make_new_classes() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import re
 import shutil
+import stat
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout  # the builtin one only from Python 3.11 on
@@ -15,38 +17,30 @@ from filelock import FileLock
 
 from metalearn.data import catalog, omniglot
 from metalearn.errors import DataError
-from tests.data.conftest import PARTS
+from tests.data.conftest import PARTS, pack, publish
 
 pytestmark = pytest.mark.usefixtures("small_omniglot")
 
 
-def pack(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Turn the folders into archives, whose digests are then the published ones."""
-    digests = {}
-    for part in PARTS:
-        base = root / "omniglot-py"
-        archive = Path(shutil.make_archive(str(base / part), "zip", base, part))
-        digests[part] = hashlib.md5(archive.read_bytes()).hexdigest()
-        shutil.rmtree(base / part)
-    monkeypatch.setattr("torchvision.datasets.Omniglot.zips_md5", digests)
-
-
 def test_archives_without_folders_are_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = omniglot.read_characters(str(root)).images
-    pack(root, monkeypatch)
+    pack(root)
+    publish(root, monkeypatch)
     assert torch.equal(omniglot.read_characters(str(root)).images, expected)
     assert not list(root.rglob(".unpacking-*"))
 
 
 def test_one_archive_of_two_is_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pack(root, monkeypatch)
+    pack(root)
+    publish(root, monkeypatch)
     omniglot.read_characters(str(root))
     shutil.rmtree(root / "omniglot-py" / "images_evaluation")
     assert omniglot.read_characters(str(root)).images.shape[0] == 5
 
 
 def test_damaged_archive_is_named_and_not_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pack(root, monkeypatch)
+    pack(root)
+    publish(root, monkeypatch)
     archive = root / "omniglot-py" / "images_evaluation.zip"
     archive.write_bytes(archive.read_bytes()[:-100])
     with pytest.raises(DataError, match=r"images_evaluation\.zip is damaged: its MD5 is not the published"):
@@ -54,8 +48,54 @@ def test_damaged_archive_is_named_and_not_unpacked(root: Path, monkeypatch: pyte
     assert not (root / "omniglot-py" / "images_evaluation").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["../made.png", "images_evaluation/../../made.png", "/made.png", "..\\made", "C:made", "link"]
+)
+def test_an_archive_that_reaches_outside_is_not_unpacked(
+    name: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(root)
+    archive = root / "omniglot-py" / "images_evaluation.zip"
+    member = zipfile.ZipInfo(name)
+    member.external_attr = ((stat.S_IFLNK if name == "link" else stat.S_IFREG) | 0o777) << 16
+    with zipfile.ZipFile(archive, "a") as opened:
+        opened.writestr(member, "/etc")
+    publish(root, monkeypatch)
+    with pytest.raises(
+        DataError, match=rf"images_evaluation\.zip is not unpacked: its member '{re.escape(repr(name)[1:-1])}'"
+    ):
+        omniglot.read_characters(str(root))
+    assert not (root / "omniglot-py" / "images_evaluation").exists()
+    assert not list(root.parent.rglob("made*"))
+
+
+def test_the_digest_is_compared_before_an_archive_is_opened(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack(root)
+    publish(root, monkeypatch)
+    archive = root / "omniglot-py" / "images_background.zip"
+    archive.write_bytes(archive.read_bytes()[:-1] + b"x")
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(DataError, match=r"images_background\.zip is damaged"):
+        omniglot.read_characters(str(root))
+
+
+def test_torchvision_compares_the_digest_of_a_download_before_unpacking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(url: str, filename: str, **_: object) -> None:
+        Path(filename).write_bytes(b"not the archive")
+
+    monkeypatch.setattr(catalog, "_reachable", lambda: True)
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", wrong)
+    monkeypatch.setattr("torchvision.datasets.utils.extract_archive", lambda *_, **__: pytest.fail("unpacked"))
+    with pytest.raises(DataError, match=r"could not be brought to .*File not found or corrupted"):
+        omniglot.read_characters(str(tmp_path))
+
+
 def test_interrupted_unpacking_leaves_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pack(root, monkeypatch)
+    pack(root)
+    publish(root, monkeypatch)
 
     def half(archive: str, to: str) -> None:
         (Path(to) / "images_background" / "A").mkdir(parents=True)
