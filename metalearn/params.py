@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metalearn.types import Forward, Params
+from metalearn.types import Forward, Params, check_tensors
 
 _RUNNING_STATISTICS = (nn.modules.batchnorm._NormBase,)  # BatchNorm1d..3d, SyncBatchNorm, InstanceNorm1d..3d
 
@@ -44,7 +45,16 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
             "inner loop is to adapt."
         )
 
+    known = {
+        name for named in (module.named_parameters, module.named_buffers) for name, _ in named(remove_duplicate=False)
+    }
+
     def forward(params: Params, x: Tensor) -> Tensor:
+        if unknown := params.keys() - known:
+            raise ValueError(
+                f"params names {', '.join(map(repr, unknown))}, which {type(module).__name__} has not; it has "
+                f"{', '.join(sorted(known))}."
+            )
         constants = {name: b.clone() for name, b in module.named_buffers()}  # who writes to them writes to a copy
         prediction: Any = torch.func.functional_call(module, {**constants, **params}, (x,))
         if not isinstance(prediction, Tensor):
@@ -82,15 +92,28 @@ def refuse_inference_mode() -> None:
         )
 
 
+def check_dictionary(params: object) -> None:
+    """Refuse parameters that have no names.
+
+    Raises:
+        TypeError: naming the type.
+    """
+    if not isinstance(params, (Mapping, nn.ParameterDict)):
+        raise TypeError(
+            f"params is {type(params).__name__} and must be a dictionary of tensors, as functionalize gives."
+        )
+
+
 def check_params(params: Params) -> None:
     """Refuse meta-parameters that cannot be adapted.
 
     Raises:
         ValueError: if there is none.
         RuntimeError: inside ``torch.inference_mode()``.
-        TypeError: naming the one that is not a floating-point tensor.
+        TypeError: if this is no dictionary, or naming the one that is not a floating-point tensor.
     """
     refuse_inference_mode()
+    check_dictionary(params)
     if not params:
         raise ValueError("params is empty: there is nothing to adapt.")
     for name, p in params.items():
@@ -100,6 +123,7 @@ def check_params(params: Params) -> None:
                 f"params[{name!r}] is {kind}: only floating-point tensors have gradients. Convert it with .float(), or "
                 "keep it in the model as a buffer, which is a constant."
             )
+    check_tensors({f"params[{name!r}]": p for name, p in params.items()})
 
 
 def stack(theta: Params, tasks: int) -> Params:

@@ -6,7 +6,7 @@ K inner steps; ``theta`` meta-parameters, ``fast`` adapted parameters ``[T, ...]
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 from torch import Tensor
@@ -21,6 +21,20 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """``loss(prediction, target) -> scalar``: for one task, the mean over its examples."""
 
 
+def check_tensors(given: Mapping[str, object]) -> None:
+    """Refuse what is no tensor, or holds no values.
+
+    Raises:
+        TypeError: naming it and its type.
+        ValueError: naming what is on the meta device, from which ``vmap`` makes numbers out of nothing.
+    """
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is {type(value).__name__} and must be a Tensor; convert it with torch.as_tensor.")
+        if value.is_meta:
+            raise ValueError(f"{name} is on the meta device and holds no values; give a tensor on the CPU or a GPU.")
+
+
 def check_examples(name: str, x: Tensor, y: Tensor) -> None:
     """Refuse inputs and targets that do not belong together.
 
@@ -30,8 +44,10 @@ def check_examples(name: str, x: Tensor, y: Tensor) -> None:
         y: targets, ``[T, examples, ...]``.
 
     Raises:
+        TypeError: naming what is no tensor.
         ValueError: naming the tensor and its shape.
     """
+    check_tensors({f"{name}_x": x, f"{name}_y": y})
     shapes = {f"{name}_x": tuple(x.shape), f"{name}_y": tuple(y.shape)}
     for tensor, shape in shapes.items():
         if len(shape) < 2:
@@ -55,6 +71,7 @@ class Episodes:
         query_y: their targets, ``[T, Q]`` or ``[T, Q, ...]``.
 
     Raises:
+        TypeError: if one is no tensor.
         ValueError: if the tensors disagree on T, on S or on Q, or if there is no task or an empty set.
     """
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from metalearn import Params, functionalize
 from metalearn.models import Conv4
-from metalearn.params import global_norm, gradients, stack
+from metalearn.params import check_params, global_norm, gradients, stack
 
 
 def test_forward_equals_the_module() -> None:
@@ -120,6 +120,24 @@ def test_a_model_that_returns_more_than_a_tensor_is_refused() -> None:
         forward(theta, torch.zeros(1, 2))
 
 
+def test_names_that_the_module_has_not_are_refused() -> None:
+    forward, theta = functionalize(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"params names 'wieght', which Linear has not; it has bias, weight"):
+        forward({"wieght": theta["weight"], "bias": theta["bias"]}, torch.zeros(1, 2))
+    forward({"bias": theta["bias"]}, torch.zeros(1, 2))  # the module's own weight is a constant then
+
+
+@pytest.mark.parametrize("params", [None, [torch.zeros(2)], nn.Linear(2, 2), "theta"])
+def test_params_without_names_are_refused(params: object) -> None:
+    with pytest.raises(TypeError, match=rf"params is {type(params).__name__} and must be a dictionary of tensors"):
+        check_params(params)  # type: ignore[arg-type]
+
+
+def test_params_without_values_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"params\['w'\] is on the meta device and holds no values"):
+        check_params({"w": torch.zeros(2, device="meta")})
+
+
 def test_tied_parameters_appear_once() -> None:
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     module[1].weight = module[0].weight
@@ -129,6 +147,8 @@ def test_tied_parameters_appear_once() -> None:
     x = torch.randn(2, 3)
     expected = (x @ doubled["0.weight"].T + theta["0.bias"]) @ doubled["0.weight"].T + theta["1.bias"]
     torch.testing.assert_close(forward(doubled, x), expected)
+    by_its_other_name = {"1.weight": doubled["0.weight"], "0.bias": theta["0.bias"], "1.bias": theta["1.bias"]}
+    torch.testing.assert_close(forward(by_its_other_name, x), expected)
 
 
 def test_stack_is_a_view_and_differentiable() -> None:

@@ -27,6 +27,23 @@ def test_shapes_that_do_not_fit_are_named(tensors: tuple[torch.Tensor, ...], mes
         Episodes(*tensors)
 
 
+@pytest.mark.parametrize("other", [None, Y.tolist(), Y.numpy(), "labels"])
+def test_what_is_no_tensor_is_named(other: object) -> None:
+    with pytest.raises(TypeError, match=rf"query_y is {type(other).__name__} and must be a Tensor.*as_tensor"):
+        Episodes(X, Y, X, other)  # type: ignore[arg-type]
+
+
+def test_a_tensor_without_values_is_refused() -> None:
+    # vmap would compute with memory that nobody wrote to: a loss of 6e-311, and no error.
+    with pytest.raises(ValueError, match="query_x is on the meta device and holds no values"):
+        Episodes(X, Y, X.to("meta"), Y)
+
+
+def test_any_dtype_is_left_to_the_model() -> None:
+    for dtype in (torch.int64, torch.uint8, torch.bool, torch.bfloat16, torch.complex64):
+        assert Episodes(X.to(dtype), Y, X.to(dtype), Y).tasks == 2
+
+
 def test_split_keeps_every_task_in_order() -> None:
     episodes = image_episodes(tasks=5)
     parts = episodes.split(2)

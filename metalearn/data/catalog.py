@@ -79,6 +79,13 @@ def omniglot_source(root: str | None) -> str:
     Raises:
         DataError: if it can come from neither; the message says why, without a remedy.
     """
+    try:
+        return _source(root)
+    except (OSError, RuntimeError) as error:  # a name too long, a folder closed to us, the home of a user who is not
+        raise DataError(f"data.root={root}: this folder cannot be looked into ({str(error).rstrip('.')})") from error
+
+
+def _source(root: str | None) -> str:
     folder = omniglot_root(root)
     if root and not folder.is_dir():
         raise DataError(f"data.root={root}: there is no such folder")

@@ -13,6 +13,7 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple
 
 import numpy as np
@@ -119,7 +120,10 @@ def _listing(base: Path) -> tuple[list[Path], str]:
             drawings += [Path(image.path) for image in images]
             for image in images:
                 stat = image.stat()
-                digest.update(f"{part}/{character.name}/{image.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+                if not S_ISREG(stat.st_mode):  # reading a pipe would wait for ever
+                    raise DataError(f"Omniglot's {image.path} is no file. Replace it, or the whole folder.")
+                line = f"{part}/{character.name}/{image.name} {stat.st_size} {stat.st_mtime_ns}\n"
+                digest.update(os.fsencode(line))  # names need not be UTF-8
         if len(classes) != n_classes:
             raise DataError(_incomplete(base, f"{part} holds {len(classes)} characters and not {n_classes}"))
     return drawings, digest.hexdigest()
@@ -159,20 +163,24 @@ def _decode(drawings: list[Path]) -> Tensor:
     return torch.from_numpy(np.stack(images)).view(-1, DRAWINGS, 1, SIZE, SIZE)
 
 
+_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow reports a broken PNG as."""
+
+
 def _read(path: Path) -> tuple[bytes, NDArray[np.uint8]]:
     """One drawing's bits, and the drawing inverted and resized.
 
     Every checksum in the file is compared, which decoding alone does not do.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             image.verify()
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             if image.size != (105, 105):
                 raise ValueError(f"it measures {image.size} pixels and not (105, 105)")
             bits = image.convert("1").tobytes()
             small = image.convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow reports a broken PNG as any of the three
+    except _BROKEN as error:
         raise DataError(f"Omniglot's {path} is damaged: {error}. Replace it, or the whole folder.") from error
     return bits, np.asarray(ImageOps.invert(small))
 

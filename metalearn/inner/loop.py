@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from metalearn.inner.refusals import explained, refuse_nonfinite, unchanged
-from metalearn.params import check_params, gradients, stack
-from metalearn.types import Forward, Loss, Params, check_examples
+from metalearn.params import check_dictionary, check_params, gradients, stack
+from metalearn.types import Forward, Loss, Params, check_examples, check_tensors
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class InnerLoop:
             compute those between again, in one more first-order step each; 1 keeps all.
 
     Raises:
-        ValueError: if a setting is out of range.
+        ValueError: if a setting is out of range, or of another type.
     """
 
     lr: float
@@ -50,20 +50,41 @@ class InnerLoop:
     snapshot_every: int = 1
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.lr, Real) and not isinstance(self.lr, bool) and math.isfinite(self.lr) and self.lr > 0):
+        lr = _as_float(self.lr)
+        if not (math.isfinite(lr) and lr > 0):
             raise ValueError(f"InnerLoop: lr={self.lr!r}; it must be a positive number.")
+        if not isinstance(self.second_order, bool):
+            raise ValueError(f"InnerLoop: second_order={self.second_order!r}; it must be True or False.")
+        if not isinstance(self.engine, str):
+            raise ValueError(f"InnerLoop: engine={self.engine!r}; it must be a name, as in engine='unroll'.")
         if not _is_whole(self.steps) or self.steps < 0:
             raise ValueError(f"InnerLoop: steps={self.steps!r}; it must be a whole number, 0 or more.")
         if self.task_chunk is not None and (not _is_whole(self.task_chunk) or self.task_chunk < 1):
-            raise ValueError(f"InnerLoop: task_chunk={self.task_chunk}; it must be at least 1, or None for all tasks.")
+            raise ValueError(
+                f"InnerLoop: task_chunk={self.task_chunk!r}; it must be at least 1, or None for all tasks."
+            )
         if not _is_whole(self.snapshot_every) or self.snapshot_every < 1:
             raise ValueError(
                 f"InnerLoop: snapshot_every={self.snapshot_every!r}; it must be a whole number, 1 or more."
             )
+        object.__setattr__(self, "lr", lr)  # numpy's numbers and fractions do not multiply or split tensors
+        for name in ("steps", "task_chunk", "snapshot_every"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if value is None else int(value))
 
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _as_float(value: object) -> float:
+    """NaN for what is no number, infinity for one too large."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 class TaskLosses(NamedTuple):
@@ -84,13 +105,17 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
         loss: one task's mean loss.
 
     Raises:
+        TypeError: if ``forward`` or ``loss`` gives something other than a tensor.
         ValueError: if ``loss`` gives more than one number for a task, or if the model cannot be batched or changes a
             parameter in place.
     """
 
     def one_task(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         prediction = forward(params, x)
-        return loss(prediction, y), prediction
+        check_tensors({"forward's prediction": prediction})
+        value = loss(prediction, y)
+        check_tensors({"the loss": value})
+        return value, prediction
 
     # randomness="different": dropout draws its own mask for every task. MATH: attention by its formula, as the fused
     # kernels (flash, efficient) have no second derivative, and on CPUs no batching rule.
@@ -106,7 +131,9 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
 
 def predict(forward: Forward, fast: Params, x: Tensor) -> Tensor:
     """Every task's predictions ``[T, examples, ...]`` under its own parameters, for ``x`` ``[T, examples, ...]``."""
-    with explained(), unchanged(_called(fast, x)), sdpa_kernel(SDPBackend.MATH):
+    check_dictionary(fast)
+    check_tensors({"x": x, **_called(fast)})
+    with explained({"x": x}, fast), unchanged(_called(fast, x)), sdpa_kernel(SDPBackend.MATH):
         predictions: Tensor = torch.vmap(forward, randomness="different")(fast, x)
     return predictions
 
@@ -181,11 +208,11 @@ def adapt(
     """
     check_params(params)
     check_examples("support", support_x, support_y)
-    fast = stack(params, support_x.shape[0])
     support_losses = []
-    with explained():
+    with explained({"support_x": support_x, "support_y": support_y}, params):
+        fast = stack(params, support_x.shape[0])
         for _ in range(inner.steps):
             fast, losses = inner_step(forward, fast, support_x, support_y, inner, loss=loss)
             support_losses.append(losses)
-    refuse_nonfinite(support_losses)
+        refuse_nonfinite(support_losses)
     return fast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,19 +46,82 @@ _KNOWN = (
         "this attention kernel has no second derivative. metalearn asks for one that has, and the model overrules it: "
         "remove the sdpa_kernel(...) from the model, or name SDPBackend.MATH in it.",
     ),
+    (
+        r"device-side assert",
+        "an index was out of range on the GPU, most likely a label outside of 0 to N - 1 for a model with N outputs. "
+        "Run it again on the CPU, which says which; this process has lost its GPU.",
+    ),
 )
+_MISFITS = (
+    (r"[Ss]parse", "Give dense tensors: x.to_dense()."),
+    (r"\bdevice\b", "Move the model, its parameters and the examples to one device: .to(device)."),
+    (
+        r"out of (bounds|range)",
+        "Labels must be 0 to N - 1 for a model with N outputs, and words below the number of an embedding's rows.",
+    ),
+    (
+        r"type|not implemented for",
+        "Give inputs and parameters one dtype, as in images.float() / 255, and class labels as int64: y.long().",
+    ),
+    (r"", "The model is given one task's examples, [S or Q, ...]: compare their shapes with those that it takes."),
+)
+_OUT_OF_MEMORY = r"(?i)out of memory|not enough memory|can('t|not) allocate memory|DefaultCPUAllocator|alloc_failed"
+_TORCHS_INDEX = r"(?i)dimension|tensor|in self|target"
+"""What torch says of an index out of range, and a list does not."""
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Torch's errors that stand for a known fault of the model become a ValueError that names the remedy."""
+def explained(*given: Mapping[str, object]) -> Iterator[None]:
+    """Torch's errors become a ValueError that names the remedy if the fault is a known one, and else what went in.
+
+    What a model or a loss raises itself, and running out of memory, pass unchanged.
+
+    Args:
+        given: tensors by name, for the message.
+    """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
         for pattern, remedy in _KNOWN:
-            if re.search(pattern, str(error)):
-                raise ValueError(f"{remedy} (torch: {str(error).splitlines()[0]})") from error
-        raise
+            if isinstance(error, RuntimeError) and re.search(pattern, str(error)):
+                raise ValueError(f"{remedy} (torch: {said})") from error
+        if not _is_misfit(error):
+            raise
+        remedy = next(remedy for pattern, remedy in _MISFITS if re.search(pattern, said))
+        shown = ", ".join(_shown(name, value) for tensors in given for name, value in tensors.items())
+        raise ValueError(
+            f"the model or the loss cannot compute with what it is given: {said.rstrip('.')}. {remedy} Given: {shown}."
+        ) from error
+
+
+def _is_misfit(error: Exception) -> bool:
+    """Whether torch refuses tensors: in its Python code, or in C++ where no ``raise`` of anybody else's stands."""
+    if isinstance(error, (RecursionError, torch.AcceleratorError)) or re.search(_OUT_OF_MEMORY, str(error)):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    assert trace is not None, "it was raised"
+    frame = trace.tb_frame
+    if str(frame.f_globals.get("__name__")).partition(".")[0] == "torch":
+        return True
+    if frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]:
+        return False
+    return isinstance(error, RuntimeError) or (
+        isinstance(error, IndexError) and re.search(_TORCHS_INDEX, str(error)) is not None
+    )
+
+
+def _shown(name: str, value: object) -> str:
+    """A tensor's shape, dtype and device, and the range of whole numbers."""
+    if not isinstance(value, Tensor):
+        return f"{name} {type(value).__name__}"
+    text = f"{name} {list(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
+    whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    if whole and value.numel() and value.layout == torch.strided and value.device.type == "cpu":
+        text += f" from {value.min().item()} to {value.max().item()}"
+    return text
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def meta_gradient(
         raise ValueError(f"meta_gradient: engine={inner.engine!r} is not one of {', '.join(ENGINES)}.{measured}")
     check_params(params)
     engine = ENGINES[inner.engine]
-    with explained():
+    with explained(vars(episodes), params):
         if inner.task_chunk is None or inner.task_chunk >= episodes.tasks:
             return engine(forward, params, episodes, inner, loss)
         return _in_chunks(engine, forward, params, episodes, inner, loss)

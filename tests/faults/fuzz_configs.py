@@ -1,0 +1,61 @@
+"""Overrides and experiment files at random: what was asked for, or a ``ConfigError`` that says where the fault is."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import yaml
+
+from metalearn.data import catalog
+from metalearn.errors import ConfigError
+from metalearn.runs.checks import check, entries
+from metalearn.runs.config import compose, typed
+from metalearn.runs.config_files import settle_data
+from metalearn.runs.schema import TrainConfig
+from tests.faults.fuzz_texts import KEYS, RIGHT, Case
+
+
+def hold(case: Case, folder: Path) -> None:
+    """What was asked for and is right, of the right types; or a ``ConfigError`` that names a key or the file."""
+    shutil.rmtree(folder / "experiment", ignore_errors=True)
+    if case.file is not None:
+        (folder / "experiment").mkdir()
+        (folder / "experiment" / "mine.yaml").write_bytes(case.file)
+    try:
+        with mock.patch.object(catalog, "_reachable", return_value=False):
+            composed = compose("train", case.overrides, str(folder) if case.file is not None else None)
+            config = typed(composed, TrainConfig)
+            check(config)
+            settle_data(config)
+    except ConfigError as error:
+        _must_name_a_place(str(error), case)
+        return
+    right = dict(override.split("=") for override in case.overrides if override in RIGHT)
+    for name, value, _, kind in entries(config):
+        assert _fits(value, kind), f"{name}={value!r} is no {kind}"
+        if name in right and set(case.overrides) <= set(RIGHT):
+            assert value == yaml.safe_load(right[name]), f"{name}={value!r}, and {right[name]} was asked for"
+
+
+def _must_name_a_place(said: str, case: Case) -> None:
+    keys = {key for key in KEYS if any(key in override for override in case.overrides)}
+    if case.file is not None:
+        keys |= {"mine", "YAML", *KEYS}
+    parts = {part for key in keys for part in (key, key.partition(".")[0], key.rpartition(".")[2])}
+    if not any(part in said for part in parts) and not (case.file and re.match(r"\S+[=:]", said)):
+        raise AssertionError(f"{said}\nnames none of {sorted(parts)}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind == bool | str:
+        return isinstance(value, (bool, str))
+    for base in (bool, int, float, str):
+        if kind == base | None and value is None:
+            return True
+        if kind in (base, base | None):
+            return type(value) is base
+    return isinstance(value, list) and all(_fits(v, kind.__args__[0]) for v in value)

@@ -1,0 +1,204 @@
+"""A folder of drawings with random damage: the tensor of the undamaged one, or a ``DataError`` that names the place."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from metalearn.data import omniglot
+from metalearn.errors import DataError
+from tests.data.conftest import make_root, stand_in
+
+Damage = Callable[[Path, int], object]
+"""What is done to one path, with a number at random."""
+
+
+def _flip(file: Path, n: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[n // 8 % len(data)] ^= 1 << n % 8
+    file.write_bytes(data)
+
+
+def _header(file: Path, n: int) -> None:
+    """Another width and height, of up to 2^31, with a checksum that is right."""
+    data = bytearray(file.read_bytes())
+    data[16:24] = struct.pack(">II", *(((1, 20_000), (9_000, 12_000), (2**31 - 1, 2**31 - 1), (0, 0))[n % 4]))
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    file.write_bytes(data)
+
+
+def _linked(to: str) -> Damage:
+    def damage(path: Path, n: int) -> None:
+        target = path.parent / to if to else path
+        _remove(path, n)
+        path.symlink_to(target)
+
+    return damage
+
+
+def _moved_and_linked(path: Path, n: int) -> None:
+    elsewhere = path.with_name(".moved")
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+def _remove(path: Path, n: int) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _exchanged(path: Path, n: int) -> None:
+    path.lstat()  # there must be one
+    others = sorted(other for other in path.parent.iterdir() if other.is_dir() == path.is_dir())
+    other, aside = others[n % len(others)], path.with_name("aside")
+    if other != path:
+        path.rename(aside)
+        other.rename(path)
+        aside.rename(other)
+
+
+def _converted(mode: str) -> Damage:
+    def damage(file: Path, n: int) -> None:
+        with Image.open(file) as image:
+            other = image.convert(mode)
+        other.save(file, format="PNG")
+
+    return damage
+
+
+def _as_folder(file: Path, n: int) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def _as_pipe(file: Path, n: int) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def _copied(path: Path, n: int) -> None:
+    copy = path.with_name(NAMES[n % len(NAMES)])
+    shutil.copytree(path, copy) if path.is_dir() else shutil.copy2(path, copy)
+
+
+NAMES = [
+    "0000_21.png",
+    "0000_01.PNG",
+    "9999_01.png",
+    "c9",
+    ".hidden",
+    "x.txt",
+    "Ä 日本",
+    "a\nb",
+    "\udcff.png",
+    "n" * 250,
+]
+OF_FILES: dict[str, Damage] = {
+    "flipped": _flip,
+    "shortened": lambda file, n: file.write_bytes(file.read_bytes()[: n % 200]),
+    "noise": lambda file, n: file.write_bytes(random.Random(n).randbytes(n % 500)),
+    "text": lambda file, n: file.write_text("<html>404</html>\n"),
+    "longer": lambda file, n: file.write_bytes(file.read_bytes() + b"\0" * (n % 99)),
+    "another header": _header,
+    "another size": lambda file, n: Image.new("1", (n % 300 + 1, 105)).save(file),
+    "empty drawing": lambda file, n: Image.new("1", (105, 105)).save(file),
+    "a JPEG": lambda file, n: Image.new("L", (105, 105)).save(file, format="JPEG"),
+    "grey": _converted("L"),
+    "coloured": _converted("RGBA"),
+    "palette": _converted("P"),
+    "a folder": _as_folder,
+    "a pipe": _as_pipe,
+}
+OF_BOTH: dict[str, Damage] = {
+    "removed": _remove,
+    "renamed": lambda path, n: path.rename(path.with_name(NAMES[n % len(NAMES)])),
+    "copied": _copied,
+    "exchanged": _exchanged,
+    "a link to nowhere": _linked("nowhere"),
+    "a link to itself": _linked(""),
+    "a link to its folder": _linked("."),
+    "moved and linked": _moved_and_linked,
+    "closed": lambda path, n: path.chmod(0),
+    "touched": lambda path, n: os.utime(path, (n, n)),
+}
+OF_FOLDERS: dict[str, Damage] = {
+    "a file beside": lambda folder, n: (folder / NAMES[n % len(NAMES)]).touch(),
+    "a folder beside": lambda folder, n: (folder / NAMES[n % len(NAMES)]).mkdir(),
+    "an archive": lambda folder, n: (folder / "images_background.zip").write_bytes(random.Random(n).randbytes(n % 50)),
+}
+
+
+FILES = [
+    *(f"images_background/A/c1/0000_{n:02}.png" for n in (1, 2, 20)),
+    *(f"images_background/B/c1/0002_{n:02}.png" for n in (1, 7)),
+    *(f"images_evaluation/D/c1/0004_{n:02}.png" for n in (3, 20)),
+]
+FOLDERS = ["images_background", "images_evaluation", "images_background/A", "images_background/A/c2"]
+FOLDERS += ["images_evaluation/D", "images_evaluation/D/c1", "."]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Damages with their places and numbers, and whether the folder was read before."""
+
+    damages: tuple[tuple[str, str, int], ...]
+    cached: bool
+
+
+def cases() -> st.SearchStrategy[Case]:
+    """One to three damages."""
+    number = st.integers(0, 10**6)
+    of_files = st.tuples(st.sampled_from([*OF_FILES, *OF_BOTH]), st.sampled_from(FILES), number)
+    of_folders = st.tuples(st.sampled_from([*OF_FOLDERS, *OF_BOTH]), st.sampled_from(FOLDERS), number)
+    damages = st.lists(st.one_of(of_files, of_files, of_folders), min_size=1, max_size=3)
+    return st.builds(Case, damages=damages.map(tuple), cached=st.booleans())
+
+
+def hold(case: Case, folder: Path, shared: Path) -> None:
+    """The same tensor, or a ``DataError`` that names the folder."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of the sizes that headers claim
+        stand_in(patch, shared / "cache of drawings")
+        whole = _whole(shared / "drawings")
+        root = folder / "root"
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(shared / "drawings", root)
+        if not case.cached:
+            patch.setenv("METALEARN_CACHE", str(root / "cache"))
+        if not _damaged(root / "omniglot-py", case):
+            return
+        try:
+            images = omniglot.read_characters(str(root)).images
+        except DataError as error:
+            if str(root) not in str(error):
+                raise AssertionError(f"names no place in {root}: {error}") from error
+            return
+        assert torch.equal(images, whole)
+
+
+def _whole(root: Path) -> Tensor:
+    if not root.exists():
+        make_root(root)
+    return omniglot.read_characters(str(root)).images
+
+
+def _damaged(base: Path, case: Case) -> bool:
+    """Whether there is such a case: one damage may leave nothing for the next."""
+    try:
+        for name, place, n in case.damages:
+            (OF_FILES | OF_BOTH | OF_FOLDERS)[name](base / place, n)
+    except (OSError, shutil.Error):
+        return False
+    return True

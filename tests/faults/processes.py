@@ -1,0 +1,103 @@
+"""The commands in processes that can be killed, forked from one that has imported torch already.
+
+A new interpreter would spend seconds on imports, for every one of some hundred attempts.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from metalearn.runs.checkpoints import newest_state, state_paths
+from tests.conftest import REPO
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["metalearn.runs.training", "tests.faults.runs"])
+_LONGEST_S = 120.0
+
+
+def start(
+    arguments: list[str],
+    folder: Path,
+    *,
+    before: Callable[..., None] | None = None,
+    given: tuple[Any, ...] = (),
+    environment: Mapping[str, str] | None = None,
+) -> ForkServerProcess:
+    """Start ``scripts/train.py`` with these arguments in a folder; its output goes to ``output.txt`` there.
+
+    Args:
+        arguments: of the command line.
+        folder: the working directory.
+        before: a function of the module's level, called with ``given`` first in the process, to bring a fault about.
+        given: its arguments.
+        environment: added to that of the process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    process = _CONTEXT.Process(target=_command, args=(arguments, folder, before, given, dict(environment or {})))
+    process.start()
+    return process
+
+
+def finished(process: ForkServerProcess, *, longest_s: float = _LONGEST_S) -> int:
+    """Wait for it; its exit code, or the negative number of the signal that ended it."""
+    process.join(longest_s)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"still at work after {longest_s:.0f} s")
+    return process.exitcode
+
+
+def output(folder: Path) -> str:
+    """What the latest command in a folder has written to its terminal."""
+    return (folder / "output.txt").read_text()
+
+
+def _command(
+    arguments: list[str],
+    folder: Path,
+    before: Callable[..., None] | None,
+    given: tuple[Any, ...],
+    environment: dict[str, str],
+) -> None:
+    import torch
+
+    os.chdir(folder)
+    terminal = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(terminal, 1)
+    os.dup2(terminal, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have told the tests to ignore it
+    os.environ.pop("METALEARN_DATA", None)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if before is not None:
+        before(*given)
+    script = str(REPO / "scripts" / "train.py")
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
+def wait_for_state(run_dir: Path, iteration: int, process: ForkServerProcess | subprocess.Popen[str]) -> None:
+    """Wait until a run has put away its state after that many meta-steps."""
+    until = time.monotonic() + _LONGEST_S
+    while not any(int(path.stem.removeprefix("state-")) >= iteration for path in state_paths(run_dir)):
+        ended = process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
+        assert ended is None, f"it ended by itself: {ended}"
+        assert time.monotonic() < until, "it takes too long"
+        time.sleep(0.002)
+
+
+def state_of(run_dir: Path) -> dict[str, Any]:
+    """The newest whole state of a run."""
+    content = newest_state(run_dir)
+    assert content is not None, f"{run_dir} holds no state"
+    return content
