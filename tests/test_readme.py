@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 
 from metalearn.runs.config import compose
 from tests.conftest import REPO
+from tests.faults.rows import ROWS
 
 README = (REPO / "README.md").read_text()
 SETTINGS = README.split("## Settings", 1)[1].split("\n## ", 1)[0]
@@ -38,6 +40,8 @@ def test_defaults_in_the_table_are_the_defaults() -> None:
             as_yaml = (
                 {None: "null", True: "true", False: "false"}.get(value)
                 if isinstance(value, (bool, type(None)))
+                else f"{value:g}"
+                if isinstance(value, float)
                 else str(value)
             )
             assert shown == as_yaml, key
@@ -268,3 +272,24 @@ def test_every_picture_is_there() -> None:
     assert len(pictures) >= 6
     for picture in pictures:
         assert (REPO / picture).is_file(), picture
+
+
+def test_faults_are_the_committed_ones() -> None:
+    report = read("faults.json")
+    for row in report["rows"].values():
+        assert row["held"] == row["tries"], row["fault"]
+        assert f"| {row['fault']} | {row['must_hold']} | {row['held']:,} of {row['tries']:,} |" in README
+    assert [row.name for row in ROWS] == list(report["rows"])
+    assert all(len(range(row.tries)) * row.cases == report["rows"][row.name]["tries"] for row in ROWS)
+    share = report["rows"]["checkpoint_cost"]["measured"]["share_of_training_time"]
+    assert f"at {share:.2%} of the training time" in README
+
+
+def test_the_sweep_on_a_cluster_composes() -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    command = README.split("python scripts/train.py --multirun inner.second_order=true,false", 1)[1].split("```", 1)[0]
+    overrides = [o.split(",")[0] for o in shlex.split(command.replace("\\\n", " ")) if "=" in o]
+    assert "run.seed=0" in overrides
+    launcher = compose("train", overrides, return_hydra_config=True).hydra.launcher
+    assert launcher._target_.endswith("SlurmLauncher")
+    assert (launcher.partition, launcher.gpus_per_node, launcher.timeout_min) == ("gpu", 1, 600)

@@ -25,6 +25,8 @@ from metalearn.errors import DataError
 
 log = logging.getLogger(__name__)
 
+_UNPACKING = ".unpacking-"
+
 
 def ensure_omniglot(root: str | None) -> None:
     """Unpack or download Omniglot below ``root`` if its folders are not there yet.
@@ -110,8 +112,10 @@ def _download(folder: Path) -> None:
 
 @contextmanager
 def _temporary_folder(beside: Path) -> Iterator[Path]:
-    """A folder on the same disk, removed in any case."""
-    temporary = Path(tempfile.mkdtemp(dir=beside, prefix=".unpacking-"))
+    """A folder on the same disk, removed in any case; so are those that killed processes have left."""
+    for left in beside.glob(f"{_UNPACKING}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=beside, prefix=_UNPACKING))
     try:
         yield temporary
     finally:
