@@ -76,17 +76,19 @@ def main(
                     print(help_text(config, sys.argv[0], function.__doc__ or "", option_sections(name, config)))
                     return
                 for overrides, config in asked_for(name, flags):
-                    check(typed(config, kind))
+                    checked = typed(config, kind)
+                    check(checked)
                     _refuse_file_as_folder(overrides)
                     if not flags.cfg:
                         _refuse_unwritable(overrides)
             except MetalearnError as error:
                 _stop(error)
             if follow is not None and torchrun.rank() > 0:  # without Hydra's folder and log, which are the first's
+                if flags.cfg or flags.info or flags.hydra_help or flags.shell_completion:
+                    return
                 logging.basicConfig(format=f"[process {torchrun.rank()}] %(message)s")
-                overrides = [o for o in flags.overrides if not o.lstrip("+~").startswith("hydra.")]
                 with _explained("nothing is written by this process"):
-                    follow(typed(compose(flags.config_name or name, overrides, flags.config_dir), kind))
+                    follow(checked)
                 return
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from metalearn.errors import NonFiniteError, RunError, StoppedError
 from metalearn.runs.nonfinite import keep_episode
@@ -26,8 +28,24 @@ MOST_SKIPPED_IN_A_ROW = 100
 """With ``run.on_nonfinite=skip``: what does not recover is not waited for."""
 
 
+@contextmanager
+def put_away_if_it_ends(session: Session, state: TrainState) -> Iterator[None]:
+    """Around a training and its test: what ends it leaves the state put away, and says where.
+
+    Raises:
+        RunError: what was raised, or one that explains where memory ran out.
+    """
+    try:
+        with explained_out_of_memory(session.experiment):
+            yield
+    except RunError as error:
+        if session.saver and (kept := session.saver.save_before_failing(state)):
+            error.args = (f"{error} {kept}",)
+        raise
+
+
 def meta_train(session: Session, state: TrainState) -> None:
-    """Train to the last meta-step, or put away what there is.
+    """Take the meta-steps that are left; keep the best parameters, and what an interrupted run goes on from.
 
     Args:
         session: of this process.
@@ -35,19 +53,8 @@ def meta_train(session: Session, state: TrainState) -> None:
 
     Raises:
         StoppedError: if a process was asked to end.
-        RunError: if a number is not finite, memory runs out, or another process is gone.
+        RunError: if a number is not finite, or another process is gone.
     """
-    try:
-        with explained_out_of_memory(session.experiment):
-            _take_what_is_left(session, state)
-    except RunError as error:
-        if session.saver and (kept := session.saver.save_before_failing(state)):
-            error.args = (f"{error} {kept}",)
-        raise
-
-
-def _take_what_is_left(session: Session, state: TrainState) -> None:
-    """Take the meta-steps that are left; keep the best parameters, and what an interrupted run goes on from."""
     last = session.experiment.config.outer.iterations
     bar = session.progress.add_task("meta-training", total=last, completed=state.iteration, note="")
     session.meter.go_on()

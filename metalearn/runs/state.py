@@ -104,7 +104,10 @@ class TrainState:
         self.iteration = content["iteration"]
         self.validated = content["validated"]
         self.skipped, self.skipped_in_a_row = content["skipped"]
-        self.best = Best(*content["best"]) if content["best"] else None
+        self.best = None
+        if content["best"]:
+            iteration, accuracy, best = content["best"]
+            self.best = Best(iteration, accuracy, {name: best[name].to(p.device) for name, p in self.params.items()})
         restore_random_state(content["random"])
 
 

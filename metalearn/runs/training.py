@@ -31,7 +31,7 @@ from metalearn.runs.metrics import (
     hparams_metrics,
     write_metrics,
 )
-from metalearn.runs.outer_loop import meta_train
+from metalearn.runs.outer_loop import meta_train, put_away_if_it_ends
 from metalearn.runs.planning import settle_engine
 from metalearn.runs.precision import check_precision
 from metalearn.runs.saver import Saver
@@ -75,14 +75,13 @@ def train(config: TrainConfig, run_dir: Path) -> None:
     """
     started = time.perf_counter()
     resume = config.run.resume is not False
-    with joined(pick_device(config.run.device)) as ranks, Stop() as stop:
+    with joined(pick_device(config.run.device)) as ranks:
         refuse_idle_processes(config, ranks)
         experiment = settle_engine(build(config))
         built = time.perf_counter()
-        with locked(run_dir, wait=resume):
+        with locked(run_dir, wait=resume), Stop() as stop:
             started += time.perf_counter() - built  # waiting for another process is not this run's time
             continued(experiment.config, run_dir)  # again: another process may have begun the run since
-            stop.refuse_to_go_on()
             begun = resume and (run_dir / "config.yaml").exists()
             changed = differences(experiment.config, from_yaml(run_dir / "config.yaml")) if begun else {}
             if begun and (run_dir / "metrics.json").exists() and not changed:
@@ -115,8 +114,9 @@ def follow(config: TrainConfig) -> None:
         _take_up(state, meter, start.content, experiment.config)
         with experiment.precision(), progress_bar(shown=False) as progress:
             session = Session(experiment, start.run_dir, meter, stop, progress, ranks, saver=None)
-            meta_train(session, state)
-            session.evaluate(_best(state).params, test=True)
+            with put_away_if_it_ends(session, state):
+                meta_train(session, state)
+                session.evaluate(_best(state).params, test=True)
 
 
 def refuse_idle_processes(config: TrainConfig, ranks: Ranks) -> None:
@@ -169,8 +169,9 @@ def _lead(
         began = started - (content["total_s"] if content else 0.0)
         saver = Saver(run_dir, config_yaml, meter, tracker, config.run.checkpoint_seconds, began)
         session = Session(experiment, run_dir, meter, stop, progress, ranks, saver)
-        meta_train(session, state)
-        result = session.evaluate(_best(state).params, test=True)
+        with put_away_if_it_ends(session, state):
+            meta_train(session, state)
+            result = session.evaluate(_best(state).params, test=True)
         metrics = _metrics(session, state, result, saver.total_s)
         tracker.test(result, metrics["validation.best_iteration"])
         tracker.hparams(compared_keys(config), hparams_metrics(metrics), state.iteration)

@@ -43,6 +43,7 @@ def start(
         environment: added to that of the process.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "output.txt").touch()
     process = _CONTEXT.Process(target=_command, args=(arguments, folder, before, given, dict(environment or {})))
     process.start()
     return process

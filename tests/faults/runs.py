@@ -10,6 +10,8 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from metalearn import files
+from metalearn.runs.checkpoints import best_path
 from metalearn.runs.report import read_scalars
 from tests.faults.processes import finished, output, start, state_of
 
@@ -75,6 +77,8 @@ def assert_same(run_dir: Path, other: Path) -> None:
     ours, theirs = state_of(run_dir)["state"], state_of(other)["state"]
     for name in theirs:
         assert bits(ours[name]) == bits(theirs[name]), f"{name} differs"
+    best = files.load(best_path(run_dir))
+    assert bits([best["iteration"], best["validation_accuracy"], best["params"]]) == bits(ours["best"])
     assert timeless(run_dir) == timeless(other)
     assert (run_dir / "test_tasks.json").read_text() == (other / "test_tasks.json").read_text()
     assert_curves(run_dir)

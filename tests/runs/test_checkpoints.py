@@ -132,6 +132,15 @@ def test_the_schedule_is_torchs(iterations: int) -> None:
         theirs.step()
 
 
+def test_a_meta_step_moves_by_its_learning_rate() -> None:
+    state = TrainState.start(params(1.0), outer())
+    for t in range(10):
+        before = state.params["w"].clone()
+        rate = learning_rate(state.outer, t)
+        # Adam divides a gradient that is always 1 by its own root mean square, 1
+        assert (before - steps(state, 1).params["w"]).tolist() == pytest.approx([rate, rate], rel=1e-4, abs=1e-6)
+
+
 @pytest.mark.parametrize("changed", [{"lr": 0.3}, {"iterations": 20}, {"schedule": "constant"}])
 def test_an_accepted_schedule_is_as_if_it_had_always_been(changed: dict[str, Any]) -> None:
     content = steps(TrainState.start(params(1.0), outer()), 4).content()

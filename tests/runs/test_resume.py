@@ -100,6 +100,16 @@ def test_resumed_is_bitwise_the_same(iteration: int, whole: Path, tmp_path: Path
     assert bits(saved(folder)["state"]) == bits(saved(whole)["state"])
 
 
+@pytest.mark.gpu
+def test_resumed_on_a_gpu(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(27, patch)
+        with pytest.raises(SystemExit):
+            run(tmp_path, "run.device=cuda")
+    run(tmp_path, "run.device=cuda", "run.resume=true")
+    assert timeless(tmp_path)["iterations"] == 40
+
+
 def test_random_draws_go_on_where_they_were() -> None:
     outer = typed(compose("train"), TrainConfig).outer
     state = TrainState.start({"w": torch.ones(2)}, outer)

@@ -14,6 +14,7 @@ import pytest
 from metalearn.errors import StoppedError
 from metalearn.runs import outer_loop, session
 from metalearn.runs.evaluation import Evaluation
+from metalearn.runs.folders import locked
 from metalearn.runs.signals import HANG_UP, Stop, sigterm_as_exception
 from metalearn.runs.testing import evaluate_together
 from tests.faults.processes import finished, output, start, state_of
@@ -71,8 +72,21 @@ def test_validation_and_test_are_taken_again(what: str, iteration: int, tmp_path
     state = state_of(tmp_path / "a" / RUN)["state"]
     assert state["iteration"] == iteration
     assert state["validated"] == (0 if what == "validation" else iteration)
+    assert f"checkpoint of meta-step {iteration} is kept" in " ".join(output(tmp_path / "a").split())
     assert not (tmp_path / "a" / RUN / "metrics.json").exists()
     assert_same(resume(tmp_path / "a"), whole(tmp_path))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_waiting_for_another_process_ends_at_once(number: int, code: int, tmp_path: Path) -> None:
+    with locked(tmp_path / RUN, wait=False):
+        process = start([*SMALL, f"hydra.run.dir={RUN}", "run.resume=auto"], tmp_path)
+        while "waiting for it to end" not in " ".join((tmp_path / "output.txt").read_text().split()):
+            assert process.exitcode is None
+            time.sleep(0.05)
+        os.kill(process.pid or 0, number)
+        assert finished(process, longest_s=30) == code
+    assert not (tmp_path / RUN / "config.yaml").exists()
 
 
 def ask_twice() -> None:
