@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from metalearn import files
 from metalearn.data import catalog
 from metalearn.errors import FolderTakenError, RunError
-from metalearn.runs import outer_loop, training
-from metalearn.runs.checkpoints import newest_state, state_paths
+from metalearn.runs import outer_loop, saver, training
+from metalearn.runs.checkpoints import best_path, newest_state, state_paths
 from metalearn.runs.config import compose, typed
 from metalearn.runs.config_files import continued, settle_data
 from metalearn.runs.experiment import Experiment, build
 from metalearn.runs.folders import is_locked, locked
+from metalearn.runs.random_state import seed_all
 from metalearn.runs.report import read_scalars
 from metalearn.runs.schema import TrainConfig
 from metalearn.runs.session import Session
 from metalearn.runs.state import TrainState
 from metalearn.runs.training import train
+from tests.faults.runs import assert_curves, bits, timeless
 
 SMALL = [
     "data=glyphs",
@@ -66,25 +70,11 @@ def saved(folder: Path) -> dict[str, Any]:
     return content
 
 
-def bits(content: Any) -> Any:
-    """A state with its tensors as bytes, so that it can be compared."""
-    if isinstance(content, dict):
-        return {key: bits(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [bits(value) for value in content]
-    return content.numpy().tobytes() if isinstance(content, Tensor) else content
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
     run(folder)
     return folder
-
-
-def timeless(folder: Path) -> dict[str, Any]:
-    metrics = json.loads((folder / "metrics.json").read_text())
-    return {name: value for name, value in metrics.items() if not name.startswith("time.")}
 
 
 @pytest.mark.parametrize("iteration", [3, 27, 39])
@@ -110,13 +100,70 @@ def test_resumed_on_a_gpu(tmp_path: Path) -> None:
     assert timeless(tmp_path)["iterations"] == 40
 
 
+def draws() -> list[float]:
+    """From every generator."""
+    return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), *torch.rand(3).tolist()]
+
+
 def test_random_draws_go_on_where_they_were() -> None:
     outer = typed(compose("train"), TrainConfig).outer
-    state = TrainState.start({"w": torch.ones(2)}, outer)
-    content = state.content()
-    expected = torch.rand(3)
+    draws()  # an odd number of normal ones: half of a pair waits in the state
+    content = TrainState.start({"w": torch.ones(2)}, outer).content()
+    expected = draws()
     TrainState.start({"w": torch.zeros(2)}, outer).restore(content)
-    assert torch.equal(torch.rand(3), expected)
+    assert draws() == expected
+
+
+def test_a_seed_starts_every_generator() -> None:
+    seed_all(2**40 + 3)
+    expected = draws()
+    seed_all(2**40 + 3)
+    assert draws() == expected
+    seed_all(4)
+    assert not set(draws()) & set(expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "call"),
+    [(training, "write_metrics", 1), (saver, "save_best", 1), (saver, "save_state", 2), (saver, "save_state", 4)],
+)
+def test_power_that_goes_between_two_writings(
+    module: ModuleType, name: str, call: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the test was shown, after the state but before the best parameters, after a validation was shown."""
+    real, calls = getattr(module, name), []
+
+    def power_goes(*args: Any, **more: Any) -> None:
+        calls.append(name)
+        if len(calls) == call:
+            raise SystemExit("power")
+        real(*args, **more)
+
+    monkeypatch.setattr(module, name, power_goes)
+    with pytest.raises(SystemExit):
+        run(tmp_path)
+    run(tmp_path, "run.resume=true")
+    assert timeless(tmp_path) == timeless(whole)
+    assert_curves(tmp_path)
+    assert bits(files.load(best_path(tmp_path))["params"]) == bits(saved(tmp_path)["state"]["best"][2])
+
+
+def test_best_parameters_that_were_not_written_are_on_the_way_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the test, so that nothing is saved any more, before the best parameters were written."""
+    monkeypatch.setattr(saver, "save_best", lambda best, run_dir: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "write_metrics", stop)
+        with pytest.raises(SystemExit):
+            run(tmp_path)
+    assert not best_path(tmp_path).exists()
+    run(tmp_path, "run.resume=true")
+    assert files.load(best_path(tmp_path))["iteration"] == saved(tmp_path)["state"]["best"][0]
+
+
+def stop(*args: object) -> None:
+    raise SystemExit("power")
 
 
 def test_curves_go_on_without_doubled_points(whole: Path, tmp_path: Path) -> None:
