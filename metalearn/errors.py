@@ -5,6 +5,9 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+OUT_OF_MEMORY = r"(?i)out of memory|not enough memory|can('t|not) allocate memory|DefaultCPUAllocator|alloc_failed"
+"""What torch's messages say where an allocator had no more to give; on CPUs such errors have no class of their own."""
+
 
 class MetalearnError(Exception):
     """Base of the errors whose message says what was wrong, and what to do."""
@@ -23,9 +26,13 @@ class RunError(MetalearnError):
 
 
 class NonFiniteError(MetalearnError, ArithmeticError):
-    """A number that is NaN or infinite where a training cannot go on with it; ``task`` of the batch, if it is known."""
+    """A number that is NaN or infinite where a training cannot go on with it.
+
+    ``task`` of the batch, if it is known; ``asked_to_end``: whether a process of the run was, meanwhile.
+    """
 
     task: int | None = None
+    asked_to_end: bool = False
 
     def in_batch(self, first: int) -> NonFiniteError:
         """The same, where the chunk that it was found in starts with task ``first`` of the batch."""

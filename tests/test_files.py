@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -104,6 +107,20 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(files.DamagedFileError, match=r"a\.pt is refused: .* could run code\. Nothing in it was run"):
         files.load(tmp_path / "a.pt")
     assert not (tmp_path / "ran").exists()
+
+
+def test_nonsense_with_a_fitting_digest_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    files.save({"a": torch.arange(5), "b": [1.0, "x", None]}, path)
+    whole, draw = path.read_bytes(), random.Random(0)
+    for _ in range(400):
+        data = bytearray(whole)
+        for _ in range(draw.randrange(1, 4)):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        path.write_bytes(data)
+        (tmp_path / "a.pt.sha256").write_text(hashlib.sha256(data).hexdigest())
+        with contextlib.suppress(files.DamagedFileError):
+            files.load(path)
 
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from metalearn.errors import NonFiniteLossError
+from metalearn.errors import OUT_OF_MEMORY, NonFiniteLossError
 
 _IN_PLACE = (
     "the model changes it in place, so that every later pass sees something else. Compute a new tensor: w = 0.9 * w, "
@@ -65,7 +65,8 @@ _MISFITS = (
     ),
     (r"", "The model is given one task's examples, [S or Q, ...]: compare their shapes with those that it takes."),
 )
-_OUT_OF_MEMORY = r"(?i)out of memory|not enough memory|can('t|not) allocate memory|DefaultCPUAllocator|alloc_failed"
+_PYTHONS = r"(changed size|mutated) during iteration|generator|super\(\)|reentrant"
+"""What Python itself raises as a RuntimeError."""
 _TORCHS_INDEX = r"(?i)dimension|tensor|in self|target"
 """What torch says of an index out of range, and a list does not."""
 
@@ -97,7 +98,9 @@ def explained(*given: Mapping[str, object]) -> Iterator[None]:
 
 def _is_misfit(error: Exception) -> bool:
     """Whether torch refuses tensors: in its Python code, or in C++ where no ``raise`` of anybody else's stands."""
-    if isinstance(error, (RecursionError, torch.AcceleratorError)) or re.search(_OUT_OF_MEMORY, str(error)):
+    if isinstance(error, (RecursionError, torch.AcceleratorError)) or re.search(
+        f"{OUT_OF_MEMORY}|{_PYTHONS}", str(error)
+    ):
         return False
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
@@ -106,7 +109,7 @@ def _is_misfit(error: Exception) -> bool:
     frame = trace.tb_frame
     if str(frame.f_globals.get("__name__")).partition(".")[0] == "torch":
         return True
-    if frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]:
+    if frame.f_code.co_code[trace.tb_lasti : trace.tb_lasti + 1] == bytes([dis.opmap["RAISE_VARARGS"]]):
         return False
     return isinstance(error, RuntimeError) or (
         isinstance(error, IndexError) and re.search(_TORCHS_INDEX, str(error)) is not None

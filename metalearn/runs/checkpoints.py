@@ -44,12 +44,12 @@ def claim(run_dir: Path, config_yaml: str) -> None:
     """Make a locked folder this run's own for good, by its ``config.yaml``.
 
     Raises:
-        FolderTakenError: if it is another run's.
+        FolderTakenError: if it is another run's, or this one's without its configuration.
     """
-    path = run_dir / "config.yaml"
-    if path.exists():
-        raise FolderTakenError(run_dir, path.name)
-    files.write_text(path, config_yaml)
+    for name in ("config.yaml", "metrics.json", "checkpoints"):
+        if (run_dir / name).exists():
+            raise FolderTakenError(run_dir, name)
+    files.write_text(run_dir / "config.yaml", config_yaml)
 
 
 def best_path(run_dir: Path) -> Path:
@@ -81,6 +81,9 @@ def save_state(content: dict[str, Any], iteration: int, run_dir: Path) -> None:
     later = [other for other in state_paths(run_dir) if other > path]  # damaged, or the run went on from before them
     for other in [*later, *earlier[_KEPT - 1 :]]:
         files.remove(other)
+    for digest in path.parent.glob("state-*.sha256"):
+        if not digest.with_suffix("").exists():  # a kill came between the removal of the two
+            digest.unlink()
 
 
 def remove_unfinished(run_dir: Path) -> None:
@@ -95,15 +98,19 @@ def newest_state(run_dir: Path) -> dict[str, Any] | None:
     Raises:
         RunError: if there are some, and all are damaged.
     """
-    damaged = []
+    damaged: list[str] = []
     for path in state_paths(run_dir):
         try:
             content: dict[str, Any] = files.load(path)
         except files.DamagedFileError as error:
-            log.warning("%s The one before it is taken.", error)
-            damaged.append(path.name)
+            damaged.append(str(error))
             continue
-        if content.get("format") != _FORMAT:
+        for what in damaged:
+            log.warning("%s The one before it is taken: %s.", what, path.name)
+        if not isinstance(content, dict) or not {"format", "state", "meter"} <= content.keys():
+            damaged.append(f"{path} is refused: it is no state of a training.")
+            continue
+        if content["format"] != _FORMAT:
             raise RunError(
                 f"{path}: its format is {content.get('format')}, and this version of metalearn reads {_FORMAT}; go on "
                 "with the version that wrote it."
@@ -111,8 +118,8 @@ def newest_state(run_dir: Path) -> dict[str, Any] | None:
         return content
     if damaged:
         raise RunError(
-            f"{run_dir}: every checkpoint is damaged ({', '.join(damaged)}), so there is nothing to go on from. "
-            "Restore one from a copy, or start anew in another folder."
+            f"{run_dir}: every checkpoint is damaged, so there is nothing to go on from. Restore one from a copy, or "
+            "start anew in another folder.\n" + "\n".join(damaged)
         )
     return None
 
@@ -140,7 +147,7 @@ def settle_best(best: Best | None, run_dir: Path) -> None:
 
 
 def load_best(run_dir: Path, *, like: Params, device: torch.device) -> Checkpoint:
-    """The best parameters of a run, from ``best.pt``, or, if that is damaged, from the newest state.
+    """The best parameters of a run, from ``best.pt``, or, if that is damaged or gone, from the newest state.
 
     Args:
         run_dir: the run's folder.
@@ -154,16 +161,15 @@ def load_best(run_dir: Path, *, like: Params, device: torch.device) -> Checkpoin
     try:
         content: dict[str, Any] = files.load(path)
         best = Best(content["iteration"], content["validation_accuracy"], content["params"])
-    except FileNotFoundError:
-        raise RunError(
-            f"{path} does not exist: the run has not reached its first validation, or was copied without it."
-        ) from None
-    except files.DamagedFileError as error:
+    except (FileNotFoundError, files.DamagedFileError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        what = f"{path} does not exist." if missing else str(error)
         state = newest_state(run_dir)
         if state is None or state["state"]["best"] is None:
-            raise
+            why = " The run has not reached its first validation, or was copied without it." if missing else ""
+            raise RunError(what + why) from None
         best = Best(*state["state"]["best"])
-        log.warning("%s The best parameters are taken from the state instead.", error)
+        log.warning("%s The best parameters are taken from the state instead.", what)
     try:
         refuse_other_shapes(best.params, like)
     except RunError as error:
@@ -172,20 +178,27 @@ def load_best(run_dir: Path, *, like: Params, device: torch.device) -> Checkpoin
     return Checkpoint(params, best.iteration, best.validation_accuracy)
 
 
-def supersede(run_dir: Path, config_yaml: str, iteration: int) -> None:
-    """Give a run that goes on another configuration; the earlier one is kept, and so are figures of a finished run."""
-    for name in ("metrics.json", "test_tasks.json"):
-        path = run_dir / name
-        if path.exists():
-            path.replace(_unused(path, iteration))
-    config = run_dir / "config.yaml"
-    files.write_text(_unused(config, iteration), config.read_text())
-    files.write_text(config, config_yaml)
+def supersede(run_dir: Path, config_yaml: str, iteration: int, *, tested: bool, best_stays: bool) -> Path:
+    """Give a run that goes on another configuration, and keep what belongs to the earlier one.
 
+    Args:
+        run_dir: the run's folder.
+        config_yaml: the configuration from here on.
+        iteration: meta-steps taken.
+        tested: whether the run was finished, so that its figures are kept as well.
+        best_stays: whether ``best.pt`` may still be the best; else it is kept with the rest.
 
-def _unused(path: Path, iteration: int) -> Path:
-    for more in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):
-        other = path.with_name(f"{path.stem}-until-{iteration}{more}{path.suffix}")
-        if not other.exists():
-            return other
-    raise AssertionError("there is always another number")
+    Returns:
+        The folder of what is kept, ``until-ITERATION``.
+    """
+    numbers = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
+    kept = next(folder for more in numbers if not (folder := run_dir / f"until-{iteration}{more}").exists())
+    config, best = run_dir / "config.yaml", best_path(run_dir)
+    files.write_text(kept / config.name, config.read_text())
+    if not best_stays and best.exists():
+        files.save(files.load(best), best_path(kept))
+        files.remove(best)
+    for name in ("metrics.json", "test_tasks.json") if tested else ():
+        (run_dir / name).replace(kept / name)
+    files.write_text(config, config_yaml)  # last: a kill before it leaves the change to be made again
+    return kept

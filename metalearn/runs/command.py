@@ -9,6 +9,7 @@ function once, or once a job under ``--multirun``, and ends with a message where
 
 from __future__ import annotations
 
+import argparse
 import errno
 import functools
 import logging
@@ -68,29 +69,20 @@ def main(
             flags = get_args_parser().parse_args()
             try:
                 if torchrun.size() > 1 and (follow is None or flags.multirun):
-                    raise ConfigError(
-                        "torchrun starts several processes of one training: python scripts/train.py, without --multirun"
-                    )
+                    raise ConfigError(_ONE_TRAINING)
                 if flags.help:
                     config = compose(name)
                     print(help_text(config, sys.argv[0], function.__doc__ or "", option_sections(name, config)))
                     return
-                for overrides, config in asked_for(name, flags):
-                    checked = typed(config, kind)
-                    check(checked)
-                    _refuse_file_as_folder(overrides)
-                    if not flags.cfg:
-                        _refuse_unwritable(overrides)
+                jobs = _checked(name, flags, kind, check, may_continue)
             except MetalearnError as error:
                 _stop(error)
-            if follow is not None and torchrun.rank() > 0:  # without Hydra's folder and log, which are the first's
-                if flags.cfg or flags.info or flags.hydra_help or flags.shell_completion:
-                    return
+            if follow is None or torchrun.rank() == 0:
+                hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+            elif jobs and not flags.cfg:  # without Hydra's folder and log, which are the first process's
                 logging.basicConfig(format=f"[process {torchrun.rank()}] %(message)s")
                 with _explained("nothing is written by this process"):
-                    follow(checked)
-                return
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+                    follow(jobs[0])
 
         def job(config: DictConfig) -> None:
             output_dir = Path(HydraConfig.get().runtime.output_dir)
@@ -104,6 +96,27 @@ def main(
         return command
 
     return decorate
+
+
+def _checked(
+    name: str,
+    flags: argparse.Namespace,
+    kind: type[Config],
+    check: Callable[[Config], None],
+    may_continue: Callable[[Config], bool],
+) -> list[Config]:
+    """The configuration of every job, before any begins; none where Hydra is asked for something else."""
+    jobs = []
+    for overrides, config, folder in asked_for(name, flags):
+        job = typed(config, kind)
+        check(job)
+        _refuse_file_as_folder(overrides)
+        if flags.multirun and may_continue(job) and not any("hydra.sweep.subdir=" in o for o in overrides):
+            raise ConfigError(_NOTHING_TO_RESUME)
+        if not flags.cfg:
+            _refuse_unwritable(folder)
+        jobs.append(job)
+    return jobs
 
 
 def refuse_taken(output_dir: Path) -> None:
@@ -125,20 +138,26 @@ def _refuse_file_as_folder(overrides: Sequence[str]) -> None:
             raise ConfigError(f"{override}: this is a file, or lies below one; name a folder")
 
 
-def _refuse_unwritable(overrides: Sequence[str]) -> None:
+def _refuse_unwritable(folder: str) -> None:
     """Find out before Hydra does, which would show a stack trace."""
-    given = [o for o in overrides if o.startswith(("hydra.run.dir=", "hydra.sweep.dir="))] or ["hydra.run.dir=outputs"]
-    for override in (o for o in given if "${" not in o):
-        path = Path(override.partition("=")[2].strip("'\"")).absolute()
-        there = next(p for p in (path, *path.parents) if p.is_dir())
-        try:
-            with tempfile.TemporaryDirectory(dir=there):
-                pass
-        except OSError as error:
-            raise ConfigError(
-                f"{override}: nothing can be written to {there} ({error.strerror}); choose another folder with "
-                "hydra.run.dir=PATH"
-            ) from None
+    path = Path(folder).absolute()
+    there = next(p for p in (path, *path.parents) if p.is_dir())
+    try:
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"hydra.run.dir={folder}: nothing can be written to {there} ({error.strerror}); choose another folder with "
+            "hydra.run.dir=PATH"
+        ) from None
+
+
+_ONE_TRAINING = "torchrun starts several processes of one training: python scripts/train.py, without --multirun"
+_NOTHING_TO_RESUME = (
+    "run.resume with --multirun: the folders of a sweep are named by the time, so that there would be nothing to go on "
+    "with. Name folders that stay the same: hydra.sweep.dir=DIR 'hydra.sweep.subdir=seed${run.seed}', with every key "
+    "that differs between the jobs"
+)
 
 
 @contextmanager
@@ -155,7 +174,8 @@ def _explained(written: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _OF_THE_SYSTEM:
             raise
-        _stop(RunError(f"{error.filename or 'a file'}: {error.strerror}; {written}. {_OF_THE_SYSTEM[error.errno]}"))
+        where = f" ({error.filename})" if error.filename else ""
+        _stop(RunError(f"{error.strerror}{where}; {written}. {_OF_THE_SYSTEM[error.errno]}"))
     except KeyboardInterrupt:
         print(f"Interrupted; {written}.", file=sys.stderr)
         sys.exit(130)

@@ -57,7 +57,8 @@ def from_text(text: str, path: Path) -> schema.TrainConfig:
     """
     try:
         raw = OmegaConf.create(text)
-        assert isinstance(raw, DictConfig)
+        assert isinstance(raw, DictConfig), "it is no mapping of keys"
+        assert "data" in raw, "it is empty, or not whole"
         base = OmegaConf.structured(schema.TrainConfig)
         for group in ("data", "model", "algorithm"):
             base[group] = OmegaConf.structured(SCHEMAS[raw[group].name])

@@ -8,7 +8,7 @@ so each process takes the mean over its own tasks, and one all-reduce a meta-ste
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -28,10 +28,11 @@ class LostProcessError(RunError):
     """Another process of the run is gone, so that nothing can be added up any more."""
 
     def __init__(self, ranks: Ranks, error: Exception) -> None:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
         super().__init__(
             f"process {ranks.rank} of {ranks.size}: another process of this run has ended or cannot be reached "
-            f"({str(error).strip().splitlines()[0][:200]}). Look for its own message above; then give the same command "
-            "again with hydra.run.dir=RUN_FOLDER run.resume=true, with as many processes as you like."
+            f"({reason}). Look for its own message above; then go on in the run's folder with run.resume=true, with as "
+            "many processes as you like."
         )
 
 
@@ -70,6 +71,8 @@ class Ranks:
         flat = torch.cat([t.flatten() for t in tensors])
         with self._together():
             dist.all_reduce(flat)
+            if flat.is_cuda:  # where a lost process shows only now
+                torch.cuda.synchronize(flat.device)
         parts = flat.split([t.numel() for t in tensors])
         return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
 
@@ -99,11 +102,18 @@ class Ranks:
             dist.broadcast_object_list(box, src=0, device=_CPU)
         return box[0]
 
+    def wait_for_first(self) -> None:
+        """Let the first process come this far, if it still lives."""
+        with suppress(LostProcessError):
+            self.from_first(None)
+
     @contextmanager
     def _together(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             raise LostProcessError(self, error) from None
 
 

@@ -63,7 +63,12 @@ class Meter:
     def step(self) -> Iterator[None]:
         """Around one meta-step."""
         if self.device.type == "cuda" or self.peak_bytes:
-            yield
+            began = time.perf_counter()
+            try:
+                yield
+            except BaseException:  # no meta-step, and no meta-step's time
+                self._opened += time.perf_counter() - began
+                raise
             self._timed += 1
             return
         live = LiveTensorBytes()

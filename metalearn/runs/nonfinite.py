@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from metalearn import files
-from metalearn.errors import NonFiniteElsewhereError, NonFiniteError, NonFiniteGradientError
+from metalearn.errors import NonFiniteElsewhereError, NonFiniteError, NonFiniteGradientError, RunError
 from metalearn.metagrad import meta_gradient
 from metalearn.metagrad.adjoint import adjoint
 from metalearn.params import functionalize
@@ -27,7 +27,7 @@ MOST_KEPT = 20
 """Episodes in a run's folder; of later ones only the message is in the log."""
 
 
-def blame(experiment: Experiment, params: Params, episodes: Episodes, grads: Params) -> NonFiniteError:
+def blame(experiment: Experiment, params: Params, episodes: Episodes, grads: Params, *, alone: bool) -> NonFiniteError:
     """The error that names where a gradient of finite losses is not finite.
 
     Args:
@@ -35,10 +35,13 @@ def blame(experiment: Experiment, params: Params, episodes: Episodes, grads: Par
         params: where.
         episodes: this process's tasks.
         grads: their mean meta-gradient.
+        alone: whether there is no other process whose tasks may be at fault.
     """
-    name = next((n for n, g in grads.items() if not torch.isfinite(g.norm())), None)
-    if name is None:
+    norms = {name: g.norm() for name, g in grads.items()}
+    name = next((n for n, norm in norms.items() if not torch.isfinite(norm)), None)
+    if name is None and not alone:
         return NonFiniteElsewhereError()
+    name = name or max(norms, key=lambda n: float(norms[n]))  # each is finite, and their sum of squares is not
     for task, episode in enumerate(episodes.split(1)):
         own = meta_gradient(experiment.forward, params, episode, experiment.inner).grads
         for parameter, g in own.items():
@@ -88,7 +91,7 @@ def keep_episode(
         The file; ``None`` if the task is not known here, or if there are enough files already.
     """
     folder = run_dir / FOLDER
-    path = folder / f"meta-step-{iteration:08}.pt"
+    path = folder / f"meta-step-{iteration + 1:08}.pt"
     full = not path.exists() and len(list(folder.glob("*.pt"))) >= MOST_KEPT
     if error.task is None or full:
         return None
@@ -110,12 +113,19 @@ def replay(path: Path | str) -> MetaGradient:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DamagedFileError: if it is damaged.
-        NonFiniteLossError: as in the run, most likely; a non-finite gradient is returned.
+        RunError: if it is damaged, or no kept episode.
+        NonFiniteError: as in the run, if a CPU computes the same.
     """
     content = files.load(Path(path))
+    if not isinstance(content, dict) or "episode" not in content:
+        raise RunError(f"{path} is no episode that was put away; those lie in a run's {FOLDER}/.")
     config = from_text(content["config"], Path(path))
     episode = Episodes(**content["episode"])
     forward, _ = functionalize(build_model(config, episode.support_x.shape[2:]))
     inner, _ = inner_loops(config.inner)
-    return meta_gradient(forward, content["params"], episode, inner)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.run.precision == "bfloat16"):
+        result = meta_gradient(forward, content["params"], episode, inner)
+    for name, g in result.grads.items():
+        if (bad := g[~torch.isfinite(g)]).numel():
+            raise NonFiniteGradientError(name, value=bad[0].item(), task=0, step=None)
+    return result

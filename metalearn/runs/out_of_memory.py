@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,25 +11,27 @@ from dataclasses import replace
 import torch
 
 from metalearn.derivatives import free_bytes
-from metalearn.errors import RunError
+from metalearn.errors import OUT_OF_MEMORY, RunError
 from metalearn.inner import InnerLoop
 from metalearn.live_bytes import MIB
 from metalearn.runs.experiment import Experiment
 from metalearn.runs.planning import peak_of_few, problem_of
-
-_CPU_ALLOCATOR = r"DefaultCPUAllocator|not enough memory|[Cc]annot allocate memory"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's or a CPU's allocator had no more to give; the latter has no class of its own in torch."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and re.search(_CPU_ALLOCATOR, str(error)) is not None
+    return isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error)) is not None
 
 
 @contextmanager
-def explained_out_of_memory(experiment: Experiment) -> Iterator[None]:
+def explained_out_of_memory(experiment: Experiment, *, processes: int = 1) -> Iterator[None]:
     """Torch's error becomes one that says what a meta-step takes, and which keys lower it.
+
+    Args:
+        experiment: what is computed with.
+        processes: how many share a batch's tasks.
 
     Raises:
         RunError: where memory runs out.
@@ -41,16 +44,17 @@ def explained_out_of_memory(experiment: Experiment) -> Iterator[None]:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     if reason:  # out here, as the error's trace would keep the activations that did not fit
-        raise RunError(_message(experiment, reason))
+        raise RunError(_message(experiment, reason, processes))
 
 
-def _message(experiment: Experiment, reason: str) -> str:
+def _message(experiment: Experiment, reason: str, processes: int) -> str:
     config = experiment.config
-    tasks = min(config.task.meta_batch, config.inner.task_chunk or config.task.meta_batch)
+    share = math.ceil(config.task.meta_batch / processes)
+    tasks = min(share, config.inner.task_chunk or share)
     now = _estimate(experiment, experiment.inner, tasks)
     needs = f" A meta-step takes about {now:.0f} MiB as it is set" if now else " As it is set, a meta-step does not fit"
     lines = [
-        f"Out of memory ({reason}).{needs} (inner.engine={config.inner.engine}, {tasks} of {config.task.meta_batch} "
+        f"Out of memory ({reason}).{needs} (inner.engine={config.inner.engine}, {tasks} of {share} "
         f"tasks at a time), and {free_bytes(experiment.device) / MIB:.0f} MiB are free now. The same gradient takes "
         "less by these keys:"
     ]

@@ -11,6 +11,7 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from metalearn.errors import NonFiniteError, RunError, StoppedError
 from metalearn.runs.nonfinite import keep_episode
@@ -32,16 +33,27 @@ MOST_SKIPPED_IN_A_ROW = 100
 def put_away_if_it_ends(session: Session, state: TrainState) -> Iterator[None]:
     """Around a training and its test: what ends it leaves the state put away, and says where.
 
+    Parameters that have led to numbers that are not finite are not put away: the checkpoint before is the better one.
+
     Raises:
         RunError: what was raised, or one that explains where memory ran out.
     """
     try:
-        with explained_out_of_memory(session.experiment):
+        with explained_out_of_memory(session.experiment, processes=session.ranks.size):
             yield
     except RunError as error:
-        if session.saver and (kept := session.saver.save_before_failing(state)):
-            error.args = (f"{error} {kept}",)
+        if session.saver:
+            if not isinstance(error, DivergedError):
+                session.saver.save_at_the_end(state)
+            if kept := session.saver.kept():
+                error.args = (f"{error} {kept}",)
+        if isinstance(error, StoppedError):
+            session.ranks.wait_for_first()  # one that ends earlier has torchrun end the others
         raise
+
+
+class DivergedError(RunError):
+    """A training whose numbers are no longer finite."""
 
 
 def meta_train(session: Session, state: TrainState) -> None:
@@ -60,6 +72,8 @@ def meta_train(session: Session, state: TrainState) -> None:
     session.meter.go_on()
     while True:
         if validation_due(session, state):
+            if session.saver and session.ranks.size > 1:  # which do not end in a validation when they are asked to
+                session.saver.save(state)
             accuracy = validate(session, state)
             session.progress.update(bar, note=f"validation {accuracy:.1%}")
         if state.iteration == last:
@@ -92,6 +106,7 @@ def meta_step(session: Session, state: TrainState) -> bool:
         meter.add(update.figures)
         asked = update.stop
     except NonFiniteError as error:
+        asked = error.asked_to_end or asked
         _skip(session, state, episodes, error)
     show(session, state, episodes, lr)
     return asked
@@ -115,8 +130,17 @@ def show(session: Session, state: TrainState, episodes: Episodes, lr: float) -> 
         with session.meter.logging():
             skipped = {"train/skipped": float(state.skipped)} if state.skipped else {}
             tracker.scalars({**window, **skipped, "outer/lr": lr}, state.iteration)
-            tracker.scalars(second_order_term(session.experiment, state, episodes), state.iteration)
+            tracker.scalars(_look(session, state, episodes), state.iteration)
     session.meter.open_window()
+
+
+def _look(session: Session, state: TrainState, episodes: Episodes) -> dict[str, float]:
+    """The second-order term, where it is to be seen and finite; a look must not end a run that goes on."""
+    try:
+        return second_order_term(session.experiment, state, episodes)
+    except NonFiniteError as error:
+        log.warning("No look at the second-order term at meta-step %d: %s", state.iteration, error)
+        return {}
 
 
 def validate(session: Session, state: TrainState) -> float:
@@ -130,7 +154,7 @@ def validate(session: Session, state: TrainState) -> float:
     if not state.finite():
         raise diverged("a parameter is not finite.", config, state.iteration)
     result = session.evaluate(state.params, test=False)
-    mean = result.accuracy.mean
+    mean: float = session.ranks.from_first(result.accuracy.mean)  # so that all keep the same parameters
     if state.best is None or mean > state.best.validation_accuracy:
         state.best = Best(state.iteration, mean, {name: p.detach().clone() for name, p in state.params.items()})
     state.validated = state.iteration
@@ -139,23 +163,16 @@ def validate(session: Session, state: TrainState) -> float:
         with session.meter.logging():
             session.saver.tracker.validation(result, state.iteration)
             show_tasks(session.experiment, state, session.saver.tracker)
+    session.meter.open_window()  # before the state is saved: validation is no meta-step's time
+    if session.saver:
         session.saver.save(state)
-    session.meter.open_window()
     return mean
 
 
 def _skip(session: Session, state: TrainState, episodes: Episodes, error: NonFiniteError) -> None:
     """Pass a meta-step by whose numbers are not finite, or stop; its task is put away either way."""
     config, number = session.experiment.config, state.iteration + 1
-    path = keep_episode(
-        error,
-        episodes,
-        state.params,
-        first=session.ranks.share(config.task.meta_batch).start,
-        iteration=state.iteration,
-        config=config,
-        run_dir=session.run_dir,
-    )
+    path = _keep(session, state, episodes, error)
     what = f"{str(error).rstrip('.')}." + (f" Its episode is kept in {path}." if path else "")
     if config.run.on_nonfinite == "stop":
         raise diverged(what, config, number)
@@ -167,10 +184,28 @@ def _skip(session: Session, state: TrainState, episodes: Episodes, error: NonFin
     state.skipped_in_a_row += 1
 
 
-def diverged(what: str, config: TrainConfig, meta_step: int) -> RunError:
+def _keep(session: Session, state: TrainState, episodes: Episodes, error: NonFiniteError) -> Path | None:
+    config = session.experiment.config
+    try:
+        return keep_episode(
+            error,
+            episodes,
+            state.params,
+            first=session.ranks.share(config.task.meta_batch).start,
+            iteration=state.iteration,
+            config=config,
+            run_dir=session.run_dir,
+        )
+    except OSError as lacking:  # which must not hide what has happened
+        log.warning("The episode could not be kept: %s", lacking)
+        return None
+
+
+def diverged(what: str, config: TrainConfig, meta_step: int) -> DivergedError:
     """The error of a training that cannot go on, with what to do."""
     remedy = (
         f"Try a smaller inner.lr (now {config.inner.lr}) or outer.lr ({config.outer.lr}), or outer.clip_norm=10 "
-        f"(now {config.outer.clip_norm or 'null'}); run.on_nonfinite=skip passes such meta-steps by."
-    )
-    return RunError(f"Training has diverged at meta-step {meta_step}: {what} {remedy}")
+        f"(now {config.outer.clip_norm or 'null'})"
+    ) + ("." if config.run.on_nonfinite == "skip" else "; run.on_nonfinite=skip passes such meta-steps by.")
+    accept = " What you change so is named in run.accept=[...] when the run goes on."
+    return DivergedError(f"Training has diverged at meta-step {meta_step}: {what} {remedy}{accept}")

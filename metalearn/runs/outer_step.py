@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from metalearn.errors import NonFiniteElsewhereError, NonFiniteLossError
+from metalearn.errors import NonFiniteElsewhereError, NonFiniteError, NonFiniteLossError
 from metalearn.metagrad import meta_gradient
 from metalearn.runs.distributed import Ranks
 from metalearn.runs.evaluation import accuracy
@@ -69,11 +69,13 @@ def propose(
         failure = error.in_batch(first)
         own = _nothing(experiment, state.params)
     grads, figures, failed, stopping = _mean(own, episodes.tasks / tasks, ranks, failure is not None, stop)
-    if failed:
-        raise failure or NonFiniteElsewhereError()
+    fault: NonFiniteError | None = (failure or NonFiniteElsewhereError()) if failed else None
     figures["grad_norm"] = norm = get_total_norm(grads.values())
-    if not torch.isfinite(norm):
-        raise blame(experiment, state.params, episodes, grads if ranks.size == 1 else own.grads).in_batch(first)
+    if fault is None and not torch.isfinite(norm):
+        fault = blame(experiment, state.params, episodes, own.grads, alone=ranks.size == 1).in_batch(first)
+    if fault:
+        fault.asked_to_end = stopping
+        raise fault
     return Update(grads, figures, stopping)
 
 

@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from metalearn.errors import ConfigError
 from metalearn.runs.config import CONF, compose, register, search_override
@@ -22,8 +23,8 @@ from metalearn.runs.config_help import explain
 from metalearn.runs.config_safety import COMMAND_LINES, refuse_code, refuse_flags
 
 
-def asked_for(name: str, flags: argparse.Namespace) -> Iterator[tuple[list[str], DictConfig]]:
-    """The overrides and the configuration of every job; nothing in it names code that Hydra would run.
+def asked_for(name: str, flags: argparse.Namespace) -> Iterator[tuple[list[str], DictConfig, str]]:
+    """Overrides, configuration and output folder of every job; nothing in them names code that Hydra would run.
 
     Raises:
         ConfigError: for a flag, a file or an override that does.
@@ -46,18 +47,22 @@ def asked_for(name: str, flags: argparse.Namespace) -> Iterator[tuple[list[str],
     )
     chosen = {section: _plain(own)["hydra"][section] for section in COMMAND_LINES}
 
-    def safe(overrides: list[str]) -> DictConfig:
+    def safe(overrides: list[str]) -> tuple[DictConfig, str]:
         config = compose(flags.config_name or name, overrides, flags.config_dir, return_hydra_config=True)
         refuse_code(_plain(config), given=[*lines, *overrides, *search_override(flags.config_dir)], chosen=chosen)
+        try:
+            folder = str(config.hydra.sweep.dir if flags.multirun else config.hydra.run.dir)
+        except OmegaConfBaseException:  # a name that cannot be made, of keys that are at fault themselves
+            folder = "."
         with open_dict(config):
             del config["hydra"]
-        return config
+        return config, folder
 
     if flags.multirun or flags.hydra_help:  # what Hydra itself composes, before any job
         safe([str(o.input_line) for o in parsed if not o.is_sweep_override()])
     if not flags.hydra_help:
         for overrides in jobs(_expanded(parsed, flags.config_dir)) if flags.multirun else [flags.overrides]:
-            yield overrides, safe(overrides)
+            yield overrides, *safe(overrides)
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
@@ -75,6 +80,8 @@ def _expanded(parsed: Sequence[Override], config_dir: str | None) -> list[str]:
         value, group = one.value(), one.key_or_group
         options = sorted({file.stem for place in places for file in (place / group).glob("*.yaml")})
         found: list[str] = value.filter(options) if isinstance(value, Glob) else []
+        if isinstance(value, Glob) and not found:
+            raise ConfigError(f"{one.input_line}: no option of {group} fits; there are {', '.join(options) or 'none'}")
         lines.append(f"{one.get_key_element()}={','.join(found)}" if found else str(one.input_line))
     return lines
 
@@ -117,6 +124,9 @@ def jobs(overrides: Sequence[str]) -> list[list[str]]:
         try:
             values = one.sweep_string_iterator() if one.is_sweep_override() else []
             choices[key] = [f"{key}={value}" for value in values] or [str(one.input_line)]
-        except HydraException:  # glob and interval are for Hydra to expand; every job is checked when it starts
-            return []
+        except HydraException as error:
+            raise ConfigError(
+                f"{one.input_line}: this cannot be expanded into jobs before they start, so that they could not be "
+                "checked; list the values instead, KEY=a,b,c"
+            ) from error
     return [list(job) for job in itertools.product(*choices.values())]

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from metalearn.errors import RunError
 from metalearn.runs.checkpoints import newest_state, save_best, save_state
 from metalearn.runs.meter import Meter
 from metalearn.runs.state import TrainState
@@ -63,18 +64,21 @@ class Saver:
                 self._best_saved = state.best.iteration
         self._saved_at = time.perf_counter()
 
-    def save_before_failing(self, state: TrainState) -> str:
-        """Put away what can be gone on from, if it is any good.
+    def save_at_the_end(self, state: TrainState) -> None:
+        """Put away what a run that cannot go on now can go on from later."""
+        if not (state.whole and state.finite()):
+            return
+        try:
+            self.save(state)
+        except OSError as error:
+            log.warning("The state after meta-step %d could not be saved: %s", state.iteration, error)
 
-        Returns:
-            A sentence that says what there is to go on from; empty if there is nothing.
-        """
-        if state.whole and state.finite():
-            try:
-                self.save(state)
-            except OSError as error:
-                log.warning("The state after meta-step %d could not be saved: %s", state.iteration, error)
-        content = newest_state(self.run_dir)
+    def kept(self) -> str:
+        """A sentence that says what there is to go on from; empty if there is nothing."""
+        try:
+            content = newest_state(self.run_dir)
+        except RunError:  # all are damaged: no reason to hide why the run ends
+            content = None
         if content is None:
             return ""
         return (

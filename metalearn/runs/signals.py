@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 from metalearn.errors import StoppedError
 
@@ -16,6 +17,10 @@ HANG_UP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
 """What a terminal that is closed sends; unknown to Windows."""
 
 _SHOW_CURSOR = "\x1b[?25h"  # which a progress bar hides
+
+
+_swallowed: list[int] = []
+"""A signal whose ``SystemExit`` has got lost, as in an import that catches everything: ``Stop`` obeys it then."""
 
 
 class Stop:
@@ -29,6 +34,7 @@ class Stop:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Stop:
+        self.signal = _swallowed.pop() if _swallowed else None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._note)
@@ -57,7 +63,8 @@ class Stop:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             if sys.stdout.isatty():
-                os.write(sys.stdout.fileno(), _SHOW_CURSOR.encode())
+                os.write(1, _SHOW_CURSOR.encode())
+            os.write(2, b"\nAsked a second time: ended at once, without a checkpoint.\n")
             os._exit(128 + number)
         self.signal = number
 
@@ -73,9 +80,15 @@ def sigterm_as_exception(*others: int) -> Iterator[None]:
         yield
         return
     numbers = [signal.SIGTERM, *(n for n in others if signal.getsignal(n) != signal.SIG_IGN)]
-    before = {n: signal.signal(n, lambda number, frame: sys.exit(128 + number)) for n in numbers}
+    before = {n: signal.signal(n, _exit) for n in numbers}
     try:
         yield
     finally:
+        _swallowed.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    _swallowed[:] = [number]
+    sys.exit(128 + number)

@@ -15,13 +15,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 from metalearn.runs.evaluation import Estimate, Evaluation
 from metalearn.runs.hparams import Value, experiment, session
-from metalearn.runs.report import EVENT_FILES, read_scalars
+from metalearn.runs.report import EVENT_FILES, Point, read_scalars
 
 if TYPE_CHECKING:  # the lab brings all lessons and matplotlib, which no training needs
     from metalearn.lab import Lesson
 
 
 log = logging.getLogger(__name__)
+
+_OF_THE_END = ("test/", "time/median_meta_step_ms")
+_LONGEST_WAIT_S = 10.0
 
 
 def _with_ends(tag: str) -> list[str]:
@@ -61,25 +64,37 @@ class Tracker:
         resumed_at: the meta-step that an interrupted run goes on from; what it showed later is hidden, and what it
             showed before is not shown twice.
         position: what ``position`` gave then.
+        aside: a folder that the event files of a finished run go to, where that goes on; its curves are copied, but for
+            those of its test.
     """
 
     def __init__(
-        self, run_dir: Path, *, config: str, resumed_at: int | None = None, position: Mapping[str, int] | None = None
+        self,
+        run_dir: Path,
+        *,
+        config: str,
+        resumed_at: int | None = None,
+        position: Mapping[str, int] | None = None,
+        aside: Path | None = None,
     ) -> None:
         self._run_dir = run_dir
         self._shown: dict[tuple[str, int], float] = {}
+        _warn_of_lost_points(run_dir, position or {})
+        copied = _put_aside(run_dir, aside) if aside else {}
         earlier = resumed_at is not None and any(run_dir.glob(EVENT_FILES))
         if resumed_at is not None and earlier:
-            _warn_of_lost_points(run_dir, position or {})
             curves = read_scalars(run_dir)
             self._shown = {(tag, p.step): p.value for tag in curves for p in curves[tag] if p.step <= resumed_at}
             _pass_the_second(run_dir)
-        self._tags = {tag for tag, _ in self._shown}
+        self._tags = {tag for tag, _ in self._shown} | set(copied)
         # Some readers purge only from the second session on: the first must be marked as well.
         self._writer = SummaryWriter(str(run_dir), purge_step=0 if resumed_at is None else resumed_at + 1)
         if not earlier:
             self._writer.add_text("config", f"```yaml\n{config}```")
             self._writer.add_custom_scalars(LAYOUT)
+        for tag, points in copied.items():
+            for point in points:
+                self._writer.add_scalar(tag, point.value, point.step, point.wall_time)
 
     def __enter__(self) -> Tracker:
         return self
@@ -162,11 +177,22 @@ def _warn_of_lost_points(run_dir: Path, position: Mapping[str, int]) -> None:
             )
 
 
+def _put_aside(run_dir: Path, folder: Path) -> dict[str, list[Point]]:
+    """Move the event files of a finished run, and return its curves but for what its end has shown."""
+    files = list(run_dir.glob(EVENT_FILES))
+    curves = read_scalars(run_dir) if files else {}
+    for path in files:
+        path.replace(folder / path.name)
+    return {tag: points for tag, points in curves.items() if not tag.startswith(_OF_THE_END)}
+
+
 def _pass_the_second(run_dir: Path) -> None:
     """Wait until a new event file's name, which begins with the second, sorts behind all: they are read by name."""
-    newest = max(path.name for path in run_dir.glob(EVENT_FILES)).split(".")[3]
-    if int(newest) == int(time.time()):
-        time.sleep(1 - time.time() % 1)
+    newest = int(max(path.name for path in run_dir.glob(EVENT_FILES)).split(".")[3])
+    if (ahead := newest + 1 - time.time()) > _LONGEST_WAIT_S:
+        log.warning("This machine's clock is %.0f s behind that of the latest event file: curves may look cut", ahead)
+    elif ahead > 0:
+        time.sleep(ahead)
 
 
 class ReportTracker:

@@ -6,6 +6,7 @@ the folder, logs and saves; the others follow it.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -14,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from metalearn.errors import ConfigError, RunError
-from metalearn.runs.checkpoints import claim, newest_state, remove_unfinished, settle_best, supersede
 from metalearn.runs.checks import compared_keys
-from metalearn.runs.config_files import continued, differences, from_yaml, to_yaml
+from metalearn.runs.config_files import to_yaml
 from metalearn.runs.console import print_facts, print_path, progress_bar
 from metalearn.runs.distributed import Ranks, joined
 from metalearn.runs.evaluation import Evaluation
@@ -31,11 +31,12 @@ from metalearn.runs.metrics import (
     hparams_metrics,
     write_metrics,
 )
+from metalearn.runs.opening import Opened, open_run, take_up
 from metalearn.runs.outer_loop import meta_train, put_away_if_it_ends
 from metalearn.runs.planning import settle_engine
 from metalearn.runs.precision import check_precision
 from metalearn.runs.saver import Saver
-from metalearn.runs.schema import InnerConfig, TrainConfig
+from metalearn.runs.schema import TrainConfig
 from metalearn.runs.session import Session
 from metalearn.runs.signals import Stop
 from metalearn.runs.state import Best, TrainState
@@ -49,13 +50,13 @@ class Start(NamedTuple):
 
     Args:
         run_dir: the run's folder.
-        inner: with the engine that ``auto`` was settled to.
-        content: what to go on from, as it was put away; ``None`` at the beginning.
+        config: with the engine that ``auto`` was settled to, and the data set that is really there.
+        state: as ``TrainState.content`` gives it, so that all begin with the same bits.
     """
 
     run_dir: Path
-    inner: InnerConfig
-    content: dict[str, Any] | None
+    config: TrainConfig
+    state: dict[str, Any]
 
 
 def train(config: TrainConfig, run_dir: Path) -> None:
@@ -74,27 +75,18 @@ def train(config: TrainConfig, run_dir: Path) -> None:
         DataError: if the data set is missing or damaged.
     """
     started = time.perf_counter()
-    resume = config.run.resume is not False
     with joined(pick_device(config.run.device)) as ranks:
         refuse_idle_processes(config, ranks)
         experiment = settle_engine(build(config))
         built = time.perf_counter()
-        with locked(run_dir, wait=resume), Stop() as stop:
+        with locked(run_dir, wait=config.run.resume is not False), Stop() as stop:
             started += time.perf_counter() - built  # waiting for another process is not this run's time
-            continued(experiment.config, run_dir)  # again: another process may have begun the run since
-            begun = resume and (run_dir / "config.yaml").exists()
-            changed = differences(experiment.config, from_yaml(run_dir / "config.yaml")) if begun else {}
-            if begun and (run_dir / "metrics.json").exists() and not changed:
+            opened = open_run(experiment.config, run_dir)
+            if opened.finished:
                 log.info("This run is finished: %s", run_dir)
                 ranks.from_first(None)
                 return
-            if begun:
-                remove_unfinished(run_dir)
-            else:
-                claim(run_dir, to_yaml(experiment.config))
-            start = Start(run_dir, experiment.config.inner, newest_state(run_dir) if begun else None)
-            ranks.from_first(start)
-            _lead(experiment, start, ranks, stop, started=started, begun=begun, changed=changed)
+            _lead(experiment, opened, ranks, stop, began=started - opened.total_s)
 
 
 def follow(config: TrainConfig) -> None:
@@ -103,16 +95,18 @@ def follow(config: TrainConfig) -> None:
     Raises:
         As ``train`` does.
     """
-    with joined(pick_device(config.run.device)) as ranks, Stop() as stop:
+    with joined(pick_device(config.run.device)) as ranks:
         refuse_idle_processes(config, ranks)
         experiment = build(config)
         start: Start | None = ranks.from_first(None)
         if start is None:
             return
-        experiment = with_settled(experiment, start.inner)
-        state, meter = TrainState.start(experiment.theta, experiment.config.outer), Meter(experiment.device)
-        _take_up(state, meter, start.content, experiment.config)
-        with experiment.precision(), progress_bar(shown=False) as progress:
+        refuse_another_start(config, start.config, ranks)
+        experiment = with_settled(experiment, start.config.inner)
+        state = TrainState.start(experiment.theta, experiment.config.outer)
+        state.restore(start.state)
+        with Stop() as stop, experiment.precision(), progress_bar(shown=False) as progress:
+            meter = Meter(experiment.device)
             session = Session(experiment, start.run_dir, meter, stop, progress, ranks, saver=None)
             with put_away_if_it_ends(session, state):
                 meta_train(session, state)
@@ -137,36 +131,43 @@ def refuse_idle_processes(config: TrainConfig, ranks: Ranks) -> None:
             )
 
 
-def _lead(
-    experiment: Experiment,
-    start: Start,
-    ranks: Ranks,
-    stop: Stop,
-    *,
-    started: float,
-    begun: bool,
-    changed: dict[str, str],
-) -> None:
-    config, run_dir, content = experiment.config, start.run_dir, start.content
+def refuse_another_start(own: TrainConfig, first: TrainConfig, ranks: Ranks) -> None:
+    """Refuse to share tasks with a process that trains on something else, as where one machine lacks the data set.
+
+    Raises:
+        RunError: naming every key that differs.
+    """
+    settled = dataclasses.replace(own, inner=first.inner) if own.inner.engine == "auto" else own
+    here, there = compared_keys(settled), compared_keys(first)
+    names = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+    if names:
+        raise RunError(
+            f"process {ranks.rank} would train on something else than the first:\n"
+            + "\n".join(f"{name}: {here.get(name)} here, {there.get(name)} in the first" for name in names)
+            + "\nGive every machine the same data set and command; data.fallback=null stops where it is missing."
+        )
+
+
+def _lead(experiment: Experiment, opened: Opened, ranks: Ranks, stop: Stop, *, began: float) -> None:
+    config, run_dir = experiment.config, opened.run_dir
     log.info("Training on %s, device %s", experiment.dataset, experiment.device)
     print_path("Run folder", run_dir)
     prove_precision(experiment)
     state, meter = TrainState.start(experiment.theta, config.outer), Meter(experiment.device)
-    _take_up(state, meter, content, config)
-    if begun:
-        settle_best(state.best, run_dir)
-        _say_what_goes_on(state, changed)
+    earlier = take_up(state, meter, opened, config)
+    ranks.from_first(Start(run_dir, config, state.content()))
     config_yaml = to_yaml(config)
-    if changed:
-        supersede(run_dir, config_yaml, state.iteration)
-    position = content["event_files"] if content else None
-    resumed_at = state.iteration if begun else None
     with (
         experiment.precision(),
-        Tracker(run_dir, config=config_yaml, resumed_at=resumed_at, position=position) as tracker,
+        Tracker(
+            run_dir,
+            config=config_yaml,
+            resumed_at=state.iteration if opened.begun else None,
+            position=opened.position,
+            aside=earlier if opened.tested else None,
+        ) as tracker,
         progress_bar() as progress,
     ):
-        began = started - (content["total_s"] if content else 0.0)
         saver = Saver(run_dir, config_yaml, meter, tracker, config.run.checkpoint_seconds, began)
         session = Session(experiment, run_dir, meter, stop, progress, ranks, saver)
         with put_away_if_it_ends(session, state):
@@ -178,27 +179,6 @@ def _lead(
     write_metrics(metrics, result, run_dir)
     print_facts("Summary", {**accuracy_rows(experiment, result), **cost_rows(metrics)})
     print_path("Run folder", run_dir)
-
-
-def _take_up(state: TrainState, meter: Meter, content: dict[str, Any] | None, config: TrainConfig) -> None:
-    if content is None:
-        return
-    state.restore(content["state"])
-    meter.restore(content["meter"])
-    if state.iteration > config.outer.iterations:
-        raise RunError(
-            f"outer.iterations={config.outer.iterations}: the run has taken {state.iteration} meta-steps already, and "
-            "none can be taken back; set at least as many."
-        )
-
-
-def _say_what_goes_on(state: TrainState, changed: dict[str, str]) -> None:
-    if state.iteration > 0:
-        log.info("Going on from meta-step %d", state.iteration)
-    else:
-        log.warning("The run was interrupted before it could put its state away: it starts anew")
-    for line in changed.values():
-        log.warning("From here on, as run.accept allows: %s", line)
 
 
 def _best(state: TrainState) -> Best:

@@ -13,7 +13,6 @@ from pathlib import Path
 from tests.conftest import REPO
 from tests.faults.suite import Row
 
-_CPU_S = 3.0  # of the process, so that what else the machine does is not counted
 _RUN = """
 import os, runpy, sys
 script = sys.argv[1]
@@ -128,7 +127,7 @@ _IN_FILES = [
 _CASES = [*_ON_THE_COMMAND_LINE, *_IN_FILES]
 
 
-def _attempt(i: int, folder: Path, shared: Path) -> None:
+def _attempt(i: int, folder: Path, shared: Path) -> dict[str, float]:
     case = _CASES[i]
     if isinstance(case.given, str):
         (folder / "conf" / "experiment").mkdir(parents=True)
@@ -145,7 +144,7 @@ def _attempt(i: int, folder: Path, shared: Path) -> None:
     assert "Traceback" not in said, said
     assert "LOADED" not in said, f"it waited for {said}"
     assert sorted(folder.rglob("*")) == before, f"it made {set(folder.rglob('*')) - set(before)}"
-    assert seconds < _CPU_S, f"{seconds:.1f} s on a core"
+    return {"longest_cpu_s": seconds}
 
 
 def _run(script: str, arguments: tuple[str, ...], folder: Path) -> tuple[subprocess.CompletedProcess[str], float]:
@@ -172,4 +171,5 @@ BAD_CONFIGS = Row(
     attempt=_attempt,
     short=(0, 14, 21, 35),
     seconds=0.8,
+    limits={"longest_cpu_s": 3.0},  # of the process, so that what else the machine does is not counted
 )

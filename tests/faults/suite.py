@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Row:
         attempt: makes one.
         short: the attempts that ``make test`` makes; numbers from ``tries`` on are lighter ones, made there alone.
         cases: how many cases an attempt tries, where it is more than one.
+        limits: what figures that are measured may be at most; held in the full run only, as no test is timed.
         seconds: about how long an attempt takes, for the time that is left.
     """
 
@@ -39,6 +40,7 @@ class Row:
     short: Sequence[int]
     cases: int = 1
     seconds: float = 1.0
+    limits: Mapping[str, float] = field(default_factory=dict)
 
 
 def outcome(row: Row, tries: Sequence[int], folder: Path, *, done: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -62,7 +64,10 @@ def outcome(row: Row, tries: Sequence[int], folder: Path, *, done: Callable[[], 
         own = folder / row.name / str(i)
         own.mkdir(parents=True)
         try:
-            measured |= row.attempt(i, own, shared) or {}
+            figures = row.attempt(i, own, shared) or {}
+            measured = {**measured, **{n: max(value, measured.get(n, value)) for n, value in figures.items()}}
+            for name, most in row.limits.items():
+                assert figures[name] < most, f"{name} is {figures[name]:.3g} and must be below {most:g}"
         except Exception as error:  # whatever it is, it counts, and the other attempts go on
             failures.append(f"{i}: {type(error).__name__}: {str(error).strip()[:500]}")
         done()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from metalearn import files
-from metalearn.errors import ConfigError, RunError
+from metalearn.errors import ConfigError, FolderTakenError, RunError
+from metalearn.runs import session
 from metalearn.runs.checkpoints import (
     best_path,
     load_best,
@@ -27,12 +30,14 @@ from metalearn.runs.checkpoints import (
 from metalearn.runs.checks import check
 from metalearn.runs.config import compose, typed
 from metalearn.runs.config_files import continued, from_yaml
+from metalearn.runs.evaluation import Evaluation
 from metalearn.runs.outer_step import Update, take
 from metalearn.runs.report import read_scalars
 from metalearn.runs.schema import OuterConfig, TrainConfig
 from metalearn.runs.state import Best, TrainState, learning_rate
+from metalearn.runs.testing import evaluate_together
 from metalearn.runs.training import train
-from tests.faults.runs import SMALL, timeless
+from tests.faults.runs import SMALL, assert_curves, timeless
 
 
 def run(folder: Path, *more: str) -> None:
@@ -69,7 +74,7 @@ def test_a_state_of_a_branch_that_was_left_goes(tmp_path: Path) -> None:
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
     save_state({"n": 1}, 1, tmp_path)
-    files.save({"format": 99}, state_path(tmp_path, 1))
+    files.save({"format": 99, "state": {}, "meter": {}}, state_path(tmp_path, 1))
     with pytest.raises(RunError, match="its format is 99, and this version of metalearn reads 1"):
         newest_state(tmp_path)
 
@@ -78,7 +83,7 @@ def test_all_damaged_is_no_new_beginning(tmp_path: Path) -> None:
     assert newest_state(tmp_path) is None
     save_state({"n": 1}, 1, tmp_path)
     state_path(tmp_path, 1).write_bytes(b"")
-    with pytest.raises(RunError, match=r"every checkpoint is damaged \(state-00000001\.pt\)"):
+    with pytest.raises(RunError, match=r"(?s)every checkpoint is damaged.*state-00000001\.pt is damaged"):
         newest_state(tmp_path)
 
 
@@ -96,13 +101,16 @@ def test_damaged_best_parameters_are_in_the_state_as_well(tmp_path: Path, caplog
     best = Best(10, 0.8, params(1.0))
     save_best(best, tmp_path)
     best_path(tmp_path).write_bytes(b"x")
-    with pytest.raises(files.DamagedFileError):
+    with pytest.raises(RunError, match=r"best\.pt is damaged"):
         load_best(tmp_path, like=params(0.0), device=torch.device("cpu"))
-    save_state({"state": {"best": list(best)}}, 12, tmp_path)
-    with caplog.at_level(logging.WARNING):
-        found = load_best(tmp_path, like=params(0.0), device=torch.device("cpu"))
-    assert torch.equal(found.params["w"], params(1.0)["w"])
-    assert "taken from the state" in caplog.text
+    save_state({"state": {"best": list(best)}, "meter": {}}, 12, tmp_path)
+    for _ in range(2):
+        with caplog.at_level(logging.WARNING):
+            found = load_best(tmp_path, like=params(0.0), device=torch.device("cpu"))
+        assert torch.equal(found.params["w"], params(1.0)["w"])
+        assert "taken from the state" in caplog.text
+        files.remove(best_path(tmp_path))  # the second time it is gone
+        caplog.clear()
 
 
 def test_another_models_parameters_are_refused(tmp_path: Path) -> None:
@@ -155,18 +163,64 @@ def test_an_accepted_schedule_is_as_if_it_had_always_been(changed: dict[str, Any
 
 
 def test_more_meta_steps_for_a_finished_run(finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     run(folder, "outer.iterations=32", "run.resume=true", "run.accept=[outer.iterations]")
     assert timeless(folder)["iterations"] == 32
-    assert json.loads((folder / "metrics-until-24.json").read_text())["iterations"] == 24
-    assert from_yaml(folder / "config-until-24.yaml").outer.iterations == 24
+    earlier = folder / "until-24"
+    assert timeless(earlier) == timeless(finished)
+    assert from_yaml(earlier / "config.yaml").outer.iterations == 24
     assert from_yaml(folder / "config.yaml").outer.iterations == 32
+    assert read_scalars(earlier) == read_scalars(finished)
+    assert_curves(folder)
+    curves, metrics = read_scalars(folder), json.loads((folder / "metrics.json").read_text())
+    assert [p.value for p in curves["test/accuracy"]] == [pytest.approx(metrics["test.accuracy"])]
+    shown = [p.value for p in curves["time/median_meta_step_ms"]]
+    assert shown == [pytest.approx(metrics["time.meta_step_ms"])]
+    assert [p.wall_time for p in curves["outer/lr"]][:10] == [p.wall_time for p in read_scalars(finished)["outer/lr"]]
     run(folder, "outer.iterations=32", "run.resume=true")  # what was accepted is the run's own now
     steps_shown = [p.step for p in read_scalars(folder)["train/query_loss"]]
     assert steps_shown == sorted(set(steps_shown))
     assert steps_shown[-1] == 32
+
+
+def test_a_change_that_validation_depends_on_lets_no_earlier_accuracy_win(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    run(folder, "eval.queries=2", "run.resume=true", "run.accept=[eval.queries]")
+    content = newest_state(folder)
+    assert content is not None
+    assert content["state"]["best"][0] == 24, "the only validation with two queries"
+    kept = load_best(folder / "until-24", like=content["state"]["params"], device=torch.device("cpu"))
+    assert kept.iteration == timeless(finished)["validation.best_iteration"]
+
+
+def test_a_folder_that_has_lost_its_configuration_is_not_begun_anew(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    (folder / "config.yaml").unlink()
+    (folder / "metrics.json").unlink()
+    with pytest.raises(FolderTakenError, match="its checkpoints"):
+        run(folder, "run.resume=auto")
+    assert state_paths(folder) == [folder / path.relative_to(finished) for path in state_paths(finished)]
+
+
+def test_validation_is_no_meta_steps_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = evaluate_together
+
+    def slow(*args: Any, **more: Any) -> Evaluation:
+        time.sleep(0.5)
+        return evaluate(*args, **more)
+
+    monkeypatch.setattr(session, "evaluate_together", slow)
+    run(tmp_path / "run", "outer.iterations=2", "eval.every=2")
+    content = newest_state(tmp_path / "run")
+    assert content is not None
+    assert content["meter"]["window"]["passed_s"] < 0.25
+
+
+def test_orphans_of_a_kill_are_removed(tmp_path: Path) -> None:
+    save_state({"n": 1}, 1, tmp_path)
+    state_path(tmp_path, 1).unlink()
+    save_state({"n": 2}, 2, tmp_path)
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"state-00000002.pt", "state-00000002.pt.sha256"}
 
 
 def test_fewer_meta_steps_than_were_taken_are_refused(finished: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from metalearn.errors import RunError
+from metalearn.errors import NonFiniteElsewhereError, NonFiniteLossError, RunError
 from metalearn.runs import outer_loop, training
+from metalearn.runs.checkpoints import best_path, state_paths
 from metalearn.runs.config import compose, typed
 from metalearn.runs.distributed import Ranks
 from metalearn.runs.experiment import Experiment, build
-from metalearn.runs.nonfinite import FOLDER, MOST_KEPT
+from metalearn.runs.nonfinite import FOLDER, MOST_KEPT, blame, replay
 from metalearn.runs.out_of_memory import _estimate, explained_out_of_memory
 from metalearn.runs.outer_step import Update, propose
 from metalearn.runs.planning import problem_of
@@ -53,8 +55,54 @@ def test_skipped_meta_steps_are_counted_and_change_nothing(
     assert timeless(tmp_path)["iterations"] == 24
     assert {(p.step, p.value) for p in read_scalars(tmp_path)["train/skipped"]} >= {(n, 3.0) for n in range(6, 25, 3)}
     assert "Meta-step 4 is skipped: the query loss of task 1 is nan" in caplog.text
-    assert sorted(p.name for p in (tmp_path / FOLDER).glob("*.pt")) == [f"meta-step-{n:08}.pt" for n in (3, 4, 5)]
+    assert sorted(p.name for p in (tmp_path / FOLDER).glob("*.pt")) == [f"meta-step-{n:08}.pt" for n in (4, 5, 6)]
     assert state_of(tmp_path)["state"]["optimizer"]["state"][0]["step"] == 21
+
+
+def test_a_look_at_what_is_not_finite_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    poison(range(5, 6), monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        train(config("run.on_nonfinite=skip", "log.curvature_every=3", "log.eigenvalue_every=6"), tmp_path)
+    assert "No look at the second-order term at meta-step 6" in caplog.text
+    cosines = [p.step for p in read_scalars(tmp_path)["grad/cosine_first_vs_second"]]
+    assert cosines == [n for n in range(3, 25, 3) if n != 6]
+
+
+def test_a_full_disk_does_not_hide_a_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    poison(range(5, 6), monkeypatch)
+    monkeypatch.setattr(outer_loop, "keep_episode", full)
+    with pytest.raises(RunError, match=r"diverged at meta-step 6: the query loss of task 1"):
+        train(config(), tmp_path)
+
+
+def test_what_led_to_nan_is_not_put_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(range(13, 14), monkeypatch)
+    with pytest.raises(RunError, match=r"at meta-step 14: .*checkpoint of meta-step 8 is kept"):
+        train(config(), tmp_path)
+    assert [path.name for path in state_paths(tmp_path)] == ["state-00000008.pt"]
+
+
+def test_an_episode_is_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(range(1, 2), monkeypatch)
+    train(config("run.on_nonfinite=skip", "outer.iterations=2"), tmp_path)
+    with pytest.raises(NonFiniteLossError, match="the query loss of task 0 is nan"):
+        replay(tmp_path / FOLDER / "meta-step-00000002.pt")
+    with pytest.raises(RunError, match=r"best\.pt is no episode that was put away"):
+        replay(best_path(tmp_path))
+
+
+def test_a_gradient_whose_norm_alone_overflows_is_named(tmp_path: Path) -> None:
+    experiment = build(config())
+    grads = {"small": torch.ones(2), "large": torch.full((1,), 3e19)}
+    error = blame(experiment, experiment.theta, experiment.train.tasks(0, 1), grads, alone=True)
+    assert "the meta-gradient is " in str(error)
+    assert "'large'" in str(error)
+    assert isinstance(blame(experiment, {}, experiment.train.tasks(0, 1), grads, alone=False), NonFiniteElsewhereError)
 
 
 def test_a_whole_window_may_be_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_train_from_another_folder_then_evaluate(tmp_path: Path) -> None:
 
     damaged = run_dir / "checkpoints" / "best.pt"
     damaged.write_bytes(damaged.read_bytes()[:-5])
-    restored = command("evaluate.py", f"run.dir={run_dir}", "hydra.run.dir=restored", cwd=tmp_path)
+    restored = command("evaluate.py", f"run.dir={run_dir}", "hydra.run.dir=restored", cwd=tmp_path, COLUMNS="400")
     assert restored.returncode == 0, restored.stderr
     said = " ".join(restored.stdout.split())
     assert "best.pt is damaged" in said
@@ -132,6 +132,22 @@ def test_multirun_gives_each_job_a_folder(tmp_path: Path) -> None:
     assert {json.loads(p.read_text())["second_order"] for p in found} == {True, False}
     assert len({p.parents[2] for p in found}) == 1, "one sweep, one folder"
     assert {p.name for p in tmp_path.iterdir()} == {"outputs"}
+
+
+def test_a_sweep_goes_on_in_folders_that_stay(tmp_path: Path) -> None:
+    resumed = [*SMALL, "run.seed=0,1", "run.resume=auto"]
+    refused = command("train.py", "--multirun", *resumed, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "the folders of a sweep are named by the time" in refused.stderr
+    named = ["hydra.sweep.dir=mine", "hydra.sweep.subdir=seed${run.seed}"]
+    first = command("train.py", "--multirun", *resumed, *named, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    (tmp_path / "mine" / "seed1" / "metrics.json").unlink()
+    again = command("train.py", "--multirun", *resumed, *named, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "This run is finished: " in again.stdout
+    assert "Going on from meta-step 4" in again.stdout
+    assert {p.parent.name for p in tmp_path.rglob("metrics.json")} == {"seed0", "seed1"}
 
 
 def test_cfg_job_shows_the_configuration(tmp_path: Path) -> None:
