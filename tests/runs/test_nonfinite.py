@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from metalearn.runs.checkpoints import best_path, state_paths
 from metalearn.runs.config import compose, typed
 from metalearn.runs.distributed import Ranks
 from metalearn.runs.experiment import Experiment, build
+from metalearn.runs.meter import Meter
 from metalearn.runs.nonfinite import FOLDER, MOST_KEPT, blame, replay
 from metalearn.runs.out_of_memory import _estimate, explained_out_of_memory
 from metalearn.runs.outer_step import Update, propose
@@ -68,6 +70,16 @@ def test_a_look_at_what_is_not_finite_does_not_end_the_run(
     assert "No look at the second-order term at meta-step 6" in caplog.text
     cosines = [p.step for p in read_scalars(tmp_path)["grad/cosine_first_vs_second"]]
     assert cosines == [n for n in range(3, 25, 3) if n != 6]
+
+
+def test_a_meta_step_that_fails_takes_no_time_of_others() -> None:
+    meter = Meter(torch.device("cpu"))
+    meter.peak_bytes = 1  # measured before
+    with pytest.raises(RuntimeError), meter.step():
+        time.sleep(0.5)
+        raise RuntimeError
+    with meter.checkpoint():
+        assert meter.content()["window"]["passed_s"] < 0.25
 
 
 def test_a_full_disk_does_not_hide_a_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

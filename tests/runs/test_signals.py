@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -54,6 +55,21 @@ def test_sigterm_as_exception_runs_what_must_be_run() -> None:
     assert ended.value.code == 128 + signal.SIGHUP
 
 
+def test_an_exit_that_is_swallowed_is_obeyed_later() -> None:
+    with sigterm_as_exception():
+        with contextlib.suppress(SystemExit):  # as some import might
+            os.kill(os.getpid(), signal.SIGTERM)
+        with Stop() as stop:
+            assert stop.signal == signal.SIGTERM
+    with Stop() as stop:
+        assert not stop.asked
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return whole(tmp_path_factory.mktemp("shared"))
+
+
 def ask_for_the_end_in(what: str) -> None:
     """Have this process signal itself while it validates, or tests, for the first time."""
 
@@ -66,7 +82,7 @@ def ask_for_the_end_in(what: str) -> None:
 
 
 @pytest.mark.parametrize(("what", "iteration"), [("validation", 8), ("test", 24)])
-def test_validation_and_test_are_taken_again(what: str, iteration: int, tmp_path: Path) -> None:
+def test_validation_and_test_are_taken_again(what: str, iteration: int, uninterrupted: Path, tmp_path: Path) -> None:
     process = start([*SMALL, f"hydra.run.dir={RUN}"], tmp_path / "a", before=ask_for_the_end_in, given=(what,))
     assert finished(process) == 143, output(tmp_path / "a")
     state = state_of(tmp_path / "a" / RUN)["state"]
@@ -74,7 +90,7 @@ def test_validation_and_test_are_taken_again(what: str, iteration: int, tmp_path
     assert state["validated"] == (0 if what == "validation" else iteration)
     assert f"checkpoint of meta-step {iteration} is kept" in " ".join(output(tmp_path / "a").split())
     assert not (tmp_path / "a" / RUN / "metrics.json").exists()
-    assert_same(resume(tmp_path / "a"), whole(tmp_path))
+    assert_same(resume(tmp_path / "a"), uninterrupted)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
