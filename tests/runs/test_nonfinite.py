@@ -72,12 +72,16 @@ def test_a_look_at_what_is_not_finite_does_not_end_the_run(
     assert cosines == [n for n in range(3, 25, 3) if n != 6]
 
 
+def fail_slowly() -> None:
+    time.sleep(0.5)
+    raise RuntimeError
+
+
 def test_a_meta_step_that_fails_takes_no_time_of_others() -> None:
     meter = Meter(torch.device("cpu"))
     meter.peak_bytes = 1  # measured before
     with pytest.raises(RuntimeError), meter.step():
-        time.sleep(0.5)
-        raise RuntimeError
+        fail_slowly()
     with meter.checkpoint():
         assert meter.content()["window"]["passed_s"] < 0.25
 
