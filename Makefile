@@ -3,7 +3,7 @@
 #   make train ARGS="task.ways=20"    any key of `python scripts/train.py --help`
 #   make compare                      first against second order: accuracy, time and memory; a quarter of an hour
 #   make test                         lint, types and tests, JOBS files of them at a time
-#   make faults                       every fault of the README's table, as often as it says; half an hour
+#   make faults                       every fault of the README's table, as often as it says; a quarter of an hour
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
