@@ -2,7 +2,7 @@
 #   make train                        second-order MAML with the defaults
 #   make train ARGS="task.ways=20"    any key of `python scripts/train.py --help`
 #   make compare                      first against second order: accuracy, time and memory; a quarter of an hour
-#   make test                         lint, types and tests, JOBS files of them at a time
+#   make test                         lint, types and tests, JOBS of them at a time
 #   make faults                       every fault of the README's table, as often as it says; a quarter of an hour
 PYTHON ?= python3
 VENV := .venv
@@ -23,7 +23,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python scripts/benchmark.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 faults: $(VENV)/.dev
 	$(BIN)/python -m tests.faults $(ARGS)

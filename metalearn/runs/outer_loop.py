@@ -76,7 +76,7 @@ def meta_train(session: Session, state: TrainState) -> None:
                 session.saver.save(state)
             accuracy = validate(session, state)
             session.progress.update(bar, note=f"validation {accuracy:.1%}")
-        if state.iteration == last:
+        if state.iteration >= last:
             return
         asked_to_end = meta_step(session, state)
         session.progress.update(bar, completed=state.iteration)

@@ -50,9 +50,16 @@ def test_outside_of_the_main_thread_nothing_is_caught() -> None:
 
 
 def test_sigterm_as_exception_runs_what_must_be_run() -> None:
-    with pytest.raises(SystemExit) as ended, sigterm_as_exception(*HANG_UP):
-        os.kill(os.getpid(), signal.SIGHUP)
-    assert ended.value.code == 128 + signal.SIGHUP
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have told the tests to ignore it
+    try:
+        with pytest.raises(SystemExit) as ended, sigterm_as_exception(*HANG_UP):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert ended.value.code == 128 + signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with sigterm_as_exception(*HANG_UP):
+            os.kill(os.getpid(), signal.SIGHUP)  # stays ignored
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_an_exit_that_is_swallowed_is_obeyed_later() -> None:
