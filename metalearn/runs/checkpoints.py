@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from metalearn import files
-from metalearn.errors import FolderTakenError, RunError
+from metalearn.errors import RunError
+from metalearn.runs.folders import TRAINING_FILES, refuse_holding
 from metalearn.runs.state import Best, refuse_other_shapes
 from metalearn.types import Params
 
@@ -25,30 +25,13 @@ _KEPT = 2
 _FORMAT = 1
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What is needed to test a run.
-
-    Args:
-        params: meta-parameters.
-        iteration: meta-steps that were taken.
-        validation_accuracy: of these parameters, as a fraction.
-    """
-
-    params: Params
-    iteration: int
-    validation_accuracy: float
-
-
 def claim(run_dir: Path, config_yaml: str) -> None:
     """Make a locked folder this run's own for good, by its ``config.yaml``.
 
     Raises:
         FolderTakenError: if it is another run's, or this one's without its configuration.
     """
-    for name in ("config.yaml", "metrics.json", "checkpoints"):
-        if (run_dir / name).exists():
-            raise FolderTakenError(run_dir, name)
+    refuse_holding(run_dir, TRAINING_FILES)
     files.write_text(run_dir / "config.yaml", config_yaml)
 
 
@@ -105,16 +88,16 @@ def newest_state(run_dir: Path) -> dict[str, Any] | None:
         except files.DamagedFileError as error:
             damaged.append(str(error))
             continue
-        for what in damaged:
-            log.warning("%s The one before it is taken: %s.", what, path.name)
         if not isinstance(content, dict) or not {"format", "state", "meter"} <= content.keys():
             damaged.append(f"{path} is refused: it is no state of a training.")
             continue
         if content["format"] != _FORMAT:
             raise RunError(
-                f"{path}: its format is {content.get('format')}, and this version of metalearn reads {_FORMAT}; go on "
+                f"{path}: its format is {content['format']}, and this version of metalearn reads {_FORMAT}; go on "
                 "with the version that wrote it."
             )
+        for what in damaged:
+            log.warning("%s The one before it is taken: %s.", what, path.name)
         return content
     if damaged:
         raise RunError(
@@ -136,17 +119,18 @@ def save_best(best: Best, run_dir: Path) -> None:
 
 def settle_best(best: Best | None, run_dir: Path) -> None:
     """Have ``best.pt`` agree with a state that a run goes on from: a kill may have come between the two."""
+    if best is None:
+        files.remove(best_path(run_dir))
+        return
     try:
         found = files.load(best_path(run_dir))["iteration"]
     except (FileNotFoundError, files.DamagedFileError):
         found = None
-    if best is None:
-        files.remove(best_path(run_dir))
-    elif found != best.iteration:
+    if found != best.iteration:
         save_best(best, run_dir)
 
 
-def load_best(run_dir: Path, *, like: Params, device: torch.device) -> Checkpoint:
+def load_best(run_dir: Path, *, like: Params, device: torch.device) -> Best:
     """The best parameters of a run, from ``best.pt``, or, if that is damaged or gone, from the newest state.
 
     Args:
@@ -174,8 +158,7 @@ def load_best(run_dir: Path, *, like: Params, device: torch.device) -> Checkpoin
         refuse_other_shapes(best.params, like)
     except RunError as error:
         raise RunError(f"{path}: {error}") from None
-    params = {name: p.to(device) for name, p in best.params.items()}
-    return Checkpoint(params, best.iteration, best.validation_accuracy)
+    return best._replace(params={name: p.to(device) for name, p in best.params.items()})
 
 
 def supersede(run_dir: Path, config_yaml: str, iteration: int, *, tested: bool, best_stays: bool) -> Path:

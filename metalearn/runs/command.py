@@ -25,18 +25,17 @@ from hydra._internal.utils import get_args_parser  # Hydra's own parser: no publ
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from metalearn.errors import ConfigError, FolderTakenError, MetalearnError, RunError, StoppedError
+from metalearn.errors import ConfigError, MetalearnError, RunError, StoppedError
 from metalearn.runs import torchrun
 from metalearn.runs.compare.names import RECORD
 from metalearn.runs.config import CONF, Config, compose, option_sections, typed
 from metalearn.runs.config_help import help_text
+from metalearn.runs.folders import TRAINING_FILES, refuse_holding
 from metalearn.runs.overrides import asked_for
 from metalearn.runs.signals import sigterm_as_exception
 
 RUN_FILES = (
-    "config.yaml",
-    "metrics.json",
-    "checkpoints",
+    *TRAINING_FILES,
     "benchmark.json",
     "lessons.json",
     "verify.json",
@@ -125,9 +124,7 @@ def refuse_taken(output_dir: Path) -> None:
     Raises:
         FolderTakenError: naming the file by which it is known.
     """
-    for file in RUN_FILES:
-        if (output_dir / file).exists():
-            raise FolderTakenError(output_dir, file)
+    refuse_holding(output_dir, RUN_FILES)
 
 
 def _refuse_file_as_folder(overrides: Sequence[str]) -> None:

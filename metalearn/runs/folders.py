@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from metalearn.errors import RunError
+from metalearn.errors import FolderTakenError, RunError
 
 log = logging.getLogger(__name__)
 
+TRAINING_FILES = ("config.yaml", "metrics.json", "checkpoints")
+"""By these a folder is known to hold a training."""
+
 LOCK = ".lock"
 """The file whose lock says that a process is at work in the folder; the system releases it when that dies."""
+
+
+def refuse_holding(folder: Path, files: Iterable[str]) -> None:
+    """Refuse a folder that holds one of these.
+
+    Raises:
+        FolderTakenError: naming it.
+    """
+    for file in files:
+        if (folder / file).exists():
+            raise FolderTakenError(folder, file)
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class TrainState:
     def content(self) -> dict[str, Any]:
         """All of it, and every random state, as plain containers of tensors."""
         return {
-            "params": _detached(self.params),
+            "params": {name: p.detach() for name, p in self.params.items()},
             "optimizer": self.optimizer.state_dict(),
             "iteration": self.iteration,
             "validated": self.validated,
@@ -124,7 +124,3 @@ def refuse_other_shapes(found: Params, wanted: Params) -> None:
                 f"the checkpoint does not fit the model: parameter '{name}' is {have.get(name, 'missing')} in it and "
                 f"{want.get(name, 'missing')} in the model that the configuration describes."
             )
-
-
-def _detached(params: Params) -> Params:
-    return {name: p.detach() for name, p in params.items()}

@@ -16,7 +16,7 @@ import torch
 
 from metalearn.errors import ConfigError, RunError
 from metalearn.runs.checks import compared_keys
-from metalearn.runs.config_files import to_yaml
+from metalearn.runs.config_files import changed, to_yaml
 from metalearn.runs.console import print_facts, print_path, progress_bar
 from metalearn.runs.distributed import Ranks, joined
 from metalearn.runs.evaluation import Evaluation
@@ -139,8 +139,7 @@ def refuse_another_start(own: TrainConfig, first: TrainConfig, ranks: Ranks) -> 
     """
     settled = dataclasses.replace(own, inner=first.inner) if own.inner.engine == "auto" else own
     here, there = compared_keys(settled), compared_keys(first)
-    names = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
-    if names:
+    if names := changed(here, there):
         raise RunError(
             f"process {ranks.rank} would train on something else than the first:\n"
             + "\n".join(f"{name}: {here.get(name)} here, {there.get(name)} in the first" for name in names)

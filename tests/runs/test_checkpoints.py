@@ -37,6 +37,7 @@ from metalearn.runs.schema import OuterConfig, TrainConfig
 from metalearn.runs.state import Best, TrainState, learning_rate
 from metalearn.runs.testing import evaluate_together
 from metalearn.runs.training import train
+from tests.faults.processes import state_of
 from tests.faults.runs import SMALL, assert_curves, timeless
 
 
@@ -186,8 +187,7 @@ def test_more_meta_steps_for_a_finished_run(finished: Path, tmp_path: Path) -> N
 def test_a_change_that_validation_depends_on_lets_no_earlier_accuracy_win(finished: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     run(folder, "eval.queries=2", "run.resume=true", "run.accept=[eval.queries]")
-    content = newest_state(folder)
-    assert content is not None
+    content = state_of(folder)
     assert content["state"]["best"][0] == 24, "the only validation with two queries"
     kept = load_best(folder / "until-24", like=content["state"]["params"], device=torch.device("cpu"))
     assert kept.iteration == timeless(finished)["validation.best_iteration"]
@@ -211,9 +211,7 @@ def test_validation_is_no_meta_steps_time(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(session, "evaluate_together", slow)
     run(tmp_path / "run", "outer.iterations=2", "eval.every=2")
-    content = newest_state(tmp_path / "run")
-    assert content is not None
-    assert content["meter"]["window"]["passed_s"] < 0.25
+    assert state_of(tmp_path / "run")["meter"]["window"]["passed_s"] < 0.25
 
 
 def test_orphans_of_a_kill_are_removed(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from metalearn.runs.experiment import Experiment, build
 from metalearn.runs.meter import Meter
 from metalearn.runs.nonfinite import FOLDER, MOST_KEPT, blame, replay
 from metalearn.runs.out_of_memory import _estimate, explained_out_of_memory
-from metalearn.runs.outer_step import Update, propose
+from metalearn.runs.outer_step import Update, own_tasks, propose
 from metalearn.runs.planning import problem_of
 from metalearn.runs.report import read_scalars
 from metalearn.runs.schema import TrainConfig
@@ -38,8 +38,7 @@ def config(*more: str) -> TrainConfig:
 
 def poison(at: range, patch: pytest.MonkeyPatch) -> None:
     def poisoned(experiment: Experiment, iteration: int, ranks: Ranks) -> Episodes:
-        tasks = experiment.config.task.meta_batch
-        episodes = experiment.train.tasks(iteration * tasks, tasks)
+        episodes = own_tasks(experiment, iteration, ranks)
         if iteration in at:
             episodes.query_x[1, 0] = math.nan
         return episodes

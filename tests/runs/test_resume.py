@@ -16,7 +16,7 @@ from metalearn import files
 from metalearn.data import catalog
 from metalearn.errors import FolderTakenError, RunError
 from metalearn.runs import outer_loop, saver, training
-from metalearn.runs.checkpoints import best_path, newest_state, state_paths
+from metalearn.runs.checkpoints import best_path, state_paths
 from metalearn.runs.config import compose, typed
 from metalearn.runs.config_files import continued, settle_data
 from metalearn.runs.experiment import Experiment, build
@@ -27,6 +27,7 @@ from metalearn.runs.schema import TrainConfig
 from metalearn.runs.session import Session
 from metalearn.runs.state import TrainState
 from metalearn.runs.training import train
+from tests.faults.processes import state_of
 from tests.faults.runs import assert_curves, bits, timeless
 
 SMALL = [
@@ -64,12 +65,6 @@ def stop_at(iteration: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(outer_loop, "meta_step", stopped)
 
 
-def saved(folder: Path) -> dict[str, Any]:
-    content = newest_state(folder)
-    assert content is not None
-    return content
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
@@ -87,7 +82,7 @@ def test_resumed_is_bitwise_the_same(iteration: int, whole: Path, tmp_path: Path
     assert not (folder / "metrics.json").exists()
     run(folder, "run.resume=auto")
     assert timeless(folder) == timeless(whole)
-    assert bits(saved(folder)["state"]) == bits(saved(whole)["state"])
+    assert bits(state_of(folder)["state"]) == bits(state_of(whole)["state"])
 
 
 @pytest.mark.gpu
@@ -145,7 +140,7 @@ def test_power_that_goes_between_two_writings(
     run(tmp_path, "run.resume=true")
     assert timeless(tmp_path) == timeless(whole)
     assert_curves(tmp_path)
-    assert bits(files.load(best_path(tmp_path))["params"]) == bits(saved(tmp_path)["state"]["best"][2])
+    assert bits(files.load(best_path(tmp_path))["params"]) == bits(state_of(tmp_path)["state"]["best"][2])
 
 
 def test_best_parameters_that_were_not_written_are_on_the_way_on(
@@ -159,7 +154,7 @@ def test_best_parameters_that_were_not_written_are_on_the_way_on(
             run(tmp_path)
     assert not best_path(tmp_path).exists()
     run(tmp_path, "run.resume=true")
-    assert files.load(best_path(tmp_path))["iteration"] == saved(tmp_path)["state"]["best"][0]
+    assert files.load(best_path(tmp_path))["iteration"] == state_of(tmp_path)["state"]["best"][0]
 
 
 def stop(*args: object) -> None:
