@@ -20,6 +20,10 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
     constants. The module is not changed, not even by a forward pass that writes to a buffer (``torch.vmap`` refuses
     one that writes what depends on the input), and later changes of its trainable parameters are not seen.
 
+    A module may offer ``forward_of_tasks(params, x)``: the predictions ``[T, examples, ...]`` that ``torch.vmap`` of
+    its forward pass would give for stacked parameters ``[T, ...]`` and ``x`` ``[T, examples, ...]``. It is taken where
+    ``metalearn.kernels`` are.
+
     Args:
         module: maps one tensor ``[examples, ...]`` to predictions ``[examples, ...]``, by operations that
             ``torch.vmap`` can batch: no branch on a tensor's values, no recurrent cuDNN layers.
@@ -64,6 +68,8 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
             )
         return prediction
 
+    if of_tasks := getattr(module, "forward_of_tasks", None):
+        forward.of_tasks = of_tasks  # type: ignore[attr-defined]
     return forward, params
 
 

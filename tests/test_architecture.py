@@ -15,19 +15,20 @@ import pytest
 import metalearn
 from tests.conftest import REPO
 
-NOUNS = {"types", "params", "errors", "files", "live_bytes", "threads"}
+NOUNS = {"types", "params", "kernels", "errors", "files", "live_bytes", "threads"}
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
     "files": {"errors"},
     "live_bytes": set(),
     "threads": set(),
+    "kernels": set(),
     "params": {"types"},
     "models": NOUNS,
     "data": NOUNS,
     "derivatives": {"types", "params"},
     "gradcheck": {"types", "params", "derivatives"},
-    "inner": {"types", "params", "errors"},
+    "inner": {"types", "params", "errors", "kernels"},
     "metagrad": {"types", "params", "errors", "derivatives", "inner"},
     "peers": {"types", "params", "inner", "metagrad"},
     "lab": NOUNS | {"models", "data", "derivatives", "gradcheck", "inner", "metagrad"},

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from metalearn.inner.refusals import explained, refuse_nonfinite, unchanged
+from metalearn.kernels import kernels_take, stacked_layers
 from metalearn.params import check_dictionary, check_params, gradients, stack
 from metalearn.types import Forward, Loss, Params, check_examples, check_tensors
 
@@ -119,8 +120,12 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
 
     # randomness="different": dropout draws its own mask for every task. MATH: attention by its formula, as the fused
     # kernels (flash, efficient) have no second derivative, and on CPUs no batching rule.
-    with unchanged(_called(fast, x, y)), sdpa_kernel(SDPBackend.MATH):
-        losses, predictions = torch.vmap(one_task, randomness="different")(fast, x, y)
+    with unchanged(_called(fast, x, y)), sdpa_kernel(SDPBackend.MATH), stacked_layers():
+        if kernels_take(fast, x) and (of_tasks := getattr(forward, "of_tasks", None)):
+            predictions = of_tasks(fast, x)
+            losses = torch.vmap(loss)(predictions, y)
+        else:
+            losses, predictions = torch.vmap(one_task, randomness="different")(fast, x, y)
     if losses.ndim != 1:
         raise ValueError(
             f"loss: it gave {tuple(losses.shape[1:])} numbers for a task and must give one, the mean over the task's "
@@ -133,7 +138,7 @@ def predict(forward: Forward, fast: Params, x: Tensor) -> Tensor:
     """Every task's predictions ``[T, examples, ...]`` under its own parameters, for ``x`` ``[T, examples, ...]``."""
     check_dictionary(fast)
     check_tensors({"x": x, **_called(fast)})
-    with explained({"x": x}, fast), unchanged(_called(fast, x)), sdpa_kernel(SDPBackend.MATH):
+    with explained({"x": x}, fast), unchanged(_called(fast, x)), sdpa_kernel(SDPBackend.MATH), stacked_layers():
         predictions: Tensor = torch.vmap(forward, randomness="different")(fast, x)
     return predictions
 

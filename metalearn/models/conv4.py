@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import max_pool2d
+
+from metalearn.kernels import batch_norm, convolution, relu
+from metalearn.types import Params
+
+_EPS = 1e-5
 
 
 class Conv4(nn.Module):
@@ -11,7 +18,8 @@ class Conv4(nn.Module):
     With ``pool="stride"`` (Finn's for Omniglot) every convolution has stride 2: 28 to 14, 7, 4, 2 pixels. With
     ``pool="max"`` (Vinyals') it has stride 1 and a 2x2 max-pool follows: 28 to 14, 7, 3, 1.
 
-    BatchNorm always uses the statistics of the batch at hand; MAML keeps no running ones.
+    BatchNorm always uses the statistics of the batch at hand; MAML keeps no running ones. It takes the mean away that a
+    convolution's bias would add, so that there is none.
 
     Args:
         ways: N, the number of classes.
@@ -39,17 +47,33 @@ class Conv4(nn.Module):
         inputs = [channels, width, width, width]
         self.features = nn.Sequential(*[_block(n, width, max_pool=pool == "max") for n in inputs])
         self.head = nn.Linear(width, ways)
+        self._max_pool = pool == "max"
+        self._stride = (1, 1) if self._max_pool else (2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[examples, ways]`` of images ``[examples, channels, height, width]``."""
         logits: Tensor = self.head(self.features(x).mean(dim=(-2, -1)))
         return logits
 
+    def forward_of_tasks(self, params: Params, x: Tensor) -> Tensor:
+        """Logits ``[T, examples, ways]`` of T tasks, each under its own parameters: what ``vmap`` makes, faster.
+
+        Args:
+            params: every parameter of the module, ``[T, ...]``.
+            x: ``[T, examples, channels, height, width]``.
+        """
+        for number in range(len(self.features)):
+            weight, gamma, beta = (params[f"features.{number}.{name}"] for name in ("0.weight", "1.weight", "1.bias"))
+            x = relu(batch_norm(convolution(x, weight, stride=self._stride, padding=(1, 1)), gamma, beta, _EPS))
+            if self._max_pool:
+                x = max_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
+        return torch.baddbmm(params["head.bias"].unsqueeze(1), x.mean(dim=(-2, -1)), params["head.weight"].mT)
+
 
 def _block(inputs: int, outputs: int, *, max_pool: bool) -> nn.Sequential:
     layers: list[nn.Module] = [
-        nn.Conv2d(inputs, outputs, kernel_size=3, stride=1 if max_pool else 2, padding=1),
-        nn.BatchNorm2d(outputs, track_running_stats=False),
+        nn.Conv2d(inputs, outputs, kernel_size=3, stride=1 if max_pool else 2, padding=1, bias=False),
+        nn.BatchNorm2d(outputs, eps=_EPS, track_running_stats=False),
         nn.ReLU(),
     ]
     return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if max_pool else []))

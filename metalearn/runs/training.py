@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from metalearn.errors import ConfigError, RunError
+from metalearn.runs.allocator import keep_memory
 from metalearn.runs.checks import compared_keys
 from metalearn.runs.config_files import changed, to_yaml
 from metalearn.runs.console import print_facts, print_path, progress_bar
@@ -75,6 +76,7 @@ def train(config: TrainConfig, run_dir: Path) -> None:
         DataError: if the data set is missing or damaged.
     """
     started = time.perf_counter()
+    keep_memory()
     with joined(pick_device(config.run.device)) as ranks:
         refuse_idle_processes(config, ranks)
         experiment = settle_engine(build(config))

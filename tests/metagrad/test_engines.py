@@ -226,6 +226,7 @@ def test_regression_loss_and_frozen_parameters(engine: str) -> None:
 def test_autocast_to_bfloat16(model: str, engine: str) -> None:
     # bfloat16 keeps 8 bits, an error of 0.4% an operation. How far that carries is the model's affair (BatchNorm over
     # few examples multiplies it); the engines owe each other the same rounding, and none may fall back to first order.
+    torch.manual_seed(1)
     forward, theta = functionalize(MODELS[model]())
     episodes = image_episodes(shots=5, queries=5, dtype=torch.float32)
     inner = InnerLoop(lr=0.1, steps=2, engine=engine)

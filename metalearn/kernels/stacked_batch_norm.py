@@ -1,0 +1,219 @@
+"""BatchNorm by the statistics of the batch, whose first and second derivatives are a few passes each.
+
+Per channel, over the M numbers of its B images, with x' = (x - mean) r and r = 1 / sqrt(var + eps):
+
+    z  = gamma x' + beta
+    dL/dx = gamma r (g - <g> - x' <g x'>),    dL/dgamma = M <g x'>,    dL/dbeta = M <g>,    g = dL/dz, <.> the mean
+
+(Ioffe & Szegedy 2015, arXiv 1502.03167, section 3.) What autograd makes of the derivative of these is many passes over
+the images; worked out by hand, each is a sum of the images at hand, every channel times a number of its own. Those
+numbers need means of products only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metalearn.kernels.stacked import Kernel, fold, merged, parted, row, unfold
+
+_NO_RUNNING = (None, None)
+_OVER = (0, 2, 3)
+
+
+def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """T normalisations, each by the statistics of its own B images.
+
+    Args:
+        x: ``[T, B, C, H, W]``.
+        gamma: ``[T, C]``.
+        beta: ``[T, C]``.
+        eps: added to the variance.
+    """
+    z: Tensor = _norm(x, gamma, beta, eps)[0]
+    return z
+
+
+class _Norm(Kernel):
+    @staticmethod
+    def forward(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Any:
+        z, mean, r = torch.native_batch_norm(merged(x), gamma.flatten(), beta.flatten(), *_NO_RUNNING, True, 0.0, eps)
+        return parted(z, x.shape[0]), mean.view_as(gamma), r.view_as(gamma)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, gamma, _, ctx.eps = inputs
+        _, mean, r = output
+        ctx.mark_non_differentiable(mean, r)
+        ctx.save_for_backward(x, gamma, mean, r)
+        ctx.save_for_forward(x, gamma)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: Any) -> Any:
+        x, gamma, mean, r = ctx.saved_tensors
+        return *_gradient(g, x, gamma, mean, r, ctx.eps), None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dgamma: Tensor | None, dbeta: Tensor | None, _: None) -> Any:
+        x, gamma = ctx.saved_tensors
+        dx, dgamma, dbeta = _zeros_for(((dx, x), (dgamma, gamma), (dbeta, gamma)))
+        at = _Images.of(x, gamma, ctx.eps)
+        d, dg, db = merged(dx), dgamma.flatten(), dbeta.flatten()
+        mean_d = _mean(d)
+        along = at.r * (_mean(d * at.x) - mean_d * at.mean)  # <x' dx>
+        s = at.gamma * at.r
+        by_x = at.r * (dg - s * along)  # of (x - mean)
+        out = _combine(db - s * mean_d - by_x * at.mean, (d, s), (at.x, by_x))
+        return parted(out, x.shape[0]), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        out = _norm(*fold(info, in_dims, args))
+        return tuple(unfold(part, info.batch_size) for part in out), (0, 0, 0)
+
+
+class _Gradient(Kernel):
+    """(dL/dx, dL/dgamma, dL/dbeta), as a function of (g, x, gamma); mean and r are known, not further arguments."""
+
+    @staticmethod
+    def forward(g: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, r: Tensor, eps: float) -> Any:
+        like = gamma.flatten()
+        to_x, to_gamma, to_beta = torch.ops.aten.native_batch_norm_backward(
+            merged(g), merged(x), like, *_NO_RUNNING, mean.flatten(), r.flatten(), True, eps, (True, True, True)
+        )
+        return parted(to_x, x.shape[0]), to_gamma.view_as(gamma), to_beta.view_as(gamma)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        g, x, gamma, mean, r, ctx.eps = inputs
+        _, to_gamma, to_beta = output
+        ctx.save_for_backward(g, x, gamma, mean, r, to_gamma, to_beta)
+        ctx.save_for_forward(g, x, gamma)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor, u_gamma: Tensor, u_beta: Tensor) -> Any:
+        g, x, gamma, mean, r, to_gamma, to_beta = ctx.saved_tensors
+        gm, vm = merged(g), merged(v)
+        if torch.is_grad_enabled():  # a third derivative may be taken: mean and r must be seen to depend on x
+            at = _Images.of(x, gamma, ctx.eps)
+            means = _Means(_mean(gm), _mean(gm * at.centred()), _mean(vm), _mean(vm * at.centred()), _mean(vm * gm))
+        else:
+            at = _Images(merged(x), gamma.flatten(), mean.flatten(), r.flatten())
+            number = at.x.numel() / at.x.shape[1]
+            v_x, v_sum = _sums(vm, at.x, at.mean, at.r)
+            v_g, _ = _sums(vm, gm, torch.zeros_like(at.r), torch.ones_like(at.r))
+            means = _Means(*(m.flatten() / number for m in (to_beta, to_gamma, v_sum, v_x, v_g)))
+        parts = _second(at, gm, vm, u_gamma.flatten(), u_beta.flatten(), means)
+        tasks = x.shape[0]
+        return parted(parts[0], tasks), parted(parts[1], tasks), parts[2].view_as(gamma), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dg: Tensor | None, dx: Tensor | None, dgamma: Tensor | None, *_: Any) -> Any:
+        g, x, gamma = ctx.saved_tensors
+        dg, dx, dgamma = _zeros_for(((dg, g), (dx, x), (dgamma, gamma)))
+        at = _Images.of(x, gamma, ctx.eps)
+        to_x, b, a = _forward_over_reverse(at, merged(g), merged(dg), merged(dx), dgamma.flatten())
+        number = at.x.numel() / at.x.shape[1]
+        return parted(to_x, x.shape[0]), (number * b).view_as(gamma), (number * a).view_as(gamma)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        out = _gradient(*fold(info, in_dims, args))
+        return tuple(unfold(part, info.batch_size) for part in out), (0, 0, 0)
+
+
+_norm, _gradient = _Norm.apply, _Gradient.apply
+
+
+class _Images(NamedTuple):
+    """A batch ``[B, T * C, H, W]``, and what is known of it per channel, ``[T * C]``."""
+
+    x: Tensor
+    gamma: Tensor
+    mean: Tensor
+    r: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, gamma: Tensor, eps: float) -> _Images:
+        """With mean and r as differentiable functions of x."""
+        images = merged(x)
+        mean = _mean(images)
+        variance = _mean((images - row(mean)).square())
+        return cls(images, gamma.flatten(), mean, (variance + eps).rsqrt())
+
+    def centred(self) -> Tensor:
+        """X'."""
+        return (self.x - row(self.mean)) * row(self.r)
+
+
+class _Means(NamedTuple):
+    """<g>, <g x'>, <v>, <v x'> and <v g>, each ``[T * C]``."""
+
+    g: Tensor
+    gx: Tensor
+    v: Tensor
+    vx: Tensor
+    vg: Tensor
+
+
+def _second(
+    at: _Images, g: Tensor, v: Tensor, u_gamma: Tensor, u_beta: Tensor, m: _Means
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d/d(g, x, gamma) of  <<v, dL/dx>> + u_gamma dL/dgamma + u_beta dL/dbeta,  <<.>> the sum.
+
+    With s = gamma r and P h = h - <h> - x' <h x'>, dL/dx = s P g and dx' = r P dx, dr = -r^2 <x' dx>. So x' has the
+    adjoint q = u_gamma g - s (v <g x'> + g <v x'>), and x has  r P q - x' r s <v P g>.
+    """
+    s = at.gamma * at.r
+    v_p_g = m.vg - m.v * m.g - m.vx * m.gx
+    q_v, q_g = -s * m.gx, u_gamma - s * m.vx  # q = q_v v + q_g g
+    q = q_v * m.v + q_g * m.g
+    qx = q_v * m.vx + q_g * m.gx
+    by_x = -at.r.square() * (qx + s * v_p_g)  # of (x - mean)
+    to_x = _combine(-at.r * q - by_x * at.mean, (v, at.r * q_v), (g, at.r * q_g), (at.x, by_x))
+    back = at.r * (u_gamma - s * m.vx)
+    to_g = _combine(u_beta - s * m.v - back * at.mean, (v, s), (at.x, back))
+    number = at.x.numel() / at.x.shape[1]
+    return to_g, to_x, number * at.r * v_p_g
+
+
+def _forward_over_reverse(
+    at: _Images, g: Tensor, dg: Tensor, dx: Tensor, dgamma: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The derivative of (dL/dx, <g x'>, <g>) along (dg, dx, dgamma)."""
+    centred = at.centred()
+    a, b, da = _mean(g), _mean(g * centred), _mean(dg)
+    mean_dx, along = _mean(dx), _mean(centred * dx)  # <dx>, <x' dx>
+    db = _mean(dg * centred) + at.r * (_mean(g * dx) - mean_dx * a - along * b)
+    s = at.gamma * at.r
+    ds = dgamma * at.r - s * at.r * along
+    by_x = at.r * (s * b * at.r * along - ds * b - s * db)
+    constant = s * b * at.r * mean_dx - ds * a - s * da - by_x * at.mean
+    return _combine(constant, (g, ds), (at.x, by_x), (dg, s), (dx, -s * b * at.r)), db, da
+
+
+def _combine(constant: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
+    """Constant + sum of tensor * factor; constant and factors per channel."""
+    (first, factor), *others = terms
+    out = torch.addcmul(row(constant), first, row(factor))
+    for tensor, factor in others:
+        out = out.addcmul_(tensor, row(factor))
+    return out
+
+
+def _mean(images: Tensor) -> Tensor:
+    return images.mean(dim=_OVER)
+
+
+def _sums(v: Tensor, x: Tensor, mean: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of v (x - mean) r, and of v, in one pass: those that BatchNorm's derivative needs."""
+    _, products, sums = torch.ops.aten.native_batch_norm_backward(
+        v, x, r, *_NO_RUNNING, mean, r, True, 0.0, (False, True, True)
+    )
+    return products, sums
+
+
+def _zeros_for(pairs: tuple[tuple[Tensor | None, Tensor], ...]) -> list[Tensor]:
+    return [torch.zeros_like(like) if given is None else given for given, like in pairs]
