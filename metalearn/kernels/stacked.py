@@ -43,7 +43,8 @@ def fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> l
 
 def unfold(out: Tensor, size: int) -> Tensor:
     """The reverse, for a result: ``[size * T, ...]`` to ``[size, T, ...]``."""
-    return out.unflatten(0, (size, -1))
+    parts: Tensor = out.unflatten(0, (size, -1))
+    return parts
 
 
 def _lead(x: Tensor, dim: int | None, size: int) -> Tensor:

@@ -146,11 +146,13 @@ class _ToWeight(_Bilinear):
     def forward(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
         tasks, outputs, inputs = g.shape[0], g.shape[2], x.shape[2]
         if geometry.is_small(x.shape[1]):
-            matrix = (_rows(g).mT @ _windows(x, geometry)).view(tasks, outputs, *geometry.window, inputs)
-            return matrix.permute(0, 1, 4, 2, 3)
-        like = g.new_empty(tasks * outputs, inputs, *geometry.window)
-        w = _backward(merged(g), merged(x), like, geometry, tasks, of_input=False)
-        return w.view(tasks, outputs, inputs, *geometry.window)
+            matrix = _rows(g).mT @ _windows(x, geometry)
+            return matrix.view(tasks, outputs, *geometry.window, inputs).permute(0, 1, 4, 2, 3)
+        like = g.new_empty(tasks * outputs, *geometry.window, inputs).permute(0, 3, 1, 2)
+        w: Tensor = _backward(merged(g), merged(x), like, geometry, tasks, of_input=False).unflatten(
+            0, (tasks, outputs)
+        )
+        return w
 
     @staticmethod
     def backward(ctx: Any, w: Tensor) -> Any:

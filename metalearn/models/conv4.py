@@ -47,6 +47,7 @@ class Conv4(nn.Module):
         inputs = [channels, width, width, width]
         self.features = nn.Sequential(*[_block(n, width, max_pool=pool == "max") for n in inputs])
         self.head = nn.Linear(width, ways)
+        self.to(memory_format=torch.channels_last)  # as convolutions on CPUs take weights, without a copy
         self._max_pool = pool == "max"
         self._stride = (1, 1) if self._max_pool else (2, 2)
 
