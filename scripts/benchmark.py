@@ -1,32 +1,38 @@
-"""Time one meta-step side by side with learn2learn, on the same weights and tasks; or every engine against K.
+"""Time one meta-step side by side with other libraries, on the same weights and tasks; or engines, or sweeps.
 
-Run it as ``python scripts/benchmark.py``, with any key of training, or with ``bench.kind=engines``.
+Run it as ``python scripts/benchmark.py``, with ``bench.kind=engines`` or ``bench.kind=sweeps``, or for the meta-step of
+any training with ``bench.setting=configured`` and that training's keys.
 """
 
 from pathlib import Path
 
-from metalearn.runs.checks import check
+from metalearn.runs.bench.check import check_benchmark
 from metalearn.runs.command import main
 from metalearn.runs.config_files import settle_data
 from metalearn.runs.schema_commands import BenchmarkConfig
 
 
-@main("benchmark", BenchmarkConfig, check)
+@main("benchmark", BenchmarkConfig, check_benchmark)
 def benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
-    """Time one meta-step side by side with learn2learn, after checking that both give the same meta-gradient.
+    """Time one meta-step beside learn2learn, higher, TorchOpt and a hand-written loop; all must give the same gradient.
 
-    bench.kind=engines measures memory and time of every engine against the number of inner steps instead, on settings
-    of its own.
+    bench.setting=configured takes the meta-step of a training's configuration instead of the published settings.
+    bench.kind=engines measures memory and time of every engine against the number of inner steps, bench.kind=sweeps how
+    cost grows with inner steps, tasks, ways and width.
     """
+    # Imported here, so that a refused configuration need not wait for torch.
     if config.bench.kind == "engines":
         from metalearn.runs.engine_table import run_engine_table
 
         run_engine_table(config, output_dir)
-        return
-    settled = settle_data(config)
-    from metalearn.runs.benchmark import run_benchmark  # here, so that a refused configuration need not wait for torch
+    elif config.bench.kind == "sweeps":
+        from metalearn.runs.bench.sweeps import run_sweeps
 
-    run_benchmark(settled, output_dir)
+        run_sweeps(config, output_dir)
+    else:
+        from metalearn.runs.benchmark import run_benchmark
+
+        run_benchmark(settle_data(config), output_dir)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Other libraries' meta-gradients, to be compared with; each module needs its library, which the core does not."""
+"""Other ways to the meta-gradient, to be compared with: other libraries, which the core does not need, and by hand."""

@@ -1,208 +1,160 @@
-"""One meta-step of the default, timed side by side with learn2learn's on the same weights and tasks.
+"""One meta-step, timed side by side with other libraries' on the same weights and tasks.
 
-First both must give the same meta-gradient in float64; then they take turns, so that a machine whose speed drifts
-treats them alike. Times are medians over rounds, with the quartiles.
+First all must give the same meta-gradient; then they take turns. Times are medians over rounds, with the quartiles.
 """
 
 from __future__ import annotations
 
-import copy
-import io
 import json
-import statistics
-import time
-from collections.abc import Callable
-from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from rich.progress import Progress
 
 from metalearn import files
-from metalearn.errors import RunError
+from metalearn.data.sampler import EpisodeSampler, TaskShape
+from metalearn.data.splits import ImageSplits
+from metalearn.errors import ConfigError
 from metalearn.inner import InnerLoop
-from metalearn.live_bytes import MIB
-from metalearn.metagrad import ENGINES, meta_gradient
-from metalearn.params import functionalize, relative_error
-from metalearn.runs.console import print_path, print_table, progress_bar
-from metalearn.runs.experiment import build, build_model
+from metalearn.models import Conv4
+from metalearn.peers.installed import Peer
+from metalearn.runs.allocator import keep_memory
+from metalearn.runs.bench.check import CONFIGURED
+from metalearn.runs.bench.contenders import check_equal, contenders, find_peers, yardstick
+from metalearn.runs.bench.figures import speed_figure
+from metalearn.runs.bench.measure import Figures, MetaStep, figures, parts_of, peaks_mib, shares, times
+from metalearn.runs.bench.report import print_rows, print_shares
+from metalearn.runs.bench.settings import SETTINGS, StepSetting
+from metalearn.runs.console import print_path, progress_bar
+from metalearn.runs.experiment import build, build_model, load_data, pick_device
+from metalearn.runs.flops import matrix_product_peak
 from metalearn.runs.machine import machine
-from metalearn.runs.memory import peak_bytes
+from metalearn.runs.random_state import seed_all
 from metalearn.runs.schema_commands import BenchmarkConfig
-from metalearn.types import Episodes, MetaGradient, Params
-
-_TOLERANCE = 1e-9  # of the relative difference between meta-gradients in float64
-_WARM_UP = 2
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A way to compute the meta-gradient of a module."""
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A meta-step, and where it comes from.
 
-    library: str
-    engine: str
-    second_order: bool
-    step: Callable[[nn.Module, Episodes], MetaGradient]
-
-    @property
-    def name(self) -> str:
-        """As it stands in the table."""
-        order = "second order" if self.second_order else "first order"
-        return f"{self.library}{f' {self.engine}' if self.engine else ''}, {order}"
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Milliseconds of a meta-gradient over rounds, and the peak of its memory."""
-
-    library: str
-    engine: str
-    second_order: bool
-    median_ms: float
-    quartiles_ms: tuple[float, float]
-    peak_mib: float
-    ratio_to_learn2learn: float
-
-
-def contenders(inner: InnerLoop) -> list[Contender]:
-    """Ours, with every engine, and learn2learn, in second order; then both in first order.
-
-    Raises:
-        RunError: if learn2learn is not installed.
+    Args:
+        name: for files.
+        title: in words.
+        content: for ``benchmark.json``.
+        step: what is timed.
+        sampler: of its tasks.
     """
-    try:
-        with redirect_stderr(io.StringIO()):  # gym, which learn2learn imports, announces there that it is unmaintained
-            from metalearn.peers import learn2learn
-    except ImportError as error:
-        raise RunError(
-            f"learn2learn cannot be imported ({error}); install it with `pip install -r requirements-peers.txt`."
-        ) from error
 
-    found = []
-    for second_order in (True, False):
-        for engine in ENGINES if second_order else ("unroll",):  # in first order they are all the same
-            ours = replace(inner, second_order=second_order, engine=engine)
-            found.append(Contender("metalearn", engine, second_order, _of_module(ours)))
-        theirs = replace(inner, second_order=second_order)
-        found.append(Contender("learn2learn", "", second_order, _learn2learn(learn2learn.meta_gradient, theirs)))
-    return found
-
-
-def _of_module(inner: InnerLoop) -> Callable[[nn.Module, Episodes], MetaGradient]:
-    def step(module: nn.Module, episodes: Episodes) -> MetaGradient:
-        return meta_gradient(*functionalize(module), episodes, inner)
-
-    return step
-
-
-def _learn2learn(
-    peer: Callable[[nn.Module, Episodes, InnerLoop], MetaGradient], inner: InnerLoop
-) -> Callable[[nn.Module, Episodes], MetaGradient]:
-    return lambda module, episodes: peer(module, episodes, inner)
+    name: str
+    title: str
+    content: dict[str, Any]
+    step: MetaStep
+    sampler: EpisodeSampler
 
 
 def run_benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
-    """Compare, print the table, and write ``benchmark.json``.
+    """Compare, print the tables, and write ``benchmark.json`` and ``speed.png``.
 
     Raises:
-        RunError: if learn2learn is missing, or if two contenders disagree on the meta-gradient.
+        RunError: if two contenders disagree on the meta-gradient.
+        ConfigError: if the device is not there, or the data set has too few classes.
+        DataError: if the data set is missing or damaged.
     """
-    experiment = build(config)
-    torch.manual_seed(config.run.seed)
-    module = build_model(config, experiment.train.images.shape[2:]).to(experiment.device)
-    episodes = experiment.train.batch(0, config.task.meta_batch)
-    found = contenders(experiment.inner)
-    check_equal(found, module, episodes)
-    times = time_in_turns(found, module, episodes, config.bench.rounds)
-    figures = summarise(found, times, module, episodes)
-    report = {
-        "machine": machine(experiment.device),
-        "task": {**asdict(config.task), "dataset": experiment.dataset},
-        "inner": {"lr": config.inner.lr, "steps": config.inner.steps, "task_chunk": config.inner.task_chunk},
-        "model": asdict(config.model),
+    keep_memory()
+    device = pick_device(config.run.device)
+    peers = find_peers()
+    against = yardstick(peers)
+    report: dict[str, Any] = {
+        "machine": machine(device),
+        "dataset": config.data.name,
         "rounds": config.bench.rounds,
-        "rows": [asdict(row) for row in figures],
+        "yardstick": against,
+        "settings": {},
     }
     path = output_dir / "benchmark.json"
-    files.write_text(path, json.dumps(report, indent=2) + "\n")
-    print_table(
-        f"One meta-gradient of {config.task.meta_batch} tasks; ratio of times to learn2learn, which takes them in turn",
-        ["", "median ms", "quartiles", "ratio", "peak MiB"],
-        [
-            [
-                contender.name,
-                f"{row.median_ms:.1f}",
-                "{:.1f} to {:.1f}".format(*row.quartiles_ms),
-                f"{row.ratio_to_learn2learn:.2f}",
-                f"{row.peak_mib:.1f}",
-            ]
-            for contender, row in zip(found, figures, strict=True)
-        ],
-    )
+    rows: dict[str, list[Figures]] = {}
+    parts: dict[str, dict[str, float]] = {}
+    with progress_bar() as progress:
+        for case in cases(config, device):
+            measured = measure(case, peers, config, progress)
+            report["settings"][case.name] = {**case.content, **measured, "rows": [asdict(r) for r in measured["rows"]]}
+            files.write_text(path, json.dumps(report, indent=2) + "\n")
+            rows[case.title], parts[case.title] = measured["rows"], measured["parts"]["share"]
+            speed_figure(rows, against).savefig(output_dir / "speed.png", dpi=130)
+            print_rows(case.title, measured["rows"], measured["matrix_product_gflops"], against)
+    print_shares(parts)
     print_path("Written to", path)
 
 
-def check_equal(found: list[Contender], module: nn.Module, episodes: Episodes) -> None:
-    """Refuse to time contenders that do not compute the same thing, in float64."""
-    double = copy.deepcopy(module).double()
-    tasks = Episodes(episodes.support_x.double(), episodes.support_y, episodes.query_x.double(), episodes.query_y)
-    reference: dict[bool, Params] = {}
-    for contender in found:
-        grads = contender.step(double, tasks).grads
-        expected = reference.setdefault(contender.second_order, {name: g.clone() for name, g in grads.items()})
-        difference = relative_error(grads, expected)
-        if not difference < _TOLERANCE:
-            raise RunError(f"{contender.name} differs from {found[0].name} by {difference:.1e}; nothing was timed.")
+def cases(config: BenchmarkConfig, device: torch.device) -> Iterator[Case]:
+    """What ``bench.setting`` stands for, one after the other."""
+    if config.bench.setting == CONFIGURED:
+        yield _configured(config)
+        return
+    splits = load_data(config).to(device)
+    for setting in SETTINGS:
+        if config.bench.setting in ("all", setting.name):
+            yield _published(config, setting, splits)
 
 
-def time_in_turns(found: list[Contender], module: nn.Module, episodes: Episodes, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each contender in each round."""
-    times: dict[str, list[float]] = {contender.name: [] for contender in found}
-    with progress_bar() as progress:
-        bar = progress.add_task("rounds, the first two to warm up", total=rounds + _WARM_UP, note="")
-        for turn in range(rounds + _WARM_UP):
-            for contender in found:
-                _wait_for(episodes.query_x)
-                started = time.perf_counter()
-                contender.step(module, episodes)
-                _wait_for(episodes.query_x)
-                if turn >= _WARM_UP:
-                    times[contender.name].append(1000 * (time.perf_counter() - started))
-            progress.update(bar, completed=turn + 1)
-    return times
+def _configured(config: BenchmarkConfig) -> Case:
+    experiment = build(config)
+    seed_all(config.run.seed)
+    module = build_model(config, experiment.train.images.shape[2:]).to(experiment.device)
+    task = config.task
+    step = MetaStep(module, experiment.train.batch(0, task.meta_batch), experiment.inner)
+    content = {"task": asdict(task), "inner": asdict(config.inner), "model": asdict(config.model)}
+    title = (
+        f"{task.ways}-way {task.shots}-shot, {task.queries} quer{'y' if task.queries == 1 else 'ies'}, "
+        f"{task.meta_batch} tasks, {config.model.name}, K={config.inner.steps}"
+    )
+    return Case(CONFIGURED, title, content, step, experiment.train)
 
 
-def _wait_for(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-
-
-def summarise(
-    found: list[Contender], times: dict[str, list[float]], module: nn.Module, episodes: Episodes
-) -> list[Figures]:
-    """Medians, quartiles, peaks, and the ratio to learn2learn at the same order: the median over rounds of each."""
-    theirs = {c.second_order: times[c.name] for c in found if c.library == "learn2learn"}
-    figures = []
-    for contender in found:
-        own = times[contender.name]
-        low, _, high = statistics.quantiles(own, n=4)
-        ratio = statistics.median(a / b for a, b in zip(own, theirs[contender.second_order], strict=True))
-        peak = _peak_mib(contender, module, episodes)
-        figures.append(
-            Figures(
-                contender.library,
-                contender.engine,
-                contender.second_order,
-                statistics.median(own),
-                (low, high),
-                peak,
-                ratio,
-            )
+def _published(config: BenchmarkConfig, setting: StepSetting, splits: ImageSplits) -> Case:
+    classes, _, *image = splits.train.shape
+    if setting.ways > classes:
+        raise ConfigError(
+            f"bench.setting={setting.name}: it takes {setting.ways} classes a task, and data={config.data.name} has "
+            f"{classes} to train on; choose another setting, or raise data.classes"
         )
-    return figures
+    shape = TaskShape(setting.ways, setting.shots, setting.queries)
+    sampler = EpisodeSampler(splits.train, shape, config.run.seed, "train")
+    seed_all(config.run.seed)
+    module = Conv4(setting.ways, channels=image[0], width=setting.width).to(splits.train.device)
+    step = MetaStep(module, sampler.batch(0, setting.tasks), InnerLoop(lr=setting.lr, steps=setting.steps))
+    return Case(setting.name, setting.title, asdict(setting), step, sampler)
 
 
-def _peak_mib(contender: Contender, module: nn.Module, episodes: Episodes) -> float:
-    module.zero_grad()
-    return peak_bytes(lambda: contender.step(module, episodes), episodes.query_x.device) / MIB
+def measure(case: Case, peers: dict[str, Peer], config: BenchmarkConfig, progress: Progress) -> dict[str, Any]:
+    """Check, then time; the keys of ``benchmark.json``, with ``rows`` as ``Figures``.
+
+    Raises:
+        RunError: if two contenders disagree on the meta-gradient.
+    """
+    rounds = config.bench.rounds
+    bar = progress.add_task(case.name, total=rounds + 1, note="same meta-gradient?")
+    found = contenders(case.step.inner, peers)
+    differences = check_equal(found, case.step.module, case.step.episodes)
+    progress.update(bar, note="memory")
+    peaks = peaks_mib(case.step, found)
+    progress.update(bar, note="")
+    peak = matrix_product_peak(case.step.device)
+    measured = times(
+        case.step,
+        found,
+        rounds,
+        parts=parts_of(case.step, case.sampler, config.outer.lr),
+        on_round=lambda done: progress.update(bar, completed=done),
+    )
+    flops = case.step.flops()
+    return {
+        "largest_difference": differences,
+        "matrix_product_gflops": peak / 1e9,
+        "needed_gflop": {order: count / 1e9 for order, count in flops._asdict().items()},
+        "parts": shares(found, measured),
+        "rows": figures(found, measured, peaks, flops, against=yardstick(peers), matrix_product_peak=peak),
+    }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Setting:
+class TaskSetting:
     """Tasks and a network.
 
     Args:
@@ -16,8 +16,6 @@ class Setting:
         queries: query examples per class.
         tasks: T.
         width: filters of conv4.
-        steps: numbers K of inner steps whose memory is measured.
-        timed: those that are timed as well.
     """
 
     name: str
@@ -26,8 +24,6 @@ class Setting:
     queries: int
     tasks: int
     width: int
-    steps: tuple[int, ...]
-    timed: tuple[int, ...]
 
     @property
     def title(self) -> str:
@@ -36,6 +32,19 @@ class Setting:
             f"{self.ways}-way {self.shots}-shot, {self.queries} quer{'y' if self.queries == 1 else 'ies'}, "
             f"{self.tasks} tasks, conv4 with {self.width} filters"
         )
+
+
+@dataclass(frozen=True)
+class Setting(TaskSetting):
+    """What the engines are measured on.
+
+    Args:
+        steps: numbers K of inner steps whose memory is measured.
+        timed: those that are timed as well.
+    """
+
+    steps: tuple[int, ...]
+    timed: tuple[int, ...]
 
 
 SETTINGS = (

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from metalearn.live_bytes import MIB, MemoryLimitError
 from metalearn.metagrad import meta_gradient
 from metalearn.models import Conv4
 from metalearn.params import functionalize, relative_error
+from metalearn.runs.allocator import keep_memory
 from metalearn.runs.console import print_path, print_table, progress_bar
 from metalearn.runs.engine_settings import SETTINGS, Row, Setting
 from metalearn.runs.experiment import pick_device
@@ -31,7 +31,9 @@ from metalearn.runs.figures import memory_figure
 from metalearn.runs.machine import machine
 from metalearn.runs.memory import peak_bytes
 from metalearn.runs.planning import Problem
+from metalearn.runs.random_tasks import random_episodes
 from metalearn.runs.schema_commands import BenchmarkConfig
+from metalearn.runs.timing import quartiles, ratios, time_in_turns
 from metalearn.types import Episodes, Params
 
 _CHUNK = 4
@@ -60,6 +62,7 @@ def run_engine_table(config: BenchmarkConfig, output_dir: Path) -> None:
         RunError: if two engines disagree.
         ConfigError: if the device is not there.
     """
+    keep_memory()
     device = pick_device(config.run.device)
     limit = int(config.bench.limit_mib * MIB)
     report = {"machine": machine(device), "limit_mib": config.bench.limit_mib, "rounds": config.bench.rounds}
@@ -86,20 +89,9 @@ def run_engine_table(config: BenchmarkConfig, output_dir: Path) -> None:
 
 
 def random_problem(setting: Setting, device: torch.device) -> Problem:
-    """Random images in class order: what they show changes neither memory nor time."""
+    """Conv4 at its initial weights, on random images."""
     forward, theta = functionalize(Conv4(setting.ways, width=setting.width).to(device))
-    labels = torch.arange(setting.ways, device=device)
-
-    def images(each: int) -> torch.Tensor:
-        return torch.rand(setting.tasks, setting.ways * each, 1, 28, 28, device=device)
-
-    def targets(each: int) -> torch.Tensor:
-        return labels.repeat_interleave(each).repeat(setting.tasks, 1)
-
-    episodes = Episodes(
-        images(setting.shots), targets(setting.shots), images(setting.queries), targets(setting.queries)
-    )
-    return Problem(forward, theta, episodes)
+    return Problem(forward, theta, random_episodes(setting, device))
 
 
 @dataclass(frozen=True)
@@ -175,25 +167,12 @@ def check_agreement(problem: Problem, inners: list[InnerLoop]) -> None:
             raise RunError(f"{inner} differs from {inners[0].engine} by {error:.1e}; nothing was timed.")
 
 
-def time_in_turns(
-    seconds: Callable[[InnerLoop], float], inners: list[InnerLoop], rounds: int
-) -> dict[InnerLoop, list[float]]:
-    """Seconds of each in each round, after one to warm up."""
-    times: dict[InnerLoop, list[float]] = {inner: [] for inner in inners}
-    for turn in range(rounds + 1):
-        for inner in inners:
-            taken = seconds(inner)
-            if turn > 0:
-                times[inner].append(taken)
-    return times
-
-
 def _row(inner: InnerLoop, peak: float | None, times: list[float] | None, unroll: list[float] | None) -> Row:
     row = Row(inner.engine, inner.second_order, inner.task_chunk, inner.snapshot_every, inner.steps, peak)
     if times is None:
         return row
-    low, middle, high = (1000 * t for t in statistics.quantiles(times, n=4))
-    ratio = statistics.median(a / b for a, b in zip(times, unroll, strict=True)) if unroll else None
+    low, middle, high = (1000 * t for t in quartiles(times))
+    ratio = ratios(times, unroll)[1] if unroll else None
     return replace(row, median_ms=middle, quartiles_ms=(low, high), ratio_to_unroll=ratio)
 
 

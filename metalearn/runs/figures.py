@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from metalearn.runs.compare.style import GREY, look
 from metalearn.runs.engine_settings import Row
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-_COLOURS = {"first order": "#000000", "unroll": "#D55E00", "checkpoint": "#0072B2", "adjoint": "#009E73"}
+# The engines' colours in a comparison's plots, ``compare/cost_plots.py``.
+_COLOURS = {name: look(i).colour for i, name in enumerate(("unroll", "first order", "checkpoint", "adjoint"))}
 _STYLES = {None: "-", 4: "--", 1: ":"}
 
 
@@ -34,7 +35,7 @@ def memory_figure(title: str, rows: Sequence[Row], limit_mib: float) -> Figure:
             label=name if first.task_chunk else f"{name}, all tasks",
         )
     if any(row.peak_mib is None for row in rows):
-        axes.axhline(limit_mib, color="#999999", linewidth=1)
+        axes.axhline(limit_mib, color=GREY, linewidth=1)
         axes.annotate(f"limit, {limit_mib:.0f} MiB", (1, limit_mib), xytext=(0, -11), textcoords="offset points")
     axes.set(
         xlabel="inner steps K", ylabel="peak memory of a meta-gradient, MiB", title=title, xscale="log", yscale="log"

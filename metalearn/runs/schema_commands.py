@@ -23,26 +23,34 @@ LESSONS = (
 """Names for ``lesson`` in teaching order; a test holds them equal to ``metalearn.lab.LESSONS``, which needs torch."""
 
 
-ENGINE_SETTINGS = ("20way_1shot", "5way_1shot", "5way_5shot", "20way_1shot_wide")
-"""Names for ``bench.setting``; a test holds them equal to ``metalearn.runs.engine_table.SETTINGS``."""
+BENCH_SETTINGS = (
+    *("all", "configured", "5way_1shot", "20way_1shot", "5way_1shot_15queries"),
+    *("5way_5shot", "20way_1shot_wide"),
+    *("steps", "tasks", "ways", "width"),
+)
+"""Names for ``bench.setting``; a test holds them equal to what ``metalearn.runs.bench.check`` allows for each kind."""
 
 
 @dataclass
 class BenchConfig:
-    """How long to measure."""
+    """What to measure, and how long."""
 
     kind: str = key(
-        "peers: one meta-step beside learn2learn; engines: memory and time of every engine against K",
-        choices=("peers", "engines"),
+        "peers: a meta-step beside other libraries; engines: memory and time of every engine against K; "
+        "sweeps: how cost grows with K, tasks, ways and width",
+        choices=("peers", "engines", "sweeps"),
     )
     rounds: int = key("times that every contender is timed, in turns", at_least=2)
-    setting: str = key("with bench.kind=engines: one of its settings, or all", choices=("all", *ENGINE_SETTINGS))
+    setting: str = key(
+        "one of the kind's settings, or all; configured, with bench.kind=peers: the configuration's own meta-step",
+        choices=BENCH_SETTINGS,
+    )
     limit_mib: float = key("with bench.kind=engines: MiB at which a contender is stopped", above=0)
 
 
 @dataclass
 class BenchmarkConfig(TrainConfig):
-    """``conf/benchmark.yaml``: a training's configuration, of which one meta-step is timed."""
+    """``conf/benchmark.yaml``: a training's configuration, of which one meta-step may be timed."""
 
     bench: BenchConfig = field(default_factory=BenchConfig)
 
@@ -133,3 +141,18 @@ class CompareConfig(TrainConfig):
     """``conf/compare.yaml``: the configuration that all variants share."""
 
     compare: CompareSettings = field(default_factory=CompareSettings)
+
+
+@dataclass
+class ReproduceConfig:
+    """``conf/reproduce.yaml``."""
+
+    row: str = key("the experiment to reproduce, a file in conf/experiment/")
+    orders: list[str] = key("second: MAML; first: its first-order approximation", choices=("second", "first"))
+    seeds: list[int] = key("values of run.seed; each order is trained with each", at_least=0, at_most=LARGEST_SEED)
+    minutes: float | None = key(
+        "when to stop; the same command goes on; null: when all is finished", above=0, at_most=1e6
+    )
+    jobs: int = key("runs at a time on this machine", at_least=1)
+    overrides: list[str] = key("more keys of scripts/train.py, for every run", may_be_empty=True)
+    record: bool = key("also write the figures to outputs/reference/omniglot.json and the README's table")

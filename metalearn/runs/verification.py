@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import json
 import logging
 import math
 import time
 from collections.abc import Sequence
-from contextlib import redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,15 +17,13 @@ from rich.text import Text
 
 from metalearn import files
 from metalearn.metagrad import ENGINES
+from metalearn.peers.installed import NOT_INSTALLED, PEERS, installed_peers
 from metalearn.runs.console import print_path, print_table, progress_bar
 from metalearn.runs.experiment import pick_device
 from metalearn.runs.machine import machine
 from metalearn.runs.schema_commands import VerifyConfig
 from metalearn.runs.verification_cases import SUBJECTS, Case, Setting
-from metalearn.runs.verification_comparisons import ADAPTED, ALL, DIFFERENCES, UNROLL, Comparison, Peer, bound, compare
-
-PEERS = {"learn2learn": "learn2learn", "higher": "higher", "TorchOpt": "torchopt"}
-"""The other libraries, and their modules in ``metalearn.peers``."""
+from metalearn.runs.verification_comparisons import ADAPTED, ALL, DIFFERENCES, UNROLL, Comparison, bound, compare
 
 _TRUTH = "truth"
 _LEGEND = (
@@ -51,7 +46,7 @@ def run_verification(config: VerifyConfig, output_dir: Path) -> bool:
     """
     started = time.perf_counter()
     setting = Setting(getattr(torch, config.run.dtype), pick_device(config.run.device), config.run.seed)
-    peers, missing = installed_peers()
+    peers, missing = installed_peers(PEERS)
     cases = [
         Case(subject, second_order, steps)
         for subject in SUBJECTS
@@ -73,20 +68,6 @@ def run_verification(config: VerifyConfig, output_dir: Path) -> bool:
     show(found, setting, missing)
     print_path("Written to", path)
     return all(comparison.holds for comparison in comparisons)
-
-
-def installed_peers() -> tuple[dict[str, Peer], dict[str, str]]:
-    """The libraries that can be compared with, and why the others cannot."""
-    peers: dict[str, Peer] = {}
-    missing: dict[str, str] = {}
-    for name, module in PEERS.items():
-        try:
-            with redirect_stderr(io.StringIO()):  # gym, which learn2learn imports, says there that it is unmaintained
-                peers[name] = importlib.import_module(f"metalearn.peers.{module}").meta_gradient
-        except ImportError as error:
-            there = importlib.util.find_spec(module) is not None
-            missing[name] = f"cannot be imported ({error})" if there else "not installed"
-    return peers, missing
 
 
 def report(comparisons: Sequence[Comparison], setting: Setting, missing: dict[str, str], *, seconds: float) -> str:
@@ -126,7 +107,7 @@ def show(found: dict[Case, list[Comparison]], setting: Setting, missing: dict[st
     for order, truth in (("1st", ADAPTED), ("2nd", DIFFERENCES)):
         bounds = {column: f"{bound(UNROLL, setting.dtype):.0e}" for column in columns}
         bounds |= {_TRUTH: f"{bound(truth, setting.dtype):.0e}"}
-        bounds |= {name: "absent" if why == "not installed" else "broken" for name, why in missing.items()}
+        bounds |= {name: "absent" if why == NOT_INSTALLED else "broken" for name, why in missing.items()}
         rows.append([f"bound, {order}", *bounds.values()])
     title = f"Relative errors of meta-gradients, {str(setting.dtype).removeprefix('torch.')} on {setting.device}"
     header = {"checkpoint": "check-\npoint", "adjoint": "ad-\njoint", "learn2learn": "learn2\nlearn"}

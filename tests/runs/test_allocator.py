@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import subprocess
 import sys
 
 import pytest
 
-from metalearn.runs import allocator
+from metalearn.runs.allocator import keep_memory
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
@@ -33,5 +34,5 @@ def test_freed_memory_is_not_mapped_anew() -> None:
 
 def test_nothing_is_done_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    monkeypatch.setattr(allocator.ctypes, "CDLL", None)
-    assert allocator.keep_memory() is False
+    monkeypatch.setattr(ctypes, "CDLL", None)
+    assert keep_memory() is False

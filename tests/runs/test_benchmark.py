@@ -1,68 +1,92 @@
-"""The benchmark's own arithmetic, and that it refuses to time contenders that disagree. Nothing here is timed."""
+"""The benchmark's files, tables and plot, with and without other libraries. What is timed is not judged."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import rich
 import torch
-from torch import nn
+from PIL import Image
+from rich.console import Console
 
-from metalearn import Episodes, InnerLoop, MetaGradient
-from metalearn.errors import RunError
-from metalearn.models import Conv4
+from metalearn.data.splits import ImageSplits
+from metalearn.errors import ConfigError
+from metalearn.metagrad import ENGINES
+from metalearn.peers.installed import PEERS, installed_peers
 from metalearn.runs import benchmark
-from metalearn.runs.benchmark import Contender, check_equal, contenders, run_benchmark, summarise
-from metalearn.runs.checks import check
-from metalearn.runs.config import compose, typed
-from metalearn.runs.config_files import settle_data
-from metalearn.runs.schema_commands import BenchmarkConfig
-from tests.conftest import image_episodes
-
-pytestmark = pytest.mark.usefixtures("learn2learn_installed")
+from metalearn.runs.bench import contenders
+from metalearn.runs.bench.contenders import BY_HAND, LEARN2LEARN
+from metalearn.runs.benchmark import run_benchmark
+from tests.runs.bench.made import CPU, TINY, config
 
 
-def test_contenders_agree() -> None:
-    found = contenders(InnerLoop(lr=0.1, steps=2))
-    assert [(c.library, c.engine, c.second_order) for c in found] == [
-        ("metalearn", "unroll", True),
-        ("metalearn", "checkpoint", True),
-        ("metalearn", "adjoint", True),
-        ("learn2learn", "", True),
-        ("metalearn", "unroll", False),
-        ("learn2learn", "", False),
-    ]
-    check_equal(found, Conv4(3, width=4), image_episodes())
+@pytest.fixture(autouse=True)
+def _small_and_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small setting, small matrices, and no line that is broken where a test looks for it."""
+    monkeypatch.setattr(benchmark, "SETTINGS", (TINY,))
+    monkeypatch.setattr(benchmark, "matrix_product_peak", lambda _: 1e9)
+    monkeypatch.setattr(benchmark, "keep_memory", lambda: False)  # it would last for the tests that follow
+    monkeypatch.setattr(rich, "_console", Console(width=200))
 
 
-def test_a_wrong_meta_gradient_is_not_timed() -> None:
-    found = contenders(InnerLoop(lr=0.1, steps=2))
-
-    def wrong(module: nn.Module, episodes: Episodes) -> MetaGradient:
-        return found[-2].step(module, episodes)  # the first order's
-
-    cheat = Contender("cheat", "fast", second_order=True, step=wrong)
-    with pytest.raises(RunError, match=r"cheat fast, second order differs from metalearn unroll, second order by .*e-"):
-        check_equal([*found, cheat], Conv4(3, width=4), image_episodes())
+def written(folder: Path, *overrides: str) -> dict[str, Any]:
+    run_benchmark(config(*overrides), folder)
+    report: dict[str, Any] = json.loads((folder / "benchmark.json").read_text())
+    return report
 
 
-def test_ratio_is_the_median_of_ratios_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "_peak_mib", lambda *_: 1.0)
-    found = contenders(InnerLoop(lr=0.1, steps=1))[2:4]
-    times = {found[0].name: [1.0, 2.0, 30.0], found[1].name: [2.0, 4.0, 10.0]}
-    ours, theirs = summarise(found, times, nn.Identity(), image_episodes())
-    assert ours.ratio_to_learn2learn == 0.5
-    assert theirs.ratio_to_learn2learn == 1
-    assert ours.median_ms == 2
-
-
-def test_report_is_written(tmp_path: Path) -> None:
-    small = ["data=glyphs", "data.classes=50", "model.width=4", "task.meta_batch=2", "bench.rounds=2"]
-    config = typed(compose("benchmark", small), BenchmarkConfig)
-    check(config)
-    run_benchmark(settle_data(config), tmp_path)
-    report = json.loads((tmp_path / "benchmark.json").read_text())
-    assert len(report["rows"]) == 6
-    assert all(row["median_ms"] > 0 and row["peak_mib"] > 0 for row in report["rows"])
+def test_report_of_a_published_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = written(tmp_path, "bench.setting=5way_1shot")
+    peers, _ = installed_peers()
+    setting = report["settings"]["5way_1shot"]
+    assert len(setting["rows"]) == len(ENGINES) + 1 + 2 * (1 + len(peers))
+    for row in setting["rows"]:
+        needed = setting["needed_gflop"]["second_order" if row["second_order"] else "first_order"]
+        assert row["median_ms"] * row["gflops"] == pytest.approx(1000 * needed)
+        assert row["percent_of_peak"] == pytest.approx(100 * row["gflops"])  # the peak was set to 1 GFLOP/s
+        assert row["peak_mib"] > 0
+    yard = [row["speed"] for row in setting["rows"] if row["library"] == report["yardstick"]]
+    assert yard == [1.0, 1.0]
+    assert sum(setting["parts"]["share"].values()) == pytest.approx(1)
+    assert setting["largest_difference"]["float64"] < 1e-9
     assert report["machine"]["torch"] == torch.__version__
+    out = capsys.readouterr().out
+    assert ">1 is faster" in out
+    assert "second-order pass" in out
+    with Image.open(tmp_path / "speed.png") as plot:
+        assert plot.width > 600
+
+
+def test_the_configured_meta_step_can_be_timed(tmp_path: Path) -> None:
+    small = ["bench.setting=configured", "task.ways=3", "task.meta_batch=2", "model=mlp", "model.hidden=[4]"]
+    report = written(tmp_path, *small)
+    assert report["settings"]["configured"]["task"]["ways"] == 3
+    assert report["settings"]["configured"]["model"]["hidden"] == [4]
+
+
+def test_without_other_libraries_ratios_are_to_the_hand_written_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(contenders, "installed_peers", lambda: ({}, dict.fromkeys(PEERS, "not installed")))
+    report = written(tmp_path)
+    assert report["yardstick"] == BY_HAND
+    assert {row["library"] for row in report["settings"]["5way_1shot"]["rows"]} == {"metalearn", BY_HAND}
+    for name in PEERS:
+        assert f"{name} is left out: not installed" in caplog.text
+    assert caplog.text.count("pip install -r requirements-peers.txt") == len(PEERS)
+
+
+def test_learn2learn_is_the_yardstick_where_it_is_installed() -> None:
+    assert contenders.yardstick({BY_HAND: lambda *_: NotImplemented, LEARN2LEARN: lambda *_: NotImplemented}) == (
+        LEARN2LEARN
+    )
+
+
+def test_too_few_classes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.zeros(2, 20, 1, 28, 28, dtype=torch.uint8)
+    monkeypatch.setattr(benchmark, "load_data", lambda _: ImageSplits("glyphs", images, images, images))
+    with pytest.raises(ConfigError, match=r"takes 3 classes a task.*has 2 to train on.*data\.classes"):
+        next(benchmark.cases(config(), CPU))

@@ -13,17 +13,18 @@ from metalearn import metagrad
 from metalearn.errors import RunError
 from metalearn.metagrad.unroll import unroll
 from metalearn.runs import engine_table
-from metalearn.runs.checks import check
+from metalearn.runs.bench.check import check_benchmark
 from metalearn.runs.config import compose, typed
-from metalearn.runs.engine_settings import SETTINGS, Row, Setting
+from metalearn.runs.engine_settings import Row, Setting
 from metalearn.runs.engine_table import run_engine_table, variants
-from metalearn.runs.schema_commands import ENGINE_SETTINGS, BenchmarkConfig
+from metalearn.runs.schema_commands import BenchmarkConfig
 
 TINY = Setting("5way_1shot", 3, 1, 1, 5, 4, steps=(1, 4), timed=(4,))
 
 
-def test_names_of_the_settings_are_the_schemas() -> None:
-    assert tuple(setting.name for setting in SETTINGS) == ENGINE_SETTINGS
+@pytest.fixture(autouse=True)
+def _memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_table, "keep_memory", lambda: False)  # it would last for the tests that follow
 
 
 def test_every_engine_stands_beside_first_order_on_the_same_tasks() -> None:
@@ -37,7 +38,7 @@ def test_every_engine_stands_beside_first_order_on_the_same_tasks() -> None:
 def config(*overrides: str) -> BenchmarkConfig:
     settings = ["data=glyphs", "bench.kind=engines", "bench.setting=5way_1shot", "bench.rounds=2", *overrides]
     composed = typed(compose("benchmark", settings), BenchmarkConfig)
-    check(composed)
+    check_benchmark(composed)
     return composed
 
 

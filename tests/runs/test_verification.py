@@ -19,11 +19,12 @@ from metalearn import Episodes, InnerLoop, MetaGradient, Params
 from metalearn.errors import ConfigError
 from metalearn.metagrad import ENGINES, Engine
 from metalearn.metagrad.unroll import unroll
+from metalearn.peers.installed import PEERS, installed_peers
 from metalearn.runs import verification
 from metalearn.runs.checks import check_verify
 from metalearn.runs.config import compose, typed
 from metalearn.runs.schema_commands import VerifyConfig
-from metalearn.runs.verification import PEERS, installed_peers, run_verification, verdict
+from metalearn.runs.verification import run_verification, verdict
 from metalearn.runs.verification_cases import SUBJECTS, Case, Setting
 from metalearn.runs.verification_comparisons import Comparison, compare
 from metalearn.types import Forward, Loss
@@ -251,6 +252,7 @@ def test_refused(override: str, message: str) -> None:
 BROKEN = """
 import runpy, sys
 from metalearn.metagrad import ENGINES
+from metalearn.peers.installed import PEERS, installed_peers
 from metalearn.runs import verification
 from tests.runs.test_verification import MLP_ALONE, first_order
 verification.SUBJECTS, verification.PEERS = MLP_ALONE, {}

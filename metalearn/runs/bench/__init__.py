@@ -1,0 +1,1 @@
+"""The benchmark beside other libraries: who takes part, on what, how fast, and how cost grows."""

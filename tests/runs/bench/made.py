@@ -1,0 +1,29 @@
+"""What the benchmark's tests share: a configuration, a small setting, and a meta-step on random images."""
+
+from __future__ import annotations
+
+import torch
+
+from metalearn import InnerLoop
+from metalearn.models import Conv4
+from metalearn.runs.bench.check import check_benchmark
+from metalearn.runs.bench.measure import MetaStep
+from metalearn.runs.bench.settings import StepSetting
+from metalearn.runs.config import compose, typed
+from metalearn.runs.random_tasks import random_episodes
+from metalearn.runs.schema_commands import BenchmarkConfig
+
+CPU = torch.device("cpu")
+TINY = StepSetting("5way_1shot", 3, 1, 1, tasks=2, width=4, steps=1, lr=0.1)
+
+
+def config(*overrides: str) -> BenchmarkConfig:
+    given = ["data=glyphs", "data.classes=50", "bench.rounds=2", "run.device=cpu", *overrides]
+    composed = typed(compose("benchmark", given), BenchmarkConfig)
+    check_benchmark(composed)
+    return composed
+
+
+def meta_step(setting: StepSetting = TINY) -> MetaStep:
+    module = Conv4(setting.ways, width=setting.width)
+    return MetaStep(module, random_episodes(setting, CPU), InnerLoop(lr=setting.lr, steps=setting.steps))

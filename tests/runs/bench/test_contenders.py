@@ -1,0 +1,76 @@
+"""All contenders compute the same, and one that does not is never timed."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from metalearn import Episodes, InnerLoop, MetaGradient
+from metalearn.errors import RunError
+from metalearn.metagrad import ENGINES
+from metalearn.params import relative_error
+from metalearn.peers import by_hand
+from metalearn.peers.installed import Peer, installed_peers
+from metalearn.runs.bench.contenders import BY_HAND, LEARN2LEARN, OURS, Contender, check_equal, contenders
+from tests.conftest import image_episodes
+from tests.metagrad.models import MODELS
+from tests.runs.bench.made import meta_step
+
+INNER = InnerLoop(lr=0.1, steps=2)
+HAND: dict[str, Peer] = {BY_HAND: by_hand.meta_gradient}
+
+
+def test_who_takes_part() -> None:
+    found = contenders(INNER, {**HAND, LEARN2LEARN: by_hand.meta_gradient})
+    second = [(OURS, engine, True) for engine in ENGINES] + [(BY_HAND, "", True), (LEARN2LEARN, "", True)]
+    first = [(OURS, "unroll", False), (BY_HAND, "", False), (LEARN2LEARN, "", False)]
+    assert [(c.library, c.engine, c.second_order) for c in found] == second + first
+
+
+def test_all_agree() -> None:
+    peers, _ = installed_peers()
+    step = meta_step()
+    differences = check_equal(contenders(step.inner, {**HAND, **peers}), step.module, step.episodes)
+    assert differences["float64"] < 1e-9
+    assert 0 < differences["float32"] < 1e-2  # 0 would mean that it was not compared in float32
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+def test_a_wrong_meta_gradient_is_not_timed(second_order: bool) -> None:
+    step = meta_step()
+    found = contenders(step.inner, HAND)
+    other = next(c for c in found if c.second_order != second_order)
+    cheat = Contender("cheat", "fast", second_order, other.step)
+    order = "second order" if second_order else "first order"
+    with pytest.raises(RunError, match=rf"cheat fast, {order} differs from metalearn unroll, {order} by .* in float64"):
+        check_equal([*found, cheat], step.module, step.episodes)
+
+
+def test_what_is_wrong_in_float32_alone_is_not_timed() -> None:
+    step = meta_step()
+    found = contenders(step.inner, HAND)
+
+    def wrong(module: nn.Module, episodes: Episodes) -> MetaGradient:
+        right = found[0].step(module, episodes)
+        if episodes.query_x.element_size() == 4:
+            next(iter(right.grads.values())).mul_(2)
+        return right
+
+    with pytest.raises(RunError, match=r"cheat, second order differs .* in float32 .*nothing was timed"):
+        check_equal([*found, Contender("cheat", "", True, wrong)], step.module, step.episodes)
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_hand_written_loop_equals_the_engines_and_leaves_the_module_alone(second_order: bool, steps: int) -> None:
+    module = MODELS["mlp"]().double()
+    frozen = next(iter(module.parameters())).requires_grad_(False)
+    episodes = image_episodes()
+    inner = InnerLoop(lr=0.1, steps=steps, second_order=second_order)
+    ours, theirs = (c.step(module, episodes) for c in contenders(inner, HAND, orders=[second_order])[-2:])
+    assert ours.grads.keys() == theirs.grads.keys()
+    assert relative_error(theirs.grads, ours.grads) < 1e-12
+    assert all(p.grad is None for p in module.parameters())
+    assert not frozen.requires_grad
+    assert theirs.predictions.shape == (3, 6, 3)
+    assert theirs.support_loss.shape == (steps,)

@@ -1,0 +1,37 @@
+"""The sweeps' file and plot, at small sizes. What is timed is not judged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from metalearn.runs.bench import sweeps
+from metalearn.runs.bench.settings import SWEEPS, Sweep
+from metalearn.runs.bench.sweeps import run_sweeps
+from tests.runs.bench.made import TINY, config
+
+
+def test_file_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sweeps, "SWEEPS", (Sweep("tasks", "tasks T", TINY, (1, 2, 4)),))
+    monkeypatch.setattr(sweeps, "keep_memory", lambda: False)
+    run_sweeps(config("bench.kind=sweeps"), tmp_path)
+    lines = json.loads((tmp_path / "benchmark.json").read_text())["sweeps"]["tasks"]["lines"]
+    assert [line["name"] for line in lines[:2]] == ["metalearn unroll, second order", "metalearn unroll, first order"]
+    assert len(lines) == 3
+    assert all(len(line["median_ms"]) == len(line["quartiles_ms"]) == 3 for line in lines)
+    assert 0.5 < lines[0]["slope_mib"] <= 1, "memory grows with the tasks that are held at once"
+    assert "p of time" in capsys.readouterr().out
+    with Image.open(tmp_path / "sweep-tasks.png") as plot:
+        assert plot.width > 600
+
+
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: sweep.name)
+def test_one_number_differs(sweep: Sweep) -> None:
+    for setting, value in zip(sweep.settings(), sweep.values, strict=True):
+        assert getattr(setting, sweep.name) == value
+        assert replace(setting, name="base", **{sweep.name: getattr(sweep.base, sweep.name)}) == sweep.base
+    assert len(set(sweep.values)) > 2
