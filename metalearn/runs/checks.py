@@ -29,7 +29,10 @@ def entries(config: object, prefix: str = "") -> Iterator[tuple[str, Any, datacl
             yield f"{prefix}{f.name}", value, f, types[f.name]
 
 
-_NOT_COMPARED = ("run.resume", "run.accept", "run.checkpoint_seconds", "run.on_nonfinite", "data.root")
+_NOT_COMPARED = (
+    *("run.resume", "run.accept", "run.checkpoint_seconds", "run.on_nonfinite", "run.cuda_graph"),
+    "data.root",
+)
 
 
 def compared_keys(config: object) -> dict[str, Any]:
@@ -87,8 +90,12 @@ def _faults(config: object) -> list[str]:
     ]
 
 
-def check(config: TrainConfig) -> None:
+def check(config: TrainConfig, *, trains: bool = True) -> None:
     """Refuse a configuration that cannot be run, before anything is loaded.
+
+    Args:
+        config: a training's.
+        trains: whether it is to be trained with; a model that a GPU trained in TF32 can be tested on a CPU.
 
     Raises:
         ConfigError: listing every value that is out of range, or that does not fit another.
@@ -103,6 +110,8 @@ def check(config: TrainConfig) -> None:
     ]
     _refuse(faults)
     faults = _faults(config) + _device_faults(config.run.device) + _accept_faults(config)
+    if trains and config.run.device == "cpu" and (fault := no_tf32(config.run.precision, "a CPU")):
+        faults.append(fault)
     if config.inner.engine == "auto" and config.run.deterministic:
         faults.append(
             "inner.engine=auto with run.deterministic=true: auto chooses by measured times, which differ from run to "
@@ -159,6 +168,15 @@ def _is_comparison(folder: str) -> bool:
     return (Path(folder) / RECORD).is_file()
 
 
+def check_ranges(config: object) -> None:
+    """Refuse values that are out of range, for a command whose other checks lie elsewhere.
+
+    Raises:
+        ConfigError: listing all of them.
+    """
+    _refuse(_faults(config))
+
+
 def check_gradients(config: GradientsConfig) -> None:
     """As ``check``, for ``conf/gradients.yaml``."""
     _refuse(_faults(config))
@@ -167,6 +185,16 @@ def check_gradients(config: GradientsConfig) -> None:
 def check_verify(config: VerifyConfig) -> None:
     """As ``check``, for ``conf/verify.yaml``."""
     _refuse(_faults(config) + _device_faults(config.run.device))
+
+
+def no_tf32(precision: str, device: str) -> str | None:
+    """What is wrong with this precision on a device that has no TF32; ``None`` if it is another precision."""
+    if precision != "tf32":
+        return None
+    return (
+        f"run.precision=tf32: TF32 is how NVIDIA GPUs since Ampere multiply, and run.device is {device}; take "
+        "run.precision=float32 (or bfloat16), or such a GPU"
+    )
 
 
 def _device_faults(device: str) -> list[str]:

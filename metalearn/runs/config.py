@@ -38,6 +38,7 @@ SCHEMAS: dict[str, type] = {
     "compare": schema_commands.CompareConfig,
     "evaluate": schema_commands.EvaluateConfig,
     "gradients": schema_commands.GradientsConfig,
+    "reproduce": schema_commands.ReproduceConfig,
     "verify": schema_commands.VerifyConfig,
     "maml": schema.AlgorithmConfig,
     "omniglot": schema.OmniglotConfig,
