@@ -27,7 +27,7 @@ def evaluate(config: EvaluateConfig, output_dir: Path) -> None:
         ),
     )
     wanted = dataclasses.replace(wanted, data=relocated(trained.data, config.data.root))
-    check(wanted)
+    check(wanted, trains=False)
     from metalearn.runs.testing import retest  # here, so that a refused configuration need not wait for torch
 
     retest(wanted, run_dir, output_dir)

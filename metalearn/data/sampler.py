@@ -97,7 +97,8 @@ class EpisodeSampler:
         """The classes ``[T, N]`` and drawings ``[T, N, K + Q]`` of those tasks."""
         n_classes, n_drawings = self.images.shape[:2]
         ways, each = self.shape.ways, self.shape.shots + self.shape.queries
-        stream = _mix(_mix(torch.tensor(self.seed, device=self.images.device)) + zlib.crc32(self.split.encode()))
+        seed = torch.full((), self.seed, dtype=torch.int64, device=self.images.device)  # a copy would wait for the GPU
+        stream = _mix(_mix(seed) + zlib.crc32(self.split.encode()))
         task_keys = _mix(stream + _GOLDEN * torch.arange(first, first + count, device=self.images.device))
         class_keys = _keys(task_keys, n_classes, salt=1)
         drawing_keys = _keys(task_keys, ways * n_drawings, salt=2).view(count, ways, n_drawings)

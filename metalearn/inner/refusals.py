@@ -6,6 +6,7 @@ import dis
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -144,8 +145,24 @@ def unchanged(tensors: Mapping[str, Tensor]) -> Iterator[None]:
             raise ValueError(f"{name}: {_IN_PLACE}")
 
 
+_UNCHECKED: ContextVar[bool] = ContextVar("losses_unchecked", default=False)
+
+
+@contextmanager
+def losses_unchecked() -> Iterator[None]:
+    """Inside, ``refuse_nonfinite`` reads nothing and refuses nothing: on a GPU, reading waits for all work before it.
+
+    Whoever asks for this looks at the losses and the gradients that come out, before anything is made of them.
+    """
+    token = _UNCHECKED.set(True)
+    try:
+        yield
+    finally:
+        _UNCHECKED.reset(token)
+
+
 def refuse_nonfinite(support_losses: list[Tensor], query_losses: Tensor | None = None) -> None:
-    """Refuse a loss that is NaN or infinite, before anything is made of it.
+    """Refuse a loss that is NaN or infinite, before anything is made of it; inside ``losses_unchecked``, do nothing.
 
     Args:
         support_losses: before each inner step, ``[T]`` each.
@@ -155,7 +172,7 @@ def refuse_nonfinite(support_losses: list[Tensor], query_losses: Tensor | None =
         NonFiniteLossError: naming the first inner step, and of its tasks the first.
     """
     rows = [*support_losses, *([] if query_losses is None else [query_losses])]
-    if not rows:
+    if not rows or _UNCHECKED.get():
         return
     losses = torch.stack(rows).detach()
     finite = torch.isfinite(losses)

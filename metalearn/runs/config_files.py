@@ -30,6 +30,7 @@ _ADDED_LATER = (
     "run.checkpoint_seconds",
     "run.on_nonfinite",
     "run.precision",
+    "run.cuda_graph",
     "run.memory_limit",
     "log.curvature_every",
     "log.eigenvalue_every",

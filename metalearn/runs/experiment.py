@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -16,17 +19,20 @@ from metalearn.data.sampler import EpisodeSampler, TaskShape
 from metalearn.data.splits import ImageSplits
 from metalearn.errors import ConfigError
 from metalearn.inner import InnerLoop
+from metalearn.metagrad import meta_gradient
 from metalearn.models import MLP, Conv4
 from metalearn.params import functionalize
 from metalearn.runs import torchrun
+from metalearn.runs.cuda_graph import graphed
+from metalearn.runs.precision import computed_in, refuse_missing_tf32
 from metalearn.runs.random_state import seed_all
 from metalearn.runs.schema import Conv4Config, GlyphsConfig, InnerConfig, MLPConfig, OmniglotConfig, TrainConfig
-from metalearn.types import Forward, Params
+from metalearn.types import Episodes, Forward, MetaGradient, Params
 
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """Everything that a run computes with, on its device; nothing here changes while it runs.
+    """Everything that a run computes with, on its device; nothing here changes while it runs, but for a cache.
 
     Args:
         config: what it was built from.
@@ -57,10 +63,22 @@ class Experiment:
         """Tasks at a time in validation and test."""
         return min(self.config.task.meta_batch, self.inner.task_chunk or self.config.task.meta_batch)
 
-    def precision(self) -> torch.autocast:
+    def precision(self) -> AbstractContextManager[None]:
         """A context in which the model computes with ``run.precision``."""
-        low = self.config.run.precision == "bfloat16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low)
+        return computed_in(self.config.run.precision, self.device)
+
+    @cached_property
+    def gradient(self) -> Callable[[Params, Episodes], MetaGradient]:
+        """The meta-gradient of training at given parameters, of given tasks; with ``run.cuda_graph`` by its graph.
+
+        A graph is recorded when it is first used, belongs to this object and is no state of the run. What it returns
+        is valid until it is next used.
+        """
+
+        def eager(params: Params, episodes: Episodes) -> MetaGradient:
+            return meta_gradient(self.forward, params, episodes, self.inner)
+
+        return graphed(eager, self.device) if self.config.run.cuda_graph else eager
 
 
 def build(config: TrainConfig) -> Experiment:
@@ -124,6 +142,17 @@ def build_model(config: TrainConfig, image: torch.Size) -> nn.Module:
         return Conv4(ways, channels=image[0], width=model.width, pool=model.pool)
     assert isinstance(model, MLPConfig)
     return MLP(image.numel(), ways, hidden=model.hidden, batch_norm=model.batch_norm)
+
+
+def training_device(config: TrainConfig) -> torch.device:
+    """Where a configuration is trained; found before anything is loaded.
+
+    Raises:
+        ConfigError: if that device is not there, or cannot compute with ``run.precision``.
+    """
+    device = pick_device(config.run.device)
+    refuse_missing_tf32(config.run.precision, device)
+    return device
 
 
 def pick_device(name: str) -> torch.device:

@@ -6,6 +6,7 @@ g = 1/T sum_t d L_query,t(adapt_t(theta)) / d theta,    theta <- Adam(theta, g)
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from metalearn.errors import NonFiniteElsewhereError, NonFiniteError, NonFiniteLossError
+from metalearn.inner.refusals import losses_unchecked
 from metalearn.metagrad import meta_gradient
 from metalearn.runs.distributed import Ranks
 from metalearn.runs.evaluation import accuracy
 from metalearn.runs.experiment import Experiment
 from metalearn.runs.nonfinite import blame
 from metalearn.runs.state import TrainState
-from metalearn.types import Episodes, MetaGradient, Params
+from metalearn.types import Episodes, Params
 
 
 class Update(NamedTuple):
@@ -48,6 +50,11 @@ def propose(
 ) -> Update:
     """The meta-gradient of a batch; ``state`` stays as it is.
 
+    On a GPU the CPU waits once a meta-step, here: whether the losses and the gradient are finite is read back before
+    the optimiser's step, which could not be taken back. (Several processes wait for their all-reduce as well, and the
+    engines ``checkpoint`` and ``adjoint`` in second order for the comparison of their two passes.) The figures stay on
+    the device until the meter reads a window of them.
+
     Args:
         experiment: what to compute with.
         state: before the step.
@@ -62,16 +69,14 @@ def propose(
     """
     tasks = experiment.config.task.meta_batch
     first = ranks.share(tasks).start
-    failure: NonFiniteLossError | None = None
-    try:
-        own = _values(experiment, meta_gradient(experiment.forward, state.params, episodes, experiment.inner), episodes)
-    except NonFiniteLossError as error:
-        failure = error.in_batch(first)
-        own = _nothing(experiment, state.params)
-    grads, figures, failed, stopping = _mean(own, episodes.tasks / tasks, ranks, failure is not None, stop)
-    fault: NonFiniteError | None = (failure or NonFiniteElsewhereError()) if failed else None
+    own = _own(experiment, state.params, episodes)
+    grads, figures, flags = _mean(own, episodes.tasks / tasks, ranks, stop)
     figures["grad_norm"] = norm = get_total_norm(grads.values())
-    if fault is None and not torch.isfinite(norm):
+    failed, stopping, endless = torch.stack([*(flags > 0), ~torch.isfinite(norm)]).tolist()
+    fault: NonFiniteError | None = None
+    if failed:
+        fault = _fault_of(own, experiment, state.params, episodes).in_batch(first)
+    elif endless:
         fault = blame(experiment, state.params, episodes, own.grads, alone=ranks.size == 1).in_batch(first)
     if fault:
         fault.asked_to_end = stopping
@@ -79,38 +84,78 @@ def propose(
     return Update(grads, figures, stopping)
 
 
-class _Values(NamedTuple):
+class _Own(NamedTuple):
+    """What this process's tasks ask for.
+
+    Args:
+        grads: their mean meta-gradient.
+        figures: their means, by name.
+        failed: 1 where a loss of theirs is not finite, else 0; a scalar on the device.
+        failure: which, if that is known already.
+    """
+
     grads: Params
     figures: dict[str, Tensor]
+    failed: Tensor
+    failure: NonFiniteLossError | None = None
 
 
-def _values(experiment: Experiment, result: MetaGradient, episodes: Episodes) -> _Values:
-    figures = {"query_loss": result.loss, "query_accuracy": accuracy(result.predictions, episodes.query_y).mean()}
-    if experiment.inner.steps > 0:
-        figures["support_loss"] = result.support_loss[0]
-    return _Values(result.grads, figures)
+def checked_late(device: torch.device) -> bool:
+    """Whether losses are looked at once a meta-step and not where they come about: reading has a GPU run dry."""
+    return device.type == "cuda"
 
 
-def _nothing(experiment: Experiment, params: Params) -> _Values:
-    """Zeros, for the others to add."""
-    zero = next(iter(params.values())).new_zeros(())
-    names = ["query_loss", "query_accuracy", *(["support_loss"] if experiment.inner.steps > 0 else [])]
-    return _Values({name: torch.zeros_like(p) for name, p in params.items()}, dict.fromkeys(names, zero))
+def _own(experiment: Experiment, params: Params, episodes: Episodes) -> _Own:
+    """The mean over this process's tasks; zeros, for the others to add, where a loss was refused."""
+    late, zero = checked_late(experiment.device), next(iter(params.values())).new_zeros(())
+    try:
+        with losses_unchecked() if late else nullcontext():
+            result = experiment.gradient(params, episodes)
+    except NonFiniteLossError as error:
+        figures = dict.fromkeys(_figures(experiment), zero)
+        return _Own({name: torch.zeros_like(p) for name, p in params.items()}, figures, zero + 1, error)
+    query_accuracy = accuracy(result.predictions, episodes.query_y).mean()
+    values = [result.loss, query_accuracy, *result.support_loss[:1]]
+    figures = dict(zip(_figures(experiment), values, strict=True))
+    if not late:
+        return _Own(result.grads, figures, zero)
+    finite = torch.isfinite(result.loss) & torch.isfinite(result.support_loss).all()  # a mean is only if all of it are
+    return _Own(result.grads, figures, (~finite).to(zero.dtype))
 
 
-def _mean(
-    own: _Values, share: float, ranks: Ranks, failed: bool, stop: bool
-) -> tuple[Params, dict[str, Tensor], bool, bool]:
-    """The means over all processes, and whether one of them failed or was asked to end."""
+def _figures(experiment: Experiment) -> list[str]:
+    return ["query_loss", "query_accuracy", *(["support_loss"] if experiment.inner.steps > 0 else [])]
+
+
+def _fault_of(own: _Own, experiment: Experiment, params: Params, episodes: Episodes) -> NonFiniteError:
+    """Which loss it was; if it was looked at late, by computing all of it again, with another dropout if there is any.
+
+    Its message is in the terms of this process's tasks.
+    """
+    if own.failure:
+        return own.failure
+    if not own.failed:
+        return NonFiniteElsewhereError()
+    try:
+        meta_gradient(experiment.forward, params, episodes, experiment.inner)
+    except NonFiniteLossError as error:
+        return error
+    return NonFiniteError(
+        "a mean of the tasks' losses was NaN or infinite, and no task's own is when it is computed again: their sum "
+        "overflows, or it came of random draws in the model. Take a smaller inner.lr or fewer inner.steps."
+    )
+
+
+def _mean(own: _Own, share: float, ranks: Ranks, stop: bool) -> tuple[Params, dict[str, Tensor], Tensor]:
+    """The means over all processes, and how many of them failed and how many were asked to end, ``[2]``."""
+    flags = torch.stack([own.failed, torch.full_like(own.failed, float(stop))])
     if ranks.size == 1:
-        return own.grads, dict(own.figures), failed, stop
+        return own.grads, dict(own.figures), flags
     values = [*own.grads.values(), *own.figures.values()]
-    flags = values[0].new_tensor([failed, stop])
     *means, counts = ranks.sum([*(share * v for v in values), flags])
     grads = dict(zip(own.grads, means, strict=False))
     figures = dict(zip(own.figures, means[len(grads) :], strict=True))
-    any_failed, any_stop = (counts > 0).tolist()
-    return grads, figures, any_failed, any_stop
+    return grads, figures, counts
 
 
 def take(state: TrainState, update: Update, *, clip_norm: float | None) -> None:

@@ -173,7 +173,12 @@ class RunConfig:
         choices=("stop", "skip"),
     )
     deterministic: bool = key("refuse operations that are not reproducible bit by bit")
-    precision: str = key("bfloat16: autocast, checked against float32 at the start", choices=("float32", "bfloat16"))
+    precision: str = key(
+        "float32: all its bits, also in GPUs' convolutions, which torch alone would have in TF32; tf32 (GPUs only) and "
+        "bfloat16 (autocast): checked against float32 at the start",
+        choices=("float32", "tf32", "bfloat16"),
+    )
+    cuda_graph: bool = key("replay the meta-gradient as one CUDA graph; where that fails, say so and go on without")
     memory_limit: float | None = key("MiB that inner.engine=auto may take; null: most of what is free", above=0)
 
 

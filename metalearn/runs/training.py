@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from metalearn.errors import ConfigError, RunError
 from metalearn.runs.allocator import keep_memory
 from metalearn.runs.checks import compared_keys
@@ -21,7 +19,7 @@ from metalearn.runs.config_files import changed, to_yaml
 from metalearn.runs.console import print_facts, print_path, progress_bar
 from metalearn.runs.distributed import Ranks, joined
 from metalearn.runs.evaluation import Evaluation
-from metalearn.runs.experiment import Experiment, build, pick_device, with_settled
+from metalearn.runs.experiment import Experiment, build, training_device, with_settled
 from metalearn.runs.folders import locked
 from metalearn.runs.meter import Meter
 from metalearn.runs.metrics import (
@@ -72,12 +70,12 @@ def train(config: TrainConfig, run_dir: Path) -> None:
         StoppedError: if the process was asked to end; the run can go on.
         RunError: if a loss, gradient or parameter is not finite, memory runs out, another process of the run is gone,
             or every checkpoint is damaged.
-        ConfigError: if the device is not there.
+        ConfigError: if the device is not there, or has no TF32 where ``run.precision`` asks for it.
         DataError: if the data set is missing or damaged.
     """
     started = time.perf_counter()
     keep_memory()
-    with joined(pick_device(config.run.device)) as ranks:
+    with joined(training_device(config)) as ranks:
         refuse_idle_processes(config, ranks)
         experiment = settle_engine(build(config))
         built = time.perf_counter()
@@ -97,7 +95,7 @@ def follow(config: TrainConfig) -> None:
     Raises:
         As ``train`` does.
     """
-    with joined(pick_device(config.run.device)) as ranks:
+    with joined(training_device(config)) as ranks:
         refuse_idle_processes(config, ranks)
         experiment = build(config)
         start: Start | None = ranks.from_first(None)
@@ -206,7 +204,8 @@ def prove_precision(experiment: Experiment) -> None:
     Raises:
         RunError: if rounding takes away what the second-order term would give.
     """
-    if experiment.config.run.precision == "bfloat16":
+    precision = experiment.config.run.precision
+    if precision != "float32":
         batch = experiment.train.batch(0, experiment.config.task.meta_batch)
-        report = check_precision(experiment.forward, experiment.theta, batch, experiment.inner, dtype=torch.bfloat16)
+        report = check_precision(experiment.forward, experiment.theta, batch, experiment.inner, precision=precision)
         log.info("%s", report)

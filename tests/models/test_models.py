@@ -17,7 +17,7 @@ def count(module: nn.Module) -> int:
 @pytest.mark.parametrize("pool", ["stride", "max"])
 def test_conv4_is_finns(pool: str) -> None:
     model = Conv4(5, pool=pool)
-    # (1 + 3 x 64) x 64 filters of 3 x 3 (without the biases that BatchNorm takes away), 4 BatchNorms, a head of 64 to 5.
+    # (1 + 3 x 64) x 64 filters of 3 x 3 (without biases, which BatchNorm takes away), 4 BatchNorms, a head of 64 to 5.
     assert count(model) == (1 + 3 * 64) * 64 * 9 + 4 * 2 * 64 + 64 * 5 + 5
     assert model(torch.rand(7, 1, 28, 28)).shape == (7, 5)
     sizes: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -161,6 +162,23 @@ def test_an_accepted_schedule_is_as_if_it_had_always_been(changed: dict[str, Any
     assert state.lr == pytest.approx(expected)
     assert state.iteration == 4
     assert torch.equal(state.optimizer.state_dict()["state"][0]["exp_avg"], content["optimizer"]["state"][0]["exp_avg"])
+
+
+def test_a_gpus_state_goes_on_here_with_the_bits_of_a_cpu() -> None:
+    """A GPU's optimiser is fused; what it has saved must not make one here that is, and rounds otherwise."""
+    here = steps(TrainState.start(params(1.0), outer()), 4)
+    content = here.content()
+    (group,) = content["optimizer"]["param_groups"]
+    assert group["fused"] is None
+    assert TrainState.start(params(1.0), outer()).optimizer.defaults["fused"] is None
+    content = copy.deepcopy(
+        {**content, "optimizer": {**content["optimizer"], "param_groups": [{**group, "fused": True}]}}
+    )
+    resumed = TrainState.start(params(0.0), outer())
+    resumed.restore(content)
+    assert resumed.optimizer.param_groups[0]["fused"] is None
+    assert content["optimizer"]["param_groups"][0]["fused"] is True, "what was saved is left as it is"
+    assert torch.equal(steps(resumed, 3).params["w"], steps(here, 3).params["w"])
 
 
 def test_more_meta_steps_for_a_finished_run(finished: Path, tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_metalearn_data_is_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     assert data.root == "/somewhere"
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.endswith("_cpu")])
 def test_experiments_have_finns_hyperparameters(name: str) -> None:
     config = checked(f"experiment={name}")
     ways, shots = (int(n) for n in re.findall(r"\d+", name))
@@ -239,8 +239,22 @@ def test_experiments_have_finns_hyperparameters(name: str) -> None:
     assert (config.outer.lr, config.outer.iterations, config.outer.schedule) == (1e-3, 60_000, "constant")
 
 
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.endswith("_cpu")])
+def test_experiments_for_a_cpu_differ_in_the_training_budget_alone(name: str) -> None:
+    published, cheap = (dict(leaves(checked(f"experiment={which}"))) for which in (name.removesuffix("_cpu"), name))
+    budget = {"task.queries", "task.meta_batch", "outer.lr", "outer.iterations", "outer.schedule"}
+    assert {key for key in published if published[key] != cheap[key]} <= budget
+    assert cheap["outer.iterations"] * cheap["task.meta_batch"] < 120_001
+    assert cheap["outer.schedule"] == "cosine"
+
+
+def leaves(config: TrainConfig) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value, _, _ in entries(config)]
+
+
 def test_the_four_classic_settings_are_there() -> None:
-    assert {f"omniglot_{n}way_{k}shot" for n in (5, 20) for k in (1, 5)} <= set(EXPERIMENTS)
+    names = {f"omniglot_{n}way_{k}shot" for n in (5, 20) for k in (1, 5)}
+    assert names | {f"{name}_cpu" for name in names} <= set(EXPERIMENTS)
 
 
 def test_a_saved_configuration_comes_back(tmp_path: Path) -> None:

@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from metalearn.errors import NonFiniteElsewhereError, NonFiniteLossError, RunError
-from metalearn.runs import outer_loop, training
+from metalearn.errors import NonFiniteElsewhereError, NonFiniteError, NonFiniteLossError, RunError
+from metalearn.metagrad import meta_gradient
+from metalearn.runs import outer_loop, outer_step, training
 from metalearn.runs.checkpoints import best_path, state_paths
 from metalearn.runs.config import compose, typed
 from metalearn.runs.distributed import Ranks
@@ -29,7 +32,7 @@ from metalearn.runs.state import TrainState
 from metalearn.runs.training import train
 from metalearn.types import Episodes
 from tests.faults.processes import state_of
-from tests.faults.runs import SMALL, timeless
+from tests.faults.runs import SMALL, bits, timeless
 
 
 def config(*more: str) -> TrainConfig:
@@ -192,3 +195,103 @@ def test_a_step_that_was_torn_is_not_put_away(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(RunError, match="Out of memory"):
         training.train(config(), tmp_path)
     assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: losses are looked at once a meta-step."""
+    monkeypatch.setattr(outer_step, "checked_late", lambda device: True)
+
+
+def proposed(experiment: Experiment, *, spoil: str | None = None, ranks: Ranks | None = None) -> Update:
+    state = TrainState.start(experiment.theta, experiment.config.outer)
+    ranks = ranks or Ranks()
+    episodes = own_tasks(experiment, 0, ranks)
+    if spoil:
+        getattr(episodes, spoil)[1, 0] = math.nan
+    return propose(experiment, state, episodes, ranks)
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("query", 1), ("support", 0)])
+def test_a_loss_that_is_looked_at_late_is_named_as_well(kind: str, steps: int, late: None) -> None:
+    with pytest.raises(
+        NonFiniteLossError, match=f"the {kind} loss of task 1 is nan after {steps} inner steps"
+    ) as raised:
+        proposed(build(config("inner.steps=2") if kind == "support" else config()), spoil=f"{kind}_x")
+    assert raised.value.task == 1
+
+
+def test_looked_at_late_the_run_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(range(3, 6), monkeypatch)
+    settings = config("run.on_nonfinite=skip", "outer.clip_norm=1", "outer.iterations=8")
+    train(settings, tmp_path / "early")
+    monkeypatch.setattr(outer_step, "checked_late", lambda device: True)
+    train(settings, tmp_path / "late")
+    assert timeless(tmp_path / "late") == timeless(tmp_path / "early")
+    ours, theirs = (state_of(tmp_path / name)["state"] for name in ("late", "early"))
+    assert bits(ours) == bits(theirs)
+    assert len(list((tmp_path / "late" / FOLDER).glob("*.pt"))) == 3
+
+
+class ReadBacks(TorchDispatchMode):
+    """Counts operations whose result the CPU must wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # not annotated in torch
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("second_order", "inner"), [("true", "unroll"), ("false", "adjoint")])
+def test_one_read_back_a_meta_step(second_order: str, inner: str, late: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    lists = []
+    to_list = Tensor.tolist
+
+    def tolist(self: Tensor) -> Any:
+        lists.append(self.shape)
+        return to_list(self)
+
+    experiment = build(config(f"inner.second_order={second_order}", f"inner.engine={inner}"))
+    monkeypatch.setattr(Tensor, "tolist", tolist)
+    with ReadBacks() as reads:
+        proposed(experiment)
+    assert (lists, reads.count) == ([(3,)], 0)
+
+
+class Two(Ranks):
+    """The first of two processes, of which the other has the same values, or losses that are not finite."""
+
+    def sum(self, tensors: Any) -> list[Tensor]:
+        *values, flags = tensors
+        return [*(2 * v for v in values), flags + self.others if hasattr(self, "others") else flags]
+
+
+def test_another_processs_late_failure_is_known_to_all(late: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = build(config("task.meta_batch=4"))
+    ranks = Two(0, 2)
+    assert not proposed(experiment, ranks=ranks).stop
+    object.__setattr__(ranks, "others", torch.tensor([0.0, 1.0]))
+    assert proposed(experiment, ranks=ranks).stop
+    object.__setattr__(ranks, "others", torch.tensor([1.0, 1.0]))
+    with pytest.raises(NonFiniteElsewhereError) as raised:
+        proposed(experiment, ranks=ranks)
+    assert raised.value.asked_to_end
+    with pytest.raises(NonFiniteLossError, match="the query loss of task 1 is nan"):
+        proposed(experiment, spoil="query_x", ranks=ranks)
+
+
+def test_a_mean_that_overflows_alone_is_an_error(late: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = build(config())
+
+    def overflowing(params: Any, episodes: Episodes) -> Any:
+        result = meta_gradient(experiment.forward, params, episodes, experiment.inner)
+        result.loss.fill_(math.inf)
+        return result
+
+    experiment.__dict__["gradient"] = overflowing
+    with pytest.raises(NonFiniteError, match=r"a mean of the tasks' losses was NaN or infinite") as raised:
+        proposed(experiment)
+    assert raised.value.task is None
