@@ -20,9 +20,10 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
     constants. The module is not changed, not even by a forward pass that writes to a buffer (``torch.vmap`` refuses
     one that writes what depends on the input), and later changes of its trainable parameters are not seen.
 
-    A module may offer ``forward_of_tasks(params, x)``: the predictions ``[T, examples, ...]`` that ``torch.vmap`` of
-    its forward pass would give for stacked parameters ``[T, ...]`` and ``x`` ``[T, examples, ...]``. It is taken where
-    ``metalearn.kernels`` are.
+    A class may define, beside ``forward``, ``forward_of_tasks(params, x)``: the predictions ``[T, examples, ...]`` that
+    ``torch.vmap`` of its forward pass would give for all its parameters, stacked ``[T, ...]``, and ``x``
+    ``[T, examples, ...]``; and ``is_plain()``, whether its layers are still those that this stands for. It is taken
+    where ``metalearn.kernels`` are, unless a subclass overrides ``forward``, a parameter is frozen or a layer hooked.
 
     Args:
         module: maps one tensor ``[examples, ...]`` to predictions ``[examples, ...]``, by operations that
@@ -68,9 +69,20 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
             )
         return prediction
 
-    if of_tasks := getattr(module, "forward_of_tasks", None):
+    def of_tasks(fast: Params, x: Tensor) -> Tensor | None:
+        prediction: Tensor | None = module.forward_of_tasks(fast, x) if _is_plain(module, fast) else None  # type: ignore[operator]
+        return prediction
+
+    if {"forward", "forward_of_tasks"} <= vars(type(module)).keys():
         forward.of_tasks = of_tasks  # type: ignore[attr-defined]
     return forward, params
+
+
+def _is_plain(module: nn.Module, params: Params) -> bool:
+    """Whether nothing has come between the module's definition and what it computes."""
+    hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
+    names = {name for name, _ in module.named_parameters()}
+    return not hooked and params.keys() == names and bool(module.is_plain())  # type: ignore[operator]
 
 
 def _refuse_running_statistics(module: nn.Module) -> None:
@@ -133,8 +145,16 @@ def check_params(params: Params) -> None:
 
 
 def stack(theta: Params, tasks: int) -> Params:
-    """One copy of theta per task: ``[...]`` to ``[T, ...]``, without taking memory, and differentiable in theta."""
-    return {name: p.expand(tasks, *p.shape) for name, p in theta.items()}
+    """One copy of theta per task: ``[...]`` to ``[T, ...]``, all of which share memory; differentiable in theta.
+
+    On CPUs convolutions' weights are laid channels last, as the kernels take them without a copy.
+    """
+    return {name: _laid_out(p).expand(tasks, *p.shape) for name, p in theta.items()}
+
+
+def _laid_out(p: Tensor) -> Tensor:
+    channels_last = p.ndim == 4 and p.device.type == "cpu"
+    return p.contiguous(memory_format=torch.channels_last) if channels_last else p
 
 
 def gradients(loss: Tensor, params: Params, *, create_graph: bool) -> Params:

@@ -10,6 +10,7 @@ every task's own gradient. ``vmap`` is applied to the forward pass alone, so ``c
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -114,16 +115,18 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
     def one_task(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         prediction = forward(params, x)
         check_tensors({"forward's prediction": prediction})
+        return loss_of(prediction, y), prediction
+
+    def loss_of(prediction: Tensor, y: Tensor) -> Tensor:
         value = loss(prediction, y)
         check_tensors({"the loss": value})
-        return value, prediction
+        return value
 
     # randomness="different": dropout draws its own mask for every task. MATH: attention by its formula, as the fused
     # kernels (flash, efficient) have no second derivative, and on CPUs no batching rule.
     with unchanged(_called(fast, x, y)), sdpa_kernel(SDPBackend.MATH), stacked_layers():
-        if kernels_take(fast, x) and (of_tasks := getattr(forward, "of_tasks", None)):
-            predictions = of_tasks(fast, x)
-            losses = torch.vmap(loss)(predictions, y)
+        if (predictions := _at_once(forward, fast, x)) is not None:
+            losses = torch.vmap(loss_of, randomness="different")(predictions, y)
         else:
             losses, predictions = torch.vmap(one_task, randomness="different")(fast, x, y)
     if losses.ndim != 1:
@@ -132,6 +135,12 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
             "examples (reduction='mean')."
         )
     return TaskLosses(losses, predictions)
+
+
+def _at_once(forward: Forward, fast: Params, x: Tensor) -> Tensor | None:
+    """Every task's predictions without ``vmap``, where the model offers them and the kernels take its tensors."""
+    of_tasks: Callable[[Params, Tensor], Tensor | None] | None = getattr(forward, "of_tasks", None)
+    return of_tasks(fast, x) if of_tasks and x.ndim == 5 and kernels_take(fast, x) else None
 
 
 def predict(forward: Forward, fast: Params, x: Tensor) -> Tensor:

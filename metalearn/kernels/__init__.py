@@ -2,9 +2,11 @@
 
 A model stays as it is written, with ``nn.Conv2d``, ``nn.BatchNorm2d`` and ``nn.ReLU``: while ``stacked_layers`` is
 entered, a call of theirs that ``vmap`` batches over tasks is taken by the kernels of this folder, where they can. They
-give the same numbers up to rounding, and derivatives of any order in either mode. ``convolution``, ``batch_norm`` and
-``relu`` are there to be called as well: a module that offers ``forward_of_tasks(params, x)``, predictions of T tasks at
-once, is spared ``vmap``, which takes longer than a small layer.
+give the same numbers up to rounding, and derivatives of any order, of which one may be in forward mode.
+
+``convolution``, ``batch_norm`` and ``relu`` are there to be called as well: a class that defines
+``forward_of_tasks(params, x)``, predictions of T tasks at once, is spared ``vmap``, which takes longer than a small
+layer (see ``functionalize``).
 
 Not on GPUs, where this has not been measured.
 """
@@ -21,6 +23,7 @@ from torch._C._functorch import is_batchedtensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from metalearn.kernels.stacked import forward_over_forward
 from metalearn.kernels.stacked_batch_norm import batch_norm
 from metalearn.kernels.stacked_convolution import convolution
 from metalearn.kernels.stacked_relu import relu
@@ -42,7 +45,7 @@ class _Kernels(TorchFunctionMode):
 
 
 def _conv2d(
-    x: Tensor,
+    input: Tensor,  # noqa: A002  # as torch calls it
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -50,15 +53,16 @@ def _conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    plain = not isinstance(padding, str) and _pair(dilation) == (1, 1) and groups == 1 and x.ndim == 4
-    if not (plain and _takes(x, weight) and x.dtype == weight.dtype):
+    plain = not isinstance(padding, str) and _pair(dilation) == (1, 1) and groups == 1 and input.ndim == 4
+    if not (plain and _takes(input, weight) and input.dtype == weight.dtype and _fits(input, weight, stride, padding)):
         return NotImplemented
-    y = convolution(x.unsqueeze(0), weight.unsqueeze(0), stride=_pair(stride), padding=_pair(padding)).squeeze(0)
+    both = {"stride": _pair(stride), "padding": _pair(padding)}
+    y = convolution(input.unsqueeze(0), weight.unsqueeze(0), **both).squeeze(0)
     return y if bias is None else y + bias.view(-1, 1, 1)
 
 
 def _batch_norm(
-    x: Tensor,
+    input: Tensor,  # noqa: A002
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -68,17 +72,17 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     of_batch = training and running_mean is None and running_var is None
-    if not of_batch or weight is None or bias is None or x.ndim != 4 or x.numel() == x.shape[1]:
+    if not of_batch or weight is None or bias is None or input.ndim != 4 or input.numel() <= input.shape[1]:
         return NotImplemented
-    if not _takes(x, weight, bias) or not x.dtype == weight.dtype == bias.dtype:
+    if not _takes(input, weight, bias) or not input.dtype == weight.dtype == bias.dtype:
         return NotImplemented
-    return batch_norm(x.unsqueeze(0), weight.unsqueeze(0), bias.unsqueeze(0), eps).squeeze(0)
+    return batch_norm(input.unsqueeze(0), weight.unsqueeze(0), bias.unsqueeze(0), eps).squeeze(0)
 
 
-def _relu(x: Tensor, inplace: bool = False) -> Any:
-    if inplace or x.ndim != 4 or not _takes(x, x):
+def _relu(input: Tensor, inplace: bool = False) -> Any:  # noqa: A002
+    if inplace or input.ndim != 4 or not _takes(input, input):
         return NotImplemented
-    return relu(x.unsqueeze(0)).squeeze(0)
+    return relu(input.unsqueeze(0)).squeeze(0)
 
 
 _KERNELS: dict[Any, Callable[..., Any]] = {
@@ -96,12 +100,19 @@ def _takes(x: Tensor, *weights: Tensor) -> bool:
         and x.dtype in (torch.float32, torch.float64)
         and all(is_batchedtensor(w) for w in weights)
         and not torch.is_autocast_enabled("cpu")
+        and not forward_over_forward()
     )
+
+
+def _fits(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> bool:
+    """Whether there is a result; what has none is torch's to refuse."""
+    sizes = zip(x.shape[-2:], weight.shape[-2:], _pair(stride), _pair(padding), strict=True)
+    return x.shape[0] > 0 and all(step > 0 and pad >= 0 and size + 2 * pad >= k for size, k, step, pad in sizes)
 
 
 def kernels_take(fast: dict[str, Tensor], x: Tensor) -> bool:
     """Whether the kernels take these stacked parameters and inputs as they are."""
-    return not torch.is_autocast_enabled("cpu") and all(
+    return not (torch.is_autocast_enabled("cpu") or forward_over_forward()) and all(
         t.device.type == "cpu" and t.dtype == x.dtype and t.dtype in (torch.float32, torch.float64)
         for t in (x, *fast.values())
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
 from torch._functorch.autograd_function import custom_function_call
 
 
@@ -57,6 +58,13 @@ def row(per_channel: Tensor) -> Tensor:
     return per_channel.view(1, -1, 1, 1)
 
 
+def forward_over_forward() -> bool:
+    """Whether two forward modes are nested here."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    return sum(level.key() == TransformType.Jvp for level in get_interpreter_stack() or ()) > 1
+
+
 class Kernel(torch.autograd.Function):
     """A ``torch.autograd.Function`` for ``torch.func``, with a twin for plain autograd.
 
@@ -77,7 +85,16 @@ class Kernel(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        """As ``torch.autograd.Function.apply``, by position."""
+        """As ``torch.autograd.Function.apply``, by position.
+
+        Raises:
+            NotImplementedError: under forward mode within forward mode, where torch does not differentiate a Function's
+                rule for it, and under ``is_grads_batched``, which knows no rule of ours.
+        """
         if torch._C._are_functorch_transforms_active():
+            if forward_over_forward():
+                raise NotImplementedError(f"{cls.__name__}: forward-mode AD within forward-mode AD; take reverse mode")
             return custom_function_call(cls, *args)
+        if any(isinstance(a, Tensor) and is_legacy_batchedtensor(a) for a in args):
+            raise NotImplementedError(f"{cls.__name__}: is_grads_batched=True is not offered; loop, or use torch.func")
         return cls._twin.apply(*args)

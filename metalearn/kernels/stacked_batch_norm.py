@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from metalearn.kernels.stacked import Kernel, fold, merged, parted, row, unfold
 
@@ -40,7 +41,7 @@ class _Norm(Kernel):
     @staticmethod
     def forward(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Any:
         z, mean, r = torch.native_batch_norm(merged(x), gamma.flatten(), beta.flatten(), *_NO_RUNNING, True, 0.0, eps)
-        return parted(z, x.shape[0]), mean.view_as(gamma), r.view_as(gamma)
+        return parted(z, x.shape[0]).data, mean.view_as(gamma), r.view_as(gamma)  # no view: layers may write to it
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -96,7 +97,7 @@ class _Gradient(Kernel):
     def backward(ctx: Any, v: Tensor, u_gamma: Tensor, u_beta: Tensor) -> Any:
         g, x, gamma, mean, r, to_gamma, to_beta = ctx.saved_tensors
         gm, vm = merged(g), merged(v)
-        if torch.is_grad_enabled():  # a third derivative may be taken: mean and r must be seen to depend on x
+        if _is_tracked(g, x, gamma, v):  # a third derivative is taken: mean and r must be seen to depend on x
             at = _Images.of(x, gamma, ctx.eps)
             means = _Means(_mean(gm), _mean(gm * at.centred()), _mean(vm), _mean(vm * at.centred()), _mean(vm * gm))
         else:
@@ -213,6 +214,14 @@ def _sums(v: Tensor, x: Tensor, mean: Tensor, r: Tensor) -> tuple[Tensor, Tensor
         v, x, r, *_NO_RUNNING, mean, r, True, 0.0, (False, True, True)
     )
     return products, sums
+
+
+def _is_tracked(*tensors: Tensor) -> bool:
+    """Whether a derivative of what is computed from them may be taken, in reverse mode or forward."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return True
+    in_forward_mode = forward_ad._current_level >= 0
+    return in_forward_mode and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _zeros_for(pairs: tuple[tuple[Tensor | None, Tensor], ...]) -> list[Tensor]:

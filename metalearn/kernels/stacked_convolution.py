@@ -6,7 +6,7 @@ A convolution y = x * w is linear in either argument, and so are the two product
     to_input(g, w)      the x for which <x, to_input(g, w)> = <g, conv(x, w)>
     to_weight(x, g)     the w for which <w, to_weight(x, g)> = <g, conv(x, w)>
 
-The derivative of each, in either mode and of any order, is a sum of the three. So a double backward costs six such
+The derivative of each is a sum of the three. So a double backward costs six such
 products and nothing else; autograd's own runs its generic formula, several times slower for grouped convolutions.
 """
 
@@ -78,9 +78,9 @@ class _Conv(_Bilinear):
     def forward(x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
         tasks = w.shape[0]
         if geometry.is_small(x.shape[1]):
-            return _images(_windows(x, geometry) @ _as_matrix(w).mT, x.shape[1], geometry.out)
+            return _images(_windows(x, geometry) @ _as_matrix(w).mT, x.shape[1], geometry.out).data
         y = torch.conv2d(merged(x), w.flatten(0, 1), None, geometry.stride, geometry.padding, 1, tasks)
-        return parted(y, tasks)
+        return parted(y, tasks).data  # no view: layers may write to it
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
@@ -47,7 +49,6 @@ class Conv4(nn.Module):
         inputs = [channels, width, width, width]
         self.features = nn.Sequential(*[_block(n, width, max_pool=pool == "max") for n in inputs])
         self.head = nn.Linear(width, ways)
-        self.to(memory_format=torch.channels_last)  # as convolutions on CPUs take weights, without a copy
         self._max_pool = pool == "max"
         self._stride = (1, 1) if self._max_pool else (2, 2)
 
@@ -55,6 +56,34 @@ class Conv4(nn.Module):
         """Logits ``[examples, ways]`` of images ``[examples, channels, height, width]``."""
         logits: Tensor = self.head(self.features(x).mean(dim=(-2, -1)))
         return logits
+
+    def is_plain(self) -> bool:
+        """Whether the layers are still those that were built here, as ``forward_of_tasks`` takes them to be."""
+        return (
+            _is(self.head, nn.Linear) and self.head.bias is not None and all(map(self._is_plain_block, self.features))
+        )
+
+    def _is_plain_block(self, block: nn.Module) -> bool:
+        kinds = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, *([nn.MaxPool2d] if self._max_pool else [])]
+        layers = list(block.children())
+        if not _is(block, nn.Sequential) or len(layers) != len(kinds) or not all(map(_is, layers, kinds)):
+            return False
+        convolve, normalise, rectify, *pool = cast(list[Any], layers)
+        has = {
+            "kernel_size": (3, 3),
+            "stride": self._stride,
+            "padding": (1, 1),
+            "dilation": (1, 1),
+            "groups": 1,
+            "padding_mode": "zeros",
+            "bias": None,
+        }
+        return (
+            all(getattr(convolve, name) == value for name, value in has.items())
+            and (normalise.eps, normalise.affine, normalise.running_mean) == (_EPS, True, None)
+            and not rectify.inplace
+            and all((p.kernel_size, p.stride, p.padding, p.ceil_mode) == (2, 2, 0, False) for p in pool)
+        )
 
     def forward_of_tasks(self, params: Params, x: Tensor) -> Tensor:
         """Logits ``[T, examples, ways]`` of T tasks, each under its own parameters: what ``vmap`` makes, faster.
@@ -69,6 +98,10 @@ class Conv4(nn.Module):
             if self._max_pool:
                 x = max_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
         return torch.baddbmm(params["head.bias"].unsqueeze(1), x.mean(dim=(-2, -1)), params["head.weight"].mT)
+
+
+def _is(module: Any, kind: type[nn.Module]) -> bool:
+    return type(module) is kind
 
 
 def _block(inputs: int, outputs: int, *, max_pool: bool) -> nn.Sequential:

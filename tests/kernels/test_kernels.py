@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import jvp, vjp, vmap
 from torch.nn import functional
 
@@ -17,6 +18,7 @@ from metalearn.kernels import batch_norm, convolution, relu, stacked_layers
 from metalearn.metagrad import meta_gradient
 from metalearn.models import Conv4
 from metalearn.params import functionalize, relative_error
+from metalearn.peers import by_hand
 from metalearn.types import Episodes
 
 _T, _B = 3, 4
@@ -221,3 +223,106 @@ def test_one_image_of_one_pixel_is_refused_as_torch_refuses_it() -> None:
     weights = {name: p.expand(_T, *p.shape) for name, p in norm.named_parameters()}
     with stacked_layers(), pytest.raises(ValueError, match="more than 1 value per channel"):
         vmap(lambda p, x: torch.func.functional_call(norm, p, (x,)))(weights, torch.randn(_T, 1, 2, 1, 1))
+
+
+def _changed(change: Callable[[Conv4], object]) -> Conv4:
+    model = Conv4(3, width=4)
+    change(model)
+    return model
+
+
+class _Scaled(Conv4):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+class _Residual(nn.Module):
+    """Layers that write in place to what a kernel gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(n, 4, 3, padding=1, bias=False) for n in (1, 4))
+        self.norm, self.other = (nn.BatchNorm2d(4, track_running_stats=False) for _ in range(2))
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.first(x)))
+        y = self.other(functional.conv2d(input=x, weight=self.second.weight, padding=1))
+        y += x
+        logits: Tensor = self.head(self.relu(y).mean(dim=(-2, -1)))
+        return logits
+
+
+EDITED: dict[str, Callable[[], nn.Module]] = {
+    "a subclass": lambda: _Scaled(3, width=4),
+    "another activation": lambda: _changed(lambda m: setattr(m.features[0], "2", nn.LeakyReLU())),
+    "another eps": lambda: _changed(lambda m: setattr(m.get_submodule("features.0.1"), "eps", 0.1)),
+    "a hook": lambda: _changed(lambda m: m.head.register_forward_hook(lambda layer, x, y: y.square())),
+    "frozen features": lambda: _changed(lambda m: m.features.requires_grad_(False)),
+    "a head without bias": lambda: _changed(lambda m: setattr(m, "head", nn.Linear(4, 3, bias=False))),
+    "layers in place": _Residual,
+}
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_a_model_that_was_edited_computes_what_it_says(name: str) -> None:
+    module = EDITED[name]().double()
+    inner = InnerLoop(lr=0.2, steps=2)
+    expected = by_hand.meta_gradient(module, _episodes(), inner)
+    got = meta_gradient(*functionalize(module), _episodes(), inner)
+    assert relative_error(got.grads, {n: expected.grads[n] for n in got.grads}) < 1e-11
+    _same(got.predictions, expected.predictions)
+
+
+def test_a_loss_may_draw_random_numbers() -> None:
+    forward, theta = functionalize(Conv4(3, width=4).double())
+
+    def loss(prediction: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(functional.dropout(prediction, 0.5), target)
+
+    assert meta_gradient(forward, theta, _episodes(), InnerLoop(lr=0.1, steps=1), loss=loss).loss.isfinite()
+
+
+def test_what_torch_would_differentiate_wrongly_is_refused_or_left_to_its_own_layers() -> None:
+    x, w = _IMAGES, _random(_T, 3, 2, 3, 3, seed=3)
+    ours: Callable[..., Tensor] = CASES["convolution"][0][0]
+
+    def second(layer: Callable[..., Tensor]) -> Tensor:
+        along = torch.ones_like(x)
+        first = lambda x: jvp(lambda x: layer(x, w).sin(), (x,), (along,))[1]  # noqa: E731
+        derivative: Tensor = jvp(first, (x,), (along,))[1]
+        return derivative
+
+    with pytest.raises(NotImplementedError, match="forward-mode AD within forward-mode AD"):
+        second(ours)
+    with stacked_layers():
+        within = second(lambda x, w: vmap(functional.conv2d)(x, w))
+    _same(within, second(lambda x, w: vmap(functional.conv2d)(x, w)))
+
+    at = x.clone().requires_grad_()
+    value = ours(at, w)
+    with pytest.raises(NotImplementedError, match="is_grads_batched"):
+        torch.autograd.grad(value, at, torch.ones(2, *value.shape, dtype=x.dtype), is_grads_batched=True)
+
+
+def test_a_double_backward_of_duals_has_the_tangents_of_mean_and_deviation() -> None:
+    (ours, theirs), (x, gamma, beta) = CASES["batch norm"]
+
+    def curvature(layer: Callable[..., Tensor], create_graph: bool) -> tuple[Tensor, Tensor]:
+        with forward_ad.dual_level():
+            at = forward_ad.make_dual(x.clone().requires_grad_(), torch.ones_like(x).cumsum(-1))
+            (g,) = torch.autograd.grad(layer(at, gamma, beta).sin().sum(), at, create_graph=True)
+            (h,) = torch.autograd.grad(g.square().sum(), at, create_graph=create_graph)
+            primal, tangent = forward_ad.unpack_dual(h)
+            assert tangent is not None
+            return primal.detach(), tangent.detach()
+
+    _same(curvature(ours, False), curvature(theirs, True))
+
+
+def test_what_has_no_result_is_refused_by_torch() -> None:
+    module = nn.Conv2d(1, 2, 5)
+    weights = {name: p.expand(_T, *p.shape) for name, p in module.named_parameters()}
+    with stacked_layers(), pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
+        vmap(lambda p, x: torch.func.functional_call(module, p, (x,)))(weights, torch.randn(_T, 2, 1, 3, 3))
