@@ -32,6 +32,7 @@ from metalearn.runs.console import print_path, progress_bar
 from metalearn.runs.experiment import build, build_model, load_data, pick_device
 from metalearn.runs.flops import matrix_product_peak
 from metalearn.runs.machine import machine
+from metalearn.runs.precision import computed_in
 from metalearn.runs.random_state import seed_all
 from metalearn.runs.schema_commands import BenchmarkConfig
 
@@ -77,7 +78,7 @@ def run_benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
     path = output_dir / "benchmark.json"
     rows: dict[str, list[Figures]] = {}
     parts: dict[str, dict[str, float]] = {}
-    with progress_bar() as progress:
+    with computed_in("float32", device), progress_bar() as progress:
         for case in cases(config, device):
             measured = measure(case, peers, config, progress)
             report["settings"][case.name] = {**case.content, **measured, "rows": [asdict(r) for r in measured["rows"]]}

@@ -19,6 +19,7 @@ SETTINGS_OF = {
 }
 """Values of ``bench.setting`` for each ``bench.kind``."""
 
+_NEVER = ("run.precision", "run.cuda_graph", "run.deterministic")
 _OF_A_SETTING = ("task.", "inner.", "model.")
 
 
@@ -32,14 +33,17 @@ def check_benchmark(config: BenchmarkConfig) -> None:
     kind, setting = config.bench.kind, config.bench.setting
     if setting not in SETTINGS_OF[kind]:
         raise ConfigError(f"bench.setting={setting}: bench.kind={kind} has {', '.join(SETTINGS_OF[kind])}")
-    if setting == CONFIGURED:
-        return
     default = {name: value for name, value, _, _ in entries(typed(compose("benchmark"), BenchmarkConfig))}
     unheeded = [
         f"{name}={value}"
         for name, value, _, _ in entries(config)
         if name.startswith(_OF_A_SETTING) and value != default.get(name)
     ]
+    never = [f"{name}={value}" for name, value, _, _ in entries(config) if name in _NEVER and value != default[name]]
+    if never:
+        raise ConfigError(f"{', '.join(never)}: a benchmark is of float32, computed step by step; leave it out")
+    if setting == CONFIGURED:
+        return
     if unheeded:
         raise ConfigError(
             f"{', '.join(unheeded)}: bench.setting={setting} has tasks, inner loop and model of its own; with "
