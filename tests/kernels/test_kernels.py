@@ -243,11 +243,12 @@ class _Residual(nn.Module):
         super().__init__()
         self.first, self.second = (nn.Conv2d(n, 4, 3, padding=1, bias=False) for n in (1, 4))
         self.norm, self.other = (nn.BatchNorm2d(4, track_running_stats=False) for _ in range(2))
+        self.third = nn.Conv2d(4, 4, (3, 2), stride=(2, 1), bias=False)
         self.relu = nn.ReLU(inplace=True)
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.norm(self.first(x)))
+        x = self.relu(self.third(self.relu(self.norm(self.first(x)))))
         y = self.other(functional.conv2d(input=x, weight=self.second.weight, padding=1))
         y += x
         logits: Tensor = self.head(self.relu(y).mean(dim=(-2, -1)))
