@@ -85,19 +85,12 @@ class _Conv(_Bilinear):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         x, w = ctx.saved_tensors
-        to_x, to_w, _ = ctx.needs_input_grad
-        return (
-            _to_input(g, w, ctx.geometry) if to_x else None,
-            _to_weight(x, g, ctx.geometry) if to_w else None,
-            None,
-        )
+        geometry, (first, second, _) = ctx.geometry, ctx.needs_input_grad
+        return _to_input(g, w, geometry) if first else None, _to_weight(x, g, geometry) if second else None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dw: Tensor | None, _: None) -> Any:
-        x, w = ctx.saved_tensors
-        return _sum(
-            None if dx is None else _conv(dx, w, ctx.geometry), None if dw is None else _conv(x, dw, ctx.geometry)
-        )
+        return _product_rule(_conv, ctx, dx, dw)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, w: Tensor, geometry: Geometry) -> Any:
@@ -119,20 +112,12 @@ class _ToInput(_Bilinear):
     @staticmethod
     def backward(ctx: Any, x: Tensor) -> Any:
         g, w = ctx.saved_tensors
-        to_g, to_w, _ = ctx.needs_input_grad
-        return (
-            _conv(x, w, ctx.geometry) if to_g else None,
-            _to_weight(x, g, ctx.geometry) if to_w else None,
-            None,
-        )
+        geometry, (first, second, _) = ctx.geometry, ctx.needs_input_grad
+        return _conv(x, w, geometry) if first else None, _to_weight(x, g, geometry) if second else None, None
 
     @staticmethod
     def jvp(ctx: Any, dg: Tensor | None, dw: Tensor | None, _: None) -> Any:
-        g, w = ctx.saved_tensors
-        return _sum(
-            None if dg is None else _to_input(dg, w, ctx.geometry),
-            None if dw is None else _to_input(g, dw, ctx.geometry),
-        )
+        return _product_rule(_to_input, ctx, dg, dw)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, g: Tensor, w: Tensor, geometry: Geometry) -> Any:
@@ -157,20 +142,12 @@ class _ToWeight(_Bilinear):
     @staticmethod
     def backward(ctx: Any, w: Tensor) -> Any:
         x, g = ctx.saved_tensors
-        to_x, to_g, _ = ctx.needs_input_grad
-        return (
-            _to_input(g, w, ctx.geometry) if to_x else None,
-            _conv(x, w, ctx.geometry) if to_g else None,
-            None,
-        )
+        geometry, (first, second, _) = ctx.geometry, ctx.needs_input_grad
+        return _to_input(g, w, geometry) if first else None, _conv(x, w, geometry) if second else None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dg: Tensor | None, _: None) -> Any:
-        x, g = ctx.saved_tensors
-        return _sum(
-            None if dx is None else _to_weight(dx, g, ctx.geometry),
-            None if dg is None else _to_weight(x, dg, ctx.geometry),
-        )
+        return _product_rule(_to_weight, ctx, dx, dg)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, g: Tensor, geometry: Geometry) -> Any:
@@ -236,7 +213,10 @@ def _with_more_examples(product: Any, info: Any, dim: int, x: Tensor, w: Tensor,
     return out.unflatten(1, (info.batch_size, -1)), 1
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+def _product_rule(product: Any, ctx: Any, da: Tensor | None, db: Tensor | None) -> Tensor | None:
+    """Da b + a db, where each is given."""
+    a, b = ctx.saved_tensors
+    terms = [(da, b)] if da is not None else []
+    terms += [(a, db)] if db is not None else []
+    values: list[Tensor] = [product(*pair, ctx.geometry) for pair in terms]
+    return sum(values[1:], values[0]) if values else None
