@@ -34,6 +34,7 @@ from metalearn.runs.experiment import Experiment, build, training_device
 from metalearn.runs.machine import machine
 from metalearn.runs.outer_step import own_tasks, propose, take
 from metalearn.runs.planning import settle_engine
+from metalearn.runs.ring import LINKS, Link, all_reduce_s, efficiency, tasks_per_second
 from metalearn.runs.schema import TrainConfig
 from metalearn.runs.state import TrainState
 
@@ -53,68 +54,6 @@ class Setting:
 
 
 SETTINGS = (Setting(1, 1), Setting(1, 2), Setting(2, 1))
-
-
-@dataclass(frozen=True)
-class Link:
-    """What joins GPUs; both figures are assumptions.
-
-    Args:
-        name: in words.
-        gpus: N, how many are joined.
-        bandwidth: bytes a second that a GPU sends.
-        latency: seconds of one step of the ring.
-    """
-
-    name: str
-    gpus: int
-    bandwidth: float
-    latency: float
-
-
-LINKS = (
-    Link("NVLink, 8 GPUs of a node", 8, 300e9, 3e-6),  # 450 GB/s in one direction is what an H100's has nominally
-    Link("InfiniBand, 64 GPUs", 64, 25e9, 10e-6),  # half of 400 Gbit/s for each GPU
-)
-
-
-def all_reduce_s(size: float, link: Link) -> float:
-    """Seconds of an all-reduce around a ring: every GPU sends and receives 2 (N - 1) parts of 1/N.
-
-        t_allreduce(N) = 2 (N - 1) / N bytes / bandwidth + 2 (N - 1) latency
-
-    (Thakur, Rabenseifner & Gropp 2005, "Optimization of collective communication operations in MPICH", section 4.5.)
-    For small gradients it is an upper bound: trees take 2 log2(N) steps.
-
-    Args:
-        size: bytes of the meta-gradient.
-        link: what joins the GPUs.
-    """
-    n = link.gpus
-    return 2 * (n - 1) / n * size / link.bandwidth + 2 * (n - 1) * link.latency
-
-
-def efficiency(compute_s: float, size: float, link: Link) -> float:
-    """Share of a meta-step in which N GPUs compute, each ``compute_s`` seconds on tasks of its own.
-
-    efficiency(N) = t_compute / (t_compute + t_allreduce(N))
-    """
-    return compute_s / (compute_s + all_reduce_s(size, link))
-
-
-def tasks_per_second(at: float, tasks: int, size: float, link: Link) -> float:
-    """Where the all-reduce starts to matter: tasks a second and GPU beyond which the efficiency is below ``at``.
-
-        efficiency = at    where    t_compute = at / (1 - at) t_allreduce(N)
-        tasks / t_compute = tasks (1 - at) / (at t_allreduce(N))
-
-    Args:
-        at: an efficiency between 0 and 1.
-        tasks: of a meta-step on each GPU.
-        size: bytes of the meta-gradient.
-        link: what joins the GPUs.
-    """
-    return tasks * (1 - at) / (at * all_reduce_s(size, link))
 
 
 def configuration(overrides: Sequence[str]) -> TrainConfig:
@@ -285,12 +224,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m metalearn.runs.scaling", description=__doc__, formatter_class=lines)
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the training that is timed")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20, help="meta-steps that are timed in each round")
+    parser.add_argument("--rounds", type=int, default=5, help="times that each is started, in turns (5)")
+    parser.add_argument("--steps", type=int, default=20, help="meta-steps that are timed in each round (20)")
     parser.add_argument("--worker-threads", type=int, help=argparse.SUPPRESS)
     asked = parser.parse_intermixed_args(arguments)
     if min(asked.rounds, asked.steps) < 1:
         parser.error("--rounds and --steps must be at least 1")
+    if "=" in str(asked.output_dir):
+        parser.error(f"OUTPUT_DIR is {asked.output_dir}, which looks like a KEY=VALUE; give the folder first")
     try:
         config = configuration(asked.overrides)
         if asked.worker_threads:

@@ -13,18 +13,8 @@ import torch
 from metalearn.runs import scaling
 from metalearn.runs.distributed import Ranks
 from metalearn.runs.experiment import build
-from metalearn.runs.scaling import (
-    Link,
-    Setting,
-    all_reduce_s,
-    command,
-    configuration,
-    efficiency,
-    main,
-    report,
-    show,
-    tasks_per_second,
-)
+from metalearn.runs.ring import Link, all_reduce_s, efficiency, tasks_per_second
+from metalearn.runs.scaling import Setting, command, configuration, main, report, show
 
 EIGHT = Link("eight", 8, 100e9, 2e-6)
 
