@@ -95,13 +95,12 @@ _KERNELS: dict[Any, Callable[..., Any]] = {
 
 def _takes(x: Tensor, *weights: Tensor) -> bool:
     """Whether the kernels take it: in single or double precision on a CPU, with weights that differ by task."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        and all(is_batchedtensor(w) for w in weights)
-        and not torch.is_autocast_enabled("cpu")
-        and not forward_over_forward()
-    )
+    return all(is_batchedtensor(w) for w in weights) and _is_supported(x)
+
+
+def _is_supported(x: Tensor) -> bool:
+    supported = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    return supported and not torch.is_autocast_enabled("cpu") and not forward_over_forward()
 
 
 def _fits(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> bool:
@@ -112,10 +111,7 @@ def _fits(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> bool:
 
 def kernels_take(fast: dict[str, Tensor], x: Tensor) -> bool:
     """Whether the kernels take these stacked parameters and inputs as they are."""
-    return not (torch.is_autocast_enabled("cpu") or forward_over_forward()) and all(
-        t.device.type == "cpu" and t.dtype == x.dtype and t.dtype in (torch.float32, torch.float64)
-        for t in (x, *fast.values())
-    )
+    return _is_supported(x) and all((w.device, w.dtype) == (x.device, x.dtype) for w in fast.values())
 
 
 def _pair(value: Any) -> tuple[int, int]:

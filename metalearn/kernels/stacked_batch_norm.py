@@ -99,7 +99,8 @@ class _Gradient(Kernel):
         gm, vm = merged(g), merged(v)
         if _is_tracked(g, x, gamma, v):  # a third derivative is taken: mean and r must be seen to depend on x
             at = _Images.of(x, gamma, ctx.eps)
-            means = _Means(_mean(gm), _mean(gm * at.centred()), _mean(vm), _mean(vm * at.centred()), _mean(vm * gm))
+            centred = at.centred()
+            means = _Means(_mean(gm), _mean(gm * centred), _mean(vm), _mean(vm * centred), _mean(vm * gm))
         else:
             at = _Images(merged(x), gamma.flatten(), mean.flatten(), r.flatten())
             number = at.x.numel() / at.x.shape[1]

@@ -57,12 +57,12 @@ def computed_in(precision: str, device: torch.device) -> Iterator[None]:
         with autocast:
             yield
         return
-    with _products_on_gpus("tf32" if precision == "tf32" else "ieee"), autocast:
+    with products_on_gpus("tf32" if precision == "tf32" else "ieee"), autocast:
         yield
 
 
 @contextmanager
-def _products_on_gpus(bits: str) -> Iterator[None]:
+def products_on_gpus(bits: str) -> Iterator[None]:
     """Matrix products and convolutions of float32 in ``"tf32"``, or in all bits (``"ieee"``)."""
     places = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]  # made at run time
     before = [place.fp32_precision for place in places]

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
@@ -26,6 +25,7 @@ from metalearn.gradcheck import directional
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import ENGINES
 from metalearn.params import gradients, relative_error
+from metalearn.runs.precision import products_on_gpus
 from metalearn.runs.verification_cases import Case, Problem, Setting
 from metalearn.threads import one_thread
 from metalearn.types import Episodes, MetaGradient, Params
@@ -88,7 +88,7 @@ def compare(case: Case, setting: Setting, peers: Mapping[str, Peer]) -> list[Com
         peers: the other libraries that are installed.
     """
     cuda = [setting.device] if setting.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), _full_float32(), one_thread():
+    with torch.random.fork_rng(devices=cuda), products_on_gpus("ieee"), one_thread():
         posed = _attempt(partial(Problem.pose, case, setting))
         if posed.value is None:
             return [Comparison(case.name, ALL, ALL, bound(UNROLL, setting.dtype), posed.seconds, None, posed.message)]
@@ -189,17 +189,3 @@ def _held_against(
         return Comparison(case, engine, name, limit, got.seconds, message=message)
     measured = _attempt(partial(measure.value, got.value))
     return Comparison(case, engine, name, limit, got.seconds, measured.value, measured.message)
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """Convolutions on CUDA keep 10 bits of a float32 (TF32) unless told otherwise, too few to be compared."""
-    places = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]  # made at run time
-    before = [place.fp32_precision for place in places]
-    for place in places:
-        place.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            place.fp32_precision = value
