@@ -7,6 +7,7 @@ so each process takes the mean over its own tasks, and one all-reduce a meta-ste
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -133,6 +134,10 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
+    # Its functions take the group that is there when they are defined as a default, and torch._dynamo imports them. A
+    # group that they hold outlives the run, with threads of gloo's that then end the process by SIGABRT, once in a
+    # hundred times: one that drops a tensor while Python shuts down cannot have the interpreter's lock.
+    importlib.import_module("torch.distributed.nn.functional")
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:

@@ -7,6 +7,8 @@ import math
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +30,7 @@ from metalearn.runs.session import Session
 from metalearn.runs.state import TrainState
 from metalearn.runs.training import refuse_another_start
 from metalearn.types import Episodes
+from tests.conftest import REPO
 from tests.faults.processes import finished, output, start, state_of
 from tests.faults.runs import RUN, SMALL, assert_curves, timeless, whole
 
@@ -65,6 +68,36 @@ def free_port() -> int:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]
         return port
+
+
+LEFT_BEHIND = """
+import os
+import torch
+from metalearn.runs.distributed import joined
+
+with joined(torch.device("cpu")) as ranks:
+    import torch._dynamo  # as torch.optim does when an optimiser is first used
+
+    ranks.join(torch.ones(1))
+print([name for t in os.listdir("/proc/self/task") if "gloo" in (name := open(f"/proc/self/task/{t}/comm").read())])
+"""
+
+
+def test_no_thread_of_the_group_outlives_it() -> None:
+    """One that drops a tensor while Python shuts down ends the process by SIGABRT."""
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEFT_BEHIND],
+            env={**os.environ, **environment(rank, 2, port), "OMP_NUM_THREADS": "1"},
+            cwd=REPO,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert [process.communicate(timeout=120)[0].strip() for process in processes] == ["[]", "[]"]
+    assert [process.returncode for process in processes] == [0, 0]
 
 
 def together(
