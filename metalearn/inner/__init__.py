@@ -1,16 +1,50 @@
 """The inner loop: how one task's parameters are adapted, knowing nothing of how that is differentiated."""
 
-from metalearn.inner.loop import InnerLoop, TaskLosses, adapt, inner_step, predict, task_losses, total_support_loss
+from metalearn.inner.carry import (
+    adapted_names,
+    begin,
+    check_settings,
+    model_params,
+    rate_name,
+    update,
+    with_learned,
+    with_steps,
+)
+from metalearn.inner.loop import adapt, inner_step, support_gradients
+from metalearn.inner.losses import TaskLosses, predict, predictions_of_tasks, task_losses, total_support_loss
 from metalearn.inner.refusals import explained, refuse_nonfinite
+from metalearn.inner.rules import SEPARATOR, SGD, Adam, Momentum, UpdateRule, state_name
+from metalearn.inner.settings import LEARNED_RATES, InnerLoop, Start
+from metalearn.inner.starts import PrototypeHead, ZeroContext
 
 __all__ = [
+    "LEARNED_RATES",
+    "SEPARATOR",
+    "SGD",
+    "Adam",
     "InnerLoop",
+    "Momentum",
+    "PrototypeHead",
+    "Start",
     "TaskLosses",
+    "UpdateRule",
+    "ZeroContext",
     "adapt",
+    "adapted_names",
+    "begin",
+    "check_settings",
     "explained",
     "inner_step",
+    "model_params",
     "predict",
+    "predictions_of_tasks",
+    "rate_name",
     "refuse_nonfinite",
+    "state_name",
+    "support_gradients",
     "task_losses",
     "total_support_loss",
+    "update",
+    "with_learned",
+    "with_steps",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from metalearn.errors import NonFiniteLossError
-from metalearn.inner import InnerLoop, explained
+from metalearn.inner import InnerLoop, check_settings, explained
 from metalearn.metagrad.adjoint import adjoint
 from metalearn.metagrad.checkpoint import checkpoint
 from metalearn.metagrad.unroll import unroll
@@ -34,7 +34,8 @@ def meta_gradient(
 
     Args:
         forward: pure model of one task, from ``functionalize``.
-        params: meta-parameters theta, each ``[...]``; they need not require gradients and are not changed.
+        params: meta-parameters theta, each ``[...]``, with learned step sizes if ``inner`` has them.
+            They need not require gradients and are not changed.
         episodes: T tasks.
         inner: the inner loop; ``inner.engine`` picks how the gradient is computed, ``inner.task_chunk`` how many
             tasks are in memory at a time (the result does not depend on it beyond rounding, but for dropout, which
@@ -62,6 +63,7 @@ def meta_gradient(
         measured = " 'auto' is for scripts/train.py, which measures." if inner.engine == "auto" else ""
         raise ValueError(f"meta_gradient: engine={inner.engine!r} is not one of {', '.join(ENGINES)}.{measured}")
     check_params(params)
+    check_settings(params, inner)
     engine = ENGINES[inner.engine]
     with explained(vars(episodes), params):
         if inner.task_chunk is None or inner.task_chunk >= episodes.tasks:

@@ -2,6 +2,9 @@
 
     lam_K = dL_query(theta_K),    lam_k = lam_{k+1} - lr H_k lam_{k+1},    meta-gradient = lam_0
 
+(for a plain step; for any other ``pull_back_update`` takes the place of ``lr`` and of the identity, with what is
+learned or remembered among lam's entries: learned step sizes get -lam * g_k)
+
 with H_k = d2 L_support(theta_k) and H_k v by forward over reverse, d/dt dL_support(theta_k + t v): the tangents of the
 activations stand beside them, about twice the memory of a first-order step. (Mixed-mode differentiation of the inner
 step, MixFlow-MG, arXiv 2505.00793, eq. 7.) Where an operation has no forward-mode formula the product is taken by
@@ -20,8 +23,16 @@ import torch
 from torch import Tensor
 
 from metalearn.derivatives.products import value_and_hvp
-from metalearn.inner import InnerLoop, total_support_loss
-from metalearn.metagrad.ends import outcome, sum_over_tasks, way_there
+from metalearn.inner import (
+    SEPARATOR,
+    InnerLoop,
+    adapted_names,
+    model_params,
+    support_gradients,
+    total_support_loss,
+    update,
+)
+from metalearn.metagrad.ends import way_there
 from metalearn.metagrad.trajectory import Start
 from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
@@ -41,19 +52,58 @@ def adjoint(
 
     ``watch`` is shown k and lam_k, each ``[T, ...]``, for k = K, ..., 0 (in first order, for K alone).
     """
-
-    def support_loss(fast: Params) -> Tensor:
-        return total_support_loss(forward, fast, episodes.support_x, episodes.support_y, loss=loss)
-
-    query, lam, trajectory = way_there(forward, params, episodes, inner, loss)
+    way = way_there(forward, params, episodes, inner, loss)
+    lam, repeated = way.lam, {}
     watch(inner.steps, lam)
-    repeated = {}
-    for start in trajectory.back():
-        repeated[start.step], product = hessian_product(forward, support_loss, start, lam)
-        lam = {name: lam[name] - inner.lr * product[name] for name in lam}
+    for start in way.trajectory.back():
+        lam, v = _through_update(forward, episodes, inner, loss, start, lam)
+        if inner.second_order:
+
+            def support_loss(fast: Params, k: int = start.step) -> Tensor:
+                at = model_params(fast, inner, k)
+                return total_support_loss(forward, at, episodes.support_x, episodes.support_y, loss=loss)
+
+            repeated[start.step], product = hessian_product(forward, support_loss, start, v)
+            lam = {name: w + product[name] if name in product else w for name, w in lam.items()}
+        lam = way.with_query_loss(start, lam)
         watch(start.step, lam)
-    trajectory.refuse_other(repeated)
-    return outcome(sum_over_tasks(lam), query, trajectory.support_losses)
+    way.trajectory.refuse_other(repeated)
+    return way.outcome(lam)
+
+
+def _through_update(
+    forward: Forward, episodes: Episodes, inner: InnerLoop, loss: Loss, start: Start, lam: Params
+) -> tuple[Params, Params]:
+    """Lam through what a step does beside taking a gradient, and the direction v of the Hessian-vector product.
+
+    v has the model's parameters, 0 where nothing is adapted.
+    """
+    own = adapted_names(start.carry, inner)
+    model = [name for name in start.carry if SEPARATOR not in name]
+    if inner.plain:
+        return lam, {n: -inner.lr * lam[n] if n in own else torch.zeros_like(lam[n]) for n in model}
+    # What is linear in the gradient with constant coefficients needs no gradient to be pulled back.
+    constant = inner.rule.linear and inner.learned_lr is None and inner.clip_norm is None
+    if constant:
+        grads = {name: torch.zeros_like(start.carry[name]) for name in own}
+    else:
+        with start.random_draws_repeated(), torch.no_grad():  # no graph of theirs
+            grads, _ = support_gradients(
+                forward, start.carry, episodes.support_x, episodes.support_y, inner, loss=loss, k=start.step
+            )
+    lam, of_gradient = pull_back_update(start.carry, grads, inner, start.step, lam)
+    return lam, {n: of_gradient[n] if n in of_gradient else torch.zeros_like(lam[n]) for n in model}
+
+
+def pull_back_update(carry: Params, grads: Params, inner: InnerLoop, k: int, lam: Params) -> tuple[Params, Params]:
+    """The transposed Jacobians of ``update`` times lam: in what is carried, and in the gradients."""
+    with torch.enable_grad():
+        at, g = ({name: w.detach().requires_grad_() for name, w in tree.items()} for tree in (carry, grads))
+        after = update(at, g, inner, k)
+        products = torch.autograd.grad(
+            list(after.values()), [*at.values(), *g.values()], [lam[n] for n in after], materialize_grads=True
+        )
+    return dict(zip(at, products, strict=False)), dict(zip(g, products[len(at) :], strict=True))
 
 
 _REVERSE_ONLY: WeakSet[Forward] = WeakSet()
@@ -64,10 +114,11 @@ def hessian_product(
     forward: Forward, support_loss: Callable[[Params], Tensor], start: Start, v: Params
 ) -> tuple[Tensor, Params]:
     """Support loss at the start of a step, and H v: by forward over reverse, or else by reverse over reverse."""
+    at = {name: start.carry[name] for name in v}
     if forward not in _REVERSE_ONLY:
         try:
             with start.random_draws_repeated():
-                return value_and_hvp(support_loss, start.fast, v, mode="forward_over_reverse")
+                return value_and_hvp(support_loss, at, v, mode="forward_over_reverse")
         except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
             if isinstance(error, torch.OutOfMemoryError) or not _lacks_forward_mode(error):
                 raise
@@ -76,7 +127,7 @@ def hessian_product(
         _say_once(reason)
         _REVERSE_ONLY.add(forward)
     with start.random_draws_repeated():
-        return value_and_hvp(support_loss, start.fast, v, mode="reverse_over_reverse")
+        return value_and_hvp(support_loss, at, v, mode="reverse_over_reverse")
 
 
 def _lacks_forward_mode(error: Exception) -> bool:

@@ -16,26 +16,29 @@ import torch
 from torch import Tensor
 
 from metalearn.inner import InnerLoop
-from metalearn.metagrad.ends import outcome, sum_over_tasks, way_there
+from metalearn.metagrad.ends import way_there
 from metalearn.metagrad.trajectory import Step
 from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
 
 def checkpoint(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> MetaGradient:
     """The meta-gradient of one chunk of tasks; arguments and result as in ``metalearn.meta_gradient``."""
-    query, lam, trajectory = way_there(forward, params, episodes, inner, loss)
-    repeated = {}
-    for start in trajectory.back():
+    way = way_there(forward, params, episodes, inner, loss)
+    lam, repeated = way.lam, {}
+    for start in way.trajectory.back():
         with start.random_draws_repeated():
-            repeated[start.step], lam = pull_back(trajectory.step, start.fast, lam)
-    trajectory.refuse_other(repeated)
-    return outcome(sum_over_tasks(lam), query, trajectory.support_losses)
+            repeated[start.step], lam = pull_back(way.trajectory.step, start.step, start.carry, lam)
+        lam = way.with_query_loss(start, lam)
+    way.trajectory.refuse_other(repeated)
+    return way.outcome(lam)
 
 
-def pull_back(step: Step, fast: Params, lam: Params) -> tuple[Tensor, Params]:
-    """Total support loss of one inner step at ``fast``, and the step's transposed Jacobian times ``lam``."""
+def pull_back(step: Step, k: int, carry: Params, lam: Params) -> tuple[Tensor, Params]:
+    """Total support loss of the k-th inner step at ``carry``, and the step's transposed Jacobian times ``lam``."""
     with torch.enable_grad():
-        at = {name: w.detach().requires_grad_() for name, w in fast.items()}
-        after, losses = step(at)
-        grads = torch.autograd.grad(list(after.values()), list(at.values()), list(lam.values()))
+        at = {name: w.detach().requires_grad_() for name, w in carry.items()}
+        after, losses = step(k, at)
+        grads = torch.autograd.grad(
+            list(after.values()), list(at.values()), [lam[n] for n in after], materialize_grads=True
+        )
     return losses.sum(), dict(zip(at, grads, strict=True))

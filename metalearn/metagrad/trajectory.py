@@ -22,25 +22,25 @@ from metalearn.types import Params
 _ROUNDING, _ROUNDING_LOW = 1e-3, 5e-2
 """How far a loss may be off when it is computed again: kernels may round otherwise, in bfloat16 to 8 bits."""
 
-Step = Callable[[Params], tuple[Params, Tensor]]
-"""One inner step of every task: fast weights to the next ones, and the support losses ``[T]`` before it."""
+Step = Callable[[int, Params], tuple[Params, Tensor]]
+"""The k-th inner step of every task: what is carried to the next one, and the support losses ``[T]`` before it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """What an inner step began with: its number, fast weights, and torch's generators, which dropout draws from."""
+    """What an inner step began with: its number, what was carried, and torch's generators, which dropout draws from."""
 
     step: int
-    fast: Params
+    carry: Params
     cpu_rng: Tensor
     cuda_devices: list[int]
     cuda_rng: list[Tensor]
 
     @classmethod
-    def of(cls, step: int, fast: Params) -> Start:
+    def of(cls, step: int, carry: Params) -> Start:
         """Here and now."""
-        devices, states = get_device_states(*fast.values())
-        return cls(step, fast, torch.get_rng_state(), devices, states)
+        devices, states = get_device_states(*carry.values())
+        return cls(step, carry, torch.get_rng_state(), devices, states)
 
     @contextmanager
     def random_draws_repeated(self) -> Iterator[None]:
@@ -102,28 +102,28 @@ class Trajectory:
             if end - first > 1:
                 with segment[0].random_draws_repeated():
                     for k in range(first + 1, end):
-                        segment.append(Start.of(k, self.step(segment[-1].fast)[0]))
+                        segment.append(Start.of(k, self.step(k - 1, segment[-1].carry)[0]))
             end = first
             while segment:
                 yield segment.pop()
 
 
-def walk(step: Step, fast: Params, *, steps: int, every: int | None) -> tuple[Params, Trajectory]:
+def walk(step: Step, carry: Params, *, steps: int, every: int | None) -> tuple[Params, Trajectory]:
     """Take K inner steps.
 
     Args:
         step: takes one; it must not build a graph.
-        fast: theta_0, stacked.
+        carry: into the first.
         steps: K.
         every: keep what every s-th step began with; ``None`` keeps nothing, for who does not come back.
 
     Returns:
-        theta_K, and the trajectory that leads back from it.
+        What is carried out of the last, and the trajectory that leads back from it.
     """
     kept, support_losses = [], []
     for k in range(steps):
         if every is not None and k % every == 0:
-            kept.append(Start.of(k, fast))
-        fast, losses = step(fast)
+            kept.append(Start.of(k, carry))
+        carry, losses = step(k, carry)
         support_losses.append(losses)
-    return fast, Trajectory(step, steps, every or 1, kept, support_losses)
+    return carry, Trajectory(step, steps, every or 1, kept, support_losses)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from metalearn.inner import InnerLoop, inner_step, refuse_nonfinite, task_losses
+from metalearn.inner import InnerLoop, begin, inner_step, model_params, refuse_nonfinite, task_losses
 from metalearn.metagrad.ends import outcome
-from metalearn.params import gradients, stack
+from metalearn.params import gradients
 from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
 
@@ -20,12 +20,19 @@ def unroll(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoo
     """The meta-gradient of one chunk of tasks; arguments and result as in ``metalearn.meta_gradient``."""
     with torch.enable_grad():
         theta = {name: p.detach().requires_grad_() for name, p in params.items()}
-        fast = stack(theta, episodes.tasks)
-        support_losses = []
-        for _ in range(inner.steps):
-            fast, losses = inner_step(forward, fast, episodes.support_x, episodes.support_y, inner, loss=loss)
-            support_losses.append(losses)
-        query = task_losses(forward, fast, episodes.query_x, episodes.query_y, loss=loss)
-        refuse_nonfinite(support_losses, query.losses)
-        grads = gradients(query.losses.mean(), theta, create_graph=False)
-    return outcome(grads, query, support_losses)
+        carry = begin(forward, theta, episodes.support_x, episodes.support_y, inner)
+        support_losses, objective = [], None
+        for k, weight in enumerate(inner.weights):
+            if k > 0:
+                carry, losses = inner_step(
+                    forward, carry, episodes.support_x, episodes.support_y, inner, loss=loss, k=k - 1
+                )
+                support_losses.append(losses)
+            if weight or k == inner.steps:
+                fast = model_params(carry, inner, k)
+                query = task_losses(forward, fast, episodes.query_x, episodes.query_y, loss=loss)
+                objective = weight * query.losses if objective is None else objective + weight * query.losses
+        assert objective is not None, "the last step's query loss is always taken"
+        refuse_nonfinite(support_losses, objective)
+        grads = gradients(objective.mean(), theta, create_graph=False)
+    return outcome(grads, objective, query.predictions, support_losses)

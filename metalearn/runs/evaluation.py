@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from metalearn.data.sampler import EpisodeSampler
-from metalearn.inner import InnerLoop, inner_step, predict
-from metalearn.params import stack
+from metalearn.data.sampler import TaskSampler
+from metalearn.inner import InnerLoop, begin, inner_step, model_params, predict
 from metalearn.types import Episodes, Forward, Params
 
 _IMAGES_PER_PASS = 4096  # of non-transductive prediction; bounds its memory
@@ -70,7 +70,7 @@ class Evaluation:
 def evaluate(
     forward: Forward,
     params: Params,
-    sampler: EpisodeSampler,
+    sampler: TaskSampler,
     inner: InnerLoop,
     *,
     episodes: int,
@@ -96,12 +96,13 @@ def evaluate(
     alone: list[Tensor] = []
     for done in range(0, episodes, batch):
         tasks = sampler.tasks(first + done, min(batch, episodes - done))
-        fast = stack(params, tasks.tasks)
+        carry = begin(forward, params, tasks.support_x, tasks.support_y, inner)
         for step in range(inner.steps + 1):
             if step > 0:
-                fast, _ = inner_step(
-                    forward, fast, tasks.support_x, tasks.support_y, inner, loss=torch.nn.functional.cross_entropy
+                carry, _ = inner_step(
+                    *(forward, carry, tasks.support_x, tasks.support_y, inner), loss=cross_entropy, k=step - 1
                 )
+            fast = model_params(carry, inner, step)
             per_step[step].append(accuracy(predict(forward, fast, tasks.query_x), tasks.query_y))
         if nontransductive:
             alone.append(accuracy(predict_one_by_one(forward, fast, tasks), tasks.query_y))

@@ -1,0 +1,150 @@
+"""What T tasks carry from one inner step to the next: parameters, learned step sizes and the rule's state, in one dict.
+
+    carry_0 = begin(theta),    carry_{k+1} = update(carry_k, g_k)
+
+Everything leads with the task dimension, and step sizes pass on unchanged, so that an engine takes the whole dictionary
+for what it differentiates: it needs to know neither the rule nor what is learned.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metalearn.inner.rules import SEPARATOR, along_tasks, clipped, state_name
+from metalearn.inner.settings import InnerLoop
+from metalearn.params import stack
+from metalearn.types import Forward, Params
+
+_RATE, _ANCHOR = "lr", "anchor"
+
+
+def rate_name(name: str) -> str:
+    """The learned step size of a parameter, in theta: ``lr::head.weight``."""
+    return state_name(_RATE, name)
+
+
+def with_learned(theta: Params, inner: InnerLoop) -> Params:
+    """Theta with the step sizes that ``inner.learned_lr`` asks for, all of them ``inner.lr``.
+
+    Returns:
+        ``theta`` and, for every adapted parameter, ``lr::NAME``: shaped like it, ``[]``, or ``[K]``.
+
+    Example:
+        >>> theta = {"w": torch.zeros(3)}
+        >>> with_learned(theta, InnerLoop(lr=0.1, steps=2, learned_lr="layer_and_step"))["lr::w"]
+        tensor([0.1000, 0.1000])
+    """
+    if inner.learned_lr is None:
+        return theta
+    _refuse_unknown(theta, inner)
+    names = inner.adapted or theta.keys()
+    rates = {rate_name(n): torch.full_like(p, inner.lr) for n, p in theta.items() if n in names}
+    if inner.learned_lr != "parameter":
+        shape = (inner.steps,) if inner.learned_lr == "layer_and_step" else ()
+        rates = {name: rate.new_full(shape, inner.lr) for name, rate in rates.items()}
+    return {**theta, **rates}
+
+
+def with_steps(theta: Params, inner: InnerLoop) -> Params:
+    """Theta with K + 1 copies of the parameters that ``inner.per_step`` names, ``[K + 1, ...]``."""
+    return {n: p.expand(inner.steps + 1, *p.shape).clone() if n in inner.per_step else p for n, p in theta.items()}
+
+
+def begin(forward: Forward, theta: Params, support_x: Tensor, support_y: Tensor, inner: InnerLoop) -> Params:
+    """What T tasks carry into their first step; differentiable in theta."""
+    fast = stack(theta, support_x.shape[0])
+    if inner.start is not None:
+        started = inner.start(forward, {n: w for n, w in fast.items() if SEPARATOR not in n}, support_x, support_y)
+        # As views: an inner gradient in one parameter must not run through another that was made from it.
+        fast = {name: w.view_as(w) for name, w in {**fast, **started}.items()}
+    own = {name: fast[name] for name in adapted_names(fast, inner)}
+    anchors = {state_name(_ANCHOR, name): w for name, w in own.items()} if inner.proximal else {}
+    return {**fast, **inner.rule.start(own), **anchors}
+
+
+def adapted_names(carry: Params, inner: InnerLoop) -> list[str]:
+    """The parameters that an inner step changes."""
+    return [name for name in carry if SEPARATOR not in name and (inner.adapted is None or name in inner.adapted)]
+
+
+def model_params(carry: Params, inner: InnerLoop, k: int) -> Params:
+    """What the model is given after k steps, ``[T, ...]``: its parameters, and of those of every step the k-th.
+
+    After more steps than were trained the last of them stand.
+    """
+    return {
+        name: w[:, min(k, w.shape[1] - 1)] if name in inner.per_step else w
+        for name, w in carry.items()
+        if SEPARATOR not in name
+    }
+
+
+def update(carry: Params, grads: Params, inner: InnerLoop, k: int) -> Params:
+    """The k-th step of every task; differentiable in both.
+
+    Args:
+        carry: before the step.
+        grads: of the adapted parameters, ``[T, ...]``.
+        inner: the settings.
+        k: from 0.
+    """
+    if inner.clip_norm is not None:
+        grads = clipped(grads, inner.clip_norm)
+    if inner.weight_decay:
+        grads = {name: g + inner.weight_decay * carry[name] for name, g in grads.items()}
+    if inner.proximal:
+        anchors = {name: carry[state_name(_ANCHOR, name)] for name in grads}
+        grads = {name: g + inner.proximal * (carry[name] - anchors[name]) for name, g in grads.items()}
+    state = {
+        n: w for n, w in carry.items() if SEPARATOR in n and not n.startswith((rate_name(""), state_name(_ANCHOR, "")))
+    }
+    directions, state = inner.rule(k, grads, state)
+    fast = {name: carry[name] - _rate(carry, name, inner, k) * d for name, d in directions.items()}
+    return {**carry, **fast, **state}
+
+
+def _rate(carry: Params, name: str, inner: InnerLoop, k: int) -> Tensor | float:
+    if inner.learned_lr is None:
+        return inner.lr
+    rate = carry[rate_name(name)]
+    if inner.learned_lr == "parameter":
+        return rate
+    if inner.learned_lr == "layer_and_step":
+        rate = rate[:, min(k, rate.shape[1] - 1)]
+    return along_tasks(rate, carry[name])
+
+
+def check_settings(theta: Params, inner: InnerLoop) -> None:
+    """Refuse an inner loop that does not fit the meta-parameters.
+
+    Raises:
+        ValueError: naming what is missing, unknown or of another shape, and what makes it.
+    """
+    _refuse_unknown(theta, inner)
+    rates = {name for name in theta if SEPARATOR in name}
+    wanted = set() if inner.learned_lr is None else {rate_name(name) for name in adapted_names(theta, inner)}
+    if inner.learned_lr == "layer_and_step" and inner.steps == 0 and not rates:
+        wanted = set()
+    if rates != wanted:
+        kind, names = ("lacks", wanted - rates) if wanted - rates else ("has", rates - wanted)
+        raise ValueError(
+            f"params {kind} {', '.join(sorted(names)[:3])}, and learned_lr={inner.learned_lr!r}: "
+            "make params with metalearn.with_learned(theta, inner), which adds the step sizes that are learned."
+        )
+    for name in inner.per_step:
+        if theta[name].ndim == 0 or theta[name].shape[0] == 0:
+            raise ValueError(
+                f"params[{name!r}] has shape {tuple(theta[name].shape)}, and per_step names it: it must lead with "
+                "K + 1, as metalearn.with_steps(theta, inner) makes it."
+            )
+
+
+def _refuse_unknown(theta: Params, inner: InnerLoop) -> None:
+    for setting in ("adapted", "per_step"):
+        if unknown := (getattr(inner, setting) or set()) - theta.keys():
+            own = [name for name in theta if SEPARATOR not in name]
+            raise ValueError(
+                f"InnerLoop: {setting} names {', '.join(sorted(unknown))}, which params has not; it has "
+                f"{', '.join(own)}."
+            )

@@ -1,0 +1,97 @@
+"""The forward pass of T tasks, each under its own parameters: predictions and losses. Here alone is ``vmap``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metalearn.inner.refusals import explained, unchanged
+from metalearn.kernels import kernels_take, stacked_layers
+from metalearn.params import check_dictionary
+from metalearn.types import Forward, Loss, Params, check_tensors
+
+
+class TaskLosses(NamedTuple):
+    """Losses ``[T]`` and predictions ``[T, examples, ...]`` of T tasks."""
+
+    losses: Tensor
+    predictions: Tensor
+
+
+def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: Loss) -> TaskLosses:
+    """Every task's loss under its own parameters.
+
+    Args:
+        forward: one task's model.
+        fast: stacked parameters, each ``[T, ...]``.
+        x: inputs ``[T, examples, ...]``.
+        y: targets ``[T, examples, ...]``.
+        loss: one task's mean loss.
+
+    Raises:
+        TypeError: if ``forward`` or ``loss`` gives something other than a tensor.
+        ValueError: if ``loss`` gives more than one number for a task, or if the model cannot be batched or changes a
+            parameter in place.
+    """
+
+    def one_task(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        prediction = forward(params, x)
+        check_tensors({"forward's prediction": prediction})
+        return loss_of(prediction, y), prediction
+
+    def loss_of(prediction: Tensor, y: Tensor) -> Tensor:
+        value = loss(prediction, y)
+        check_tensors({"the loss": value})
+        return value
+
+    # randomness="different": dropout draws its own mask for every task. MATH: attention by its formula, as the fused
+    # kernels (flash, efficient) have no second derivative, and on CPUs no batching rule.
+    with unchanged(_called(fast, x, y)), sdpa_kernel(SDPBackend.MATH), stacked_layers():
+        if (predictions := _at_once(forward, fast, x)) is not None:
+            losses = torch.vmap(loss_of, randomness="different")(predictions, y)
+        else:
+            losses, predictions = torch.vmap(one_task, randomness="different")(fast, x, y)
+    if losses.ndim != 1:
+        raise ValueError(
+            f"loss: it gave {tuple(losses.shape[1:])} numbers for a task and must give one, the mean over the task's "
+            "examples (reduction='mean')."
+        )
+    return TaskLosses(losses, predictions)
+
+
+def _at_once(forward: Forward, fast: Params, x: Tensor) -> Tensor | None:
+    """Every task's predictions without ``vmap``, where the model offers them and the kernels take its tensors."""
+    of_tasks: Callable[[Params, Tensor], Tensor | None] | None = getattr(forward, "of_tasks", None)
+    return of_tasks(fast, x) if of_tasks and x.ndim == 5 and kernels_take(fast, x) else None
+
+
+def predictions_of_tasks(forward: Forward, fast: Params, x: Tensor) -> Tensor:
+    """Every task's predictions ``[T, examples, ...]``, as ``task_losses`` computes them; differentiable."""
+    with unchanged(_called(fast, x)), sdpa_kernel(SDPBackend.MATH), stacked_layers():
+        if (predictions := _at_once(forward, fast, x)) is None:
+            predictions = torch.vmap(forward, randomness="different")(fast, x)
+    return predictions
+
+
+def predict(forward: Forward, fast: Params, x: Tensor) -> Tensor:
+    """Every task's predictions ``[T, examples, ...]`` under its own parameters, for ``x`` ``[T, examples, ...]``."""
+    check_dictionary(fast)
+    check_tensors({"x": x, **_called(fast)})
+    with explained({"x": x}, fast), unchanged(_called(fast, x)), sdpa_kernel(SDPBackend.MATH), stacked_layers():
+        predictions: Tensor = torch.vmap(forward, randomness="different")(fast, x)
+    return predictions
+
+
+def _called(fast: Params, *examples: Tensor) -> dict[str, Tensor]:
+    """Tensors by what an error calls them."""
+    named = {f"parameter '{name}'": w for name, w in fast.items()}
+    return named | dict(zip(("the inputs x", "the targets y"), examples, strict=False))
+
+
+def total_support_loss(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: Loss) -> Tensor:
+    """Sum of the tasks' support losses: its gradient is every task's own, its Hessian a block for every task."""
+    return task_losses(forward, fast, x, y, loss=loss).losses.sum()

@@ -1,0 +1,78 @@
+"""What a task begins with, where that is not theta itself: for ``InnerLoop.start``.
+
+Each is a function of T stacked copies of theta and the support sets, and differentiable in theta.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metalearn.inner.losses import predictions_of_tasks
+from metalearn.types import Forward, Params
+
+
+@dataclass(frozen=True)
+class ZeroContext:
+    """phi_0 = 0: context parameters that every task begins anew, so that theta's own stay what they are.
+
+    Args:
+        names: of the context parameters.
+
+    Reference: Zintgraf et al. 2019 (CAVIA), arXiv 1810.03642, algorithm 1.
+    """
+
+    names: frozenset[str]
+
+    def __call__(self, forward: Forward, fast: Params, support_x: Tensor, support_y: Tensor) -> Params:
+        """As ``metalearn.inner.Start``."""
+        return {**fast, **{name: torch.zeros_like(fast[name]) for name in self.names}}
+
+
+@dataclass(frozen=True)
+class PrototypeHead:
+    """A linear head that classifies by the nearest class mean of the support set's embeddings.
+
+        c_n = mean of f(x) over the support examples of class n
+        -|f(x) - c_n|^2 = 2 c_n . f(x) - |c_n|^2 - |f(x)|^2
+
+    so that ``weight = 2 c`` and ``bias = -|c|^2`` give the same softmax, the last term being the same for all classes.
+    The embedding f is the model with the identity in the place of its head, which this does to a linear layer only.
+
+    Args:
+        weight: name of the head's weight, ``[N, D]``.
+        bias: name of its bias, ``[N]``.
+        ways: N; ``None``: as many as the head has.
+
+    Reference: Snell et al. 2017, arXiv 1703.05175, eq. 1, 2 and 8; Triantafillou et al. 2020, arXiv 1903.03096, for the
+    head that is then adapted (Proto-MAML).
+    """
+
+    weight: str
+    bias: str
+    ways: int | None = None
+
+    def __call__(self, forward: Forward, fast: Params, support_x: Tensor, support_y: Tensor) -> Params:
+        """As ``metalearn.inner.Start``."""
+        ways = self.ways or fast[self.weight].shape[1]
+        means = class_means(embeddings(forward, fast, support_x, self.weight, self.bias), support_y, ways)
+        return {**fast, self.weight: 2 * means, self.bias: -(means * means).sum(dim=-1)}
+
+
+def embeddings(forward: Forward, fast: Params, x: Tensor, weight: str, bias: str) -> Tensor:
+    """f(x) ``[T, examples, D]``: what the head is given, for ``x`` ``[T, examples, ...]``."""
+    head = fast[weight]
+    tasks, width = head.shape[0], head.shape[-1]
+    identity = torch.eye(width, dtype=head.dtype, device=head.device).expand(tasks, width, width)
+    return predictions_of_tasks(forward, {**fast, weight: identity, bias: head.new_zeros(tasks, width)}, x)
+
+
+def class_means(embedded: Tensor, labels: Tensor, ways: int) -> Tensor:
+    """Means over the examples of each class, ``[T, N, D]``, of ``[T, S, D]`` with labels ``[T, S]``.
+
+    A class without an example has the mean 0.
+    """
+    members = (labels.unsqueeze(1) == torch.arange(ways, device=labels.device).view(1, -1, 1)).to(embedded.dtype)
+    return members @ embedded / members.sum(dim=-1, keepdim=True).clamp(min=1)
