@@ -7,7 +7,7 @@ K inner steps; ``theta`` meta-parameters, ``fast`` adapted parameters ``[T, ...]
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from torch import Tensor
 
@@ -107,9 +107,11 @@ class MetaGradient:
         grads: d loss / d theta, named and shaped like the parameters; zeros where the loss does not reach.
         predictions: of the adapted parameters on the query sets, detached, ``[T, Q, ...]``.
         support_loss: mean support loss over tasks before each inner step, detached, ``[K]``.
+        figures: scalars worth logging, by name, detached: what an engine has to say of itself.
     """
 
     loss: Tensor
     grads: Params
     predictions: Tensor
     support_loss: Tensor
+    figures: Mapping[str, Tensor] = field(default_factory=dict)

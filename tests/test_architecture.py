@@ -30,9 +30,12 @@ MAY_IMPORT = {
     "gradcheck": {"types", "params", "derivatives"},
     "inner": {"types", "params", "errors", "kernels"},
     "metagrad": {"types", "params", "errors", "derivatives", "inner"},
-    "peers": {"types", "params", "inner", "metagrad"},
+    "parts": set(),
+    "algorithms": {"types", "parts", "inner", "metagrad"},
+    "peers": {"types", "params", "errors", "inner", "metagrad"},
     "lab": NOUNS | {"models", "data", "derivatives", "gradcheck", "inner", "metagrad"},
-    "runs": NOUNS | {"models", "data", "derivatives", "gradcheck", "inner", "metagrad", "peers", "lab"},
+    "runs": NOUNS
+    | {"models", "data", "derivatives", "gradcheck", "inner", "metagrad", "peers", "lab", "parts", "algorithms"},
 }
 ONLY_IN = {
     "hydra": {"runs/command.py", "runs/config.py", "runs/config_help.py", "runs/overrides.py"},

@@ -7,17 +7,33 @@ tasks by index, and a batch is the same however it is cut.
 
 from __future__ import annotations
 
-import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from metalearn.data.keys import keys, keys_of_tasks, mix
 from metalearn.types import Episodes
 
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: splitmix64's increment
-_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_mix = mix  # its name before it had a module of its own
+_LAST = torch.iinfo(torch.int64).max
+
+
+class TaskSampler(Protocol):
+    """A stream of tasks that have no state: ``EpisodeSampler``, or ``SinusoidSampler``."""
+
+    @property
+    def example_shape(self) -> torch.Size:
+        """Of one input, ``[channels, height, width]`` or ``[features]``."""
+
+    def tasks(self, first: int, count: int) -> Episodes:
+        """Tasks ``first`` to ``first + count - 1``."""
+
+    def batch(self, index: int, tasks: int) -> Episodes:
+        """The ``index``-th batch of that many tasks."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +55,16 @@ class EpisodeSampler:
     """Draws N-way K-shot tasks from class-indexed images.
 
     Args:
-        images: ``[classes, drawings, channels, height, width]`` uint8, on the device where episodes are wanted.
+        images: ``[classes, drawings, channels, height, width]`` uint8, on the device where episodes are wanted; with
+            ``counts``, ``[total, channels, height, width]``, one class after the other.
         shape: N, K and Q.
         seed: of the whole stream of tasks.
         split: name of the split, so that training and test tasks of one seed have nothing to do with each other.
+        counts: images of each class, where they are not all equal; equal ones give the same tasks either way.
 
     Raises:
-        ValueError: if the images have fewer classes than N or fewer drawings than K + Q.
+        ValueError: if the images have fewer classes than N or a class has fewer drawings than K + Q, or if the counts
+            do not add up to the images.
 
     Example:
         >>> images = torch.zeros(10, 20, 1, 28, 28, dtype=torch.uint8)
@@ -57,23 +76,37 @@ class EpisodeSampler:
     shape: TaskShape
     seed: int
     split: str
+    counts: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.ndim != 5:
+        dims, form = (5, "classes, drawings") if self.counts is None else (4, "total")
+        if self.images.dtype != torch.uint8 or self.images.dim() != dims:
             raise ValueError(
-                "EpisodeSampler: images must be uint8 [classes, drawings, channels, height, width], got "
+                f"EpisodeSampler: images must be uint8 [{form}, channels, height, width], got "
                 f"{self.images.dtype} {tuple(self.images.shape)}."
             )
-        classes, drawings = self.images.shape[:2]
-        if self.shape.ways > classes:
+        if self.counts is not None and (sum(self.counts) != len(self.images) or min(self.counts, default=0) < 0):
             raise ValueError(
-                f"EpisodeSampler: {self.shape.ways} ways, but split '{self.split}' has only {classes} classes."
+                f"EpisodeSampler: counts add up to {sum(self.counts)}, but there are {len(self.images)} images in "
+                f"split '{self.split}'; give the number of images of each class, in the order of the images."
             )
-        if self.shape.shots + self.shape.queries > drawings:
+        sizes = self._sizes
+        if self.shape.ways > len(sizes):
+            raise ValueError(
+                f"EpisodeSampler: {self.shape.ways} ways, but split '{self.split}' has only {len(sizes)} classes."
+            )
+        if self.shape.shots + self.shape.queries > min(sizes):
+            least = min(sizes)
+            which = "drawings a class" if self.counts is None else f"images in class {sizes.index(least)}"
             raise ValueError(
                 f"EpisodeSampler: {self.shape.shots} shots and {self.shape.queries} queries a class, but split "
-                f"'{self.split}' has only {drawings} drawings a class; the two sets must not overlap."
+                f"'{self.split}' has only {least} {which}; the two sets must not overlap."
             )
+
+    @property
+    def example_shape(self) -> torch.Size:
+        """Of one image, ``[channels, height, width]``."""
+        return self.images.shape[-3:]
 
     def batch(self, index: int, tasks: int) -> Episodes:
         """The ``index``-th batch of that many tasks."""
@@ -83,7 +116,11 @@ class EpisodeSampler:
         """Tasks ``first`` to ``first + count - 1``: images in [0, 1] as float32, labels 0 to N - 1 in class order."""
         ways, shots, queries = self.shape.ways, self.shape.shots, self.shape.queries
         classes, drawings = self.draw(first, count)
-        x = self.images[classes[:, :, None], drawings].to(torch.float32).div_(255)
+        if self.counts is None:
+            drawn = self.images[classes[:, :, None], drawings]
+        else:
+            drawn = self.images[self._first_and_size[0][classes][:, :, None] + drawings]
+        x = drawn.to(torch.float32).div_(255)
         support_x, query_x = x[:, :, :shots].flatten(1, 2), x[:, :, shots:].flatten(1, 2)
         labels = torch.arange(ways, device=x.device)
         return Episodes(
@@ -94,33 +131,24 @@ class EpisodeSampler:
         )
 
     def draw(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """The classes ``[T, N]`` and drawings ``[T, N, K + Q]`` of those tasks."""
-        n_classes, n_drawings = self.images.shape[:2]
-        ways, each = self.shape.ways, self.shape.shots + self.shape.queries
-        seed = torch.full((), self.seed, dtype=torch.int64, device=self.images.device)  # a copy would wait for the GPU
-        stream = _mix(_mix(seed) + zlib.crc32(self.split.encode()))
-        task_keys = _mix(stream + _GOLDEN * torch.arange(first, first + count, device=self.images.device))
-        class_keys = _keys(task_keys, n_classes, salt=1)
-        drawing_keys = _keys(task_keys, ways * n_drawings, salt=2).view(count, ways, n_drawings)
-        return (
-            class_keys.topk(ways, largest=False).indices,
-            drawing_keys.topk(each, largest=False).indices,
-        )
+        """The classes ``[T, N]`` and drawings ``[T, N, K + Q]`` of those tasks; drawings count from 0 in each class."""
+        ways, each, most = self.shape.ways, self.shape.shots + self.shape.queries, max(self._sizes)
+        of_tasks = keys_of_tasks(self.seed, self.split, first, count, self.images.device)
+        classes = keys(of_tasks, len(self._sizes), salt=1).topk(ways, largest=False).indices
+        drawing_keys = keys(of_tasks, ways * most, salt=2).view(count, ways, most)
+        if self.counts is not None:  # what a smaller class has not comes last
+            numbers = torch.arange(most, device=classes.device)
+            absent = numbers >= self._first_and_size[1][classes][:, :, None]
+            drawing_keys = drawing_keys.masked_fill(absent, _LAST)
+        return classes, drawing_keys.topk(each, largest=False).indices
 
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """Images of each class."""
+        return [self.images.shape[1]] * len(self.images) if self.counts is None else list(self.counts)
 
-def _keys(task_keys: Tensor, count: int, *, salt: int) -> Tensor:
-    """``count`` random int64 for every task, ``[T, count]``."""
-    positions = torch.arange(1, count + 1, device=task_keys.device) * _GOLDEN
-    return _mix(_mix(task_keys + salt)[:, None] + positions)
-
-
-def _mix(z: Tensor) -> Tensor:
-    """The finaliser of splitmix64 (Steele, Lea & Flood 2014) on int64, which wraps as the unsigned one does."""
-    z = (z ^ _shift_right(z, 30)) * _MIX_1
-    z = (z ^ _shift_right(z, 27)) * _MIX_2
-    return z ^ _shift_right(z, 31)
-
-
-def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """A logical shift; torch's ``>>`` on int64 copies the sign bit."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+    @cached_property
+    def _first_and_size(self) -> Tensor:
+        """Of each class its first image and how many it has, ``[2, classes]``."""
+        sizes = torch.tensor(self._sizes)
+        return torch.stack([sizes.cumsum(0) - sizes, sizes]).to(self.images.device)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from metalearn.data.sampler import EpisodeSampler, TaskShape
+
+
+class SplitCounts(NamedTuple):
+    """Images of each class, in the order of a split's images, where classes have different numbers of them."""
+
+    train: Sequence[int]
+    validation: Sequence[int]
+    test: Sequence[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,16 +29,28 @@ class ImageSplits:
         train: classes to meta-train on.
         validation: classes that choose the checkpoint.
         test: classes seen once, at the end.
+        counts: where classes differ in size; then each is ``[total, channels, height, width]``, class after class.
     """
 
     name: str
     train: Tensor
     validation: Tensor
     test: Tensor
+    counts: SplitCounts | None = None
 
     def to(self, device: torch.device | str) -> ImageSplits:
         """The same images on another device."""
-        return ImageSplits(self.name, *(t.to(device) for t in (self.train, self.validation, self.test)))
+        train, validation, test = (t.to(device) for t in (self.train, self.validation, self.test))
+        return ImageSplits(self.name, train, validation, test, self.counts)
+
+    def classes(self, split: str) -> int:
+        """Number of classes in ``"train"``, ``"validation"`` or ``"test"``."""
+        return len(getattr(self, split) if self.counts is None else getattr(self.counts, split))
+
+    def sampler(self, split: str, shape: TaskShape, seed: int) -> EpisodeSampler:
+        """Tasks of the classes of ``"train"``, ``"validation"`` or ``"test"``."""
+        counts = None if self.counts is None else getattr(self.counts, split)
+        return EpisodeSampler(getattr(self, split), shape, seed, split, counts)
 
 
 def with_rotations(images: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metalearn.inner.rules import SEPARATOR, along_tasks, clipped, state_name
 from metalearn.inner.settings import InnerLoop
+from metalearn.inner.statistics import is_statistic
 from metalearn.params import stack
 from metalearn.types import Forward, Params
 
@@ -53,7 +54,7 @@ def with_steps(theta: Params, inner: InnerLoop) -> Params:
 
 def begin(forward: Forward, theta: Params, support_x: Tensor, support_y: Tensor, inner: InnerLoop) -> Params:
     """What T tasks carry into their first step; differentiable in theta."""
-    fast = stack(theta, support_x.shape[0])
+    fast = stack({name: p for name, p in theta.items() if not is_statistic(name)}, support_x.shape[0])
     if inner.start is not None:
         started = inner.start(forward, {n: w for n, w in fast.items() if SEPARATOR not in n}, support_x, support_y)
         # As views: an inner gradient in one parameter must not run through another that was made from it.
@@ -78,6 +79,11 @@ def model_params(carry: Params, inner: InnerLoop, k: int) -> Params:
         for name, w in carry.items()
         if SEPARATOR not in name
     }
+
+
+def model_of(theta: Params, inner: InnerLoop, k: int = 0) -> Params:
+    """As ``model_params``, of theta itself: one model's parameters, ``[...]``."""
+    return {name: w[0] for name, w in model_params({n: p.unsqueeze(0) for n, p in theta.items()}, inner, k).items()}
 
 
 def update(carry: Params, grads: Params, inner: InnerLoop, k: int) -> Params:
@@ -122,7 +128,7 @@ def check_settings(theta: Params, inner: InnerLoop) -> None:
         ValueError: naming what is missing, unknown or of another shape, and what makes it.
     """
     _refuse_unknown(theta, inner)
-    rates = {name for name in theta if SEPARATOR in name}
+    rates = {name for name in theta if SEPARATOR in name and not is_statistic(name)}
     wanted = set() if inner.learned_lr is None else {rate_name(name) for name in adapted_names(theta, inner)}
     if inner.learned_lr == "layer_and_step" and inner.steps == 0 and not rates:
         wanted = set()

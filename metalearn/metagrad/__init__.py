@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from metalearn.errors import NonFiniteLossError
@@ -27,6 +28,7 @@ def meta_gradient(
     inner: InnerLoop,
     *,
     loss: Loss = cross_entropy,
+    engine: Engine | None = None,
 ) -> MetaGradient:
     """The mean query loss over tasks after adaptation, and its gradient in the meta-parameters.
 
@@ -41,6 +43,8 @@ def meta_gradient(
             tasks are in memory at a time (the result does not depend on it beyond rounding, but for dropout, which
             draws other masks).
         loss: ``loss(prediction, target)``, the mean over one task's examples.
+        engine: a gradient of another kind, in the place of the one that ``inner.engine`` names: ``reptile``,
+            ``Implicit()`` (iMAML).
 
     Returns:
         The loss, the gradients (zeros for parameters that the loss does not reach), the query predictions and the
@@ -59,12 +63,12 @@ def meta_gradient(
         >>> result.grads["weight"].shape
         torch.Size([2, 3])
     """
-    if inner.engine not in ENGINES:
+    if engine is None and inner.engine not in ENGINES:
         measured = " 'auto' is for scripts/train.py, which measures." if inner.engine == "auto" else ""
         raise ValueError(f"meta_gradient: engine={inner.engine!r} is not one of {', '.join(ENGINES)}.{measured}")
     check_params(params)
     check_settings(params, inner)
-    engine = ENGINES[inner.engine]
+    engine = engine or ENGINES[inner.engine]
     with explained(vars(episodes), params):
         if inner.task_chunk is None or inner.task_chunk >= episodes.tasks:
             return engine(forward, params, episodes, inner, loss)
@@ -74,9 +78,10 @@ def meta_gradient(
 def _in_chunks(
     engine: Engine, forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss
 ) -> MetaGradient:
-    """The same mean over tasks, ``inner.task_chunk`` of them at a time."""
+    """The same mean over tasks, ``inner.task_chunk`` of them at a time; of figures too."""
     grads = {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()}
     losses, support_losses, predictions = [], [], []
+    figures: dict[str, Tensor] = {}
     done = 0
     for chunk in episodes.split(inner.task_chunk or episodes.tasks):
         share = chunk.tasks / episodes.tasks
@@ -90,9 +95,11 @@ def _in_chunks(
         losses.append(share * part.loss)
         support_losses.append(share * part.support_loss)
         predictions.append(part.predictions)
+        figures = {name: figures.get(name, 0) + share * value for name, value in part.figures.items()}
     return MetaGradient(
         loss=torch.stack(losses).sum(),
         grads=grads,
         predictions=torch.cat(predictions),
         support_loss=torch.stack(support_losses).sum(dim=0),
+        figures=figures,
     )

@@ -118,7 +118,7 @@ def outcome(grads: Params, losses: Tensor, predictions: Tensor, support_losses: 
 def pull_back_beginning(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, lam: Params) -> Params:
     """The transpose of ``begin``: theta is shared by all tasks, so their adjoints ``[T, ...]`` add up to ``[...]``."""
     if inner.start is None and not inner.proximal:
-        return {name: lam[name].sum(dim=0) for name in params}
+        return {name: lam[name].sum(dim=0) if name in lam else torch.zeros_like(p) for name, p in params.items()}
     with torch.enable_grad():
         at = {name: p.detach().requires_grad_() for name, p in params.items()}
         carry = begin(forward, at, episodes.support_x, episodes.support_y, inner)

@@ -1,8 +1,19 @@
 """Networks to adapt; any other ``nn.Module`` does as well, through ``functionalize``."""
 
 from metalearn.models.attention import PatchTransformer
+from metalearn.models.context import ContextConv4, ContextMLP, context_names
 from metalearn.models.conv4 import Conv4
 from metalearn.models.mlp import MLP
 from metalearn.models.residual import ResidualNet
+from metalearn.models.resnet12 import ResNet12
 
-__all__ = ["MLP", "Conv4", "PatchTransformer", "ResidualNet"]
+__all__ = [
+    "MLP",
+    "ContextConv4",
+    "ContextMLP",
+    "Conv4",
+    "PatchTransformer",
+    "ResNet12",
+    "ResidualNet",
+    "context_names",
+]

@@ -20,6 +20,10 @@ class Conv4(nn.Module):
     With ``pool="stride"`` (Finn's for Omniglot) every convolution has stride 2: 28 to 14, 7, 4, 2 pixels. With
     ``pool="max"`` (Vinyals') it has stride 1 and a 2x2 max-pool follows: 28 to 14, 7, 3, 1.
 
+    On 84 x 84 colour images (mini-ImageNet) these are 42, 21, 11, 6 and 42, 21, 10, 5. The head always takes the mean
+    over positions, ``width`` features; Finn et al. do so on Omniglot, while for mini-ImageNet they flatten the
+    5 x 5 x 32 features of ``pool="max", width=32``, so that their head has 800 inputs and ours 32.
+
     BatchNorm always uses the statistics of the batch at hand; MAML keeps no running ones. It takes the mean away that a
     convolution's bias would add, so that there is none.
 

@@ -11,20 +11,41 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from metalearn.inner import InnerLoop
+from metalearn.peers.offers import Offers, refuse_settings
 from metalearn.peers.one_by_one import gathered
+from metalearn.peers.placing import leaves
 from metalearn.types import Episodes, Loss, MetaGradient, Params
+
+OFFERS: Offers = {}
 
 
 def meta_gradient(
-    module: nn.Module, episodes: Episodes, inner: InnerLoop, *, loss: Loss = cross_entropy
+    module: nn.Module,
+    episodes: Episodes,
+    inner: InnerLoop,
+    *,
+    loss: Loss = cross_entropy,
+    params: Params | None = None,
 ) -> MetaGradient:
-    """As ``metalearn.meta_gradient``, at the module's own parameters; ``engine`` and ``task_chunk`` mean nothing here.
+    """As ``metalearn.meta_gradient``, of plain steps; ``engine`` and ``task_chunk`` mean nothing here.
 
     The module is not changed: neither its parameters nor their ``.grad``.
 
+    Args:
+        module: the model.
+        episodes: T tasks.
+        inner: the inner loop.
+        loss: one task's mean loss.
+        params: theta, in place of the module's own parameters.
+
+    Raises:
+        NotOfferedError: if a step is not plain.
+        ValueError: if ``params`` are not the module's.
+
     Reference: Finn et al. 2017, arXiv 1703.03400, algorithm 2.
     """
-    theta: Params = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    refuse_settings("the loop by hand", inner, offers=OFFERS)
+    theta = leaves(module, params, inner)
     total = [torch.zeros_like(p) for p in theta.values()]
     losses, predictions, support_losses = [], [], []
     for support_x, support_y, query_x, query_y in zip(

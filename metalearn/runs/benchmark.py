@@ -15,7 +15,7 @@ import torch
 from rich.progress import Progress
 
 from metalearn import files
-from metalearn.data.sampler import EpisodeSampler, TaskShape
+from metalearn.data.sampler import TaskSampler, TaskShape
 from metalearn.data.splits import ImageSplits
 from metalearn.errors import ConfigError
 from metalearn.inner import InnerLoop
@@ -29,12 +29,13 @@ from metalearn.runs.bench.measure import Figures, MetaStep, figures, parts_of, p
 from metalearn.runs.bench.report import print_rows, print_shares
 from metalearn.runs.bench.settings import SETTINGS, StepSetting
 from metalearn.runs.console import print_path, progress_bar
-from metalearn.runs.experiment import build, build_model, load_data, pick_device
+from metalearn.runs.experiment import build, build_model, pick_device
 from metalearn.runs.flops import matrix_product_peak
 from metalearn.runs.machine import machine
 from metalearn.runs.precision import computed_in
 from metalearn.runs.random_state import seed_all
 from metalearn.runs.schema_commands import BenchmarkConfig
+from metalearn.runs.tasks import load_data
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ class Case:
     title: str
     content: dict[str, Any]
     step: MetaStep
-    sampler: EpisodeSampler
+    sampler: TaskSampler
 
 
 def run_benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
@@ -104,7 +105,7 @@ def cases(config: BenchmarkConfig, device: torch.device) -> Iterator[Case]:
 def _configured(config: BenchmarkConfig) -> Case:
     experiment = build(config)
     seed_all(config.run.seed)
-    module = build_model(config, experiment.train.images.shape[2:]).to(experiment.device)
+    module = build_model(config, experiment.train.example_shape).to(experiment.device)
     task = config.task
     step = MetaStep(module, experiment.train.batch(0, task.meta_batch), experiment.inner)
     content = {"task": asdict(task), "inner": asdict(config.inner), "model": asdict(config.model)}
@@ -116,16 +117,16 @@ def _configured(config: BenchmarkConfig) -> Case:
 
 
 def _published(config: BenchmarkConfig, setting: StepSetting, splits: ImageSplits) -> Case:
-    classes, _, *image = splits.train.shape
+    classes = splits.classes("train")
     if setting.ways > classes:
         raise ConfigError(
             f"bench.setting={setting.name}: it takes {setting.ways} classes a task, and data={config.data.name} has "
             f"{classes} to train on; choose another setting, or raise data.classes"
         )
     shape = TaskShape(setting.ways, setting.shots, setting.queries)
-    sampler = EpisodeSampler(splits.train, shape, config.run.seed, "train")
+    sampler = splits.sampler("train", shape, config.run.seed)
     seed_all(config.run.seed)
-    module = Conv4(setting.ways, channels=image[0], width=setting.width).to(splits.train.device)
+    module = Conv4(setting.ways, channels=sampler.example_shape[0], width=setting.width).to(splits.train.device)
     step = MetaStep(module, sampler.batch(0, setting.tasks), InnerLoop(lr=setting.lr, steps=setting.steps))
     return Case(setting.name, setting.title, asdict(setting), step, sampler)
 

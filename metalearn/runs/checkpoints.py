@@ -112,7 +112,7 @@ def save_best(best: Best, run_dir: Path) -> None:
     content = {
         "params": best.params,
         "iteration": best.iteration,
-        "validation_accuracy": best.validation_accuracy,
+        "validation_accuracy": best.validation_score,
     }
     files.save(content, best_path(run_dir))
 

@@ -40,11 +40,16 @@ SCHEMAS: dict[str, type] = {
     "gradients": schema_commands.GradientsConfig,
     "reproduce": schema_commands.ReproduceConfig,
     "verify": schema_commands.VerifyConfig,
-    "maml": schema.AlgorithmConfig,
+    **dict.fromkeys(schema.PLAIN_ALGORITHMS, schema.AlgorithmConfig),
+    "maml_pp": schema.MAMLPPConfig,
+    "imaml": schema.IMAMLConfig,
     "omniglot": schema.OmniglotConfig,
     "glyphs": schema.GlyphsConfig,
+    "images": schema.ImagesConfig,
+    "sinusoid": schema.SinusoidConfig,
     "conv4": schema.Conv4Config,
     "mlp": schema.MLPConfig,
+    "resnet12": schema.ResNet12Config,
 }
 
 
@@ -137,7 +142,7 @@ def _run_name(*, _root_: Any) -> str:
 def _task_name(root: Any) -> str:
     data, task = root.data, root.task
     name = dataset_in_use(data.name, data.get("root"), data.get("fallback"))
-    return f"{name}-{task.ways}w{task.shots}s"
+    return f"{name}-{task.shots}s" if name == "sinusoid" else f"{name}-{task.ways}w{task.shots}s"
 
 
 def _comparison_name(*, _root_: Any) -> str:

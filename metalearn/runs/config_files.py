@@ -18,6 +18,7 @@ from metalearn.errors import ConfigError, RunError
 from metalearn.runs import schema
 from metalearn.runs.checks import check, compared_keys
 from metalearn.runs.config import CONF, SCHEMAS, typed
+from metalearn.runs.config_help import GROUPS
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,14 @@ Config = TypeVar("Config")
 
 _ADDED_LATER = (
     "inner.snapshot_every",
+    "inner.rule",
+    "inner.momentum",
+    "inner.betas",
+    "inner.eps",
+    "inner.weight_decay",
+    "inner.clip_norm",
+    "model.context",
+    "algorithm.backend",
     "run.resume",
     "run.accept",
     "run.checkpoint_seconds",
@@ -63,13 +72,22 @@ def from_text(text: str, path: Path) -> schema.TrainConfig:
         base = OmegaConf.structured(schema.TrainConfig)
         for group in ("data", "model", "algorithm"):
             base[group] = OmegaConf.structured(SCHEMAS[raw[group].name])
-        defaults = OmegaConf.load(CONF / "settings.yaml")
         for name in _ADDED_LATER:
-            if OmegaConf.select(raw, name, default="missing") == "missing":
-                OmegaConf.update(raw, name, OmegaConf.select(defaults, name))
+            section, _, own = name.partition(".")
+            known = {f.name for f in dataclasses.fields(OmegaConf.get_type(base[section]))}  # type: ignore[arg-type]
+            if own in known and OmegaConf.select(raw, name, default="missing") == "missing":
+                OmegaConf.update(raw, name, _default(name, raw))
         return _on_schema(base, raw, schema.TrainConfig)
     except (KeyError, AssertionError, YAMLError, OmegaConfBaseException, ConfigError) as error:
         raise ConfigError(f"{path} is not the configuration of a run: {error}") from error
+
+
+def _default(name: str, raw: DictConfig) -> Any:
+    """What a key is where nobody sets it."""
+    group, _, key = name.partition(".")
+    option = CONF / group / f"{raw[group].name}.yaml" if group in GROUPS else CONF / "settings.yaml"
+    content = OmegaConf.load(option)
+    return OmegaConf.select(content, key if group in ("data", "model") else name)
 
 
 def _on_schema(base: DictConfig, raw: DictConfig, kind: type[Config]) -> Config:
@@ -89,6 +107,9 @@ def settle_data(config: Trained) -> Trained:
         ConfigError: if the task does not fit the fallback.
     """
     data = config.data
+    if isinstance(data, schema.ImagesConfig):
+        place = str(Path(data.root).expanduser().absolute())
+        return dataclasses.replace(config, data=dataclasses.replace(data, root=place))
     if not isinstance(data, schema.OmniglotConfig):
         return config
     name = dataset_in_use(data.name, data.root, data.fallback)
@@ -159,6 +180,8 @@ def relocated(data: schema.DataConfig, root: str | None) -> schema.DataConfig:
     Raises:
         ConfigError: if ``root`` is given for a data set that is not on disk.
     """
+    if isinstance(data, schema.ImagesConfig):
+        return dataclasses.replace(data, root=root or data.root)
     if not isinstance(data, schema.OmniglotConfig):
         if root:
             raise ConfigError(f"data.root={root}: the run was trained on {data.name}, which is embedded; leave it out")

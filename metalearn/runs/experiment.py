@@ -12,36 +12,38 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from metalearn.data.catalog import glyph_splits
-from metalearn.data.glyphs import glyphs
-from metalearn.data.omniglot import omniglot
-from metalearn.data.sampler import EpisodeSampler, TaskShape
-from metalearn.data.splits import ImageSplits
+from metalearn.algorithms import ALGORITHMS, Algorithm
+from metalearn.data.sampler import TaskSampler
 from metalearn.errors import ConfigError
-from metalearn.inner import InnerLoop
-from metalearn.metagrad import meta_gradient
-from metalearn.models import MLP, Conv4
+from metalearn.inner import SGD, Adam, InnerLoop, Momentum, UpdateRule
+from metalearn.models import MLP, ContextConv4, ContextMLP, Conv4, ResNet12
 from metalearn.params import functionalize
+from metalearn.parts import parts_of
+from metalearn.peers.backend import backend
 from metalearn.runs import torchrun
 from metalearn.runs.cuda_graph import graphed
+from metalearn.runs.evaluation import step_statistics
 from metalearn.runs.precision import computed_in, refuse_missing_tf32
 from metalearn.runs.random_state import seed_all
-from metalearn.runs.schema import Conv4Config, GlyphsConfig, InnerConfig, MLPConfig, OmniglotConfig, TrainConfig
+from metalearn.runs.schema import Conv4Config, InnerConfig, MLPConfig, ResNet12Config, SinusoidConfig, TrainConfig
+from metalearn.runs.scores import ACCURACY, MSE, Score
+from metalearn.runs.tasks import samplers
 from metalearn.types import Episodes, Forward, MetaGradient, Params
 
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """Everything that a run computes with, on its device; nothing here changes while it runs, but for a cache.
+    """Everything that a run computes with, on its device; nothing here changes while it runs, but for caches.
 
     Args:
         config: what it was built from.
         dataset: name of the data set.
         device: where everything lies.
+        module: the network, of which ``forward`` is made.
         forward: the model as a pure function.
-        theta: its initial parameters.
-        inner: the inner loop in training.
-        eval_inner: the inner loop in validation and test; never differentiated.
+        theta: its initial meta-parameters, with what the algorithm learns beside the model's.
+        algorithm: what is meta-learned.
+        score: what tasks are judged by.
         train: sampler of training tasks.
         validation: sampler of the tasks that choose the checkpoint.
         test: sampler of the tasks of the final test.
@@ -50,13 +52,24 @@ class Experiment:
     config: TrainConfig
     dataset: str
     device: torch.device
+    module: nn.Module
     forward: Forward
     theta: Params
-    inner: InnerLoop
-    eval_inner: InnerLoop
-    train: EpisodeSampler
-    validation: EpisodeSampler
-    test: EpisodeSampler
+    algorithm: Algorithm
+    score: Score
+    train: TaskSampler
+    validation: TaskSampler
+    test: TaskSampler
+
+    @property
+    def inner(self) -> InnerLoop:
+        """The inner loop in training, without annealing."""
+        return self.algorithm.inner
+
+    @property
+    def eval_inner(self) -> InnerLoop:
+        """The inner loop in validation and test; never differentiated."""
+        return self.algorithm.testing(self.config.inner.eval_steps)
 
     @property
     def eval_batch(self) -> int:
@@ -67,81 +80,132 @@ class Experiment:
         """A context in which the model computes with ``run.precision``."""
         return computed_in(self.config.run.precision, self.device)
 
-    @cached_property
-    def gradient(self) -> Callable[[Params, Episodes], MetaGradient]:
-        """The meta-gradient of training at given parameters, of given tasks; with ``run.cuda_graph`` by its graph.
+    def gradient(self, params: Params, episodes: Episodes, iteration: int) -> MetaGradient:
+        """The meta-gradient of training at given parameters, of given tasks, after that many meta-steps.
 
-        A graph is recorded when it is first used, belongs to this object and is no state of the run. What it returns
-        is valid until it is next used.
+        With ``run.cuda_graph`` by a graph, which is recorded when it is first used and is no state of the run; what it
+        returns is valid until it is next used. With ``algorithm.backend`` by another library.
         """
+        if self.config.run.cuda_graph:
+            return self._graphed(params, episodes)
+        if self._backend:
+            return self._backend(params, episodes, self.inner)
+        return self.eager(params, episodes, iteration)
 
-        def eager(params: Params, episodes: Episodes) -> MetaGradient:
-            return meta_gradient(self.forward, params, episodes, self.inner)
+    def eager(self, params: Params, episodes: Episodes, iteration: int) -> MetaGradient:
+        """As ``gradient``, by this library and without a graph."""
+        progress = iteration / self.config.outer.iterations
+        return self.algorithm.meta_gradient(self.forward, params, episodes, loss=self.score.loss, progress=progress)
 
-        return graphed(eager, self.device) if self.config.run.cuda_graph else eager
+    @cached_property
+    def _graphed(self) -> Callable[[Params, Episodes], MetaGradient]:
+        return graphed(lambda params, episodes: self.eager(params, episodes, 0), self.device)
+
+    @cached_property
+    def _backend(self) -> Callable[[Params, Episodes, InnerLoop], MetaGradient] | None:
+        name = self.config.algorithm.backend
+        return None if name == "metalearn" else backend(name, self.module)
+
+    def statistics(self, params: Params, iteration: int) -> Params:
+        """BatchNorm's statistics after every inner step, as entries of theta, on the batches before that meta-step;
+        none if the algorithm keeps none.
+        """
+        if not self.algorithm.keeps_statistics:
+            return {}
+        tasks = self.config.task.meta_batch
+        batches = [self.train.batch(max(iteration - n, 0), tasks) for n in range(1, _BATCHES_OF_STATISTICS + 1)]
+        inner = self.algorithm.testing(self.inner.steps)
+        parts = [step_statistics(self.forward, params, batch, inner, loss=self.score.loss) for batch in batches]
+        return {name: torch.stack([part[name] for part in parts]).mean(dim=0) for name in parts[0]}
+
+
+_BATCHES_OF_STATISTICS = 4
 
 
 def build(config: TrainConfig) -> Experiment:
     """Load the data, build the model, seeded by ``run.seed``.
 
     Raises:
-        ConfigError: if the device is not there.
+        ConfigError: if the device is not there, or the algorithm does not fit the model.
         DataError: if the data set is missing or damaged.
     """
     device = pick_device(config.run.device)
     if config.run.deterministic:
         _make_deterministic()
-    splits = load_data(config).to(device)
-    task, seed = config.task, config.run.seed
-    train_shape = TaskShape(task.ways, task.shots, task.queries)
-    eval_shape = TaskShape(task.ways, task.shots, config.eval.queries)
-    train = EpisodeSampler(splits.train, train_shape, seed, "train")
-    validation = EpisodeSampler(splits.validation, eval_shape, seed, "validation")
-    test = EpisodeSampler(splits.test, eval_shape, seed, "test")
+    train, validation, test = samplers(config, device)
     seed_all(config.run.seed)
-    forward, theta = functionalize(build_model(config, splits.train.shape[2:]).to(device))
-    inner, eval_inner = inner_loops(config.inner)
-    return Experiment(config, splits.name, device, forward, theta, inner, eval_inner, train, validation, test)
+    module = build_model(config, train.example_shape).to(device)
+    forward, params = functionalize(module)
+    algorithm = algorithm_of(config, module)
+    experiment = Experiment(
+        *(config, config.data.name, device, module, forward, algorithm.init(params), algorithm, score_of(config)),
+        *(train, validation, test),
+    )
+    statistics = experiment.statistics(experiment.theta, 0)
+    return dataclasses.replace(experiment, theta={**experiment.theta, **statistics})
 
 
 def with_settled(experiment: Experiment, settings: InnerConfig) -> Experiment:
     """The experiment with another engine, task chunk or number of snapshots, also in its configuration."""
-    inner, eval_inner = inner_loops(settings)
     config = dataclasses.replace(experiment.config, inner=settings)
-    return dataclasses.replace(experiment, config=config, inner=inner, eval_inner=eval_inner)
+    return dataclasses.replace(experiment, config=config, algorithm=algorithm_of(config, experiment.module))
 
 
-def inner_loops(settings: InnerConfig) -> tuple[InnerLoop, InnerLoop]:
-    """The inner loop in training, and that in validation and test."""
-    training = InnerLoop(
+def algorithm_of(config: TrainConfig, module: nn.Module) -> Algorithm:
+    """The algorithm of a configuration, for a network.
+
+    Raises:
+        ConfigError: if it does not fit the network.
+    """
+    options = {f.name: getattr(config.algorithm, f.name) for f in dataclasses.fields(config.algorithm)}
+    name = options.pop("name")
+    del options["backend"]
+    try:
+        return ALGORITHMS[name](inner_loop(config.inner), parts_of(module), **options)
+    except ValueError as error:
+        raise ConfigError(f"algorithm={name}, model={config.model.name}: {error}") from error
+
+
+def score_of(config: TrainConfig) -> Score:
+    """What a configuration's tasks are judged by."""
+    return MSE if isinstance(config.data, SinusoidConfig) else ACCURACY
+
+
+def inner_loop(settings: InnerConfig) -> InnerLoop:
+    """The inner loop in training, as every algorithm starts from."""
+    rules: dict[str, Callable[[], UpdateRule]] = {
+        "sgd": SGD,
+        "momentum": lambda: Momentum(settings.momentum),
+        "nesterov": lambda: Momentum(settings.momentum, nesterov=True),
+        "adam": lambda: Adam((settings.betas[0], settings.betas[1]), settings.eps),
+    }
+    return InnerLoop(
         lr=settings.lr,
         steps=settings.steps,
         second_order=settings.second_order,
         engine=settings.engine,
         task_chunk=settings.task_chunk,
         snapshot_every=settings.snapshot_every,
+        rule=rules[settings.rule](),
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
     )
-    return training, dataclasses.replace(training, steps=settings.eval_steps, second_order=False)
 
 
-def load_data(config: TrainConfig) -> ImageSplits:
-    """The data set of a configuration, in main memory."""
-    data = config.data
-    if isinstance(data, OmniglotConfig):
-        return omniglot(data.root, split=data.split, rotations=data.rotations)
-    assert isinstance(data, GlyphsConfig)
-    images = glyphs(classes=data.classes, jitter=data.jitter, seed=data.seed)
-    sizes = glyph_splits(data.classes)
-    return ImageSplits(data.name, *images.split([sizes.train, sizes.validation, sizes.test]))
-
-
-def build_model(config: TrainConfig, image: torch.Size) -> nn.Module:
-    """A freshly initialised network for images ``[channels, height, width]``."""
-    model, ways = config.model, config.task.ways
+def build_model(config: TrainConfig, example_shape: torch.Size) -> nn.Module:
+    """A freshly initialised network for inputs ``[channels, height, width]``, or ``[1]`` of sinusoids."""
+    model, outputs = config.model, 1 if isinstance(config.data, SinusoidConfig) else config.task.ways
     if isinstance(model, Conv4Config):
-        return Conv4(ways, channels=image[0], width=model.width, pool=model.pool)
+        channels, width, pool = example_shape[0], model.width, model.pool
+        if model.context:
+            return ContextConv4(outputs, channels=channels, width=width, pool=pool, context=model.context)
+        return Conv4(outputs, channels=channels, width=width, pool=pool)
+    if isinstance(model, ResNet12Config):
+        return ResNet12(outputs, channels=example_shape[0], widths=model.widths)
     assert isinstance(model, MLPConfig)
-    return MLP(image.numel(), ways, hidden=model.hidden, batch_norm=model.batch_norm)
+    if model.context:
+        return ContextMLP(example_shape.numel(), outputs, hidden=model.hidden, context=model.context)
+    return MLP(example_shape.numel(), outputs, hidden=model.hidden, batch_norm=model.batch_norm)
 
 
 def training_device(config: TrainConfig) -> torch.device:

@@ -15,15 +15,17 @@ from metalearn.runs.evaluation import Evaluation
 from metalearn.runs.experiment import Experiment
 from metalearn.runs.machine import machine
 from metalearn.runs.meter import Meter
+from metalearn.runs.scores import ACCURACY, MSE
 
 
 def accuracy_metrics(experiment: Experiment, result: Evaluation) -> dict[str, Any]:
     """What was tested, and how well it did; accuracies are fractions, intervals half-widths."""
-    config = experiment.config
+    config, name = experiment.config, experiment.score.name
     alone = result.nontransductive
     return {
         "dataset": experiment.dataset,
         "algorithm": config.algorithm.name,
+        "backend": config.algorithm.backend,
         "engine": experiment.inner.engine,
         "task_chunk": experiment.inner.task_chunk,
         "snapshot_every": experiment.inner.snapshot_every,
@@ -31,15 +33,16 @@ def accuracy_metrics(experiment: Experiment, result: Evaluation) -> dict[str, An
         "second_order": config.inner.second_order,
         "device": device_name(experiment.device),
         "seed": config.run.seed,
-        "task": f"{config.task.ways}-way {config.task.shots}-shot",
-        "test.accuracy": result.accuracy.mean,
-        "test.ci95": result.accuracy.ci95,
-        "test.accuracy_nontransductive": alone.mean if alone else None,
+        "task": task_in_words(experiment),
+        "score": name,
+        f"test.{name}": result.final.mean,
+        "test.ci95": result.final.ci95,
+        f"test.{name}_nontransductive": alone.mean if alone else None,
         "test.ci95_nontransductive": alone.ci95 if alone else None,
         "test.episodes": result.episodes,
         "test.queries": config.eval.queries,
         "test.inner_steps": len(result.per_step) - 1,
-        "test.accuracy_per_step": [estimate.mean for estimate in result.per_step],
+        f"test.{name}_per_step": [estimate.mean for estimate in result.per_step],
         "test.ci95_per_step": [estimate.ci95 for estimate in result.per_step],
     }
 
@@ -47,10 +50,16 @@ def accuracy_metrics(experiment: Experiment, result: Evaluation) -> dict[str, An
 def hparams_metrics(metrics: dict[str, Any]) -> dict[str, float]:
     """What TensorBoard's table of runs compares them by, by tag."""
     return {
-        "test/accuracy": metrics["test.accuracy"],
+        f"test/{metrics['score']}": metrics[f"test.{metrics['score']}"],
         "memory/peak_mib": metrics["memory.peak_mib"],
         "time/median_meta_step_ms": metrics["time.meta_step_ms"],
     }
+
+
+def task_in_words(experiment: Experiment) -> str:
+    """Ways and shots; sinusoids have no classes."""
+    task = experiment.config.task
+    return f"{task.ways}-way {task.shots}-shot" if experiment.score is ACCURACY else f"{task.shots}-shot"
 
 
 def engine_in_words(inner: InnerLoop) -> str:
@@ -84,9 +93,10 @@ def cost_metrics(meter: Meter, *, total_s: float) -> dict[str, Any]:
 def cost_rows(metrics: dict[str, Any]) -> dict[str, str]:
     """The rows of the costs in the closing table."""
     kinds = {"cuda": "CUDA, allocated", "cpu-tensors": "CPU, live tensors in one meta-step"}
-    best, at = metrics["validation.best_accuracy"], metrics["validation.best_iteration"]
+    score = ACCURACY if metrics["score"] == ACCURACY.name else MSE
+    best, at = metrics[f"validation.best_{score.name}"], metrics["validation.best_iteration"]
     return {
-        "best validation": f"{best:.2%} at meta-step {at}",
+        "best validation": f"{score.text(best)} at meta-step {at}",
         "meta-steps": f"{metrics['iterations']}, {metrics['time.meta_step_ms']:.0f} ms each (median)",
         "peak memory": f"{metrics['memory.peak_mib']:.1f} MiB ({kinds[metrics['memory.kind']]})",
         "total time": f"{metrics['time.total_s'] / 60:.1f} min",
@@ -98,23 +108,31 @@ def accuracy_rows(experiment: Experiment, result: Evaluation) -> dict[str, str]:
     config = experiment.config
     order = "second order" if config.inner.second_order else "first order"
     low = "" if config.run.precision == "float32" else f", {config.run.precision}"
-    steps = "  ".join(f"{k}: {estimate.mean:.1%}" for k, estimate in enumerate(result.per_step))
+    by = "" if config.algorithm.backend == "metalearn" else f", by {config.algorithm.backend}"
+    score, last = experiment.score, len(result.per_step) - 1
+    steps = "  ".join(f"{k}: {score.text(estimate.mean, digits=1)}" for k, estimate in enumerate(result.per_step))
     rows = {
-        "task": f"{experiment.dataset}, {config.task.ways}-way {config.task.shots}-shot",
-        "algorithm": f"{config.algorithm.name}, {order}, engine {engine_in_words(experiment.inner)}{low}",
-        "test accuracy": f"{result.accuracy} (95% CI, {result.episodes} tasks, {len(result.per_step) - 1} inner steps)",
+        "task": f"{experiment.dataset}, {task_in_words(experiment)}",
+        "algorithm": f"{config.algorithm.name}, {order}, engine {engine_in_words(experiment.inner)}{low}{by}",
+        f"test {score.name}": f"{result.final} (95% CI, {result.episodes} tasks, {last} inner steps)",
         "after each inner step": steps,
     }
     if result.nontransductive:
-        rows["non-transductive"] = f"{result.nontransductive} (each query predicted without the others)"
+        rows["non-transductive"] = f"{result.nontransductive} ({alone_in_words(experiment)})"
     return rows
+
+
+def alone_in_words(experiment: Experiment) -> str:
+    """How each query was predicted without the others."""
+    kept = "by BatchNorm's statistics in training" if experiment.algorithm.keeps_statistics else "without the others"
+    return f"each query predicted {kept}"
 
 
 def write_metrics(metrics: dict[str, Any], result: Evaluation, run_dir: Path) -> Path:
     """Write ``metrics.json``, flat with dotted names, and before it ``test_tasks.json``, the accuracy of every task."""
     by_task = {
-        "accuracy": result.by_task[-1].tolist(),
-        "accuracy_nontransductive": None if result.alone is None else result.alone.tolist(),
+        result.score.name: result.by_task[-1].tolist(),
+        f"{result.score.name}_nontransductive": None if result.alone is None else result.alone.tolist(),
     }
     files.write_text(run_dir / "test_tasks.json", json.dumps(by_task) + "\n")
     path = run_dir / "metrics.json"

@@ -10,16 +10,15 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from metalearn import files
 from metalearn.errors import NonFiniteElsewhereError, NonFiniteError, NonFiniteGradientError, RunError
-from metalearn.metagrad import meta_gradient
 from metalearn.metagrad.adjoint import adjoint
 from metalearn.params import functionalize
 from metalearn.runs.config_files import from_text, to_yaml
-from metalearn.runs.experiment import Experiment, build_model, inner_loops
+from metalearn.runs.experiment import Experiment, algorithm_of, build_model, score_of
 from metalearn.runs.schema import TrainConfig
+from metalearn.runs.state import TrainState
 from metalearn.types import Episodes, MetaGradient, Params
 
 FOLDER = "nonfinite"
@@ -27,12 +26,14 @@ MOST_KEPT = 20
 """Episodes in a run's folder; of later ones only the message is in the log."""
 
 
-def blame(experiment: Experiment, params: Params, episodes: Episodes, grads: Params, *, alone: bool) -> NonFiniteError:
+def blame(
+    experiment: Experiment, state: TrainState, episodes: Episodes, grads: Params, *, alone: bool
+) -> NonFiniteError:
     """The error that names where a gradient of finite losses is not finite.
 
     Args:
         experiment: what was computed with.
-        params: where.
+        state: where.
         episodes: this process's tasks.
         grads: their mean meta-gradient.
         alone: whether there is no other process whose tasks may be at fault.
@@ -43,15 +44,15 @@ def blame(experiment: Experiment, params: Params, episodes: Episodes, grads: Par
         return NonFiniteElsewhereError()
     name = name or max(norms, key=lambda n: float(norms[n]))  # each is finite, and their sum of squares is not
     for task, episode in enumerate(episodes.split(1)):
-        own = meta_gradient(experiment.forward, params, episode, experiment.inner).grads
+        own = experiment.eager(state.params, episode, state.iteration).grads
         for parameter, g in own.items():
             if (bad := g[~torch.isfinite(g)]).numel():
-                step = _step(experiment, params, episode)
+                step = _step(experiment, state, episode)
                 return NonFiniteGradientError(parameter, value=bad[0].item(), task=task, step=step)
     return NonFiniteGradientError(name, value=grads[name].norm().item(), task=None, step=None)
 
 
-def _step(experiment: Experiment, params: Params, episode: Episodes) -> int | None:
+def _step(experiment: Experiment, state: TrainState, episode: Episodes) -> int | None:
     """The last inner step whose adjoint is not finite; ``None`` where the adjoint cannot be computed or is finite."""
     steps: list[int] = []
 
@@ -59,8 +60,11 @@ def _step(experiment: Experiment, params: Params, episode: Episodes) -> int | No
         if not all(torch.isfinite(w).all() for w in lam.values()):
             steps.append(k)
 
+    if experiment.algorithm.engine:  # it has no adjoint
+        return None
+    inner = experiment.algorithm.at(state.iteration / experiment.config.outer.iterations)
     try:
-        adjoint(experiment.forward, params, episode, experiment.inner, cross_entropy, watch=watch)
+        adjoint(experiment.forward, state.params, episode, inner, experiment.score.loss, watch=watch)
     except (ValueError, RuntimeError):  # of a model that goes through another engine only
         return None
     return max(steps, default=None)
@@ -121,10 +125,13 @@ def replay(path: Path | str) -> MetaGradient:
         raise RunError(f"{path} is no episode that was put away; those lie in a run's {FOLDER}/.")
     config = from_text(content["config"], Path(path))
     episode = Episodes(**content["episode"])
-    forward, _ = functionalize(build_model(config, episode.support_x.shape[2:]))
-    inner, _ = inner_loops(config.inner)
+    module = build_model(config, episode.support_x.shape[2:])
+    forward, _ = functionalize(module)
+    algorithm, progress = algorithm_of(config, module), content["iteration"] / config.outer.iterations
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.run.precision == "bfloat16"):
-        result = meta_gradient(forward, content["params"], episode, inner)
+        result = algorithm.meta_gradient(
+            forward, content["params"], episode, loss=score_of(config).loss, progress=progress
+        )
     for name, g in result.grads.items():
         if (bad := g[~torch.isfinite(g)]).numel():
             raise NonFiniteGradientError(name, value=bad[0].item(), task=0, step=None)

@@ -74,8 +74,8 @@ def meta_train(session: Session, state: TrainState) -> None:
         if validation_due(session, state):
             if session.saver and session.ranks.size > 1:  # which do not end in a validation when they are asked to
                 session.saver.save(state)
-            accuracy = validate(session, state)
-            session.progress.update(bar, note=f"validation {accuracy:.1%}")
+            mean = validate(session, state)
+            session.progress.update(bar, note=f"validation {session.experiment.score.text(mean, digits=1)}")
         if state.iteration >= last:
             return
         asked_to_end = meta_step(session, state)
@@ -144,7 +144,7 @@ def _look(session: Session, state: TrainState, episodes: Episodes) -> dict[str, 
 
 
 def validate(session: Session, state: TrainState) -> float:
-    """Accuracy on validation classes; the parameters are kept if they are the best so far.
+    """Score on validation tasks; the parameters are kept if they are the best so far.
 
     Raises:
         RunError: if a parameter is not finite.
@@ -153,13 +153,16 @@ def validate(session: Session, state: TrainState) -> float:
     config = session.experiment.config
     if not state.finite():
         raise diverged("a parameter is not finite.", config, state.iteration)
+    for name, statistic in session.experiment.statistics(state.params, state.iteration).items():
+        state.params[name].copy_(statistic)
     result = session.evaluate(state.params, test=False)
-    mean: float = session.ranks.from_first(result.accuracy.mean)  # so that all keep the same parameters
-    if state.best is None or mean > state.best.validation_accuracy:
+    mean: float = session.ranks.from_first(result.final.mean)  # so that all keep the same parameters
+    if state.best is None or session.experiment.score.better(mean, state.best.validation_score):
         state.best = Best(state.iteration, mean, {name: p.detach().clone() for name, p in state.params.items()})
     state.validated = state.iteration
     if session.saver:
-        log.info("%6d/%d  validation accuracy %s", state.iteration, config.outer.iterations, result.accuracy)
+        name = session.experiment.score.name
+        log.info("%6d/%d  validation %s %s", state.iteration, config.outer.iterations, name, result.final)
         with session.meter.logging():
             session.saver.tracker.validation(result, state.iteration)
             show_tasks(session.experiment, state, session.saver.tracker)

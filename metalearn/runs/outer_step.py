@@ -15,9 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from metalearn.errors import NonFiniteElsewhereError, NonFiniteError, NonFiniteLossError
 from metalearn.inner.refusals import losses_unchecked
-from metalearn.metagrad import meta_gradient
 from metalearn.runs.distributed import Ranks
-from metalearn.runs.evaluation import accuracy
 from metalearn.runs.experiment import Experiment
 from metalearn.runs.nonfinite import blame
 from metalearn.runs.state import TrainState
@@ -69,15 +67,15 @@ def propose(
     """
     tasks = experiment.config.task.meta_batch
     first = ranks.share(tasks).start
-    own = _own(experiment, state.params, episodes)
+    own = _own(experiment, state.params, episodes, state.iteration)
     grads, figures, flags = _mean(own, episodes.tasks / tasks, ranks, stop)
     figures["grad_norm"] = norm = get_total_norm(grads.values())
     failed, stopping, endless = torch.stack([*(flags > 0), ~torch.isfinite(norm)]).tolist()
     fault: NonFiniteError | None = None
     if failed:
-        fault = _fault_of(own, experiment, state.params, episodes).in_batch(first)
+        fault = _fault_of(own, experiment, state, episodes).in_batch(first)
     elif endless:
-        fault = blame(experiment, state.params, episodes, own.grads, alone=ranks.size == 1).in_batch(first)
+        fault = blame(experiment, state, episodes, own.grads, alone=ranks.size == 1).in_batch(first)
     if fault:
         fault.asked_to_end = stopping
         raise fault
@@ -105,18 +103,18 @@ def checked_late(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _own(experiment: Experiment, params: Params, episodes: Episodes) -> _Own:
+def _own(experiment: Experiment, params: Params, episodes: Episodes, iteration: int) -> _Own:
     """The mean over this process's tasks; zeros, for the others to add, where a loss was refused."""
     late, zero = checked_late(experiment.device), next(iter(params.values())).new_zeros(())
     try:
         with losses_unchecked() if late else nullcontext():
-            result = experiment.gradient(params, episodes)
+            result = experiment.gradient(params, episodes, iteration)
     except NonFiniteLossError as error:
         figures = dict.fromkeys(_figures(experiment), zero)
         return _Own({name: torch.zeros_like(p) for name, p in params.items()}, figures, zero + 1, error)
-    query_accuracy = accuracy(result.predictions, episodes.query_y).mean()
-    values = [result.loss, query_accuracy, *result.support_loss[:1]]
-    figures = dict(zip(_figures(experiment), values, strict=True))
+    score = experiment.score.of(result.predictions, episodes.query_y).mean()
+    values = [result.loss, score, *result.support_loss[:1]]
+    figures = {**dict(zip(_figures(experiment), values, strict=True)), **result.figures}
     if not late:
         return _Own(result.grads, figures, zero)
     finite = torch.isfinite(result.loss) & torch.isfinite(result.support_loss).all()  # a mean is only if all of it are
@@ -124,10 +122,10 @@ def _own(experiment: Experiment, params: Params, episodes: Episodes) -> _Own:
 
 
 def _figures(experiment: Experiment) -> list[str]:
-    return ["query_loss", "query_accuracy", *(["support_loss"] if experiment.inner.steps > 0 else [])]
+    return ["query_loss", f"query_{experiment.score.name}", *(["support_loss"] if experiment.inner.steps > 0 else [])]
 
 
-def _fault_of(own: _Own, experiment: Experiment, params: Params, episodes: Episodes) -> NonFiniteError:
+def _fault_of(own: _Own, experiment: Experiment, state: TrainState, episodes: Episodes) -> NonFiniteError:
     """Which loss it was; if it was looked at late, by computing all of it again, with another dropout if there is any.
 
     Its message is in the terms of this process's tasks.
@@ -137,7 +135,7 @@ def _fault_of(own: _Own, experiment: Experiment, params: Params, episodes: Episo
     if not own.failed:
         return NonFiniteElsewhereError()
     try:
-        meta_gradient(experiment.forward, params, episodes, experiment.inner)
+        experiment.eager(state.params, episodes, state.iteration)
     except NonFiniteLossError as error:
         return error
     return NonFiniteError(

@@ -13,15 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from metalearn.derivatives import free_bytes
 from metalearn.errors import RunError
 from metalearn.inner import InnerLoop
 from metalearn.live_bytes import MIB, MemoryLimitError
-from metalearn.metagrad import ENGINES, meta_gradient
+from metalearn.metagrad import ENGINES, Engine, meta_gradient
 from metalearn.runs.experiment import Experiment, with_settled
 from metalearn.runs.memory import peak_bytes
-from metalearn.types import Episodes, Forward, Params
+from metalearn.types import Episodes, Forward, Loss, Params
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +32,13 @@ _CACHE_FRIENDLY = (4, 8)  # tasks a pass: smaller ones were measured faster on C
 
 @dataclass(frozen=True)
 class Problem:
-    """What a meta-step is taken on."""
+    """What a meta-step is taken on; ``engine`` where an algorithm has a gradient of its own."""
 
     forward: Forward
     params: Params
     episodes: Episodes
+    loss: Loss = cross_entropy
+    engine: Engine | None = None
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +47,7 @@ class Problem:
 
     def step(self, inner: InnerLoop) -> None:
         """One meta-gradient, whose value nobody wants."""
-        meta_gradient(self.forward, self.params, self.episodes, inner)
+        meta_gradient(self.forward, self.params, self.episodes, inner, loss=self.loss, engine=self.engine)
 
     def peak(self, inner: InnerLoop, limit: int) -> int:
         """Bytes of one meta-gradient."""
@@ -84,7 +87,7 @@ def settle_engine(experiment: Experiment) -> Experiment:
 def problem_of(experiment: Experiment) -> Problem:
     """The first meta-step of a run."""
     batch = experiment.train.batch(0, experiment.config.task.meta_batch)
-    return Problem(experiment.forward, experiment.theta, batch)
+    return Problem(experiment.forward, experiment.theta, batch, experiment.score.loss, experiment.algorithm.engine)
 
 
 def plan(problem: Problem, inner: InnerLoop, *, limit_mib: float | None) -> InnerLoop:

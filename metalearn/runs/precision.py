@@ -14,15 +14,17 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from metalearn.errors import ConfigError, NonFiniteLossError, RunError
 from metalearn.inner import InnerLoop
-from metalearn.metagrad import meta_gradient
+from metalearn.metagrad import Engine, meta_gradient
 from metalearn.params import relative_error
 from metalearn.runs.checks import no_tf32
-from metalearn.types import Episodes, Forward, Params
+from metalearn.types import Episodes, Forward, Loss, Params
 
 ENGINE_BOUND = 0.05
 """Between engines that round alike; 0.02 was the most that was measured."""
@@ -119,7 +121,14 @@ class PrecisionReport:
 
 
 def check_precision(
-    forward: Forward, theta: Params, episodes: Episodes, inner: InnerLoop, *, precision: str
+    forward: Forward,
+    theta: Params,
+    episodes: Episodes,
+    inner: InnerLoop,
+    *,
+    precision: str,
+    loss: Loss = cross_entropy,
+    engine: Engine | None = None,
 ) -> PrecisionReport:
     """Refuse a precision whose rounding drowns what is to be learned, on two tasks at most.
 
@@ -131,6 +140,8 @@ def check_precision(
         episodes: tasks of the run, of which the first two are taken.
         inner: the run's inner loop.
         precision: of the run, as ``computed_in`` takes it.
+        loss: one task's mean loss.
+        engine: the algorithm's own, if it has one.
 
     Returns:
         The errors and what they were held against.
@@ -142,17 +153,18 @@ def check_precision(
     """
     few = episodes.split(_TASKS)[0]
     plain = dataclasses.replace(inner, engine="unroll")
-    exact = _grads(forward, theta, few, plain, "float32")
+    grads = partial(_grads, forward, theta, loss, engine)
+    exact = grads(few, plain, "float32")
     try:
-        rounded = _grads(forward, theta, few, inner, precision)
-        same_rounding = _grads(forward, theta, few, plain, precision)
+        rounded = grads(few, inner, precision)
+        same_rounding = grads(few, plain, precision)
     except NonFiniteLossError as error:
         raise RunError(
             f"In {precision} the loss is not finite, as it is in float32 ({error}). Set run.precision=float32."
         ) from error
     allowed = _SHARE
     if inner.second_order and inner.steps > 0:
-        first = _grads(forward, theta, few, dataclasses.replace(plain, second_order=False), "float32")
+        first = grads(few, dataclasses.replace(plain, second_order=False), "float32")
         allowed = max(_SHARE * relative_error(first, exact), _NEGLIGIBLE)
     report = PrecisionReport(
         precision=precision,
@@ -184,8 +196,16 @@ def _refuse(report: PrecisionReport, inner: InnerLoop) -> None:
         )
 
 
-def _grads(forward: Forward, theta: Params, episodes: Episodes, inner: InnerLoop, precision: str) -> Params:
+def _grads(
+    forward: Forward,
+    theta: Params,
+    loss: Loss,
+    engine: Engine | None,
+    episodes: Episodes,
+    inner: InnerLoop,
+    precision: str,
+) -> Params:
     """The meta-gradient in a precision, from the generators' present state."""
     cuda = sorted({p.get_device() for p in theta.values() if p.is_cuda})
     with torch.random.fork_rng(devices=cuda), computed_in(precision, episodes.query_x.device):
-        return meta_gradient(forward, theta, episodes, inner).grads
+        return meta_gradient(forward, theta, episodes, inner, loss=loss, engine=engine).grads

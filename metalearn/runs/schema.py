@@ -5,15 +5,23 @@ Defaults are not here but in ``conf/``: a default lives in one place.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
 from metalearn.data.catalog import GLYPH_SHARES, OMNIGLOT_SPLITS, glyph_splits
+from metalearn.data.image_folder import list_splits
 
 ENGINES = ("unroll", "checkpoint", "adjoint")
 """Names for ``inner.engine``; a test holds them equal to ``metalearn.metagrad.ENGINES``, which needs torch."""
+
+PLAIN_ALGORITHMS = ("maml", "anil", "boil", "meta_sgd", "reptile", "cavia", "protonet")
+"""Names for ``algorithm`` of those without keys of their own; a test holds the rest to ``metalearn.algorithms``."""
+
+BACKENDS = ("metalearn", "learn2learn", "higher", "torchopt")
+"""Names for ``algorithm.backend``."""
 
 LARGEST_SEED = 2**63 - 1
 """The largest int64."""
@@ -57,6 +65,12 @@ class InnerConfig:
     )
     task_chunk: int | None = key("tasks per pass, to save memory; null: all at once", at_least=1)
     snapshot_every: int = key("checkpoint and adjoint keep every s-th step's weights, and recompute others", at_least=1)
+    rule: str = key("the update rule, differentiated as the rest", choices=("sgd", "momentum", "nesterov", "adam"))
+    momentum: float = key("of the rules momentum and nesterov", at_least=0, at_most=1)
+    betas: list[float] = key("of the rule adam: how slowly its two averages move", at_least=0, at_most=1)
+    eps: float = key("of the rule adam: added to the root; small ones make meta-gradients large", above=0)
+    weight_decay: float = key("times the adapted parameters, added to their gradients", at_least=0)
+    clip_norm: float | None = key("largest norm of a task's inner gradient; null: not clipped", above=0)
 
 
 @dataclass
@@ -120,6 +134,37 @@ class GlyphsConfig(DataConfig):
 
 
 @dataclass
+class ImagesConfig(DataConfig):
+    """``conf/data/images.yaml``."""
+
+    name: str = key("the data set", choices=("images",))
+    root: str = key("folder that holds one folder a class, or train/, val/ and test/ with these")
+    size: int = key("height and width that images are cropped and resized to, in pixels", at_least=1)
+    channels: int = key("1: grey; 3: colour", at_least=1, at_most=3)
+    fractions: list[float] = key(
+        "shares of the classes for training, validation and test, where no folders say so", above=0, at_most=1
+    )
+    seed: int = key("of that split", at_least=0, at_most=LARGEST_SEED)
+    unreadable: str = key("files that cannot be read: stop, or skip them with a warning", choices=("stop", "skip"))
+
+    def smallest_split(self) -> tuple[int, str]:
+        """As the base says; the folder is listed for it."""
+        splits = list_splits(self.root, fractions=self.fractions, seed=self.seed)
+        return min(map(len, splits.values())), f"of the images in {self.root}"
+
+
+@dataclass
+class SinusoidConfig(DataConfig):
+    """``conf/data/sinusoid.yaml``."""
+
+    name: str = key("the data set", choices=("sinusoid",))
+
+    def smallest_split(self) -> tuple[int, str]:
+        """As the base says."""
+        return sys.maxsize, "of sinusoids, of which there is no end"
+
+
+@dataclass
 class ModelConfig:
     """Base of the options of ``model``."""
 
@@ -133,6 +178,7 @@ class Conv4Config(ModelConfig):
     name: str = key("the network", choices=("conv4",))
     width: int = key("filters of every convolution", at_least=1)
     pool: str = key("stride: stride-2 convolutions (Finn); max: max-pooling (Vinyals)", choices=("stride", "max"))
+    context: int = key("context parameters, which algorithm=cavia adapts; 0: none", at_least=0)
 
 
 @dataclass
@@ -142,13 +188,51 @@ class MLPConfig(ModelConfig):
     name: str = key("the network", choices=("mlp",))
     hidden: list[int] = key("width of each hidden layer", at_least=1)
     batch_norm: bool = key("BatchNorm before each ReLU")
+    context: int = key("context parameters, which algorithm=cavia adapts; 0: none", at_least=0)
+
+
+@dataclass
+class ResNet12Config(ModelConfig):
+    """``conf/model/resnet12.yaml``."""
+
+    name: str = key("the network", choices=("resnet12",))
+    widths: list[int] = key("filters of each residual block", at_least=1)
 
 
 @dataclass
 class AlgorithmConfig:
-    """``conf/algorithm/``."""
+    """Base of the options of ``algorithm``, and all keys of most of them."""
 
-    name: str = key("the meta-learner", choices=("maml",))
+    name: str = key("the meta-learner", choices=("maml", "anil", "boil", "meta_sgd", "reptile", "cavia", "protonet"))
+    backend: str = key("whose meta-gradient is trained with; the others are for comparison", choices=BACKENDS)
+
+
+@dataclass
+class MAMLPPConfig(AlgorithmConfig):
+    """``conf/algorithm/maml_pp.yaml``; outer.schedule=cosine is the sixth of its parts."""
+
+    name: str = key("the meta-learner", choices=("maml_pp",))
+    learned_lr: bool = key("learn a step size for every parameter tensor and inner step (LSLR)")
+    multi_step_share: float = key(
+        "share of the training in which the query loss after every step counts (MSL); 0: in none", at_least=0, at_most=1
+    )
+    first_order_share: float = key(
+        "share of the training that is first order, before the second begins (DA); 0: none", at_least=0, at_most=1
+    )
+    per_step_affine: bool = key("BatchNorm's scale and shift for every inner step, not adapted (BNWB)")
+    per_step_statistics: bool = key(
+        "BatchNorm's statistics for every inner step, by which queries are predicted one by one (BNRS)"
+    )
+
+
+@dataclass
+class IMAMLConfig(AlgorithmConfig):
+    """``conf/algorithm/imaml.yaml``."""
+
+    name: str = key("the meta-learner", choices=("imaml",))
+    strength: float = key("lambda, of the pull to theta in the inner problem", above=0)
+    cg_steps: int = key("conjugate gradients on I + H / lambda, at most", at_least=1)
+    damping: float = key("added to the diagonal of that matrix", at_least=0)
 
 
 @dataclass
@@ -210,3 +294,8 @@ class TrainConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     run: RunConfig = field(default_factory=RunConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    def images_per_class(self) -> dict[str, int]:
+        """Images that a task takes of a class, shots and queries, in each split."""
+        in_training, later = (self.task.shots + queries for queries in (self.task.queries, self.eval.queries))
+        return {"train": in_training, "validation": later, "test": later}

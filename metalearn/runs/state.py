@@ -17,10 +17,10 @@ from metalearn.types import Params
 
 
 class Best(NamedTuple):
-    """The parameters with the best validation accuracy so far, a fraction: those after ``iteration`` meta-steps."""
+    """The parameters with the best validation score so far (an accuracy is a fraction): after so many meta-steps."""
 
     iteration: int
-    validation_accuracy: float
+    validation_score: float
     params: Params
 
 
@@ -91,7 +91,7 @@ class TrainState:
             "iteration": self.iteration,
             "validated": self.validated,
             "skipped": [self.skipped, self.skipped_in_a_row],
-            "best": [self.best.iteration, self.best.validation_accuracy, self.best.params] if self.best else None,
+            "best": [self.best.iteration, self.best.validation_score, self.best.params] if self.best else None,
             "random": random_state(),
         }
 

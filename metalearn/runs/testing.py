@@ -12,6 +12,7 @@ from metalearn.runs.evaluation import Evaluation, evaluate
 from metalearn.runs.experiment import Experiment, build
 from metalearn.runs.metrics import accuracy_metrics, accuracy_rows, write_metrics
 from metalearn.runs.schema import TrainConfig
+from metalearn.runs.scores import ACCURACY
 from metalearn.types import Params
 
 
@@ -24,7 +25,7 @@ def evaluate_together(
     ranks: Ranks,
     progress: Callable[[int], None],
 ) -> Evaluation:
-    """Accuracy on validation tasks, or on those of test classes by both BatchNorm protocols.
+    """Scores on validation tasks, or on those of the test; accuracy there by both BatchNorm protocols.
 
     Args:
         experiment: what to compute with.
@@ -46,10 +47,12 @@ def evaluate_together(
         first=share.start,
         episodes=len(share),
         batch=experiment.eval_batch,
-        nontransductive=test,
+        nontransductive=test and experiment.score is ACCURACY,
+        score=experiment.score,
         progress=progress,
     )
-    return Evaluation(ranks.join(own.by_task), None if own.alone is None else ranks.join(own.alone))
+    alone = None if own.alone is None else ranks.join(own.alone)
+    return Evaluation(ranks.join(own.by_task), alone, own.score)
 
 
 def retest(config: TrainConfig, run_dir: Path, output_dir: Path) -> None:

@@ -117,23 +117,24 @@ class Tracker:
         return {path.name: path.stat().st_size for path in sorted(self._run_dir.glob(EVENT_FILES))}
 
     def validation(self, result: Evaluation, iteration: int) -> None:
-        """Accuracy on validation classes, with the ends of its interval as curves of their own."""
-        self._estimate("validation/accuracy", result.accuracy, iteration)
+        """Score on validation tasks, with the ends of its interval as curves of their own."""
+        self._estimate(f"validation/{result.score.name}", result.final, iteration)
         self._writer.flush()
 
     def test(self, result: Evaluation, iteration: int = 0) -> None:
-        """Test accuracy, and with its interval against the number of inner steps (on the step axis).
+        """Test score, and with its interval against the number of inner steps (on the step axis).
 
         Args:
             result: on test classes.
             iteration: meta-steps that the tested parameters have taken.
         """
-        self.scalars({"test/accuracy": result.accuracy.mean}, iteration)
+        name = result.score.name
+        self.scalars({f"test/{name}": result.final.mean}, iteration)
         for step, estimate in enumerate(result.per_step):
-            self._estimate("test/accuracy_by_inner_step", estimate, step)
+            self._estimate(f"test/{name}_by_inner_step", estimate, step)
         if result.nontransductive:
             steps = len(result.per_step) - 1
-            self.scalars({"test/accuracy_nontransductive": result.nontransductive.mean}, steps)
+            self.scalars({f"test/{name}_nontransductive": result.nontransductive.mean}, steps)
 
     def _estimate(self, tag: str, estimate: Estimate, step: int) -> None:
         mean, ci95 = estimate.mean, estimate.ci95

@@ -192,7 +192,7 @@ def _metrics(session: Session, state: TrainState, result: Evaluation, total_s: f
         "processes": session.ranks.size,
         "iterations": state.iteration,
         "iterations.skipped": state.skipped,
-        "validation.best_accuracy": best.validation_accuracy,
+        f"validation.best_{session.experiment.score.name}": best.validation_score,
         "validation.best_iteration": best.iteration,
         **cost_metrics(session.meter, total_s=total_s),
     }
@@ -207,5 +207,10 @@ def prove_precision(experiment: Experiment) -> None:
     precision = experiment.config.run.precision
     if precision != "float32":
         batch = experiment.train.batch(0, experiment.config.task.meta_batch)
-        report = check_precision(experiment.forward, experiment.theta, batch, experiment.inner, precision=precision)
+        report = check_precision(
+            *(experiment.forward, experiment.theta, batch, experiment.inner),
+            precision=precision,
+            loss=experiment.score.loss,
+            engine=experiment.algorithm.engine,
+        )
         log.info("%s", report)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from metalearn.errors import NonFiniteLossError
-from metalearn.inner import adapt, predict
+from metalearn.inner import adapt, model_of, predict
 from metalearn.runs.curvature import curvature, support_eigenvalue
 from metalearn.runs.experiment import Experiment
 from metalearn.runs.pictures import tasks_picture
@@ -26,16 +26,18 @@ def second_order_term(experiment: Experiment, state: TrainState, episodes: Episo
     """What is to be seen of it at this meta-step, by tag; nothing at most of them."""
     log_config = experiment.config.log
     seen: dict[str, float] = {}
-    if log_config.curvature_every and state.iteration % log_config.curvature_every == 0:
-        seen |= curvature(experiment.forward, state.params, episodes, experiment.inner)
+    has_one = experiment.algorithm.engine is None and experiment.inner.steps > 0
+    if has_one and log_config.curvature_every and state.iteration % log_config.curvature_every == 0:
+        seen |= curvature(experiment.forward, state.params, episodes, experiment.inner, loss=experiment.score.loss)
     if log_config.eigenvalue_every and state.iteration % log_config.eigenvalue_every == 0:
-        seen |= support_eigenvalue(experiment.forward, state.params, episodes)
+        point = model_of(state.params, experiment.inner)
+        seen |= support_eigenvalue(experiment.forward, point, episodes, loss=experiment.score.loss)
     return seen
 
 
 def show_tasks(experiment: Experiment, state: TrainState, tracker: Tracker) -> None:
     """The picture of this validation, where one is wanted and can be drawn."""
-    if not experiment.config.log.images:
+    if not experiment.config.log.images or not experiment.score.in_percent:
         return
     try:
         tracker.image("validation/tasks", picture(experiment, state.params), state.iteration)

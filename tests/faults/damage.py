@@ -61,7 +61,7 @@ def flip_a_bit(i: int, folder: Path, shared: Path) -> None:
             assert expected is not None
             like = expected["state"]["params"]
             best = load_best(run_dir, like=like, device=torch.device("cpu"))
-            assert bits([best.iteration, best.validation_accuracy, best.params]) == bits(expected["state"]["best"])
+            assert bits([best.iteration, best.validation_score, best.params]) == bits(expected["state"]["best"])
         else:
             assert state_of_file(before) == bits(newest_state(run_dir))
     assert any(str(best_path(run_dir) if "best" in path.name else newest) in line for line in lines), lines

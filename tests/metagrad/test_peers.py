@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-import sys
-
 import pytest
 import torch
 from torch import nn
 
 from metalearn import InnerLoop, functionalize, meta_gradient
 from metalearn.params import relative_error
-from metalearn.runs.verification_comparisons import Peer
 from tests.conftest import image_episodes
 from tests.metagrad.models import MODELS
+from tests.peers.libraries import LIBRARIES, PeerAt, peer_at
 
 
 @pytest.fixture(params=["higher", "torchopt"])
-def peer(request: pytest.FixtureRequest) -> Peer:
+def peer(request: pytest.FixtureRequest) -> PeerAt:
     """Skips where the library is missing; on CI that is a failure."""
-    name: str = request.param
-    if importlib.util.find_spec(name) is None:
-        if os.environ.get("CI") and sys.version_info >= (3, 11):
-            pytest.fail(f"{name} is not installed on CI, so nothing is compared with it")
-        pytest.skip(f"{name} is not installed: pip install -r requirements-peers.txt")
-    found: Peer = importlib.import_module(f"metalearn.peers.{name}").meta_gradient
-    return found
+    return peer_at(request.param)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("second_order", [True, False])
 @pytest.mark.parametrize("model", ["conv4", "mlp"])
-def test_equals_the_peer(peer: Peer, model: str, second_order: bool, steps: int) -> None:
+def test_equals_the_peer(peer: PeerAt, model: str, second_order: bool, steps: int) -> None:
     module = MODELS[model]().double()
     episodes = image_episodes()
     inner = InnerLoop(lr=0.1, steps=steps, second_order=second_order)
@@ -49,7 +38,7 @@ def test_equals_the_peer(peer: Peer, model: str, second_order: bool, steps: int)
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("model", ["conv4", "mlp"])
-def test_orders_differ(peer: Peer, model: str, steps: int) -> None:
+def test_orders_differ(peer: PeerAt, model: str, steps: int) -> None:
     module = MODELS[model]().double()
     episodes = image_episodes()
 
@@ -61,7 +50,7 @@ def test_orders_differ(peer: Peer, model: str, steps: int) -> None:
 
 
 @pytest.mark.parametrize("second_order", [True, False])
-def test_frozen_parameters_stay_constant(peer: Peer, second_order: bool) -> None:
+def test_frozen_parameters_stay_constant(peer: PeerAt, second_order: bool) -> None:
     module = MODELS["mlp"]().double()
     frozen, _ = next(module.named_parameters())
     module.get_parameter(frozen).requires_grad_(False)
@@ -77,7 +66,8 @@ def test_frozen_parameters_stay_constant(peer: Peer, second_order: bool) -> None
 
 
 @pytest.mark.parametrize("second_order", [True, False])
-def test_module_comes_back_unchanged(peer: Peer, second_order: bool) -> None:
+@pytest.mark.parametrize("name", ["by_hand", *LIBRARIES])
+def test_module_comes_back_unchanged(name: str, second_order: bool) -> None:
     # In training mode this BatchNorm writes its running statistics in every forward pass.
     linear = nn.Linear(28 * 28, 3)
     module = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(28 * 28), linear).double()
@@ -86,7 +76,7 @@ def test_module_comes_back_unchanged(peer: Peer, second_order: bool) -> None:
     grads = {name: None if p.grad is None else p.grad.clone() for name, p in parameters.items()}
     values = {name: value.clone() for name, value in module.state_dict().items()}
 
-    peer(module, image_episodes(), InnerLoop(lr=0.1, steps=3, second_order=second_order))
+    peer_at(name)(module, image_episodes(), InnerLoop(lr=0.1, steps=3, second_order=second_order))
 
     assert all(p is parameters[name] for name, p in module.named_parameters())
     assert all(torch.equal(value, values[name]) for name, value in module.state_dict().items())

@@ -93,7 +93,7 @@ def test_best_parameters_follow_the_state(tmp_path: Path) -> None:
     save_best(Best(20, 0.9, params(2.0)), tmp_path)  # of a branch that was left
     settle_best(Best(10, 0.8, params(1.0)), tmp_path)
     best = load_best(tmp_path, like=params(0.0), device=torch.device("cpu"))
-    assert (best.iteration, best.validation_accuracy) == (10, 0.8)
+    assert (best.iteration, best.validation_score) == (10, 0.8)
     assert torch.equal(best.params["w"], params(1.0)["w"])
     settle_best(None, tmp_path)
     assert not best_path(tmp_path).exists()

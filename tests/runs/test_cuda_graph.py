@@ -237,11 +237,11 @@ def test_training_on_a_cpu_is_bitwise_the_same(tmp_path: Path, caplog: pytest.Lo
 
 def test_each_engine_of_an_experiment_has_its_own() -> None:
     experiment = build(config())
-    other = dataclasses.replace(experiment, inner=dataclasses.replace(experiment.inner, steps=0))
-    assert experiment.gradient is experiment.gradient
+    algorithm = dataclasses.replace(experiment.algorithm, inner=dataclasses.replace(experiment.inner, steps=0))
+    other = dataclasses.replace(experiment, algorithm=algorithm)
     episodes = experiment.train.tasks(0, 2)
-    assert len(experiment.gradient(experiment.theta, episodes).support_loss) == 1
-    assert len(other.gradient(experiment.theta, episodes).support_loss) == 0
+    assert len(experiment.gradient(experiment.theta, episodes, 0).support_loss) == 1
+    assert len(other.gradient(experiment.theta, episodes, 0).support_loss) == 0
 
 
 class Branches(nn.Module):

@@ -12,7 +12,8 @@ from metalearn.data.sampler import EpisodeSampler, TaskShape
 from metalearn.inner import predict
 from metalearn.models import MLP, Conv4
 from metalearn.params import stack
-from metalearn.runs.evaluation import Estimate, accuracy, evaluate, predict_one_by_one
+from metalearn.runs.evaluation import Estimate, evaluate, predict_one_by_one
+from metalearn.runs.scores import accuracy
 from tests.conftest import image_episodes
 
 
@@ -49,8 +50,8 @@ def test_accuracy_after_each_step_equals_adapting_that_far() -> None:
             for t in range(10)
         ]
         assert estimate.mean == pytest.approx(torch.stack(expected).mean().item())
-    assert result.accuracy == result.per_step[3]
-    assert result.accuracy.mean > result.per_step[0].mean + 0.1, "adaptation must help"
+    assert result.final == result.per_step[3]
+    assert result.final.mean > result.per_step[0].mean + 0.1, "adaptation must help"
 
 
 def test_result_does_not_depend_on_the_batch() -> None:

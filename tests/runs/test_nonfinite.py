@@ -117,10 +117,13 @@ def test_an_episode_is_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_gradient_whose_norm_alone_overflows_is_named(tmp_path: Path) -> None:
     experiment = build(config())
     grads = {"small": torch.ones(2), "large": torch.full((1,), 3e19)}
-    error = blame(experiment, experiment.theta, experiment.train.tasks(0, 1), grads, alone=True)
+    state = TrainState.start(experiment.theta, experiment.config.outer)
+    error = blame(experiment, state, experiment.train.tasks(0, 1), grads, alone=True)
     assert "the meta-gradient is " in str(error)
     assert "'large'" in str(error)
-    assert isinstance(blame(experiment, {}, experiment.train.tasks(0, 1), grads, alone=False), NonFiniteElsewhereError)
+    assert isinstance(
+        blame(experiment, state, experiment.train.tasks(0, 1), grads, alone=False), NonFiniteElsewhereError
+    )
 
 
 def test_a_whole_window_may_be_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +289,7 @@ def test_another_processs_late_failure_is_known_to_all(late: None, monkeypatch: 
 def test_a_mean_that_overflows_alone_is_an_error(late: None, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = build(config())
 
-    def overflowing(params: Any, episodes: Episodes) -> Any:
+    def overflowing(params: Any, episodes: Episodes, iteration: int) -> Any:
         result = meta_gradient(experiment.forward, params, episodes, experiment.inner)
         result.loss.fill_(math.inf)
         return result

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 
-from metalearn.data.sampler import EpisodeSampler
+from metalearn.data.sampler import TaskSampler
 from metalearn.inner import InnerLoop, task_losses
 from metalearn.live_bytes import MIB
 from metalearn.params import functionalize, stack
@@ -162,7 +162,7 @@ def figures(
     return rows
 
 
-def parts_of(step: MetaStep, sampler: EpisodeSampler, lr: float) -> dict[str, Callable[[], object]]:
+def parts_of(step: MetaStep, sampler: TaskSampler, lr: float) -> dict[str, Callable[[], object]]:
     """What a training's meta-step does beside its gradients, each to be timed by itself.
 
     Args:

@@ -1,0 +1,266 @@
+"""Named algorithms: each a composition of an update rule, a mask, an objective and an engine, with paper and equation.
+
+    algorithm = anil(InnerLoop(lr=0.4, steps=5), parts_of(module))
+    theta = algorithm.init(params)
+    result = algorithm.meta_gradient(forward, theta, episodes)
+
+One of your own is a function that returns an ``Algorithm``. Only Reptile and iMAML bring a gradient of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch.nn.functional import cross_entropy
+
+from metalearn import metagrad
+from metalearn.inner import InnerLoop, PrototypeHead, ZeroContext, with_learned, with_steps
+from metalearn.metagrad import Engine
+from metalearn.metagrad.implicit import Implicit
+from metalearn.metagrad.reptile import reptile as reptile_gradient
+from metalearn.parts import Parts
+from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
+
+Annealing = Callable[[InnerLoop, float], InnerLoop]
+"""The inner loop when that share of the training is over, from 0 to 1."""
+
+
+def _unchanged(inner: InnerLoop, progress: float) -> InnerLoop:
+    return inner
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What is meta-learned, and by which gradient.
+
+    Args:
+        name: as papers call it.
+        inner: the inner loop in training.
+        engine: a meta-gradient of its own; ``None`` takes the one that ``inner.engine`` names.
+        annealing: how the inner loop changes as training goes on.
+        keeps_statistics: whether BatchNorm's statistics are kept for every inner step, to predict queries one by one.
+    """
+
+    name: str
+    inner: InnerLoop
+    engine: Engine | None = None
+    annealing: Annealing = _unchanged
+    keeps_statistics: bool = False
+
+    @property
+    def anneals(self) -> bool:
+        """Whether the inner loop changes as training goes on."""
+        return self.annealing is not _unchanged
+
+    def init(self, params: Params) -> Params:
+        """Theta: the model's parameters, with every step's own and the learned step sizes."""
+        return with_learned(with_steps(params, self.inner), self.inner)
+
+    def at(self, progress: float) -> InnerLoop:
+        """The inner loop when that share of the training is over."""
+        return self.annealing(self.inner, progress)
+
+    def testing(self, steps: int) -> InnerLoop:
+        """The inner loop of a task to be predicted, which nobody differentiates."""
+        return dataclasses.replace(self.inner, steps=steps, second_order=False, query_weights=None)
+
+    def meta_gradient(
+        self,
+        forward: Forward,
+        theta: Params,
+        episodes: Episodes,
+        *,
+        loss: Loss = cross_entropy,
+        progress: float = 1.0,
+    ) -> MetaGradient:
+        """As ``metalearn.meta_gradient``, when that share of the training is over."""
+        return metagrad.meta_gradient(forward, theta, episodes, self.at(progress), loss=loss, engine=self.engine)
+
+
+def maml(inner: InnerLoop, parts: Parts) -> Algorithm:
+    """Model-agnostic meta-learning, in either order: all parameters are adapted, from a learned beginning.
+
+        theta_{k+1} = theta_k - alpha dL_support(theta_k),    min over theta of L_query(theta_K)
+
+    Finn, Abbeel & Levine 2017, arXiv 1703.03400, algorithm 1 and eq. 1; first order: section 5.2.
+    """
+    return Algorithm("maml", inner)
+
+
+def anil(inner: InnerLoop, parts: Parts) -> Algorithm:
+    """Almost no inner loop: the head alone is adapted, its features are shared by all tasks.
+
+    Raghu et al. 2020, arXiv 1909.09157, section 4, eq. 3.
+
+    Raises:
+        ValueError: if the model has no linear head.
+    """
+    return Algorithm("anil", dataclasses.replace(inner, adapted=frozenset(_head("anil", parts))))
+
+
+def boil(inner: InnerLoop, parts: Parts) -> Algorithm:
+    """Body only in the inner loop: all but the head is adapted, so that features change with the task.
+
+    Oh et al. 2021, arXiv 2008.08882, section 3, eq. 2.
+
+    Raises:
+        ValueError: if the model has no linear head, or nothing else.
+    """
+    _head("boil", parts)
+    if not parts.body:
+        raise ValueError("boil: the model is its head alone, so that there is no body to adapt; take maml.")
+    return Algorithm("boil", dataclasses.replace(inner, adapted=parts.body))
+
+
+def meta_sgd(inner: InnerLoop, parts: Parts) -> Algorithm:
+    """A learned step size for every entry of every parameter, which may turn negative.
+
+        theta_{k+1} = theta_k - alpha * dL_support(theta_k),    min over theta and alpha
+
+    Li et al. 2017, arXiv 1707.09835, eq. 2. They begin at random step sizes; here all begin at ``inner.lr``.
+    """
+    return Algorithm("meta_sgd", dataclasses.replace(inner, learned_lr="parameter"))
+
+
+def maml_pp(
+    inner: InnerLoop,
+    parts: Parts,
+    *,
+    learned_lr: bool = True,
+    multi_step_share: float = 0.15,
+    first_order_share: float = 0.3,
+    per_step_affine: bool = True,
+    per_step_statistics: bool = True,
+) -> Algorithm:
+    """How to train your MAML: five repairs, each of which can be left out. (The sixth, a cosine schedule of the outer
+    step size, is the meta-optimiser's.)
+
+    Antoniou, Edwards & Storkey 2019, arXiv 1810.09502, section 4. As in their code, BatchNorm's scale and shift are not
+    adapted where every step has its own.
+
+    Args:
+        inner: with its step size, which learned ones begin at.
+        parts: of the model.
+        learned_lr: LSLR, a step size for every parameter tensor and step.
+        multi_step_share: MSL, the query loss after every step counts (eq. 4): for this share of the training with
+            weights that move from equal ones to the last step's alone. 0: the last step's loss from the beginning.
+        first_order_share: DA, the first order for this share of the training, then the second. 0: none.
+        per_step_affine: BNWB, BatchNorm's scale and shift for every step.
+        per_step_statistics: BNRS, BatchNorm's statistics for every step, by which a query is predicted without others.
+    """
+    if learned_lr:
+        inner = dataclasses.replace(inner, learned_lr="layer_and_step")
+    if per_step_affine and parts.norms:
+        inner = dataclasses.replace(inner, per_step=parts.norms, adapted=parts.all - parts.norms)
+
+    def annealing(inner: InnerLoop, progress: float) -> InnerLoop:
+        if progress < first_order_share:
+            inner = dataclasses.replace(inner, second_order=False)
+        if progress < multi_step_share and inner.steps > 1:
+            weights = multi_step_weights(inner.steps, progress / multi_step_share)
+            inner = dataclasses.replace(inner, query_weights=weights)
+        return inner
+
+    anneals = multi_step_share > 0 or first_order_share > 0
+    statistics = per_step_statistics and bool(parts.norms)
+    return Algorithm("maml_pp", inner, annealing=annealing if anneals else _unchanged, keeps_statistics=statistics)
+
+
+def multi_step_weights(steps: int, progress: float) -> tuple[float, ...]:
+    """w_0, ..., w_K of the query losses: from 1/K for each step to nearly all for the last.
+
+        w_k = max((1 - progress) / K, 0.03 / K) for 0 < k < K,    w_K = 1 - the sum of the others
+
+    As the authors' code has it (arXiv 1810.09502, section 4, "annealed weighting").
+
+    Example:
+        >>> multi_step_weights(2, 0.0)
+        (0.0, 0.5, 0.5)
+    """
+    early = max(1 - progress, 0.03) / steps
+    return (0.0, *[early] * (steps - 1), 1 - early * (steps - 1))
+
+
+def reptile(inner: InnerLoop, parts: Parts) -> Algorithm:
+    """The mean displacement of adapted parameters as a gradient: (theta - theta_K) / alpha, never a second order.
+
+    Nichol, Achiam & Schulman 2018, arXiv 1803.02999, section 2. Adapts to support and query set together in training.
+    """
+    return Algorithm("reptile", dataclasses.replace(inner, second_order=False), engine=reptile_gradient)
+
+
+def imaml(
+    inner: InnerLoop, parts: Parts, *, strength: float = 2.0, cg_steps: int = 5, damping: float = 0.0
+) -> Algorithm:
+    """Implicit MAML: the meta-gradient at a proximal optimum, whatever the way there.
+
+        phi = argmin L_support(phi) + strength/2 |phi - theta|^2,    g = (I + H / strength)^-1 dL_query(phi)
+
+    Rajeswaran et al. 2019, arXiv 1909.04630, eq. 3 and 6, algorithm 2.
+
+    Args:
+        inner: its steps approach phi.
+        parts: of the model.
+        strength: lambda, of the pull to theta.
+        cg_steps: conjugate gradients on I + H / strength.
+        damping: added to the diagonal.
+    """
+    return Algorithm(
+        "imaml",
+        dataclasses.replace(inner, proximal=strength),
+        engine=Implicit(cg_steps=cg_steps, damping=damping),
+    )
+
+
+def cavia(inner: InnerLoop, parts: Parts) -> Algorithm:
+    """Fast context adaptation: context parameters alone are adapted, from 0; all others are shared.
+
+    Zintgraf et al. 2019, arXiv 1810.03642, algorithm 1, eq. 3 and 4.
+
+    Raises:
+        ValueError: if the model has no parameter called ``context``.
+    """
+    if not parts.context:
+        raise ValueError(
+            "cavia: the model has no parameter called 'context'; take ContextMLP or ContextConv4 (model.context=100)."
+        )
+    return Algorithm("cavia", dataclasses.replace(inner, adapted=parts.context, start=ZeroContext(parts.context)))
+
+
+def protonet(inner: InnerLoop, parts: Parts) -> Algorithm:
+    """Prototypical networks, as the reference without inner gradients: a head made of the classes' mean embeddings.
+
+        p(y = n | x) = softmax over n of -|f(x) - c_n|^2,    c_n = mean of f over the support examples of n
+
+    Snell et al. 2017, arXiv 1703.05175, eq. 1 and 2; as a linear head by eq. 8. With ``inner.steps`` above 0 that head
+    and the features are then adapted: Proto-MAML (Triantafillou et al. 2020, arXiv 1903.03096, section 3).
+
+    Raises:
+        ValueError: if the model has no linear head with a bias.
+    """
+    head = _head("protonet", parts)
+    if len(head) != 2:
+        raise ValueError("protonet: the model's last linear layer needs a weight and a bias, which prototypes set.")
+    return Algorithm("protonet", dataclasses.replace(inner, start=PrototypeHead(*head)))
+
+
+def _head(algorithm: str, parts: Parts) -> tuple[str, ...]:
+    if not parts.head:
+        raise ValueError(f"{algorithm}: the model has no trainable nn.Linear to be its head; end it with one.")
+    return parts.head
+
+
+ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
+    "maml": maml,
+    "anil": anil,
+    "boil": boil,
+    "meta_sgd": meta_sgd,
+    "maml_pp": maml_pp,
+    "reptile": reptile,
+    "imaml": imaml,
+    "cavia": cavia,
+    "protonet": protonet,
+}
+"""By name; ``ALGORITHMS[name](inner, parts, **options)``."""

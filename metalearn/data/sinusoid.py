@@ -1,0 +1,97 @@
+"""Regression on sinusoids (Finn et al. 2017, section 5.1): a task is one curve, given by K points of it.
+
+y = A sin(x - phase),   A ~ U[0.1, 5.0],   phase ~ U[0, pi],   x ~ U[-5.0, 5.0]
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metalearn.data.keys import keys_of_tasks, uniform
+from metalearn.types import Episodes
+
+AMPLITUDES = (0.1, 5.0)
+PHASES = (0.0, math.pi)
+INPUTS = (-5.0, 5.0)
+
+
+class Curve(NamedTuple):
+    """One task's ``y = amplitude * sin(x - phase)``."""
+
+    amplitude: float
+    phase: float
+
+
+@dataclass(frozen=True)
+class SinusoidSampler:
+    """Draws regression tasks as a pure function of (seed, split, index).
+
+    A task's support set does not depend on ``queries``. Everything is computed in float64 and rounded once, so that
+    devices agree but for a last bit where their sines differ.
+
+    Args:
+        shots: K, support points of a curve.
+        queries: Q, further points of the same curve.
+        seed: of the whole stream of tasks.
+        split: name of the split, so that training and test tasks of one seed have nothing to do with each other.
+        device: where episodes are wanted.
+
+    Raises:
+        ValueError: if there is not at least one shot and one query.
+
+    Example:
+        >>> SinusoidSampler(10, 10, seed=0, split="train").tasks(0, 25).support_x.shape
+        torch.Size([25, 10, 1])
+
+    Reference: Finn et al. 2017, arXiv 1703.03400.
+    """
+
+    shots: int
+    queries: int
+    seed: int
+    split: str
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("shots", "queries"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"SinusoidSampler: {name}={getattr(self, name)}; it must be at least 1.")
+
+    @property
+    def example_shape(self) -> torch.Size:
+        """Of one input: a single number."""
+        return torch.Size([1])
+
+    def batch(self, index: int, tasks: int) -> Episodes:
+        """The ``index``-th batch of that many tasks."""
+        return self.tasks(index * tasks, tasks)
+
+    def tasks(self, first: int, count: int) -> Episodes:
+        """Tasks ``first`` to ``first + count - 1``: x and y ``[T, S or Q, 1]`` float32."""
+        of_tasks = keys_of_tasks(self.seed, self.split, first, count, self.device)
+        amplitude, phase = _curves(of_tasks)
+        x = _between(INPUTS, uniform(of_tasks, self.shots + self.queries, salt=2)).float()
+        y = (amplitude[:, None] * torch.sin(x.double() - phase[:, None])).float()
+        x, y = x.unsqueeze(-1), y.unsqueeze(-1)
+        return Episodes(x[:, : self.shots], y[:, : self.shots], x[:, self.shots :], y[:, self.shots :])
+
+    def curve(self, index: int) -> Curve:
+        """The curve of task ``index``."""
+        amplitude, phase = _curves(keys_of_tasks(self.seed, self.split, index, 1, "cpu"))
+        return Curve(amplitude.item(), phase.item())
+
+
+def _curves(of_tasks: Tensor) -> tuple[Tensor, Tensor]:
+    """Amplitudes and phases ``[T]`` float64."""
+    u = uniform(of_tasks, 2, salt=1)
+    return _between(AMPLITUDES, u[:, 0]), _between(PHASES, u[:, 1])
+
+
+def _between(limits: tuple[float, float], u: Tensor) -> Tensor:
+    low, high = limits
+    return low + u * (high - low)

@@ -1,0 +1,63 @@
+"""Reptile: theta moves towards where K plain steps of learning lead, and nothing is differentiated twice.
+
+    theta <- theta + eps * mean_t (theta_{K,t} - theta)        (Nichol et al. 2018, arXiv 1803.02999, algorithm 2)
+    grads = mean_t (theta - theta_{K,t}) / alpha               (section 2: for any outer optimiser)
+
+so that gradient descent on ``grads`` with the outer rate alpha eps is the first line. After one plain step they are the
+gradient of the mean loss over tasks, which is joint training; what makes it meta-learning comes with the second step
+(section 5).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from metalearn.inner import InnerLoop, begin, inner_step, model_params, refuse_nonfinite, task_losses
+from metalearn.metagrad.ends import outcome
+from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
+
+
+def reptile(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> MetaGradient:
+    """The displacement of one chunk of tasks, over the inner step size; arguments as in ``metalearn.meta_gradient``.
+
+    Reptile's training tasks have no query set: each is adapted to its support and query examples together,
+    ``[T, S + Q, ...]``. No graph is built, and ``inner.second_order`` and ``inner.engine`` change nothing. Every rule
+    will do, and so will ``inner.adapted``.
+
+    Returns:
+        ``grads``: mean over tasks of (theta - theta_K) / ``inner.lr``; zeros for what is not adapted. ``loss`` and
+        ``predictions`` are those of theta_K on the query sets, which it was adapted to: a training loss, and no measure
+        of how well a new task is learned. ``support_loss``: before each step, over support and query examples.
+
+    Raises:
+        ValueError: if ``inner`` has a setting that Reptile has no gradient for: ``learned_lr``, ``query_weights``,
+            ``per_step`` or ``start``.
+        NonFiniteLossError: if a loss is NaN or infinite.
+    """
+    _refuse_settings(inner)
+    x = torch.cat([episodes.support_x, episodes.query_x], dim=1)
+    y = torch.cat([episodes.support_y, episodes.query_y], dim=1)
+    theta = {name: p.detach() for name, p in params.items()}
+    support_losses = []
+    with torch.no_grad():
+        carry = begin(forward, theta, x, y, inner)
+        for k in range(inner.steps):
+            carry, losses = inner_step(forward, carry, x, y, inner, loss=loss, k=k)
+            support_losses.append(losses)
+        fast = model_params(carry, inner, inner.steps)
+        query = task_losses(forward, fast, episodes.query_x, episodes.query_y, loss=loss)
+    refuse_nonfinite(support_losses, query.losses)
+    grads = {name: (p - carry[name]).mean(dim=0) / inner.lr for name, p in theta.items()}
+    return outcome(grads, query.losses, query.predictions, support_losses)
+
+
+def _refuse_settings(inner: InnerLoop) -> None:
+    reasons = {
+        "learned_lr": "step sizes are not displaced by an inner step",
+        "query_weights": "there is no query set, and so no query loss to weigh",
+        "per_step": "no step displaces the parameters that the model is given after the last one",
+        "start": "it moves theta towards theta_K, and tasks that do not begin with theta say nothing of where to",
+    }
+    for name, reason in reasons.items():
+        if value := getattr(inner, name):
+            raise ValueError(f"reptile: inner.{name}={value!r}, which Reptile has no gradient for: {reason}.")

@@ -1,0 +1,259 @@
+"""iMAML against closed forms, dense solves and itself, in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from metalearn import Episodes, Forward, InnerLoop, Params, functionalize
+from metalearn.derivatives import hessian
+from metalearn.errors import NonFiniteLossError
+from metalearn.inner import adapt, task_losses
+from metalearn.live_bytes import LiveTensorBytes
+from metalearn.metagrad import _in_chunks
+from metalearn.metagrad.implicit import Implicit, conjugate_gradients
+from metalearn.models import MLP
+from metalearn.params import gradients, relative_error
+from tests.metagrad.settings import HEAD, vectors
+
+
+def regression(*, tasks: int = 3) -> Episodes:
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(tasks, *shape, dtype=torch.float64)
+
+    return Episodes(numbers(6, 3), numbers(6, 1), numbers(5, 3), numbers(5, 1))
+
+
+def solved(theta: Params, episodes: Episodes, rho: float, *, decay: float = 0.0, scale: float = 1.0) -> Tensor:
+    """Mean query loss of argmin_w |X w + c - y|^2 / S + decay/2 |w|^2 + rho/2 |w - scale theta|^2, c a constant.
+
+    The gradient in w is 0 where (2 X'X / S + decay + rho) w = 2 X'(y - c) / S + rho scale theta; differentiable.
+    """
+    losses = []
+    for x, y, query_x, query_y in zip(*vars(episodes).values(), strict=True):
+        c = theta.get("bias", torch.zeros(1, dtype=torch.float64))
+        a = 2 * x.T @ x / len(x) + (decay + rho) * torch.eye(3, dtype=torch.float64)
+        w = torch.linalg.solve(a, 2 * x.T @ (y - c) / len(x) + rho * scale * theta["weight"].T)
+        losses.append(((query_x @ w + c - query_y) ** 2).mean())
+    return torch.stack(losses).mean()
+
+
+def twice(forward: Forward, fast: Params, support_x: Tensor, support_y: Tensor) -> Params:
+    return {name: 2 * w for name, w in fast.items()}
+
+
+CASES: dict[str, tuple[bool, dict[str, Any], dict[str, float]]] = {
+    "plain": (False, {}, {}),
+    "weight decay": (False, {"weight_decay": 0.5}, {"decay": 0.5}),
+    "an adapted weight beside a bias that is not": (True, {"adapted": {"weight"}}, {}),
+    "from elsewhere than theta": (False, {"start": twice}, {"scale": 2.0}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_quadratic_is_the_closed_form(case: str) -> None:
+    bias, settings, closed = CASES[case]
+    forward, theta = functionalize(nn.Linear(3, 1, bias=bias).double())
+    episodes, inner = regression(), InnerLoop(0.1, 100, proximal=3.0, **settings)
+    got = Implicit(cg_steps=3, cg_tolerance=0.0)(forward, theta, episodes, inner, mse_loss)
+    at = {name: p.clone().requires_grad_() for name, p in theta.items()}
+    loss = solved(at, episodes, 3.0, **closed)
+    assert got.loss.item() == pytest.approx(loss.item(), rel=1e-8), "the inner problem is solved"
+    assert relative_error(got.grads, gradients(loss, at, create_graph=False)) < 1e-8
+    assert got.figures["cg_residual"] < 1e-12, "3 iterations solve 3 equations"
+
+
+def system_of_task(
+    forward: Forward, phi: Params, episodes: Episodes, t: int, rho: float, damping: float
+) -> tuple[Tensor, Tensor]:
+    """A = (1 + damping) I + H/rho, dense, and b = dL_query(phi), of one task, in the order of the parameters."""
+    own = {name: w[t] for name, w in phi.items()}
+    blocks = hessian(lambda p: cross_entropy(forward(p, episodes.support_x[t]), episodes.support_y[t]), own)
+    rows = [torch.cat([blocks[i][j].reshape(own[i].numel(), -1) for j in own], dim=1) for i in own]
+    at = {name: w.clone().requires_grad_() for name, w in own.items()}
+    b = gradients(cross_entropy(forward(at, episodes.query_x[t]), episodes.query_y[t]), at, create_graph=False)
+    h = torch.cat(rows)
+    a = (1 + damping) * torch.eye(len(h), dtype=h.dtype) + h / rho
+    return a, torch.cat([g.flatten() for g in b.values()])
+
+
+def flat(grads: Params) -> Tensor:
+    return torch.cat([g.flatten() for g in grads.values()])
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.7])
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_equals_the_dense_solve_anywhere(batch_norm: bool, damping: float) -> None:
+    """After 2 steps, far from a minimum: each task's own matrix, all of them positive definite."""
+    forward, theta = functionalize(MLP(4, 3, hidden=(3,), batch_norm=batch_norm).double())
+    episodes, inner = vectors(), InnerLoop(0.2, 2, proximal=4.0)
+    phi = adapt(forward, theta, episodes.support_x, episodes.support_y, inner)
+    expected = torch.zeros(sum(p.numel() for p in theta.values()), dtype=torch.float64)
+    for t in range(episodes.tasks):
+        a, b = system_of_task(forward, phi, episodes, t, 4.0, damping)
+        assert torch.linalg.eigvalsh(a)[0] > 0
+        expected += torch.linalg.solve(a, b) / episodes.tasks
+    got = Implicit(cg_steps=40, cg_tolerance=1e-13, damping=damping)(forward, theta, episodes, inner, cross_entropy)
+    assert relative_error({"all": flat(got.grads)}, {"all": expected}) < 1e-10
+    assert got.figures["cg_residual_max"] < 1e-12
+
+
+def test_residual_is_what_it_says() -> None:
+    forward, theta = functionalize(MLP(4, 3, hidden=(3,)).double())
+    episodes, inner = vectors(tasks=4), InnerLoop(0.2, 2, proximal=0.5, task_chunk=3)
+    engine = Implicit(cg_steps=2)
+    phi = adapt(forward, theta, episodes.support_x, episodes.support_y, inner)
+    expected = []
+    for t, task in enumerate(episodes.split(1)):
+        x = flat(engine(forward, theta, task, inner, cross_entropy).grads)
+        a, b = system_of_task(forward, phi, episodes, t, 0.5, 0.0)
+        expected.append(torch.linalg.vector_norm(b - a @ x) / torch.linalg.vector_norm(b))
+    residuals = torch.stack(expected)
+    assert residuals.min() > 1e-4, "it was stopped early"
+    figures = engine(forward, theta, episodes, inner, cross_entropy).figures
+    torch.testing.assert_close(figures["cg_residual"], residuals.mean())
+    torch.testing.assert_close(figures["cg_residual_max"], residuals.max())
+    chunked = _in_chunks(engine, forward, theta, episodes, inner, cross_entropy)
+    torch.testing.assert_close(chunked.figures["cg_residual"], residuals.mean())
+    torch.testing.assert_close(chunked.figures["cg_residual_max"], (3 * residuals[:3].max() + residuals[3]) / 4)
+    assert not figures["cg_residual"].requires_grad
+
+
+def test_first_order_drops_the_hessian() -> None:
+    forward, theta = functionalize(MLP(4, 3, hidden=(3,)).double())
+    episodes, inner = vectors(), InnerLoop(0.2, 3, proximal=1.0, second_order=False, adapted=HEAD)
+    fast = adapt(forward, theta, episodes.support_x, episodes.support_y, inner)
+    at = {name: w.requires_grad_() for name, w in fast.items()}
+    losses = task_losses(forward, at, episodes.query_x, episodes.query_y, loss=cross_entropy).losses
+    expected = {name: g.sum(dim=0) for name, g in gradients(losses.mean(), at, create_graph=False).items()}
+    got = Implicit()(forward, theta, episodes, inner, cross_entropy)
+    assert relative_error(got.grads, expected) < 1e-12
+    assert got.figures["cg_residual"] == pytest.approx(0.0)
+
+
+def test_result_does_not_depend_on_the_way_there() -> None:
+    """Any way to the same phi gives the same gradient: here more steps, after which nothing moves any more."""
+    forward, theta = functionalize(nn.Linear(3, 1).double())
+    episodes, engine = regression(), Implicit(cg_steps=8)
+    grads = [
+        engine(forward, theta, episodes, InnerLoop(lr, steps, proximal=3.0), mse_loss).grads
+        for lr, steps in ((0.1, 100), (0.05, 200))
+    ]
+    assert relative_error(grads[0], grads[1]) < 1e-8
+
+
+def test_memory_does_not_grow_with_the_steps() -> None:
+    forward, theta = functionalize(MLP(4, 3, hidden=(16,)).double())
+    peaks = []
+    for steps in (2, 2, 12):  # the first call loads what torch loads once
+        with LiveTensorBytes() as live:
+            Implicit(cg_steps=2)(forward, theta, vectors(), InnerLoop(0.2, steps, proximal=2.0), cross_entropy)
+        peaks.append(live.peak)
+    snapshot = 3 * sum(p.numel() * p.element_size() for p in theta.values())
+    assert peaks[2] < peaks[1] + snapshot, "10 more steps, and not one more copy of the fast weights"
+
+
+def concave(prediction: Tensor, y: Tensor) -> Tensor:
+    """H = -2 X'X / S on the support sets; on the query sets a plain slope."""
+    return -mse_loss(prediction, y)
+
+
+def test_negative_curvature_from_the_first_direction_gives_first_order() -> None:
+    forward, theta = functionalize(nn.Linear(3, 1, bias=False).double())
+    episodes, inner = regression(), InnerLoop(1e-3, 2, proximal=1e-3)
+    got = Implicit(cg_steps=5)(forward, theta, episodes, inner, concave)
+    first = Implicit()(forward, theta, episodes, dataclasses.replace(inner, second_order=False), concave)
+    assert relative_error(got.grads, first.grads) < 1e-12
+    assert got.figures["cg_residual"] > 1, "and says that this solves nothing"
+
+
+def test_negative_curvature_stops_one_task_alone() -> None:
+    """A = diag(3, -1), b = (1, 1): alpha = 2/2, x = (1, 1), r = (-2, 2), beta = 8/2, d = (2, 6), d.Ad = 12 - 36 < 0."""
+    diagonals = torch.tensor([[3.0, -1.0], [3.0, 1.0], [-3.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    b = torch.ones_like(diagonals)
+    b[3] = 0.0  # nothing to solve
+    x, residuals = conjugate_gradients(lambda v: {"w": diagonals * v["w"]}, {"w": b}, steps=9, tolerance=1e-12)
+    torch.testing.assert_close(x["w"], torch.tensor([[1, 1], [1 / 3, 1], [1, 1], [0, 0]], dtype=torch.float64))
+    # b - A x = (-2, 2), (0, 0), (4, 0) and (0, 0), against |b| = sqrt 2
+    expected = torch.tensor([2.0, 0.0, 4 / 2**0.5, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(residuals, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_conjugate_gradients_stop_task_by_task_and_as_a_whole() -> None:
+    products = 0
+    diagonals = torch.tensor([[1.0, 1.0, 1.0], [1.0, 2.0, 9.0]], dtype=torch.float64)
+
+    def product(v: Params) -> Params:
+        nonlocal products
+        products += 1
+        return {"w": diagonals * v["w"], "scalar": 2 * v["scalar"]}
+
+    b = {"w": torch.ones_like(diagonals), "scalar": torch.ones(2, dtype=torch.float64)}
+    x, residuals = conjugate_gradients(product, b, steps=50, tolerance=1e-10)
+    torch.testing.assert_close(x["w"], 1 / diagonals)
+    torch.testing.assert_close(x["scalar"], torch.full((2,), 0.5, dtype=torch.float64))
+    assert residuals.max() < 1e-10
+    assert products == 3, "as many as the second task's matrix has eigenvalues"
+
+
+@pytest.mark.parametrize("of", ["matrix", "right-hand side"])
+def test_nan_does_not_pass_for_a_solution(of: str) -> None:
+    a, b = torch.ones(2, 3), torch.ones(2, 3)
+    (a if of == "matrix" else b)[1] = torch.nan
+    x, residuals = conjugate_gradients(lambda v: {"w": a * v["w"]}, {"w": b}, steps=5, tolerance=0.0)
+    assert x["w"][0].isfinite().all()
+    assert x["w"][1].isnan().all()
+    assert residuals[1].isnan()
+    alone, _ = conjugate_gradients(lambda v: {"w": a[1:] * v["w"]}, {"w": b[1:]}, steps=5, tolerance=0.0)
+    assert alone["w"].isnan().all()
+
+
+def test_dropout_draws_one_mask_for_all_products() -> None:
+    """Otherwise every product is with another matrix, and the residuals do not fall."""
+    module = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+    forward, theta = functionalize(module)
+    result = Implicit(cg_steps=60, cg_tolerance=1e-8)(
+        forward, theta, vectors(), InnerLoop(0.2, 2, proximal=2.0), cross_entropy
+    )
+    assert result.figures["cg_residual_max"] <= 1e-8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"proximal": 0.0}, r"inner\.proximal is 0, .*Give inner\.proximal a positive number"),
+        ({"learned_lr": "layer"}, r"inner\.learned_lr='layer', which iMAML has no gradient for"),
+        ({"query_weights": (0.0, 0.5, 0.5)}, r"inner\.query_weights=.* has no gradient for"),
+        ({"per_step": {"layers.2.weight"}}, r"inner\.per_step=.* has no gradient for"),
+    ],
+)
+def test_settings_without_a_gradient_are_refused(settings: dict[str, Any], message: str) -> None:
+    forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
+    with pytest.raises(ValueError, match=message):
+        Implicit()(forward, theta, vectors(), InnerLoop(0.2, 2, **{"proximal": 1.0, **settings}), cross_entropy)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cg_steps": 0}, "cg_steps=0"),
+        ({"cg_tolerance": -1.0}, "cg_tolerance=-1.0"),
+        ({"damping": -0.1}, "damping=-0.1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"Implicit: {message}; it must be"):
+        Implicit(**settings)
+
+
+def test_what_is_not_finite_is_refused() -> None:
+    forward, theta = functionalize(nn.Linear(4, 3).double())
+    episodes = vectors()
+    episodes.support_x[2] = torch.nan
+    with pytest.raises(NonFiniteLossError, match="task 2"):
+        Implicit()(forward, theta, episodes, InnerLoop(0.2, 2, proximal=1.0), cross_entropy)

@@ -1,0 +1,142 @@
+"""Reptile against torch's own optimisers, one task at a time, and against joint training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from metalearn import Episodes, InnerLoop, Params, functionalize
+from metalearn.errors import NonFiniteLossError
+from metalearn.inner import Adam, Momentum, ZeroContext
+from metalearn.metagrad import _in_chunks
+from metalearn.metagrad.reptile import reptile
+from metalearn.models import MLP
+from metalearn.params import relative_error
+from tests.metagrad.settings import HEAD, vectors
+
+Optimiser = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+RULES: dict[str, tuple[dict[str, Any], Optimiser]] = {
+    "sgd": ({}, lambda own: torch.optim.SGD(own, lr=0.2)),
+    "momentum": ({"rule": Momentum(0.8)}, lambda own: torch.optim.SGD(own, lr=0.2, momentum=0.8)),
+    "adam": (
+        {"rule": Adam((0.0, 0.999))},
+        lambda own: torch.optim.Adam(own, lr=0.2, betas=(0.0, 0.999)),
+    ),  # the paper's
+    "weight decay": ({"weight_decay": 0.3}, lambda own: torch.optim.SGD(own, lr=0.2, weight_decay=0.3)),
+    "the head alone": ({"adapted": HEAD}, lambda own: torch.optim.SGD(own, lr=0.2)),
+}
+
+
+def together(episodes: Episodes, t: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A task's support and query examples."""
+    x = torch.cat([episodes.support_x[t], episodes.query_x[t]])
+    return x, torch.cat([episodes.support_y[t], episodes.query_y[t]])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_displacement_is_a_plain_loops(rule: str) -> None:
+    settings, optimiser = RULES[rule]
+    module = MLP(4, 3, hidden=(6,)).double()
+    forward, theta = functionalize(module)
+    inner, episodes = InnerLoop(0.2, 4, **settings), vectors()
+    total = {name: torch.zeros_like(p) for name, p in theta.items()}
+    query_losses, support_losses = [], []
+    for t in range(episodes.tasks):
+        copied, (x, y) = copy.deepcopy(module), together(episodes, t)
+        own = [p for n, p in copied.named_parameters() if inner.adapted is None or n in inner.adapted]
+        steps = optimiser(own)
+        for _ in range(inner.steps):
+            steps.zero_grad()
+            loss = cross_entropy(copied(x), y)
+            loss.backward()
+            steps.step()
+            support_losses.append(loss.item())
+        for name, p in copied.named_parameters():
+            total[name] += (theta[name] - p.detach()) / 0.2 / episodes.tasks
+        query_losses.append(cross_entropy(copied(episodes.query_x[t]), episodes.query_y[t]).item())
+
+    got = reptile(forward, theta, episodes, inner, cross_entropy)
+    assert relative_error(got.grads, total) < 1e-9
+    moved = (inner.adapted or theta.keys()) - {"layers.1.bias"}  # which the BatchNorm after it takes away
+    assert all(got.grads[name].norm() > 0 for name in moved)
+    assert all(not got.grads[name].any() for name in theta.keys() - (inner.adapted or theta.keys()))
+    assert got.loss.item() == pytest.approx(sum(query_losses) / episodes.tasks)
+    by_step = torch.tensor(support_losses, dtype=torch.float64).view(episodes.tasks, -1).mean(dim=0)
+    torch.testing.assert_close(got.support_loss, by_step)
+    assert got.predictions.shape == (3, 9, 3)
+    assert not got.predictions.requires_grad
+
+
+def test_one_step_is_the_gradient_of_joint_training() -> None:
+    forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
+    episodes = vectors()
+    at = {name: p.clone().requires_grad_() for name, p in theta.items()}
+    losses = [cross_entropy(forward(at, x), y) for x, y in (together(episodes, t) for t in range(episodes.tasks))]
+    expected = torch.autograd.grad(torch.stack(losses).mean(), list(at.values()))
+    got = reptile(forward, theta, episodes, InnerLoop(1e-2, 1), cross_entropy)
+    assert relative_error(got.grads, dict(zip(theta, expected, strict=True))) < 1e-12
+
+
+def test_gradient_descent_on_it_is_the_papers_step() -> None:
+    """By its definition theta - (alpha eps) grads = theta + eps (mean theta_K - theta): for eps = 1 the mean."""
+    forward, theta = functionalize(nn.Linear(4, 3).double())
+    episodes, inner = vectors(), InnerLoop(0.2, 3)
+    grads = reptile(forward, theta, episodes, inner, cross_entropy).grads
+    ends: list[Params] = []
+    for task in episodes.split(1):
+        own = reptile(forward, theta, task, inner, cross_entropy).grads
+        ends.append({name: p - inner.lr * own[name] for name, p in theta.items()})
+    expected = {name: torch.stack([end[name] for end in ends]).mean(dim=0) for name in theta}
+    assert relative_error({name: p - inner.lr * grads[name] for name, p in theta.items()}, expected) < 1e-12
+
+
+def test_second_order_and_chunks_change_nothing() -> None:
+    forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
+    episodes = vectors()
+    first, second = (
+        reptile(forward, theta, episodes, InnerLoop(0.2, 3, second_order=order), cross_entropy)
+        for order in (False, True)
+    )
+    assert all(torch.equal(first.grads[name], second.grads[name]) for name in theta)
+    chunked = _in_chunks(reptile, forward, theta, episodes, InnerLoop(0.2, 3, task_chunk=2), cross_entropy)
+    assert relative_error(chunked.grads, first.grads) < 1e-12
+    torch.testing.assert_close(chunked.loss, first.loss)
+
+
+def test_theta_may_require_gradients_and_is_not_changed() -> None:
+    forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
+    before = {name: p.clone() for name, p in theta.items()}
+    at = {name: p.requires_grad_() for name, p in theta.items()}
+    got = reptile(forward, at, vectors(), InnerLoop(0.2, 2), cross_entropy)
+    assert not any(g.requires_grad for g in got.grads.values())
+    assert all(torch.equal(before[name], p) for name, p in at.items())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learned_lr": "layer"},
+        {"query_weights": (0.0, 0.5, 0.5)},
+        {"per_step": {"layers.2.weight"}},
+        {"start": ZeroContext(frozenset({"layers.4.bias"}))},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_without_a_gradient_are_refused(settings: dict[str, Any]) -> None:
+    forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
+    with pytest.raises(ValueError, match=rf"reptile: inner\.{next(iter(settings))}=.* has no gradient for"):
+        reptile(forward, theta, vectors(), InnerLoop(0.2, 2, **settings), cross_entropy)
+
+
+def test_what_is_not_finite_is_refused() -> None:
+    forward, theta = functionalize(nn.Linear(4, 3).double())
+    episodes = vectors()
+    episodes.query_x[1] = torch.inf  # which the first step is adapted to
+    with pytest.raises(NonFiniteLossError, match="task 1"):
+        reptile(forward, theta, episodes, InnerLoop(0.2, 2), cross_entropy)
