@@ -52,7 +52,7 @@ class Implicit:
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.cg_steps < 1:
+        if not isinstance(self.cg_steps, int) or self.cg_steps < 1:
             raise ValueError(f"Implicit: cg_steps={self.cg_steps!r}; it must be a whole number, 1 or more.")
         for name in ("cg_tolerance", "damping"):
             if not getattr(self, name) >= 0:

@@ -101,10 +101,18 @@ class Experiment:
     def _graphed(self) -> Callable[[Params, Episodes], MetaGradient]:
         return graphed(lambda params, episodes: self.eager(params, episodes, 0), self.device)
 
+    def refuse_missing_backend(self) -> None:
+        """Refuse another library that is to compute the meta-gradient and is not installed.
+
+        Raises:
+            ConfigError: naming it, and how to install it.
+        """
+        _ = self._backend
+
     @cached_property
     def _backend(self) -> Callable[[Params, Episodes, InnerLoop], MetaGradient] | None:
         name = self.config.algorithm.backend
-        return None if name == "metalearn" else backend(name, self.module)
+        return None if name == "metalearn" else backend(name, self.module, loss=self.score.loss)
 
     def statistics(self, params: Params, iteration: int) -> Params:
         """BatchNorm's statistics after every inner step, as entries of theta, on the batches before that meta-step;
@@ -141,6 +149,7 @@ def build(config: TrainConfig) -> Experiment:
         *(config, config.data.name, device, module, forward, algorithm.init(params), algorithm, score_of(config)),
         *(train, validation, test),
     )
+    experiment.refuse_missing_backend()
     statistics = experiment.statistics(experiment.theta, 0)
     return dataclasses.replace(experiment, theta={**experiment.theta, **statistics})
 

@@ -20,7 +20,7 @@ from metalearn.runs.outer_step import own_tasks, propose, take
 from metalearn.runs.schema import TrainConfig
 from metalearn.runs.session import Session
 from metalearn.runs.state import Best, TrainState
-from metalearn.runs.views import second_order_term, show_tasks
+from metalearn.runs.views import learned_rates, second_order_term, show_rates, show_tasks
 from metalearn.types import Episodes
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def show(session: Session, state: TrainState, episodes: Episodes, lr: float) -> 
     if tracker := session.tracker:
         with session.meter.logging():
             skipped = {"train/skipped": float(state.skipped)} if state.skipped else {}
-            tracker.scalars({**window, **skipped, "outer/lr": lr}, state.iteration)
+            tracker.scalars({**window, **skipped, **learned_rates(state), "outer/lr": lr}, state.iteration)
             tracker.scalars(_look(session, state, episodes), state.iteration)
     session.meter.open_window()
 
@@ -166,6 +166,7 @@ def validate(session: Session, state: TrainState) -> float:
         with session.meter.logging():
             session.saver.tracker.validation(result, state.iteration)
             show_tasks(session.experiment, state, session.saver.tracker)
+            show_rates(state, session.saver.tracker)
     session.meter.open_window()  # before the state is saved: validation is no meta-step's time
     if session.saver:
         session.saver.save(state)

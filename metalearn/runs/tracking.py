@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from metalearn.runs.evaluation import Estimate, Evaluation
@@ -152,6 +153,10 @@ class Tracker:
             self._writer._get_file_writer().add_summary(summary)  # add_hparams would make a run of its own
         self.scalars({tag: value for tag, value in metrics.items() if tag not in self._tags}, iteration)
         self._writer.flush()
+
+    def histogram(self, tag: str, values: Tensor, iteration: int) -> None:
+        """How the entries of a tensor are spread."""
+        self._writer.add_histogram(tag, values.detach().cpu().numpy(), iteration)
 
     def image(self, tag: str, picture: NDArray[np.uint8], iteration: int) -> None:
         """A picture ``[height, width, 3]``."""

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from metalearn.errors import NonFiniteLossError
-from metalearn.inner import adapt, model_of, predict
+from metalearn.inner import adapt, model_of, predict, rate_name
 from metalearn.runs.curvature import curvature, support_eigenvalue
 from metalearn.runs.experiment import Experiment
 from metalearn.runs.pictures import tasks_picture
@@ -33,6 +33,27 @@ def second_order_term(experiment: Experiment, state: TrainState, episodes: Episo
         point = model_of(state.params, experiment.inner)
         seen |= support_eigenvalue(experiment.forward, point, episodes, loss=experiment.score.loss)
     return seen
+
+
+def learned_rates(state: TrainState) -> dict[str, float]:
+    """Mean, smallest and largest of the step sizes that are learned, by tag; nothing if none are."""
+    rates = [p.flatten() for name, p in state.params.items() if name.startswith(rate_name(""))]
+    if not rates:
+        return {}
+    flat = torch.cat(rates)
+    return {
+        f"rates/{name}": value
+        for name, value in zip(
+            ("mean", "smallest", "largest"), torch.stack([flat.mean(), *flat.aminmax()]).tolist(), strict=True
+        )
+    }
+
+
+def show_rates(state: TrainState, tracker: Tracker) -> None:
+    """Histograms of the learned step sizes, one for each parameter of the model."""
+    for name, p in state.params.items():
+        if name.startswith(rate_name("")):
+            tracker.histogram(f"rates/{name.removeprefix(rate_name(''))}", p, state.iteration)
 
 
 def show_tasks(experiment: Experiment, state: TrainState, tracker: Tracker) -> None:

@@ -1,0 +1,125 @@
+"""Every algorithm, rule and backend in a whole training: it runs, logs, is tested, and goes on as if uninterrupted."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from metalearn.algorithms import ALGORITHMS
+from metalearn.errors import ConfigError
+from metalearn.peers.installed import installed_peers
+from metalearn.runs.checks import check
+from metalearn.runs.config import compose, typed
+from metalearn.runs.experiment import build
+from metalearn.runs.report import read_scalars
+from metalearn.runs.schema import TrainConfig
+from metalearn.runs.state import TrainState
+from tests.faults.processes import state_of
+from tests.faults.runs import bits
+from tests.runs.test_resume import stop_at
+from tests.runs.test_training import run
+
+TINY = [
+    *("data=glyphs", "data.classes=60", "model=mlp", "model.hidden=[8]", "task.meta_batch=2", "log.images=false"),
+    *("outer.iterations=4", "eval.every=2", "eval.validation_episodes=2", "eval.episodes=4", "log.every=1"),
+]
+
+
+def tiny(name: str) -> list[str]:
+    steps = [] if name == "protonet" else ["inner.steps=2", "inner.eval_steps=2"]
+    return [*TINY, f"algorithm={name}", *steps]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_trains(name: str, tmp_path: Path) -> None:
+    metrics = run(tmp_path / "run", base=[*tiny(name), "log.curvature_every=2"])
+    assert metrics["algorithm"] == name
+    assert 0 <= metrics["test.accuracy"] <= 1
+    assert 0 <= metrics["test.accuracy_nontransductive"] <= 1
+    curves = read_scalars(tmp_path / "run")
+    assert all(math.isfinite(p.value) for p in curves["train/query_loss"])
+    assert ("grad/cosine_first_vs_second" in curves) == (name not in ("reptile", "imaml", "protonet"))
+    assert ("train/cg_residual" in curves) == (name == "imaml")
+    assert ("rates/mean" in curves) == (name in ("meta_sgd", "maml_pp"))
+
+
+def test_maml_pp_goes_on_as_if_uninterrupted(tmp_path: Path) -> None:
+    """Its annealing, learned rates and statistics: all of it is in the state, or follows from the meta-step."""
+    run(tmp_path / "whole", base=tiny("maml_pp"))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(3, patch)
+        with pytest.raises(SystemExit):
+            run(tmp_path / "halves", base=tiny("maml_pp"))
+    run(tmp_path / "halves", "run.resume=true", base=tiny("maml_pp"))
+    assert bits(state_of(tmp_path / "whole")["state"]) == bits(state_of(tmp_path / "halves")["state"])
+
+
+@pytest.mark.parametrize("rule", ["momentum", "nesterov", "adam"])
+def test_every_rule_trains(rule: str, tmp_path: Path) -> None:
+    more = [f"inner.rule={rule}", "inner.lr=0.01", "inner.weight_decay=0.01", "inner.clip_norm=1"]
+    assert run(tmp_path / "run", base=[*tiny("maml"), *more])["iterations"] == 4
+
+
+@pytest.mark.parametrize("backend", ["learn2learn", "higher", "torchopt"])
+@pytest.mark.parametrize("name", ["maml", "meta_sgd"])
+def test_another_library_takes_the_same_steps(name: str, backend: str, tmp_path: Path) -> None:
+    spelt = "TorchOpt" if backend == "torchopt" else backend
+    if spelt not in installed_peers()[0] or (name == "meta_sgd" and backend != "learn2learn"):
+        pytest.skip(f"{backend} is not installed, or has no Meta-SGD")
+    curves = []
+    for by in ("metalearn", backend):
+        metrics = run(tmp_path / by, f"algorithm.backend={by}", base=tiny(name))
+        assert metrics["backend"] == by
+        curves.append(read_scalars(tmp_path / by))
+    assert curves[0].keys() == curves[1].keys(), "the same scalars"
+    ours, theirs = ([p.value for p in c["train/query_loss"]] for c in curves)
+    assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_a_sinusoid_is_learned_and_tested(tmp_path: Path) -> None:
+    metrics = run(tmp_path / "run", *TINY[4:5], *TINY[6:], base=["experiment=sinusoid", "inner.eval_steps=2"])
+    assert metrics["score"] == "mse"
+    assert len(metrics["test.mse_per_step"]) == 3
+    assert "test.accuracy" not in metrics
+    assert "validation/mse" in read_scalars(tmp_path / "run")
+
+
+def test_the_best_of_a_regression_is_the_lowest() -> None:
+    experiment = build(typed(compose("train", ["experiment=sinusoid"]), TrainConfig))
+    assert experiment.score.better(0.1, 0.2)
+    state = TrainState.start(experiment.theta, experiment.config.outer)
+    assert state.best is None
+    assert experiment.train.tasks(0, 2).support_y.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm=cavia", "model.context=0"], "algorithm=cavia with model=conv4: it adapts context parameters"),
+        (["model.context=5"], "model.context=5: only algorithm=cavia"),
+        (["algorithm=protonet", "experiment=sinusoid"], "prototypes are of classes"),
+        (["algorithm=reptile", "inner.steps=0"], "inner.steps=0 with algorithm=reptile"),
+        (["algorithm=maml_pp", "run.cuda_graph=true"], "changes as the training goes on"),
+        (["algorithm=imaml", "run.cuda_graph=true"], "stops where its residual is small"),
+        (["algorithm=imaml", "algorithm.backend=higher"], "algorithm.backend=higher with algorithm=imaml"),
+        (["algorithm.backend=higher", "inner.engine=adjoint"], "inner.engine=adjoint with algorithm.backend=higher"),
+        (["inner.betas=[0.9]"], r"inner.betas=\[0.9\]: must be two numbers below 1"),
+        (["inner.momentum=1"], "inner.momentum=1: must be below 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(typed(compose("train", overrides), TrainConfig))
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*args: Any) -> Any:
+        return {}, dict.fromkeys(("learn2learn", "higher", "TorchOpt"), "not installed")
+
+    monkeypatch.setattr("metalearn.peers.backend.installed_peers", none)
+    with pytest.raises(ConfigError, match=r"learn2learn.*pip install -r requirements-peers\.txt"):
+        build(typed(compose("train", [*TINY, "algorithm.backend=learn2learn"]), TrainConfig))

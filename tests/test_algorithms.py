@@ -1,0 +1,190 @@
+"""Named algorithms: what each is made of, against independent computations; and that configurations name all."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from metalearn import InnerLoop, Params, functionalize, meta_gradient
+from metalearn.algorithms import ALGORITHMS, anil, boil, cavia, imaml, maml_pp, meta_sgd, multi_step_weights, protonet
+from metalearn.inner import begin, update
+from metalearn.inner.statistics import as_theta, is_statistic, record, statistics_at, under
+from metalearn.models import MLP, ContextConv4, Conv4
+from metalearn.params import relative_error
+from metalearn.parts import parts_of
+from metalearn.runs.config import compose, typed
+from metalearn.runs.schema import PLAIN_ALGORITHMS, TrainConfig
+from tests.conftest import image_episodes
+
+INNER = InnerLoop(0.1, 3)
+
+
+def conv4() -> Conv4:
+    return Conv4(3, width=4).double()
+
+
+def test_parts_are_found_by_their_layers() -> None:
+    parts = parts_of(conv4())
+    assert parts.head == ("head.weight", "head.bias")
+    assert parts.norms == {f"features.{i}.1.{name}" for i in range(4) for name in ("weight", "bias")}
+    assert parts.body == parts.all - set(parts.head)
+    assert parts_of(ContextConv4(3, width=4, context=5)).context == {"context"}
+    frozen = conv4()
+    frozen.get_parameter("features.0.1.weight").requires_grad_(False)
+    assert "features.0.1.weight" not in parts_of(frozen).norms
+    assert parts_of(nn.Linear(3, 2)).head == ("weight", "bias")
+
+
+def test_anil_moves_the_head_and_boil_the_rest() -> None:
+    module, episodes = conv4(), image_episodes()
+    forward, theta = functionalize(module)
+    for algorithm in (anil(INNER, parts_of(module)), boil(INNER, parts_of(module))):
+        carry = begin(forward, theta, episodes.support_x, episodes.support_y, algorithm.inner)
+        own = algorithm.inner.adapted
+        assert own is not None
+        after = update(carry, {name: torch.ones_like(carry[name]) for name in own}, algorithm.inner, 0)
+        moved = {name for name in theta if not torch.equal(after[name], carry[name])}
+        assert moved == {name for name in theta if name.startswith("head") == (algorithm.name == "anil")}
+
+
+def test_meta_sgd_begins_as_maml() -> None:
+    module, episodes = conv4(), image_episodes()
+    forward, params = functionalize(module)
+    algorithm = meta_sgd(INNER, parts_of(module))
+    theta = algorithm.init(params)
+    assert {name: p.shape for name, p in theta.items() if "::" in name} == {
+        f"lr::{name}": p.shape for name, p in params.items()
+    }
+    got, expected = algorithm.meta_gradient(forward, theta, episodes), meta_gradient(forward, params, episodes, INNER)
+    assert relative_error({name: got.grads[name] for name in params}, expected.grads) < 1e-12
+
+
+def test_multi_step_weights_are_the_authors() -> None:
+    # Their code: each epoch takes 1/K/epochs from every step but the last, down to 0.03/K, and gives it to the last.
+    steps, epochs = 5, 10
+    for epoch in range(epochs + 1):
+        early = [max(1 / steps - epoch / steps / epochs, 0.03 / steps)] * (steps - 1)
+        last = min(1 / steps + epoch * (steps - 1) / steps / epochs, 1 - (steps - 1) * 0.03 / steps)
+        assert multi_step_weights(steps, epoch / epochs) == pytest.approx((0.0, *early, last))
+
+
+def test_maml_pp_is_its_parts() -> None:
+    module = conv4()
+    parts = parts_of(module)
+    _, params = functionalize(module)
+    whole = maml_pp(INNER, parts, multi_step_share=0.2, first_order_share=0.5)
+    theta = whole.init(params)
+    assert all(theta[name].shape == (4, 4) for name in parts.norms), "K + 1 rows of 4 channels"
+    assert {name for name in theta if "::" in name} == {f"lr::{name}" for name in parts.all - parts.norms}
+    assert theta["lr::head.weight"].tolist() == pytest.approx([0.1] * 3)
+    orders = [whole.at(progress).second_order for progress in (0.0, 0.49, 0.5, 1.0)]
+    assert orders == [False, False, True, True]
+    assert whole.at(0.0).query_weights == pytest.approx((0, 1 / 3, 1 / 3, 1 / 3))
+    assert whole.at(0.2).query_weights is None
+    bare = maml_pp(
+        *(INNER, parts), learned_lr=False, multi_step_share=0, first_order_share=0, per_step_affine=False,
+        per_step_statistics=False,
+    )  # fmt: skip
+    assert bare.inner == INNER
+    assert not bare.anneals
+    assert not bare.keeps_statistics
+    assert whole.testing(5).query_weights is None
+
+
+def test_protonet_is_snells() -> None:
+    module, episodes = conv4(), image_episodes(shots=2)
+    forward, theta = functionalize(module)
+    got = protonet(InnerLoop(0.1, 0), parts_of(module)).meta_gradient(forward, theta, episodes)
+    losses = []
+    for t in range(episodes.tasks):
+        support, query = (module.features(x[t]).mean((-2, -1)) for x in (episodes.support_x, episodes.query_x))
+        means = torch.stack([support[episodes.support_y[t] == n].mean(0) for n in range(3)])
+        losses.append(cross_entropy(-(query.unsqueeze(1) - means).square().sum(-1), episodes.query_y[t]))
+    own = dict(module.named_parameters())
+    grads = torch.autograd.grad(torch.stack(losses).mean(), list(own.values()), materialize_grads=True)
+    assert relative_error(got.grads, dict(zip(own, grads, strict=True))) < 1e-9
+    assert not got.grads["head.weight"].any(), "prototypes take the head's place"
+
+
+def test_statistics_are_those_of_the_layers_inputs() -> None:
+    module, episodes = MLP(784, 3, hidden=(6, 5)).double(), image_episodes()
+    forward, theta = functionalize(module)
+    fast = {name: p.expand(3, *p.shape) for name, p in theta.items()}
+    found = record(forward, fast, episodes.query_x)
+    seen: list[torch.Tensor] = []
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm1d)]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    for x in episodes.query_x:
+        module(x)
+    for i, moments in enumerate(found):
+        inputs = seen[i::2]
+        torch.testing.assert_close(moments.mean, torch.stack([x.mean(0) for x in inputs]).mean(0))
+        torch.testing.assert_close(moments.var, torch.stack([x.var(0, correction=0) for x in inputs]).mean(0))
+    entries = as_theta([found, found])
+    assert all(map(is_statistic, entries))
+    kept = statistics_at(entries, 7)
+    assert kept is not None
+    torch.testing.assert_close(kept[1].var, found[1].var)
+
+
+def test_under_statistics_no_example_sees_another() -> None:
+    module, episodes = conv4(), image_episodes(tasks=1)
+    forward, theta = functionalize(module)
+    statistics = record(forward, {name: p[None] for name, p in theta.items()}, episodes.support_x)
+    alone = under(forward, statistics)
+    x = episodes.query_x[0]
+    torch.testing.assert_close(alone(theta, x)[:1], alone(theta, x[:1]))
+    for layer, moments in zip([m for m in module.modules() if isinstance(m, nn.BatchNorm2d)], statistics, strict=True):
+        layer.register_buffer("running_mean", moments.mean)
+        layer.register_buffer("running_var", moments.var)
+        layer.track_running_stats = True
+    module.eval()  # torch's own way
+    torch.testing.assert_close(alone(theta, x), module(x))
+
+
+def test_what_does_not_fit_the_model_is_refused() -> None:
+    headless = parts_of(nn.Sequential(nn.Conv2d(1, 3, 3)))
+    for algorithm in (anil, boil, protonet):
+        with pytest.raises(ValueError, match=r"has no trainable nn\.Linear to be its head"):
+            algorithm(INNER, headless)
+    with pytest.raises(ValueError, match="no body to adapt"):
+        boil(INNER, parts_of(nn.Linear(3, 2)))
+    with pytest.raises(ValueError, match="no parameter called 'context'"):
+        cavia(INNER, parts_of(conv4()))
+    with pytest.raises(ValueError, match="needs a weight and a bias"):
+        protonet(INNER, parts_of(nn.Linear(3, 2, bias=False)))
+
+
+def test_imaml_pulls_to_theta() -> None:
+    algorithm = imaml(INNER, parts_of(conv4()), strength=3.0)
+    assert algorithm.inner.proximal == 3.0
+    assert algorithm.testing(2).proximal == 3.0, "tasks of the test are adapted as those of training"
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_has_a_configuration_with_its_defaults(name: str) -> None:
+    config = typed(compose("train", [f"algorithm={name}"]), TrainConfig).algorithm
+    assert config.name == name
+    given = {key: value for key, value in vars(config).items() if key not in ("name", "backend")}
+    signature = inspect.signature(ALGORITHMS[name]).parameters
+    assert given == {key: p.default for key, p in signature.items() if key not in ("inner", "parts")}
+    assert (name in PLAIN_ALGORITHMS) == (not given)
+    assert "arXiv" in str(ALGORITHMS[name].__doc__)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_tasks_in_chunks_are_the_same(name: str) -> None:
+    module = ContextConv4(3, width=4, context=3).double() if name == "cavia" else conv4()
+    forward, params = functionalize(module)
+    inner = InnerLoop(0.05, 2, engine="adjoint")
+    episodes, grads = image_episodes(), list[Params]()
+    for chunk in (None, 2):
+        algorithm = ALGORITHMS[name](dataclasses.replace(inner, task_chunk=chunk), parts_of(module))
+        grads.append(algorithm.meta_gradient(forward, algorithm.init(params), episodes, progress=0.0).grads)
+    assert relative_error(grads[1], grads[0]) < 1e-9
