@@ -40,6 +40,7 @@ from metalearn.runs.session import Session
 from metalearn.runs.signals import Stop
 from metalearn.runs.state import Best, TrainState
 from metalearn.runs.tracking import Tracker
+from metalearn.runs.views import keep_picture
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +176,8 @@ def _lead(experiment: Experiment, opened: Opened, ranks: Ranks, stop: Stop, *, b
         metrics = _metrics(session, state, result, saver.total_s)
         tracker.test(result, metrics["validation.best_iteration"])
         tracker.hparams(compared_keys(config), hparams_metrics(metrics), state.iteration)
+    if path := keep_picture(experiment, _best(state).params, run_dir):
+        print_path("Picture", path)
     write_metrics(metrics, result, run_dir)
     print_facts("Summary", {**accuracy_rows(experiment, result), **cost_rows(metrics)})
     print_path("Run folder", run_dir)

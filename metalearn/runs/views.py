@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import logging
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
+from metalearn import files
+from metalearn.data.sinusoid import SinusoidSampler
 from metalearn.errors import NonFiniteLossError
 from metalearn.inner import adapt, model_of, predict, rate_name
 from metalearn.runs.curvature import curvature, support_eigenvalue
@@ -56,9 +61,20 @@ def show_rates(state: TrainState, tracker: Tracker) -> None:
             tracker.histogram(f"rates/{name.removeprefix(rate_name(''))}", p, state.iteration)
 
 
+def keep_picture(experiment: Experiment, params: Params, run_dir: Path) -> Path | None:
+    """Write ``sinusoid.png``: the functions of validation tasks before and after 1 and 10 steps; else nothing."""
+    if not isinstance(experiment.validation, SinusoidSampler):
+        return None
+    path = run_dir / "sinusoid.png"
+    buffer = io.BytesIO()
+    Image.fromarray(picture(experiment, params)).save(buffer, format="png")
+    files.write_bytes(path, buffer.getvalue())
+    return path
+
+
 def show_tasks(experiment: Experiment, state: TrainState, tracker: Tracker) -> None:
     """The picture of this validation, where one is wanted and can be drawn."""
-    if not experiment.config.log.images or not experiment.score.in_percent:
+    if not experiment.config.log.images:
         return
     try:
         tracker.image("validation/tasks", picture(experiment, state.params), state.iteration)
@@ -68,6 +84,12 @@ def show_tasks(experiment: Experiment, state: TrainState, tracker: Tracker) -> N
 
 def picture(experiment: Experiment, params: Params) -> NDArray[np.uint8]:
     """The first validation tasks, with the predictions of the adapted model."""
+    if isinstance(experiment.validation, SinusoidSampler):
+        from metalearn.runs.sinusoid_figure import sinusoid_figure  # here, as it brings matplotlib
+
+        buffer = io.BytesIO()
+        sinusoid_figure(experiment, params).savefig(buffer, format="png", dpi=100)
+        return np.asarray(Image.open(buffer).convert("RGB"))
     tasks = experiment.validation.tasks(0, _TASKS_SHOWN)
     with torch.no_grad():
         fast = adapt(experiment.forward, params, tasks.support_x, tasks.support_y, experiment.eval_inner)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from metalearn.algorithms import ALGORITHMS
 from metalearn.errors import ConfigError
@@ -86,6 +87,7 @@ def test_a_sinusoid_is_learned_and_tested(tmp_path: Path) -> None:
     assert len(metrics["test.mse_per_step"]) == 3
     assert "test.accuracy" not in metrics
     assert "validation/mse" in read_scalars(tmp_path / "run")
+    assert Image.open(tmp_path / "run" / "sinusoid.png").size[0] > 800
 
 
 def test_the_best_of_a_regression_is_the_lowest() -> None:
