@@ -13,48 +13,85 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metalearn import derivatives, gradcheck
+    from metalearn import algorithms, derivatives, gradcheck
+    from metalearn.algorithms import Algorithm
+    from metalearn.data.batches import batches
     from metalearn.errors import NonFiniteLossError
-    from metalearn.inner import InnerLoop, adapt, predict
+    from metalearn.inner import (
+        SGD,
+        Adam,
+        InnerLoop,
+        Momentum,
+        UpdateRule,
+        adapt,
+        predict,
+        with_learned,
+        with_steps,
+    )
     from metalearn.metagrad import meta_gradient
     from metalearn.params import functionalize
+    from metalearn.parts import parts_of
+    from metalearn.runs.learner import Learner, load
     from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SGD",
+    "Adam",
+    "Algorithm",
     "Episodes",
     "Forward",
     "InnerLoop",
+    "Learner",
     "Loss",
     "MetaGradient",
+    "Momentum",
     "NonFiniteLossError",
     "Params",
+    "UpdateRule",
     "adapt",
+    "algorithms",
+    "batches",
     "derivatives",
     "functionalize",
     "gradcheck",
+    "load",
     "meta_gradient",
+    "parts_of",
     "predict",
+    "with_learned",
+    "with_steps",
 ]
 
 _HOMES = {
+    "SGD": "inner",
+    "Adam": "inner",
+    "Algorithm": "algorithms",
     "Episodes": "types",
     "Forward": "types",
     "InnerLoop": "inner",
+    "Learner": "runs.learner",
     "Loss": "types",
     "MetaGradient": "types",
+    "Momentum": "inner",
     "NonFiniteLossError": "errors",
     "Params": "types",
+    "UpdateRule": "inner",
     "adapt": "inner",
+    "batches": "data.batches",
     "functionalize": "params",
+    "load": "runs.learner",
     "meta_gradient": "metagrad",
+    "parts_of": "parts",
     "predict": "inner",
+    "with_learned": "inner",
+    "with_steps": "inner",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("derivatives", "gradcheck"):
+    if name in ("algorithms", "derivatives", "gradcheck"):
         return importlib.import_module(f"metalearn.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'metalearn' has no attribute {name!r}; it offers {', '.join(__all__)}")

@@ -18,7 +18,7 @@ from metalearn.runs.compare.names import split, variant_names
 from metalearn.runs.config import CONF, typed
 from metalearn.runs.config_files import settle_data
 from metalearn.runs.overrides import recompose
-from metalearn.runs.schema import TrainConfig
+from metalearn.runs.schema import SinusoidConfig, TrainConfig
 from metalearn.runs.schema_commands import CompareConfig
 
 TRAIN = CONF.parent / "scripts" / "train.py"
@@ -73,6 +73,8 @@ def check_compare(config: CompareConfig) -> None:
         ConfigError: naming the variant.
     """
     check(config)
+    if isinstance(config.data, SinusoidConfig):
+        raise ConfigError("data=sinusoid: a comparison is of accuracies, and regression has none; take other data")
     if len(set(config.compare.seeds)) < len(config.compare.seeds):
         raise ConfigError(f"compare.seeds={config.compare.seeds}: a seed stands there twice")
     if config.run.seed != 0:
