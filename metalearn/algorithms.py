@@ -130,7 +130,7 @@ def maml_pp(
     *,
     learned_lr: bool = True,
     multi_step_share: float = 0.15,
-    first_order_share: float = 0.3,
+    first_order_share: float = 0.1,
     per_step_affine: bool = True,
     per_step_statistics: bool = True,
 ) -> Algorithm:

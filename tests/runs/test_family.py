@@ -14,10 +14,15 @@ from metalearn.algorithms import ALGORITHMS
 from metalearn.errors import ConfigError
 from metalearn.peers.installed import installed_peers
 from metalearn.runs.checks import check
+from metalearn.runs.compare.names import split
+from metalearn.runs.compare.variants import check_compare
 from metalearn.runs.config import compose, typed
 from metalearn.runs.experiment import build
 from metalearn.runs.report import read_scalars
+from metalearn.runs.reproduction.plan import plan
+from metalearn.runs.reproduction.published import published
 from metalearn.runs.schema import TrainConfig
+from metalearn.runs.schema_commands import CompareConfig, ReproduceConfig
 from metalearn.runs.state import TrainState
 from tests.faults.processes import state_of
 from tests.faults.runs import bits
@@ -116,6 +121,29 @@ def test_the_best_of_a_regression_is_the_lowest() -> None:
 def test_what_does_not_fit_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(typed(compose("train", overrides), TrainConfig))
+
+
+def test_one_command_compares_all_of_them() -> None:
+    config = typed(compose("compare", ["comparison=algorithms"]), CompareConfig)
+    variants = [split(text) for text in config.compare.variants]
+    assert {v[0] for v in variants} == {f"algorithm={name}" for name in ALGORITHMS}
+    for overrides in variants:
+        check(typed(compose("train", overrides), TrainConfig))
+
+
+def test_regression_is_not_compared_by_accuracy() -> None:
+    config = typed(compose("compare", ["experiment=sinusoid"]), CompareConfig)
+    with pytest.raises(ConfigError, match="data=sinusoid: a comparison is of accuracies"):
+        check_compare(config)
+
+
+def test_maml_pp_is_a_row_of_the_reproduced_table(tmp_path: Path) -> None:
+    config = ReproduceConfig(
+        "omniglot_5way_1shot_maml_pp", orders=["second"], seeds=[0], minutes=None, jobs=1, overrides=[], record=False
+    )
+    [row] = plan(config, tmp_path)
+    assert row.jobs[0].config.algorithm.name == "maml_pp"
+    assert str(published("maml_pp", "second", 5, 1)) == "99.47% (Antoniou et al. 2019)"
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,9 +138,9 @@ def test_published_figures() -> None:
 
     assert percent("maml", "second") == [98.7, 99.9, 95.8, 98.9]
     assert percent("maml", "first") == [98.3, 99.2, 89.4, 97.9]
-    assert percent("maml++", "second") == [99.47, 99.93, 97.65, 99.33]
+    assert percent("maml_pp", "second") == [99.47, 99.93, 97.65, 99.33]
     assert published("maml", "second", 10, 1) is None
-    assert published("maml++", "first", 5, 1) is None
+    assert published("maml_pp", "first", 5, 1) is None
 
 
 def test_figures_are_over_seeds_and_recorded(recorded: Path) -> None:

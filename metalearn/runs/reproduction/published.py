@@ -7,10 +7,13 @@ from typing import NamedTuple
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
 """Ways and shots of the classic table."""
 
+PUBLISHED = (("maml", "second"), ("maml", "first"), ("maml_pp", "second"))
+"""Algorithms and orders of the table."""
+
 _ACCURACIES = {
     ("maml", "second"): ("Finn et al. 2017", (0.987, 0.999, 0.958, 0.989)),
     ("maml", "first"): ("Nichol et al. 2018", (0.983, 0.992, 0.894, 0.979)),
-    ("maml++", "second"): ("Antoniou et al. 2019", (0.9947, 0.9993, 0.9765, 0.9933)),
+    ("maml_pp", "second"): ("Antoniou et al. 2019", (0.9947, 0.9993, 0.9765, 0.9933)),
 }
 """By algorithm and order, in the order of ``SETTINGS``; Finn et al. give no figure of first order on Omniglot."""
 
@@ -38,6 +41,6 @@ def published(algorithm: str, order: str, ways: int, shots: int) -> Published | 
     return Published(accuracies[SETTINGS.index((ways, shots))], source)
 
 
-def experiment_name(ways: int, shots: int) -> str:
+def experiment_name(ways: int, shots: int, algorithm: str = "maml") -> str:
     """The file in ``conf/experiment/`` with the published budget."""
-    return f"omniglot_{ways}way_{shots}shot"
+    return f"omniglot_{ways}way_{shots}shot" + ("" if algorithm == "maml" else f"_{algorithm}")

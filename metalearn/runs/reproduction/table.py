@@ -10,7 +10,7 @@ from typing import Any
 
 from metalearn.errors import RunError
 from metalearn.runs.config import compose, typed
-from metalearn.runs.reproduction.published import SETTINGS, experiment_name, published
+from metalearn.runs.reproduction.published import PUBLISHED, SETTINGS, experiment_name, published
 from metalearn.runs.schema import TrainConfig
 
 FILE = "omniglot.json"
@@ -86,12 +86,12 @@ def readme_table(rows: Sequence[Figures]) -> str:
     """All that was measured, and every published row that was not, by task, order and budget."""
     cells = {(*_place(row), row["experiment"]): _cells(row) for row in rows}
     for ways, shots in SETTINGS:
-        name = experiment_name(ways, shots)
-        budget = _budget(name)
-        for order in ("second", "first"):
+        for algorithm, order in PUBLISHED:
+            name = experiment_name(ways, shots, algorithm)
+            budget = _budget(name)
             if (name, order) not in map(_key, rows):
                 place = (*_place({"ways": ways, "shots": shots, "order": order, "iterations": budget[0]}), name)
-                cells[place] = _not_measured(name, order, ways, shots, budget)
+                cells[place] = _not_measured(name, algorithm, order, ways, shots, budget)
     lines = [HEADER, ["---"] * len(HEADER), *(cells[place] for place in sorted(cells))]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -121,8 +121,8 @@ def _cells(row: Figures) -> list[str]:
     ]
 
 
-def _not_measured(name: str, order: str, ways: int, shots: int, budget: tuple[int, int]) -> list[str]:
-    reported = str(published("maml", order, ways, shots))
+def _not_measured(name: str, algorithm: str, order: str, ways: int, shots: int, budget: tuple[int, int]) -> list[str]:
+    reported = str(published(algorithm, order, ways, shots))
     task = f"{ways}-way {shots}-shot, `{name}`"
     return [task, order, NOT_MEASURED, "-", "-", reported, f"{budget[0]:,} of {budget[1]} tasks", "-"]
 
