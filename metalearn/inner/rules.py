@@ -9,7 +9,7 @@ with every rule. A rule of one's own is any object with the three members of ``U
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def state_name(kind: str, name: str) -> str:
 class SGD:
     """d_k = g_k."""
 
-    linear: bool = True
+    linear: ClassVar[bool] = True
 
     def start(self, fast: Params) -> Params:
         """Nothing."""
@@ -80,7 +80,7 @@ class Momentum:
 
     momentum: float = 0.9
     nesterov: bool = False
-    linear: bool = True
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_fraction("Momentum", "momentum", self.momentum)
@@ -114,7 +114,7 @@ class Adam:
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    linear: bool = False
+    linear: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))

@@ -203,7 +203,7 @@ class ResNet12Config(ModelConfig):
 class AlgorithmConfig:
     """Base of the options of ``algorithm``, and all keys of most of them."""
 
-    name: str = key("the meta-learner", choices=("maml", "anil", "boil", "meta_sgd", "reptile", "cavia", "protonet"))
+    name: str = key("the meta-learner", choices=PLAIN_ALGORITHMS)
     backend: str = key("whose meta-gradient is trained with; the others are for comparison", choices=BACKENDS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ def test_a_rule_of_ones_own(engine: str) -> None:
 
     @dataclasses.dataclass(frozen=True)
     class Smoothed:
-        linear: bool = False
+        linear: ClassVar[bool] = False
 
         def start(self, fast: Params) -> Params:
             return {f"last::{name}": torch.zeros_like(w) for name, w in fast.items()}
