@@ -41,6 +41,7 @@ class Algorithm:
         engine: a meta-gradient of its own; ``None`` takes the one that ``inner.engine`` names.
         annealing: how the inner loop changes as training goes on.
         keeps_statistics: whether BatchNorm's statistics are kept for every inner step, to predict queries one by one.
+        figures: names of the scalars that the engine has to say of itself (``MetaGradient.figures``).
     """
 
     name: str
@@ -48,6 +49,7 @@ class Algorithm:
     engine: Engine | None = None
     annealing: Annealing = _unchanged
     keeps_statistics: bool = False
+    figures: tuple[str, ...] = ()
 
     @property
     def anneals(self) -> bool:
@@ -62,6 +64,11 @@ class Algorithm:
         """The inner loop when that share of the training is over."""
         return self.annealing(self.inner, progress)
 
+    @property
+    def heaviest(self) -> InnerLoop:
+        """That of the meta-step which takes the most memory: the second order, and all query losses that ever count."""
+        return dataclasses.replace(self.at(0.0), second_order=self.inner.second_order)
+
     def testing(self, steps: int) -> InnerLoop:
         """The inner loop of a task to be predicted, which nobody differentiates."""
         return dataclasses.replace(self.inner, steps=steps, second_order=False, query_weights=None)
@@ -75,7 +82,9 @@ class Algorithm:
         loss: Loss = cross_entropy,
         progress: float = 1.0,
     ) -> MetaGradient:
-        """As ``metalearn.meta_gradient``, when that share of the training is over."""
+        """As ``metalearn.meta_gradient``, when that share of the training is over: by default all of it, so that a loop
+        of one's own passes ``progress=step / steps`` for what anneals (MAML++).
+        """
         return metagrad.meta_gradient(forward, theta, episodes, self.at(progress), loss=loss, engine=self.engine)
 
 
@@ -84,7 +93,7 @@ def maml(inner: InnerLoop, parts: Parts) -> Algorithm:
 
         theta_{k+1} = theta_k - alpha dL_support(theta_k),    min over theta of L_query(theta_K)
 
-    Finn, Abbeel & Levine 2017, arXiv 1703.03400, algorithm 1 and eq. 1; first order: section 5.2.
+    Finn, Abbeel & Levine 2017, arXiv 1703.03400, sections 2.2 and 3.1, algorithms 1 and 2; first order: section 5.2.
     """
     return Algorithm("maml", inner)
 
@@ -92,7 +101,7 @@ def maml(inner: InnerLoop, parts: Parts) -> Algorithm:
 def anil(inner: InnerLoop, parts: Parts) -> Algorithm:
     """Almost no inner loop: the head alone is adapted, its features are shared by all tasks.
 
-    Raghu et al. 2020, arXiv 1909.09157, section 4, eq. 3.
+    Raghu et al. 2020, arXiv 1909.09157, section 4.
 
     Raises:
         ValueError: if the model has no linear head.
@@ -103,7 +112,7 @@ def anil(inner: InnerLoop, parts: Parts) -> Algorithm:
 def boil(inner: InnerLoop, parts: Parts) -> Algorithm:
     """Body only in the inner loop: all but the head is adapted, so that features change with the task.
 
-    Oh et al. 2021, arXiv 2008.08882, section 3, eq. 2.
+    Oh et al. 2021, arXiv 2008.08882, section 3.
 
     Raises:
         ValueError: if the model has no linear head, or nothing else.
@@ -119,7 +128,7 @@ def meta_sgd(inner: InnerLoop, parts: Parts) -> Algorithm:
 
         theta_{k+1} = theta_k - alpha * dL_support(theta_k),    min over theta and alpha
 
-    Li et al. 2017, arXiv 1707.09835, eq. 2. They begin at random step sizes; here all begin at ``inner.lr``.
+    Li et al. 2017, arXiv 1707.09835, section 3. They begin at random step sizes; here all begin at ``inner.lr``.
     """
     return Algorithm("meta_sgd", dataclasses.replace(inner, learned_lr="parameter"))
 
@@ -138,13 +147,13 @@ def maml_pp(
     step size, is the meta-optimiser's.)
 
     Antoniou, Edwards & Storkey 2019, arXiv 1810.09502, section 4. As in their code, BatchNorm's scale and shift are not
-    adapted where every step has its own.
+    adapted where every step has its own. The two shares are ours: the paper counts epochs.
 
     Args:
         inner: with its step size, which learned ones begin at.
         parts: of the model.
         learned_lr: LSLR, a step size for every parameter tensor and step.
-        multi_step_share: MSL, the query loss after every step counts (eq. 4): for this share of the training with
+        multi_step_share: MSL, the query loss after every step counts: for this share of the training with
             weights that move from equal ones to the last step's alone. 0: the last step's loss from the beginning.
         first_order_share: DA, the first order for this share of the training, then the second. 0: none.
         per_step_affine: BNWB, BatchNorm's scale and shift for every step.
@@ -186,7 +195,7 @@ def multi_step_weights(steps: int, progress: float) -> tuple[float, ...]:
 def reptile(inner: InnerLoop, parts: Parts) -> Algorithm:
     """The mean displacement of adapted parameters as a gradient: (theta - theta_K) / alpha, never a second order.
 
-    Nichol, Achiam & Schulman 2018, arXiv 1803.02999, section 2. Adapts to support and query set together in training.
+    Nichol, Achiam & Schulman 2018, arXiv 1803.02999, section 3. Adapts to support and query set together in training.
     """
     return Algorithm("reptile", dataclasses.replace(inner, second_order=False), engine=reptile_gradient)
 
@@ -198,7 +207,7 @@ def imaml(
 
         phi = argmin L_support(phi) + strength/2 |phi - theta|^2,    g = (I + H / strength)^-1 dL_query(phi)
 
-    Rajeswaran et al. 2019, arXiv 1909.04630, eq. 3 and 6, algorithm 2.
+    Rajeswaran et al. 2019, arXiv 1909.04630, section 3, algorithms 1 and 2.
 
     Args:
         inner: its steps approach phi.
@@ -211,13 +220,14 @@ def imaml(
         "imaml",
         dataclasses.replace(inner, proximal=strength),
         engine=Implicit(cg_steps=cg_steps, damping=damping),
+        figures=("cg_residual", "cg_residual_max"),
     )
 
 
 def cavia(inner: InnerLoop, parts: Parts) -> Algorithm:
     """Fast context adaptation: context parameters alone are adapted, from 0; all others are shared.
 
-    Zintgraf et al. 2019, arXiv 1810.03642, algorithm 1, eq. 3 and 4.
+    Zintgraf et al. 2019, arXiv 1810.03642, algorithm 1, section 3.
 
     Raises:
         ValueError: if the model has no parameter called ``context``.
@@ -235,7 +245,7 @@ def protonet(inner: InnerLoop, parts: Parts) -> Algorithm:
         p(y = n | x) = softmax over n of -|f(x) - c_n|^2,    c_n = mean of f over the support examples of n
 
     Snell et al. 2017, arXiv 1703.05175, eq. 1 and 2; as a linear head by eq. 8. With ``inner.steps`` above 0 that head
-    and the features are then adapted: Proto-MAML (Triantafillou et al. 2020, arXiv 1903.03096, section 3).
+    and the features are then adapted: Proto-MAML (Triantafillou et al. 2020, arXiv 1903.03096).
 
     Raises:
         ValueError: if the model has no linear head with a bias.

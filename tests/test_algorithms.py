@@ -38,6 +38,11 @@ def test_parts_are_found_by_their_layers() -> None:
     frozen.get_parameter("features.0.1.weight").requires_grad_(False)
     assert "features.0.1.weight" not in parts_of(frozen).norms
     assert parts_of(nn.Linear(3, 2)).head == ("weight", "bias")
+    out_of_order = nn.ModuleDict({"head": nn.Linear(8, 3), "body": nn.Linear(4, 8)})
+    assert parts_of(out_of_order).head == ("head.weight", "head.bias")
+    assert parts_of(out_of_order, head="body").head == ("body.weight", "body.bias")
+    with pytest.raises(ValueError, match=r"head='tail' is no nn\.Linear of the module; it has head, body"):
+        parts_of(out_of_order, head="tail")
 
 
 def test_anil_moves_the_head_and_boil_the_rest() -> None:

@@ -121,8 +121,13 @@ def _rate(carry: Params, name: str, inner: InnerLoop, k: int) -> Tensor | float:
     return along_tasks(rate, carry[name])
 
 
-def check_settings(theta: Params, inner: InnerLoop) -> None:
+def check_settings(theta: Params, inner: InnerLoop, *, training: bool = False) -> None:
     """Refuse an inner loop that does not fit the meta-parameters.
+
+    Args:
+        theta: the meta-parameters.
+        inner: the settings.
+        training: whether what every step has of its own must be of these K steps; else the last one stands for more.
 
     Raises:
         ValueError: naming what is missing, unknown or of another shape, and what makes it.
@@ -130,19 +135,30 @@ def check_settings(theta: Params, inner: InnerLoop) -> None:
     _refuse_unknown(theta, inner)
     rates = {name for name in theta if SEPARATOR in name and not is_statistic(name)}
     wanted = set() if inner.learned_lr is None else {rate_name(name) for name in adapted_names(theta, inner)}
-    if inner.learned_lr == "layer_and_step" and inner.steps == 0 and not rates:
-        wanted = set()
     if rates != wanted:
         kind, names = ("lacks", wanted - rates) if wanted - rates else ("has", rates - wanted)
         raise ValueError(
             f"params {kind} {', '.join(sorted(names)[:3])}, and learned_lr={inner.learned_lr!r}: "
             "make params with metalearn.with_learned(theta, inner), which adds the step sizes that are learned."
         )
-    for name in inner.per_step:
-        if theta[name].ndim == 0 or theta[name].shape[0] == 0:
+    for name in rates:
+        shape, of_weight = tuple(theta[name].shape), tuple(theta[name.partition(SEPARATOR)[2]].shape)
+        expected = {
+            "parameter": of_weight,
+            "layer": (),
+            "layer_and_step": (inner.steps if training else max(shape, default=0),),
+        }
+        if shape != expected[str(inner.learned_lr)] or (0 in shape and inner.steps > 0):
             raise ValueError(
-                f"params[{name!r}] has shape {tuple(theta[name].shape)}, and per_step names it: it must lead with "
-                "K + 1, as metalearn.with_steps(theta, inner) makes it."
+                f"params[{name!r}] has shape {shape}, which is not that of learned_lr={inner.learned_lr!r} with "
+                f"{inner.steps} steps; make it with metalearn.with_learned(theta, inner)."
+            )
+    for name in inner.per_step:
+        shape = tuple(theta[name].shape)
+        if not shape or shape[0] == 0 or (training and shape[0] != inner.steps + 1):
+            raise ValueError(
+                f"params[{name!r}] has shape {shape}, and per_step names it: it must lead with {inner.steps + 1}, one "
+                "for every number of steps, as metalearn.with_steps(theta, inner) makes it."
             )
 
 

@@ -2,7 +2,7 @@
 
     theta_0 = theta,    theta_{k+1} = theta_k - lr * dL_support(theta_k) / dtheta_k
 
-(Finn, Abbeel & Levine 2017, arXiv 1703.03400, eq. 1.) The fast weights of T tasks are stacked along dimension 0.
+(Finn, Abbeel & Levine 2017, arXiv 1703.03400, section 2.2.) The fast weights of T tasks are stacked along dimension 0.
 The total support loss is a sum over tasks whose parameters are disjoint, so one ``autograd.grad`` of the total is
 every task's own gradient. ``vmap`` is applied to the forward pass alone, so ``create_graph`` stays in sight.
 """

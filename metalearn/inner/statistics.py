@@ -96,7 +96,8 @@ class _Recorder(_OfBatchNorm):
 
     def batch_norm(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         other = [d for d in range(x.ndim) if d != 1]
-        self.seen.append(Moments(x.mean(dim=other), x.var(dim=other, correction=0)))
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # autocast's 8 bits are too few for sums
+        self.seen.append(Moments(wide.mean(dim=other), wide.var(dim=other, correction=0)))
         return functional.batch_norm(x, *args, **kwargs)
 
 

@@ -67,7 +67,7 @@ def meta_gradient(
         measured = " 'auto' is for scripts/train.py, which measures." if inner.engine == "auto" else ""
         raise ValueError(f"meta_gradient: engine={inner.engine!r} is not one of {', '.join(ENGINES)}.{measured}")
     check_params(params)
-    check_settings(params, inner)
+    check_settings(params, inner, training=True)
     engine = engine or ENGINES[inner.engine]
     with explained(vars(episodes), params):
         if inner.task_chunk is None or inner.task_chunk >= episodes.tasks:

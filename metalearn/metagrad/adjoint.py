@@ -50,7 +50,8 @@ def adjoint(
 ) -> MetaGradient:
     """The meta-gradient of one chunk of tasks; arguments and result as in ``metalearn.meta_gradient``.
 
-    ``watch`` is shown k and lam_k, each ``[T, ...]``, for k = K, ..., 0 (in first order, for K alone).
+    ``watch`` is shown k and lam_k, each ``[T, ...]``, for k = K, ..., 0 (for K alone where nothing changes it
+    on its way: in first order, if steps are plain).
     """
     way = way_there(forward, params, episodes, inner, loss)
     lam, repeated = way.lam, {}

@@ -1,7 +1,7 @@
 """iMAML: the meta-gradient where the inner problem is solved, whatever way led there; memory does not grow with K.
 
-    phi = argmin L_support(phi) + rho/2 |phi - theta|^2                                               (eq. 3)
-    d L_query(phi) / d theta = (I + H/rho)^{-1} dL_query(phi),    H = d2 L_support(phi)               (eq. 6)
+    phi = argmin L_support(phi) + rho/2 |phi - theta|^2                                               (section 3)
+    d L_query(phi) / d theta = (I + H/rho)^{-1} dL_query(phi),    H = d2 L_support(phi)               (lemma 1)
 
 with rho = ``inner.proximal``, the paper's lambda (``lam`` is an adjoint here). The system is solved by conjugate
 gradients, which need nothing of H but products with it. (Rajeswaran et al. 2019, arXiv 1909.04630, algorithm 2.)

@@ -1,7 +1,7 @@
 """Reptile: theta moves towards where K plain steps of learning lead, and nothing is differentiated twice.
 
     theta <- theta + eps * mean_t (theta_{K,t} - theta)        (Nichol et al. 2018, arXiv 1803.02999, algorithm 2)
-    grads = mean_t (theta - theta_{K,t}) / alpha               (section 2: for any outer optimiser)
+    grads = mean_t (theta - theta_{K,t}) / alpha               (section 3: for any outer optimiser)
 
 so that gradient descent on ``grads`` with the outer rate alpha eps is the first line. After one plain step they are the
 gradient of the mean loss over tasks, which is joint training; what makes it meta-learning comes with the second step

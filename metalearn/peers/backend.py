@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from metalearn.errors import ConfigError
 from metalearn.inner import InnerLoop
 from metalearn.peers.installed import NOT_INSTALLED, PEERS, installed_peers
+from metalearn.peers.offers import refuse_settings
 from metalearn.peers.placing import trainable, write
 from metalearn.types import Episodes, Loss, MetaGradient, Params
 
@@ -29,11 +31,22 @@ class Backend:
         peer: its ``meta_gradient``.
         module: into which theta is copied: nobody else's.
         loss: one task's mean loss.
+        name: of the peer.
     """
 
     peer: Callable[..., MetaGradient]
     module: nn.Module
     loss: Loss
+    name: str
+
+    def refuse(self, inner: InnerLoop) -> None:
+        """Refuse what the peer does not offer, before anything is computed.
+
+        Raises:
+            NotOfferedError: naming the setting of ``inner``.
+        """
+        offers = importlib.import_module(f"metalearn.peers.{self.name}").OFFERS
+        refuse_settings(self.name, inner, offers=offers)
 
     def __call__(self, params: Params, episodes: Episodes, inner: InnerLoop) -> MetaGradient:
         """The peer's meta-gradient at ``params``, which are not changed and need not require gradients.
@@ -86,4 +99,4 @@ def backend(name: str, module: nn.Module, *, loss: Loss = cross_entropy) -> Back
             f"algorithm.backend={name}: the library {name} {why}. Install it with `pip install -r "
             "requirements-peers.txt`, or take algorithm.backend=metalearn, which needs none."
         )
-    return Backend(peers[name], copy.deepcopy(module), loss)
+    return Backend(peers[name], copy.deepcopy(module), loss, name)

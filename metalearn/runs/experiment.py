@@ -19,7 +19,7 @@ from metalearn.inner import SGD, Adam, InnerLoop, Momentum, UpdateRule
 from metalearn.models import MLP, ContextConv4, ContextMLP, Conv4, ResNet12
 from metalearn.params import functionalize
 from metalearn.parts import parts_of
-from metalearn.peers.backend import backend
+from metalearn.peers.backend import Backend, backend
 from metalearn.runs import torchrun
 from metalearn.runs.cuda_graph import graphed
 from metalearn.runs.evaluation import step_statistics
@@ -101,30 +101,35 @@ class Experiment:
     def _graphed(self) -> Callable[[Params, Episodes], MetaGradient]:
         return graphed(lambda params, episodes: self.eager(params, episodes, 0), self.device)
 
-    def refuse_missing_backend(self) -> None:
-        """Refuse another library that is to compute the meta-gradient and is not installed.
+    def refuse_unfit_backend(self) -> None:
+        """Refuse another library that is to compute the meta-gradient and is not installed, or does not offer it.
 
         Raises:
-            ConfigError: naming it, and how to install it.
+            ConfigError: naming it, and how to install it, or what it lacks.
         """
-        _ = self._backend
+        if self._backend:
+            self._backend.refuse(self.inner)
 
     @cached_property
-    def _backend(self) -> Callable[[Params, Episodes, InnerLoop], MetaGradient] | None:
+    def _backend(self) -> Backend | None:
         name = self.config.algorithm.backend
         return None if name == "metalearn" else backend(name, self.module, loss=self.score.loss)
 
     def statistics(self, params: Params, iteration: int) -> Params:
-        """BatchNorm's statistics after every inner step, as entries of theta, on the batches before that meta-step;
-        none if the algorithm keeps none.
+        """BatchNorm's statistics after every inner step, as entries of theta, on the last batches before that
+        meta-step; none if the algorithm keeps none. The same in every process.
         """
         if not self.algorithm.keeps_statistics:
             return {}
         tasks = self.config.task.meta_batch
-        batches = [self.train.batch(max(iteration - n, 0), tasks) for n in range(1, _BATCHES_OF_STATISTICS + 1)]
-        inner = self.algorithm.testing(self.inner.steps)
-        parts = [step_statistics(self.forward, params, batch, inner, loss=self.score.loss) for batch in batches]
-        return {name: torch.stack([part[name] for part in parts]).mean(dim=0) for name in parts[0]}
+        first = max(iteration - _BATCHES_OF_STATISTICS, 0)
+        inner, totals = self.algorithm.testing(self.inner.steps), Params()
+        chunks = [c for n in range(first, max(iteration, 1)) for c in self.train.batch(n, tasks).split(self.eval_batch)]
+        for chunk in chunks:
+            share = chunk.tasks / sum(c.tasks for c in chunks)
+            found = step_statistics(self.forward, params, chunk, inner, loss=self.score.loss)
+            totals = {name: totals.get(name, 0) + share * value for name, value in found.items()}
+        return totals
 
 
 _BATCHES_OF_STATISTICS = 4
@@ -149,7 +154,7 @@ def build(config: TrainConfig) -> Experiment:
         *(config, config.data.name, device, module, forward, algorithm.init(params), algorithm, score_of(config)),
         *(train, validation, test),
     )
-    experiment.refuse_missing_backend()
+    experiment.refuse_unfit_backend()
     statistics = experiment.statistics(experiment.theta, 0)
     return dataclasses.replace(experiment, theta={**experiment.theta, **statistics})
 

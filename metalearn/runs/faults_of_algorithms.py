@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from metalearn.runs.schema import MAMLPPConfig, SinusoidConfig, TrainConfig
+from metalearn.runs.schema import MAMLPPConfig, MLPConfig, SinusoidConfig, TrainConfig
 
-_BY_BACKENDS = ("maml", "anil", "meta_sgd")
+_BY_BACKENDS = {"learn2learn": ("maml", "anil", "meta_sgd"), "higher": ("maml",), "torchopt": ("maml",)}
 
 
 def algorithm_faults(config: TrainConfig) -> list[str]:
@@ -34,6 +34,20 @@ def _own_faults(config: TrainConfig) -> list[str]:
         faults.append("algorithm=protonet with data=sinusoid: prototypes are of classes, and numbers have none")
     if name in ("reptile", "imaml") and config.inner.steps == 0:
         faults.append(f"inner.steps=0 with algorithm={name}: it learns from where the steps lead; take 1 or more")
+    if name == "reptile" and config.inner.second_order:
+        faults.append("inner.second_order=true with algorithm=reptile: it has no second order; leave it at false")
+    for key, value, only in (
+        ("inner.engine", config.inner.engine, "unroll"),
+        ("inner.snapshot_every", config.inner.snapshot_every, 1),
+    ):
+        if name in ("reptile", "imaml") and value != only:
+            faults.append(f"{key}={value} with algorithm={name}: it has a gradient of its own; leave it at {only}")
+    normless = isinstance(config.model, MLPConfig) and not (config.model.batch_norm and config.model.context == 0)
+    for key in ("per_step_affine", "per_step_statistics"):
+        if normless and getattr(config.algorithm, key, False):
+            faults.append(
+                f"algorithm.{key}=true with model.batch_norm=false: the model has no BatchNorm; set it to false"
+            )
     anneals = isinstance(config.algorithm, MAMLPPConfig) and (
         config.algorithm.multi_step_share > 0 or config.algorithm.first_order_share > 0
     )
@@ -54,19 +68,24 @@ def _backend_faults(config: TrainConfig) -> list[str]:
     backend, faults = config.algorithm.backend, []
     if backend == "metalearn":
         return []
-    if config.algorithm.name not in _BY_BACKENDS:
+    if config.algorithm.name not in _BY_BACKENDS[backend]:
         faults.append(
-            f"algorithm.backend={backend} with algorithm={config.algorithm.name}: other libraries are trained with "
-            f"for comparison, on {', '.join(_BY_BACKENDS)}; take algorithm.backend=metalearn"
+            f"algorithm.backend={backend} with algorithm={config.algorithm.name}: {backend} is trained with for "
+            f"comparison, on {', '.join(_BY_BACKENDS[backend])}; take algorithm.backend=metalearn"
         )
-    wrong = {
+    wrong: dict[str, tuple[object, object]] = {
+        "inner.clip_norm": (config.inner.clip_norm, None),
         "run.cuda_graph": (config.run.cuda_graph, False),
         "run.precision": (config.run.precision, "float32"),
         "inner.engine": (config.inner.engine, "unroll"),
         "inner.task_chunk": (config.inner.task_chunk, None),
     }
+    if backend == "learn2learn":
+        wrong |= {"inner.rule": (config.inner.rule, "sgd"), "inner.weight_decay": (config.inner.weight_decay, 0)}
     for key, (value, only) in wrong.items():
         if value != only:
             shown = "null" if only is None else str(only).lower()
-            faults.append(f"{key}={value} with algorithm.backend={backend}: only metalearn has it; leave it at {shown}")
+            faults.append(
+                f"{key}={value} with algorithm.backend={backend}: {backend} has no such thing; leave it at {shown}"
+            )
     return faults

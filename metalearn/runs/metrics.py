@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def accuracy_metrics(experiment: Experiment, result: Evaluation) -> dict[str, An
         "task_chunk": experiment.inner.task_chunk,
         "snapshot_every": experiment.inner.snapshot_every,
         "precision": config.run.precision,
-        "second_order": config.inner.second_order,
+        "second_order": experiment.inner.second_order,
         "device": device_name(experiment.device),
         "seed": config.run.seed,
         "task": task_in_words(experiment),
@@ -134,7 +135,16 @@ def write_metrics(metrics: dict[str, Any], result: Evaluation, run_dir: Path) ->
         result.score.name: result.by_task[-1].tolist(),
         f"{result.score.name}_nontransductive": None if result.alone is None else result.alone.tolist(),
     }
-    files.write_text(run_dir / "test_tasks.json", json.dumps(by_task) + "\n")
+    files.write_text(run_dir / "test_tasks.json", json.dumps(_finite(by_task)) + "\n")
     path = run_dir / "metrics.json"
-    files.write_text(path, json.dumps(metrics, indent=2) + "\n")
+    files.write_text(path, json.dumps(_finite(metrics), indent=2) + "\n")
     return path
+
+
+def _finite(value: Any) -> Any:
+    """The same with ``None`` for numbers that JSON has not: NaN and infinity."""
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,7 +12,13 @@ from pathlib import Path
 import torch
 
 from metalearn import files
-from metalearn.errors import NonFiniteElsewhereError, NonFiniteError, NonFiniteGradientError, RunError
+from metalearn.errors import (
+    NonFiniteElsewhereError,
+    NonFiniteError,
+    NonFiniteGradientError,
+    NonFiniteLossError,
+    RunError,
+)
 from metalearn.metagrad.adjoint import adjoint
 from metalearn.params import functionalize
 from metalearn.runs.config_files import from_text, to_yaml
@@ -44,7 +50,10 @@ def blame(
         return NonFiniteElsewhereError()
     name = name or max(norms, key=lambda n: float(norms[n]))  # each is finite, and their sum of squares is not
     for task, episode in enumerate(episodes.split(1)):
-        own = experiment.eager(state.params, episode, state.iteration).grads
+        try:
+            own = experiment.eager(state.params, episode, state.iteration).grads
+        except NonFiniteLossError as error:  # which another library's gradient has not looked at
+            return error.in_batch(task)
         for parameter, g in own.items():
             if (bad := g[~torch.isfinite(g)]).numel():
                 step = _step(experiment, state, episode)

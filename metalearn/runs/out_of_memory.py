@@ -51,7 +51,7 @@ def _message(experiment: Experiment, reason: str, processes: int) -> str:
     config = experiment.config
     share = math.ceil(config.task.meta_batch / processes)
     tasks = min(share, config.inner.task_chunk or share)
-    now = _estimate(experiment, experiment.inner, tasks)
+    now = _estimate(experiment, experiment.algorithm.heaviest, tasks)
     needs = f" A meta-step takes about {now:.0f} MiB as it is set" if now else " As it is set, a meta-step does not fit"
     lines = [
         f"Out of memory ({reason}).{needs} (inner.engine={config.inner.engine}, {tasks} of {share} "
@@ -59,12 +59,12 @@ def _message(experiment: Experiment, reason: str, processes: int) -> str:
         "less by these keys:"
     ]
     thriftier = [
-        ("inner.engine=adjoint", replace(experiment.inner, engine="adjoint"), tasks),
-        ("inner.task_chunk=1", experiment.inner, 1),
-        ("inner.engine=adjoint inner.task_chunk=1", replace(experiment.inner, engine="adjoint"), 1),
+        ("inner.engine=adjoint", replace(experiment.algorithm.heaviest, engine="adjoint"), tasks),
+        ("inner.task_chunk=1", experiment.algorithm.heaviest, 1),
+        ("inner.engine=adjoint inner.task_chunk=1", replace(experiment.algorithm.heaviest, engine="adjoint"), 1),
     ]
     for keys, inner, at_a_time in thriftier:
-        if (inner.engine, at_a_time) != (experiment.inner.engine, tasks):
+        if (inner.engine, at_a_time) != (experiment.algorithm.heaviest.engine, tasks):
             mib = _estimate(experiment, inner, at_a_time)
             lines.append(f"  {keys}" + (f"   about {mib:.0f} MiB" if mib else ""))
     lines += [

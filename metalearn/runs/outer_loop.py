@@ -8,6 +8,7 @@ Whatever ends it, ends it between two meta-steps, with the state put away.
 from __future__ import annotations
 
 import logging
+import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -157,6 +158,9 @@ def validate(session: Session, state: TrainState) -> float:
         state.params[name].copy_(statistic)
     result = session.evaluate(state.params, test=False)
     mean: float = session.ranks.from_first(result.final.mean)  # so that all keep the same parameters
+    if not math.isfinite(mean):
+        steps = [k for k, estimate in enumerate(result.per_step) if not math.isfinite(estimate.mean)]
+        log.warning("The validation %s is %s from inner step %d on", session.experiment.score.name, mean, steps[0])
     if state.best is None or session.experiment.score.better(mean, state.best.validation_score):
         state.best = Best(state.iteration, mean, {name: p.detach().clone() for name, p in state.params.items()})
     state.validated = state.iteration

@@ -113,8 +113,9 @@ def _own(experiment: Experiment, params: Params, episodes: Episodes, iteration: 
         figures = dict.fromkeys(_figures(experiment), zero)
         return _Own({name: torch.zeros_like(p) for name, p in params.items()}, figures, zero + 1, error)
     score = experiment.score.of(result.predictions, episodes.query_y).mean()
-    values = [result.loss, score, *result.support_loss[:1]]
-    figures = {**dict(zip(_figures(experiment), values, strict=True)), **result.figures}
+    own = [result.figures[name] for name in experiment.algorithm.figures]
+    values = [result.loss, score, *result.support_loss[:1], *own]
+    figures = dict(zip(_figures(experiment), values, strict=True))
     if not late:
         return _Own(result.grads, figures, zero)
     finite = torch.isfinite(result.loss) & torch.isfinite(result.support_loss).all()  # a mean is only if all of it are
@@ -122,7 +123,9 @@ def _own(experiment: Experiment, params: Params, episodes: Episodes, iteration: 
 
 
 def _figures(experiment: Experiment) -> list[str]:
-    return ["query_loss", f"query_{experiment.score.name}", *(["support_loss"] if experiment.inner.steps > 0 else [])]
+    """Names of what is averaged over all tasks: the same in every process, also in one whose tasks have failed."""
+    support = ["support_loss"] if experiment.inner.steps > 0 else []
+    return ["query_loss", f"query_{experiment.score.name}", *support, *experiment.algorithm.figures]
 
 
 def _fault_of(own: _Own, experiment: Experiment, state: TrainState, episodes: Episodes) -> NonFiniteError:

@@ -77,7 +77,7 @@ def settle_engine(experiment: Experiment) -> Experiment:
     config = experiment.config
     problem = problem_of(experiment)
     with experiment.precision():
-        inner = plan(problem, experiment.inner, limit_mib=config.run.memory_limit)
+        inner = plan(problem, experiment.algorithm.heaviest, limit_mib=config.run.memory_limit)
     settled = replace(
         config.inner, engine=inner.engine, task_chunk=inner.task_chunk, snapshot_every=inner.snapshot_every
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,7 +31,9 @@ class Score:
     in_percent: bool
 
     def better(self, one: float, other: float) -> bool:
-        """Whether the one is better than the other."""
+        """Whether the one is better than the other; what is not finite is worse than all else."""
+        if not (math.isfinite(one) and math.isfinite(other)):
+            return math.isfinite(one)
         return one > other if self.higher_is_better else one < other
 
     def text(self, value: float, *, digits: int = 2) -> str:

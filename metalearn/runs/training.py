@@ -176,9 +176,10 @@ def _lead(experiment: Experiment, opened: Opened, ranks: Ranks, stop: Stop, *, b
         metrics = _metrics(session, state, result, saver.total_s)
         tracker.test(result, metrics["validation.best_iteration"])
         tracker.hparams(compared_keys(config), hparams_metrics(metrics), state.iteration)
-    if path := keep_picture(experiment, _best(state).params, run_dir):
-        print_path("Picture", path)
     write_metrics(metrics, result, run_dir)
+    with experiment.precision():
+        if path := keep_picture(experiment, _best(state).params, run_dir):
+            print_path("Picture", path)
     print_facts("Summary", {**accuracy_rows(experiment, result), **cost_rows(metrics)})
     print_path("Run folder", run_dir)
 

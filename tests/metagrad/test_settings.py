@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, mse_loss
 
-from metalearn import Episodes, InnerLoop, Params, functionalize, meta_gradient
+from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient
 from metalearn.inner import begin, inner_step, model_params, rate_name, task_losses, with_learned
 from metalearn.metagrad import ENGINES
 from metalearn.models import MLP
@@ -177,6 +177,21 @@ def test_what_does_not_fit_is_refused() -> None:
         meta_gradient(forward, with_learned(theta, learned), vectors(), InnerLoop(0.2, 3))
     with pytest.raises(ValueError, match=r"adapted names heads, which params has not; it has layers.1.weight"):
         meta_gradient(forward, theta, vectors(), InnerLoop(0.2, 3, adapted=frozenset({"heads"})))
+
+
+def test_rates_and_rows_of_another_shape_are_refused() -> None:
+    forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
+    for made, taken in (("layer", "layer_and_step"), ("parameter", "layer"), ("layer", "parameter")):
+        params = with_learned(theta, InnerLoop(0.2, 3, learned_lr=made))
+        with pytest.raises(ValueError, match=rf"has shape .* not that of learned_lr='{taken}'"):
+            meta_gradient(forward, params, vectors(), InnerLoop(0.2, 3, learned_lr=taken))
+    params = with_learned(theta, InnerLoop(0.2, 2, learned_lr="layer_and_step"))
+    more = InnerLoop(0.2, 5, learned_lr="layer_and_step")
+    with pytest.raises(ValueError, match=r"has shape \(2,\)"):
+        meta_gradient(forward, params, vectors(), more)
+    assert adapt(forward, params, vectors().support_x, vectors().support_y, more), "in tests the last one stands"
+    with pytest.raises(ValueError, match=r"it must lead with 3, one for every number of steps"):
+        meta_gradient(forward, theta, vectors(), InnerLoop(0.2, 2, per_step=NORM))
 
 
 def test_a_step_of_sgd_stays_a_step_of_sgd() -> None:

@@ -11,19 +11,20 @@ import torch
 from PIL import Image
 
 from metalearn.algorithms import ALGORITHMS
-from metalearn.errors import ConfigError
+from metalearn.errors import ConfigError, NonFiniteLossError
 from metalearn.peers.installed import installed_peers
+from metalearn.runs import outer_step
 from metalearn.runs.checks import check
 from metalearn.runs.compare.names import split
 from metalearn.runs.compare.variants import check_compare
 from metalearn.runs.config import compose, typed
-from metalearn.runs.experiment import build
+from metalearn.runs.experiment import Experiment, build
 from metalearn.runs.report import read_scalars
 from metalearn.runs.reproduction.plan import plan
 from metalearn.runs.reproduction.published import published
 from metalearn.runs.schema import TrainConfig
 from metalearn.runs.schema_commands import CompareConfig, ReproduceConfig
-from metalearn.runs.state import TrainState
+from metalearn.runs.scores import ACCURACY, MSE
 from tests.faults.processes import state_of
 from tests.faults.runs import bits
 from tests.runs.test_resume import stop_at
@@ -95,12 +96,58 @@ def test_a_sinusoid_is_learned_and_tested(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "run" / "sinusoid.png").size[0] > 800
 
 
-def test_the_best_of_a_regression_is_the_lowest() -> None:
-    experiment = build(typed(compose("train", ["experiment=sinusoid"]), TrainConfig))
-    assert experiment.score.better(0.1, 0.2)
-    state = TrainState.start(experiment.theta, experiment.config.outer)
-    assert state.best is None
-    assert experiment.train.tasks(0, 2).support_y.dtype == torch.float32
+def test_the_best_of_a_regression_is_the_lowest_that_is_finite() -> None:
+    for score, good, bad in ((MSE, 0.1, 0.2), (ACCURACY, 0.9, 0.8)):
+        assert score.better(good, bad)
+        assert not score.better(bad, good)
+        for other in (math.nan, math.inf):
+            assert score.better(bad, other)
+            assert not score.better(other, bad)
+
+
+def test_a_rate_that_diverges_beyond_the_test_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    more = ["inner.lr=5", "inner.eval_steps=1", "outer.iterations=2", "eval.every=1"]
+    metrics = run(tmp_path / "run", *more, *TINY[7:9], base=["experiment=sinusoid"])
+    assert metrics["iterations"] == 2
+    assert "no sinusoid.png: the support loss" in caplog.text
+    more[1] = "inner.eval_steps=30"
+    metrics = run(tmp_path / "far", *more, *TINY[7:9], base=["experiment=sinusoid"])
+    assert metrics["test.mse"] is None, "JSON has no NaN"
+    assert "The validation mse is nan from inner step" in caplog.text
+
+
+def test_an_automatic_engine_is_planned_for_the_heaviest_meta_step() -> None:
+    experiment = build(typed(compose("train", [*TINY, "algorithm=maml_pp"]), TrainConfig))
+    heaviest = experiment.algorithm.heaviest
+    assert heaviest.second_order
+    assert heaviest.query_weights is not None
+    assert not experiment.algorithm.at(0.0).second_order
+
+
+def test_statistics_do_not_depend_on_chunks() -> None:
+    found = []
+    for chunk in ("null", "1"):
+        config = typed(compose("train", [*TINY, "algorithm=maml_pp", f"inner.task_chunk={chunk}"]), TrainConfig)
+        experiment = build(config)
+        found.append(experiment.statistics(experiment.theta, 3))
+    assert found[0].keys() == found[1].keys() != set()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
+
+
+def test_processes_agree_on_the_figures_of_an_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the tasks of one of them have failed: their all-reduce is of one size."""
+    experiment = build(typed(compose("train", [*tiny("imaml")]), TrainConfig))
+    episodes = experiment.train.tasks(0, 2)
+    sound = outer_step._own(experiment, experiment.theta, episodes, 0)
+
+    def failing(*args: Any) -> Any:
+        raise NonFiniteLossError("query", task=0, step=2, value=math.nan, before=None)
+
+    monkeypatch.setattr(Experiment, "gradient", failing)
+    failed = outer_step._own(experiment, experiment.theta, episodes, 0)
+    assert list(sound.figures) == list(failed.figures)
+    assert "cg_residual" in failed.figures
 
 
 @pytest.mark.parametrize(
@@ -114,6 +161,12 @@ def test_the_best_of_a_regression_is_the_lowest() -> None:
         (["algorithm=imaml", "run.cuda_graph=true"], "stops where its residual is small"),
         (["algorithm=imaml", "algorithm.backend=higher"], "algorithm.backend=higher with algorithm=imaml"),
         (["algorithm.backend=higher", "inner.engine=adjoint"], "inner.engine=adjoint with algorithm.backend=higher"),
+        (["algorithm.backend=higher", "algorithm=meta_sgd"], "algorithm=meta_sgd: higher is trained with for comp"),
+        (["algorithm.backend=torchopt", "inner.clip_norm=1"], "inner.clip_norm=1.0 with algorithm.backend=torchopt"),
+        (["algorithm.backend=learn2learn", "inner.rule=adam"], "inner.rule=adam with algorithm.backend=learn2learn"),
+        (["algorithm=reptile", "inner.second_order=true"], "inner.second_order=true with algorithm=reptile"),
+        (["algorithm=imaml", "inner.engine=auto"], "inner.engine=auto with algorithm=imaml"),
+        (["algorithm=maml_pp", "model=mlp", "model.batch_norm=false"], "algorithm.per_step_affine=true with model.ba"),
         (["inner.betas=[0.9]"], r"inner.betas=\[0.9\]: must be two numbers below 1"),
         (["inner.momentum=1"], "inner.momentum=1: must be below 1"),
     ],

@@ -114,6 +114,16 @@ def test_an_episode_is_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         replay(best_path(tmp_path))
 
 
+def test_a_loss_that_nobody_has_looked_at_is_blamed_on_its_task() -> None:
+    experiment = build(config())
+    state = TrainState.start(experiment.theta, experiment.config.outer)
+    episodes = experiment.train.tasks(0, 3)
+    episodes.query_x[2].fill_(math.nan)
+    error = blame(experiment, state, episodes, {"w": torch.tensor([math.nan])}, alone=True)
+    assert isinstance(error, NonFiniteLossError)
+    assert error.task == 2
+
+
 def test_a_gradient_whose_norm_alone_overflows_is_named(tmp_path: Path) -> None:
     experiment = build(config())
     grads = {"small": torch.ones(2), "large": torch.full((1,), 3e19)}
