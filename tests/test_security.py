@@ -217,7 +217,7 @@ ON_THE_COMMAND_LINE = {
     "+_target_=os.mkdir": r"_target_=os\.mkdir: this names code to run",
     "--experimental-rerun=x.pickle": r"--experimental-rerun=x\.pickle: a pickle can run any code",
     "--config-path=x": r"--config-path=x: the primary files are the shipped ones.*--config-dir DIR",
-    "--config-name=x": r"--config-name=x: must be one of the shipped files, benchmark",
+    "--config-name=x": r"--config-name=x: must be one of the shipped files, adapt, benchmark",
 }
 
 
@@ -246,7 +246,7 @@ def test_tags_in_yaml_make_no_objects(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("name", ["train", "benchmark", "compare", "gradients", "reproduce", "verify"])
+@pytest.mark.parametrize("name", ["train", "adapt", "benchmark", "compare", "gradients", "reproduce", "verify"])
 def test_what_is_shipped_passes(name: str) -> None:
     asked(name=name)
     asked("hydra/job_logging=default", "hydra/hydra_logging=default", "--cfg", "job", name=name)

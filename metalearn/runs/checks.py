@@ -145,15 +145,16 @@ def check(config: TrainConfig, *, trains: bool = True) -> None:
 
 def check_evaluate(config: EvaluateConfig) -> None:
     """As ``check``, for ``conf/evaluate.yaml``."""
-    faults = _faults(config) + (_device_faults(config.run.device) if config.run.device else [])
-    if not (Path(config.run.dir) / "config.yaml").is_file():
-        kind = (
-            "a comparison's folder; name one of the runs in it"
-            if _is_comparison(config.run.dir)
-            else "not a run's folder"
-        )
-        faults.append(f"run.dir={config.run.dir}: {kind}, as it holds no config.yaml")
-    _refuse(faults)
+    _refuse(_faults(config) + run_faults(config.run.dir, config.run.device))
+
+
+def run_faults(folder: str, device: str | None) -> list[str]:
+    """What is wrong with ``run.dir`` as a trained run's folder, and with ``run.device``."""
+    faults = _device_faults(device) if device else []
+    if not (Path(folder) / "config.yaml").is_file():
+        kind = "a comparison's folder; name one of the runs in it" if _is_comparison(folder) else "not a run's folder"
+        faults.append(f"run.dir={folder}: {kind}, as it holds no config.yaml")
+    return faults
 
 
 def _is_comparison(folder: str) -> bool:

@@ -34,6 +34,7 @@ Config = TypeVar("Config")
 
 SCHEMAS: dict[str, type] = {
     "train": schema.TrainConfig,
+    "adapt": schema_commands.AdaptConfig,
     "benchmark": schema_commands.BenchmarkConfig,
     "compare": schema_commands.CompareConfig,
     "evaluate": schema_commands.EvaluateConfig,

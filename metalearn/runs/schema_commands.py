@@ -88,6 +88,32 @@ class EvaluateConfig:
 
 
 @dataclass
+class AdaptedRunConfig:
+    """Which run, and where to compute."""
+
+    dir: str = key("folder of the run whose best checkpoint is adapted; nothing is written there")
+    device: str = key("auto: the GPU if there is one; or cpu, cuda, cuda:N")
+
+
+@dataclass
+class AdaptConfig:
+    """``conf/adapt.yaml``."""
+
+    run: AdaptedRunConfig = field(default_factory=AdaptedRunConfig)
+    support: str | None = key("folder with one folder a class, one image or more in each, to adapt to")
+    query: str | None = key("images to predict: a folder of them, or of classes; null: none, only adapt and save")
+    weights: str | None = key("adapted weights that were saved before, in the place of support")
+    steps: int | None = key("inner steps; null: the run's inner.eval_steps", at_least=0)
+    invert: bool | str = key(
+        "exchange black and white, as of dark ink on paper for a run of light ink on black; auto: where the images' "
+        "borders are light and those of the run's data (Omniglot, glyphs) dark",
+        choices=("false", "true", "auto"),
+    )
+    unreadable: str = key("files that cannot be read: stop, or skip them with a warning", choices=("stop", "skip"))
+    save: str | None = key("file for the adapted weights; null: adapted.safetensors in the output folder")
+
+
+@dataclass
 class GradientsConfig:
     """``conf/gradients.yaml``."""
 

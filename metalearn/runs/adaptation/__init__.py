@@ -1,0 +1,1 @@
+"""``scripts/adapt.py``: a trained run, adapted to a user's own folders of images."""

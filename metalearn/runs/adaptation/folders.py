@@ -1,0 +1,149 @@
+"""From two folders of images to predictions: read, exchange black and white where needed, adapt, predict, write."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from rich.markup import escape
+from torch import Tensor
+
+from metalearn.data.images import FolderImages, UnreadableImagesError, read_folder
+from metalearn.runs.adaptation.check import refuse_unknown
+from metalearn.runs.adaptation.picture import write_picture
+from metalearn.runs.adaptation.predictions import (
+    Predictions,
+    accuracy_text,
+    print_predictions,
+    shown,
+    write_csv,
+)
+from metalearn.runs.console import print_facts, print_path, progress_bar
+from metalearn.runs.folders import refuse_holding
+from metalearn.runs.learner import Learner, load
+from metalearn.runs.schema import DataConfig, GlyphsConfig, OmniglotConfig
+from metalearn.runs.schema_commands import AdaptConfig
+
+log = logging.getLogger(__name__)
+
+WEIGHTS, TABLE, PICTURE = "adapted.safetensors", "predictions.csv", "predictions.png"
+"""What is written into the output folder."""
+
+_LIGHT = 0.5
+
+
+def adapt_to_folders(config: AdaptConfig, output_dir: Path) -> None:
+    """Adapt a run to the support folder, or take weights that were; predict the query folder.
+
+    Args:
+        config: checked.
+        output_dir: for ``adapted.safetensors``, ``predictions.csv`` and ``predictions.png``.
+
+    Raises:
+        DataError: if images cannot be read, or a class of the queries was not adapted to.
+        RunError: if the checkpoint or the weights cannot be used, or the algorithm not for that many classes.
+        FolderTakenError: if the folder holds such files already.
+    """
+    refuse_holding(output_dir, (WEIGHTS, TABLE, PICTURE))
+    learner = load(config.run.dir, config.run.device)
+    support = _read(config.support, learner, config)
+    query = _read(config.query, learner, config, may_be_flat=True)
+    first = support or query
+    assert first is not None, "the configuration was checked"
+    inverted = _is_to_invert(config.invert, first.images, learner.config.data)
+    if support is not None:
+        assert support.labels is not None, "it is a folder of classes"
+        labels = [support.classes[label] for label in support.labels.tolist()]
+        learner.adapt(_turned(support.images, inverted), labels, steps=config.steps)
+    else:
+        learner.restore(str(config.weights))
+    if support is not None or config.save is not None:
+        _save(learner, Path(config.save) if config.save else output_dir / WEIGHTS)
+    facts = {
+        "run": f"{escape(str(learner.run_dir))} ({learner.algorithm.name}, meta-step {learner.iteration})",
+        "adapted to": f"{len(learner.classes_)} classes, "
+        + (f"{len(support.images)} images" if support else f"from {escape(str(config.weights))}"),
+        "inner steps": str(learner.steps_),
+        "images": f"{'x'.join(map(str, learner.example_shape))}, {'inverted' if inverted else 'not inverted'}",
+    }
+    if query is not None:
+        predictions = _predict(learner, query, _turned(query.images, inverted), str(config.query))
+        write_csv(predictions, output_dir / TABLE)
+        write_picture(predictions, _turned(query.images, inverted), output_dir / PICTURE)
+        print_predictions(predictions)
+        right = predictions.right
+        facts["accuracy" if right else "predicted"] = accuracy_text(right) if right else f"{len(query.images)} images"
+    print_facts("Adapted", facts)
+    print_path("Written to", output_dir)
+
+
+def _read(
+    folder: str | None, learner: Learner, config: AdaptConfig, *, may_be_flat: bool = False
+) -> FolderImages | None:
+    if folder is None:
+        return None
+    channels, size, _ = learner.example_shape
+    try:
+        return read_folder(folder, size=size, channels=channels, unreadable=config.unreadable, may_be_flat=may_be_flat)
+    except UnreadableImagesError as error:  # it names the key by which a training passes them over
+        raise UnreadableImagesError(str(error).replace("data.unreadable", "unreadable")) from None
+
+
+def _save(learner: Learner, path: Path) -> None:
+    learner.save(path)
+    print_path("Adapted weights", path)
+
+
+def _predict(learner: Learner, query: FolderImages, images: Tensor, folder: str) -> Predictions:
+    classes = [str(one) for one in learner.classes_]  # labels of Python users may be numbers, as folders' names are not
+    refuse_unknown(query.classes, classes, folder)
+    with progress_bar() as progress:
+        bar = progress.add_task("predict", total=len(images), note="")
+        probabilities = learner.predict_proba(images, progress=lambda done: progress.update(bar, completed=done))
+    truth = None
+    if query.labels is not None:
+        truth = [classes.index(query.classes[label]) for label in query.labels.tolist()]
+    root = Path(folder).expanduser()
+    names = [shown(path.relative_to(root)) for path in query.paths]
+    return Predictions(names, probabilities, [shown(one) for one in classes], truth)
+
+
+def _is_to_invert(choice: bool | str, images: Tensor, data: DataConfig) -> bool:
+    """Whether black and white are to be exchanged; says what was decided, and why.
+
+    Args:
+        choice: ``auto``, or what was asked for.
+        images: ``[images, channels, height, width]`` uint8, of the support set if there is one.
+        data: of the run.
+    """
+    if choice != "auto":
+        return str(choice).lower() == "true"
+    if not isinstance(data, (OmniglotConfig, GlyphsConfig)):
+        return False  # such runs were trained on a user's own images
+    borders = border_brightness(images)
+    light = borders > _LIGHT
+    inverted = bool(light.float().mean() > 0.5)
+    log.info(
+        "The run was trained on white drawings on black (%s), and the images' borders are %s (%.2f of white in the "
+        "mean): %s (invert=auto).",
+        *(data.name, "light" if inverted else "dark", borders.mean().item()),
+        "black and white are exchanged" if inverted else "they are taken as they are",
+    )
+    if odd := int((light != inverted).sum()):
+        log.warning(
+            "%d of %d images have %s borders, unlike the others; all are treated alike (invert=%s).",
+            *(odd, len(images), "dark" if inverted else "light", str(inverted).lower()),
+        )
+    return inverted
+
+
+def border_brightness(images: Tensor) -> Tensor:
+    """Mean of the outermost pixels of each image, from 0 (black) to 1: ``[images]``, of uint8 ``[images, C, H, W]``."""
+    inside = torch.zeros(images.shape[-2:], dtype=torch.bool)
+    inside[1:-1, 1:-1] = True
+    return images[..., ~inside].flatten(1).double().mean(dim=1) / 255
+
+
+def _turned(images: Tensor, inverted: bool) -> Tensor:
+    return 255 - images if inverted else images

@@ -1,0 +1,23 @@
+"""Adapt a trained run to images of your own, and predict others.
+
+Run it as ``python scripts/adapt.py run.dir=RUN support=DIR query=DIR``: ``support`` holds one folder a class, ``query``
+images, or one folder a class as well.
+"""
+
+from pathlib import Path
+
+from metalearn.runs.adaptation.check import check_adapt
+from metalearn.runs.command import main
+from metalearn.runs.schema_commands import AdaptConfig
+
+
+@main("adapt", AdaptConfig, check_adapt)
+def adapt(config: AdaptConfig, output_dir: Path) -> None:
+    """Adapt the best checkpoint of a run to your own images, one folder a class, and predict others."""
+    from metalearn.runs.adaptation.folders import adapt_to_folders  # a refused configuration need not wait for torch
+
+    adapt_to_folders(config, output_dir)
+
+
+if __name__ == "__main__":
+    adapt()
