@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from metalearn.metagrad import meta_gradient
     from metalearn.params import functionalize
     from metalearn.parts import parts_of
-    from metalearn.runs.learner import Learner, load
+    from metalearn.runs.adaptation.learner import Learner, load
     from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
 __version__ = "0.1.0"
@@ -71,7 +71,7 @@ _HOMES = {
     "Episodes": "types",
     "Forward": "types",
     "InnerLoop": "inner",
-    "Learner": "runs.learner",
+    "Learner": "runs.adaptation.learner",
     "Loss": "types",
     "MetaGradient": "types",
     "Momentum": "inner",
@@ -81,7 +81,7 @@ _HOMES = {
     "adapt": "inner",
     "batches": "data.batches",
     "functionalize": "params",
-    "load": "runs.learner",
+    "load": "runs.adaptation.learner",
     "meta_gradient": "metagrad",
     "parts_of": "parts",
     "predict": "inner",

@@ -56,7 +56,7 @@ ONLY_IN = {
     "scipy": {"derivatives/spectrum.py", "runs/compare/statistics.py"},
     "joblib": {"runs/compare/launch.py"},
     "markdown": {"runs/compare/report.py"},
-    "safetensors": {"runs/adapted.py"},
+    "safetensors": {"runs/adaptation/adapted.py"},
 }
 FILES = sorted((REPO / "metalearn").rglob("*.py"))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,7 +45,7 @@ class Backend:
         Raises:
             NotOfferedError: naming the setting of ``inner``.
         """
-        offers = importlib.import_module(f"metalearn.peers.{self.name}").OFFERS
+        offers = sys.modules[self.peer.__module__].OFFERS
         refuse_settings(self.name, inner, offers=offers)
 
     def __call__(self, params: Params, episodes: Episodes, inner: InnerLoop) -> MetaGradient:

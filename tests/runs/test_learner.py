@@ -23,11 +23,11 @@ from metalearn.errors import ConfigError, DataError, MetalearnError, RunError
 from metalearn.inner import predict
 from metalearn.inner.statistics import statistics_at, under
 from metalearn.models import Conv4
-from metalearn.runs.adapted import digest
+from metalearn.runs.adaptation.adapted import digest
+from metalearn.runs.adaptation.learner import NotAdaptedError, example_shape
 from metalearn.runs.checkpoints import best_path
 from metalearn.runs.config import compose, typed
 from metalearn.runs.experiment import build
-from metalearn.runs.learner import NotAdaptedError, example_shape
 from metalearn.runs.schema import TrainConfig
 from tests.runs.run_folders import SINUSOID, SMALL, trained, untrained
 
@@ -499,7 +499,7 @@ def test_many_queries_are_predicted_in_parts(run: Path, monkeypatch: pytest.Monk
     learner = metalearn.load(run, "cpu").adapt(*support())
     done: list[int] = []
     whole = learner.predict_proba(query())
-    monkeypatch.setattr("metalearn.runs.learner._NUMBERS_PER_PASS", 28 * 28 * 11 * 3)
+    monkeypatch.setattr("metalearn.runs.adaptation.learner._NUMBERS_PER_PASS", 28 * 28 * 11 * 3)
     torch.testing.assert_close(learner.predict_proba(query(), progress=done.append), whole)
     assert done == [3, 6, 9, 10]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metalearn.data.images import FolderImages, UnreadableImagesError, read_folder
 from metalearn.runs.adaptation.check import refuse_unknown
+from metalearn.runs.adaptation.learner import Learner, load
 from metalearn.runs.adaptation.picture import write_picture
 from metalearn.runs.adaptation.predictions import (
     Predictions,
@@ -21,7 +22,6 @@ from metalearn.runs.adaptation.predictions import (
 )
 from metalearn.runs.console import print_facts, print_path, progress_bar
 from metalearn.runs.folders import refuse_holding
-from metalearn.runs.learner import Learner, load
 from metalearn.runs.schema import DataConfig, GlyphsConfig, OmniglotConfig
 from metalearn.runs.schema_commands import AdaptConfig
 

@@ -27,15 +27,15 @@ from metalearn.inner import InnerLoop, adapt, model_of, predict
 from metalearn.inner.statistics import is_statistic, statistics_at
 from metalearn.params import functionalize, stack
 from metalearn.parts import parts_of
-from metalearn.runs import adapted as file
-from metalearn.runs.adapted import Adapted, Origin
+from metalearn.runs.adaptation import adapted as file
+from metalearn.runs.adaptation.adapted import Adapted, Origin
+from metalearn.runs.adaptation.given import Examples, as_images, as_labels, as_numbers, classes_of, positions
+from metalearn.runs.adaptation.new_ways import for_ways
 from metalearn.runs.checkpoints import load_best
 from metalearn.runs.checks import compared_keys
 from metalearn.runs.config_files import from_yaml
 from metalearn.runs.evaluation import predict_one_by_one, step_statistics
 from metalearn.runs.experiment import algorithm_of, build_model, pick_device, score_of
-from metalearn.runs.given import Examples, as_images, as_labels, as_numbers, classes_of, positions
-from metalearn.runs.new_ways import for_ways
 from metalearn.runs.precision import computed_in
 from metalearn.runs.schema import DataConfig, ImagesConfig, SinusoidConfig, TrainConfig
 from metalearn.runs.state import refuse_other_shapes
