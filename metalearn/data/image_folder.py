@@ -173,7 +173,9 @@ def _dealt(classes: list[ImageClass], fractions: Sequence[float], seed: int) -> 
 def _entries(folder: Path) -> tuple[list[str], list[Path]]:
     """Names of the sub-folders, and the images that lie in it, both sorted."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder")
+        raise DataError(
+            f"{folder}: this is a file; name its folder" if folder.is_file() else f"{folder}: there is no such folder"
+        )
     names, images = [], []
     with os.scandir(folder) as entries:
         for entry in entries:

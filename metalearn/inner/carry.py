@@ -8,6 +8,8 @@ for what it differentiates: it needs to know neither the rule nor what is learne
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,13 @@ def begin(forward: Forward, theta: Params, support_x: Tensor, support_y: Tensor,
         fast = {name: w.view_as(w) for name, w in {**fast, **started}.items()}
     own = {name: fast[name] for name in adapted_names(fast, inner)}
     anchors = {state_name(_ANCHOR, name): w for name, w in own.items()} if inner.proximal else {}
-    return {**fast, **inner.rule.start(own), **anchors}
+    state = inner.rule.start(own)
+    if not isinstance(state, dict) or any(SEPARATOR not in name for name in state):
+        raise ValueError(
+            f"the rule {type(inner.rule).__name__}: start must return a dictionary of tensors under names that "
+            "metalearn.inner.state_name(kind, name) makes."
+        )
+    return {**fast, **state, **anchors}
 
 
 def adapted_names(carry: Params, inner: InnerLoop) -> list[str]:
@@ -105,9 +113,30 @@ def update(carry: Params, grads: Params, inner: InnerLoop, k: int) -> Params:
     state = {
         n: w for n, w in carry.items() if SEPARATOR in n and not n.startswith((rate_name(""), state_name(_ANCHOR, "")))
     }
-    directions, state = inner.rule(k, grads, state)
+    directions, state = _as_promised(inner, grads, inner.rule(k, grads, state))
     fast = {name: carry[name] - _rate(carry, name, inner, k) * d for name, d in directions.items()}
     return {**carry, **fast, **state}
+
+
+def _as_promised(inner: InnerLoop, grads: Params, returned: Any) -> tuple[Params, Params]:
+    """Refuse what an update rule of one's own may return by mistake."""
+    rule = type(inner.rule).__name__
+    if not (isinstance(returned, tuple) and len(returned) == 2 and all(isinstance(part, dict) for part in returned)):
+        raise TypeError(f"the rule {rule} must return (directions, state), two dictionaries of tensors.")
+    directions, state = returned
+    for name in sorted({*directions, *grads}):
+        got, wanted = (tuple(tree[name].shape) if name in tree else "missing" for tree in (directions, grads))
+        if got != wanted:
+            raise ValueError(
+                f"the rule {rule}: its direction for {name!r} is {got}, and the gradient is {wanted}; give one "
+                "direction for every gradient, shaped like it, with the task dimension."
+            )
+    if wrong := [name for name in state if SEPARATOR not in name]:
+        raise ValueError(
+            f"the rule {rule}: its state has the name {wrong[0]!r}, which is a parameter's; make names with "
+            "metalearn.inner.state_name(kind, name)."
+        )
+    return directions, state
 
 
 def _rate(carry: Params, name: str, inner: InnerLoop, k: int) -> Tensor | float:

@@ -91,10 +91,14 @@ class InnerLoop:
         self._check_the_objective()
 
     def _check_the_step(self) -> None:
-        if not (callable(self.rule) and hasattr(self.rule, "start") and hasattr(self.rule, "linear")):
+        if lacking := [member for member in ("__call__", "start", "linear") if not hasattr(self.rule, member)]:
             raise ValueError(
-                f"InnerLoop: rule={self.rule!r}; it must be an update rule as SGD(), with start, linear and __call__ "
-                "(see metalearn.inner.rules.UpdateRule)."
+                f"InnerLoop: rule={self.rule!r} has no {lacking[0]}; it must be an update rule: metalearn.SGD(), "
+                "Momentum(), Adam(), or one of your own with start, linear and __call__ (metalearn.UpdateRule)."
+            )
+        if isinstance(self.rule, type):
+            raise ValueError(
+                f"InnerLoop: rule={self.rule.__name__} is a class; make one of it: {self.rule.__name__}()."
             )
         if self.learned_lr is not None and self.learned_lr not in LEARNED_RATES:
             raise ValueError(

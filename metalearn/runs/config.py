@@ -20,7 +20,7 @@ from metalearn.data.catalog import dataset_in_use
 from metalearn.errors import ConfigError
 from metalearn.runs import schema, schema_commands
 from metalearn.runs.compare.names import comparison_folder
-from metalearn.runs.config_help import GROUPS, explain, lacking, unknown_keys
+from metalearn.runs.config_help import GROUPS, explain, lacking, required, unknown_keys
 
 _REFUSALS = (
     *(HydraException, OmegaConfBaseException, YAMLError),
@@ -106,7 +106,7 @@ def typed(config: DictConfig, kind: type[Config]) -> Config:
         ConfigError: for keys that ``+`` added, missing values and broken interpolations.
     """
     try:
-        faults = unknown_keys(config) + [f"{name} is required" for name in sorted(OmegaConf.missing_keys(config))]
+        faults = unknown_keys(config) + [required(config, name) for name in sorted(OmegaConf.missing_keys(config))]
         if faults:
             raise ConfigError("\n".join(faults))
         checked = OmegaConf.to_object(config)

@@ -90,6 +90,9 @@ def explain(error: Exception, overrides: Sequence[str], places: list[Path]) -> s
         return f"a YAML file cannot be read: {error}"
     if cause is None or cause.full_key in (None, "", "_dummy_"):  # Hydra's stand-in for a group
         text = re.sub(r"\nConfig search path:.*", "", str(error), flags=re.DOTALL).strip() or type(error).__name__
+        if found := re.search(r"Could not find '(\w+)/(\w+)'", text):
+            close = difflib.get_close_matches(found[2], re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE), n=1)
+            text += f"\nDid you mean {found[1]}={close[0]}?" if close else ""
         named = any(override.partition("=")[0].lstrip("+~") in text for override in overrides)
         return text if named or not overrides else f"{' '.join(overrides)}: this cannot be composed: {text}"
     source = re.match(r"In '(.+?)':", str(error))
@@ -162,6 +165,14 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> list[str]:
         elif isinstance(node, DictConfig):
             faults += unknown_keys(node, f"{full}.")
     return faults
+
+
+def required(config: DictConfig, name: str) -> str:
+    """That a key has no value, and what it means."""
+    section, _, key = name.rpartition(".")
+    kind = OmegaConf.get_type(OmegaConf.select(config, section)) if section else OmegaConf.get_type(config)
+    meaning = next((f.metadata.get("meaning") for f in dataclasses.fields(kind) if f.name == key), None)  # type: ignore[arg-type]
+    return f"{name} is required" + (f": {meaning}" if meaning else "")
 
 
 def lacking(config: Any) -> list[str]:

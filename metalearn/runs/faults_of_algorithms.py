@@ -16,6 +16,8 @@ def _rule_faults(config: TrainConfig) -> list[str]:
     inner, faults = config.inner, []
     if len(inner.betas) != 2 or not all(beta < 1 for beta in inner.betas):
         faults.append(f"inner.betas={inner.betas}: must be two numbers below 1, of Adam's mean and of its square")
+    if inner.rule != "sgd" and inner.steps == inner.eval_steps == 0:
+        faults.append(f"inner.rule={inner.rule} with inner.steps=0 and inner.eval_steps=0: no step is taken by it")
     if inner.momentum >= 1:
         faults.append(f"inner.momentum={inner.momentum:g}: must be below 1")
     return faults

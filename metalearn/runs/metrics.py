@@ -110,11 +110,16 @@ def accuracy_rows(experiment: Experiment, result: Evaluation) -> dict[str, str]:
     order = "second order" if config.inner.second_order else "first order"
     low = "" if config.run.precision == "float32" else f", {config.run.precision}"
     by = "" if config.algorithm.backend == "metalearn" else f", by {config.algorithm.backend}"
+    how = f", {order}, engine {engine_in_words(experiment.inner)}"
+    if experiment.algorithm.engine or config.algorithm.backend != "metalearn":  # with a gradient of its own
+        how = f", {order}" if config.algorithm.name != "reptile" else ""
+    elif config.inner.steps == 0:
+        how = ""
     score, last = experiment.score, len(result.per_step) - 1
     steps = "  ".join(f"{k}: {score.text(estimate.mean, digits=1)}" for k, estimate in enumerate(result.per_step))
     rows = {
         "task": f"{experiment.dataset}, {task_in_words(experiment)}",
-        "algorithm": f"{config.algorithm.name}, {order}, engine {engine_in_words(experiment.inner)}{low}{by}",
+        "algorithm": f"{config.algorithm.name}{how}{low}{by}",
         f"test {score.name}": f"{result.final} (95% CI, {result.episodes} tasks, {last} inner steps)",
         "after each inner step": steps,
     }

@@ -84,7 +84,8 @@ def test_values_out_of_range_are_refused(rule: Callable[[], object]) -> None:
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("rule", "adam"), ("learned_lr", "each"), ("weight_decay", -1), ("clip_norm", 0), ("proximal", float("nan")),
+        ("rule", "adam"), ("rule", Momentum),
+        ("learned_lr", "each"), ("weight_decay", -1), ("clip_norm", 0), ("proximal", float("nan")),
         ("adapted", "head.weight"), ("adapted", frozenset()), ("query_weights", (1.0,)), ("query_weights", (0, 0, 0)),
     ],
 )  # fmt: skip

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, mse_loss
 
 from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient
-from metalearn.inner import begin, inner_step, model_params, rate_name, task_losses, with_learned
+from metalearn.inner import SGD, begin, inner_step, model_params, rate_name, task_losses, with_learned
 from metalearn.metagrad import ENGINES
 from metalearn.models import MLP
 from metalearn.params import relative_error
@@ -166,6 +166,33 @@ def test_a_rule_of_ones_own(engine: str) -> None:
     expected = meta_gradient(forward, theta, episodes, inner)
     got = meta_gradient(forward, theta, episodes, dataclasses.replace(inner, engine=engine))
     assert relative_error(got.grads, expected.grads) < 1e-9
+
+
+class Mistaken(SGD):
+    """Returns what ``returned`` makes of the gradients."""
+
+    def __init__(self, returned: Any) -> None:
+        object.__setattr__(self, "returned", returned)
+
+    def __call__(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
+        result: tuple[Params, Params] = self.returned(grads)  # type: ignore[attr-defined]
+        return result
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda g: g, r"the rule Mistaken must return \(directions, state\)"),
+        (lambda g: None, r"must return \(directions, state\)"),
+        (lambda g: (dict(list(g.items())[1:]), {}), "its direction for 'layers.1.weight' is missing"),
+        (lambda g: ({n: v.mean(0) for n, v in g.items()}, {}), r"is \(6,\), and the gradient is \(3, 6\)"),
+        (lambda g: (g, {"q": g["layers.1.bias"]}), "its state has the name 'q', which is a parameter's"),
+    ],
+)
+def test_a_rule_with_a_mistake_is_refused(returned: Any, message: str) -> None:
+    forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
+    with pytest.raises((ValueError, TypeError), match=message):
+        meta_gradient(forward, theta, vectors(), InnerLoop(0.2, 2, rule=Mistaken(returned)))
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -164,6 +164,7 @@ def test_processes_agree_on_the_figures_of_an_algorithm(monkeypatch: pytest.Monk
         (["algorithm.backend=higher", "algorithm=meta_sgd"], "algorithm=meta_sgd: higher is trained with for comp"),
         (["algorithm.backend=torchopt", "inner.clip_norm=1"], "inner.clip_norm=1.0 with algorithm.backend=torchopt"),
         (["algorithm.backend=learn2learn", "inner.rule=adam"], "inner.rule=adam with algorithm.backend=learn2learn"),
+        (["algorithm=protonet", "inner.rule=adam"], "no step is taken by it"),
         (["algorithm=reptile", "inner.second_order=true"], "inner.second_order=true with algorithm=reptile"),
         (["algorithm=imaml", "inner.engine=auto"], "inner.engine=auto with algorithm=imaml"),
         (["algorithm=maml_pp", "model=mlp", "model.batch_norm=false"], "algorithm.per_step_affine=true with model.ba"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -24,6 +24,7 @@ from metalearn.inner import predict
 from metalearn.inner.statistics import statistics_at, under
 from metalearn.models import Conv4
 from metalearn.runs.adaptation.adapted import digest
+from metalearn.runs.adaptation.given import as_images
 from metalearn.runs.adaptation.learner import NotAdaptedError, example_shape
 from metalearn.runs.checkpoints import best_path
 from metalearn.runs.config import compose, typed
@@ -508,3 +509,28 @@ def test_functionalised_model_is_the_runs(run: Path) -> None:
     forward, _ = functionalize(Conv4(5, width=8))
     theta, learner = checkpoint(run), metalearn.load(run, "cpu")
     torch.testing.assert_close(learner.forward(theta, scaled(query())), forward(theta, scaled(query())))
+
+
+def test_a_folder_is_read_as_the_runs_images_were(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for name, size in (("ring", 40), ("bar", 90)):
+        (tmp_path / name).mkdir()
+        sheet = Image.new("L", (size, size), "white")
+        ImageDraw.Draw(sheet).line((10, 10, size - 10, size - 10), fill="black", width=6)
+        sheet.save(tmp_path / name / "1.png")
+    learner = metalearn.load(run)
+    found = learner.read(tmp_path)
+    assert found.classes == ["bar", "ring"]
+    assert found.images.shape == (2, *learner.example_shape)
+    assert found.images[:, :, 0].max() < 20, "white on black, as the run's are"
+    assert "black and white are exchanged" in caplog.text
+    learner.adapt(found.images, ["bar", "ring"])
+    assert "borders are light" not in caplog.text.split("invert=auto")[1]
+    learner.predict(255 - found.images)
+    assert "these images' borders are light" in caplog.text
+    with pytest.raises(DataError, match=r"names of files; give pixels, as Learner\.read"):
+        learner.adapt([tmp_path / "ring" / "1.png"], ["ring"])
+    with pytest.raises(DataError, match=r"For a single one give images\[None\]"):
+        as_images(torch.zeros(3, 8, 8), torch.Size([3, 8, 8]))
+    with pytest.raises(DataError, match="this is a file; name its folder"):
+        learner.read(tmp_path / "ring" / "1.png")

@@ -17,7 +17,8 @@ from metalearn.data.glyphs import glyphs
 from metalearn.data.images import read_folder
 from metalearn.errors import ConfigError, DataError, FolderTakenError, MetalearnError, RunError
 from metalearn.runs.adaptation.check import check_adapt
-from metalearn.runs.adaptation.folders import adapt_to_folders, border_brightness
+from metalearn.runs.adaptation.folders import adapt_to_folders
+from metalearn.runs.adaptation.inversion import border_brightness
 from metalearn.runs.adaptation.picture import write_picture
 from metalearn.runs.adaptation.predictions import Predictions, accuracy_text, interval, print_predictions, write_csv
 from metalearn.runs.config import compose, typed

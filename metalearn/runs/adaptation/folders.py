@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
-import torch
 from rich.markup import escape
 from torch import Tensor
 
-from metalearn.data.images import FolderImages, UnreadableImagesError, read_folder
+from metalearn.data.images import FolderImages
 from metalearn.runs.adaptation.check import refuse_unknown
+from metalearn.runs.adaptation.inversion import is_to_invert, turned
 from metalearn.runs.adaptation.learner import Learner, load
 from metalearn.runs.adaptation.picture import write_picture
 from metalearn.runs.adaptation.predictions import (
@@ -22,15 +21,10 @@ from metalearn.runs.adaptation.predictions import (
 )
 from metalearn.runs.console import print_facts, print_path, progress_bar
 from metalearn.runs.folders import refuse_holding
-from metalearn.runs.schema import DataConfig, GlyphsConfig, OmniglotConfig
 from metalearn.runs.schema_commands import AdaptConfig
-
-log = logging.getLogger(__name__)
 
 WEIGHTS, TABLE, PICTURE = "adapted.safetensors", "predictions.csv", "predictions.png"
 """What is written into the output folder."""
-
-_LIGHT = 0.5
 
 
 def adapt_to_folders(config: AdaptConfig, output_dir: Path) -> None:
@@ -51,11 +45,11 @@ def adapt_to_folders(config: AdaptConfig, output_dir: Path) -> None:
     query = _read(config.query, learner, config, may_be_flat=True)
     first = support or query
     assert first is not None, "the configuration was checked"
-    inverted = _is_to_invert(config.invert, first.images, learner.config.data)
+    inverted = is_to_invert(config.invert, first.images, learner.config.data)
     if support is not None:
         assert support.labels is not None, "it is a folder of classes"
         labels = [support.classes[label] for label in support.labels.tolist()]
-        learner.adapt(_turned(support.images, inverted), labels, steps=config.steps)
+        learner.adapt(turned(support.images, inverted), labels, steps=config.steps)
     else:
         learner.restore(str(config.weights))
     if support is not None or config.save is not None:
@@ -68,9 +62,9 @@ def adapt_to_folders(config: AdaptConfig, output_dir: Path) -> None:
         "images": f"{'x'.join(map(str, learner.example_shape))}, {'inverted' if inverted else 'not inverted'}",
     }
     if query is not None:
-        predictions = _predict(learner, query, _turned(query.images, inverted), str(config.query))
+        predictions = _predict(learner, query, turned(query.images, inverted), str(config.query))
         write_csv(predictions, output_dir / TABLE)
-        write_picture(predictions, _turned(query.images, inverted), output_dir / PICTURE)
+        write_picture(predictions, turned(query.images, inverted), output_dir / PICTURE)
         print_predictions(predictions)
         right = predictions.right
         facts["accuracy" if right else "predicted"] = accuracy_text(right) if right else f"{len(query.images)} images"
@@ -83,11 +77,7 @@ def _read(
 ) -> FolderImages | None:
     if folder is None:
         return None
-    channels, size, _ = learner.example_shape
-    try:
-        return read_folder(folder, size=size, channels=channels, unreadable=config.unreadable, may_be_flat=may_be_flat)
-    except UnreadableImagesError as error:  # it names the key by which a training passes them over
-        raise UnreadableImagesError(str(error).replace("data.unreadable", "unreadable")) from None
+    return learner.read(folder, unreadable=config.unreadable, invert=False, may_be_flat=may_be_flat)
 
 
 def _save(learner: Learner, path: Path) -> None:
@@ -107,43 +97,3 @@ def _predict(learner: Learner, query: FolderImages, images: Tensor, folder: str)
     root = Path(folder).expanduser()
     names = [shown(path.relative_to(root)) for path in query.paths]
     return Predictions(names, probabilities, [shown(one) for one in classes], truth)
-
-
-def _is_to_invert(choice: bool | str, images: Tensor, data: DataConfig) -> bool:
-    """Whether black and white are to be exchanged; says what was decided, and why.
-
-    Args:
-        choice: ``auto``, or what was asked for.
-        images: ``[images, channels, height, width]`` uint8, of the support set if there is one.
-        data: of the run.
-    """
-    if choice != "auto":
-        return str(choice).lower() == "true"
-    if not isinstance(data, (OmniglotConfig, GlyphsConfig)):
-        return False  # such runs were trained on a user's own images
-    borders = border_brightness(images)
-    light = borders > _LIGHT
-    inverted = bool(light.float().mean() > 0.5)
-    log.info(
-        "The run was trained on white drawings on black (%s), and the images' borders are %s (%.2f of white in the "
-        "mean): %s (invert=auto).",
-        *(data.name, "light" if inverted else "dark", borders.mean().item()),
-        "black and white are exchanged" if inverted else "they are taken as they are",
-    )
-    if odd := int((light != inverted).sum()):
-        log.warning(
-            "%d of %d images have %s borders, unlike the others; all are treated alike (invert=%s).",
-            *(odd, len(images), "dark" if inverted else "light", str(inverted).lower()),
-        )
-    return inverted
-
-
-def border_brightness(images: Tensor) -> Tensor:
-    """Mean of the outermost pixels of each image, from 0 (black) to 1: ``[images]``, of uint8 ``[images, C, H, W]``."""
-    inside = torch.zeros(images.shape[-2:], dtype=torch.bool)
-    inside[1:-1, 1:-1] = True
-    return images[..., ~inside].flatten(1).double().mean(dim=1) / 255
-
-
-def _turned(images: Tensor, inverted: bool) -> Tensor:
-    return 255 - images if inverted else images

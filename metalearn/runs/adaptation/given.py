@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,12 @@ def positions(labels: Sequence[Any], classes: Sequence[Any]) -> Tensor:
 
 
 def _as_tensor(name: str, values: Examples | Iterable[Any]) -> Tensor:
+    if (
+        name == "images"
+        and isinstance(values, (list, tuple))
+        and any(isinstance(one, (str, PurePath)) for one in values)
+    ):
+        raise DataError(f"{name} are names of files; give pixels, as Learner.read(FOLDER).images has them.")
     try:
         if isinstance(values, Tensor):
             return values.detach()
@@ -143,7 +150,7 @@ def _as_tensor(name: str, values: Examples | Iterable[Any]) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{name} cannot be made one tensor ({str(error).splitlines()[0]}); give an array or a tensor, or a "
-            "sequence of those that are of one size and kind."
+            "sequence of those that are of one size and kind (Learner.read(FOLDER) makes files so)."
         ) from error
 
 
@@ -162,7 +169,9 @@ def _remedy(x: Tensor, shape: torch.Size) -> str:
     channels, height, width = shape
     if x.ndim == 4 and tuple(x.shape[1:]) == (height, width, channels):
         return "Put the channels first: images.transpose(0, 3, 1, 2), or .permute(0, 3, 1, 2) of a tensor."
-    return "Resize or convert them; scripts/adapt.py does so with files."
+    if tuple(x.shape) == tuple(shape):
+        return "For a single one give images[None]."
+    return "Resize or convert them; Learner.read(FOLDER) and scripts/adapt.py do so with files."
 
 
 def _sizes(shape: Iterable[int | str]) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from metalearn.algorithms import Algorithm
+from metalearn.data.images import FolderImages, UnreadableImagesError, read_folder
 from metalearn.data.omniglot import SIZE
 from metalearn.errors import ConfigError, DataError, MetalearnError, RunError
 from metalearn.inner import InnerLoop, adapt, model_of, predict
@@ -30,6 +31,7 @@ from metalearn.parts import parts_of
 from metalearn.runs.adaptation import adapted as file
 from metalearn.runs.adaptation.adapted import Adapted, Origin
 from metalearn.runs.adaptation.given import Examples, as_images, as_labels, as_numbers, classes_of, positions
+from metalearn.runs.adaptation.inversion import is_to_invert, turned, warn_of_light
 from metalearn.runs.adaptation.new_ways import for_ways
 from metalearn.runs.checkpoints import load_best
 from metalearn.runs.checks import compared_keys
@@ -154,6 +156,40 @@ class Learner:
             NotAdaptedError: before ``adapt``.
         """
         return self._state().steps
+
+    def read(
+        self,
+        folder: Path | str,
+        *,
+        invert: bool | str = "auto",
+        unreadable: str = "stop",
+        may_be_flat: bool = True,
+    ) -> FolderImages:
+        """A folder of images, cropped and resized as the run's were; one sub-folder a class, or images alone.
+
+        Args:
+            folder: of the images.
+            invert: exchange black and white: ``True``, ``False``, or ``"auto"`` for runs of white drawings on black
+                where the images' borders are light; it is said in the log.
+            unreadable: ``"stop"``, or ``"skip"`` files that cannot be read with a warning.
+            may_be_flat: whether images without classes will do.
+
+        Returns:
+            ``images`` for ``adapt`` and ``predict``, ``labels`` (positions in ``classes``; ``None`` of a flat folder),
+            ``classes`` and ``paths``.
+
+        Raises:
+            DataError: if an image cannot be read, or there is none.
+        """
+        if self.is_regression:
+            raise DataError(f"{folder}: the run predicts numbers (data={self.config.data.name}), and no images.")
+        channels, size, _ = self.example_shape
+        try:
+            found = read_folder(folder, size=size, channels=channels, unreadable=unreadable, may_be_flat=may_be_flat)
+        except UnreadableImagesError as error:  # it names the key by which a training passes them over
+            raise UnreadableImagesError(str(error).replace("data.unreadable", "unreadable")) from None
+        inverted = is_to_invert(invert, found.images, self.config.data)
+        return found._replace(images=turned(found.images, inverted))
 
     def adapt(self, images: Examples, labels: Examples | Iterable[Any], *, steps: int | None = None) -> Learner:
         """Forget earlier classes and adapt to these, from the checkpoint, by the run's own algorithm.
@@ -299,7 +335,11 @@ class Learner:
         return self._adapted
 
     def _inputs(self, images: Examples) -> Tensor:
-        return as_numbers("inputs", images) if self.is_regression else as_images(images, self.example_shape)
+        if self.is_regression:
+            return as_numbers("inputs", images)
+        found = as_images(images, self.example_shape)
+        warn_of_light(found, self.config.data)
+        return found
 
     def _precision(self) -> AbstractContextManager[None]:
         return computed_in(self.config.run.precision, self.device)
