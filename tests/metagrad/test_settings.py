@@ -108,6 +108,20 @@ def test_adapting_the_head_is_a_rate_of_zero_elsewhere(second_order: bool) -> No
     assert relative_error(got.grads, {name: expected.grads[name] for name in theta}) < 1e-12
 
 
+def test_every_step_has_its_own_rate() -> None:
+    """Against one step after the other, each by a plain inner loop of its rate."""
+    forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
+    episodes, rates = vectors(tasks=1), (0.1, 0.3, 0.2)
+    inner = InnerLoop(0.1, 3, learned_lr="layer_and_step")
+    learned = {n: torch.tensor(rates, dtype=p.dtype) if "::" in n else p for n, p in with_learned(theta, inner).items()}
+    got = adapt(forward, learned, episodes.support_x, episodes.support_y, inner)
+    for rate in rates:
+        fast = adapt(forward, theta, episodes.support_x, episodes.support_y, InnerLoop(rate, 1))
+        theta = {name: w[0] for name, w in fast.items()}
+    for name, w in theta.items():
+        torch.testing.assert_close(got[name][0], w)
+
+
 def test_every_step_has_its_own_batch_norm() -> None:
     """By its definition, one task at a time: the model after k steps is given the k-th row."""
     forward, theta, inner = family("per-step BatchNorm, not adapted")

@@ -12,8 +12,11 @@ from PIL import Image
 
 from metalearn.algorithms import ALGORITHMS
 from metalearn.errors import ConfigError, NonFiniteLossError
+from metalearn.metagrad import meta_gradient
+from metalearn.params import relative_error
 from metalearn.peers.installed import installed_peers
 from metalearn.runs import outer_step
+from metalearn.runs.checkpoints import load_best
 from metalearn.runs.checks import check
 from metalearn.runs.compare.names import split
 from metalearn.runs.compare.variants import check_compare
@@ -63,6 +66,24 @@ def test_maml_pp_goes_on_as_if_uninterrupted(tmp_path: Path) -> None:
             run(tmp_path / "halves", base=tiny("maml_pp"))
     run(tmp_path / "halves", "run.resume=true", base=tiny("maml_pp"))
     assert bits(state_of(tmp_path / "whole")["state"]) == bits(state_of(tmp_path / "halves")["state"])
+
+
+def test_maml_pp_anneals_with_the_training_and_keeps_statistics(tmp_path: Path) -> None:
+    overrides = [*tiny("maml_pp"), "algorithm.first_order_share=0.5"]
+    experiment = build(typed(compose("train", overrides), TrainConfig))
+    episodes = experiment.train.tasks(0, 2)
+    for iteration in (0, 3):
+        got = experiment.gradient(experiment.theta, episodes, iteration).grads
+        inner = experiment.algorithm.at(iteration / 4)
+        assert inner.second_order == (iteration == 3)
+        expected = meta_gradient(experiment.forward, experiment.theta, episodes, inner).grads
+        assert relative_error(got, expected) < 1e-6
+    run(tmp_path / "run", base=overrides)
+    best = load_best(tmp_path / "run", like=experiment.theta, device=experiment.device)
+    kept = experiment.statistics(best.params, best.iteration)
+    assert kept
+    for name, value in kept.items():
+        torch.testing.assert_close(best.params[name], value)
 
 
 @pytest.mark.parametrize("rule", ["momentum", "nesterov", "adam"])
