@@ -23,15 +23,18 @@ class Estimate:
 
     mean: float
     ci95: float
-    score: Score = ACCURACY
 
     @classmethod
-    def of(cls, values: Tensor, score: Score = ACCURACY) -> Estimate:
+    def of(cls, values: Tensor) -> Estimate:
         """From one value per task, ``[tasks]``, at least two."""
-        return cls(values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5, score)
+        return cls(values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5)
 
     def __str__(self) -> str:
-        return f"{self.score.text(self.mean)} ± {self.score.text(self.ci95)}"
+        return self.text(ACCURACY)
+
+    def text(self, score: Score) -> str:
+        """In words of tables."""
+        return f"{score.text(self.mean)} ± {score.text(self.ci95)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +60,12 @@ class Evaluation:
     @property
     def per_step(self) -> list[Estimate]:
         """After 0, 1, ... inner steps."""
-        return [Estimate.of(values, self.score) for values in self.by_task]
+        return [Estimate.of(values) for values in self.by_task]
 
     @property
     def nontransductive(self) -> Estimate | None:
         """After the last inner step, each query predicted without the others."""
-        return None if self.alone is None else Estimate.of(self.alone, self.score)
+        return None if self.alone is None else Estimate.of(self.alone)
 
     @property
     def final(self) -> Estimate:

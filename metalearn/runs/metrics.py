@@ -120,11 +120,11 @@ def accuracy_rows(experiment: Experiment, result: Evaluation) -> dict[str, str]:
     rows = {
         "task": f"{experiment.dataset}, {task_in_words(experiment)}",
         "algorithm": f"{config.algorithm.name}{how}{low}{by}",
-        f"test {score.name}": f"{result.final} (95% CI, {result.episodes} tasks, {last} inner steps)",
+        f"test {score.name}": f"{result.final.text(score)} (95% CI, {result.episodes} tasks, {last} inner steps)",
         "after each inner step": steps,
     }
     if result.nontransductive:
-        rows["non-transductive"] = f"{result.nontransductive} ({alone_in_words(experiment)})"
+        rows["non-transductive"] = f"{result.nontransductive.text(score)} ({alone_in_words(experiment)})"
     return rows
 
 

@@ -165,8 +165,9 @@ def validate(session: Session, state: TrainState) -> float:
         state.best = Best(state.iteration, mean, {name: p.detach().clone() for name, p in state.params.items()})
     state.validated = state.iteration
     if session.saver:
-        name = session.experiment.score.name
-        log.info("%6d/%d  validation %s %s", state.iteration, config.outer.iterations, name, result.final)
+        score = session.experiment.score
+        words = (score.name, result.final.text(score))
+        log.info("%6d/%d  validation %s %s", state.iteration, config.outer.iterations, *words)
         with session.meter.logging():
             session.saver.tracker.validation(result, state.iteration)
             show_tasks(session.experiment, state, session.saver.tracker)
