@@ -48,7 +48,8 @@ def show(results: Results, folder: Path) -> None:
     if rich.get_console().width < _WIDE:
         kept = [i for i, name in enumerate(header) if name not in _ONLY_IF_WIDE]
         header = ["\n".join(header[i].rsplit(" ", 1)) for i in kept]
-        rows = [[row[i].partition(",")[0] for i in kept] for row in rows]  # of the time to the target, the time
+        # Of the time to the target, the time; names may hold commas.
+        rows = [[row[i].partition(",")[0] if i else row[i] for i in kept] for row in rows]
     print_table(f"{results.title}, {results.iterations} meta-steps, seeds {results.seeds}", header, rows)
     for sentence in headline(results):
         print_line(sentence)
