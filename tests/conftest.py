@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,11 @@ def omniglot_root() -> str:
     if not root or not Path(root).is_dir():
         pytest.skip("no Omniglot here: set METALEARN_DATA to a folder that holds omniglot-py/")
     return root
+
+
+@pytest.fixture(scope="module")
+def cache_of_the_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache that the runs of a whole module share, and nobody else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METALEARN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

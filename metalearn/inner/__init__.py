@@ -14,7 +14,7 @@ from metalearn.inner.carry import (
 from metalearn.inner.loop import adapt, inner_step, support_gradients
 from metalearn.inner.losses import TaskLosses, predict, predictions_of_tasks, task_losses, total_support_loss
 from metalearn.inner.refusals import explained, refuse_nonfinite
-from metalearn.inner.rules import SEPARATOR, SGD, Adam, Momentum, UpdateRule, state_name
+from metalearn.inner.rules import SEPARATOR, SGD, Adam, Momentum, UpdateRule, of_model, state_name
 from metalearn.inner.settings import LEARNED_RATES, InnerLoop, Start
 from metalearn.inner.starts import PrototypeHead, ZeroContext
 
@@ -38,6 +38,7 @@ __all__ = [
     "inner_step",
     "model_of",
     "model_params",
+    "of_model",
     "predict",
     "predictions_of_tasks",
     "rate_name",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metalearn.inner.rules import SEPARATOR, along_tasks, clipped, state_name
+from metalearn.inner.rules import SEPARATOR, along_tasks, clipped, of_model, state_name
 from metalearn.inner.settings import InnerLoop
 from metalearn.inner.statistics import is_statistic
 from metalearn.params import stack
@@ -58,7 +58,7 @@ def begin(forward: Forward, theta: Params, support_x: Tensor, support_y: Tensor,
     """What T tasks carry into their first step; differentiable in theta."""
     fast = stack({name: p for name, p in theta.items() if not is_statistic(name)}, support_x.shape[0])
     if inner.start is not None:
-        started = inner.start(forward, {n: w for n, w in fast.items() if SEPARATOR not in n}, support_x, support_y)
+        started = inner.start(forward, of_model(fast), support_x, support_y)
         # As views: an inner gradient in one parameter must not run through another that was made from it.
         fast = {name: w.view_as(w) for name, w in {**fast, **started}.items()}
     own = {name: fast[name] for name in adapted_names(fast, inner)}
@@ -74,7 +74,7 @@ def begin(forward: Forward, theta: Params, support_x: Tensor, support_y: Tensor,
 
 def adapted_names(carry: Params, inner: InnerLoop) -> list[str]:
     """The parameters that an inner step changes."""
-    return [name for name in carry if SEPARATOR not in name and (inner.adapted is None or name in inner.adapted)]
+    return [name for name in of_model(carry) if inner.adapted is None or name in inner.adapted]
 
 
 def model_params(carry: Params, inner: InnerLoop, k: int) -> Params:
@@ -82,11 +82,7 @@ def model_params(carry: Params, inner: InnerLoop, k: int) -> Params:
 
     After more steps than were trained the last of them stand.
     """
-    return {
-        name: w[:, min(k, w.shape[1] - 1)] if name in inner.per_step else w
-        for name, w in carry.items()
-        if SEPARATOR not in name
-    }
+    return {name: w[:, min(k, w.shape[1] - 1)] if name in inner.per_step else w for name, w in of_model(carry).items()}
 
 
 def model_of(theta: Params, inner: InnerLoop, k: int = 0) -> Params:
@@ -194,8 +190,7 @@ def check_settings(theta: Params, inner: InnerLoop, *, training: bool = False) -
 def _refuse_unknown(theta: Params, inner: InnerLoop) -> None:
     for setting in ("adapted", "per_step"):
         if unknown := (getattr(inner, setting) or set()) - theta.keys():
-            own = [name for name in theta if SEPARATOR not in name]
             raise ValueError(
                 f"InnerLoop: {setting} names {', '.join(sorted(unknown))}, which params has not; it has "
-                f"{', '.join(own)}."
+                f"{', '.join(of_model(theta))}."
             )

@@ -20,6 +20,11 @@ SEPARATOR = "::"
 """In the names of what is no parameter of the model: ``momentum::head.weight``, ``lr::head.weight``."""
 
 
+def of_model(tree: Params) -> Params:
+    """The model's own entries, without step sizes, statistics and what a rule remembers."""
+    return {name: w for name, w in tree.items() if SEPARATOR not in name}
+
+
 class UpdateRule(Protocol):
     """From gradients to directions, of T tasks at once. Make it a frozen dataclass: it is part of the settings."""
 

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from metalearn.derivatives.products import value_and_hvp
 from metalearn.inner import (
-    SEPARATOR,
     InnerLoop,
     adapted_names,
     model_params,
+    of_model,
     support_gradients,
     total_support_loss,
     update,
@@ -80,7 +80,7 @@ def _through_update(
     v has the model's parameters, 0 where nothing is adapted.
     """
     own = adapted_names(start.carry, inner)
-    model = [name for name in start.carry if SEPARATOR not in name]
+    model = of_model(start.carry)
     if inner.plain:
         return lam, {n: -inner.lr * lam[n] if n in own else torch.zeros_like(lam[n]) for n in model}
     # What is linear in the gradient with constant coefficients needs no gradient to be pulled back.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -127,3 +128,20 @@ def pull_back_beginning(forward: Forward, params: Params, episodes: Episodes, in
             [carry[n] for n in reached], list(at.values()), [lam[n] for n in reached], materialize_grads=True
         )
     return dict(zip(at, grads, strict=True))
+
+
+def refuse_without_gradient(engine: str, name: str, inner: InnerLoop, reasons: Mapping[str, str]) -> None:
+    """Refuse settings that a gradient of another kind knows nothing of.
+
+    Args:
+        engine: its function, for the message.
+        name: as papers call it.
+        inner: the settings.
+        reasons: why there is none, by setting.
+
+    Raises:
+        ValueError: naming the first setting that is there.
+    """
+    for setting, reason in reasons.items():
+        if value := getattr(inner, setting):
+            raise ValueError(f"{engine}: inner.{setting}={value!r}, which {name} has no gradient for: {reason}.")

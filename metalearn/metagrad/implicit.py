@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metalearn.inner import SEPARATOR, InnerLoop, adapted_names, begin, inner_step, model_params, total_support_loss
+from metalearn.inner import InnerLoop, adapted_names, begin, inner_step, model_params, of_model, total_support_loss
 from metalearn.inner.rules import along_tasks
 from metalearn.metagrad.adjoint import hessian_product
-from metalearn.metagrad.ends import WayThere
+from metalearn.metagrad.ends import WayThere, refuse_without_gradient
 from metalearn.metagrad.trajectory import Start, walk
 from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
@@ -82,7 +82,7 @@ class Implicit:
 
         b = {name: way.lam[name] for name in adapted_names(phi, inner)}
         x, residuals = conjugate_gradients(system, b, steps=self.cg_steps, tolerance=self.cg_tolerance)
-        constants = [name for name in phi if SEPARATOR not in name and name not in x]
+        constants = [name for name in of_model(phi) if name not in x]
         curved = hessian(x) if constants else {}
         lam = {**way.lam, **x, **{name: way.lam[name] - curved[name] / rho for name in constants}}
         figures = {"cg_residual": residuals.mean(), "cg_residual_max": residuals.max()}
@@ -188,6 +188,4 @@ def _refuse_settings(inner: InnerLoop) -> None:
         "query_weights": "the query loss is taken at the solution, whatever steps led there",
         "per_step": "the inner problem has one solution, and not one for every step",
     }
-    for name, reason in reasons.items():
-        if value := getattr(inner, name):
-            raise ValueError(f"implicit: inner.{name}={value!r}, which iMAML has no gradient for: {reason}.")
+    refuse_without_gradient("implicit", "iMAML", inner, reasons)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from metalearn.inner import InnerLoop, begin, inner_step, model_params, refuse_nonfinite, task_losses
-from metalearn.metagrad.ends import outcome
+from metalearn.metagrad.ends import outcome, refuse_without_gradient
 from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
 
@@ -58,6 +58,4 @@ def _refuse_settings(inner: InnerLoop) -> None:
         "per_step": "no step displaces the parameters that the model is given after the last one",
         "start": "it moves theta towards theta_K, and tasks that do not begin with theta say nothing of where to",
     }
-    for name, reason in reasons.items():
-        if value := getattr(inner, name):
-            raise ValueError(f"reptile: inner.{name}={value!r}, which Reptile has no gradient for: {reason}.")
+    refuse_without_gradient("reptile", "Reptile", inner, reasons)

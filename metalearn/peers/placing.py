@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from metalearn.inner import SEPARATOR, InnerLoop, check_settings
+from metalearn.inner import InnerLoop, check_settings, of_model
 from metalearn.params import check_params
 from metalearn.types import Params
 
@@ -68,7 +68,7 @@ def write(module: nn.Module, params: Params) -> None:
 
 
 def _refuse_misfits(own: Params, params: Params) -> None:
-    model = {name: p for name, p in params.items() if SEPARATOR not in name}
+    model = of_model(params)
     if model.keys() != own.keys():
         kind, names = ("lacks", own.keys() - model.keys()) if own.keys() - model.keys() else ("has", model.keys() - own)
         raise ValueError(

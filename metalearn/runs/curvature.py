@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from metalearn.derivatives import top_eigenvalues
-from metalearn.inner import SEPARATOR, InnerLoop, total_support_loss
-from metalearn.metagrad import meta_gradient
+from metalearn.inner import InnerLoop, of_model, total_support_loss
 from metalearn.metagrad.adjoint import adjoint
 from metalearn.metagrad.trajectory import Start
 from metalearn.params import stack
@@ -47,7 +46,7 @@ def curvature(
     norms: dict[int, float] = {}
 
     def watch(k: int, lam: Params) -> None:
-        own = [w.flatten(1) for name, w in lam.items() if SEPARATOR not in name]
+        own = [w.flatten(1) for w in of_model(lam).values()]
         per_task = few.tasks * torch.cat(own, dim=1)  # lam is of the mean over tasks
         norms[k] = per_task.norm(dim=1).mean().item()
         if k in (0, inner.steps):
@@ -55,14 +54,13 @@ def curvature(
 
     second = dataclasses.replace(inner, second_order=True)
     with _draws_put_back(few):
-        adjoint(forward, params, few, second, loss, watch=watch)
+        exact = adjoint(forward, params, few, second, loss, watch=watch)
     if inner.plain and inner.start is None:
         cosine = cosine_similarity(sums[inner.steps], sums[0], dim=0).item()
     else:  # lam_K is not the first order's gradient
         with _draws_put_back(few):
-            orders = (dataclasses.replace(second, second_order=order) for order in (False, True))
-            first, exact = (_flat(meta_gradient(forward, params, few, order, loss=loss).grads) for order in orders)
-        cosine = cosine_similarity(first, exact, dim=0).item()
+            first = adjoint(forward, params, few, dataclasses.replace(inner, second_order=False), loss)
+        cosine = cosine_similarity(_flat(first.grads), _flat(exact.grads), dim=0).item()
     return {
         "grad/cosine_first_vs_second": cosine,
         **{f"grad/adjoint_norm/step_{k}": norm for k, norm in sorted(norms.items())},
@@ -70,7 +68,7 @@ def curvature(
 
 
 def _flat(grads: Params) -> Tensor:
-    return torch.cat([g.flatten() for name, g in grads.items() if SEPARATOR not in name])
+    return torch.cat([g.flatten() for g in of_model(grads).values()])
 
 
 def _draws_put_back(episodes: Episodes) -> AbstractContextManager[None]:

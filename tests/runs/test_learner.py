@@ -46,11 +46,7 @@ def query(ways: int = 5) -> Tensor:
     return images
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cache_of_the_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METALEARN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("cache_of_the_module")
 
 
 @pytest.fixture(scope="module")

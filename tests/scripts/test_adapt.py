@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +30,7 @@ DRAWINGS = 255 - glyphs(classes=7, drawings=4, seed=9)[:, :, 0]  # dark ink on l
 NAMES = ["=cmd()", "[b]", "c c", "d", "é", "f", "g"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cache_of_the_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METALEARN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("cache_of_the_module")
 
 
 @pytest.fixture(scope="module")
