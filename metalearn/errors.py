@@ -47,29 +47,41 @@ class NonFiniteElsewhereError(NonFiniteError):
 
 
 class NonFiniteGradientError(NonFiniteError):
-    """A meta-gradient that is NaN or infinite although every loss is finite.
+    """A derivative that is NaN or infinite although what is differentiated is finite.
 
     Args:
         parameter: where.
         value: one of its elements.
         task: which task of the batch, from 0; ``None`` if each task's own gradient is finite.
         step: inner steps taken before the one that the gradient did not come back through; K for the query loss.
+        what: which derivative.
     """
 
-    def __init__(self, parameter: str, *, value: float, task: int | None, step: int | None) -> None:
-        self.parameter, self.value, self.task, self.step = parameter, value, task, step
+    def __init__(
+        self,
+        parameter: str,
+        *,
+        value: float,
+        task: int | None = None,
+        step: int | None = None,
+        what: str = "the meta-gradient",
+    ) -> None:
+        self.parameter, self.value, self.task, self.step, self.what = parameter, value, task, step, what
         of_task = "" if task is None else f" of task {task}"
         back = "" if step is None else f" on its way back to inner step {step}"
+        of_losses = what == "the meta-gradient"
+        finite = "every loss is" if of_losses else "the function is"
+        smaller = ", so take a smaller inner.lr or fewer inner.steps" if of_losses else ""
         super().__init__(
-            f"the meta-gradient{of_task} is {value} in parameter '{parameter}'{back}, though every loss is finite: it "
-            "overflows, so take a smaller inner.lr or fewer inner.steps; or the derivative of a sqrt, norm, log or "
-            "power in the model or the loss is infinite at 0, so add a small constant inside of it."
+            f"{what}{of_task} is {value} in parameter '{parameter}'{back}, though {finite} finite: the derivative of a "
+            "sqrt, norm, log or power is infinite at 0, so add a small constant inside of it, as in "
+            f"(x * x + 1e-12).sqrt(); or it overflows{smaller}."
         )
 
     def in_batch(self, first: int) -> NonFiniteGradientError:
         """As the base says."""
         task = None if self.task is None else first + self.task
-        return NonFiniteGradientError(self.parameter, value=self.value, task=task, step=self.step)
+        return NonFiniteGradientError(self.parameter, value=self.value, task=task, step=self.step, what=self.what)
 
 
 class NonFiniteLossError(NonFiniteError):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.forward_ad import dual_level, make_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from metalearn.operations import FORWARD_MODE, NESTED, CorrectedOperations, Handler, nothing_run_again
 from metalearn.params import refuse_inference_mode
 from metalearn.types import Params
 
@@ -25,10 +27,11 @@ ScalarFunction = Callable[[Any], Tensor]
 
 
 def scalar(f: ScalarFunction) -> ScalarFunction:
-    """``f``, refused where it gives more than one number."""
+    """``f``, refused where it gives more than one number or changes the model that it calls."""
 
     def checked(x: Any) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        # Attention by its formula, as the fused kernels have no second derivative.
+        with nothing_run_again(), sdpa_kernel(SDPBackend.MATH), CorrectedOperations(_STATEFUL):
             value = f(x)
         if isinstance(value, Tensor) and value.is_complex():
             raise ValueError(f"f gave {value.dtype} and must give a real number; take its .real or .abs().")
@@ -40,6 +43,17 @@ def scalar(f: ScalarFunction) -> ScalarFunction:
         return value
 
     return checked
+
+
+def as_point(name: str, x: Any) -> Any:
+    """Return a point as a Tensor or a plain dictionary: ``state_dict()`` and ``ParameterDict`` become one.
+
+    Raises:
+        TypeError, ValueError: if it has no derivatives.
+    """
+    point = dict(x.items()) if isinstance(x, (Mapping, nn.ParameterDict)) else x
+    check_point(name, point)
+    return point
 
 
 def check_point(name: str, x: object) -> None:
@@ -59,23 +73,49 @@ def check_point(name: str, x: object) -> None:
             )
 
 
-def check_direction(name: str, x: Point, v: Point) -> Point:
-    """A direction shaped like the point, with its entries in the point's order.
+def check_direction(name: str, x: Any, v: Any) -> Any:
+    """Return a direction shaped like the point, with its entries in the point's order.
 
     Raises:
         ValueError: if it is shaped otherwise.
     """
-    check_point(name, v)
+    v = as_point(name, v)
     shapes = [tree_map(lambda t: tuple(t.shape), tree) for tree in (x, v)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"{name} must be shaped like x, {shapes[0]}, and is {shapes[1]}.")
     return v if isinstance(v, Tensor) or isinstance(x, Tensor) else {key: v[key] for key in x}
 
 
+def _batch_norm(func: Any, input: Tensor, running_mean: Tensor | None, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
+    by_position = args[3] if len(args) > 3 else False
+    if running_mean is not None and (kwargs.get("training", by_position) or kwargs.get("use_input_stats")):
+        raise ValueError(_KEEPS_STATISTICS)
+    return func(input, running_mean, *args, **kwargs)
+
+
+def _add_(func: Any, counter: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(counter, Tensor) and counter.ndim == 0 and not counter.is_floating_point():
+        raise ValueError(_KEEPS_STATISTICS)  # BatchNorm counts its batches before it is called
+    return func(counter, *args, **kwargs)
+
+
+_KEEPS_STATISTICS = (
+    "f changes its model at every call, as BatchNorm does with its running statistics in training, and so is no "
+    "function. Build the layer with track_running_stats=False, convert the model with "
+    "torch.func.replace_all_batch_norm_modules_(model), or call model.eval() to take the stored statistics."
+)
+_STATEFUL: dict[str, Handler] = {"batch_norm": _batch_norm, "instance_norm": _batch_norm, "add_": _add_}
+
+
 def vjp(f: Callable[[Any], Tensor], x: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """Value and pull-back; the pull-back may be called once, and frees the activations as it comes to them."""
+    """Return the value and the pull-back, which may be called once and frees the activations as it comes to them.
+
+    ``create_graph=True`` builds no graph here, as the transform has ended when the pull-back is called. It has torch
+    take the formulas that are made to be differentiated: the others use what the forward pass has saved, an inverse
+    or a factor, as constants, so that a tangent of them is lost.
+    """
     value, pull_back, *_ = torch.func.vjp(f, x)
-    return value, lambda cotangent: pull_back(cotangent, retain_graph=False, create_graph=False)[0]
+    return value, lambda cotangent: pull_back(cotangent, retain_graph=False, create_graph=True)[0]
 
 
 def jvp(f: Callable[[Any], Any], x: Any, v: Any, *, has_aux: bool = False) -> Any:
@@ -85,27 +125,59 @@ def jvp(f: Callable[[Any], Any], x: Any, v: Any, *, has_aux: bool = False) -> An
     return torch.func.jvp(f, (point,), (direction,), has_aux=has_aux)
 
 
-def fit_for_forward_mode(f: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-    """``f``, refused with ``NotImplementedError`` where it enters ``torch.no_grad()``.
+def fit_for_forward_mode(f: Callable[[Any], Tensor], *, nested: bool = False) -> Callable[[Any], Tensor]:
+    """``f``, refused with ``NotImplementedError`` where forward mode would be wrong.
 
-    Reverse mode takes what is computed there as constant; forward mode does not see it and goes on.
+    That is in operations whose formulas are, and inside ``torch.no_grad()``: reverse mode takes what is computed there
+    as constant; forward mode does not see it and goes on.
+
+    Args:
+        f: from a point to a Tensor.
+        nested: whether the derivative by forward mode is differentiated once more.
     """
+    table = {**(NESTED if nested else FORWARD_MODE), "_set_grad_enabled": _stay_enabled}
 
     def watched(x: Any) -> Tensor:
-        with torch.enable_grad(), _GradientsStayOn():
+        with torch.enable_grad(), CorrectedOperations(table):
             return f(x)
 
     return watched
 
 
-class _GradientsStayOn(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._C._set_grad_enabled and args[0] is False:
-            raise NotImplementedError(
-                "forward mode does not stop at torch.no_grad(), which this function enters; use .detach() on what is "
-                "constant, or reverse mode"
-            )
-        return func(*args, **(kwargs or {}))
+def _stay_enabled(func: Any, enabled: bool) -> Any:
+    if not enabled:
+        raise NotImplementedError(
+            "forward mode does not stop at torch.no_grad(), which this function enters; use .detach() on what is "
+            "constant, or reverse mode"
+        )
+    return func(enabled)
+
+
+@contextmanager
+def refusing_by_name(mode: str) -> Iterator[None]:
+    """Turn what torch's transforms cannot do into one error, which names the operation and a mode that can.
+
+    Args:
+        mode: how derivatives are taken, for the message.
+
+    Raises:
+        NotImplementedError: in place of torch's errors of several kinds.
+    """
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        if not isinstance(error, NotImplementedError) and not re.search(_LIMITS_OF_TRANSFORMS, str(error)):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(" that does not support it")[0]
+        if "saved tensor hooks" in reason:
+            reason = "torch.utils.checkpoint inside of f does not go with torch.func's transforms"
+        raise NotImplementedError(f"{reason.rstrip('.')}. ({mode})") from error
+
+
+_LIMITS_OF_TRANSFORMS = (
+    r"functorch|forward[- ](AD|mode|gradient)|saved tensor hooks|doesn't have storage|flat_bdims must not be None"
+    r"|[Dd]erivative for .* (is )?not implemented|linalg_eig_backward"
+)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ gauss_newton_vp:   G v = J^T (d2 loss / dz2) J v,  z = model(x)       (Schraudol
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,13 +17,16 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from metalearn.derivatives.points import (
     Point,
     ScalarFunction,
+    as_point,
     check_direction,
-    check_point,
     fit_for_forward_mode,
     jvp,
+    refusing_by_name,
     scalar,
     vjp,
 )
+from metalearn.derivatives.singular import check_finite_product, is_finite, limit_of_product
+from metalearn.operations import CorrectedOperations
 
 
 def gradient(f: ScalarFunction, x: Point) -> Point:
@@ -35,8 +39,7 @@ def gradient(f: ScalarFunction, x: Point) -> Point:
         ValueError: if ``f`` does not give a scalar.
         TypeError: if ``x`` holds other than floating-point tensors.
     """
-    check_point("x", x)
-    value, pull_back = vjp(scalar(f), x)
+    value, pull_back = vjp(scalar(f), as_point("x", x))
     return cast(Point, pull_back(torch.ones_like(value)))
 
 
@@ -69,24 +72,34 @@ def hvp(f: ScalarFunction, x: Point, v: Point, *, mode: str = "forward_over_reve
 
     Reference: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
     """
-    return value_and_hvp(f, x, v, mode=mode)[1]
+    value, product = value_and_hvp(f, x, v, mode=mode)
+    if torch._C._are_functorch_transforms_active() or is_finite(product) or not torch.isfinite(value):
+        return product  # inside a transform no value can be looked at; and where f is not finite, nothing is
+    x, v = as_point("x", x), as_point("v", v)
+    product = limit_of_product(lambda at: value_and_hvp(f, at, v, mode=mode)[1], partial(gradient, f), x, v, product)
+    check_finite_product("hvp", product)
+    return cast(Point, product)
 
 
 def value_and_hvp(f: ScalarFunction, x: Point, v: Point, *, mode: str) -> tuple[Tensor, Point]:
     """f(x), which the product computes on its way, and H v; as ``hvp``."""
     if mode not in HVP_MODES:
         raise ValueError(f"hvp: mode={mode!r} is not one of {', '.join(HVP_MODES)}.")
-    check_point("x", x)
+    x = as_point("x", x)
     direction = check_direction("v", x, v)
-    try:
+    with refusing_by_name(_ADVICE[mode]):
         value, product = HVP_MODES[mode](scalar(f), x, direction)
-    except NotImplementedError as error:
-        reason = str(error).partition(" that does not support it")[0]
-        raise NotImplementedError(
-            f"{reason}: hvp's mode={mode!r} needs a forward-mode formula for every operation. Take "
-            "mode='reverse_over_reverse', which needs none."
-        ) from error
     return value, cast(Point, product)
+
+
+_ADVICE = {
+    "forward_over_reverse": "hvp's mode='forward_over_reverse' takes tangents through every operation; take "
+    "mode='reverse_over_reverse', which does not",
+    "reverse_over_forward": "hvp's mode='reverse_over_forward' differentiates the forward-mode formula of every "
+    "operation; take mode='reverse_over_reverse', which does not, or 'forward_over_reverse'",
+    "reverse_over_reverse": "hvp's mode='reverse_over_reverse' needs the derivative of every operation's derivative, "
+    "and this one has no second derivative; write it out of others",
+}
 
 
 def _forward_over_reverse(f: ScalarFunction, x: Any, v: Any) -> tuple[Tensor, Any]:
@@ -118,7 +131,7 @@ def _reverse_over_reverse(f: ScalarFunction, x: Any, v: Any) -> tuple[Tensor, An
 
 def _reverse_over_forward(f: ScalarFunction, x: Any, v: Any) -> tuple[Tensor, Any]:
     values: list[Tensor] = []
-    watched = fit_for_forward_mode(f)
+    watched = fit_for_forward_mode(f, nested=True)
 
     def slope(x: Any) -> Tensor:
         value, along = jvp(watched, x, v)
@@ -158,7 +171,18 @@ def gauss_newton_vp(model: Callable[[Any], Tensor], loss: ScalarFunction, x: Poi
 
     Reference: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
     """
-    check_point("x", x)
-    z, jv = jvp(fit_for_forward_mode(model), x, check_direction("v", x, v))
-    _, pull_back = vjp(model, x)
-    return cast(Point, pull_back(hvp(loss, z, jv)))
+    x = as_point("x", x)
+
+    def corrected(x: Any) -> Tensor:
+        with CorrectedOperations():
+            return model(x)
+
+    with refusing_by_name(
+        "gauss_newton_vp takes J v in forward mode; hvp(..., mode='reverse_over_reverse') of a model and a loss in one "
+        "gives the Hessian without it"
+    ):
+        z, jv = jvp(fit_for_forward_mode(corrected), x, check_direction("v", x, v))
+    _, pull_back = vjp(corrected, x)
+    product = pull_back(hvp(loss, z, jv, mode="reverse_over_reverse"))
+    check_finite_product("gauss_newton_vp", product)
+    return cast(Point, product)

@@ -1,0 +1,238 @@
+"""Operations whose derivatives torch gets wrong, done right or refused by name.
+
+``CorrectedOperations`` is entered around every model, loss and function that is differentiated here. It sees each call
+by name and replaces those in its table:
+
+    corrected      everywhere: the same values, with derivatives that are right
+    FORWARD_MODE   where a tangent passes: Hessian-vector products by forward over reverse, and the engine ``adjoint``
+    NESTED         where the forward-mode formula itself is differentiated: reverse over forward, forward over forward
+
+How each was found: ``tests/operations`` takes torch's own database of operations through every mode and engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+Handler = Callable[..., Any]
+"""``handler(func, *args, **kwargs)``: what is computed in place of ``func(*args, **kwargs)``."""
+
+
+class CorrectedOperations(TorchFunctionMode):
+    """A context in which operations of the tables are replaced.
+
+    Args:
+        tables: handlers by the name of an operation, beside those that are corrected everywhere; the last one wins.
+    """
+
+    def __init__(self, *tables: Mapping[str, Handler]) -> None:
+        super().__init__()
+        self._handlers: dict[str, Handler] = dict(_CORRECTED)
+        for table in tables:
+            self._handlers |= table
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = self._handlers.get(operation_name(func))
+        return func(*args, **(kwargs or {})) if handler is None else handler(func, *args, **(kwargs or {}))
+
+
+@contextmanager
+def nothing_run_again() -> Iterator[None]:
+    """Refuse activation checkpointing inside a model: what it runs again on the way back has the module's own weights,
+    as ``functional_call`` has put them back by then, and the gradient is wrong.
+
+    It is seen by its saved-tensor hooks, and not inside of the caller's own.
+
+    Raises:
+        ValueError: naming what to do.
+    """
+    with ExitStack() as stack:
+        with suppress(RuntimeError):  # the caller's hooks
+            stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_RUN_AGAIN))
+        try:
+            yield
+        except RuntimeError as error:
+            if str(error) != _RUN_AGAIN:
+                raise
+            raise ValueError(_RUN_AGAIN) from None
+
+
+_RUN_AGAIN = (
+    "torch.utils.checkpoint (or another saved-tensor hook) inside of a model runs its layers again on the way back, "
+    "when they no longer have the parameters that they were called with, so that the gradient would be wrong. Call the "
+    "layers without it; InnerLoop(engine='checkpoint') and task_chunk save memory instead."
+)
+
+
+def operation_name(func: Any) -> str:
+    """Return one name for an operation as a function, a method, ``torch.linalg``'s and ``torch.ops``'s."""
+    name: str = getattr(func, "__name__", "")
+    return name.partition(".")[0].removeprefix("linalg_")
+
+
+def refuse(reason: str) -> Handler:
+    """Return a handler that raises ``NotImplementedError``: the operation's name, and the reason."""
+
+    def handler(func: Any, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{operation_name(func)}: {reason}")
+
+    return handler
+
+
+def _weight_norm(func: Any, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """By its formula: the second derivative of torch's fused kernel is off by 8 to 48%."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _linear_cross_entropy(func: Any, *args: Any, options: Any = None, **kwargs: Any) -> Any:
+    """In one piece: ``options`` cuts it into chunks, whose second derivative is lost (and the first under ``vmap``)."""
+    return func(*args, **kwargs)
+
+
+def _sinc(func: Any, x: Tensor, **kwargs: Any) -> Tensor:
+    """By its series near 0, where torch's second derivative is 0/0."""
+    z = torch.pi * x
+    small = z.abs() < 1e-2
+    square = torch.where(small, z * z, 0.0)
+    series = 1 - square / 6 * (1 - square / 20 * (1 - square / 42 * (1 - square / 72)))
+    away = torch.where(small, 1.0, z)
+    return torch.where(small, series, torch.sin(away) / away)
+
+
+def _embedding(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let no gradient into the row of padding, in any task; and none be sparse, which has no second derivative.
+
+    torch's batching rule stacks the tasks' rows and goes on to leave out row ``padding_idx`` of the first task alone;
+    its forward mode lets a tangent of that row through.
+    """
+    bound = (_bind_functional if func is functional.embedding else _bind_torch)(*args, **kwargs)
+    words, weight, padding = bound["input"], bound["weight"], bound["padding_idx"]
+    if bound["max_norm"] is not None:
+        raise ValueError(
+            f"embedding: max_norm={bound['max_norm']} rescales the weights in place at every call, which no gradient "
+            "goes through and all tasks would share. Build nn.Embedding without max_norm, and normalise the rows in "
+            "the model: torch.renorm(weight, 2, 0, max_norm)."
+        )
+    vectors = functional.embedding(words, weight, scale_grad_by_freq=bound["scale_grad_by_freq"])
+    if padding is None:
+        return vectors
+    return torch.where((words == padding % weight.shape[0]).unsqueeze(-1), vectors.detach(), vectors)
+
+
+def _bind_functional(
+    input: Tensor,  # noqa: A002  # as torch calls it
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> dict[str, Any]:
+    return locals()
+
+
+def _bind_torch(
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> dict[str, Any]:
+    padding = None if padding_idx < 0 else padding_idx
+    return _bind_functional(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
+
+
+_CORRECTED: dict[str, Handler] = {
+    "_weight_norm": _weight_norm,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "sinc": _sinc,
+    "embedding": _embedding,
+}
+
+
+def _mse_loss(func: Any, input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
+    """Take the mean outside: torch's formula for it writes to the zeros that stand for no tangent (pytorch #112013)."""
+    options = {name: value for name, value in kwargs.items() if value is not None}
+    if func is not functional.mse_loss or args or options not in ({}, {"reduction": "mean"}):
+        return func(input, target, *args, **kwargs)
+    return func(input, target, reduction="none").mean()
+
+
+def _symmetric(func: Any, a: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Take the symmetric part of a tangent, as reverse mode takes that of a gradient; torch reads a triangle of it."""
+    symmetric = (a + a.mH) / 2
+    return func(a.detach() + (symmetric - symmetric.detach()), *args, **kwargs)
+
+
+def _pinv(func: Any, *args: Any, **kwargs: Any) -> Any:
+    hermitian = kwargs.get("hermitian", False) or any(arg is True for arg in args)
+    return (_READS_A_TRIANGLE if hermitian else _as_it_is)(func, *args, **kwargs)
+
+
+def _as_it_is(func: Any, *args: Any, **kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
+def _norm(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Have NaN for a derivative where the norm is 0, as double backward has: torch's formula goes on with 0 there."""
+    norm = func(*args, **kwargs)
+    return torch.where(norm == 0, (norm * norm).sqrt(), norm)
+
+
+def _scatter_reduce(func: Any, *args: Any, **kwargs: Any) -> Any:
+    products = any(isinstance(arg, str) and arg == "prod" for arg in (*args, *kwargs.values()))
+    return (_WRONG_FORMULA if products else _as_it_is)(func, *args, **kwargs)
+
+
+_READS_A_TRIANGLE = refuse("with hermitian=True it reads one triangle, and torch's forward mode both")
+_WRONG_FORMULA = refuse("torch's forward-mode formula for it is wrong")
+
+FORWARD_MODE: dict[str, Handler] = {
+    "mse_loss": _mse_loss,
+    **dict.fromkeys(("cholesky", "cholesky_ex", "eigh", "eigvalsh", "matrix_sqrth"), _symmetric),
+    "pinv": _pinv,
+    **dict.fromkeys(("norm", "vector_norm", "matrix_norm", "dist"), _norm),
+    "scatter_reduce": _scatter_reduce,
+    **dict.fromkeys(
+        ("as_strided_scatter", "cholesky_inverse", "max_unpool1d", "max_unpool2d", "max_unpool3d", "triangular_solve"),
+        _WRONG_FORMULA,
+    ),
+}
+"""Where a tangent passes."""
+
+_NOT_DIFFERENTIABLE = refuse("torch's forward-mode formula for it cannot be differentiated, and gives wrong numbers")
+
+NESTED: dict[str, Handler] = {
+    **FORWARD_MODE,
+    **dict.fromkeys(
+        (
+            "_batch_norm_with_update",
+            "_native_batch_norm_legit",
+            "_safe_softmax",
+            "batch_norm",
+            "cumprod",
+            "det",
+            "eigh",
+            "householder_product",
+            "instance_norm",
+            "layer_norm",
+            "logcumsumexp",
+            "logdet",
+            "native_batch_norm",
+            "native_layer_norm",
+            "slogdet",
+            "solve",
+            "solve_ex",
+            "tensorsolve",
+        ),
+        _NOT_DIFFERENTIABLE,
+    ),
+}
+"""Where a forward-mode formula is differentiated itself."""
