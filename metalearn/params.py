@@ -163,13 +163,30 @@ def gradients(loss: Tensor, params: Params, *, create_graph: bool) -> Params:
     Raises:
         ValueError: if the loss reaches none of them, which is a mistake and not a zero gradient.
     """
-    if not loss.requires_grad:
+    reached: tuple[Tensor | None, ...] = (None,) * len(params)
+    if loss.requires_grad:
+        reached = torch.autograd.grad(loss, list(params.values()), create_graph=create_graph, allow_unused=True)
+    if all(g is None for g in reached):
         raise ValueError(
-            "the loss depends on no parameter: nothing that was computed from them reaches it through autograd. Look "
-            "for .detach(), .item(), argmax or torch.no_grad() in the model or in the loss."
+            f"the loss depends on no parameter of {', '.join(list(params)[:5])}{', ...' if len(params) > 5 else ''}: "
+            "nothing that was computed from them reaches it through autograd. Look for .detach(), .item(), argmax or "
+            "torch.no_grad() in the model or in the loss, or for what InnerLoop's adapted leaves out."
         )
-    grads = torch.autograd.grad(loss, list(params.values()), create_graph=create_graph, materialize_grads=True)
-    return dict(zip(params, grads, strict=True))
+    return {
+        name: torch.zeros_like(p, requires_grad=False) if g is None else g
+        for (name, p), g in zip(params.items(), reached, strict=True)
+    }
+
+
+def pull_back(outputs: Params, inputs: Params, lam: Params, *, create_graph: bool = False) -> Params:
+    """The transposed Jacobian of outputs in inputs times lam, named like the inputs; zeros where nothing is reached."""
+    reached = [name for name, w in outputs.items() if w.requires_grad]
+    grads = torch.autograd.grad(
+        *([outputs[n] for n in reached], list(inputs.values()), [lam[n] for n in reached]),
+        create_graph=create_graph,
+        materialize_grads=True,
+    )
+    return dict(zip(inputs, grads, strict=True))
 
 
 def global_norm(tree: Params) -> Tensor:

@@ -13,7 +13,7 @@ from metalearn.inner.carry import (
 )
 from metalearn.inner.loop import adapt, inner_step, support_gradients
 from metalearn.inner.losses import TaskLosses, predict, predictions_of_tasks, task_losses, total_support_loss
-from metalearn.inner.refusals import explained, refuse_nonfinite
+from metalearn.inner.refusals import checks_are_off, explained, refuse_nonfinite
 from metalearn.inner.rules import SEPARATOR, SGD, Adam, Momentum, UpdateRule, of_model, state_name
 from metalearn.inner.settings import LEARNED_RATES, InnerLoop, Start
 from metalearn.inner.starts import PrototypeHead, ZeroContext
@@ -34,6 +34,7 @@ __all__ = [
     "adapted_names",
     "begin",
     "check_settings",
+    "checks_are_off",
     "explained",
     "inner_step",
     "model_of",

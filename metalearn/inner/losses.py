@@ -1,16 +1,15 @@
-"""The forward pass of T tasks, each under its own parameters: predictions and losses. Here alone is ``vmap``."""
+"""The forward pass of T tasks, each under its own parameters: predictions and losses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metalearn.inner.batching import differentiable_layers, over_tasks
 from metalearn.inner.refusals import explained, unchanged
-from metalearn.kernels import kernels_take, stacked_layers
+from metalearn.kernels import kernels_take
 from metalearn.params import check_dictionary
 from metalearn.types import Forward, Loss, Params, check_tensors
 
@@ -48,13 +47,11 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
         check_tensors({"the loss": value})
         return value
 
-    # randomness="different": dropout draws its own mask for every task. MATH: attention by its formula, as the fused
-    # kernels (flash, efficient) have no second derivative, and on CPUs no batching rule.
-    with unchanged(_called(fast, x, y)), sdpa_kernel(SDPBackend.MATH), stacked_layers():
+    with unchanged(_called(fast, x, y)):
         if (predictions := _at_once(forward, fast, x)) is not None:
-            losses = torch.vmap(loss_of, randomness="different")(predictions, y)
+            losses = over_tasks(loss_of, predictions, y, model=loss)
         else:
-            losses, predictions = torch.vmap(one_task, randomness="different")(fast, x, y)
+            losses, predictions = over_tasks(one_task, fast, x, y, model=forward)
     if losses.ndim != 1:
         raise ValueError(
             f"loss: it gave {tuple(losses.shape[1:])} numbers for a task and must give one, the mean over the task's "
@@ -66,14 +63,17 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
 def _at_once(forward: Forward, fast: Params, x: Tensor) -> Tensor | None:
     """Every task's predictions without ``vmap``, where the model offers them and the kernels take its tensors."""
     of_tasks: Callable[[Params, Tensor], Tensor | None] | None = getattr(forward, "of_tasks", None)
-    return of_tasks(fast, x) if of_tasks and x.ndim == 5 and kernels_take(fast, x) else None
+    if not (of_tasks and x.ndim == 5 and kernels_take(fast, x)):
+        return None
+    with differentiable_layers():
+        return of_tasks(fast, x)
 
 
 def predictions_of_tasks(forward: Forward, fast: Params, x: Tensor) -> Tensor:
     """Every task's predictions ``[T, examples, ...]``, as ``task_losses`` computes them; differentiable."""
-    with unchanged(_called(fast, x)), sdpa_kernel(SDPBackend.MATH), stacked_layers():
+    with unchanged(_called(fast, x)):
         if (predictions := _at_once(forward, fast, x)) is None:
-            predictions = torch.vmap(forward, randomness="different")(fast, x)
+            predictions = over_tasks(forward, fast, x, model=forward)
     return predictions
 
 
@@ -81,8 +81,8 @@ def predict(forward: Forward, fast: Params, x: Tensor) -> Tensor:
     """Every task's predictions ``[T, examples, ...]`` under its own parameters, for ``x`` ``[T, examples, ...]``."""
     check_dictionary(fast)
     check_tensors({"x": x, **_called(fast)})
-    with explained({"x": x}, fast), unchanged(_called(fast, x)), sdpa_kernel(SDPBackend.MATH), stacked_layers():
-        predictions: Tensor = torch.vmap(forward, randomness="different")(fast, x)
+    with explained({"x": x}, fast), unchanged(_called(fast, x)):
+        predictions: Tensor = over_tasks(forward, fast, x, model=forward)
     return predictions
 
 

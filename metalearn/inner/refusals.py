@@ -161,6 +161,11 @@ def losses_unchecked() -> Iterator[None]:
         _UNCHECKED.reset(token)
 
 
+def checks_are_off() -> bool:
+    """Return whether this is inside ``losses_unchecked``."""
+    return _UNCHECKED.get()
+
+
 def refuse_nonfinite(support_losses: list[Tensor], query_losses: Tensor | None = None) -> None:
     """Refuse a loss that is NaN or infinite, before anything is made of it; inside ``losses_unchecked``, do nothing.
 
@@ -172,7 +177,7 @@ def refuse_nonfinite(support_losses: list[Tensor], query_losses: Tensor | None =
         NonFiniteLossError: naming the first inner step, and of its tasks the first.
     """
     rows = [*support_losses, *([] if query_losses is None else [query_losses])]
-    if not rows or _UNCHECKED.get():
+    if not rows or checks_are_off():
         return
     losses = torch.stack(rows).detach()
     finite = torch.isfinite(losses)

@@ -3,13 +3,13 @@
     theta_{k+1} = theta_k - alpha * d_k,    d_k = rule(g_0, ..., g_k),    g_k = dL_support(theta_k) / dtheta_k
 
 A rule gives d_k. The step size alpha, fixed or learned, weight decay and clipping are settings of ``InnerLoop``, and go
-with every rule. A rule of one's own is any object with the three members of ``UpdateRule``.
+with every rule. A rule of one's own is any object with the two members of ``UpdateRule``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,10 +27,6 @@ def of_model(tree: Params) -> Params:
 
 class UpdateRule(Protocol):
     """From gradients to directions, of T tasks at once. Make it a frozen dataclass: it is part of the settings."""
-
-    @property
-    def linear(self) -> bool:
-        """Whether directions are linear in the gradients; the engine ``adjoint`` then need not know their values."""
 
     def start(self, fast: Params) -> Params:
         """What the rule remembers, before the first step: tensors ``[T, ...]`` under names of ``state_name``.
@@ -58,8 +54,6 @@ def state_name(kind: str, name: str) -> str:
 class SGD:
     """d_k = g_k."""
 
-    linear: ClassVar[bool] = True
-
     def start(self, fast: Params) -> Params:
         """Nothing."""
         return {}
@@ -85,7 +79,6 @@ class Momentum:
 
     momentum: float = 0.9
     nesterov: bool = False
-    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_fraction("Momentum", "momentum", self.momentum)
@@ -119,7 +112,6 @@ class Adam:
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    linear: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))

@@ -91,10 +91,10 @@ class InnerLoop:
         self._check_the_objective()
 
     def _check_the_step(self) -> None:
-        if lacking := [member for member in ("__call__", "start", "linear") if not hasattr(self.rule, member)]:
+        if lacking := [member for member in ("__call__", "start") if not hasattr(self.rule, member)]:
             raise ValueError(
                 f"InnerLoop: rule={self.rule!r} has no {lacking[0]}; it must be an update rule: metalearn.SGD(), "
-                "Momentum(), Adam(), or one of your own with start, linear and __call__ (metalearn.UpdateRule)."
+                "Momentum(), Adam(), or one of your own with start and __call__ (metalearn.UpdateRule)."
             )
         if isinstance(self.rule, type):
             raise ValueError(

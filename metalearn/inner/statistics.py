@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from metalearn.inner.batching import over_tasks
 from metalearn.inner.rules import SEPARATOR
 from metalearn.types import Forward, Params
 
@@ -61,8 +61,7 @@ def record(forward: Forward, fast: Params, x: Tensor) -> list[Moments]:
         seen: list[Moments] = recorder.seen
         return seen
 
-    with sdpa_kernel(SDPBackend.MATH):
-        by_task: list[Moments] = torch.vmap(one_task, randomness="different")(fast, x)
+    by_task: list[Moments] = over_tasks(one_task, fast, x, model=forward)
     return [Moments(moments.mean.mean(dim=0), moments.var.mean(dim=0)) for moments in by_task]
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from metalearn.errors import NonFiniteLossError
-from metalearn.inner import InnerLoop, check_settings, explained
+from metalearn.inner import InnerLoop, check_settings, checks_are_off, explained
 from metalearn.metagrad.adjoint import adjoint
 from metalearn.metagrad.checkpoint import checkpoint
+from metalearn.metagrad.nonfinite import check_finite_gradient, last_nonfinite_step
 from metalearn.metagrad.unroll import unroll
 from metalearn.params import check_params
 from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
@@ -55,6 +57,7 @@ def meta_gradient(
             batched over tasks or differentiated twice.
         TypeError: if a parameter is not a floating-point tensor.
         NonFiniteLossError: if a support or query loss is NaN or infinite; naming the task and the inner step.
+        NonFiniteGradientError: if the gradient is, though no loss is; naming the parameter and the task.
 
     Example:
         >>> forward, theta = functionalize(nn.Linear(3, 2))
@@ -68,22 +71,26 @@ def meta_gradient(
         raise ValueError(f"meta_gradient: engine={inner.engine!r} is not one of {', '.join(ENGINES)}.{measured}")
     check_params(params)
     check_settings(params, inner, training=True)
-    engine = engine or ENGINES[inner.engine]
+    compute = partial(_in_chunks, engine or ENGINES[inner.engine], forward, params, inner=inner, loss=loss)
     with explained(vars(episodes), params):
-        if inner.task_chunk is None or inner.task_chunk >= episodes.tasks:
-            return engine(forward, params, episodes, inner, loss)
-        return _in_chunks(engine, forward, params, episodes, inner, loss)
+        result = compute(episodes)
+        if not checks_are_off():
+            step_of = partial(last_nonfinite_step, forward, params, inner=inner, loss=loss)
+            check_finite_gradient(result.grads, compute, (lambda _: None) if engine else step_of, episodes)
+    return result
 
 
 def _in_chunks(
     engine: Engine, forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss
 ) -> MetaGradient:
     """The same mean over tasks, ``inner.task_chunk`` of them at a time; of figures too."""
+    if inner.task_chunk is None or inner.task_chunk >= episodes.tasks:
+        return engine(forward, params, episodes, inner, loss)
     grads = {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()}
     losses, support_losses, predictions = [], [], []
     figures: dict[str, Tensor] = {}
     done = 0
-    for chunk in episodes.split(inner.task_chunk or episodes.tasks):
+    for chunk in episodes.split(inner.task_chunk):
         share = chunk.tasks / episodes.tasks
         try:
             part = engine(forward, params, chunk, inner, loss)

@@ -17,6 +17,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -28,12 +29,14 @@ from metalearn.inner import (
     adapted_names,
     model_params,
     of_model,
+    state_name,
     support_gradients,
     total_support_loss,
     update,
 )
 from metalearn.metagrad.ends import way_there
 from metalearn.metagrad.trajectory import Start
+from metalearn.params import pull_back
 from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
 log = logging.getLogger(__name__)
@@ -83,28 +86,44 @@ def _through_update(
     model = of_model(start.carry)
     if inner.plain:
         return lam, {n: -inner.lr * lam[n] if n in own else torch.zeros_like(lam[n]) for n in model}
-    # What is linear in the gradient with constant coefficients needs no gradient to be pulled back.
-    constant = inner.rule.linear and inner.learned_lr is None and inner.clip_norm is None
-    if constant:
-        grads = {name: torch.zeros_like(start.carry[name]) for name in own}
-    else:
+    grads = {name: torch.zeros_like(start.carry[name]) for name in own}
+    back, of_gradient, depends = pull_back_update(start.carry, grads, inner, start.step, lam)
+    if depends:
         with start.random_draws_repeated(), torch.no_grad():  # no graph of theirs
             grads, _ = support_gradients(
                 forward, start.carry, episodes.support_x, episodes.support_y, inner, loss=loss, k=start.step
             )
-    lam, of_gradient = pull_back_update(start.carry, grads, inner, start.step, lam)
-    return lam, {n: of_gradient[n] if n in of_gradient else torch.zeros_like(lam[n]) for n in model}
+        back, of_gradient, _ = pull_back_update(start.carry, grads, inner, start.step, lam)
+    return back, {n: of_gradient[n] if n in of_gradient else torch.zeros_like(lam[n]) for n in model}
 
 
-def pull_back_update(carry: Params, grads: Params, inner: InnerLoop, k: int, lam: Params) -> tuple[Params, Params]:
-    """The transposed Jacobians of ``update`` times lam: in what is carried, and in the gradients."""
+class UpdatePullBack(NamedTuple):
+    """The transposed Jacobians of ``update`` times lam.
+
+    Args:
+        of_carry: in what is carried.
+        of_gradient: in the gradients.
+        depends: whether they are others where the gradients or the carry are: not so for SGD, momentum and decay.
+    """
+
+    of_carry: Params
+    of_gradient: Params
+    depends: bool
+
+
+def pull_back_update(carry: Params, grads: Params, inner: InnerLoop, k: int, lam: Params) -> UpdatePullBack:
+    """Lam through ``update``, and whether that would be the same with any other gradients."""
     with torch.enable_grad():
         at, g = ({name: w.detach().requires_grad_() for name, w in tree.items()} for tree in (carry, grads))
         after = update(at, g, inner, k)
-        products = torch.autograd.grad(
-            list(after.values()), [*at.values(), *g.values()], [lam[n] for n in after], materialize_grads=True
-        )
-    return dict(zip(at, products, strict=False)), dict(zip(g, products[len(at) :], strict=True))
+        inputs = at | {state_name("gradient", name): w for name, w in g.items()}
+        products = pull_back(after, inputs, lam, create_graph=True)  # with a graph where the Jacobian is no constant
+    values = {name: p.detach() for name, p in products.items()}
+    return UpdatePullBack(
+        of_carry={name: values[name] for name in carry},
+        of_gradient={name: values[state_name("gradient", name)] for name in grads},
+        depends=any(p.requires_grad for p in products.values()),
+    )
 
 
 _REVERSE_ONLY: WeakSet[Forward] = WeakSet()
@@ -120,21 +139,13 @@ def hessian_product(
         try:
             with start.random_draws_repeated():
                 return value_and_hvp(support_loss, at, v, mode="forward_over_reverse")
-        except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
-            if isinstance(error, torch.OutOfMemoryError) or not _lacks_forward_mode(error):
-                raise
-            reason = re.sub(r": hvp's mode=.*| that does not support it.*", "", str(error).splitlines()[0])
+        except NotImplementedError as error:
+            reason = re.sub(r"\. \(hvp's mode=.*", "", str(error).splitlines()[0])
         # Out here, as the error's trace would keep the failed attempt's activations.
         _say_once(reason)
         _REVERSE_ONLY.add(forward)
     with start.random_draws_repeated():
         return value_and_hvp(support_loss, at, v, mode="reverse_over_reverse")
-
-
-def _lacks_forward_mode(error: Exception) -> bool:
-    """Whether an operation has no forward-mode formula: a kernel says so, and a custom Function under vmap asserts."""
-    known = r"forward[- ](AD|mode)|\bjvp\b|flat_bdims must not be None"
-    return isinstance(error, NotImplementedError) or re.search(known, str(error)) is not None
 
 
 @functools.cache

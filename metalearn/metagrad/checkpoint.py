@@ -18,6 +18,7 @@ from torch import Tensor
 from metalearn.inner import InnerLoop
 from metalearn.metagrad.ends import way_there
 from metalearn.metagrad.trajectory import Step
+from metalearn.params import pull_back
 from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
 
@@ -27,18 +28,15 @@ def checkpoint(forward: Forward, params: Params, episodes: Episodes, inner: Inne
     lam, repeated = way.lam, {}
     for start in way.trajectory.back():
         with start.random_draws_repeated():
-            repeated[start.step], lam = pull_back(way.trajectory.step, start.step, start.carry, lam)
+            repeated[start.step], lam = pull_back_step(way.trajectory.step, start.step, start.carry, lam)
         lam = way.with_query_loss(start, lam)
     way.trajectory.refuse_other(repeated)
     return way.outcome(lam)
 
 
-def pull_back(step: Step, k: int, carry: Params, lam: Params) -> tuple[Tensor, Params]:
+def pull_back_step(step: Step, k: int, carry: Params, lam: Params) -> tuple[Tensor, Params]:
     """Total support loss of the k-th inner step at ``carry``, and the step's transposed Jacobian times ``lam``."""
     with torch.enable_grad():
         at = {name: w.detach().requires_grad_() for name, w in carry.items()}
         after, losses = step(k, at)
-        grads = torch.autograd.grad(
-            list(after.values()), list(at.values()), [lam[n] for n in after], materialize_grads=True
-        )
-    return losses.sum(), dict(zip(at, grads, strict=True))
+        return losses.sum(), pull_back(after, at, lam)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metalearn.inner import InnerLoop, TaskLosses, begin, inner_step, model_params, refuse_nonfinite, task_losses
 from metalearn.metagrad.trajectory import Start, Trajectory, walk
-from metalearn.params import gradients
+from metalearn.params import gradients, pull_back
 from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
 
@@ -118,16 +118,10 @@ def outcome(grads: Params, losses: Tensor, predictions: Tensor, support_losses: 
 
 def pull_back_beginning(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, lam: Params) -> Params:
     """The transpose of ``begin``: theta is shared by all tasks, so their adjoints ``[T, ...]`` add up to ``[...]``."""
-    if inner.start is None and not inner.proximal:
-        return {name: lam[name].sum(dim=0) if name in lam else torch.zeros_like(p) for name, p in params.items()}
     with torch.enable_grad():
         at = {name: p.detach().requires_grad_() for name, p in params.items()}
         carry = begin(forward, at, episodes.support_x, episodes.support_y, inner)
-        reached = [name for name, w in carry.items() if w.requires_grad]
-        grads = torch.autograd.grad(
-            [carry[n] for n in reached], list(at.values()), [lam[n] for n in reached], materialize_grads=True
-        )
-    return dict(zip(at, grads, strict=True))
+        return pull_back(carry, at, lam)
 
 
 def refuse_without_gradient(engine: str, name: str, inner: InnerLoop, reasons: Mapping[str, str]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metalearn.data.sampler import TaskSampler
 from metalearn.inner import InnerLoop, begin, inner_step, model_params, predict
+from metalearn.inner.batching import is_batchable, over_tasks
 from metalearn.inner.statistics import Moments, as_theta, record, statistics_at, under
 from metalearn.runs.scores import ACCURACY, Score
 from metalearn.types import Episodes, Forward, Loss, Params
@@ -138,8 +139,14 @@ def predict_one_by_one(
 
     tasks, support = episodes.support_x.shape[:2]
     queries_per_pass = max(1, _IMAGES_PER_PASS // (tasks * (support + 1)))
-    one_task = torch.vmap(one_query, in_dims=(None, None, 0), chunk_size=queries_per_pass, randomness="different")
-    predictions: Tensor = torch.vmap(one_task, randomness="different")(fast, episodes.support_x, episodes.query_x)
+    each = torch.vmap(one_query, in_dims=(None, None, 0), chunk_size=queries_per_pass, randomness="different")
+
+    def one_task(params: Params, support_x: Tensor, queries: Tensor) -> Tensor:
+        if is_batchable(forward):
+            return each(params, support_x, queries)
+        return torch.stack([one_query(params, support_x, query) for query in queries])
+
+    predictions: Tensor = over_tasks(one_task, fast, episodes.support_x, episodes.query_x, model=forward)
     return predictions
 
 

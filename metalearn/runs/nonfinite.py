@@ -16,10 +16,8 @@ from metalearn.errors import (
     NonFiniteElsewhereError,
     NonFiniteError,
     NonFiniteGradientError,
-    NonFiniteLossError,
     RunError,
 )
-from metalearn.metagrad.adjoint import adjoint
 from metalearn.params import functionalize
 from metalearn.runs.config_files import from_text, to_yaml
 from metalearn.runs.experiment import Experiment, algorithm_of, build_model, score_of
@@ -35,7 +33,7 @@ MOST_KEPT = 20
 def blame(
     experiment: Experiment, state: TrainState, episodes: Episodes, grads: Params, *, alone: bool
 ) -> NonFiniteError:
-    """The error that names where a gradient of finite losses is not finite.
+    """The error that names where a gradient of finite losses is not finite, which is found by computing it again.
 
     Args:
         experiment: what was computed with.
@@ -48,35 +46,12 @@ def blame(
     name = next((n for n, norm in norms.items() if not torch.isfinite(norm)), None)
     if name is None and not alone:
         return NonFiniteElsewhereError()
-    name = name or max(norms, key=lambda n: float(norms[n]))  # each is finite, and their sum of squares is not
-    for task, episode in enumerate(episodes.split(1)):
-        try:
-            own = experiment.eager(state.params, episode, state.iteration).grads
-        except NonFiniteLossError as error:  # which another library's gradient has not looked at
-            return error.in_batch(task)
-        for parameter, g in own.items():
-            if (bad := g[~torch.isfinite(g)]).numel():
-                step = _step(experiment, state, episode)
-                return NonFiniteGradientError(parameter, value=bad[0].item(), task=task, step=step)
-    return NonFiniteGradientError(name, value=grads[name].norm().item(), task=None, step=None)
-
-
-def _step(experiment: Experiment, state: TrainState, episode: Episodes) -> int | None:
-    """The last inner step whose adjoint is not finite; ``None`` where the adjoint cannot be computed or is finite."""
-    steps: list[int] = []
-
-    def watch(k: int, lam: Params) -> None:
-        if not all(torch.isfinite(w).all() for w in lam.values()):
-            steps.append(k)
-
-    if experiment.algorithm.engine:  # it has no adjoint
-        return None
-    inner = experiment.algorithm.at(state.iteration / experiment.config.outer.iterations)
     try:
-        adjoint(experiment.forward, state.params, episode, inner, experiment.score.loss, watch=watch)
-    except (ValueError, RuntimeError):  # of a model that goes through another engine only
-        return None
-    return max(steps, default=None)
+        experiment.eager(state.params, episodes, state.iteration)
+    except NonFiniteError as error:  # a loss too, if another library's gradient has not looked at it
+        return error
+    name = name or max(norms, key=lambda n: float(norms[n]))  # each is finite, and their sum of squares is not
+    return NonFiniteGradientError(name, value=grads[name].norm().item())
 
 
 def keep_episode(
@@ -138,10 +113,6 @@ def replay(path: Path | str) -> MetaGradient:
     forward, _ = functionalize(module)
     algorithm, progress = algorithm_of(config, module), content["iteration"] / config.outer.iterations
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.run.precision == "bfloat16"):
-        result = algorithm.meta_gradient(
+        return algorithm.meta_gradient(
             forward, content["params"], episode, loss=score_of(config).loss, progress=progress
         )
-    for name, g in result.grads.items():
-        if (bad := g[~torch.isfinite(g)]).numel():
-            raise NonFiniteGradientError(name, value=bad[0].item(), task=0, step=None)
-    return result

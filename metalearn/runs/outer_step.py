@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from metalearn.errors import NonFiniteElsewhereError, NonFiniteError, NonFiniteLossError
+from metalearn.errors import NonFiniteElsewhereError, NonFiniteError
 from metalearn.inner.refusals import losses_unchecked
 from metalearn.runs.distributed import Ranks
 from metalearn.runs.experiment import Experiment
@@ -88,14 +88,14 @@ class _Own(NamedTuple):
     Args:
         grads: their mean meta-gradient.
         figures: their means, by name.
-        failed: 1 where a loss of theirs is not finite, else 0; a scalar on the device.
+        failed: 1 where a loss of theirs, or its gradient, is not finite, else 0; a scalar on the device.
         failure: which, if that is known already.
     """
 
     grads: Params
     figures: dict[str, Tensor]
     failed: Tensor
-    failure: NonFiniteLossError | None = None
+    failure: NonFiniteError | None = None
 
 
 def checked_late(device: torch.device) -> bool:
@@ -104,12 +104,12 @@ def checked_late(device: torch.device) -> bool:
 
 
 def _own(experiment: Experiment, params: Params, episodes: Episodes, iteration: int) -> _Own:
-    """The mean over this process's tasks; zeros, for the others to add, where a loss was refused."""
+    """The mean over this process's tasks; zeros, for the others to add, where it was refused."""
     late, zero = checked_late(experiment.device), next(iter(params.values())).new_zeros(())
     try:
         with losses_unchecked() if late else nullcontext():
             result = experiment.gradient(params, episodes, iteration)
-    except NonFiniteLossError as error:
+    except NonFiniteError as error:
         figures = dict.fromkeys(_figures(experiment), zero)
         return _Own({name: torch.zeros_like(p) for name, p in params.items()}, figures, zero + 1, error)
     score = experiment.score.of(result.predictions, episodes.query_y).mean()
@@ -139,7 +139,7 @@ def _fault_of(own: _Own, experiment: Experiment, state: TrainState, episodes: Ep
         return NonFiniteElsewhereError()
     try:
         experiment.eager(state.params, episodes, state.iteration)
-    except NonFiniteLossError as error:
+    except NonFiniteError as error:
         return error
     return NonFiniteError(
         "a mean of the tasks' losses was NaN or infinite, and no task's own is when it is computed again: their sum "
