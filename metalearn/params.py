@@ -197,10 +197,12 @@ def check_params(params: Params) -> None:
     for name, p in params.items():
         if not isinstance(p, Tensor) or not p.is_floating_point():
             kind = p.dtype if isinstance(p, Tensor) else type(p).__name__
-            raise TypeError(
-                f"params[{name!r}] is {kind}: only floating-point tensors have gradients. Convert it with .float(), or "
-                "keep it in the model as a buffer, which is a constant."
+            remedy = (
+                "Keep the parameter as torch.view_as_real(p), and compute with torch.view_as_complex of it"
+                if isinstance(p, Tensor) and p.is_complex()
+                else "Convert it with .float(), or keep it in the model as a buffer, which is a constant"
             )
+            raise TypeError(f"params[{name!r}] is {kind}: only floating-point tensors have gradients. {remedy}.")
     check_tensors({f"params[{name!r}]": p for name, p in params.items()})
 
 
