@@ -248,17 +248,28 @@ def protonet(inner: InnerLoop, parts: Parts) -> Algorithm:
     and the features are then adapted: Proto-MAML (Triantafillou et al. 2020, arXiv 1903.03096).
 
     Raises:
-        ValueError: if the model has no linear head with a bias.
+        ValueError: if the model has no linear head with a weight and a bias of its own.
     """
     head = _head("protonet", parts)
-    if len(head) != 2:
-        raise ValueError("protonet: the model's last linear layer needs a weight and a bias, which prototypes set.")
-    return Algorithm("protonet", dataclasses.replace(inner, start=PrototypeHead(*head)))
+    if [name.rpartition(".")[2] for name in head] != ["weight", "bias"]:
+        raise ValueError(
+            "protonet: the model's last linear layer needs a weight and a bias, which prototypes set, and has "
+            f"{', '.join(head)}."
+        )
+    if shared := parts.tied.intersection(head):
+        raise ValueError(
+            f"protonet: the head shares {', '.join(sorted(shared))} with another layer, which prototypes would change "
+            "as well. Give it a weight and a bias of its own, or name another layer: parts_of(module, head=...)."
+        )
+    return Algorithm("protonet", dataclasses.replace(inner, start=PrototypeHead(head[0], head[1])))
 
 
 def _head(algorithm: str, parts: Parts) -> tuple[str, ...]:
     if not parts.head:
-        raise ValueError(f"{algorithm}: the model has no trainable nn.Linear to be its head; end it with one.")
+        raise ValueError(
+            f"{algorithm}: the model has no trainable nn.Linear to be its head; end it with one, or name "
+            "it: parts_of(module, head=...)."
+        )
     return parts.head
 
 
