@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch.nn.functional import cross_entropy
 
@@ -164,17 +165,19 @@ def maml_pp(
     if per_step_affine and parts.norms:
         inner = dataclasses.replace(inner, per_step=parts.norms, adapted=parts.all - parts.norms)
 
-    def annealing(inner: InnerLoop, progress: float) -> InnerLoop:
-        if progress < first_order_share:
-            inner = dataclasses.replace(inner, second_order=False)
-        if progress < multi_step_share and inner.steps > 1:
-            weights = multi_step_weights(inner.steps, progress / multi_step_share)
-            inner = dataclasses.replace(inner, query_weights=weights)
-        return inner
-
     anneals = multi_step_share > 0 or first_order_share > 0
+    annealing = partial(_annealed, multi_step_share=multi_step_share, first_order_share=first_order_share)
     statistics = per_step_statistics and bool(parts.norms)
     return Algorithm("maml_pp", inner, annealing=annealing if anneals else _unchanged, keeps_statistics=statistics)
+
+
+def _annealed(inner: InnerLoop, progress: float, *, multi_step_share: float, first_order_share: float) -> InnerLoop:
+    if progress < first_order_share:
+        inner = dataclasses.replace(inner, second_order=False)
+    if progress < multi_step_share and inner.steps > 1:
+        weights = multi_step_weights(inner.steps, progress / multi_step_share)
+        inner = dataclasses.replace(inner, query_weights=weights)
+    return inner
 
 
 def multi_step_weights(steps: int, progress: float) -> tuple[float, ...]:
