@@ -90,7 +90,7 @@ def _head_of(module: nn.Module) -> nn.Linear | None:
     inside = list(linear.values())
     if called:
         inside = [m for m in called[-1].modules() if isinstance(m, nn.Linear)]
-    if inside and not called and _may_feed_another(inside):
+    if inside and _may_feed_another(inside):
         listed = [f"{name} ({m.in_features} to {m.out_features})" for name, m in linear.items()]
         more = f" and {len(listed) - _MOST_LAYERS} more" if len(listed) > _MOST_LAYERS else ""
         raise ValueError(

@@ -247,6 +247,10 @@ def test_a_frozen_parameter_that_is_written_to_is_refused() -> None:
 
 def test_what_a_users_layer_hands_to_the_loss_stays() -> None:
     class Penalised(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.penalty = torch.zeros(())
+
         def forward(self, x: Tensor) -> Tensor:
             self.penalty = self.a.weight.square().sum()
             return super().forward(x)
@@ -308,6 +312,13 @@ def test_what_cannot_be_pure_is_refused_by_name(name: str) -> None:
     build, message = REFUSED[name]
     with pytest.raises(ValueError, match=f"^functionalize: .*{message}"):
         functionalize(build())
+
+
+def test_a_frozen_embedding_may_have_sparse_gradients() -> None:
+    frozen = nn.Embedding(9, 5, sparse=True).requires_grad_(False)
+    forward, theta = functionalize(nn.Sequential(frozen, nn.Linear(5, 3)))
+    words, labels = torch.randint(9, (2, 4)), torch.randint(3, (2, 4))
+    meta_gradient(forward, theta, Episodes(words, labels, words, labels), InnerLoop(lr=0.1, steps=1))
 
 
 @pytest.mark.parametrize("module", [TwoArguments(), nn.Bilinear(5, 5, 3), nn.MultiheadAttention(5, 1)])

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from metalearn import Episodes, InnerLoop, functionalize, parts_of
+from metalearn import Episodes, InnerLoop, Params, functionalize, parts_of
 from metalearn.algorithms import anil, protonet
 from metalearn.inner import PrototypeHead
 
@@ -182,6 +182,17 @@ def test_what_does_not_fit_the_model_is_not_the_heads_fault() -> None:
     with pytest.raises(RuntimeError) as caught:
         PrototypeHead("output.weight", "output.bias")(forward, fast, TASKS.support_x[..., :4], TASKS.support_y)
     assert "head" not in str(caught.value)
+
+
+def test_running_out_of_memory_is_not_the_heads_fault() -> None:
+    def forward(params: Params, x: Tensor) -> Tensor:
+        if params["w"].shape == (5, 5):
+            raise RuntimeError("DefaultCPUAllocator: not enough memory")
+        return x @ params["w"].T + params["b"]
+
+    fast = {"w": torch.zeros(2, 3, 5), "b": torch.zeros(2, 3)}
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        PrototypeHead("w", "b")(forward, fast, TASKS.support_x, TASKS.support_y)
 
 
 def test_the_right_head_of_any_order_takes_prototypes() -> None:

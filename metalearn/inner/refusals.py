@@ -94,7 +94,7 @@ _INSTEAD = {
 """Operations without a second derivative that have one beside them."""
 _MISFITS = (
     (
-        r"vmap",
+        r"vmap|[Bb]atching rule",
         "torch.vmap cannot batch this over tasks. In the place of boolean masks and branches on values take weights of "
         "0 and 1, or torch.where.",
     ),
@@ -106,6 +106,11 @@ _MISFITS = (
     (
         r"\b(d|D)?types?\b|not implemented for '",
         "Give inputs and parameters one dtype, as in images.float() / 255, and class labels as int64: y.long().",
+    ),
+    (
+        r"more than 1 (value per channel|spatial element)",
+        "This normalisation takes statistics over what it is given: give sets of two examples or more, or take "
+        "nn.GroupNorm or nn.LayerNorm.",
     ),
     (
         r"(?i)\b(shapes?|sizes?|dimensions?|dims?|channels|[1-5]-?D|broadcast\w*)\b",

@@ -127,6 +127,8 @@ def test_a_model_of_many_layers_gets_a_short_message() -> None:
         ("Expected all tensors to be on the same device", r"\.to\(device\)"),
         ("index 7 is out of bounds", "Labels must be 0 to N - 1"),
         ("vmap: Attempted to vmap over `mask`, a differently shaped Tensor", r"torch\.vmap cannot batch.*torch\.where"),
+        ("Batching rule not implemented for aten::div.out", r"torch\.vmap cannot batch"),
+        ("Expected more than 1 value per channel when training, got input size [1, 3]", r"two examples or more"),
         ("reshape is not implemented for sparse tensors", "sparse=False"),
     ],
 )
