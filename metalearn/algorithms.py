@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch.nn.functional import cross_entropy
 
@@ -164,17 +165,19 @@ def maml_pp(
     if per_step_affine and parts.norms:
         inner = dataclasses.replace(inner, per_step=parts.norms, adapted=parts.all - parts.norms)
 
-    def annealing(inner: InnerLoop, progress: float) -> InnerLoop:
-        if progress < first_order_share:
-            inner = dataclasses.replace(inner, second_order=False)
-        if progress < multi_step_share and inner.steps > 1:
-            weights = multi_step_weights(inner.steps, progress / multi_step_share)
-            inner = dataclasses.replace(inner, query_weights=weights)
-        return inner
-
     anneals = multi_step_share > 0 or first_order_share > 0
+    annealing = partial(_annealed, multi_step_share=multi_step_share, first_order_share=first_order_share)
     statistics = per_step_statistics and bool(parts.norms)
     return Algorithm("maml_pp", inner, annealing=annealing if anneals else _unchanged, keeps_statistics=statistics)
+
+
+def _annealed(inner: InnerLoop, progress: float, *, multi_step_share: float, first_order_share: float) -> InnerLoop:
+    if progress < first_order_share:
+        inner = dataclasses.replace(inner, second_order=False)
+    if progress < multi_step_share and inner.steps > 1:
+        weights = multi_step_weights(inner.steps, progress / multi_step_share)
+        inner = dataclasses.replace(inner, query_weights=weights)
+    return inner
 
 
 def multi_step_weights(steps: int, progress: float) -> tuple[float, ...]:
@@ -248,17 +251,28 @@ def protonet(inner: InnerLoop, parts: Parts) -> Algorithm:
     and the features are then adapted: Proto-MAML (Triantafillou et al. 2020, arXiv 1903.03096).
 
     Raises:
-        ValueError: if the model has no linear head with a bias.
+        ValueError: if the model has no linear head with a weight and a bias of its own.
     """
     head = _head("protonet", parts)
-    if len(head) != 2:
-        raise ValueError("protonet: the model's last linear layer needs a weight and a bias, which prototypes set.")
-    return Algorithm("protonet", dataclasses.replace(inner, start=PrototypeHead(*head)))
+    if [name.rpartition(".")[2] for name in head] != ["weight", "bias"]:
+        raise ValueError(
+            "protonet: the model's last linear layer needs a weight and a bias, which prototypes set, and has "
+            f"{', '.join(head)}."
+        )
+    if shared := parts.tied.intersection(head):
+        raise ValueError(
+            f"protonet: the head shares {', '.join(sorted(shared))} with another layer, which prototypes would change "
+            "as well. Give it a weight and a bias of its own, or name another layer: parts_of(module, head=...)."
+        )
+    return Algorithm("protonet", dataclasses.replace(inner, start=PrototypeHead(head[0], head[1])))
 
 
 def _head(algorithm: str, parts: Parts) -> tuple[str, ...]:
     if not parts.head:
-        raise ValueError(f"{algorithm}: the model has no trainable nn.Linear to be its head; end it with one.")
+        raise ValueError(
+            f"{algorithm}: the model has no trainable nn.Linear to be its head; end it with one, or name "
+            "it: parts_of(module, head=...)."
+        )
     return parts.head
 
 

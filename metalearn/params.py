@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metalearn.module_checks import check_module, check_signature
 from metalearn.types import Forward, Params, check_tensors
-
-_RUNNING_STATISTICS = (nn.modules.batchnorm._NormBase,)  # BatchNorm1d..3d, SyncBatchNorm, InstanceNorm1d..3d
 
 
 def functionalize(module: nn.Module) -> tuple[Forward, Params]:
@@ -34,48 +35,119 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
         ``params`` are detached copies of the trainable parameters, by name.
 
     Raises:
-        ValueError: if nothing is trainable, or if a normalisation layer in training mode keeps running statistics:
-            those are written in place, across tasks.
+        ValueError: if nothing is trainable, or naming a layer that cannot be part of a pure function: normalisation
+            in training mode with running statistics, ``sparse=True``, ``max_norm=``, a gradient hook, scripted, lazy.
+        TypeError: if the module does not take one tensor.
 
     Example:
         >>> forward, theta = functionalize(nn.Linear(3, 2))
         >>> forward(theta, torch.zeros(4, 3)).shape
         torch.Size([4, 2])
     """
-    _refuse_running_statistics(module)
+    check_module(module)
+    check_signature(module)
     params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
     if not params:
         raise ValueError(
             f"functionalize: {type(module).__name__} has no trainable parameter. Set requires_grad=True on what the "
             "inner loop is to adapt."
         )
+    return ModuleForward(module), params
 
-    known = {
-        name for named in (module.named_parameters, module.named_buffers) for name, _ in named(remove_duplicate=False)
-    }
 
-    def forward(params: Params, x: Tensor) -> Tensor:
-        if unknown := params.keys() - known:
-            raise ValueError(
-                f"params names {', '.join(map(repr, unknown))}, which {type(module).__name__} has not; it has "
-                f"{', '.join(sorted(known))}."
-            )
-        constants = {name: b.clone() for name, b in module.named_buffers()}  # who writes to them writes to a copy
-        prediction: Any = torch.func.functional_call(module, {**constants, **params}, (x,))
+@dataclass(frozen=True, eq=False)
+class ModuleForward:
+    """A module as a pure function of its parameters; pickled and copied wherever the module can be.
+
+    Args:
+        module: the user's own, which every pass leaves as it was.
+    """
+
+    module: nn.Module
+
+    def __call__(self, params: Params, x: Tensor) -> Tensor:
+        """Return the module's predictions for one task under ``params``.
+
+        Raises:
+            ValueError: if ``params`` has names that the module has not, or the module has been changed to one that
+                ``functionalize`` refuses.
+            TypeError: if the module gives other than one tensor.
+        """
+        check_module(self.module)  # again, as model.train() may have been called since
+        kind = type(self.module).__name__
+        with _standing_in(self.module, self._values(params)):
+            prediction: Any = self.module(x)
         if not isinstance(prediction, Tensor):
             raise TypeError(
-                f"functionalize: {type(module).__name__} returns {type(prediction).__name__} and must return one "
-                "tensor of predictions; wrap it in a module that picks it out."
+                f"functionalize: {kind} returns {type(prediction).__name__} and must return one tensor of "
+                "predictions; wrap it in a module that picks it out."
             )
         return prediction
 
-    def of_tasks(fast: Params, x: Tensor) -> Tensor | None:
-        prediction: Tensor | None = module.forward_of_tasks(fast, x) if _is_plain(module, fast) else None  # type: ignore[operator]
+    @property
+    def of_tasks(self) -> Callable[[Params, Tensor], Tensor | None] | None:
+        """The predictions of all tasks at once, where the module's class defines them."""
+        return self._of_tasks if {"forward", "forward_of_tasks"} <= vars(type(self.module)).keys() else None
+
+    def _of_tasks(self, fast: Params, x: Tensor) -> Tensor | None:
+        module: Any = self.module
+        prediction: Tensor | None = module.forward_of_tasks(fast, x) if _is_plain(module, fast) else None
         return prediction
 
-    if {"forward", "forward_of_tasks"} <= vars(type(module)).keys():
-        forward.of_tasks = of_tasks  # type: ignore[attr-defined]
-    return forward, params
+    def _values(self, params: Params) -> dict[int, Tensor]:
+        """Return the tensor that stands in for each of the module's, by the id of that."""
+        own: dict[str, Tensor] = dict(self.module.named_buffers(remove_duplicate=False))
+        own |= self.module.named_parameters(remove_duplicate=False)
+        if unknown := params.keys() - own.keys():
+            raise ValueError(
+                f"params names {', '.join(map(repr, unknown))}, which {type(self.module).__name__} has not; it has "
+                f"{', '.join(sorted(own))}."
+            )
+        values = {id(own[name]): p for name, p in params.items()}
+        if len(values) < len(params):
+            raise ValueError(
+                f"params has two of {', '.join(params)} that are one tensor of {type(self.module).__name__}; give it "
+                "once, by the name that functionalize gives it."
+            )
+        return {id(b): b.clone() for b in self.module.buffers()} | values  # who writes to them writes to a copy
+
+
+@contextmanager
+def _standing_in(module: nn.Module, values: Mapping[int, Tensor]) -> Iterator[None]:
+    """Let other tensors stand in for a module's own during a pass, and restore it then, whatever has happened.
+
+    Each owner is seen once, and a tied tensor replaced in all its places: ``torch.func.functional_call`` does not
+    restore a submodule that is reachable under two names (https://github.com/pytorch/pytorch/issues/164759).
+    """
+    modules = list(module.modules())
+    places: list[dict[str, Any]] = [place for m in modules for place in (m._parameters, m._buffers)]
+    saved, attributes = [dict(place) for place in places], [_attributes(m) for m in modules]
+    constants = [p for m in modules for p in m._parameters.values() if p is not None and id(p) not in values]
+    versions = [p._version for p in constants if not p.is_inference()]
+    try:
+        for place in places:
+            for name, tensor in place.items():
+                place[name] = values.get(id(tensor), tensor)
+        yield
+    finally:
+        for m, attribute in zip(modules, attributes, strict=True):
+            vars(m).update(attribute)
+        for place, tensors in zip(places, saved, strict=True):
+            place.clear()
+            place.update(tensors)
+    if [p._version for p in constants if not p.is_inference()] != versions:
+        raise ValueError(
+            f"{type(module).__name__} changes a frozen parameter in place, so that every later pass sees something "
+            "else. Compute a new tensor, or keep it as a buffer, of which every pass changes a copy."
+        )
+
+
+def _attributes(m: nn.Module) -> dict[str, Any]:
+    """Return what a pass must not leave changed beside tensors: all of torch's layers, as LSTMs keep weights there.
+
+    A user's layers may hand something to the loss (``self.kl = ...``), which therefore stays.
+    """
+    return dict(vars(m)) if str(type(m).forward.__module__).startswith("torch.") else {"training": m.training}
 
 
 def _is_plain(module: nn.Module, params: Params) -> bool:
@@ -83,18 +155,6 @@ def _is_plain(module: nn.Module, params: Params) -> bool:
     hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
     names = {name for name, _ in module.named_parameters()}
     return not hooked and params.keys() == names and bool(module.is_plain())  # type: ignore[operator]
-
-
-def _refuse_running_statistics(module: nn.Module) -> None:
-    for name, layer in module.named_modules():
-        if isinstance(layer, _RUNNING_STATISTICS) and layer.training and layer.running_mean is not None:
-            kind = type(layer).__name__
-            raise ValueError(
-                f"functionalize: layer '{name}' ({kind}) keeps running statistics, which every task would overwrite "
-                f"in place. Build it as {kind}({layer.num_features}, track_running_stats=False), convert the model "
-                "with torch.func.replace_all_batch_norm_modules_(model), or call model.eval() to use the stored "
-                "statistics as constants."
-            )
 
 
 def refuse_inference_mode() -> None:
@@ -137,10 +197,12 @@ def check_params(params: Params) -> None:
     for name, p in params.items():
         if not isinstance(p, Tensor) or not p.is_floating_point():
             kind = p.dtype if isinstance(p, Tensor) else type(p).__name__
-            raise TypeError(
-                f"params[{name!r}] is {kind}: only floating-point tensors have gradients. Convert it with .float(), or "
-                "keep it in the model as a buffer, which is a constant."
+            remedy = (
+                "Keep the parameter as torch.view_as_real(p), and compute with torch.view_as_complex of it"
+                if isinstance(p, Tensor) and p.is_complex()
+                else "Convert it with .float(), or keep it in the model as a buffer, which is a constant"
             )
+            raise TypeError(f"params[{name!r}] is {kind}: only floating-point tensors have gradients. {remedy}.")
     check_tensors({f"params[{name!r}]": p for name, p in params.items()})
 
 

@@ -171,3 +171,9 @@ def test_gradients_of_a_dictionary() -> None:
 
 def test_global_norm() -> None:
     assert global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([[0.0, 4.0]])}).item() == 5
+
+
+def test_complex_parameters_are_told_to_be_real_pairs() -> None:
+    with pytest.raises(TypeError, match=r"params\['w'\] is torch\.complex64.*view_as_real.*view_as_complex") as caught:
+        check_params({"w": torch.zeros(2, dtype=torch.complex64)})
+    assert ".float()" not in str(caught.value)

@@ -66,6 +66,11 @@ def check_point(name: str, x: object) -> None:
         place = f"{name}[{key!r}]" if isinstance(x, dict) else name
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{place} is {type(tensor).__name__}; give a Tensor or a dictionary of Tensors.")
+        if tensor.is_complex():
+            raise TypeError(
+                f"{place} is {tensor.dtype}: derivatives are taken in real numbers. Give torch.view_as_real({name}), "
+                "and let the function compute with torch.view_as_complex of it."
+            )
         if not tensor.is_floating_point():
             raise TypeError(
                 f"{place} is {tensor.dtype}: only floating-point tensors have derivatives. Convert it with .float() or "

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dis
 import re
-from collections.abc import Iterator, Mapping
+import textwrap
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metalearn.errors import OUT_OF_MEMORY, NonFiniteLossError
 
 _IN_PLACE = (
     "the model changes it in place, so that every later pass sees something else. Compute a new tensor: w = 0.9 * w, "
-    "not w *= 0.9 or w.mul_(0.9); no inplace=True in a first layer."
+    "not w *= 0.9 or w.mul_(0.9); no inplace=True in a first layer, no max_norm= of an embedding."
 )
 _OVERWRITES = (
     "the model overwrites a tensor in place that its gradient needs, or that tasks share: a parameter, an input or an "
@@ -27,7 +29,12 @@ _DATA = (
 )
 _RECURRENT = (
     "nn.LSTM, nn.GRU and nn.RNN cannot be batched over tasks by torch.vmap, and their cuDNN kernels have no second "
-    "derivative. Write the recurrence out of nn.Linear layers, one time step after the other."
+    "derivative. Write the recurrence out of nn.Linear layers, one time step after the other; for the kernels, "
+    "torch.backends.cudnn.flags(enabled=False) around the call will do."
+)
+_REENTRANT = (
+    "the model uses torch.utils.checkpoint with use_reentrant=True, whose gradients cannot be taken by name or twice. "
+    "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
 )
 _KNOWN = (
     (r"leaf Variable that requires grad is being used in an in-place", _OVERWRITES),
@@ -47,25 +54,70 @@ _KNOWN = (
         "this attention kernel has no second derivative. metalearn asks for one that has, and the model overrules it: "
         "remove the sdpa_kernel(...) from the model, or name SDPBackend.MATH in it.",
     ),
+    (r"use_reentrant=True|Checkpointing is not compatible", _REENTRANT),
+    (
+        r"saved tensor hooks",
+        "the model uses saved-tensor hooks, as torch.utils.checkpoint does, and engine='adjoint' cannot go through "
+        "them. Take engine='unroll' or 'checkpoint', or the model without them.",
+    ),
+    (
+        r"setup_context|generate_vmap_rule",
+        "an autograd.Function in the model is not written for torch.func. Give it forward(x) without ctx, "
+        "setup_context(ctx, inputs, output) and generate_vmap_rule = True; if it is that of torch.utils.checkpoint, "
+        "call that with use_reentrant=False.",
+    ),
+    (
+        r"aot_autograd does not currently support double backward",
+        "a part of the model is compiled (torch.compile), which has no second derivative. Pass the module itself, "
+        "before it is compiled, or take second_order=False: first-order MAML.",
+    ),
+    (
+        r"numpy\(\)|to convert to a numpy",
+        "the model or the loss goes through numpy, which has no gradients. Compute it with torch.",
+    ),
     (
         r"device-side assert",
         "an index was out of range on the GPU, most likely a label outside of 0 to N - 1 for a model with N outputs. "
         "Run it again on the CPU, which says which; this process has lost its GPU.",
     ),
 )
+_NO_DERIVATIVE = (
+    r"(?:derivative for '?(?:aten::)?|double backwards on )_?(\w+?)(_(?:backward|grad)\w*)?(?:: \w+)?'? (?:is )?not "
+)
+"""What torch says of an operation that it cannot differentiate; of one that ends in _backward, not twice."""
+_INSTEAD = {
+    "hardsigmoid": "nn.Sigmoid in the place of nn.Hardsigmoid",
+    "embedding_bag": "nn.Embedding and a mean over its words in the place of nn.EmbeddingBag",
+    "multi_margin_loss": "cross_entropy in its place",
+    "multilabel_margin_loss": "binary_cross_entropy_with_logits in its place",
+}
+"""Operations without a second derivative that have one beside them."""
 _MISFITS = (
-    (r"[Ss]parse", "Give dense tensors: x.to_dense()."),
+    (
+        r"vmap|[Bb]atching rule",
+        "torch.vmap cannot batch this over tasks. In the place of boolean masks and branches on values take weights of "
+        "0 and 1, or torch.where.",
+    ),
     (r"\bdevice\b", "Move the model, its parameters and the examples to one device: .to(device)."),
     (
         r"out of (bounds|range)",
         "Labels must be 0 to N - 1 for a model with N outputs, and words below the number of an embedding's rows.",
     ),
     (
-        r"type|not implemented for",
+        r"\b(d|D)?types?\b|not implemented for '",
         "Give inputs and parameters one dtype, as in images.float() / 255, and class labels as int64: y.long().",
     ),
-    (r"", "The model is given one task's examples, [S or Q, ...]: compare their shapes with those that it takes."),
+    (
+        r"more than 1 (value per channel|spatial element)",
+        "This normalisation takes statistics over what it is given: give sets of two examples or more, or take "
+        "nn.GroupNorm or nn.LayerNorm.",
+    ),
+    (
+        r"(?i)\b(shapes?|sizes?|dimensions?|dims?|channels|[1-5]-?D|broadcast\w*)\b",
+        "The model is given one task's examples, [S or Q, ...]: compare their shapes with those that it takes.",
+    ),
 )
+_MOST_PARAMETERS = 4  # that a message lists
 _PYTHONS = r"(changed size|mutated) during iteration|generator|super\(\)|reentrant"
 """What Python itself raises as a RuntimeError."""
 _TORCHS_INDEX = r"(?i)dimension|tensor|in self|target"
@@ -79,22 +131,81 @@ def explained(*given: Mapping[str, object]) -> Iterator[None]:
     What a model or a loss raises itself, and running out of memory, pass unchanged.
 
     Args:
-        given: tensors by name, for the message.
+        given: tensors by name, for the message: the examples, and then parameters, of which it lists a few.
     """
     try:
         yield
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        for pattern, remedy in _KNOWN:
-            if isinstance(error, RuntimeError) and re.search(pattern, str(error)):
-                raise ValueError(f"{remedy} (torch: {said})") from error
+        if isinstance(error, RuntimeError) and (remedy := _known_remedy(str(error))):
+            raise ValueError(f"{remedy} (torch: {_first_line(_root(error))})") from error
         if not _is_misfit(error):
             raise
-        remedy = next(remedy for pattern, remedy in _MISFITS if re.search(pattern, said))
-        shown = ", ".join(_shown(name, value) for tensors in given for name, value in tensors.items())
+        said, (name, kind) = _first_line(error), _layer(error)
+        place = f"layer '{name}' ({kind})" if name else "the model or the loss"
         raise ValueError(
-            f"the model or the loss cannot compute with what it is given: {said.rstrip('.')}. {remedy} Given: {shown}."
+            f"{place} cannot compute with what it is given: {said.rstrip('.')}.{_advice(said, given)} Given: "
+            f"{_given(given, name)}."
         ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return textwrap.shorten((str(error).splitlines() or [type(error).__name__])[0], 400)
+
+
+def _root(error: BaseException) -> BaseException:
+    """Return torch's own error, where another function of metalearn's has put its words around it."""
+    return error if error.__cause__ is None else _root(error.__cause__)
+
+
+def _known_remedy(said: str) -> str | None:
+    """Return what to do about a fault that has nothing to do with the tensors that were given."""
+    for pattern, remedy in _KNOWN:
+        if re.search(pattern, said):
+            return remedy
+    if (found := re.search(_NO_DERIVATIVE, said)) is None:
+        return None
+    operation, twice = found.groups()
+    if not twice and "double backwards" not in said:
+        return (
+            f"torch has no derivative of {operation}, which the model or the loss computes. Take another operation, or "
+            ".detach() what goes into it, if it is a constant."
+        )
+    instead = _INSTEAD.get(operation, "another operation in its place")
+    return (
+        f"{operation} has no second derivative in torch, and the model or the loss computes it. Take {instead}, or "
+        "second_order=False: first-order MAML, which needs none."
+    )
+
+
+def _advice(said: str, given: Sequence[Mapping[str, object]]) -> str:
+    """Return the remedy that torch's words call for, and no guess where they call for none."""
+    if re.search(r"[Ss]parse", said):
+        tensors = [value for named in given for value in named.values() if isinstance(value, Tensor)]
+        if any(t.layout != torch.strided for t in tensors):
+            return " Give dense tensors: x.to_dense()."
+        return " If an embedding gives sparse gradients (sparse=True), build it with sparse=False."
+    return next((f" {remedy}" for pattern, remedy in _MISFITS if re.search(pattern, said)), "")
+
+
+def _layer(error: Exception) -> tuple[str, str]:
+    """Return the dotted name and the type of the innermost module whose forward pass raised; empty outside of one."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [m for m in (frame.f_locals.get("self") for frame in frames) if isinstance(m, nn.Module)]
+    if not modules:
+        return "", ""
+    names = {id(m): name for name, m in modules[0].named_modules()}
+    return names.get(id(modules[-1]), ""), type(modules[-1]).__name__
+
+
+def _given(given: Sequence[Mapping[str, object]], layer: str) -> str:
+    """List the examples and a few parameters, those of the layer first."""
+    examples, *others = given or ({},)
+    parameters = {name: value for named in others for name, value in named.items()}
+    names = sorted(parameters, key=lambda name: not (layer and name.startswith(f"{layer}.")))
+    shown = [_shown(name, value) for name, value in examples.items()]
+    shown += [_shown(name, parameters[name]) for name in names[:_MOST_PARAMETERS]]
+    more = len(names) - _MOST_PARAMETERS
+    return ", ".join(shown) + (f" and {more} more parameters" if more > 0 else "")
 
 
 def _is_misfit(error: Exception) -> bool:

@@ -5,11 +5,13 @@ Each is a function of T stacked copies of theta and the support sets, and differ
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from metalearn.errors import OUT_OF_MEMORY
 from metalearn.inner.losses import predictions_of_tasks
 from metalearn.types import Forward, Params
 
@@ -62,11 +64,28 @@ class PrototypeHead:
 
 
 def embeddings(forward: Forward, fast: Params, x: Tensor, weight: str, bias: str) -> Tensor:
-    """f(x) ``[T, examples, D]``: what the head is given, for ``x`` ``[T, examples, ...]``."""
+    """f(x) ``[T, examples, D]``: what the head is given, for ``x`` ``[T, examples, ...]``.
+
+    Raises:
+        ValueError: if the layer is not the one that gives the outputs.
+    """
     head = fast[weight]
     tasks, width = head.shape[0], head.shape[-1]
     identity = torch.eye(width, dtype=head.dtype, device=head.device).expand(tasks, width, width)
-    return predictions_of_tasks(forward, {**fast, weight: identity, bias: head.new_zeros(tasks, width)}, x)
+    wrong = (
+        f"'{weight}' does not belong to the model's head: with the identity in its place the outputs are not the "
+        f"{width} features that it takes. Name the linear layer that gives the outputs: parts_of(module, head=...)."
+    )
+    try:
+        embedded = predictions_of_tasks(forward, {**fast, weight: identity, bias: head.new_zeros(tasks, width)}, x)
+    except (RuntimeError, ValueError) as error:
+        if re.search(OUT_OF_MEMORY, str(error)):
+            raise
+        predictions_of_tasks(forward, fast, x)  # what fails under the model's own weights is another matter
+        raise ValueError(wrong) from error
+    if embedded.shape[-1] != width:
+        raise ValueError(wrong)
+    return embedded
 
 
 def class_means(embedded: Tensor, labels: Tensor, ways: int) -> Tensor:

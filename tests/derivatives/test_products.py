@@ -193,3 +193,10 @@ def test_gauss_newton_of_a_linear_model_is_the_hessian() -> None:
 
 def test_module_is_offered_at_the_top() -> None:
     assert derivatives.hvp is hvp
+
+
+def test_complex_points_are_told_to_be_real_pairs() -> None:
+    z = torch.ones(2, dtype=torch.complex128)
+    with pytest.raises(TypeError, match=r"x is torch\.complex128.*view_as_real\(x\).*view_as_complex") as caught:
+        hvp(lambda z: (z * z.conj()).real.sum(), z, z)
+    assert ".float()" not in str(caught.value)

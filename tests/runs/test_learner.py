@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +317,22 @@ def test_saved_and_restored_to_the_last_bit(
         first, second = (one.predict_proba(query(ways), transductive=transductive) for one in (learner, again))
         assert torch.equal(first, second)
     assert {p.name for p in path.parent.iterdir()} == {path.name}
+
+
+@pytest.mark.parametrize("send", [lambda learner: pickle.loads(pickle.dumps(learner)), copy.deepcopy])
+def test_a_learner_can_be_sent_to_another_process_and_copied(
+    send: Callable[[Learner], Learner], run: Path, runs: dict[str, Path], sinusoid: Path
+) -> None:
+    for folder in (run, *runs.values()):
+        learner = metalearn.load(folder, "cpu").adapt(*support())
+        sent = send(learner)
+        assert torch.equal(sent.predict_proba(query()), learner.predict_proba(query()))
+        sent.adapt(*support(), steps=2)
+        assert (sent.steps_, learner.steps_) == (2, learner.config.inner.eval_steps), "it shares nothing"
+        assert torch.equal(sent.predict_proba(query()), learner.adapt(*support(), steps=2).predict_proba(query()))
+    inputs = torch.linspace(-5, 5, 10)
+    regression = metalearn.load(sinusoid, "cpu").adapt(inputs, inputs.sin())
+    assert send(regression).predict(inputs) == regression.predict(inputs)
 
 
 def test_what_is_saved_says_what_it_is(run: Path, tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""The checks on a module that is to be a pure function of its parameters: each fault is named, with the remedy."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+_RUNNING_STATISTICS = (nn.modules.batchnorm._NormBase,)  # BatchNorm1d..3d, SyncBatchNorm, InstanceNorm1d..3d
+_HOOKS = (
+    "has a gradient hook, which is never called, as gradients are taken of tensors that stand in for the module's. "
+    "Remove it (the handle's .remove()); what it looks at is in the gradients that metalearn returns."
+)
+
+
+def check_module(module: nn.Module) -> None:
+    """Refuse a module that cannot be run under other parameters than its own, or would be changed by it.
+
+    Raises:
+        ValueError: naming the layer or the parameter, and the remedy.
+    """
+    for name, layer in module.named_modules():
+        if fault := _fault(layer):
+            place = f"layer '{name}'" if name else "the module"
+            raise ValueError(f"functionalize: {place} ({type(layer).__name__}) {fault}")
+        for own, p in layer._parameters.items():
+            if p is not None and (fault := _fault_of_parameter(p)):
+                raise ValueError(f"functionalize: parameter '{f'{name}.{own}' if name else own}' {fault}")
+
+
+def check_signature(module: nn.Module) -> None:
+    """Refuse a module that does not take one tensor.
+
+    Raises:
+        TypeError: with what it takes.
+    """
+    try:
+        signature = inspect.signature(module.forward)
+    except (TypeError, ValueError):  # of a function that Python cannot look into
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise TypeError(
+            f"functionalize: {type(module).__name__}.forward{signature} does not take one tensor ({error}), and "
+            "metalearn calls model(x) with one. Wrap it in a module whose forward(x) makes the arguments out of x, for "
+            "example by x[..., :3] and x[..., 3:]."
+        ) from None
+
+
+def _fault(layer: nn.Module) -> str | None:
+    """Say why a layer cannot be part of a pure function."""
+    if isinstance(layer, _RUNNING_STATISTICS) and layer.training and layer.running_mean is not None:
+        kind = type(layer).__name__
+        return (
+            "keeps running statistics, which every task would overwrite in place. Build it as "
+            f"{kind}({layer.num_features}, track_running_stats=False), convert the model with "
+            "torch.func.replace_all_batch_norm_modules_(model), or call model.eval() to use the stored statistics as "
+            "constants."
+        )
+    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+        if layer.max_norm is not None:
+            return f"shortens its weight in place (max_norm={layer.max_norm}). Build it without max_norm."
+        if layer.sparse and layer.weight.requires_grad:
+            return "gives sparse gradients (sparse=True), which have no second derivative. Build it with sparse=False."
+    if isinstance(layer, torch.jit.ScriptModule):
+        return "is scripted or traced, and keeps its own parameters. Pass the module itself, before it is scripted."
+    if isinstance(layer, nn.DataParallel):
+        return "splits its batch between devices. Pass model.module, unwrapped: tasks are batched here already."
+    if type(layer).__module__.startswith("torch.ao.nn.quantized"):
+        return "is quantised and has no gradient. Pass the module itself, before it is quantised."
+    if layer._backward_hooks or layer._backward_pre_hooks:
+        return _HOOKS
+    return None
+
+
+def _fault_of_parameter(p: Tensor) -> str | None:
+    if is_lazy(p):
+        return "has no shape yet. Run one batch through the module first: model(x)."
+    if p._backward_hooks or p._post_accumulate_grad_hooks:
+        return _HOOKS
+    return None

@@ -1,0 +1,201 @@
+"""Which layer is a model's head: torchvision's models, tied weights, wrappers, and layers declared in another order."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from metalearn import Episodes, InnerLoop, Params, functionalize, parts_of
+from metalearn.algorithms import anil, protonet
+from metalearn.inner import PrototypeHead
+
+TASKS = Episodes(torch.randn(2, 6, 5), torch.arange(3).repeat(2, 2), torch.randn(2, 3, 5), torch.arange(3).repeat(2, 1))
+
+HEADS = {
+    "alexnet": "classifier.6",
+    "convnext_tiny": "classifier.2",
+    "densenet121": "classifier",
+    "efficientnet_b0": "classifier.1",
+    "efficientnet_v2_s": "classifier.1",
+    "googlenet": "fc",
+    "inception_v3": "fc",
+    "mnasnet0_5": "classifier.1",
+    "mobilenet_v2": "classifier.1",
+    "mobilenet_v3_small": "classifier.3",
+    "resnet18": "fc",
+    "resnext50_32x4d": "fc",
+    "shufflenet_v2_x0_5": "fc",
+    "swin_t": "head",
+    "swin_v2_t": "head",
+    "vgg11_bn": "classifier.6",
+    "vit_b_16": "heads.head",
+    "wide_resnet50_2": "fc",
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of initialisations to come
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_of_torchvisions_models(name: str) -> None:
+    with torch.device("meta"):
+        module = torchvision.models.get_model(name, weights=None)
+    assert parts_of(module).head == (f"{HEADS[name]}.weight", f"{HEADS[name]}.bias")
+
+
+def test_heads_that_are_not_linear_or_have_no_bias() -> None:
+    with torch.device("meta"):
+        assert parts_of(torchvision.models.squeezenet1_1()).head == ()
+        assert parts_of(torchvision.models.maxvit_t()).head == ("classifier.5.weight",)
+    assert parts_of(torchvision.models.regnet_y_400mf()).head == ("fc.weight", "fc.bias")
+    excited = nn.ModuleDict({"se": nn.ModuleDict({"fc": nn.Linear(4, 4)}), "classifier": nn.Conv2d(4, 3, 1)})
+    assert parts_of(excited).head == (), "an inner layer is no head where the head is a convolution"
+
+
+class Excite(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.fc(x))
+
+
+class InnerFc(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.se, self.output = nn.Linear(5, 8), Excite(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.output(self.se(torch.tanh(self.stem(x))))
+        return logits
+
+
+class HeadFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.stem, self.deep = nn.Linear(8, 3), nn.Linear(5, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.out(torch.tanh(self.deep(torch.tanh(self.stem(x)))))
+        return logits
+
+
+class TiedHead(nn.Module):
+    def __init__(self, *, head_first: bool = False) -> None:
+        super().__init__()
+        layers = {"embed": nn.Linear(5, 5, bias=False), "head": nn.Linear(5, 5)}
+        for name in sorted(layers, reverse=head_first):
+            setattr(self, name, layers[name])
+        layers["head"].weight = layers["embed"].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.get_submodule("head")(torch.tanh(self.get_submodule("embed")(x)))
+        return logits
+
+
+def test_a_name_counts_at_the_top_alone() -> None:
+    assert parts_of(InnerFc()).head == ("output.weight", "output.bias")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.optim.swa_utils.AveragedModel,
+        lambda m: nn.ModuleDict({"net": m}),
+        lambda m: cast(nn.Module, torch.compile(m, backend="eager")),
+        lambda m: nn.ModuleDict({"outer": nn.ModuleDict({"net": m})}),
+    ],
+)
+def test_a_wrapper_does_not_hide_the_head(wrap: type[nn.Module]) -> None:
+    out_of_order = nn.ModuleDict({"head": nn.Linear(8, 3), "body": nn.Linear(4, 8)})
+    wrapped = wrap(out_of_order)
+    (prefix,) = {name.removesuffix("body.weight") for name, _ in wrapped.named_parameters() if "body.weight" in name}
+    assert parts_of(wrapped).head == (f"{prefix}head.weight", f"{prefix}head.bias")
+
+
+def test_an_ambiguous_head_must_be_named() -> None:
+    listed = r"head=\.\.\.\), out of out \(8 to 3\), stem \(5 to 8\), deep \(8 to 8\)\."
+    with pytest.raises(ValueError, match=f"which linear layer of HeadFirst is its head.*{listed}"):
+        parts_of(HeadFirst())
+    assert parts_of(HeadFirst(), head="out").head == ("out.weight", "out.bias")
+    many = nn.ModuleDict({"out": nn.Linear(9, 3)} | {f"l{i}": nn.Linear(9, 9) for i in range(12)})
+    with pytest.raises(ValueError, match=r"l8 \(9 to 9\) and 3 more\.$"):
+        parts_of(many)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Linear(1, 40), nn.Linear(40, 40), nn.Linear(40, 1)],  # a regression whose outputs are like its inputs
+        [nn.Linear(5, 8), nn.Linear(6, 8), nn.Linear(16, 3)],  # two towers
+        [nn.Linear(4, 4), nn.Linear(128, 32), nn.Linear(32, 3)],  # after convolutions
+    ],
+)
+def test_usual_orders_are_not_ambiguous(layers: list[nn.Module]) -> None:
+    assert parts_of(nn.ModuleList(layers)).head == ("2.weight", "2.bias")
+
+
+def test_a_tied_heads_weight_is_there_by_its_first_name() -> None:
+    parts = parts_of(TiedHead())
+    assert parts.head == ("embed.weight", "head.bias")
+    assert parts.tied == {"embed.weight"}
+    assert parts.all == functionalize(TiedHead())[1].keys()
+    assert anil(InnerLoop(lr=0.1, steps=1), parts).inner.adapted == frozenset(parts.head)
+    assert parts_of(TiedHead(head_first=True)).tied == {"head.weight"}
+    assert parts_of(InnerFc()).tied == frozenset()
+
+
+def test_a_head_under_two_names_has_one() -> None:
+    module = InnerFc()
+    module.readout = module.output
+    assert parts_of(module, head="readout").head == ("output.weight", "output.bias")
+
+
+def test_all_parameters_of_a_normalised_head_are_its_own() -> None:
+    module = nn.Sequential(nn.Linear(5, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 3)))
+    assert set(parts_of(module).head) == {name for name, _ in module.named_parameters() if name.startswith("1.")}
+    with pytest.raises(ValueError, match=r"needs a weight and a bias.*and has 1\.bias, 1\.param"):
+        protonet(InnerLoop(lr=0.1, steps=0), parts_of(module))
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_prototypes_in_a_tied_head_are_refused(head_first: bool) -> None:
+    with pytest.raises(ValueError, match=r"protonet: the head shares .*weight with another layer.*head="):
+        protonet(InnerLoop(lr=0.1, steps=0), parts_of(TiedHead(head_first=head_first)))
+
+
+@pytest.mark.parametrize(
+    ("module", "head"), [(HeadFirst(), "stem"), (HeadFirst(), "deep"), (InnerFc(), "se.fc"), (InnerFc(), "stem")]
+)
+def test_prototypes_in_a_layer_that_is_no_head_are_refused(module: nn.Module, head: str) -> None:
+    algorithm = protonet(InnerLoop(lr=0.1, steps=0), parts_of(module, head=head))
+    with pytest.raises(ValueError, match=rf"'{head}\.weight' does not belong to the model's head.*head="):
+        algorithm.meta_gradient(*functionalize(module), TASKS)
+
+
+def test_what_does_not_fit_the_model_is_not_the_heads_fault() -> None:
+    forward, theta = functionalize(InnerFc())
+    fast = {name: p.expand(2, *p.shape) for name, p in theta.items()}
+    with pytest.raises(RuntimeError) as caught:
+        PrototypeHead("output.weight", "output.bias")(forward, fast, TASKS.support_x[..., :4], TASKS.support_y)
+    assert "head" not in str(caught.value)
+
+
+def test_running_out_of_memory_is_not_the_heads_fault() -> None:
+    def forward(params: Params, x: Tensor) -> Tensor:
+        if params["w"].shape == (5, 5):
+            raise RuntimeError("DefaultCPUAllocator: not enough memory")
+        return x @ params["w"].T + params["b"]
+
+    fast = {"w": torch.zeros(2, 3, 5), "b": torch.zeros(2, 3)}
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        PrototypeHead("w", "b")(forward, fast, TASKS.support_x, TASKS.support_y)
+
+
+def test_the_right_head_of_any_order_takes_prototypes() -> None:
+    for module, head in ((HeadFirst(), "out"), (InnerFc(), None)):
+        algorithm = protonet(InnerLoop(lr=0.1, steps=0), parts_of(module, head=head))
+        assert torch.isfinite(algorithm.meta_gradient(*functionalize(module), TASKS).loss)
