@@ -63,7 +63,7 @@ def _fault(layer: nn.Module) -> str | None:
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         if layer.max_norm is not None:
             return f"shortens its weight in place (max_norm={layer.max_norm}). Build it without max_norm."
-        if layer.sparse and layer.weight.requires_grad:
+        if isinstance(layer, nn.EmbeddingBag) and layer.sparse and layer.weight.requires_grad:
             return "gives sparse gradients (sparse=True), which have no second derivative. Build it with sparse=False."
     if isinstance(layer, torch.jit.ScriptModule):
         return "is scripted or traced, and keeps its own parameters. Pass the module itself, before it is scripted."

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -55,20 +56,57 @@ def nothing_run_again() -> Iterator[None]:
     """
     with ExitStack() as stack:
         with suppress(RuntimeError):  # the caller's hooks
-            stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_RUN_AGAIN))
+            stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(RUN_AGAIN))
         try:
             yield
         except RuntimeError as error:
-            if str(error) != _RUN_AGAIN:
+            if str(error) != RUN_AGAIN:
                 raise
-            raise ValueError(_RUN_AGAIN) from None
+            raise ValueError(RUN_AGAIN) from None
 
 
-_RUN_AGAIN = (
+RUN_AGAIN = (
     "torch.utils.checkpoint (or another saved-tensor hook) inside of a model runs its layers again on the way back, "
     "when they no longer have the parameters that they were called with, so that the gradient would be wrong. Call the "
     "layers without it; InnerLoop(engine='checkpoint') and task_chunk save memory instead."
 )
+
+
+def check_twice_differentiable(value: Tensor) -> None:
+    """Refuse a graph with an ``autograd.Function`` that is marked ``@once_differentiable``.
+
+    torch takes what its backward returns as a constant, without an error where the incoming gradient is one.
+
+    Raises:
+        ValueError: naming the Function.
+    """
+    seen: set[Any] = set()
+    nodes: list[Any] = [value.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        function = _function_of(getattr(node, "_forward_cls", None))  # of Functions that are written in Python
+        if function is not None and getattr(function.backward, "__code__", None) is _ONCE:
+            raise ValueError(
+                f"{function.__name__}, an autograd.Function of the model or the loss, is marked @once_differentiable: "
+                "it has no second derivative. Remove the mark, if its backward is made of differentiable operations, or "
+                "take second_order=False: first-order MAML."
+            )
+        nodes += [following for following, _ in node.next_functions]
+
+
+def _function_of(function: Any) -> Any:
+    """Return the user's Function, of which ``vmap`` has made one of its own, whose backward knows it."""
+    if not getattr(function, "__module__", "").startswith("torch._functorch"):
+        return function
+    known = [cell.cell_contents for cell in function.backward.__closure__ or ()]
+    inner = [c for c in known if isinstance(c, type) and issubclass(c, torch.autograd.Function) and c is not function]
+    return _function_of(inner[0]) if inner else function
+
+
+_ONCE = once_differentiable(lambda ctx: None).__code__
 
 
 def operation_name(func: Any) -> str:
@@ -88,7 +126,10 @@ def refuse(reason: str) -> Handler:
 
 def _weight_norm(func: Any, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """By its formula: the second derivative of torch's fused kernel is off by 8 to 48%."""
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    others = [d for d in range(v.ndim) if d != dim]  # dim=-1 is torch's for the norm of all entries
+    norm = torch.linalg.vector_norm(v) if dim == -1 else torch.linalg.vector_norm(v, dim=others, keepdim=True)
+    weight: Tensor = v * (g / norm)
+    return weight
 
 
 def _linear_cross_entropy(func: Any, *args: Any, options: Any = None, **kwargs: Any) -> Any:
@@ -198,6 +239,7 @@ FORWARD_MODE: dict[str, Handler] = {
     "mse_loss": _mse_loss,
     **dict.fromkeys(("cholesky", "cholesky_ex", "eigh", "eigvalsh", "matrix_sqrth"), _symmetric),
     "pinv": _pinv,
+    "register_hook": refuse("forward mode does not go through a hook"),
     **dict.fromkeys(("norm", "vector_norm", "matrix_norm", "dist"), _norm),
     "scatter_reduce": _scatter_reduce,
     **dict.fromkeys(

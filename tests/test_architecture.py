@@ -15,9 +15,10 @@ import pytest
 import metalearn
 from tests.conftest import REPO
 
-NOUNS = {"types", "params", "kernels", "errors", "files", "live_bytes", "threads"}
+NOUNS = {"types", "params", "kernels", "errors", "files", "live_bytes", "threads", "operations"}
 MAY_IMPORT = {
     "errors": set(),
+    "operations": set(),
     "types": set(),
     "files": {"errors"},
     "live_bytes": set(),
@@ -27,9 +28,9 @@ MAY_IMPORT = {
     "params": {"module_checks", "types"},
     "models": NOUNS,
     "data": NOUNS,
-    "derivatives": {"types", "params"},
+    "derivatives": {"types", "params", "errors", "operations"},
     "gradcheck": {"types", "params", "derivatives"},
-    "inner": {"types", "params", "errors", "kernels"},
+    "inner": {"types", "params", "errors", "kernels", "operations"},
     "metagrad": {"types", "params", "errors", "derivatives", "inner"},
     "parts": set(),
     "algorithms": {"types", "parts", "inner", "metagrad"},

@@ -290,7 +290,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "script": (lambda: torch.jit.script(chain()), r"the module itself, before it is scripted"),
     "trace": (lambda: torch.jit.trace(chain(), X), r"the module itself, before it is scripted"),
     "inner script": (lambda: chain(torch.jit.script(nn.Linear(5, 5))), r"layer '1' .*before it is scripted"),
-    "sparse": (lambda: chain(nn.Embedding(9, 5, sparse=True)), r"layer '1' \(Embedding\).*sparse=True.*sparse=False"),
     "sparse bag": (lambda: chain(nn.EmbeddingBag(9, 5, sparse=True)), r"layer '1' \(EmbeddingBag\).*sparse=False"),
     "max_norm": (lambda: chain(nn.Embedding(9, 5, max_norm=1.0)), r"layer '1' \(Embedding\).*max_norm=1\.0.*without"),
     "lazy": (lambda: chain(nn.LazyLinear(5)), r"parameter '1\.weight' has no shape yet.*one batch.*model\(x\)"),

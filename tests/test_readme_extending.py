@@ -93,11 +93,6 @@ class Overwriting(nn.Linear):
         return super().forward(x).sigmoid().mul_(2)
 
 
-class Branching(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if x.sum() > 0 else x
-
-
 class Recurrent(nn.LSTM):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # one tensor, as functionalize wants it
         return super().forward(x)[0]
@@ -108,8 +103,6 @@ class Recurrent(nn.LSTM):
     [
         ("keeps running statistics", nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))),
         ("overwrites a tensor in place", Overwriting(4, 2)),
-        ("branches on a tensor's values", Branching(4, 2)),
-        ("cannot be batched over tasks", Recurrent(4, 2)),
     ],
 )
 def test_models_are_refused_in_the_words_quoted(phrase: str, module: nn.Module) -> None:
@@ -117,6 +110,13 @@ def test_models_are_refused_in_the_words_quoted(phrase: str, module: nn.Module) 
     x, y = torch.randn(3, 6, 4), torch.randint(2, (3, 6))
     with pytest.raises(ValueError, match=phrase):
         meta_gradient(*functionalize(module), Episodes(x, y, x, y), InnerLoop(lr=0.1, steps=1))
+
+
+def test_what_cannot_be_batched_is_said_in_the_words_quoted(caplog: pytest.LogCaptureFixture) -> None:
+    assert "`cannot be batched over tasks`" in BY_TITLE["Your own model"]
+    x, y = torch.randn(3, 6, 4), torch.randint(2, (3, 6))
+    meta_gradient(*functionalize(Recurrent(4, 2)), Episodes(x, y, x, y), InnerLoop(lr=0.1, steps=1))
+    assert "cannot be batched over tasks by torch.vmap" in caplog.text
 
 
 def test_command_lines_compose() -> None:

@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
-from metalearn.derivatives.points import Point, ScalarFunction, check_point, scalar
+from metalearn.derivatives.points import Point, ScalarFunction, as_point, scalar
 
 
 def hessian(f: ScalarFunction, x: Point, *, memory_limit: int | None = None) -> Any:
@@ -33,7 +33,7 @@ def hessian(f: ScalarFunction, x: Point, *, memory_limit: int | None = None) -> 
         tensor([[4., 2.],
                 [2., 0.]])
     """
-    check_point("x", x)
+    x = as_point("x", x)
     leaves = tree_flatten(x)[0]
     estimate = hessian_bytes(x)
     limit = free_bytes(leaves[0].device) if memory_limit is None else memory_limit

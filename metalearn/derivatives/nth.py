@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from metalearn.derivatives.points import Point, check_direction, check_point, fit_for_forward_mode, jvp, scalar
+from metalearn.derivatives.points import (
+    Point,
+    as_point,
+    check_direction,
+    fit_for_forward_mode,
+    jvp,
+    refusing_by_name,
+    scalar,
+)
+from metalearn.operations import CorrectedOperations
 
 
 def nth_derivative(
@@ -48,7 +57,7 @@ def nth_derivative(
         raise ValueError(f"nth_derivative: order={order!r}; it must be a whole number, 0 or more.")
     if mode not in _MODES:
         raise ValueError(f"nth_derivative: mode={mode!r} is not one of {', '.join(_MODES)}.")
-    check_point("x", x)
+    x = as_point("x", x)
     if along is not None:
         direction, value = check_direction("along", x, along), scalar(f)
         start = torch.zeros((), dtype=tree_flatten(x)[0][0].dtype, device=tree_flatten(x)[0][0].device)
@@ -72,10 +81,11 @@ def _reverse(values: Callable[[Tensor], Tensor], t: Tensor, order: int) -> Tenso
 
 
 def _forward(values: Callable[[Tensor], Tensor], t: Tensor, order: int) -> Tensor:
-    derivative = fit_for_forward_mode(values)
+    derivative = fit_for_forward_mode(values, nested=order > 1)
     for _ in range(order):
         derivative = partial(_slope, derivative)
-    return derivative(t).detach()
+    with refusing_by_name("nth_derivative's mode='forward' differentiates forward-mode formulas; take mode='reverse'"):
+        return derivative(t).detach()
 
 
 def _slope(f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
@@ -88,7 +98,8 @@ _MODES = {"reverse": _reverse, "forward": _forward}
 
 def _one_number(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def checked(t: Tensor) -> Tensor:
-        value = f(t)
+        with CorrectedOperations():
+            value = f(t)
         if not isinstance(value, Tensor):
             raise ValueError(f"nth_derivative: f gave {type(value).__name__} and must give a Tensor.")
         if value.ndim != 0:

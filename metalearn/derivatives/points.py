@@ -189,6 +189,7 @@ _LIMITS_OF_TRANSFORMS = (
 def _load_forward_mode() -> None:
     """Torch loads some forward-mode formulas when they are first used, and warns of its own deprecations then."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        for deprecation in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", deprecation)
         with dual_level():
             make_dual(torch.zeros(()), torch.zeros(()))

@@ -26,7 +26,7 @@ from metalearn.derivatives.points import (
     vjp,
 )
 from metalearn.derivatives.singular import check_finite_product, is_finite, limit_of_product
-from metalearn.operations import CorrectedOperations
+from metalearn.operations import CorrectedOperations, check_twice_differentiable
 
 
 def gradient(f: ScalarFunction, x: Point) -> Point:
@@ -120,6 +120,7 @@ def _reverse_over_reverse(f: ScalarFunction, x: Any, v: Any) -> tuple[Tensor, An
         value = f(tree_unflatten(at, spec))
         if not value.requires_grad:
             return value, tree_map(torch.zeros_like, x)
+        check_twice_differentiable(value)
         grads = torch.autograd.grad(value, at, create_graph=True, materialize_grads=True)
         curved = [(g, w) for g, w in zip(grads, tree_flatten(v)[0], strict=True) if g.requires_grad]
         if not curved:  # f is linear: its gradient is a constant

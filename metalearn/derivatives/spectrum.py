@@ -9,7 +9,7 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from metalearn.derivatives.points import Point, ScalarFunction, check_point
+from metalearn.derivatives.points import Point, ScalarFunction, as_point
 from metalearn.derivatives.products import hvp
 
 
@@ -41,7 +41,7 @@ def top_eigenvalues(
 
     Reference: Lehoucq, Sorensen & Yang 1998, "ARPACK users' guide", through ``scipy.sparse.linalg.eigsh``.
     """
-    check_point("x", x)
+    x = as_point("x", x)
     leaves, spec = tree_flatten(x)
     sizes = [leaf.numel() for leaf in leaves]
     n = sum(sizes)

@@ -10,26 +10,40 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from traceback import walk_tb
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metalearn.errors import OUT_OF_MEMORY
 from metalearn.kernels import stacked_layers
-from metalearn.operations import CorrectedOperations, Handler, nothing_run_again, refuse
+from metalearn.operations import RUN_AGAIN, CorrectedOperations, Handler, nothing_run_again, refuse
 
 log = logging.getLogger(__name__)
 
 _ONE_BY_ONE = WeakIdKeyDictionary()
 """Models that cannot be batched, as keys, so that ``vmap`` is tried once for each."""
 
-_NEVER_ONE_BY_ONE = (
-    rf"{OUT_OF_MEMORY}|accessing `data` under vmap|mutate a captured|(?i:in[- ]?place)|single memory location"
+_NEVER_ONE_BY_ONE = re.compile(
+    rf"{OUT_OF_MEMORY}|accessing `data`|mutate a captured|single memory location|in-place operation|inplace operation"
+    "|inplace arithmetic|updated in place"
 )
 """What a loop would take and get wrong: a hidden or a lasting change of a tensor."""
+
+
+def _property(func: Any, tensor: Tensor) -> Any:
+    """Tell a model that asks whether a batched tensor requires a gradient; torch says no."""
+    if func != Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
+        return func(tensor)
+    while is_batchedtensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return func(tensor)
+
 
 _WRONG_AFTER_VMAP: dict[str, Handler] = {
     **dict.fromkeys(
@@ -37,6 +51,7 @@ _WRONG_AFTER_VMAP: dict[str, Handler] = {
         refuse("its derivative is wrong under torch.vmap"),
     ),
     "register_hook": refuse("torch.vmap never calls a hook"),
+    "__get__": _property,
 }
 
 
@@ -64,7 +79,11 @@ def over_tasks(function: Callable[..., Any], *stacked: Any, model: object) -> An
         with differentiable_layers(_WRONG_AFTER_VMAP):
             return torch.vmap(function, randomness="different")(*stacked)
     except (RuntimeError, AssertionError) as error:
-        if re.search(_NEVER_ONE_BY_ONE, str(error)):
+        if any(
+            frame.f_globals.get("__name__") == "torch.utils.checkpoint" for frame, _ in walk_tb(error.__traceback__)
+        ):
+            raise ValueError(RUN_AGAIN) from error
+        if _NEVER_ONE_BY_ONE.search(str(error)):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
     # Out here, as the error's trace would keep the failed attempt's activations.

@@ -17,6 +17,7 @@ from metalearn.inner.carry import adapted_names, begin, check_settings, model_pa
 from metalearn.inner.losses import task_losses
 from metalearn.inner.refusals import explained, refuse_nonfinite
 from metalearn.inner.settings import InnerLoop
+from metalearn.operations import check_twice_differentiable
 from metalearn.params import check_params, gradients
 from metalearn.types import Forward, Loss, Params, check_examples
 
@@ -62,7 +63,10 @@ def support_gradients(
         at = carry if differentiable else {name: w.detach() for name, w in carry.items()}
         own = {n: at[n] if at[n].requires_grad else at[n].detach().requires_grad_() for n in names}
         losses, _ = task_losses(forward, model_params({**at, **own}, inner, k), support_x, support_y, loss=loss)
-        grads = gradients(losses.sum(), own, create_graph=inner.second_order and differentiable)
+        total, create_graph = losses.sum(), inner.second_order and differentiable
+        if create_graph:
+            check_twice_differentiable(total)
+        grads = gradients(total, own, create_graph=create_graph)
     return grads, losses.detach()
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metalearn.errors import OUT_OF_MEMORY, NonFiniteLossError
+from metalearn.operations import RUN_AGAIN
 
 _IN_PLACE = (
     "the model changes it in place, so that every later pass sees something else. Compute a new tensor: w = 0.9 * w, "
@@ -28,13 +29,8 @@ _DATA = (
     "tensor instead of writing: w = 0.9 * w."
 )
 _RECURRENT = (
-    "nn.LSTM, nn.GRU and nn.RNN cannot be batched over tasks by torch.vmap, and their cuDNN kernels have no second "
-    "derivative. Write the recurrence out of nn.Linear layers, one time step after the other; for the kernels, "
-    "torch.backends.cudnn.flags(enabled=False) around the call will do."
-)
-_REENTRANT = (
-    "the model uses torch.utils.checkpoint with use_reentrant=True, whose gradients cannot be taken by name or twice. "
-    "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+    "cuDNN's kernels for nn.LSTM, nn.GRU and nn.RNN have no second derivative. Call the layer inside of "
+    "torch.backends.cudnn.flags(enabled=False), or write the recurrence out of nn.Linear layers."
 )
 _KNOWN = (
     (r"leaf Variable that requires grad is being used in an in-place", _OVERWRITES),
@@ -42,30 +38,13 @@ _KNOWN = (
     (r"modified by an inplace operation", _OVERWRITES),
     (r"would mutate a captured Tensor|vmap: inplace arithmetic", _OVERWRITES),
     (r"accessing `data` under vmap", _DATA),
-    (
-        r"data-dependent control flow|calling \.item\(\) on a Tensor",
-        "the model or the loss branches on a tensor's values, or reads one with .item(), which cannot be batched over "
-        "tasks. Choose with torch.where(condition, a, b).",
-    ),
-    (r"Batching rule not implemented for aten::(lstm|gru|rnn)", _RECURRENT),
     (r"derivative for '?(aten::)?_(cudnn|thnn|miopen).*(rnn|lstm|gru)", _RECURRENT),
     (
         r"derivative for '?(aten::)?_scaled_dot_product_\w+_backward",
         "this attention kernel has no second derivative. metalearn asks for one that has, and the model overrules it: "
         "remove the sdpa_kernel(...) from the model, or name SDPBackend.MATH in it.",
     ),
-    (r"use_reentrant=True|Checkpointing is not compatible", _REENTRANT),
-    (
-        r"saved tensor hooks",
-        "the model uses saved-tensor hooks, as torch.utils.checkpoint does, and engine='adjoint' cannot go through "
-        "them. Take engine='unroll' or 'checkpoint', or the model without them.",
-    ),
-    (
-        r"setup_context|generate_vmap_rule",
-        "an autograd.Function in the model is not written for torch.func. Give it forward(x) without ctx, "
-        "setup_context(ctx, inputs, output) and generate_vmap_rule = True; if it is that of torch.utils.checkpoint, "
-        "call that with use_reentrant=False.",
-    ),
+    (r"use_reentrant=True|Checkpointing is not compatible", RUN_AGAIN),
     (
         r"aot_autograd does not currently support double backward",
         "a part of the model is compiled (torch.compile), which has no second derivative. Pass the module itself, "
@@ -93,11 +72,6 @@ _INSTEAD = {
 }
 """Operations without a second derivative that have one beside them."""
 _MISFITS = (
-    (
-        r"vmap|[Bb]atching rule",
-        "torch.vmap cannot batch this over tasks. In the place of boolean masks and branches on values take weights of "
-        "0 and 1, or torch.where.",
-    ),
     (r"\bdevice\b", "Move the model, its parameters and the examples to one device: .to(device)."),
     (
         r"out of (bounds|range)",

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from metalearn import derivatives
-from metalearn.derivatives import HVP_MODES, gauss_newton_vp, gradient, hessian, hvp
+from metalearn import Params, derivatives
+from metalearn.derivatives import (
+    HVP_MODES,
+    gauss_newton_vp,
+    gradient,
+    hessian,
+    hvp,
+    nth_derivative,
+    top_eigenvalues,
+)
+from metalearn.errors import NonFiniteGradientError
 
 DOUBLE = torch.float64
 
@@ -82,10 +92,10 @@ def test_a_missing_formula_names_the_mode_that_needs_none() -> None:
     x, v = torch.randn(2, 6, dtype=DOUBLE), torch.randn(2, 6, dtype=DOUBLE)
 
     def f(x: Tensor) -> Tensor:
-        return torch.nn.functional.group_norm(x, 2).pow(3).sum()
+        return torch.nn.functional.huber_loss(x, 2 * x.detach())
 
     assert hvp(f, x, v, mode="reverse_over_reverse").shape == (2, 6)
-    with pytest.raises(NotImplementedError, match=r"mode='reverse_over_reverse', which needs none"):
+    with pytest.raises(NotImplementedError, match=r"huber_loss.*mode='reverse_over_reverse', which does not"):
         hvp(f, x, v)
 
 
@@ -200,3 +210,147 @@ def test_complex_points_are_told_to_be_real_pairs() -> None:
     with pytest.raises(TypeError, match=r"x is torch\.complex128.*view_as_real\(x\).*view_as_complex") as caught:
         hvp(lambda z: (z * z.conj()).real.sum(), z, z)
     assert ".float()" not in str(caught.value)
+
+
+EYE, RIGHT = torch.eye(3, dtype=DOUBLE), torch.randn(3, 2, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
+FACTORED: dict[str, Callable[[Tensor], Tensor]] = {
+    "solve": lambda a: torch.linalg.solve(a, RIGHT).pow(2).sum(),
+    "solve_ex": lambda a: torch.linalg.solve_ex(a, RIGHT)[0].pow(2).sum(),
+    "tensorsolve": lambda a: torch.linalg.tensorsolve(a, RIGHT[:, 0]).pow(2).sum(),
+    "det": torch.det,
+    "logdet": torch.logdet,
+    "slogdet": lambda a: torch.linalg.slogdet(a)[1],
+    "inv": lambda a: torch.linalg.inv(a).pow(2).sum(),
+    "cholesky": lambda a: torch.linalg.cholesky(a).pow(3).sum(),
+    "eigh": lambda a: torch.linalg.eigvalsh(a).pow(3).sum(),
+    "cumprod with zeros": lambda a: torch.cumprod(a * (torch.arange(3) != 1), dim=1).pow(2).sum(),
+}
+
+
+@pytest.mark.parametrize("name", FACTORED)
+def test_what_a_formula_keeps_of_the_forward_pass_has_a_tangent(name: str) -> None:
+    w, v = torch.randn(3, 3, dtype=DOUBLE), torch.randn(3, 3, dtype=DOUBLE)
+
+    def f(w: Tensor) -> Tensor:
+        return FACTORED[name](w @ w.T + EYE)
+
+    torch.testing.assert_close(hvp(f, w, v), hvp(f, w, v, mode="reverse_over_reverse"))
+    eigenvalues = torch.linalg.eigvalsh(hessian(f, w).reshape(9, 9))
+    torch.testing.assert_close(top_eigenvalues(f, w)[0], eigenvalues.max())
+
+
+NORMALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "layer_norm": lambda x: torch.nn.functional.layer_norm(x, (6,)),
+    "batch_norm": lambda x: torch.nn.functional.batch_norm(x, None, None, training=True),
+    "instance_norm": lambda x: torch.nn.functional.instance_norm(x[None]),
+}
+
+
+@pytest.mark.parametrize("name", NORMALISATIONS)
+def test_normalisation_is_refused_by_name_where_a_forward_formula_is_differentiated(name: str) -> None:
+    x, v, w = (torch.randn(4, 6, dtype=DOUBLE) for _ in range(3))
+
+    def f(x: Tensor) -> Tensor:
+        return (NORMALISATIONS[name](x) * w).tanh().sum()
+
+    torch.testing.assert_close(hvp(f, x, v), hvp(f, x, v, mode="reverse_over_reverse"))
+    with pytest.raises(NotImplementedError, match=rf"^{name}: .*cannot be differentiated.*mode='reverse_over_reverse'"):
+        hvp(f, x, v, mode="reverse_over_forward")
+    with pytest.raises(NotImplementedError, match=rf"^{name}: .*mode='reverse'"):
+        nth_derivative(f, x, 2, along=v, mode="forward")
+    first = nth_derivative(f, x, 1, along=v, mode="forward")
+    torch.testing.assert_close(first, nth_derivative(f, x, 1, along=v))
+
+
+MEANS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda p: torch.nn.functional.mse_loss(p, RIGHT),
+    "module": lambda p: torch.nn.MSELoss()(p, RIGHT),
+    "target": lambda p: torch.nn.functional.mse_loss(RIGHT, p),
+    "both": lambda p: torch.nn.functional.mse_loss(p, p.tanh()),
+    "partly constant": lambda p: torch.nn.functional.mse_loss(torch.cat([p[:1].detach(), p[1:]]), RIGHT),
+    "sum": lambda p: torch.nn.functional.mse_loss(p, RIGHT, reduction="sum"),
+    "root": lambda p: torch.nn.functional.mse_loss(p, RIGHT).sqrt(),
+}
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+@pytest.mark.parametrize("name", MEANS)
+def test_mean_squared_error_is_right_in_every_mode(name: str, mode: str) -> None:
+    f, x, v = MEANS[name], torch.randn(3, 2, dtype=DOUBLE), torch.randn(3, 2, dtype=DOUBLE)
+    h = 1e-6
+    slope = (gradient(f, x + h * v) - gradient(f, x - h * v)) / (2 * h)
+    torch.testing.assert_close(hvp(f, x, v, mode=mode), slope, rtol=1e-6, atol=1e-8)
+    assert torch.isfinite(top_eigenvalues(f, x, mode=mode)).all()
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+def test_a_state_dict_and_a_parameter_dict_are_points(mode: str) -> None:
+    module, x, y = nn.Linear(3, 2), torch.randn(5, 3), torch.randint(2, (5,))
+
+    def f(params: Params) -> Tensor:
+        return torch.nn.functional.cross_entropy(torch.func.functional_call(module, params, (x,)), y)
+
+    theta = module.state_dict()
+    v = type(theta)((name, torch.randn_like(p)) for name, p in theta.items())
+    want = hvp(f, dict(theta), dict(v))
+    for point in (theta, nn.ParameterDict(theta)):
+        got = hvp(f, point, v, mode=mode)  # type: ignore[type-var]
+        assert list(got) == list(want)
+        for name, product in want.items():
+            torch.testing.assert_close(got[name], product)
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+def test_batch_norm_with_running_statistics_is_refused_and_left_as_it_was(mode: str) -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    theta = {name: p.detach() for name, p in module.named_parameters()}
+    x = torch.randn(5, 3)
+    with pytest.raises(ValueError, match=r"track_running_stats=False.*model\.eval\(\)"):
+        hvp(lambda p: torch.func.functional_call(module, p, (x,)).square().mean(), theta, theta, mode=mode)
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+
+
+def test_gauss_newton_takes_losses_without_a_forward_formula() -> None:
+    x, v, z = torch.randn(2, 3, dtype=DOUBLE), torch.randn(2, 3, dtype=DOUBLE), torch.randn(2, 3, dtype=DOUBLE)
+
+    def loss(p: Tensor) -> Tensor:
+        return torch.nn.functional.huber_loss(p, z)
+
+    torch.testing.assert_close(
+        gauss_newton_vp(lambda x: 2 * x, loss, x, v), 4 * hvp(loss, 2 * x, v, mode="reverse_over_reverse")
+    )
+    with pytest.raises(NotImplementedError, match=r"gauss_newton_vp.*of a model and a loss"):
+        gauss_newton_vp(lambda x: torch.cdist(x, z), torch.sum, x, v)
+
+
+ZERO, AT_ZERO = torch.zeros(3, dtype=DOUBLE), torch.tensor([1.0, 2.0, -1.0], dtype=DOUBLE)
+SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "norm": (lambda x: x.norm() ** 2, 2.0),
+    "vector_norm": (lambda x: torch.linalg.vector_norm(x) ** 2, 2.0),
+    "dist": (lambda x: torch.dist(x, ZERO) ** 2, 2.0),
+    "rbf": (lambda x: torch.exp(-(torch.linalg.norm(x) ** 2)), -2.0),
+    "sqrt": (lambda x: (x * x).sum().sqrt() ** 2, 2.0),
+}
+KINKED: dict[str, Callable[[Tensor], Tensor]] = {
+    "norm": torch.norm,
+    "power 1.5": lambda x: x.norm() ** 1.5,
+    "sqrt of abs": lambda x: (x.abs().sqrt()).sum(),
+    "sqrt": lambda x: (x * x).sum().sqrt(),
+}
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+@pytest.mark.parametrize("name", SMOOTH)
+def test_a_smooth_function_by_a_formula_that_is_not_has_its_limit(name: str, mode: str) -> None:
+    f, factor = SMOOTH[name]
+    torch.testing.assert_close(hvp(f, ZERO, AT_ZERO, mode=mode), factor * AT_ZERO, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+@pytest.mark.parametrize("name", KINKED)
+def test_a_function_without_a_second_derivative_is_refused(name: str, mode: str) -> None:
+    with pytest.raises(NonFiniteGradientError, match=r"hvp's product is .* in parameter 'x'.*infinite at 0"):
+        hvp(KINKED[name], ZERO, AT_ZERO, mode=mode)
+    with pytest.raises(NonFiniteGradientError, match=r"in parameter 'w'"):
+        hvp(lambda p: KINKED[name](p["w"]), {"w": ZERO}, {"w": AT_ZERO}, mode=mode)

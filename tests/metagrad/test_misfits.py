@@ -33,7 +33,6 @@ MISFITS = [
     (X, Y + 4, r"Labels must be 0 to N - 1.*support_y \[3, 6\] int64 on cpu from 4 to 6"),
     (X, Y - 1, r"Labels must be 0 to N - 1.*support_y \[3, 6\] int64 on cpu from -1 to 1"),
     (X, Y.float(), r"class labels as int64: y\.long\(\).*support_y \[3, 6\] float32"),
-    (X.to_sparse(), Y, r"dense tensors: x\.to_dense\(\)"),
 ]
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient
-from metalearn.inner import SGD, begin, inner_step, model_params, rate_name, task_losses, with_learned
+from metalearn.inner import SGD, begin, inner_step, model_params, rate_name, state_name, task_losses, with_learned
 from metalearn.metagrad import ENGINES
 from metalearn.models import MLP
 from metalearn.params import relative_error
@@ -164,12 +166,10 @@ def test_meta_gradient_in_rates_is_the_closed_form() -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_rule_of_ones_own(engine: str) -> None:
-    """Signs of gradients, remembered: neither linear nor of this library."""
+    """Signs of gradients, remembered: of no library."""
 
     @dataclasses.dataclass(frozen=True)
     class Smoothed:
-        linear: ClassVar[bool] = False
-
         def start(self, fast: Params) -> Params:
             return {f"last::{name}": torch.zeros_like(w) for name, w in fast.items()}
 
@@ -244,3 +244,74 @@ def test_a_step_of_sgd_stays_a_step_of_sgd() -> None:
     assert carry.keys() == theta.keys()
     after, _ = inner_step(forward, carry, episodes.support_x, episodes.support_y, inner, loss=cross_entropy, k=0)
     assert after.keys() == theta.keys()
+
+
+@dataclass(frozen=True)
+class TowardsStart:
+    """Decay towards a fading copy of the first weights: what is remembered is a function of theta."""
+
+    def start(self, fast: Params) -> Params:
+        return {state_name("start", name): w for name, w in fast.items()}
+
+    def __call__(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
+        directions = {name: g + 0.5 * state[state_name("start", name)] for name, g in grads.items()}
+        return directions, {name: 0.9 * w for name, w in state.items()}
+
+
+class TimesStart(TowardsStart):
+    """A preconditioner that theta decides, and gradients move: linear in neither alone."""
+
+    def __call__(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
+        directions = {name: g * state[state_name("start", name)] for name, g in grads.items()}
+        return directions, {state_name("start", n): state[state_name("start", n)] + 0.1 * g for n, g in grads.items()}
+
+
+class NewConstant(TowardsStart):
+    """Forgets what it had: its state does not depend on anything."""
+
+    def __call__(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
+        return grads, {name: torch.full_like(w, k).detach() for name, w in state.items()}
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize("rule", [TowardsStart(), TimesStart(), NewConstant()])
+def test_a_rule_that_begins_with_the_weights_keeps_that_path(rule: TowardsStart, second_order: bool) -> None:
+    forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
+    episodes = vectors()
+    results = [
+        meta_gradient(forward, theta, episodes, InnerLoop(0.2, 3, second_order, engine, rule=rule)).grads
+        for engine in ENGINES
+    ]
+    for grads in results[1:]:
+        assert relative_error(grads, results[0]) < 1e-12
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weight_decay_reaches_what_the_support_loss_does_not(engine: str) -> None:
+    """The query loss is w, which decays K times: d L_query / d w_0 = (1 - lr * decay)^K."""
+
+    def forward(params: Params, x: Tensor) -> Tensor:
+        return x * params["v"] + torch.where(x > 0, params["w"], 0.0)
+
+    x = torch.ones(2, 3, 1, dtype=torch.float64)
+    theta = {name: torch.ones((), dtype=torch.float64) for name in ("v", "w")}
+    inner = InnerLoop(lr=0.1, steps=3, weight_decay=0.5, engine=engine)
+    got = meta_gradient(forward, theta, Episodes(-x, x, x, x), inner, loss=lambda p, y: p.mean()).grads["w"]
+    assert got.item() == pytest.approx((1 - 0.1 * 0.5) ** 3, rel=1e-12)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("second_order", [True, False])
+def test_adapting_only_what_the_loss_does_not_reach_is_an_error(second_order: bool, engine: str) -> None:
+    def forward(params: Params, x: Tensor) -> Tensor:
+        return x * params["used"]
+
+    x = torch.ones(2, 3, 1)
+    theta = {name: torch.ones((), requires_grad=True) for name in ("used", "idle")}
+    inner = InnerLoop(lr=0.1, steps=1, adapted=frozenset({"idle"}), engine=engine, second_order=second_order)
+    for call in (
+        lambda: meta_gradient(forward, theta, Episodes(x, x, x, x), inner, loss=mse_loss),
+        lambda: adapt(forward, theta, x, x, inner, loss=mse_loss),
+    ):
+        with pytest.raises(ValueError, match=r"depends on no parameter of idle:.*adapted leaves out"):
+            call()

@@ -1,6 +1,6 @@
 """torch's own database of operations, as functions to differentiate and as models to meta-learn.
 
-python -m tests.operations.database          # every operation, every mode and engine: what is refused, and what is wrong
+python -m tests.operations.database          # every operation, mode and engine: what is refused, and what is wrong
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,7 @@ REFUSED = Path(__file__).with_name("refused.json")
 REFUSALS = (NotImplementedError, ValueError, NonFiniteError)
 _DTYPE = torch.float64
 _RANDOM = ("dropout", "rrelu", "bernoulli", "normal", "rand", "multinomial", "fractional", "empty", "lowrank", "nested")
-_DRAWS = (
-    "nn.functional.multi_head_attention_forward",
-    "nn.functional.scaled_dot_product_attention",
-)  # dropout, by position
+_DROPS = ("nn.functional.multi_head_attention_forward", "nn.functional.scaled_dot_product_attention")
 _LARGEST = 2000  # numbers
 _SAMPLES = 8
 _ALLOWED, _ALLOWED_OF_DIFFERENCES = 1e-5, 1e-4
@@ -59,7 +56,7 @@ def operations() -> dict[str, Any]:
         f"{op.name}{'.' if op.variant_test_name else ''}{op.variant_test_name}": op
         for op in op_db
         if _DTYPE in op.dtypes and op.supports_autograd and op.supports_gradgrad
-        if op.name not in _DRAWS and not any(word in op.name for word in _RANDOM)
+        if op.name not in _DROPS and not any(word in op.name for word in _RANDOM)
     }
 
 
@@ -232,9 +229,9 @@ def _loop_over_tasks(case: Case, x: Tensor, inner: InnerLoop) -> Params | None:
 
 
 COLUMNS: dict[str, Callable[[str], str]] = {
-    **{f"hvp {mode}": (lambda name, mode=mode: hvp_verdict(name, mode)) for mode in HVP_MODES},
-    **{f"engine {engine}": (lambda name, engine=engine: engine_verdict(name, engine)) for engine in ENGINES},
-    "engine unroll, first order": lambda name: engine_verdict(name, "unroll", second_order=False),
+    **{f"hvp {mode}": partial(hvp_verdict, mode=mode) for mode in HVP_MODES},
+    **{f"engine {engine}": partial(engine_verdict, engine=engine) for engine in ENGINES},
+    "engine unroll, first order": partial(engine_verdict, engine="unroll", second_order=False),
 }
 """Every way in which an operation is differentiated here."""
 

@@ -1,0 +1,184 @@
+"""Models that vmap refuses, or whose derivative it takes wrongly, give what a plain loop over tasks gives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations, spectral_norm
+
+from metalearn import Episodes, InnerLoop, Loss, Params, adapt, functionalize, meta_gradient, predict
+from metalearn.metagrad import ENGINES
+from metalearn.params import relative_error
+from metalearn.peers.by_hand import meta_gradient as by_hand
+
+DOUBLE = torch.float64
+T, S, Q, N = 3, 6, 5, 3
+
+
+class Between(nn.Module):
+    """A function between two linear layers."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], out: int = N) -> None:
+        super().__init__()
+        self.body, self.function, self.head = nn.Linear(4, 4), function, nn.Linear(4, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.function(torch.tanh(self.body(x))))
+        return logits
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.recurrent, self.head = kind(2, 4, batch_first=True), nn.Linear(4, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.recurrent(x.unflatten(-1, (2, 2)))[0][:, -1])
+        return logits
+
+
+class WrittenBeforeSetupContext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        slope: Tensor = 3 * x**2 * g
+        return slope
+
+
+def hooked(h: Tensor) -> Tensor:
+    h = h * 1
+    h.register_hook(lambda g: 0.5 * g)
+    return h
+
+
+def hooked_if_asked(h: Tensor) -> Tensor:
+    return hooked(h) if h.requires_grad else h
+
+
+TARGETS = torch.randn(T, S, dtype=DOUBLE), torch.randn(T, Q, dtype=DOUBLE)
+LABELS = torch.randint(N, (T, S)), torch.randint(N, (T, Q))
+CASES: dict[str, tuple[Callable[[], nn.Module], Loss, tuple[Tensor, Tensor]]] = {
+    "branch": (lambda: Between(lambda h: h if h.sum() > 0 else -h), functional.cross_entropy, LABELS),
+    "item": (lambda: Between(lambda h: h * round(h.sum().item())), functional.cross_entropy, LABELS),
+    "lstm": (lambda: Recurrent(nn.LSTM), functional.cross_entropy, LABELS),
+    "gru": (lambda: Recurrent(nn.GRU), functional.cross_entropy, LABELS),
+    "rnn": (lambda: Recurrent(nn.RNN), functional.cross_entropy, LABELS),
+    "old function": (lambda: Between(WrittenBeforeSetupContext.apply), functional.cross_entropy, LABELS),
+    "hook": (lambda: Between(hooked), functional.cross_entropy, LABELS),
+    "hook if a gradient is required": (lambda: Between(hooked_if_asked), functional.cross_entropy, LABELS),
+    "as_strided": (lambda: Between(lambda h: h.as_strided((len(h), 4), (4, 1)) ** 2), functional.cross_entropy, LABELS),
+    "select_scatter": (
+        lambda: Between(lambda h: h.select_scatter(h[:, 1] ** 2, 1, 0)),
+        functional.cross_entropy,
+        LABELS,
+    ),
+    "boolean mask": (
+        lambda: Between(torch.tanh),
+        lambda p, y: functional.cross_entropy(p[y > 0], y[y > 0], reduction="sum"),
+        LABELS,
+    ),
+    "weights and smoothing": (
+        lambda: Between(torch.tanh),
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5], dtype=DOUBLE), label_smoothing=0.1),
+        LABELS,
+    ),
+    "gaussian likelihood": (
+        lambda: Between(torch.tanh, out=2),
+        lambda p, y: functional.gaussian_nll_loss(p[:, 0], y, functional.softplus(p[:, 1])),
+        TARGETS,
+    ),
+    "numpy targets": (
+        lambda: Between(torch.tanh, out=1),
+        lambda p, y: functional.mse_loss(p[:, 0], torch.from_numpy(y.numpy())),
+        TARGETS,
+    ),
+}
+
+
+def episodes(targets: tuple[Tensor, Tensor] = LABELS) -> Episodes:
+    generator = torch.Generator().manual_seed(5)
+    draw = [torch.randn(T, n, 4, dtype=DOUBLE, generator=generator) for n in (S, Q)]
+    return Episodes(draw[0], targets[0], draw[1], targets[1])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", CASES)
+def test_meta_gradient_is_that_of_a_plain_loop(case: str, engine: str) -> None:
+    make, loss, targets = CASES[case]
+    module = make().double()
+    tasks, inner = episodes(targets), InnerLoop(lr=0.1, steps=2, engine=engine)
+    want = by_hand(module, tasks, inner, loss=loss)
+    for _ in range(2):  # the second time it is known that it cannot be batched
+        got = meta_gradient(*functionalize(module), tasks, inner, loss=loss)
+        assert relative_error(got.grads, want.grads) < 1e-9
+        torch.testing.assert_close(got.predictions, want.predictions)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("normalise", [spectral_norm, parametrizations.spectral_norm])
+def test_spectral_norm_in_training_begins_every_pass_with_the_same_vectors(normalise: Any, engine: str) -> None:
+    module = Between(torch.tanh).double()
+    normalise(module.body)
+    tasks, inner = episodes(), InnerLoop(lr=0.1, steps=1, engine=engine)
+    buffers = {name: b.clone() for name, b in module.named_buffers()}
+
+    def logits(params: Params, x: Tensor) -> Tensor:
+        fresh = {name: b.clone() for name, b in buffers.items()}
+        return torch.func.functional_call(module, (params, fresh), (x,))  # type: ignore[no-any-return]
+
+    theta = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
+    total = torch.zeros((), dtype=DOUBLE)
+    for t in range(T):
+        support = functional.cross_entropy(logits(theta, tasks.support_x[t]), tasks.support_y[t])
+        grads = torch.autograd.grad(support, list(theta.values()), create_graph=True)
+        fast = {name: p - inner.lr * g for (name, p), g in zip(theta.items(), grads, strict=True)}
+        total = total + functional.cross_entropy(logits(fast, tasks.query_x[t]), tasks.query_y[t]) / T
+    want = dict(zip(theta, torch.autograd.grad(total, list(theta.values())), strict=True))
+    assert relative_error(meta_gradient(*functionalize(module), tasks, inner).grads, want) < 1e-9
+    assert all(torch.equal(b, buffers[name]) for name, b in module.named_buffers())
+
+
+def test_it_is_said_once_why_a_model_is_slow(caplog: pytest.LogCaptureFixture) -> None:
+    forward, theta = functionalize(Recurrent(nn.LSTM).double())
+    tasks, inner = episodes(), InnerLoop(lr=0.1, steps=1)
+    with caplog.at_level(logging.WARNING):
+        fast = adapt(forward, theta, tasks.support_x, tasks.support_y, inner)
+        predict(forward, fast, tasks.query_x)
+    warnings = [r.getMessage() for r in caplog.records if "one after another" in r.getMessage()]
+    assert len(warnings) == 1
+    assert "aten::lstm" in warnings[0]
+
+
+def test_a_fault_of_the_model_is_not_taken_for_one_of_vmap(caplog: pytest.LogCaptureFixture) -> None:
+    forward, theta = functionalize(Between(lambda h: h @ torch.ones(3, 3, dtype=DOUBLE)).double())
+    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match=r"shapes cannot be multiplied"):
+        meta_gradient(forward, theta, episodes(), InnerLoop(lr=0.1, steps=1))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("layer", ["stochastic depth", "rsample", "rrelu"])
+def test_random_layers_without_a_batching_rule_draw_for_every_task(layer: str) -> None:
+    from torchvision.ops import StochasticDepth
+
+    layers: dict[str, Callable[[Tensor], Tensor]] = {
+        "stochastic depth": StochasticDepth(0.5, "row"),
+        "rsample": lambda h: torch.distributions.Normal(h, 1.0).rsample(),
+        "rrelu": lambda h: functional.rrelu(h - 1, training=True),
+    }
+    forward, theta = functionalize(Between(layers[layer]).double())
+    x = torch.ones(1, 1, 4, dtype=DOUBLE).expand(40, 1, 4)
+    fast = {name: p.expand(40, *p.shape) for name, p in theta.items()}
+    assert len(predict(forward, fast, x).unique(dim=0)) > 1
+    result = meta_gradient(forward, theta, episodes(), InnerLoop(lr=0.1, steps=2, engine="checkpoint"))
+    assert all(torch.isfinite(g).all() for g in result.grads.values())

@@ -1,0 +1,247 @@
+"""Operations that torch differentiates wrongly, each against a formula, differences or a plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient
+from metalearn.derivatives import HVP_MODES, hvp
+from metalearn.metagrad import ENGINES
+from metalearn.params import relative_error
+from metalearn.peers.by_hand import meta_gradient as by_hand
+
+DOUBLE = torch.float64
+T, S, Q, N, WORDS = 3, 5, 4, 3, 6
+
+
+class Words(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(WORDS, 4, **options), nn.Linear(4, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.tanh(self.words(x)).mean(dim=1))
+        return logits
+
+
+def sentences() -> Episodes:
+    sizes = (S, Q)
+    x = [torch.randint(WORDS, (T, n, 5)) for n in sizes]
+    y = [torch.randint(N, (T, n)) for n in sizes]
+    return Episodes(x[0], y[0], x[1], y[1])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize(
+    "options", [{"padding_idx": 0}, {"padding_idx": 2}, {"padding_idx": -1}, {"scale_grad_by_freq": True}]
+)
+def test_embedding_is_right_in_every_task(options: dict[str, Any], second_order: bool, engine: str) -> None:
+    module, tasks = Words(**options).double(), sentences()
+    inner = InnerLoop(lr=0.3, steps=2, second_order=second_order, engine=engine)
+    got = meta_gradient(*functionalize(module), tasks, inner)
+    assert relative_error(got.grads, by_hand(module, tasks, inner).grads) < 1e-12
+
+
+def test_embedding_with_sparse_gradients_is_that_with_dense_ones() -> None:
+    dense, tasks = Words().double(), sentences()
+    sparse = Words(sparse=True).double()
+    sparse.load_state_dict(dense.state_dict())
+    inner = InnerLoop(lr=0.3, steps=2)
+    got = meta_gradient(*functionalize(sparse), tasks, inner)
+    assert relative_error(got.grads, by_hand(dense, tasks, inner).grads) < 1e-12
+
+
+def test_padding_row_stays_where_it_was() -> None:
+    forward, theta = functionalize(Words(padding_idx=0).double())
+    tasks = sentences()
+    fast = adapt(forward, theta, tasks.support_x, tasks.support_y, InnerLoop(lr=0.3, steps=2))
+    assert torch.equal(fast["words.weight"][:, 0], theta["words.weight"][0].expand(T, 4))
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+def test_padding_row_has_no_curvature(mode: str) -> None:
+    words, weight, v = torch.tensor([[0, 1, 2], [2, 0, 3]]), torch.randn(4, 2, dtype=DOUBLE), torch.ones(4, 2).double()
+    product = hvp(
+        lambda w: functional.embedding(words, w, padding_idx=0).mean(dim=1).pow(3).sum(), weight, v, mode=mode
+    )
+    blocked = hvp(
+        lambda w: functional.embedding(words, torch.cat([w[:1].detach(), w[1:]])).mean(dim=1).pow(3).sum(),
+        weight,
+        v,
+        mode=mode,
+    )
+    torch.testing.assert_close(product, blocked)
+
+
+def test_max_norm_in_a_function_is_refused_by_name() -> None:
+    def forward(params: Params, x: Tensor) -> Tensor:
+        return functional.embedding(x, params["w"], max_norm=1.0).mean(dim=1)
+
+    with pytest.raises(ValueError, match=r"^embedding: max_norm=1\.0 rescales .* without max_norm"):
+        meta_gradient(forward, {"w": torch.randn(WORDS, N).double()}, sentences(), InnerLoop(lr=0.1, steps=1))
+
+
+def slope_of_gradient(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, h: float = 1e-5) -> Tensor:
+    """H v by central differences of the gradient."""
+
+    def gradient(at: Tensor) -> Tensor:
+        at = at.detach().requires_grad_()
+        return torch.autograd.grad(f(at), at)[0]
+
+    return (gradient(x + h * v) - gradient(x - h * v)) / (2 * h)
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_weight_norm_has_the_right_second_derivative(dim: int, mode: str) -> None:
+    x, v = torch.randn(5, 6, dtype=DOUBLE), torch.randn(5, 6, dtype=DOUBLE)
+    shape = {0: (4, 1), 1: (1, 6), -1: ()}[dim]
+
+    def f(x: Tensor) -> Tensor:
+        g = x[4].repeat(2)[: torch.Size(shape).numel()].reshape(shape)
+        return torch._weight_norm(x[:4], g, dim).tanh().sum()
+
+    torch.testing.assert_close(hvp(f, x, v, mode=mode), slope_of_gradient(f, x, v), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dim", [0, None])
+def test_weight_norm_in_a_model_agrees_with_differences(dim: int | None, engine: str) -> None:
+    layer = parametrizations.weight_norm(nn.Linear(4, 5), dim=dim)  # type: ignore[arg-type]  # None: of all entries
+    module = nn.Sequential(layer, nn.Tanh(), nn.Linear(5, N)).double()
+    forward, theta = functionalize(module)
+    x, y = torch.randn(2, 6, 4, dtype=DOUBLE), torch.randint(N, (2, 6))
+    tasks, inner = Episodes(x, y, x, y), InnerLoop(lr=0.5, steps=2, engine=engine)
+    v = {name: torch.randn_like(p) for name, p in theta.items()}
+    grads, h = meta_gradient(forward, theta, tasks, inner).grads, 1e-5
+    ahead, behind = (
+        meta_gradient(forward, {n: p + s * v[n] for n, p in theta.items()}, tasks, inner).loss for s in (h, -h)
+    )
+    slope = sum(float((g * v[n]).sum()) for n, g in grads.items())
+    assert float(ahead - behind) / (2 * h) == pytest.approx(slope, rel=1e-6)
+
+
+def test_chunks_of_linear_cross_entropy_change_nothing() -> None:
+    options = pytest.importorskip("torch.nn.modules.linear_cross_entropy_options").LinearCrossEntropyOptions
+    chunks = options(allow_retain_graph=True, batch_chunk_size=2)
+    x, y, v = torch.randn(5, 4, dtype=DOUBLE), torch.randint(N, (5,)), torch.randn(N, 4, dtype=DOUBLE)
+    w = torch.randn(N, 4, dtype=DOUBLE)
+
+    def f(w: Tensor) -> Tensor:
+        loss: Tensor = functional.linear_cross_entropy(x, w, y, options=chunks)
+        return loss.tanh()
+
+    def whole(w: Tensor) -> Tensor:
+        return functional.cross_entropy(x @ w.T, y).tanh()
+
+    torch.testing.assert_close(hvp(f, w, v, mode="reverse_over_reverse"), hvp(whole, w, v))
+
+
+Z, V = torch.zeros(3, dtype=DOUBLE), torch.tensor([1.0, 2.0, -1.0], dtype=DOUBLE)
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+def test_sinc_is_right_at_and_near_zero(mode: str) -> None:
+    torch.testing.assert_close(hvp(lambda x: torch.sinc(x).sum(), Z, V, mode=mode), -(torch.pi**2) / 3 * V)
+    for size in (1e-3, 3.1e-3, 3.2e-3, 0.1, 1.3):  # across the seam between series and quotient
+        x = torch.full((1,), size, dtype=torch.float64)
+        z = torch.pi * x
+        exact = torch.pi**2 * ((2 - z * z) * torch.sin(z) - 2 * z * torch.cos(z)) / z**3
+        got = hvp(lambda x: torch.sinc(x).sum(), x, torch.ones_like(x), mode=mode)
+        torch.testing.assert_close(got, exact, rtol=max(1e-9, 1e-15 / size**3), atol=0)
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        slope: Tensor = 3 * x**2 * g
+        return slope
+
+
+class BatchedCube(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        slope: Tensor = 3 * x**2 * g
+        return slope
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("cube", [Cube, BatchedCube])
+def test_a_function_that_is_differentiable_once_is_refused(cube: Any, engine: str) -> None:
+    def forward(params: Params, x: Tensor) -> Tensor:
+        out: Tensor = cube.apply(x @ params["w"])
+        return out
+
+    x, theta = torch.randn(2, 4, 3, dtype=DOUBLE), {"w": torch.randn(3, 2, dtype=DOUBLE)}
+    tasks = Episodes(x, torch.zeros(2, 4), x, torch.zeros(2, 4))
+    inner = InnerLoop(lr=0.1, steps=1, engine=engine)
+    # A loss that is linear in the prediction: what flows back is a constant, and torch raises nothing.
+    with pytest.raises(ValueError, match=rf"{cube.__name__}, an autograd\.Function .*once_differentiable"):
+        meta_gradient(forward, theta, tasks, inner, loss=lambda p, y: p.mean())
+    first = InnerLoop(lr=0.1, steps=1, engine=engine, second_order=False)
+    assert meta_gradient(forward, theta, tasks, first, loss=lambda p, y: p.mean()).grads["w"].any()
+    with pytest.raises(ValueError, match=r"once_differentiable"):
+        hvp(lambda w: cube.apply(w).sum(), theta["w"], theta["w"], mode="reverse_over_reverse")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_activation_checkpointing_inside_of_a_model_is_refused(engine: str, batched: bool, reentrant: bool) -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, N)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = checkpoint(self.body, x, use_reentrant=reentrant)
+            logits: Tensor = self.head(h)
+            return logits if batched or logits.sum() > 1e9 else logits * 1  # a branch cannot be batched
+
+    x, y = torch.randn(2, 4, 4), torch.randint(N, (2, 4))
+    with pytest.raises(ValueError, match=r"torch\.utils\.checkpoint .*without it; InnerLoop\(engine='checkpoint'\)"):
+        meta_gradient(*functionalize(Again()), Episodes(x, y, x, y), InnerLoop(lr=0.1, steps=1, engine=engine))
+
+
+def test_hooks_of_the_caller_are_called() -> None:
+    forward, theta = functionalize(nn.Linear(4, N))
+    x, y = torch.randn(2, 4, 4), torch.randint(N, (2, 4))
+    packed: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        packed.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        meta_gradient(forward, theta, Episodes(x, y, x, y), InnerLoop(lr=0.1, steps=1))
+    assert packed

@@ -1,0 +1,66 @@
+"""Every operation of torch's database is right or refused, in every mode and engine, and refused as the table says.
+
+The table, ``refused.json``, is edited by hand, from what ``python -m tests.operations.database`` prints.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("expecttest", reason="torch's own tests need it: pip install expecttest")
+
+from tests.operations import database
+from tests.operations.database import COLUMNS, operations
+
+REFUSED: dict[str, list[str]] = json.loads(database.REFUSED.read_text())["refused"]
+_EVERY = 10
+_ALWAYS = (
+    "linalg.solve",
+    "linalg.det",
+    "linalg.cholesky",
+    "cumprod",
+    "nn.functional.layer_norm",
+    "nn.functional.embedding",
+    "nn.functional.mse_loss",
+    "select_scatter",
+    "as_strided",
+    "scatter_reduce.prod",
+    "sinc",
+)
+NAMES = sorted(operations())
+SAMPLE = sorted({*NAMES[::_EVERY], *(name for name in _ALWAYS if name in operations())})
+
+
+def hold(name: str) -> None:
+    for column, verdict in COLUMNS.items():
+        outcome = verdict(name)
+        assert outcome in ("right", "refused"), f"{column}: {name} is {outcome}"
+        assert outcome == "right" or name in REFUSED[column], f"{column} refuses {name}, which the table does not say"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SAMPLE)
+def test_operation_is_right_or_refused(name: str) -> None:
+    hold(name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(SAMPLE)))
+def test_every_other_operation_is_right_or_refused(name: str) -> None:
+    hold(name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("column", COLUMNS)
+def test_the_table_names_operations_that_are_refused(column: str) -> None:
+    """So that it shrinks: what is right now is to be taken out. Of the sample; ``slow`` looks at all."""
+    stale = [name for name in REFUSED[column] if name in SAMPLE and COLUMNS[column](name) != "refused"]
+    assert not stale, f"{column}: take {stale} out of {database.REFUSED.name}"
+
+
+def test_the_database_is_whole() -> None:
+    assert len(NAMES) > 450
+    assert len(SAMPLE) >= 50
