@@ -151,8 +151,9 @@ def print_rows(setting: StepSetting, rows: Sequence[Row]) -> None:
     for row in rows:
         biases = ", biases" if row.biases else ""
         lines.setdefault(f"{row.pool}{biases}, {order_name(row.second_order)}", {})[row.who] = row
+    seeds = len(rows[0].distances)
     print_table(
-        f"{setting.title}: |g32 - g64| / |g64|, median of {len(rows[0].distances)} seeds\n"
+        f"{setting.ways}-way {setting.shots}-shot, K={setting.steps}: |g32 - g64| / |g64|, median of {seeds} seeds\n"
         f"(times the {BY_HAND}'s; seeds above {_FAR:.0e})",
         ["", *names],
         [[name, *(_cell(found.get(who)) for who in names)] for name, found in lines.items()],

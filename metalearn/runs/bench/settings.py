@@ -33,12 +33,12 @@ SETTINGS = (
 """Those of the published table."""
 
 FLOAT32_SETTINGS = (
-    StepSetting("5way_K1", 5, 1, 1, 2, 64, steps=1, lr=0.4),
-    StepSetting("5way_K5", 5, 1, 1, 2, 64, steps=5, lr=0.4),
-    StepSetting("20way_K1", 20, 1, 1, 2, 64, steps=1, lr=0.1),
-    StepSetting("20way_K5", 20, 1, 1, 2, 64, steps=5, lr=0.1),
+    StepSetting("5way_K1", 5, 1, 1, 1, 64, steps=1, lr=0.4),
+    StepSetting("5way_K5", 5, 1, 1, 1, 64, steps=5, lr=0.4),
+    StepSetting("20way_K1", 20, 1, 1, 1, 64, steps=1, lr=0.1),
+    StepSetting("20way_K5", 20, 1, 1, 1, 64, steps=5, lr=0.1),
 )
-"""Those at which float32 is held against float64."""
+"""Those at which float32 is held against float64, on one task a draw: of many tasks one is always near a kink."""
 
 
 @dataclass(frozen=True)
