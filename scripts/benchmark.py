@@ -1,7 +1,7 @@
-"""Time one meta-step side by side with other libraries, on the same weights and tasks; or engines, or sweeps.
+"""Time one meta-step side by side with other libraries, on the same weights and tasks; or engines, float32, or sweeps.
 
-Run it as ``python scripts/benchmark.py``, with ``bench.kind=engines`` or ``bench.kind=sweeps``, or for the meta-step of
-any training with ``bench.setting=configured`` and that training's keys.
+Run it as ``python scripts/benchmark.py``, with ``bench.kind=engines``, ``float32`` or ``sweeps``, or for the meta-step
+of any training with ``bench.setting=configured`` and that training's keys.
 """
 
 from pathlib import Path
@@ -17,14 +17,18 @@ def benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
     """Time one meta-step beside learn2learn, higher, TorchOpt and a hand-written loop; all must give the same gradient.
 
     bench.setting=configured takes the meta-step of a training's configuration instead of the published settings.
-    bench.kind=engines measures memory and time of every engine against the number of inner steps, bench.kind=sweeps how
-    cost grows with inner steps, tasks, ways and width.
+    bench.kind=engines measures memory and time of every engine against the number of inner steps, bench.kind=float32
+    how far meta-gradients are from float64, bench.kind=sweeps how cost grows with inner steps, tasks, ways and width.
     """
     # Imported here, so that a refused configuration need not wait for torch.
     if config.bench.kind == "engines":
         from metalearn.runs.engine_table import run_engine_table
 
         run_engine_table(config, output_dir)
+    elif config.bench.kind == "float32":
+        from metalearn.runs.bench.float32 import run_float32_table
+
+        run_float32_table(settle_data(config), output_dir)
     elif config.bench.kind == "sweeps":
         from metalearn.runs.bench.sweeps import run_sweeps
 

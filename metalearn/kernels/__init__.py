@@ -72,11 +72,14 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     of_batch = training and running_mean is None and running_var is None
-    if not of_batch or weight is None or bias is None or input.ndim != 4 or input.numel() <= input.shape[1]:
+    if not of_batch or input.ndim != 4 or input.numel() <= input.shape[1]:
         return NotImplemented
-    if not _takes(input, weight, bias) or not input.dtype == weight.dtype == bias.dtype:
+    # Weights that all tasks share, or none: torch's own layer is less exact on images that lie as the kernels' do.
+    gamma = torch.ones(input.shape[1], dtype=input.dtype, device=input.device) if weight is None else weight
+    beta = torch.zeros(input.shape[1], dtype=input.dtype, device=input.device) if bias is None else bias
+    if not _takes(input, input, gamma, beta) or not input.dtype == gamma.dtype == beta.dtype:
         return NotImplemented
-    return batch_norm(input.unsqueeze(0), weight.unsqueeze(0), bias.unsqueeze(0), eps).squeeze(0)
+    return batch_norm(input.unsqueeze(0), gamma.unsqueeze(0), beta.unsqueeze(0), eps).squeeze(0)
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Any:  # noqa: A002
@@ -93,9 +96,9 @@ _KERNELS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _takes(x: Tensor, *weights: Tensor) -> bool:
-    """Whether the kernels take it: in single or double precision on a CPU, with weights that differ by task."""
-    return all(is_batchedtensor(w) for w in weights) and _is_supported(x)
+def _takes(x: Tensor, *given: Tensor) -> bool:
+    """Whether the kernels take it: in single or double precision on a CPU, and any of what is given differs by task."""
+    return any(map(is_batchedtensor, given)) and _is_supported(x)
 
 
 def _is_supported(x: Tensor) -> bool:

@@ -12,6 +12,7 @@ numbers need means of products only.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -40,8 +41,13 @@ def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
 class _Norm(Kernel):
     @staticmethod
     def forward(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Any:
-        z, mean, r = torch.native_batch_norm(merged(x), gamma.flatten(), beta.flatten(), *_NO_RUNNING, True, 0.0, eps)
-        return parted(z, x.shape[0]).data, mean.view_as(gamma), r.view_as(gamma)  # no view: layers may write to it
+        images, dtype = merged(x), x.dtype
+        mean, variance = _mean_and_variance(images)
+        r = (variance + eps).rsqrt()
+        s = gamma.flatten() * r  # in double as well, until it meets the images
+        z = _combine((beta.flatten() - mean * s).to(dtype), (images, s.to(dtype)))
+        mean, r = (t.to(dtype).view_as(gamma) for t in (mean, r))
+        return parted(z, x.shape[0]).data, mean, r  # no view: layers may write to it
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -80,10 +86,12 @@ class _Gradient(Kernel):
 
     @staticmethod
     def forward(g: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, r: Tensor, eps: float) -> Any:
-        like = gamma.flatten()
-        to_x, to_gamma, to_beta = torch.ops.aten.native_batch_norm_backward(
-            merged(g), merged(x), like, *_NO_RUNNING, mean.flatten(), r.flatten(), True, eps, (True, True, True)
-        )
+        at, gm = _Images(merged(x), gamma.flatten(), mean.flatten(), r.flatten()), merged(g)
+        to_gamma, to_beta = _sums(gm, at.x, at.mean, at.r)
+        number = at.x.numel() / at.x.shape[1]
+        s = at.gamma * at.r
+        by_x = -s * at.r * to_gamma / number  # of (x - mean)
+        to_x = _combine(-s * to_beta / number - by_x * at.mean, (gm, s), (at.x, by_x))
         return parted(to_x, x.shape[0]), to_gamma.view_as(gamma), to_beta.view_as(gamma)
 
     @staticmethod
@@ -209,12 +217,44 @@ def _mean(images: Tensor) -> Tensor:
     return images.mean(dim=_OVER)
 
 
+def _mean_and_variance(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Over all but channels, in double precision: those of the parts, put together.
+
+    mean = <mean_p>,    var = <var_p> + <(mean_p - mean)^2>,    <.> over parts
+    """
+    parts = _parts(images)
+    means, variances = torch.batch_norm_update_stats(_cut(images, parts), *_NO_RUNNING, 0.0)
+    means, variances = means.view(parts, -1).double(), variances.view(parts, -1).double()
+    mean = means.mean(dim=0)
+    return mean, variances.mean(dim=0) + (means - mean).square().mean(dim=0)
+
+
 def _sums(v: Tensor, x: Tensor, mean: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of v (x - mean) r, and of v, in one pass: those that BatchNorm's derivative needs."""
+    parts = _parts(x)
+    mean, r = mean.repeat(parts), r.repeat(parts)
     _, products, sums = torch.ops.aten.native_batch_norm_backward(
-        v, x, r, *_NO_RUNNING, mean, r, True, 0.0, (False, True, True)
+        _cut(v, parts), _cut(x, parts), r, *_NO_RUNNING, mean, r, True, 0.0, (False, True, True)
     )
-    return products, sums
+    return products.view(parts, -1).sum(dim=0), sums.view(parts, -1).sum(dim=0)
+
+
+def _parts(images: Tensor) -> int:
+    """Into how many parts the B * H * W rows of a channel are dealt: as few as leave 2 sqrt(B H W) to each, or fewer.
+
+    torch's sums over channels last add one row after the other in the images' own precision, so that their error grows
+    with the rows: in float32, 4,000 rows have a deviation that is off by 5e-6 of itself, where 35 parts have 3e-8, and
+    so have contiguous images. What is off by 5e-6 has other kinks of ReLU, and meta-gradients differ by percents.
+    """
+    rows = images.numel() // images.shape[1]
+    fewest = math.isqrt(rows // 4) or 1
+    return next(parts for parts in range(fewest, rows + 1) if rows % parts == 0)
+
+
+def _cut(images: Tensor, parts: int) -> Tensor:
+    """``[B, C, H, W]``, channels last, as ``[1, parts * C, B * H * W / parts, 1]``; moves no number."""
+    rows = images.permute(0, 2, 3, 1)
+    return rows.view(1, -1, 1, parts * images.shape[1]).permute(0, 3, 1, 2)
 
 
 def _is_tracked(*tensors: Tensor) -> bool:

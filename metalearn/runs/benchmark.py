@@ -1,6 +1,7 @@
 """One meta-step, timed side by side with other libraries' on the same weights and tasks.
 
-First all must give the same meta-gradient; then they take turns. Times are medians over rounds, with the quartiles.
+First all must give the same meta-gradient; then they take turns. Times are medians over rounds, with the quartiles. A
+setting at which they do not agree is left out, and the command ends with an error after the others.
 """
 
 from __future__ import annotations
@@ -17,13 +18,22 @@ from rich.progress import Progress
 from metalearn import files
 from metalearn.data.sampler import TaskSampler, TaskShape
 from metalearn.data.splits import ImageSplits
-from metalearn.errors import ConfigError
+from metalearn.errors import ConfigError, NonFiniteError
 from metalearn.inner import InnerLoop
 from metalearn.models import Conv4
 from metalearn.peers.installed import Peer
 from metalearn.runs.allocator import keep_memory
 from metalearn.runs.bench.check import CONFIGURED
-from metalearn.runs.bench.contenders import check_equal, contenders, find_peers, yardstick
+from metalearn.runs.bench.contenders import (
+    BATCHES,
+    TASKS_COMPARED,
+    DisagreementError,
+    check_equal,
+    contenders,
+    find_peers,
+    refuse_failed,
+    yardstick,
+)
 from metalearn.runs.bench.figures import speed_figure
 from metalearn.runs.bench.measure import Figures, MetaStep, figures, parts_of, peaks_mib, shares, times
 from metalearn.runs.bench.report import print_rows, print_shares
@@ -61,7 +71,7 @@ def run_benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
     """Compare, print the tables, and write ``benchmark.json`` and ``speed.png``.
 
     Raises:
-        RunError: if two contenders disagree on the meta-gradient.
+        RunError: if at some settings two contenders disagree on the meta-gradient; the others are written by then.
         ConfigError: if the device is not there, or the data set has too few classes.
         DataError: if the data set is missing or damaged.
     """
@@ -79,16 +89,25 @@ def run_benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
     path = output_dir / "benchmark.json"
     rows: dict[str, list[Figures]] = {}
     parts: dict[str, dict[str, float]] = {}
+    failed: dict[str, Exception] = {}
     with computed_in("float32", device), progress_bar() as progress:
         for case in cases(config, device):
-            measured = measure(case, peers, config, progress)
+            try:
+                measured = measure(case, peers, config, progress)
+            except (DisagreementError, NonFiniteError) as error:
+                failed[case.name] = error
+                report["settings"][case.name] = {**case.content, "failed": str(error)}
+                files.write_text(path, json.dumps(report, indent=2) + "\n")
+                continue
             report["settings"][case.name] = {**case.content, **measured, "rows": [asdict(r) for r in measured["rows"]]}
             files.write_text(path, json.dumps(report, indent=2) + "\n")
             rows[case.title], parts[case.title] = measured["rows"], measured["parts"]["share"]
             speed_figure(rows, against).savefig(output_dir / "speed.png", dpi=130)
             print_rows(case.title, measured["rows"], measured["matrix_product_gflops"], against)
-    print_shares(parts)
+    if parts:
+        print_shares(parts)
     print_path("Written to", path)
+    refuse_failed(failed, settings=len(report["settings"]))
 
 
 def cases(config: BenchmarkConfig, device: torch.device) -> Iterator[Case]:
@@ -135,12 +154,13 @@ def measure(case: Case, peers: dict[str, Peer], config: BenchmarkConfig, progres
     """Check, then time; the keys of ``benchmark.json``, with ``rows`` as ``Figures``.
 
     Raises:
-        RunError: if two contenders disagree on the meta-gradient.
+        DisagreementError: if two contenders disagree on the meta-gradient.
     """
     rounds = config.bench.rounds
     bar = progress.add_task(case.name, total=rounds + 1, note="same meta-gradient?")
     found = contenders(case.step.inner, peers)
-    differences = check_equal(found, case.step.module, case.step.episodes)
+    draws = [case.sampler.batch(index, TASKS_COMPARED) for index in range(BATCHES)]
+    differences = check_equal(found, case.step.module, draws)
     progress.update(bar, note="memory")
     peaks = peaks_mib(case.step, found)
     progress.update(bar, note="")

@@ -26,6 +26,7 @@ LESSONS = (
 BENCH_SETTINGS = (
     *("all", "configured", "5way_1shot", "20way_1shot", "5way_1shot_15queries"),
     *("5way_5shot", "20way_1shot_wide"),
+    *("5way_K1", "5way_K5", "20way_K1", "20way_K5"),
     *("steps", "tasks", "ways", "width"),
 )
 """Names for ``bench.setting``; a test holds them equal to what ``metalearn.runs.bench.check`` allows for each kind."""
@@ -37,10 +38,10 @@ class BenchConfig:
 
     kind: str = key(
         "peers: a meta-step beside other libraries; engines: memory and time of every engine against K; "
-        "sweeps: how cost grows with K, tasks, ways and width",
-        choices=("peers", "engines", "sweeps"),
+        "float32: its distance to float64; sweeps: how cost grows with K, tasks, ways and width",
+        choices=("peers", "engines", "float32", "sweeps"),
     )
-    rounds: int = key("times that every contender is timed, in turns", at_least=2)
+    rounds: int = key("times that every contender is timed, in turns; with bench.kind=float32: seeds", at_least=2)
     setting: str = key(
         "one of the kind's settings, or all; configured, with bench.kind=peers: the configuration's own meta-step",
         choices=BENCH_SETTINGS,

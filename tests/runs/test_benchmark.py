@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from PIL import Image
 from rich.console import Console
 
 from metalearn.data.splits import ImageSplits
-from metalearn.errors import ConfigError
+from metalearn.errors import ConfigError, RunError
 from metalearn.metagrad import ENGINES
 from metalearn.peers.installed import PEERS, installed_peers
 from metalearn.runs import benchmark
 from metalearn.runs.bench import contenders
-from metalearn.runs.bench.contenders import BY_HAND, LEARN2LEARN
+from metalearn.runs.bench.contenders import BY_HAND, LEARN2LEARN, DisagreementError, check_equal
 from metalearn.runs.benchmark import run_benchmark
 from tests.runs.bench.made import CPU, TINY, config
 
@@ -58,6 +59,24 @@ def test_report_of_a_published_setting(tmp_path: Path, capsys: pytest.CaptureFix
     assert "second-order pass" in out
     with Image.open(tmp_path / "speed.png") as plot:
         assert plot.width > 600
+
+
+def test_a_setting_that_fails_is_reported_and_the_others_are_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "SETTINGS", (replace(TINY, name="20way_1shot", ways=4), TINY))
+
+    def refuse_four_ways(found: Any, module: Any, batches: Any) -> Any:
+        if module.head.out_features == 4:
+            raise DisagreementError("one of them is wrong")
+        return check_equal(found, module, batches)
+
+    monkeypatch.setattr(benchmark, "check_equal", refuse_four_ways)
+    with pytest.raises(RunError, match=r"^1 of 2 settings could not be timed.*\n20way_1shot: one of them is wrong$"):
+        written(tmp_path)
+    settings = json.loads((tmp_path / "benchmark.json").read_text())["settings"]
+    assert settings["20way_1shot"]["failed"] == "one of them is wrong"
+    assert settings["5way_1shot"]["rows"]
 
 
 def test_the_configured_meta_step_can_be_timed(tmp_path: Path) -> None:

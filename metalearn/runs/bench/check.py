@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from metalearn.errors import ConfigError
-from metalearn.runs.bench.settings import SETTINGS, SWEEPS
+from metalearn.runs.bench.settings import FLOAT32_SETTINGS, SETTINGS, SWEEPS
 from metalearn.runs.checks import check, entries
 from metalearn.runs.config import compose, typed
 from metalearn.runs.engine_settings import SETTINGS as ENGINE_SETTINGS
@@ -15,6 +15,7 @@ CONFIGURED = "configured"
 SETTINGS_OF = {
     "peers": ("all", CONFIGURED, *(setting.name for setting in SETTINGS)),
     "engines": ("all", *(setting.name for setting in ENGINE_SETTINGS)),
+    "float32": ("all", *(setting.name for setting in FLOAT32_SETTINGS)),
     "sweeps": ("all", *(sweep.name for sweep in SWEEPS)),
 }
 """Values of ``bench.setting`` for each ``bench.kind``."""

@@ -1,4 +1,4 @@
-"""What is timed beside the other libraries, and along what cost is shown to grow. Imports neither torch nor Hydra."""
+"""What is timed beside other libraries, what float32 is judged on, and along what cost grows. No torch, no Hydra."""
 
 from __future__ import annotations
 
@@ -31,6 +31,14 @@ SETTINGS = (
     StepSetting("5way_1shot_15queries", 5, 1, 15, 16, 64, steps=5, lr=0.4),
 )
 """Those of the published table."""
+
+FLOAT32_SETTINGS = (
+    StepSetting("5way_K1", 5, 1, 1, 1, 64, steps=1, lr=0.4),
+    StepSetting("5way_K5", 5, 1, 1, 1, 64, steps=5, lr=0.4),
+    StepSetting("20way_K1", 20, 1, 1, 1, 64, steps=1, lr=0.1),
+    StepSetting("20way_K5", 20, 1, 1, 1, 64, steps=5, lr=0.1),
+)
+"""Those at which float32 is held against float64, on one task a draw: of many tasks one is always near a kink."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,21 @@ import torch
 from rich.progress import Progress
 
 from metalearn import files
+from metalearn.errors import NonFiniteError
 from metalearn.inner import InnerLoop
 from metalearn.models import Conv4
 from metalearn.peers.installed import Peer
 from metalearn.runs.allocator import keep_memory
 from metalearn.runs.bench.contenders import (
+    BATCHES,
     OURS,
+    TASKS_COMPARED,
     Contender,
+    DisagreementError,
     check_equal,
     contenders,
     find_peers,
+    refuse_failed,
     yardstick,
 )
 from metalearn.runs.bench.figures import sweep_figure
@@ -40,7 +45,7 @@ def run_sweeps(config: BenchmarkConfig, output_dir: Path) -> None:
     """Measure, print the slopes, and write ``benchmark.json`` and a plot for each sweep.
 
     Raises:
-        RunError: if two contenders disagree on the meta-gradient.
+        RunError: if in some sweeps two contenders disagree on the meta-gradient; the others are written by then.
         ConfigError: if the device is not there.
     """
     keep_memory()
@@ -49,19 +54,29 @@ def run_sweeps(config: BenchmarkConfig, output_dir: Path) -> None:
     report: dict[str, Any] = {"machine": machine(device), "rounds": config.bench.rounds, "sweeps": {}}
     path = output_dir / "benchmark.json"
     slopes: dict[str, list[Line]] = {}
+    failed: dict[str, Exception] = {}
     with progress_bar() as progress:
         for sweep in SWEEPS:
             if config.bench.setting not in ("all", sweep.name):
                 continue
             torch.manual_seed(config.run.seed)
-            slopes[sweep.axis] = lines = measure(sweep, peers, config.bench.rounds, device, progress)
+            try:
+                lines = measure(sweep, peers, config.bench.rounds, device, progress)
+            except (DisagreementError, NonFiniteError) as error:
+                failed[sweep.name] = error
+                report["sweeps"][sweep.name] = {**asdict(sweep), "failed": str(error)}
+                files.write_text(path, json.dumps(report, indent=2) + "\n")
+                continue
+            slopes[sweep.axis] = lines
             report["sweeps"][sweep.name] = {**asdict(sweep), "lines": [asdict(line) for line in lines]}
             files.write_text(path, json.dumps(report, indent=2) + "\n")
             note = f"at {sweep.base.title}, but for what is swept"
             figure = sweep_figure(sweep.axis, lines, f"How cost grows with the {sweep.axis}", note)
             figure.savefig(output_dir / f"sweep-{sweep.name}.png", dpi=130)
-    print_slopes(slopes)
+    if slopes:
+        print_slopes(slopes)
     print_path("Written to", path)
+    refuse_failed(failed, settings=len(report["sweeps"]))
 
 
 def chosen(inner: InnerLoop, peers: Mapping[str, Peer]) -> list[Contender]:
@@ -78,7 +93,7 @@ def measure(
     """A line for each contender; all are compared with one another at the first value.
 
     Raises:
-        RunError: if two of them disagree.
+        DisagreementError: if two of them disagree.
     """
     bar = progress.add_task(sweep.name, total=len(sweep.values), note="")
     seconds: dict[str, list[list[float]]] = {}
@@ -87,7 +102,8 @@ def measure(
         step = random_step(setting, device)
         found = chosen(step.inner, peers)
         if done == 0:
-            check_equal(found, step.module, step.episodes)
+            few = replace(setting, tasks=TASKS_COMPARED)
+            check_equal(found, step.module, [random_episodes(few, device) for _ in range(BATCHES)])
         for name, peak in peaks_mib(step, found).items():
             memory.setdefault(name, []).append(peak)
         for name, measured in times(step, found, rounds).items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from metalearn import InnerLoop
+from metalearn import Episodes, InnerLoop
 from metalearn.models import Conv4
 from metalearn.runs.bench.check import check_benchmark
 from metalearn.runs.bench.measure import MetaStep
@@ -22,6 +22,10 @@ def config(*overrides: str) -> BenchmarkConfig:
     composed = typed(compose("benchmark", given), BenchmarkConfig)
     check_benchmark(composed)
     return composed
+
+
+def draws(setting: StepSetting = TINY) -> list[Episodes]:
+    return [random_episodes(setting, CPU) for _ in range(3)]
 
 
 def meta_step(setting: StepSetting = TINY) -> MetaStep:

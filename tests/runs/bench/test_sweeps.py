@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from metalearn.errors import RunError
 from metalearn.runs.bench import sweeps
+from metalearn.runs.bench.contenders import DisagreementError, check_equal
 from metalearn.runs.bench.settings import SWEEPS, Sweep
 from metalearn.runs.bench.sweeps import run_sweeps
 from tests.runs.bench.made import TINY, config
@@ -27,6 +30,25 @@ def test_file_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "p of time" in capsys.readouterr().out
     with Image.open(tmp_path / "sweep-tasks.png") as plot:
         assert plot.width > 600
+
+
+def test_a_sweep_that_fails_is_reported_and_the_others_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeps, "SWEEPS", (Sweep("width", "w", TINY, (3, 4)), Sweep("tasks", "T", TINY, (1, 2))))
+    monkeypatch.setattr(sweeps, "keep_memory", lambda: False)
+
+    def refuse_width_3(found: Any, module: Any, batches: Any) -> Any:
+        if module.head.in_features == 3:
+            raise DisagreementError("one of them is wrong")
+        return check_equal(found, module, batches)
+
+    monkeypatch.setattr(sweeps, "check_equal", refuse_width_3)
+    with pytest.raises(RunError, match=r"^1 of 2 settings could not be timed.*\nwidth: one of them is wrong$"):
+        run_sweeps(config("bench.kind=sweeps"), tmp_path)
+    report = json.loads((tmp_path / "benchmark.json").read_text())["sweeps"]
+    assert report["width"]["failed"] == "one of them is wrong"
+    assert report["tasks"]["lines"]
 
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: sweep.name)
