@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch.nn.functional import cross_entropy
 
-from metalearn.errors import ConfigError, NonFiniteLossError, RunError
+from metalearn.errors import ConfigError, NonFiniteError, RunError
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import Engine, meta_gradient
 from metalearn.params import relative_error
@@ -168,9 +168,10 @@ def check_precision(
     try:
         rounded = grads(few, inner, precision)
         same_rounding = grads(few, plain, precision)
-    except NonFiniteLossError as error:
+    except NonFiniteError as error:
         raise RunError(
-            f"In {precision} the loss is not finite, as it is in float32 ({error}). Set run.precision=float32."
+            f"In {precision} the loss or its gradient is not finite, as both are in float32 ({error}). Set "
+            "run.precision=float32."
         ) from error
     nulls = [
         relative_error(
