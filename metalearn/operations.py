@@ -91,8 +91,8 @@ def check_twice_differentiable(value: Tensor) -> None:
         if function is not None and getattr(function.backward, "__code__", None) is _ONCE:
             raise ValueError(
                 f"{function.__name__}, an autograd.Function of the model or the loss, is marked @once_differentiable: "
-                "it has no second derivative. Remove the mark, if its backward is made of differentiable operations, or "
-                "take second_order=False: first-order MAML."
+                "it has no second derivative. Remove the mark, if its backward is made of differentiable operations; "
+                "or take second_order=False: first-order MAML."
             )
         nodes += [following for following, _ in node.next_functions]
 

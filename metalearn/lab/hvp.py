@@ -39,8 +39,8 @@ reverse_over_reverse needs nothing but a backward pass that can be differentiate
 forward-mode formula (both other modes raise there), or where the tensors are so small that the overhead of torch.func \
 counts. reverse_over_forward differentiates the slope d/dt f(x + t v): take it where that slope is what you have, as \
 in a penalty on a directional derivative. It is no equal of the others: torch's forward-mode formulas of LayerNorm, \
-BatchNorm, solve, det and others cannot be differentiated, and it refuses those by name. None is fastest or leanest everywhere: the notes, and the lesson \
-big_product, say what they took here."""
+BatchNorm, solve, det and others cannot be differentiated, and it refuses those by name. None is fastest or leanest \
+everywhere: the notes, and the lesson big_product, say what they took here."""
 
 
 def f(w: Tensor) -> Tensor:
