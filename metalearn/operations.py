@@ -12,13 +12,11 @@ How each was found: ``tests/operations`` takes torch's own database of operation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -44,75 +42,10 @@ class CorrectedOperations(TorchFunctionMode):
         return func(*args, **(kwargs or {})) if handler is None else handler(func, *args, **(kwargs or {}))
 
 
-@contextmanager
-def nothing_run_again() -> Iterator[None]:
-    """Refuse activation checkpointing inside a model: what it runs again on the way back has the module's own weights,
-    as ``functional_call`` has put them back by then, and the gradient is wrong.
-
-    It is seen by its saved-tensor hooks, and not inside of the caller's own.
-
-    Raises:
-        ValueError: naming what to do.
-    """
-    with ExitStack() as stack:
-        with suppress(RuntimeError):  # the caller's hooks
-            stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(RUN_AGAIN))
-        try:
-            yield
-        except RuntimeError as error:
-            if str(error) != RUN_AGAIN:
-                raise
-            raise ValueError(RUN_AGAIN) from None
-
-
-RUN_AGAIN = (
-    "torch.utils.checkpoint (or another saved-tensor hook) inside of a model runs its layers again on the way back, "
-    "when they no longer have the parameters that they were called with, so that the gradient would be wrong. Call the "
-    "layers without it; InnerLoop(engine='checkpoint') and task_chunk save memory instead."
-)
-
-
-def check_twice_differentiable(value: Tensor) -> None:
-    """Refuse a graph with an ``autograd.Function`` that is marked ``@once_differentiable``.
-
-    torch takes what its backward returns as a constant, without an error where the incoming gradient is one.
-
-    Raises:
-        ValueError: naming the Function.
-    """
-    seen: set[Any] = set()
-    nodes: list[Any] = [value.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        function = _function_of(getattr(node, "_forward_cls", None))  # of Functions that are written in Python
-        if function is not None and getattr(function.backward, "__code__", None) is _ONCE:
-            raise ValueError(
-                f"{function.__name__}, an autograd.Function of the model or the loss, is marked @once_differentiable: "
-                "it has no second derivative. Remove the mark, if its backward is made of differentiable operations; "
-                "or take second_order=False: first-order MAML."
-            )
-        nodes += [following for following, _ in node.next_functions]
-
-
-def _function_of(function: Any) -> Any:
-    """Return the user's Function, of which ``vmap`` has made one of its own, whose backward knows it."""
-    if not getattr(function, "__module__", "").startswith("torch._functorch"):
-        return function
-    known = [cell.cell_contents for cell in function.backward.__closure__ or ()]
-    inner = [c for c in known if isinstance(c, type) and issubclass(c, torch.autograd.Function) and c is not function]
-    return _function_of(inner[0]) if inner else function
-
-
-_ONCE = once_differentiable(lambda ctx: None).__code__
-
-
 def operation_name(func: Any) -> str:
-    """Return one name for an operation as a function, a method, ``torch.linalg``'s and ``torch.ops``'s."""
+    """Return one name for an operation, be it a function, a method, or of ``torch.linalg``, ``special`` or ``ops``."""
     name: str = getattr(func, "__name__", "")
-    return name.partition(".")[0].removeprefix("linalg_")
+    return name.partition(".")[0].removeprefix("linalg_").removeprefix("special_")
 
 
 def refuse(reason: str) -> Handler:
@@ -164,6 +97,8 @@ def _embedding(func: Any, *args: Any, **kwargs: Any) -> Any:
     vectors = functional.embedding(words, weight, scale_grad_by_freq=bound["scale_grad_by_freq"])
     if padding is None:
         return vectors
+    if not -weight.shape[0] <= padding < weight.shape[0]:
+        return func(*args, **kwargs)  # which refuses it
     return torch.where((words == padding % weight.shape[0]).unsqueeze(-1), vectors.detach(), vectors)
 
 
@@ -224,6 +159,8 @@ def _as_it_is(func: Any, *args: Any, **kwargs: Any) -> Any:
 def _norm(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Have NaN for a derivative where the norm is 0, as double backward has: torch's formula goes on with 0 there."""
     norm = func(*args, **kwargs)
+    if {0, 1, float("inf"), -float("inf")} & {a for a in (*args, *kwargs.values()) if isinstance(a, (int, float))}:
+        return norm  # these have a kink, and no curvature
     return torch.where(norm == 0, (norm * norm).sqrt(), norm)
 
 
@@ -241,7 +178,7 @@ FORWARD_MODE: dict[str, Handler] = {
     "pinv": _pinv,
     "register_hook": refuse("forward mode does not go through a hook"),
     **dict.fromkeys(("norm", "vector_norm", "matrix_norm", "dist"), _norm),
-    "scatter_reduce": _scatter_reduce,
+    **dict.fromkeys(("scatter_reduce", "scatter_reduce_"), _scatter_reduce),
     **dict.fromkeys(
         ("as_strided_scatter", "cholesky_inverse", "max_unpool1d", "max_unpool2d", "max_unpool3d", "triangular_solve"),
         _WRONG_FORMULA,
@@ -260,6 +197,7 @@ NESTED: dict[str, Handler] = {
             "_safe_softmax",
             "batch_norm",
             "cumprod",
+            "cumprod_",
             "det",
             "eigh",
             "householder_product",
@@ -278,3 +216,12 @@ NESTED: dict[str, Handler] = {
     ),
 }
 """Where a forward-mode formula is differentiated itself."""
+
+THIRD_ORDER: dict[str, Handler] = dict.fromkeys(
+    ("layer_norm", "native_layer_norm"),
+    refuse("torch's third derivative of it is wrong; write it by mean and variance"),
+)
+"""Where a third derivative is taken in reverse mode."""
+
+NESTED_TWICE: dict[str, Handler] = {**NESTED, **dict.fromkeys(("eig", "eigvals", "prod"), _NOT_DIFFERENTIABLE)}
+"""Where a forward-mode formula is differentiated twice."""

@@ -15,10 +15,11 @@ import pytest
 import metalearn
 from tests.conftest import REPO
 
-NOUNS = {"types", "params", "kernels", "errors", "files", "live_bytes", "threads", "operations"}
+NOUNS = {"types", "params", "kernels", "errors", "files", "live_bytes", "threads", "operations", "graph_checks"}
 MAY_IMPORT = {
     "errors": set(),
     "operations": set(),
+    "graph_checks": set(),
     "types": set(),
     "files": {"errors"},
     "live_bytes": set(),
@@ -28,9 +29,9 @@ MAY_IMPORT = {
     "params": {"module_checks", "types"},
     "models": NOUNS,
     "data": NOUNS,
-    "derivatives": {"types", "params", "errors", "operations"},
+    "derivatives": {"types", "params", "errors", "operations", "graph_checks"},
     "gradcheck": {"types", "params", "derivatives"},
-    "inner": {"types", "params", "errors", "kernels", "operations"},
+    "inner": {"types", "params", "errors", "kernels", "operations", "graph_checks"},
     "metagrad": {"types", "params", "errors", "derivatives", "inner"},
     "parts": set(),
     "algorithms": {"types", "parts", "inner", "metagrad"},

@@ -7,9 +7,11 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from metalearn.derivatives.points import Point, ScalarFunction, as_point, scalar
+from metalearn.operations import CorrectedOperations, refuse
 
 
 def hessian(f: ScalarFunction, x: Point, *, memory_limit: int | None = None) -> Any:
@@ -45,8 +47,18 @@ def hessian(f: ScalarFunction, x: Point, *, memory_limit: int | None = None) -> 
             "top_eigenvalues(f, x, k) for its spectrum: both take the memory of a few vectors."
         )
     # In chunks of rows, as torch.func.hessian's single batch of n rows takes the activations n times.
-    rows = torch.func.jacrev(torch.func.grad(scalar(f)), chunk_size=_ROWS_AT_A_TIME)(tree_map(torch.detach, x))
+    rows = torch.func.jacrev(torch.func.grad(_of_rows(f)), chunk_size=_ROWS_AT_A_TIME)(tree_map(torch.detach, x))
     return tree_map(torch.detach, rows)
+
+
+def _of_rows(f: ScalarFunction) -> ScalarFunction:
+    """``f``, refused where ``torch.vmap`` over the rows takes a derivative wrongly."""
+
+    def watched(x: Any) -> Tensor:
+        with CorrectedOperations({"masked_select": refuse("its Hessian is wrong under torch.vmap; index by x[mask]")}):
+            return scalar(f)(x)
+
+    return watched
 
 
 _ROWS_AT_A_TIME = 64

@@ -19,7 +19,7 @@ from metalearn.derivatives.points import (
     refusing_by_name,
     scalar,
 )
-from metalearn.operations import CorrectedOperations
+from metalearn.operations import THIRD_ORDER, CorrectedOperations
 
 
 def nth_derivative(
@@ -72,7 +72,8 @@ def _reverse(values: Callable[[Tensor], Tensor], t: Tensor, order: int) -> Tenso
     """Every value depends on its own entry of t alone, so the gradient of their sum is each one's own derivative."""
     with torch.enable_grad():
         at = t.detach().clone().requires_grad_()
-        derivative = values(at)
+        with CorrectedOperations(THIRD_ORDER if order > 2 else {}):
+            derivative = values(at)
         for _ in range(order):
             if not derivative.requires_grad:
                 return torch.zeros_like(t)
@@ -81,7 +82,7 @@ def _reverse(values: Callable[[Tensor], Tensor], t: Tensor, order: int) -> Tenso
 
 
 def _forward(values: Callable[[Tensor], Tensor], t: Tensor, order: int) -> Tensor:
-    derivative = fit_for_forward_mode(values, nested=order > 1)
+    derivative = fit_for_forward_mode(values, nested=order - 1)
     for _ in range(order):
         derivative = partial(_slope, derivative)
     with refusing_by_name("nth_derivative's mode='forward' differentiates forward-mode formulas; take mode='reverse'"):

@@ -15,7 +15,8 @@ from torch.autograd.forward_ad import dual_level, make_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from metalearn.operations import FORWARD_MODE, NESTED, CorrectedOperations, Handler, nothing_run_again
+from metalearn.graph_checks import nothing_run_again
+from metalearn.operations import FORWARD_MODE, NESTED, NESTED_TWICE, CorrectedOperations, Handler
 from metalearn.params import refuse_inference_mode
 from metalearn.types import Params
 
@@ -130,7 +131,7 @@ def jvp(f: Callable[[Any], Any], x: Any, v: Any, *, has_aux: bool = False) -> An
     return torch.func.jvp(f, (point,), (direction,), has_aux=has_aux)
 
 
-def fit_for_forward_mode(f: Callable[[Any], Tensor], *, nested: bool = False) -> Callable[[Any], Tensor]:
+def fit_for_forward_mode(f: Callable[[Any], Tensor], *, nested: int = 0) -> Callable[[Any], Tensor]:
     """``f``, refused with ``NotImplementedError`` where forward mode would be wrong.
 
     That is in operations whose formulas are, and inside ``torch.no_grad()``: reverse mode takes what is computed there
@@ -138,9 +139,10 @@ def fit_for_forward_mode(f: Callable[[Any], Tensor], *, nested: bool = False) ->
 
     Args:
         f: from a point to a Tensor.
-        nested: whether the derivative by forward mode is differentiated once more.
+        nested: how often the derivative by forward mode is differentiated once more.
     """
-    table = {**(NESTED if nested else FORWARD_MODE), "_set_grad_enabled": _stay_enabled}
+    wrong = (FORWARD_MODE, NESTED, NESTED_TWICE)[min(nested, 2)]
+    table = {**wrong, "_set_grad_enabled": _stay_enabled}
 
     def watched(x: Any) -> Tensor:
         with torch.enable_grad(), CorrectedOperations(table):

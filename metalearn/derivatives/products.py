@@ -26,7 +26,8 @@ from metalearn.derivatives.points import (
     vjp,
 )
 from metalearn.derivatives.singular import check_finite_product, is_finite, limit_of_product
-from metalearn.operations import CorrectedOperations, check_twice_differentiable
+from metalearn.graph_checks import check_twice_differentiable
+from metalearn.operations import CorrectedOperations
 
 
 def gradient(f: ScalarFunction, x: Point) -> Point:
@@ -132,7 +133,7 @@ def _reverse_over_reverse(f: ScalarFunction, x: Any, v: Any) -> tuple[Tensor, An
 
 def _reverse_over_forward(f: ScalarFunction, x: Any, v: Any) -> tuple[Tensor, Any]:
     values: list[Tensor] = []
-    watched = fit_for_forward_mode(f, nested=True)
+    watched = fit_for_forward_mode(f, nested=1)
 
     def slope(x: Any) -> Tensor:
         value, along = jvp(watched, x, v)

@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metalearn.errors import OUT_OF_MEMORY
+from metalearn.graph_checks import RUN_AGAIN, nothing_run_again
 from metalearn.kernels import stacked_layers
-from metalearn.operations import RUN_AGAIN, CorrectedOperations, Handler, nothing_run_again, refuse
+from metalearn.operations import CorrectedOperations, Handler, refuse
 
 log = logging.getLogger(__name__)
 

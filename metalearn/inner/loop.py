@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from metalearn.graph_checks import check_twice_differentiable
 from metalearn.inner.carry import adapted_names, begin, check_settings, model_params, update
 from metalearn.inner.losses import task_losses
 from metalearn.inner.refusals import explained, refuse_nonfinite
 from metalearn.inner.settings import InnerLoop
-from metalearn.operations import check_twice_differentiable
 from metalearn.params import check_params, gradients
 from metalearn.types import Forward, Loss, Params, check_examples
 

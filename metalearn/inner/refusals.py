@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metalearn.errors import OUT_OF_MEMORY, NonFiniteLossError
-from metalearn.operations import RUN_AGAIN
+from metalearn.graph_checks import RUN_AGAIN
 
 _IN_PLACE = (
     "the model changes it in place, so that every later pass sees something else. Compute a new tensor: w = 0.9 * w, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -354,3 +355,30 @@ def test_a_function_without_a_second_derivative_is_refused(name: str, mode: str)
         hvp(KINKED[name], ZERO, AT_ZERO, mode=mode)
     with pytest.raises(NonFiniteGradientError, match=r"in parameter 'w'"):
         hvp(lambda p: KINKED[name](p["w"]), {"w": ZERO}, {"w": AT_ZERO}, mode=mode)
+
+
+def test_third_derivatives_that_torch_takes_wrongly_are_refused_by_name() -> None:
+    x, w = torch.randn(4, 6, dtype=DOUBLE), torch.randn(4, 6, dtype=DOUBLE)
+
+    def normalised(x: Tensor) -> Tensor:
+        return (torch.nn.functional.layer_norm(x, (6,)) * w).tanh().sum()
+
+    with pytest.raises(NotImplementedError, match=r"^layer_norm: .*third derivative.*mean and variance"):
+        nth_derivative(normalised, x, 3, along=w)
+
+    def product(x: Tensor) -> Tensor:
+        return x[0].prod()
+
+    with pytest.raises(NotImplementedError, match=r"^prod: .*mode='reverse'"):
+        nth_derivative(product, x, 3, along=w, mode="forward")
+    a, v = x[0], w[0]  # d^3 prod(a + t v) / dt^3 = 3! sum over triples of v of the product of the others
+    triples = (v[list(c)].prod() * a[[i for i in range(6) if i not in c]].prod() for c in combinations(range(6), 3))
+    torch.testing.assert_close(nth_derivative(product, x, 3, along=w), 6 * torch.stack(list(triples)).sum())
+
+
+def test_hessian_of_a_boolean_selection() -> None:
+    x, mask = torch.randn(5, dtype=DOUBLE), torch.tensor([True, False, True, True, False])
+    with pytest.raises(NotImplementedError, match=r"^masked_select: .*x\[mask\]"):
+        hessian(lambda x: x.masked_select(mask).pow(3).sum(), x)
+    got = hessian(lambda x: x[mask].pow(3).sum(), x)
+    torch.testing.assert_close(got, torch.diag(6 * x * mask))
