@@ -77,7 +77,13 @@ def run_float32_table(config: BenchmarkConfig, output_dir: Path) -> None:
     splits = load_data(config).to(device)
     seeds = range(config.run.seed, config.run.seed + config.bench.rounds)
     settings = [s for s in FLOAT32_SETTINGS if config.bench.setting in ("all", s.name)]
-    report = {"machine": machine(device), "dataset": config.data.name, "seeds": list(seeds)}
+    report = {
+        "command": f"python scripts/benchmark.py bench.kind=float32 bench.setting={config.bench.setting} "
+        f"bench.rounds={config.bench.rounds} data={config.data.name}",
+        "machine": machine(device),
+        "dataset": config.data.name,
+        "seeds": list(seeds),
+    }
     rows: list[Row] = []
     path = output_dir / "benchmark.json"
     with computed_in("float32", device), progress_bar() as progress:
