@@ -159,7 +159,9 @@ def _as_it_is(func: Any, *args: Any, **kwargs: Any) -> Any:
 def _norm(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Have NaN for a derivative where the norm is 0, as double backward has: torch's formula goes on with 0 there."""
     norm = func(*args, **kwargs)
-    if {0, 1, float("inf"), -float("inf")} & {a for a in (*args, *kwargs.values()) if isinstance(a, (int, float))}:
+    position = 2 if operation_name(func) == "dist" else 1
+    order = kwargs.get("p", kwargs.get("ord", args[position] if len(args) > position else None))
+    if order in (0, 1, float("inf"), -float("inf")):
         return norm  # these have a kink, and no curvature
     return torch.where(norm == 0, (norm * norm).sqrt(), norm)
 

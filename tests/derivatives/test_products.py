@@ -357,6 +357,15 @@ def test_a_function_without_a_second_derivative_is_refused(name: str, mode: str)
         hvp(lambda p: KINKED[name](p["w"]), {"w": ZERO}, {"w": AT_ZERO}, mode=mode)
 
 
+@pytest.mark.parametrize("mode", HVP_MODES)
+def test_a_norm_with_a_kink_has_no_curvature(mode: str) -> None:
+    for f in (lambda x: x.norm(1), lambda x: torch.linalg.vector_norm(x, 1), lambda x: torch.dist(x, ZERO, 1)):
+        assert not hvp(f, ZERO, AT_ZERO, mode=mode).any()
+    rows = torch.eye(3, dtype=DOUBLE)  # a dimension is no order
+    got = hvp(lambda x: (torch.linalg.vector_norm(x, 2, 1) ** 2).sum(), 0 * rows, rows, mode=mode)
+    torch.testing.assert_close(got, 2 * rows)
+
+
 def test_third_derivatives_that_torch_takes_wrongly_are_refused_by_name() -> None:
     x, w = torch.randn(4, 6, dtype=DOUBLE), torch.randn(4, 6, dtype=DOUBLE)
 
