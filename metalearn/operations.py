@@ -125,11 +125,18 @@ def _bind_torch(
     return _bind_functional(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
 
 
+def _hardsigmoid(func: Any, x: Tensor, inplace: bool = False) -> Tensor:
+    """By its formula: torch's kernel has no second derivative."""
+    out: Tensor = func(x, inplace) if inplace else functional.relu6(x + 3) / 6
+    return out
+
+
 _CORRECTED: dict[str, Handler] = {
     "_weight_norm": _weight_norm,
     "linear_cross_entropy": _linear_cross_entropy,
     "sinc": _sinc,
     "embedding": _embedding,
+    "hardsigmoid": _hardsigmoid,
 }
 
 
@@ -159,7 +166,7 @@ def _as_it_is(func: Any, *args: Any, **kwargs: Any) -> Any:
 def _norm(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Have NaN for a derivative where the norm is 0, as double backward has: torch's formula goes on with 0 there."""
     norm = func(*args, **kwargs)
-    position = 2 if operation_name(func) == "dist" else 1
+    position = 2 if operation_name(func) in ("dist", "pairwise_distance") else 1
     order = kwargs.get("p", kwargs.get("ord", args[position] if len(args) > position else None))
     if order in (0, 1, float("inf"), -float("inf")):
         return norm  # these have a kink, and no curvature
@@ -179,7 +186,7 @@ FORWARD_MODE: dict[str, Handler] = {
     **dict.fromkeys(("cholesky", "cholesky_ex", "eigh", "eigvalsh", "matrix_sqrth"), _symmetric),
     "pinv": _pinv,
     "register_hook": refuse("forward mode does not go through a hook"),
-    **dict.fromkeys(("norm", "vector_norm", "matrix_norm", "dist"), _norm),
+    **dict.fromkeys(("norm", "vector_norm", "matrix_norm", "dist", "pairwise_distance"), _norm),
     **dict.fromkeys(("scatter_reduce", "scatter_reduce_"), _scatter_reduce),
     **dict.fromkeys(
         ("as_strided_scatter", "cholesky_inverse", "max_unpool1d", "max_unpool2d", "max_unpool3d", "triangular_solve"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,9 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from metalearn.module_checks import check_module, check_signature
 from metalearn.types import Forward, Params, check_tensors
+
+log = logging.getLogger(__name__)
+
+_TOLD = WeakIdKeyDictionary()
+"""Modules whose written buffers were spoken of, as keys."""
 
 
 def functionalize(module: nn.Module) -> tuple[Forward, Params]:
@@ -75,14 +82,35 @@ class ModuleForward:
         """
         check_module(self.module)  # again, as model.train() may have been called since
         kind = type(self.module).__name__
-        with _standing_in(self.module, self._values(params)):
+        values = self._values(params)
+        with _standing_in(self.module, values):
             prediction: Any = self.module(x)
+        self._tell_of_written_buffers(values)
         if not isinstance(prediction, Tensor):
             raise TypeError(
                 f"functionalize: {kind} returns {type(prediction).__name__} and must return one tensor of "
                 "predictions; wrap it in a module that picks it out."
             )
         return prediction
+
+    def _tell_of_written_buffers(self, values: Mapping[int, Tensor]) -> None:
+        """Say once that a pass has written to a buffer: it wrote to a copy, and the next pass begins anew."""
+        if self.module in _TOLD:
+            return
+        written = [
+            name
+            for name, b in self.module.named_buffers()
+            if not values[id(b)].is_inference() and values[id(b)]._version > 0
+        ]
+        if written:
+            _TOLD[self.module] = True
+            log.warning(
+                "%s writes to its buffer '%s' in a forward pass. Tasks would share it, so that every pass writes to a "
+                "copy: the buffer stays as it is, and model.eval() uses it so. With spectral_norm, call model.eval() "
+                "first, and go on with its power iteration in between: model.train()(x).",
+                type(self.module).__name__,
+                written[0],
+            )
 
     @property
     def of_tasks(self) -> Callable[[Params, Tensor], Tensor | None] | None:
@@ -167,6 +195,19 @@ def refuse_inference_mode() -> None:
         raise RuntimeError(
             "there are no gradients inside torch.inference_mode(), and adapting takes gradients; use torch.no_grad(), "
             "under which metalearn turns them on where it needs them."
+        )
+
+
+def check_forward(forward: object) -> None:
+    """Refuse a module in the place of the function that ``functionalize`` makes of it.
+
+    Raises:
+        TypeError: saying how to make it.
+    """
+    if isinstance(forward, nn.Module) or not callable(forward):
+        raise TypeError(
+            f"forward is {type(forward).__name__} and must be a function of (params, x): forward, theta = "
+            "functionalize(model) makes it of a module."
         )
 
 

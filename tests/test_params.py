@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metalearn import Params, functionalize
+from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient, predict
 from metalearn.models import Conv4
 from metalearn.params import check_params, global_norm, gradients, stack
 
@@ -177,3 +177,16 @@ def test_complex_parameters_are_told_to_be_real_pairs() -> None:
     with pytest.raises(TypeError, match=r"params\['w'\] is torch\.complex64.*view_as_real.*view_as_complex") as caught:
         check_params({"w": torch.zeros(2, dtype=torch.complex64)})
     assert ".float()" not in str(caught.value)
+
+
+def test_a_module_in_the_place_of_forward_is_refused() -> None:
+    module, x, y = nn.Linear(3, 2), torch.randn(2, 4, 3), torch.zeros(2, 4, dtype=torch.int64)
+    _, theta = functionalize(module)
+    fast = {name: p.expand(2, *p.shape) for name, p in theta.items()}
+    for call in (
+        lambda: meta_gradient(module, theta, Episodes(x, y, x, y), InnerLoop(lr=0.1, steps=1)),
+        lambda: adapt(module, theta, x, y, InnerLoop(lr=0.1, steps=1)),
+        lambda: predict(module, fast, x),
+    ):
+        with pytest.raises(TypeError, match=r"^forward is Linear .*functionalize\(model\)"):
+            call()

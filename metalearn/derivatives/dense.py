@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from metalearn.derivatives.points import Point, ScalarFunction, as_point, scalar
+from metalearn.derivatives.singular import check_finite, is_finite
 from metalearn.operations import CorrectedOperations, refuse
 
 
@@ -28,6 +29,7 @@ def hessian(f: ScalarFunction, x: Point, *, memory_limit: int | None = None) -> 
 
     Raises:
         MemoryError: if the estimate (``hessian_bytes``) is above the limit.
+        NonFiniteGradientError: if an entry is NaN or infinite, though ``f`` is finite.
         ValueError, TypeError: as ``hvp``.
 
     Example:
@@ -48,7 +50,10 @@ def hessian(f: ScalarFunction, x: Point, *, memory_limit: int | None = None) -> 
         )
     # In chunks of rows, as torch.func.hessian's single batch of n rows takes the activations n times.
     rows = torch.func.jacrev(torch.func.grad(_of_rows(f)), chunk_size=_ROWS_AT_A_TIME)(tree_map(torch.detach, x))
-    return tree_map(torch.detach, rows)
+    matrix = tree_map(torch.detach, rows)
+    if not (torch._C._are_functorch_transforms_active() or is_finite(matrix)) and torch.isfinite(scalar(f)(x)):
+        check_finite("the Hessian", matrix)
+    return matrix
 
 
 def _of_rows(f: ScalarFunction) -> ScalarFunction:

@@ -89,6 +89,9 @@ def check_direction(name: str, x: Any, v: Any) -> Any:
     shapes = [tree_map(lambda t: tuple(t.shape), tree) for tree in (x, v)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"{name} must be shaped like x, {shapes[0]}, and is {shapes[1]}.")
+    dtypes = [tree_map(lambda t: t.dtype, tree) for tree in (x, v)]
+    if dtypes[0] != dtypes[1]:
+        raise ValueError(f"{name} must have the dtype of x, {dtypes[0]}, and has {dtypes[1]}; convert it with .to().")
     return v if isinstance(v, Tensor) or isinstance(x, Tensor) else {key: v[key] for key in x}
 
 

@@ -25,7 +25,7 @@ from metalearn.derivatives.points import (
     scalar,
     vjp,
 )
-from metalearn.derivatives.singular import check_finite_product, is_finite, limit_of_product
+from metalearn.derivatives.singular import check_finite, is_finite, limit_of_product
 from metalearn.graph_checks import check_twice_differentiable
 from metalearn.operations import CorrectedOperations
 
@@ -76,9 +76,9 @@ def hvp(f: ScalarFunction, x: Point, v: Point, *, mode: str = "forward_over_reve
     value, product = value_and_hvp(f, x, v, mode=mode)
     if torch._C._are_functorch_transforms_active() or is_finite(product) or not torch.isfinite(value):
         return product  # inside a transform no value can be looked at; and where f is not finite, nothing is
-    x, v = as_point("x", x), as_point("v", v)
-    product = limit_of_product(lambda at: value_and_hvp(f, at, v, mode=mode)[1], partial(gradient, f), x, v, product)
-    check_finite_product("hvp", product)
+    x = as_point("x", x)
+    product = limit_of_product(lambda at: value_and_hvp(f, at, v, mode=mode)[1], partial(gradient, f), x, product)
+    check_finite("hvp's product", product)
     return cast(Point, product)
 
 
@@ -186,5 +186,5 @@ def gauss_newton_vp(model: Callable[[Any], Tensor], loss: ScalarFunction, x: Poi
         z, jv = jvp(fit_for_forward_mode(corrected), x, check_direction("v", x, v))
     _, pull_back = vjp(corrected, x)
     product = pull_back(hvp(loss, z, jv, mode="reverse_over_reverse"))
-    check_finite_product("gauss_newton_vp", product)
+    check_finite("gauss_newton_vp's product", product)
     return cast(Point, product)

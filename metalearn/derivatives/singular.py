@@ -1,16 +1,16 @@
 """Hessian-vector products where a formula is 0/0 though the function is smooth, as |x|^2 by ``x.norm()**2`` at 0.
 
-H(x) v = lim H(x + h v) v,  h -> 0,    taken where the limits from both sides agree and the gradient is continuous
+H(x) v = lim H(x + h u) v,  h -> 0,    taken where the limits from both sides agree and the gradient is continuous
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from metalearn.errors import NonFiniteGradientError
 
@@ -24,48 +24,60 @@ def is_finite(tree: Any) -> bool:
     return bool(torch.isfinite(largest))
 
 
-def check_finite_product(function: str, product: Any) -> None:
-    """Refuse a product that is not finite.
+def check_finite(what: str, derivative: Any) -> None:
+    """Refuse a derivative that is not finite.
+
+    Args:
+        what: it is, for the message.
+        derivative: a tensor, or by name tensors or dictionaries of them.
 
     Raises:
         NonFiniteGradientError: naming the entry.
     """
-    if is_finite(product):
+    if is_finite(derivative):
         return
-    for name, part in product.items() if isinstance(product, dict) else (("x", product),):
-        if (bad := part[~torch.isfinite(part)]).numel():
-            raise NonFiniteGradientError(name, value=bad[0].item(), what=f"{function}'s product")
+    for name, part in derivative.items() if isinstance(derivative, dict) else (("x", derivative),):
+        for leaf in tree_flatten(part)[0]:
+            if (bad := leaf[~torch.isfinite(leaf)]).numel():
+                raise NonFiniteGradientError(name, value=bad[0].item(), what=what)
 
 
-def limit_of_product(product: Callable[[Any], Any], gradient: Callable[[Any], Any], x: Any, v: Any, at_x: Any) -> Any:
-    """Return the limit of H v from both sides along v, or ``at_x`` where there is none.
+def limit_of_product(product: Callable[[Any], Any], gradient: Callable[[Any], Any], x: Any, at_x: Any) -> Any:
+    """Return the limit of H v as x is come to from both sides, or ``at_x`` where there is none.
+
+    It is come to along a direction that has no zeros, as v may have them where the formula is 0/0.
 
     Args:
         product: from a point to H v there.
         gradient: from a point to the gradient.
         x: where the product is not finite.
-        v: direction.
         at_x: the product at x.
 
     Returns:
         A product that is off by an order of h^2: 1e-12 in float64, 1e-5 in float32, relative to the third derivatives.
     """
-    leaves = tree_flatten(x)[0]
-    h = torch.finfo(leaves[0].dtype).eps ** 0.4 / max(float(_length(v)), torch.finfo(leaves[0].dtype).tiny)
-    points = {s: tree_map(lambda a, b, s=s: a + s * h * b, x, v) for s in (-2, -1, 1, 2)}
+    leaves, spec = tree_flatten(x)
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in leaves]
+    h = float(torch.finfo(leaves[0].dtype).eps ** 0.4 / _length(draws))
+    points = {s: tree_unflatten([a + s * h * u for a, u in zip(leaves, draws, strict=True)], spec) for s in _SIDES}
     products = {s: product(point) for s, point in points.items()}
     mean = tree_map(lambda a, b: (a + b) / 2, products[-1], products[1])
-    allowed = _AGREE * h * float(_length(v)) * float(_length(mean))
-    spread = max(float(_length(_minus(p, mean))) for p in products.values())
-    slope = tree_map(lambda a, b: (a - b) / (2 * h), gradient(points[1]), gradient(points[-1]))
-    continuous = float(_length(_minus(slope, mean))) <= allowed
-    return mean if spread <= allowed and continuous else at_x
+    allowed = _AGREE * h * _length(draws)
+    spread = max(_length(_minus(p, mean)) for p in products.values())
+    gradients = {s: gradient(point) for s, point in points.items()}
+    near, far = (_minus(gradients[s], gradients[-s]) for s in (1, 2))  # of a smooth function: as 1 to 2
+    bend = _length(tree_map(lambda a, b: b - 2 * a, near, far))
+    smooth = spread <= allowed * _length(mean) and bend <= math.sqrt(allowed) * _length(near)
+    return mean if smooth else at_x
+
+
+_SIDES = (-2, -1, 1, 2)
 
 
 def _minus(a: Any, b: Any) -> Any:
     return tree_map(torch.sub, a, b)
 
 
-def _length(tree: Any) -> Tensor:
-    length: Tensor = torch.nn.utils.get_total_norm(tree_flatten(tree)[0])
-    return length
+def _length(tree: Any) -> float:
+    return float(torch.nn.utils.get_total_norm(tree_flatten(tree)[0]))

@@ -8,10 +8,13 @@ for what it differentiates: it needs to know neither the rule nor what is learne
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from metalearn.inner.rules import SEPARATOR, along_tasks, clipped, of_model, state_name
 from metalearn.inner.settings import InnerLoop
@@ -63,7 +66,8 @@ def begin(forward: Forward, theta: Params, support_x: Tensor, support_y: Tensor,
         fast = {name: w.view_as(w) for name, w in {**fast, **started}.items()}
     own = {name: fast[name] for name in adapted_names(fast, inner)}
     anchors = {state_name(_ANCHOR, name): w for name, w in own.items()} if inner.proximal else {}
-    state = inner.rule.start(own)
+    with _pure(inner):
+        state = inner.rule.start(own)
     if not isinstance(state, dict) or any(SEPARATOR not in name for name in state):
         raise ValueError(
             f"the rule {type(inner.rule).__name__}: start must return a dictionary of tensors under names that "
@@ -109,9 +113,26 @@ def update(carry: Params, grads: Params, inner: InnerLoop, k: int) -> Params:
     state = {
         n: w for n, w in carry.items() if SEPARATOR in n and not n.startswith((rate_name(""), state_name(_ANCHOR, "")))
     }
-    directions, state = _as_promised(inner, grads, inner.rule(k, grads, state))
+    with _pure(inner):
+        returned = inner.rule(k, grads, state)
+    directions, state = _as_promised(inner, grads, returned)
     fast = {name: carry[name] - _rate(carry, name, inner, k) * d for name, d in directions.items()}
     return {**carry, **fast, **state}
+
+
+@contextmanager
+def _pure(inner: InnerLoop) -> Iterator[None]:
+    """Refuse a rule that keeps something on itself: engines that take a step again would find it changed."""
+    kept = dict(getattr(inner.rule, "__dict__", {}))
+    yield
+    now = getattr(inner.rule, "__dict__", {})
+    for name, value in now.items():
+        new = name not in kept and any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+        if new or (name in kept and value is not kept[name]):
+            raise ValueError(
+                f"the rule {type(inner.rule).__name__} keeps {name!r} on itself, and engines that take a step again "
+                "would find it changed. Return it in the state, under a name of metalearn.inner.state_name(kind, name)."
+            )
 
 
 def _as_promised(inner: InnerLoop, grads: Params, returned: Any) -> tuple[Params, Params]:

@@ -18,7 +18,7 @@ from metalearn.inner.carry import adapted_names, begin, check_settings, model_pa
 from metalearn.inner.losses import task_losses
 from metalearn.inner.refusals import explained, refuse_nonfinite
 from metalearn.inner.settings import InnerLoop
-from metalearn.params import check_params, gradients
+from metalearn.params import check_forward, check_params, gradients
 from metalearn.types import Forward, Loss, Params, check_examples
 
 
@@ -106,6 +106,7 @@ def adapt(
         >>> fast["weight"].shape
         torch.Size([8, 2, 3])
     """
+    check_forward(forward)
     check_params(params)
     check_examples("support", support_x, support_y)
     check_settings(params, inner)

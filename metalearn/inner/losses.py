@@ -10,7 +10,7 @@ from torch import Tensor
 from metalearn.inner.batching import differentiable_layers, over_tasks
 from metalearn.inner.refusals import explained, unchanged
 from metalearn.kernels import kernels_take
-from metalearn.params import check_dictionary
+from metalearn.params import check_dictionary, check_forward
 from metalearn.types import Forward, Loss, Params, check_tensors
 
 
@@ -79,6 +79,7 @@ def predictions_of_tasks(forward: Forward, fast: Params, x: Tensor) -> Tensor:
 
 def predict(forward: Forward, fast: Params, x: Tensor) -> Tensor:
     """Every task's predictions ``[T, examples, ...]`` under its own parameters, for ``x`` ``[T, examples, ...]``."""
+    check_forward(forward)
     check_dictionary(fast)
     check_tensors({"x": x, **_called(fast)})
     with explained({"x": x}, fast), unchanged(_called(fast, x)):

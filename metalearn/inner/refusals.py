@@ -65,7 +65,6 @@ _NO_DERIVATIVE = (
 )
 """What torch says of an operation that it cannot differentiate; of one that ends in _backward, not twice."""
 _INSTEAD = {
-    "hardsigmoid": "nn.Sigmoid in the place of nn.Hardsigmoid",
     "embedding_bag": "nn.Embedding and a mean over its words in the place of nn.EmbeddingBag",
     "multi_margin_loss": "cross_entropy in its place",
     "multilabel_margin_loss": "binary_cross_entropy_with_logits in its place",

@@ -15,7 +15,7 @@ from metalearn.metagrad.adjoint import adjoint
 from metalearn.metagrad.checkpoint import checkpoint
 from metalearn.metagrad.nonfinite import check_finite_gradient, last_nonfinite_step
 from metalearn.metagrad.unroll import unroll
-from metalearn.params import check_params
+from metalearn.params import check_forward, check_params
 from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
 Engine = Callable[[Forward, Params, Episodes, InnerLoop, Loss], MetaGradient]
@@ -69,6 +69,7 @@ def meta_gradient(
     if engine is None and inner.engine not in ENGINES:
         measured = " 'auto' is for scripts/train.py, which measures." if inner.engine == "auto" else ""
         raise ValueError(f"meta_gradient: engine={inner.engine!r} is not one of {', '.join(ENGINES)}.{measured}")
+    check_forward(forward)
     check_params(params)
     check_settings(params, inner, training=True)
     compute = partial(_in_chunks, engine or ENGINES[inner.engine], forward, params, inner=inner, loss=loss)

@@ -332,6 +332,7 @@ SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "dist": (lambda x: torch.dist(x, ZERO) ** 2, 2.0),
     "rbf": (lambda x: torch.exp(-(torch.linalg.norm(x) ** 2)), -2.0),
     "sqrt": (lambda x: (x * x).sum().sqrt() ** 2, 2.0),
+    "pairwise": (lambda x: torch.nn.functional.pairwise_distance(x[None], ZERO[None], eps=0).pow(2).sum(), 2.0),
 }
 KINKED: dict[str, Callable[[Tensor], Tensor]] = {
     "norm": torch.norm,
@@ -364,6 +365,31 @@ def test_a_norm_with_a_kink_has_no_curvature(mode: str) -> None:
     rows = torch.eye(3, dtype=DOUBLE)  # a dimension is no order
     got = hvp(lambda x: (torch.linalg.vector_norm(x, 2, 1) ** 2).sum(), 0 * rows, rows, mode=mode)
     torch.testing.assert_close(got, 2 * rows)
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+def test_the_limit_is_come_to_where_the_direction_has_zeros(mode: str) -> None:
+    x = {"a": ZERO, "b": AT_ZERO}
+
+    def f(p: Params) -> Tensor:
+        total: Tensor = p["a"].norm() ** 2 + p["b"].norm() ** 2
+        return total
+
+    got = hvp(f, x, {"a": ZERO, "b": AT_ZERO}, mode=mode)
+    torch.testing.assert_close(got["a"], ZERO, rtol=0, atol=1e-9)
+    torch.testing.assert_close(got["b"], 2 * AT_ZERO)
+    torch.testing.assert_close(top_eigenvalues(f, x, 2, mode=mode), torch.full((2,), 2.0, dtype=DOUBLE))
+
+
+def test_a_hessian_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(NonFiniteGradientError, match=r"^the Hessian is nan in parameter '[bw]'.*infinite at 0"):
+        hessian(lambda p: (p["w"] ** 3).sum() + p["b"].norm() ** 2, {"w": AT_ZERO, "b": ZERO})
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+def test_a_direction_of_another_dtype_is_refused(mode: str) -> None:
+    with pytest.raises(ValueError, match=r"^v must have the dtype of x, torch\.float64, and has torch\.float32"):
+        hvp(lambda x: x.pow(3).sum(), AT_ZERO, AT_ZERO.float(), mode=mode)
 
 
 def test_third_derivatives_that_torch_takes_wrongly_are_refused_by_name() -> None:

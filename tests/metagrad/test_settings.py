@@ -315,3 +315,34 @@ def test_adapting_only_what_the_loss_does_not_reach_is_an_error(second_order: bo
     ):
         with pytest.raises(ValueError, match=r"depends on no parameter of idle:.*adapted leaves out"):
             call()
+
+
+class KeepsOnItself:
+    """Momentum, remembered where no engine sees it."""
+
+    def start(self, fast: Params) -> Params:
+        self.velocity = {name: torch.zeros_like(w) for name, w in fast.items()}
+        return {}
+
+    def __call__(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
+        return grads, state
+
+
+class Counts(KeepsOnItself):
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def start(self, fast: Params) -> Params:
+        return {}
+
+    def __call__(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
+        self.calls += 1
+        return {name: g / self.calls for name, g in grads.items()}, state
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("rule", "name"), [(KeepsOnItself, "velocity"), (Counts, "calls")])
+def test_a_rule_that_keeps_its_state_on_itself_is_refused(rule: Any, name: str, engine: str) -> None:
+    forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
+    with pytest.raises(ValueError, match=rf"{rule.__name__} keeps '{name}' on itself.*state_name\(kind, name\)"):
+        meta_gradient(forward, theta, vectors(), InnerLoop(0.2, 3, rule=rule(), engine=engine))

@@ -147,6 +147,36 @@ def test_chunks_of_linear_cross_entropy_change_nothing() -> None:
     torch.testing.assert_close(hvp(f, w, v, mode="reverse_over_reverse"), hvp(whole, w, v))
 
 
+@pytest.mark.parametrize("mode", HVP_MODES)
+def test_hardsigmoid_has_a_second_derivative(mode: str) -> None:
+    x, v = 4 * torch.randn(3, 5, dtype=DOUBLE), torch.randn(3, 5, dtype=DOUBLE)
+
+    def f(x: Tensor) -> Tensor:
+        total: Tensor = nn.Hardsigmoid()(x).pow(3).sum()
+        return total
+
+    torch.testing.assert_close(hvp(f, x, v, mode=mode), slope_of_gradient(f, x, v), rtol=1e-6, atol=1e-8)
+
+
+class ReLU6Sigmoid(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu6(x + 3) / 6
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_mobilenet_is_right(engine: str) -> None:
+    from torchvision.models import mobilenet_v3_small
+    from torchvision.ops import SqueezeExcitation
+
+    module = mobilenet_v3_small(num_classes=N).double().eval()
+    x, y = torch.randn(2, 3, 3, 32, 32, dtype=DOUBLE), torch.randint(N, (2, 3))
+    tasks, inner = Episodes(x, y, x, y), InnerLoop(lr=0.01, steps=1, engine=engine)
+    got = meta_gradient(*functionalize(module), tasks, inner)
+    for block in [m for m in module.modules() if isinstance(m, SqueezeExcitation)]:
+        block.scale_activation = ReLU6Sigmoid()
+    assert relative_error(got.grads, by_hand(module, tasks, inner).grads) < 1e-9
+
+
 Z, V = torch.zeros(3, dtype=DOUBLE), torch.tensor([1.0, 2.0, -1.0], dtype=DOUBLE)
 
 
