@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 @contextmanager
@@ -39,38 +38,44 @@ RUN_AGAIN = (
 )
 
 
-def check_twice_differentiable(value: Tensor) -> None:
-    """Refuse a graph with an ``autograd.Function`` that is marked ``@once_differentiable``.
+def check_twice_differentiable(value: Tensor, inputs: Iterable[Tensor] = ()) -> None:
+    """Refuse a graph with an ``autograd.Function`` whose backward torch takes as a constant, without a word.
 
-    torch takes what its backward returns as a constant, without an error where the incoming gradient is one.
+    That is one marked ``@once_differentiable``, or one that leaves autograd: by ``torch.no_grad``, or through numpy.
+
+    Args:
+        value: whose graph it is.
+        inputs: where to stop.
 
     Raises:
         ValueError: naming the Function.
     """
-    seen: set[Any] = set()
+    seen: set[Any] = {x.grad_fn for x in inputs} | {None}
     nodes: list[Any] = [value.grad_fn]
     while nodes:
         node = nodes.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
-        function = _function_of(getattr(node, "_forward_cls", None))  # of Functions that are written in Python
-        if function is not None and getattr(function.backward, "__code__", None) is _ONCE:
+        function = getattr(node, "_forward_cls", None)  # of Functions that are written in Python
+        if function is not None and not function.__module__.startswith("metalearn.") and _is_constant(node):
+            name = function.__name__.removeprefix("Vmapped")
             raise ValueError(
-                f"{function.__name__}, an autograd.Function of the model or the loss, is marked @once_differentiable: "
-                "it has no second derivative. Remove the mark, if its backward is made of differentiable operations; "
-                "or take second_order=False: first-order MAML."
+                f"the backward of {name}, an autograd.Function of the model or the loss, has no derivative: it is "
+                "marked @once_differentiable, or leaves autograd by torch.no_grad() or numpy. Write it of operations "
+                "with a derivative; or take second_order=False: first-order MAML."
             )
         nodes += [following for following, _ in node.next_functions]
 
 
-def _function_of(function: Any) -> Any:
-    """Return the user's Function, of which ``vmap`` has made one of its own, whose backward knows it."""
-    if not getattr(function, "__module__", "").startswith("torch._functorch"):
-        return function
-    known = [cell.cell_contents for cell in function.backward.__closure__ or ()]
-    inner = [c for c in known if isinstance(c, type) and issubclass(c, torch.autograd.Function) and c is not function]
-    return _function_of(inner[0]) if inner else function
-
-
-_ONCE = once_differentiable(lambda ctx: None).__code__
+def _is_constant(node: Any) -> bool:
+    """Return whether what a Function's backward gives does not depend on what it is given; 0 may be constant."""
+    with torch.enable_grad():
+        given = [torch.ones(m.shape, dtype=m.dtype, device=m.device, requires_grad=True) for m in node._input_metadata]
+        returned = node.apply(*given)
+    for grad in returned if isinstance(returned, tuple) else (returned,):
+        if not isinstance(grad, Tensor) or not grad.any():
+            continue
+        if grad.grad_fn is None or grad.grad_fn.name().endswith("Error"):
+            return True
+    return False

@@ -12,11 +12,13 @@ How each was found: ``tests/operations`` takes torch's own database of operation
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -29,19 +31,26 @@ class CorrectedOperations(TorchFunctionMode):
 
     Args:
         tables: handlers by the name of an operation, beside those that are corrected everywhere; the last one wins.
+        kernels: functions that are tried first, by the operation that they stand for; ``NotImplemented`` declines.
     """
 
-    def __init__(self, *tables: Mapping[str, Handler]) -> None:
+    def __init__(self, *tables: Mapping[str, Handler], kernels: Mapping[Any, Callable[..., Any]] | None = None) -> None:
         super().__init__()
         self._handlers: dict[str, Handler] = dict(_CORRECTED)
         for table in tables:
             self._handlers |= table
+        self._kernels = kernels or {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        kernel = self._kernels.get(func)
+        if kernel is not None and (out := kernel(*args, **kwargs)) is not NotImplemented:
+            return out
         handler = self._handlers.get(operation_name(func))
-        return func(*args, **(kwargs or {})) if handler is None else handler(func, *args, **(kwargs or {}))
+        return func(*args, **kwargs) if handler is None else handler(func, *args, **kwargs)
 
 
+@functools.lru_cache(maxsize=4096)
 def operation_name(func: Any) -> str:
     """Return one name for an operation, be it a function, a method, or of ``torch.linalg``, ``special`` or ``ops``."""
     name: str = getattr(func, "__name__", "")
@@ -57,6 +66,37 @@ def refuse(reason: str) -> Handler:
     return handler
 
 
+def _under_vmap(reason: str) -> Handler:
+    """Return a handler that refuses as ``refuse``, where a tensor is batched."""
+    refused = refuse(reason)
+
+    def handler(func: Any, *args: Any, **kwargs: Any) -> Any:
+        batched = any(isinstance(a, Tensor) and is_batchedtensor(a) for a in (*args, *kwargs.values()))
+        return (refused if batched else _as_it_is)(func, *args, **kwargs)
+
+    return handler
+
+
+def _property(func: Any, tensor: Tensor) -> Any:
+    """Answer what a model asks of a batched tensor's place in the graph, on which ``vmap`` has no say.
+
+    ``requires_grad`` is false there whatever has been computed; a ``grad_fn`` and hooks on it are dropped.
+    """
+    if not is_batchedtensor(tensor):
+        return func(tensor)
+    if func in _PLACES_IN_THE_GRAPH:
+        raise NotImplementedError("grad_fn and is_leaf of a tensor that torch.vmap has batched")
+    if func == _REQUIRES_GRAD:
+        while is_batchedtensor(tensor):
+            tensor = get_unwrapped(tensor)
+    return func(tensor)
+
+
+_REQUIRES_GRAD: Any = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_PLACES_IN_THE_GRAPH = tuple(vars(torch._C.TensorBase)[name].__get__ for name in ("grad_fn", "is_leaf"))
+_DATA: Any = (Tensor.data.__get__, Tensor.data.__set__)  # type: ignore[attr-defined]
+
+
 def _weight_norm(func: Any, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """By its formula: the second derivative of torch's fused kernel is off by 8 to 48%."""
     others = [d for d in range(v.ndim) if d != dim]  # dim=-1 is torch's for the norm of all entries
@@ -70,8 +110,11 @@ def _linear_cross_entropy(func: Any, *args: Any, options: Any = None, **kwargs: 
     return func(*args, **kwargs)
 
 
-def _sinc(func: Any, x: Tensor, **kwargs: Any) -> Tensor:
+def _sinc(func: Any, x: Tensor, *, out: Tensor | None = None) -> Tensor:
     """By its series near 0, where torch's second derivative is 0/0."""
+    if out is not None:
+        result: Tensor = func(x, out=out)  # which autograd refuses
+        return result
     z = torch.pi * x
     small = z.abs() < 1e-2
     square = torch.where(small, z * z, 0.0)
@@ -135,8 +178,15 @@ _CORRECTED: dict[str, Handler] = {
     "_weight_norm": _weight_norm,
     "linear_cross_entropy": _linear_cross_entropy,
     "sinc": _sinc,
+    "sinc_": lambda func, x: x.copy_(_sinc(func, x)),
     "embedding": _embedding,
     "hardsigmoid": _hardsigmoid,
+    **dict.fromkeys(
+        ("as_strided", "as_strided_", "as_strided_copy", "select_scatter"),
+        _under_vmap("its derivative is wrong under torch.vmap"),
+    ),
+    "register_hook": _under_vmap("torch.vmap never calls a hook"),
+    "__get__": _property,
 }
 
 
@@ -164,13 +214,34 @@ def _as_it_is(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _norm(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Have NaN for a derivative where the norm is 0, as double backward has: torch's formula goes on with 0 there."""
+    """Make the derivative of a norm of 0 NaN, as double backward has it: torch's formula goes on with 0 there."""
     norm = func(*args, **kwargs)
     position = 2 if operation_name(func) in ("dist", "pairwise_distance") else 1
     order = kwargs.get("p", kwargs.get("ord", args[position] if len(args) > position else None))
     if order in (0, 1, float("inf"), -float("inf")):
         return norm  # these have a kink, and no curvature
     return torch.where(norm == 0, (norm * norm).sqrt(), norm)
+
+
+def _std(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Take the root of the variance: torch's own formula has 0 for every derivative where that is 0."""
+    return torch.var(*args, **kwargs).sqrt()
+
+
+def _std_mean(func: Any, *args: Any, **kwargs: Any) -> Any:
+    variance, mean = torch.var_mean(*args, **kwargs)
+    return variance.sqrt(), mean
+
+
+SECOND_DERIVATIVE: dict[str, Handler] = {"std": _std, "std_mean": _std_mean}
+"""Where a second derivative is taken and no first."""
+
+
+def _data(func: Any, *args: Any) -> Any:
+    """Refuse ``.data``, of which a tangent is not taken away; other properties as everywhere."""
+    if func in _DATA:
+        raise NotImplementedError("forward mode does not stop at .data; use .detach() on what is constant")
+    return _property(func, *args) if len(args) == 1 else func(*args)
 
 
 def _scatter_reduce(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -181,12 +252,39 @@ def _scatter_reduce(func: Any, *args: Any, **kwargs: Any) -> Any:
 _READS_A_TRIANGLE = refuse("with hermitian=True it reads one triangle, and torch's forward mode both")
 _WRONG_FORMULA = refuse("torch's forward-mode formula for it is wrong")
 
+_NORMS = (
+    *("norm", "vector_norm", "matrix_norm", "frobenius_norm", "norm_except_dim"),
+    *("dist", "pairwise_distance"),
+)
+
+
+def _batch_norm(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse to write to running statistics, which makes of a model another function at every call."""
+    names = _TORCHS_ORDER if func is torch.batch_norm else _FUNCTIONALS_ORDER
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if given.get("running_mean") is not None and (given.get("training") or given.get("use_input_stats")):
+        raise ValueError(KEEPS_STATISTICS)
+    return func(*args, **kwargs)
+
+
+_TORCHS_ORDER = ("input", "weight", "bias", "running_mean", "running_var", "training")
+_FUNCTIONALS_ORDER = ("input", "running_mean", "running_var", "weight", "bias", "training")
+KEEPS_STATISTICS = (
+    "the model writes to running statistics at every call, as BatchNorm does in training, and so is another function "
+    "each time. Build the layer with track_running_stats=False, convert the model with "
+    "torch.func.replace_all_batch_norm_modules_(model), or call model.eval() to take the stored statistics."
+)
+STATELESS: dict[str, Handler] = dict.fromkeys(("batch_norm", "instance_norm"), _batch_norm)
+"""Where a model is to be a function."""
+
 FORWARD_MODE: dict[str, Handler] = {
+    **SECOND_DERIVATIVE,
+    **dict.fromkeys(("__get__", "__set__"), _data),
     "mse_loss": _mse_loss,
     **dict.fromkeys(("cholesky", "cholesky_ex", "eigh", "eigvalsh", "matrix_sqrth"), _symmetric),
     "pinv": _pinv,
     "register_hook": refuse("forward mode does not go through a hook"),
-    **dict.fromkeys(("norm", "vector_norm", "matrix_norm", "dist", "pairwise_distance"), _norm),
+    **dict.fromkeys(_NORMS, _norm),
     **dict.fromkeys(("scatter_reduce", "scatter_reduce_"), _scatter_reduce),
     **dict.fromkeys(
         ("as_strided_scatter", "cholesky_inverse", "max_unpool1d", "max_unpool2d", "max_unpool3d", "triangular_solve"),
@@ -203,6 +301,9 @@ NESTED: dict[str, Handler] = {
         (
             "_batch_norm_with_update",
             "_native_batch_norm_legit",
+            "_linalg_det",
+            "_linalg_slogdet",
+            "_linalg_solve_ex",
             "_safe_softmax",
             "batch_norm",
             "cumprod",
@@ -216,6 +317,7 @@ NESTED: dict[str, Handler] = {
             "logdet",
             "native_batch_norm",
             "native_layer_norm",
+            "orgqr",
             "slogdet",
             "solve",
             "solve_ex",

@@ -16,7 +16,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from metalearn.graph_checks import nothing_run_again
-from metalearn.operations import FORWARD_MODE, NESTED, NESTED_TWICE, CorrectedOperations, Handler
+from metalearn.operations import (
+    FORWARD_MODE,
+    KEEPS_STATISTICS,
+    NESTED,
+    NESTED_TWICE,
+    STATELESS,
+    CorrectedOperations,
+)
 from metalearn.params import refuse_inference_mode
 from metalearn.types import Params
 
@@ -32,7 +39,7 @@ def scalar(f: ScalarFunction) -> ScalarFunction:
 
     def checked(x: Any) -> Tensor:
         # Attention by its formula, as the fused kernels have no second derivative.
-        with nothing_run_again(), sdpa_kernel(SDPBackend.MATH), CorrectedOperations(_STATEFUL):
+        with nothing_run_again(), sdpa_kernel(SDPBackend.MATH), CorrectedOperations(STATELESS, {"add_": _add_}):
             value = f(x)
         if isinstance(value, Tensor) and value.is_complex():
             raise ValueError(f"f gave {value.dtype} and must give a real number; take its .real or .abs().")
@@ -95,25 +102,10 @@ def check_direction(name: str, x: Any, v: Any) -> Any:
     return v if isinstance(v, Tensor) or isinstance(x, Tensor) else {key: v[key] for key in x}
 
 
-def _batch_norm(func: Any, input: Tensor, running_mean: Tensor | None, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
-    by_position = args[3] if len(args) > 3 else False
-    if running_mean is not None and (kwargs.get("training", by_position) or kwargs.get("use_input_stats")):
-        raise ValueError(_KEEPS_STATISTICS)
-    return func(input, running_mean, *args, **kwargs)
-
-
 def _add_(func: Any, counter: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(counter, Tensor) and counter.ndim == 0 and not counter.is_floating_point():
-        raise ValueError(_KEEPS_STATISTICS)  # BatchNorm counts its batches before it is called
+        raise ValueError(KEEPS_STATISTICS)  # BatchNorm counts its batches before it is called
     return func(counter, *args, **kwargs)
-
-
-_KEEPS_STATISTICS = (
-    "f changes its model at every call, as BatchNorm does with its running statistics in training, and so is no "
-    "function. Build the layer with track_running_stats=False, convert the model with "
-    "torch.func.replace_all_batch_norm_modules_(model), or call model.eval() to take the stored statistics."
-)
-_STATEFUL: dict[str, Handler] = {"batch_norm": _batch_norm, "instance_norm": _batch_norm, "add_": _add_}
 
 
 def vjp(f: Callable[[Any], Tensor], x: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:

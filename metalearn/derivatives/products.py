@@ -27,7 +27,7 @@ from metalearn.derivatives.points import (
 )
 from metalearn.derivatives.singular import check_finite, is_finite, limit_of_product
 from metalearn.graph_checks import check_twice_differentiable
-from metalearn.operations import CorrectedOperations
+from metalearn.operations import SECOND_DERIVATIVE, CorrectedOperations
 
 
 def gradient(f: ScalarFunction, x: Point) -> Point:
@@ -118,7 +118,8 @@ def _reverse_over_reverse(f: ScalarFunction, x: Any, v: Any) -> tuple[Tensor, An
     leaves, spec = tree_flatten(x)
     with torch.enable_grad():
         at = [leaf.detach().requires_grad_() for leaf in leaves]
-        value = f(tree_unflatten(at, spec))
+        with CorrectedOperations(SECOND_DERIVATIVE):
+            value = f(tree_unflatten(at, spec))
         if not value.requires_grad:
             return value, tree_map(torch.zeros_like, x)
         check_twice_differentiable(value)

@@ -20,8 +20,8 @@ _AGREE = 100
 
 def is_finite(tree: Any) -> bool:
     """Return whether no entry of a tensor or a dictionary is NaN or infinite; one reduction, read once."""
-    largest = torch.nn.utils.get_total_norm(tree_flatten(tree)[0], float("inf"))
-    return bool(torch.isfinite(largest))
+    leaves = [leaf for leaf in tree_flatten(tree)[0] if leaf.numel()]
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(leaves, float("inf"))))
 
 
 def check_finite(what: str, derivative: Any) -> None:
@@ -45,7 +45,7 @@ def check_finite(what: str, derivative: Any) -> None:
 def limit_of_product(product: Callable[[Any], Any], gradient: Callable[[Any], Any], x: Any, at_x: Any) -> Any:
     """Return the limit of H v as x is come to from both sides, or ``at_x`` where there is none.
 
-    It is come to along a direction that has no zeros, as v may have them where the formula is 0/0.
+    It is come to along two directions that have no zeros, as v may have them where the formula is 0/0.
 
     Args:
         product: from a point to H v there.
@@ -56,8 +56,19 @@ def limit_of_product(product: Callable[[Any], Any], gradient: Callable[[Any], An
     Returns:
         A product that is off by an order of h^2: 1e-12 in float64, 1e-5 in float32, relative to the third derivatives.
     """
+    first, second = (_limit_along(product, gradient, x, seed=seed) for seed in (0, 1))
+    if first is None or second is None:
+        return at_x
+    (mean, allowed), (other, _) = first, second
+    return mean if _length(_minus(mean, other)) <= allowed * _length(mean) else at_x
+
+
+def _limit_along(
+    product: Callable[[Any], Any], gradient: Callable[[Any], Any], x: Any, *, seed: int
+) -> tuple[Any, float] | None:
+    """Return the limit along one direction, and by how much of itself another may differ; or ``None``."""
     leaves, spec = tree_flatten(x)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     draws = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in leaves]
     h = float(torch.finfo(leaves[0].dtype).eps ** 0.4 / _length(draws))
     points = {s: tree_unflatten([a + s * h * u for a, u in zip(leaves, draws, strict=True)], spec) for s in _SIDES}
@@ -69,7 +80,7 @@ def limit_of_product(product: Callable[[Any], Any], gradient: Callable[[Any], An
     near, far = (_minus(gradients[s], gradients[-s]) for s in (1, 2))  # of a smooth function: as 1 to 2
     bend = _length(tree_map(lambda a, b: b - 2 * a, near, far))
     smooth = spread <= allowed * _length(mean) and bend <= math.sqrt(allowed) * _length(near)
-    return mean if smooth else at_x
+    return (mean, allowed) if smooth else None
 
 
 _SIDES = (-2, -1, 1, 2)

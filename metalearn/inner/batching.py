@@ -1,34 +1,37 @@
 """A function of one task, computed for T tasks at once by ``torch.vmap``; for one after another where that is wrong.
 
-``vmap`` refuses some models (a branch on a tensor's values, activation checkpointing, a recurrent layer) and takes the
-derivative of a few operations wrongly. A loop over tasks takes whatever torch can differentiate, with the same result.
+``vmap`` refuses some models (a branch on a tensor's values, a recurrent layer, a boolean mask) and takes the derivative
+of a few operations wrongly. A loop over tasks takes whatever torch can differentiate, with the same result.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from traceback import walk_tb
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_batchedtensor
+from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils.checkpoint import get_device_states, set_device_states
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metalearn.errors import OUT_OF_MEMORY
 from metalearn.graph_checks import RUN_AGAIN, nothing_run_again
-from metalearn.kernels import stacked_layers
-from metalearn.operations import CorrectedOperations, Handler, refuse
+from metalearn.inner.refusals import is_of_torch
+from metalearn.kernels import STACKED_LAYERS
+from metalearn.operations import STATELESS, CorrectedOperations
 
 log = logging.getLogger(__name__)
 
 _ONE_BY_ONE = WeakIdKeyDictionary()
-"""Models that cannot be batched, as keys, so that ``vmap`` is tried once for each."""
+"""Models that cannot be batched, each with the losses that it cannot be batched with; itself, where there is none."""
 
 _NEVER_ONE_BY_ONE = re.compile(
     rf"{OUT_OF_MEMORY}|accessing `data`|mutate a captured|single memory location|in-place operation|inplace operation"
@@ -37,31 +40,12 @@ _NEVER_ONE_BY_ONE = re.compile(
 """What a loop would take and get wrong: a hidden or a lasting change of a tensor."""
 
 
-def _property(func: Any, tensor: Tensor) -> Any:
-    """Tell a model that asks whether a batched tensor requires a gradient; torch says no."""
-    if func != Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
-        return func(tensor)
-    while is_batchedtensor(tensor):
-        tensor = get_unwrapped(tensor)
-    return func(tensor)
+def is_batchable(model: object, loss: object = None) -> bool:
+    """Return whether nothing is known against batching a model, or a model and a loss, by ``torch.vmap``."""
+    return (loss or model) not in _ONE_BY_ONE.get(model, ())
 
 
-_WRONG_AFTER_VMAP: dict[str, Handler] = {
-    **dict.fromkeys(
-        ("as_strided", "as_strided_", "as_strided_copy", "select_scatter"),
-        refuse("its derivative is wrong under torch.vmap"),
-    ),
-    "register_hook": refuse("torch.vmap never calls a hook"),
-    "__get__": _property,
-}
-
-
-def is_batchable(model: object) -> bool:
-    """Return whether nothing is known against batching this model by ``torch.vmap``."""
-    return model not in _ONE_BY_ONE
-
-
-def over_tasks(function: Callable[..., Any], *stacked: Any, model: object) -> Any:
+def over_tasks(function: Callable[..., Any], *stacked: Any, model: object, loss: object = None) -> Any:
     """Compute a function of one task for all of them; differentiable.
 
     Dropout draws a mask for every task.
@@ -70,33 +54,63 @@ def over_tasks(function: Callable[..., Any], *stacked: Any, model: object) -> An
         function: from one task's tensors, alone or in dictionaries, to tensors.
         stacked: as the function's arguments, each tensor ``[T, ...]``.
         model: what the function calls, remembered if it cannot be batched.
+        loss: that the function calls as well.
 
     Returns:
         What the function returns, each tensor ``[T, ...]``.
+
+    Raises:
+        ValueError: if the model checkpoints activations.
     """
-    if not is_batchable(model):
+    if not is_batchable(model, loss):
         return _one_by_one(function, stacked)
+    tensors = [leaf for leaf in tree_leaves(stacked) if isinstance(leaf, Tensor)]
+    (devices, states), cpu_state = get_device_states(*tensors), torch.get_rng_state()
     try:
-        with differentiable_layers(_WRONG_AFTER_VMAP):
+        with differentiable_layers(), _no_batched_tensor_left(model):
             return torch.vmap(function, randomness="different")(*stacked)
     except (RuntimeError, AssertionError) as error:
         if any(
             frame.f_globals.get("__name__") == "torch.utils.checkpoint" for frame, _ in walk_tb(error.__traceback__)
         ):
             raise ValueError(RUN_AGAIN) from error
-        if _NEVER_ONE_BY_ONE.search(str(error)):
+        own = not (isinstance(error, NotImplementedError) or is_of_torch(error))
+        if own or _NEVER_ONE_BY_ONE.search(str(error)):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-    # Out here, as the error's trace would keep the failed attempt's activations.
+    # Out here, as the error's trace would keep the failed attempt's activations. It has drawn random numbers, which are
+    # drawn again: engines that take a step again begin it with the generators as they are now.
+    torch.set_rng_state(cpu_state)
+    set_device_states(devices, states)
     result = _one_by_one(function, stacked)
     with suppress(TypeError):  # of what has no weak references: it is tried again
-        _ONE_BY_ONE[model] = True
+        _ONE_BY_ONE.setdefault(model, WeakIdKeyDictionary())[loss or model] = True
+    _say_once(type(getattr(model, "module", model)).__qualname__, reason)
+    return result
+
+
+@functools.lru_cache
+def _say_once(kind: str, reason: str) -> None:
     log.warning(
-        "The model or the loss cannot be batched over tasks by torch.vmap (%.300s), so that tasks are computed one "
+        "The model or the loss cannot be batched over tasks by torch.vmap (%s: %.300s), so that tasks are computed one "
         "after another: as exact, and slower.",
+        kind,
         reason,
     )
-    return result
+
+
+@contextmanager
+def _no_batched_tensor_left(model: object) -> Iterator[None]:
+    """Put back what a module keeps of a pass, where it is a tensor that means nothing outside of ``vmap``."""
+    module = getattr(model, "module", None)
+    modules = list(module.modules()) if isinstance(module, nn.Module) else []
+    kept = [dict(vars(m)) for m in modules]
+    yield
+    for m, before in zip(modules, kept, strict=True):
+        for name, value in list(vars(m).items()):
+            if isinstance(value, Tensor) and value is not before.get(name) and is_batchedtensor(value):
+                vars(m).pop(name)
+                vars(m).update({name: before[name]} if name in before else {})
 
 
 def _one_by_one(function: Callable[..., Any], stacked: tuple[Any, ...]) -> Any:
@@ -109,12 +123,13 @@ def _one_by_one(function: Callable[..., Any], stacked: tuple[Any, ...]) -> Any:
 
 
 @contextmanager
-def differentiable_layers(wrong: Mapping[str, Handler] | None = None) -> Iterator[None]:
+def differentiable_layers() -> Iterator[None]:
     """Enter what every forward pass is computed in: attention by its formula, as fused kernels have no second
     derivative and on CPUs no batching rule; corrected operations; and the kernels for stacked layers.
 
     Raises:
-        ValueError: if activations are checkpointed inside.
+        ValueError: if activations are checkpointed inside, or running statistics written.
     """
-    with nothing_run_again(), sdpa_kernel(SDPBackend.MATH), CorrectedOperations(wrong or {}), stacked_layers():
+    operations = CorrectedOperations(STATELESS, kernels=STACKED_LAYERS)
+    with nothing_run_again(), sdpa_kernel(SDPBackend.MATH), operations:
         yield

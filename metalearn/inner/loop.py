@@ -65,7 +65,7 @@ def support_gradients(
         losses, _ = task_losses(forward, model_params({**at, **own}, inner, k), support_x, support_y, loss=loss)
         total, create_graph = losses.sum(), inner.second_order and differentiable
         if create_graph:
-            check_twice_differentiable(total)
+            check_twice_differentiable(total, own.values())
         grads = gradients(total, own, create_graph=create_graph)
     return grads, losses.detach()
 

@@ -49,9 +49,9 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
 
     with unchanged(_called(fast, x, y)):
         if (predictions := _at_once(forward, fast, x)) is not None:
-            losses = over_tasks(loss_of, predictions, y, model=loss)
+            losses = over_tasks(loss_of, predictions, y, model=forward, loss=loss)
         else:
-            losses, predictions = over_tasks(one_task, fast, x, y, model=forward)
+            losses, predictions = over_tasks(one_task, fast, x, y, model=forward, loss=loss)
     if losses.ndim != 1:
         raise ValueError(
             f"loss: it gave {tuple(losses.shape[1:])} numbers for a task and must give one, the mean over the task's "

@@ -111,7 +111,7 @@ def explained(*given: Mapping[str, object]) -> Iterator[None]:
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         if isinstance(error, RuntimeError) and (remedy := _known_remedy(str(error))):
             raise ValueError(f"{remedy} (torch: {_first_line(_root(error))})") from error
-        if not _is_misfit(error):
+        if not is_of_torch(error):
             raise
         said, (name, kind) = _first_line(error), _layer(error)
         place = f"layer '{name}' ({kind})" if name else "the model or the loss"
@@ -181,8 +181,8 @@ def _given(given: Sequence[Mapping[str, object]], layer: str) -> str:
     return ", ".join(shown) + (f" and {more} more parameters" if more > 0 else "")
 
 
-def _is_misfit(error: Exception) -> bool:
-    """Whether torch refuses tensors: in its Python code, or in C++ where no ``raise`` of anybody else's stands."""
+def is_of_torch(error: Exception) -> bool:
+    """Return whether torch raised it: in its Python code, or in C++ where no ``raise`` of anybody else's stands."""
     if isinstance(error, (RecursionError, torch.AcceleratorError)) or re.search(
         f"{OUT_OF_MEMORY}|{_PYTHONS}", str(error)
     ):

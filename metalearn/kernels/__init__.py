@@ -1,8 +1,9 @@
 """Layers of T tasks with weights of their own, faster than what ``vmap`` makes of torch's; on CPUs.
 
-A model stays as it is written, with ``nn.Conv2d``, ``nn.BatchNorm2d`` and ``nn.ReLU``: while ``stacked_layers`` is
-entered, a call of theirs that ``vmap`` batches over tasks is taken by the kernels of this folder, where they can. They
-give the same numbers up to rounding, and derivatives of any order, of which one may be in forward mode.
+A model stays as it is written, with ``nn.Conv2d``, ``nn.BatchNorm2d`` and ``nn.ReLU``: in the context of
+``CorrectedOperations(kernels=STACKED_LAYERS)`` a call of theirs that ``vmap`` batches over tasks is taken by the
+kernels of this folder, where they can. They give the same numbers up to rounding, and derivatives of any order, of
+which one may be in forward mode.
 
 ``convolution``, ``batch_norm`` and ``relu`` are there to be called as well: a class that defines
 ``forward_of_tasks(params, x)``, predictions of T tasks at once, is spared ``vmap``, which takes longer than a small
@@ -14,34 +15,19 @@ Not on GPUs, where this has not been measured.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from metalearn.kernels.stacked import forward_over_forward
 from metalearn.kernels.stacked_batch_norm import batch_norm
 from metalearn.kernels.stacked_convolution import convolution
 from metalearn.kernels.stacked_relu import relu
 
-__all__ = ["batch_norm", "convolution", "kernels_take", "relu", "stacked_layers"]
-
-
-def stacked_layers() -> AbstractContextManager[Any]:
-    """A context in which layers that are batched over tasks go through the kernels."""
-    return _Kernels()
-
-
-class _Kernels(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if (kernel := _KERNELS.get(func)) and (out := kernel(*args, **kwargs)) is not NotImplemented:
-            return out
-        return func(*args, **kwargs)
+__all__ = ["STACKED_LAYERS", "batch_norm", "convolution", "kernels_take", "relu"]
 
 
 def _conv2d(
@@ -88,12 +74,13 @@ def _relu(input: Tensor, inplace: bool = False) -> Any:  # noqa: A002
     return relu(input.unsqueeze(0)).squeeze(0)
 
 
-_KERNELS: dict[Any, Callable[..., Any]] = {
+STACKED_LAYERS: dict[Any, Callable[..., Any]] = {
     torch.conv2d: _conv2d,
     functional.batch_norm: _batch_norm,
     functional.relu: _relu,
     torch.relu: _relu,
 }
+"""By function of torch, one that takes a batch of tasks, or gives ``NotImplemented`` for what it does not take."""
 
 
 def _takes(x: Tensor, *given: Tensor) -> bool:

@@ -17,11 +17,12 @@ import functools
 import logging
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from metalearn.derivatives.products import value_and_hvp
 from metalearn.inner import (
@@ -126,8 +127,8 @@ def pull_back_update(carry: Params, grads: Params, inner: InnerLoop, k: int, lam
     )
 
 
-_REVERSE_ONLY: WeakSet[Forward] = WeakSet()
-"""Models that were found not to go through forward mode, so that it is tried once for each."""
+_REVERSE_ONLY = WeakIdKeyDictionary()
+"""Models that were found not to go through forward mode, as keys, so that it is tried once for each."""
 
 
 def hessian_product(
@@ -143,7 +144,8 @@ def hessian_product(
             reason = re.sub(r"\. \(hvp's mode=.*", "", str(error).splitlines()[0])
         # Out here, as the error's trace would keep the failed attempt's activations.
         _say_once(reason)
-        _REVERSE_ONLY.add(forward)
+        with suppress(TypeError):  # of what has no weak references: it is tried again
+            _REVERSE_ONLY[forward] = True
     with start.random_draws_repeated():
         return value_and_hvp(support_loss, at, v, mode="reverse_over_reverse")
 

@@ -56,6 +56,6 @@ def last_nonfinite_step(
 
     try:
         adjoint(forward, params, episode, inner, loss, watch=watch)
-    except (ValueError, RuntimeError):  # of a model that goes through another engine only
+    except (ArithmeticError, ValueError, RuntimeError):  # of a model that goes through another engine only
         return None
     return max(steps, default=None)

@@ -337,6 +337,7 @@ SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 KINKED: dict[str, Callable[[Tensor], Tensor]] = {
     "norm": torch.norm,
     "power 1.5": lambda x: x.norm() ** 1.5,
+    "norm of 1.5, squared": lambda x: x.norm(1.5) ** 2,
     "sqrt of abs": lambda x: (x.abs().sqrt()).sum(),
     "sqrt": lambda x: (x * x).sum().sqrt(),
 }
@@ -390,6 +391,21 @@ def test_a_hessian_that_is_not_finite_is_refused() -> None:
 def test_a_direction_of_another_dtype_is_refused(mode: str) -> None:
     with pytest.raises(ValueError, match=r"^v must have the dtype of x, torch\.float64, and has torch\.float32"):
         hvp(lambda x: x.pow(3).sum(), AT_ZERO, AT_ZERO.float(), mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["forward_over_reverse", "reverse_over_forward"])
+def test_data_is_refused_where_a_tangent_would_pass_it(mode: str) -> None:
+    with pytest.raises(NotImplementedError, match=r"\.data; use \.detach\(\)"):
+        hvp(lambda x: (x * x.data).sum(), AT_ZERO, AT_ZERO, mode=mode)
+    assert not hvp(lambda x: (x * x.data).sum(), AT_ZERO, AT_ZERO, mode="reverse_over_reverse").any()
+
+
+@pytest.mark.parametrize("mode", ["forward_over_reverse", "reverse_over_reverse"])
+def test_a_standard_deviation_of_zero(mode: str) -> None:
+    x, v = torch.ones(4, dtype=DOUBLE), torch.tensor([1.0, 0.0, 2.0, -1.0], dtype=DOUBLE)
+    want = hvp(lambda x: x.var(), x, v)
+    for f in (lambda x: x.std() ** 2, lambda x: torch.std_mean(x)[0] ** 2):
+        torch.testing.assert_close(hvp(f, x, v, mode=mode), want)
 
 
 def test_third_derivatives_that_torch_takes_wrongly_are_refused_by_name() -> None:

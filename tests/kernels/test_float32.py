@@ -16,8 +16,9 @@ from torch.func import vmap
 from metalearn import Episodes, InnerLoop, functionalize, meta_gradient
 from metalearn.data.glyphs import glyphs
 from metalearn.data.sampler import EpisodeSampler, TaskShape
-from metalearn.kernels import batch_norm, stacked_layers
+from metalearn.kernels import STACKED_LAYERS, batch_norm
 from metalearn.models import Conv4
+from metalearn.operations import CorrectedOperations
 from metalearn.params import relative_error
 from metalearn.peers import by_hand
 
@@ -98,7 +99,7 @@ def test_a_layer_without_weights_of_each_task_is_as_exact(shared: str) -> None:
         weight = torch.randn(_T, _C, 1, 3, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
         images = torch.rand(_T, 30, 1, 28, 28, generator=torch.Generator().manual_seed(1)).to(dtype)
         own = copy.deepcopy(layer).to(dtype).requires_grad_(False)
-        with stacked_layers():
+        with CorrectedOperations(kernels=STACKED_LAYERS):
             z: Tensor = vmap(lambda x, w: own(nn.functional.conv2d(x, w, padding=1)))(images, weight)
             return z
 

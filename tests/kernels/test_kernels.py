@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from metalearn import kernels
 from metalearn.inner import InnerLoop
-from metalearn.kernels import batch_norm, convolution, relu, stacked_layers
+from metalearn.kernels import STACKED_LAYERS, batch_norm, convolution, relu
 from metalearn.metagrad import meta_gradient
 from metalearn.models import Conv4
+from metalearn.operations import CorrectedOperations
 from metalearn.params import functionalize, relative_error
 from metalearn.peers import by_hand
 from metalearn.types import Episodes
@@ -200,7 +201,7 @@ def test_layers_that_are_not_batched_over_tasks_are_torchs(monkeypatch: pytest.M
     for kernel in ("convolution", "batch_norm", "relu"):
         _watch(monkeypatch, kernel, seen)
     x, module = torch.randn(2, 1, 8, 8), nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
-    with stacked_layers():
+    with CorrectedOperations(kernels=STACKED_LAYERS):
         module(x)
         vmap(module)(x.unsqueeze(0))  # the examples are batched, the weights are not
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -221,7 +222,7 @@ def test_single_precision_is_as_close_to_double_as_torchs() -> None:
 def test_one_image_of_one_pixel_is_refused_as_torch_refuses_it() -> None:
     norm = nn.BatchNorm2d(2, track_running_stats=False)
     weights = {name: p.expand(_T, *p.shape) for name, p in norm.named_parameters()}
-    with stacked_layers(), pytest.raises(ValueError, match="more than 1 value per channel"):
+    with CorrectedOperations(kernels=STACKED_LAYERS), pytest.raises(ValueError, match="more than 1 value per channel"):
         vmap(lambda p, x: torch.func.functional_call(norm, p, (x,)))(weights, torch.randn(_T, 1, 2, 1, 1))
 
 
@@ -297,7 +298,7 @@ def test_what_torch_would_differentiate_wrongly_is_refused_or_left_to_its_own_la
 
     with pytest.raises(NotImplementedError, match="forward-mode AD within forward-mode AD"):
         second(ours)
-    with stacked_layers():
+    with CorrectedOperations(kernels=STACKED_LAYERS):
         within = second(lambda x, w: vmap(functional.conv2d)(x, w))
     _same(within, second(lambda x, w: vmap(functional.conv2d)(x, w)))
 
@@ -325,5 +326,5 @@ def test_a_double_backward_of_duals_has_the_tangents_of_mean_and_deviation() -> 
 def test_what_has_no_result_is_refused_by_torch() -> None:
     module = nn.Conv2d(1, 2, 5)
     weights = {name: p.expand(_T, *p.shape) for name, p in module.named_parameters()}
-    with stacked_layers(), pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
+    with CorrectedOperations(kernels=STACKED_LAYERS), pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
         vmap(lambda p, x: torch.func.functional_call(module, p, (x,)))(weights, torch.randn(_T, 2, 1, 3, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, spectral_norm
 
 from metalearn import Episodes, InnerLoop, Loss, Params, adapt, functionalize, meta_gradient, predict
+from metalearn.inner.batching import is_batchable
 from metalearn.metagrad import ENGINES
 from metalearn.params import relative_error
 from metalearn.peers.by_hand import meta_gradient as by_hand
@@ -62,6 +64,14 @@ def hooked(h: Tensor) -> Tensor:
     return h
 
 
+def hooked_if_in_a_graph(h: Tensor) -> Tensor:
+    return hooked(h) if h.grad_fn is not None else h
+
+
+def hooked_if_no_leaf(h: Tensor) -> Tensor:
+    return h if h.is_leaf else hooked(h)
+
+
 def hooked_if_asked(h: Tensor) -> Tensor:
     return hooked(h) if h.requires_grad else h
 
@@ -77,6 +87,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Loss, tuple[Tensor, Tensor]]] = 
     "old function": (lambda: Between(WrittenBeforeSetupContext.apply), functional.cross_entropy, LABELS),
     "hook": (lambda: Between(hooked), functional.cross_entropy, LABELS),
     "hook if a gradient is required": (lambda: Between(hooked_if_asked), functional.cross_entropy, LABELS),
+    "hook if in a graph": (lambda: Between(hooked_if_in_a_graph), functional.cross_entropy, LABELS),
+    "hook if no leaf": (lambda: Between(hooked_if_no_leaf), functional.cross_entropy, LABELS),
     "as_strided": (lambda: Between(lambda h: h.as_strided((len(h), 4), (4, 1)) ** 2), functional.cross_entropy, LABELS),
     "select_scatter": (
         lambda: Between(lambda h: h.select_scatter(h[:, 1] ** 2, 1, 0)),
@@ -155,7 +167,10 @@ def test_spectral_norm_in_training_begins_every_pass_with_the_same_vectors(
 
 
 def test_it_is_said_once_why_a_model_is_slow(caplog: pytest.LogCaptureFixture) -> None:
-    forward, theta = functionalize(Recurrent(nn.LSTM).double())
+    class Own(Recurrent):
+        """Of no other test, as a model and a reason are spoken of once."""
+
+    forward, theta = functionalize(Own(nn.LSTM).double())
     tasks, inner = episodes(), InnerLoop(lr=0.1, steps=1)
     with caplog.at_level(logging.WARNING):
         fast = adapt(forward, theta, tasks.support_x, tasks.support_y, inner)
@@ -187,3 +202,73 @@ def test_random_layers_without_a_batching_rule_draw_for_every_task(layer: str) -
     assert len(predict(forward, fast, x).unique(dim=0)) > 1
     result = meta_gradient(forward, theta, episodes(), InnerLoop(lr=0.1, steps=2, engine="checkpoint"))
     assert all(torch.isfinite(g).all() for g in result.grads.values())
+
+
+@pytest.mark.parametrize("engine", ["checkpoint", "adjoint"])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_random_draws_are_those_of_the_way_there_also_at_first(kind: Any, engine: str) -> None:
+    def first(engine: str) -> Params:
+        torch.manual_seed(1)
+        module = nn.Sequential(nn.Dropout(0.5), Recurrent(kind)).double()  # new, so that vmap is tried
+        return meta_gradient(*functionalize(module), episodes(), InnerLoop(lr=0.5, steps=2, engine=engine)).grads
+
+    assert relative_error(first(engine), first("unroll")) < 1e-9
+
+
+def test_nothing_of_vmap_is_left_in_a_module() -> None:
+    class Keeps(nn.Linear):
+        last: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = super().forward(x)
+            return self.last
+
+    module = Keeps(4, N).double()
+    module.last = before = torch.ones(1)
+    meta_gradient(*functionalize(module), episodes(), InnerLoop(lr=0.1, steps=1))
+    assert module.last is before
+    copy.deepcopy(module)
+
+
+def test_an_error_of_the_model_itself_is_raised_once() -> None:
+    calls = []
+
+    class Raises(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(1)
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match=r"^mine$"):
+        meta_gradient(*functionalize(Raises(4, N).double()), episodes(), InnerLoop(lr=0.1, steps=1))
+    assert len(calls) == 1
+
+
+def test_a_loss_that_cannot_be_batched_leaves_the_model_batched_with_others() -> None:
+    forward, theta = functionalize(Between(torch.tanh).double())
+    tasks, inner = episodes(), InnerLoop(lr=0.1, steps=1)
+
+    def masked(p: Tensor, y: Tensor) -> Tensor:
+        return functional.cross_entropy(p[y > 0], y[y > 0], reduction="sum")
+
+    meta_gradient(forward, theta, tasks, inner, loss=masked)
+    assert not is_batchable(forward, masked)
+    assert is_batchable(forward, functional.cross_entropy)
+    assert is_batchable(forward)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_data_is_a_constant_for_every_engine(engine: str) -> None:
+    module = Between(lambda h: (h if h.sum() > 0 else -h) * h.detach()).double()
+    hidden = Between(lambda h: (h if h.sum() > 0 else -h) * h.data).double()
+    hidden.load_state_dict(module.state_dict())
+    tasks, inner = episodes(), InnerLoop(lr=0.5, steps=2, engine=engine)
+    want = by_hand(module, tasks, inner)
+    assert relative_error(meta_gradient(*functionalize(hidden), tasks, inner).grads, want.grads) < 1e-9
+
+
+def test_an_empty_parameter_changes_nothing() -> None:
+    module = Between(torch.tanh).double()
+    module.register_parameter("none", nn.Parameter(torch.empty(0, dtype=DOUBLE)))
+    for engine in ENGINES:
+        grads = meta_gradient(*functionalize(module), episodes(), InnerLoop(lr=0.1, steps=1, engine=engine)).grads
+        assert grads["none"].shape == (0,)

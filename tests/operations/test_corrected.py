@@ -205,6 +205,38 @@ class Cube(torch.autograd.Function):
         return slope
 
 
+class WrappedCube(Cube):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")  # type: ignore[untyped-decorator]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        slope: Tensor = 3 * x**2 * g
+        return slope
+
+
+class NumpyCube(Cube):
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        x = ctx.saved_tensors[0].detach().numpy()
+        return torch.from_numpy(3 * x**2 * g.detach().numpy())
+
+
+class NoGradCube(Cube):
+    @staticmethod
+    @torch.no_grad()
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        slope: Tensor = 3 * x**2 * g
+        return slope
+
+
 class BatchedCube(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -225,7 +257,7 @@ class BatchedCube(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("cube", [Cube, BatchedCube])
+@pytest.mark.parametrize("cube", [Cube, BatchedCube, WrappedCube, NumpyCube, NoGradCube])
 def test_a_function_that_is_differentiable_once_is_refused(cube: Any, engine: str) -> None:
     def forward(params: Params, x: Tensor) -> Tensor:
         out: Tensor = cube.apply(x @ params["w"])
@@ -235,7 +267,7 @@ def test_a_function_that_is_differentiable_once_is_refused(cube: Any, engine: st
     tasks = Episodes(x, torch.zeros(2, 4), x, torch.zeros(2, 4))
     inner = InnerLoop(lr=0.1, steps=1, engine=engine)
     # A loss that is linear in the prediction: what flows back is a constant, and torch raises nothing.
-    with pytest.raises(ValueError, match=rf"{cube.__name__}, an autograd\.Function .*once_differentiable"):
+    with pytest.raises(ValueError, match=rf"backward of {cube.__name__}, .*@once_differentiable"):
         meta_gradient(forward, theta, tasks, inner, loss=lambda p, y: p.mean())
     first = InnerLoop(lr=0.1, steps=1, engine=engine, second_order=False)
     assert meta_gradient(forward, theta, tasks, first, loss=lambda p, y: p.mean()).grads["w"].any()
@@ -261,6 +293,70 @@ def test_activation_checkpointing_inside_of_a_model_is_refused(engine: str, batc
     x, y = torch.randn(2, 4, 4), torch.randint(N, (2, 4))
     with pytest.raises(ValueError, match=r"torch\.utils\.checkpoint .*without it; InnerLoop\(engine='checkpoint'\)"):
         meta_gradient(*functionalize(Again()), Episodes(x, y, x, y), InnerLoop(lr=0.1, steps=1, engine=engine))
+
+
+class Rounded(torch.autograd.Function):
+    """Its backward is a constant, and so has the derivative 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return torch.zeros_like(g)
+
+
+def test_a_function_whose_gradient_is_zero_is_taken() -> None:
+    def forward(params: Params, x: Tensor) -> Tensor:
+        out: Tensor = x @ params["w"] + Rounded.apply(x @ params["w"])
+        return out
+
+    x, theta = torch.randn(2, 4, 3, dtype=DOUBLE), {"w": torch.randn(3, 2, dtype=DOUBLE)}
+    tasks = Episodes(x, torch.zeros(2, 4), x, torch.zeros(2, 4))
+    assert meta_gradient(forward, theta, tasks, InnerLoop(lr=0.1, steps=1), loss=lambda p, y: p.mean()).grads["w"].any()
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+def test_vmap_inside_of_a_function_is_refused_where_it_is_wrong(mode: str) -> None:
+    def f(x: Tensor) -> Tensor:
+        return torch.vmap(lambda r: r.select_scatter(r[1] ** 2, 0, 0) ** 2)(x).sum()
+
+    with pytest.raises(NotImplementedError, match=r"^select_scatter: its derivative is wrong under torch\.vmap"):
+        hvp(f, torch.randn(2, 3, dtype=DOUBLE), torch.randn(2, 3, dtype=DOUBLE), mode=mode)
+
+
+@pytest.mark.parametrize("order", ["functional", "torch"])
+def test_running_statistics_are_never_written(order: str) -> None:
+    mean, var = torch.zeros(3, dtype=DOUBLE), torch.ones(3, dtype=DOUBLE)
+
+    def forward(params: Params, x: Tensor) -> Tensor:
+        h = x @ params["w"]
+        h = h if h.sum() > 1e9 else h * 1  # a branch, so that tasks are taken one after another
+        if order == "functional":
+            written: Tensor = functional.batch_norm(h, mean, var, training=True)
+            return written
+        out: Tensor = torch.batch_norm(h, None, None, mean, var, True, 0.1, 1e-5, False)
+        return out
+
+    x, theta = torch.randn(2, 4, 3, dtype=DOUBLE), {"w": torch.randn(3, 3, dtype=DOUBLE)}
+    tasks = Episodes(x, torch.zeros(2, 4).long(), x, torch.zeros(2, 4).long())
+    with pytest.raises(ValueError, match=r"track_running_stats=False"):
+        meta_gradient(forward, theta, tasks, InnerLoop(lr=0.1, steps=1))
+    with pytest.raises(ValueError, match=r"track_running_stats=False"):
+        hvp(lambda w: forward({"w": w}, x[0]).pow(3).sum(), theta["w"], theta["w"], mode="reverse_over_reverse")
+    assert not mean.any()
+
+
+def test_sinc_in_place_and_into_another_tensor() -> None:
+    x = torch.tensor([0.0, 0.3], dtype=DOUBLE)
+    torch.testing.assert_close(
+        hvp(lambda x: (x * 1).sinc_().sum(), x, torch.ones_like(x)),
+        hvp(lambda x: torch.sinc(x).sum(), x, torch.ones_like(x)),
+    )
+    with pytest.raises(RuntimeError, match="out="):
+        hvp(lambda x: torch.sinc(x, out=torch.empty(2).double()).sum(), x, x, mode="reverse_over_reverse")
 
 
 def test_hooks_of_the_caller_are_called() -> None:
