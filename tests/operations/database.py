@@ -30,7 +30,24 @@ _RANDOM = ("dropout", "rrelu", "bernoulli", "normal", "rand", "multinomial", "fr
 _DROPS = ("nn.functional.multi_head_attention_forward", "nn.functional.scaled_dot_product_attention")
 _LARGEST = 2000  # numbers
 _SAMPLES = 8
-_ALLOWED, _ALLOWED_OF_DIFFERENCES = 1e-5, 1e-4
+_ALLOWED, _ALLOWED_OF_DIFFERENCES = 1e-5, 1e-2
+
+_CONVENTIONS = {
+    "reads one triangle, and is differentiated as if the matrix were symmetric": (
+        *("linalg.cholesky", "linalg.cholesky_ex", "cholesky_inverse", "cholesky_solve", "linalg.eigh"),
+        *("linalg.eigvalsh", "linalg.matrix_sqrth", "linalg.pinv.hermitian"),
+    ),
+    "samples with indices or strides twice, of which the last is kept": (
+        *("as_strided_scatter", "nn.functional.max_unpool1d", "nn.functional.max_unpool2d"),
+        "nn.functional.max_unpool3d",
+    ),
+    "rounds, in steps that differences see": ("bfloat16", "half", "chalf", "float", "cfloat", "cov"),
+    "a kink at the sample": (
+        *("nn.functional.cosine_embedding_loss", "nn.functional.hinge_embedding_loss"),
+        *("linalg.norm.subgradients_at_zero", "nn.functional.normalize", "native_layer_norm", "corrcoef"),
+    ),
+}
+"""Operations that are held to double backward alone, and why differences say something else."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +155,10 @@ def error(got: Params, want: Params) -> float:
 
 
 def hvp_verdict(name: str, mode: str) -> str:
-    """``right``, ``refused``, or what is wrong: of every sample of an operation, in one mode."""
+    """``right``, ``refused``, or what is wrong: of every sample of an operation, in one mode.
+
+    Against differences of the gradient, as double backward is torch's own, and wrong in places.
+    """
     verdict = "right"
     for case in cases(name):
         v = case.direction()
@@ -150,8 +170,12 @@ def hvp_verdict(name: str, mode: str) -> str:
         except REFUSALS:
             verdict = "refused"
             continue
-        if error(got, want) > _ALLOWED and error(got, differences(case, v)) > _ALLOWED_OF_DIFFERENCES:
-            return f"wrong by {error(got, want):.1e}"
+        if any(name in names for names in _CONVENTIONS.values()):
+            wrong, allowed = error(got, want), _ALLOWED
+        else:
+            wrong, allowed = error(got, differences(case, v)), _ALLOWED_OF_DIFFERENCES
+        if wrong > allowed:
+            return f"wrong by {wrong:.1e}"
     return verdict
 
 

@@ -321,7 +321,8 @@ def test_a_function_whose_gradient_is_zero_is_taken() -> None:
 @pytest.mark.parametrize("mode", HVP_MODES)
 def test_vmap_inside_of_a_function_is_refused_where_it_is_wrong(mode: str) -> None:
     def f(x: Tensor) -> Tensor:
-        return torch.vmap(lambda r: r.select_scatter(r[1] ** 2, 0, 0) ** 2)(x).sum()
+        rows: Tensor = torch.vmap(lambda r: r.select_scatter(r[1] ** 2, 0, 0) ** 2)(x)
+        return rows.sum()
 
     with pytest.raises(NotImplementedError, match=r"^select_scatter: its derivative is wrong under torch\.vmap"):
         hvp(f, torch.randn(2, 3, dtype=DOUBLE), torch.randn(2, 3, dtype=DOUBLE), mode=mode)

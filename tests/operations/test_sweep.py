@@ -11,8 +11,11 @@ import pytest
 
 pytest.importorskip("expecttest", reason="torch's own tests need it: pip install expecttest")
 
+from metalearn import operations
+from metalearn.derivatives import points
 from tests.operations import database
-from tests.operations.database import COLUMNS, operations
+from tests.operations.database import COLUMNS
+from tests.operations.database import operations as every_operation
 
 REFUSED: dict[str, list[str]] = json.loads(database.REFUSED.read_text())["refused"]
 _EVERY = 10
@@ -29,8 +32,8 @@ _ALWAYS = (
     "scatter_reduce.prod",
     "sinc",
 )
-NAMES = sorted(operations())
-SAMPLE = sorted({*NAMES[::_EVERY], *(name for name in _ALWAYS if name in operations())})
+NAMES = sorted(every_operation())
+SAMPLE = sorted({*NAMES[::_EVERY], *(name for name in _ALWAYS if name in every_operation())})
 
 
 def hold(name: str) -> None:
@@ -64,3 +67,19 @@ def test_the_table_names_operations_that_are_refused(column: str) -> None:
 def test_the_database_is_whole() -> None:
     assert len(NAMES) > 450
     assert len(SAMPLE) >= 50
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_sweep_sees_what_torch_gets_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "nn.functional.linear_cross_entropy.chunked"
+    if name not in NAMES:
+        pytest.skip("this torch has no linear_cross_entropy")
+    monkeypatch.setattr(operations, "_CORRECTED", {})
+    assert "wrong" in COLUMNS["hvp reverse_over_reverse"](name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_sweep_sees_a_forward_mode_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(points, "FORWARD_MODE", {})
+    assert "wrong" in COLUMNS["hvp forward_over_reverse"]("scatter_reduce.prod")
+    assert "wrong" in COLUMNS["engine adjoint"]("scatter_reduce.prod")
