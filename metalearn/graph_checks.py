@@ -58,6 +58,8 @@ def check_twice_differentiable(value: Tensor, inputs: Iterable[Tensor] = ()) -> 
             continue
         seen.add(node)
         function = getattr(node, "_forward_cls", None)  # of Functions that are written in Python
+        if function is not None and function.__module__ == "torch.utils.checkpoint":
+            raise ValueError(RUN_AGAIN)
         if function is not None and not function.__module__.startswith("metalearn.") and _is_constant(node):
             name = function.__name__.removeprefix("Vmapped")
             raise ValueError(
@@ -76,6 +78,6 @@ def _is_constant(node: Any) -> bool:
     for grad in returned if isinstance(returned, tuple) else (returned,):
         if not isinstance(grad, Tensor) or not grad.any():
             continue
-        if grad.grad_fn is None or grad.grad_fn.name().endswith("Error"):
+        if not grad.requires_grad or (grad.grad_fn is not None and grad.grad_fn.name().endswith("Error")):
             return True
     return False

@@ -12,7 +12,6 @@ How each was found: ``tests/operations`` takes torch's own database of operation
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,11 +49,15 @@ class CorrectedOperations(TorchFunctionMode):
         return func(*args, **kwargs) if handler is None else handler(func, *args, **kwargs)
 
 
-@functools.lru_cache(maxsize=4096)
 def operation_name(func: Any) -> str:
     """Return one name for an operation, be it a function, a method, or of ``torch.linalg``, ``special`` or ``ops``."""
-    name: str = getattr(func, "__name__", "")
-    return name.partition(".")[0].removeprefix("linalg_").removeprefix("special_")
+    if func not in _NAMES:
+        name: str = getattr(func, "__name__", "")
+        _NAMES[func] = name.partition(".")[0].removeprefix("linalg_").removeprefix("special_")
+    return _NAMES[func]
+
+
+_NAMES: dict[Any, str] = {}
 
 
 def refuse(reason: str) -> Handler:
@@ -169,10 +172,16 @@ def _bind_torch(
 
 
 def _hardsigmoid(func: Any, x: Tensor, inplace: bool = False) -> Tensor:
-    """By its formula: torch's kernel has no second derivative."""
-    out: Tensor = func(x, inplace) if inplace else functional.relu6(x + 3) / 6
-    return out
+    """By its formula, as torch's kernel has no second derivative; with the kernel's slope, 1/6 rounded to float32."""
+    if inplace:
+        written: Tensor = func(x, inplace)
+        return written
+    clipped = functional.relu6(x + 3)
+    sloped = _SIXTH * clipped
+    return sloped + (clipped / 6 - sloped).detach()
 
+
+_SIXTH = torch.tensor(1 / 6, dtype=torch.float32).item()
 
 _CORRECTED: dict[str, Handler] = {
     "_weight_norm": _weight_norm,

@@ -174,7 +174,9 @@ def test_mobilenet_is_right(engine: str) -> None:
     got = meta_gradient(*functionalize(module), tasks, inner)
     for block in [m for m in module.modules() if isinstance(m, SqueezeExcitation)]:
         block.scale_activation = ReLU6Sigmoid()
-    assert relative_error(got.grads, by_hand(module, tasks, inner).grads) < 1e-9
+    assert (
+        relative_error(got.grads, by_hand(module, tasks, inner).grads) < 1e-6
+    )  # of its slope torch's kernel has 8 digits
 
 
 Z, V = torch.zeros(3, dtype=DOUBLE), torch.tensor([1.0, 2.0, -1.0], dtype=DOUBLE)
@@ -273,6 +275,26 @@ def test_a_function_that_is_differentiable_once_is_refused(cube: Any, engine: st
     assert meta_gradient(forward, theta, tasks, first, loss=lambda p, y: p.mean()).grads["w"].any()
     with pytest.raises(ValueError, match=r"once_differentiable"):
         hvp(lambda w: cube.apply(w).sum(), theta["w"], theta["w"], mode="reverse_over_reverse")
+
+
+class PassedThrough(torch.autograd.Function):
+    """The sign, with the gradient of the identity: what its backward gives is what it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+def test_a_straight_through_function_is_taken() -> None:
+    w, v = torch.randn(4, dtype=DOUBLE), torch.randn(4, dtype=DOUBLE)
+    product = hvp(lambda w: PassedThrough.apply(w**2).pow(2).sum(), w, v, mode="reverse_over_reverse")
+    # g = 2 sign(w^2) * 2w, and as sign passes its gradient on, dg = (2 * 2w * 2w + 4 sign(w^2)) v.
+    torch.testing.assert_close(product, (8 * w**2 + 4) * v)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
