@@ -95,7 +95,7 @@ def value_and_hvp(f: ScalarFunction, x: Point, v: Point, *, mode: str) -> tuple[
 
 _ADVICE = {
     "forward_over_reverse": "hvp's mode='forward_over_reverse' takes tangents through every operation; take "
-    "mode='reverse_over_reverse', which does not",
+    "mode='reverse_over_reverse', which does not, but needs its second derivative",
     "reverse_over_forward": "hvp's mode='reverse_over_forward' differentiates the forward-mode formula of every "
     "operation; take mode='reverse_over_reverse', which does not, or 'forward_over_reverse'",
     "reverse_over_reverse": "hvp's mode='reverse_over_reverse' needs the derivative of every operation's derivative, "

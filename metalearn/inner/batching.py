@@ -64,8 +64,10 @@ def over_tasks(function: Callable[..., Any], *stacked: Any, model: object, loss:
     """
     if not is_batchable(model, loss):
         return _one_by_one(function, stacked)
-    tensors = [leaf for leaf in tree_leaves(stacked) if isinstance(leaf, Tensor)]
-    (devices, states), cpu_state = get_device_states(*tensors), torch.get_rng_state()
+    on_gpus = [leaf for leaf in tree_leaves(stacked) if isinstance(leaf, Tensor) and leaf.is_cuda]
+    capturing = bool(on_gpus) and torch.cuda.is_current_stream_capturing()  # into a CUDA graph, of what has run before
+    devices, states = ([], []) if capturing else get_device_states(*on_gpus)
+    cpu_state = torch.get_rng_state()
     try:
         with differentiable_layers(), _no_batched_tensor_left(model):
             return torch.vmap(function, randomness="different")(*stacked)
@@ -85,16 +87,16 @@ def over_tasks(function: Callable[..., Any], *stacked: Any, model: object, loss:
     result = _one_by_one(function, stacked)
     with suppress(TypeError):  # of what has no weak references: it is tried again
         _ONE_BY_ONE.setdefault(model, WeakIdKeyDictionary())[loss or model] = True
-    _say_once(type(getattr(model, "module", model)).__qualname__, reason)
+    _say_once(type(getattr(model, "module", model)), reason)
     return result
 
 
 @functools.lru_cache
-def _say_once(kind: str, reason: str) -> None:
+def _say_once(kind: type, reason: str) -> None:
     log.warning(
         "The model or the loss cannot be batched over tasks by torch.vmap (%s: %.300s), so that tasks are computed one "
         "after another: as exact, and slower.",
-        kind,
+        kind.__qualname__,
         reason,
     )
 
