@@ -6,7 +6,6 @@ of a few operations wrongly. A loop over tasks takes whatever torch can differen
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -91,14 +90,19 @@ def over_tasks(function: Callable[..., Any], *stacked: Any, model: object, loss:
     return result
 
 
-@functools.lru_cache
 def _say_once(kind: type, reason: str) -> None:
+    if (kind, reason) in _SAID:
+        return
+    _SAID.add((kind, reason))
     log.warning(
         "The model or the loss cannot be batched over tasks by torch.vmap (%s: %.300s), so that tasks are computed one "
         "after another: as exact, and slower.",
         kind.__qualname__,
         reason,
     )
+
+
+_SAID: set[tuple[type, str]] = set()
 
 
 @contextmanager
