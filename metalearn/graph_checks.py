@@ -74,7 +74,12 @@ def _is_constant(node: Any) -> bool:
     """Return whether what a Function's backward gives does not depend on what it is given; 0 may be constant."""
     with torch.enable_grad():
         given = [torch.ones(m.shape, dtype=m.dtype, device=m.device, requires_grad=True) for m in node._input_metadata]
-        returned = node.apply(*given)
+        try:
+            returned = node.apply(*given)
+        except (
+            Exception
+        ):  # of any kind, as it is the user's; the pass itself raises it again, if it is not of this trial
+            return False
     for grad in returned if isinstance(returned, tuple) else (returned,):
         if not isinstance(grad, Tensor) or not grad.any():
             continue

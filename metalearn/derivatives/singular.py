@@ -34,12 +34,17 @@ def check_finite(what: str, derivative: Any) -> None:
     Raises:
         NonFiniteGradientError: naming the entry.
     """
-    if is_finite(derivative):
-        return
+    if not is_finite(derivative) and (found := first_nonfinite(derivative)):
+        raise NonFiniteGradientError(found[0], value=found[1], what=what)
+
+
+def first_nonfinite(derivative: Any) -> tuple[str, float] | None:
+    """Return the name and the value of the first entry that is NaN or infinite; a tensor alone is called ``x``."""
     for name, part in derivative.items() if isinstance(derivative, dict) else (("x", derivative),):
         for leaf in tree_flatten(part)[0]:
             if (bad := leaf[~torch.isfinite(leaf)]).numel():
-                raise NonFiniteGradientError(name, value=bad[0].item(), what=what)
+                return name, bad[0].item()
+    return None
 
 
 def limit_of_product(product: Callable[[Any], Any], gradient: Callable[[Any], Any], x: Any, at_x: Any) -> Any:

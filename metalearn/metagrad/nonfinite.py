@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
-from metalearn.derivatives.singular import is_finite
+from metalearn.derivatives.singular import first_nonfinite, is_finite
 from metalearn.errors import NonFiniteGradientError
 from metalearn.inner import InnerLoop
 from metalearn.metagrad.adjoint import adjoint
@@ -33,15 +31,10 @@ def check_finite_gradient(
     if is_finite(grads):
         return
     for task, episode in enumerate(tasks.split(1)):
-        if fault := _first_fault(of_task(episode).grads):
+        if fault := first_nonfinite(of_task(episode).grads):
             raise NonFiniteGradientError(fault[0], value=fault[1], task=task, step=step_of(episode))
-    if fault := _first_fault(grads):
+    if fault := first_nonfinite(grads):
         raise NonFiniteGradientError(fault[0], value=fault[1])
-
-
-def _first_fault(grads: Params) -> tuple[str, float] | None:
-    bad = ((name, g[~torch.isfinite(g)]) for name, g in grads.items())
-    return next(((name, values[0].item()) for name, values in bad if values.numel()), None)
 
 
 def last_nonfinite_step(

@@ -340,6 +340,30 @@ def test_a_function_whose_gradient_is_zero_is_taken() -> None:
     assert meta_gradient(forward, theta, tasks, InnerLoop(lr=0.1, steps=1), loss=lambda p, y: p.mean()).grads["w"].any()
 
 
+class Largest(torch.autograd.Function):
+    """Values and indices; the gradient of indices has their shape, which a trial without a graph does not know."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, indices = x.max(dim=1)
+        ctx.mark_non_differentiable(indices)
+        ctx.save_for_backward(indices)
+        ctx.width = x.shape[1]
+        return values, indices
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, of_indices: Tensor) -> Tensor:
+        (indices,) = ctx.saved_tensors
+        assert of_indices.shape == indices.shape
+        return functional.one_hot(indices, ctx.width) * g.unsqueeze(1)
+
+
+def test_a_function_with_an_output_of_indices_is_taken() -> None:
+    w, v = torch.randn(3, 4, dtype=DOUBLE), torch.randn(3, 4, dtype=DOUBLE)
+    product = hvp(lambda w: Largest.apply(w)[0].pow(2).sum(), w, v, mode="reverse_over_reverse")
+    torch.testing.assert_close(product, 2 * v * functional.one_hot(w.argmax(dim=1), 4))
+
+
 @pytest.mark.parametrize("mode", HVP_MODES)
 def test_vmap_inside_of_a_function_is_refused_where_it_is_wrong(mode: str) -> None:
     def f(x: Tensor) -> Tensor:
