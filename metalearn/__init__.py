@@ -13,10 +13,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metalearn import algorithms, derivatives, gradcheck
+    from metalearn import algorithms, derivatives
     from metalearn.algorithms import Algorithm
-    from metalearn.data.batches import batches
-    from metalearn.errors import NonFiniteLossError
+    from metalearn.core.errors import NonFiniteLossError
+    from metalearn.core.functional import functionalize
+    from metalearn.core.module_parts import parts_of
+    from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
+    from metalearn.data.collate import batches
+    from metalearn.derivatives import gradcheck
+    from metalearn.inference.learner import Learner, load
     from metalearn.inner import (
         SGD,
         Adam,
@@ -29,10 +34,6 @@ if TYPE_CHECKING:
         with_steps,
     )
     from metalearn.metagrad import meta_gradient
-    from metalearn.params import functionalize
-    from metalearn.parts import parts_of
-    from metalearn.runs.adaptation.learner import Learner, load
-    from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
 __version__ = "0.1.0"
 
@@ -68,31 +69,33 @@ _HOMES = {
     "SGD": "inner",
     "Adam": "inner",
     "Algorithm": "algorithms",
-    "Episodes": "types",
-    "Forward": "types",
+    "Episodes": "core.types",
+    "Forward": "core.types",
     "InnerLoop": "inner",
-    "Learner": "runs.adaptation.learner",
-    "Loss": "types",
-    "MetaGradient": "types",
+    "Learner": "inference.learner",
+    "Loss": "core.types",
+    "MetaGradient": "core.types",
     "Momentum": "inner",
-    "NonFiniteLossError": "errors",
-    "Params": "types",
+    "NonFiniteLossError": "core.errors",
+    "Params": "core.types",
     "UpdateRule": "inner",
     "adapt": "inner",
-    "batches": "data.batches",
-    "functionalize": "params",
-    "load": "runs.adaptation.learner",
+    "batches": "data.collate",
+    "functionalize": "core.functional",
+    "load": "inference.learner",
     "meta_gradient": "metagrad",
-    "parts_of": "parts",
+    "parts_of": "core.module_parts",
     "predict": "inner",
     "with_learned": "inner",
     "with_steps": "inner",
 }
 
+_MODULES = {"algorithms": "algorithms", "derivatives": "derivatives", "gradcheck": "derivatives.gradcheck"}
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("algorithms", "derivatives", "gradcheck"):
-        return importlib.import_module(f"metalearn.{name}")
+    if name in _MODULES:
+        return importlib.import_module(f"metalearn.{_MODULES[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module 'metalearn' has no attribute {name!r}; it offers {', '.join(__all__)}")
     return getattr(importlib.import_module(f"metalearn.{_HOMES[name]}"), name)

@@ -17,12 +17,12 @@ from functools import partial
 from torch.nn.functional import cross_entropy
 
 from metalearn import metagrad
+from metalearn.core.module_parts import Parts
+from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
 from metalearn.inner import InnerLoop, PrototypeHead, ZeroContext, with_learned, with_steps
 from metalearn.metagrad import Engine
 from metalearn.metagrad.implicit import Implicit
 from metalearn.metagrad.reptile import reptile as reptile_gradient
-from metalearn.parts import Parts
-from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
 Annealing = Callable[[InnerLoop, float], InnerLoop]
 """The inner loop when that share of the training is over, from 0 to 1."""

@@ -6,15 +6,15 @@ images, or one folder a class as well.
 
 from pathlib import Path
 
-from metalearn.runs.adaptation.check import check_adapt
-from metalearn.runs.command import main
-from metalearn.runs.schema_commands import AdaptConfig
+from metalearn.commands.adapt.checks import check_adapt
+from metalearn.commands.cli import main
+from metalearn.config.commands_schema import AdaptConfig
 
 
 @main("adapt", AdaptConfig, check_adapt)
 def adapt(config: AdaptConfig, output_dir: Path) -> None:
     """Adapt the best checkpoint of a run to your own images, one folder a class, and predict others."""
-    from metalearn.runs.adaptation.folders import adapt_to_folders  # a refused configuration need not wait for torch
+    from metalearn.commands.adapt.run import adapt_to_folders  # a refused configuration need not wait for torch
 
     adapt_to_folders(config, output_dir)
 

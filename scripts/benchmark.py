@@ -6,10 +6,10 @@ of any training with ``bench.setting=configured`` and that training's keys.
 
 from pathlib import Path
 
-from metalearn.runs.bench.check import check_benchmark
-from metalearn.runs.command import main
-from metalearn.runs.config_files import settle_data
-from metalearn.runs.schema_commands import BenchmarkConfig
+from metalearn.commands.benchmark.check import check_benchmark
+from metalearn.commands.cli import main
+from metalearn.config.commands_schema import BenchmarkConfig
+from metalearn.config.run_config import settle_data
 
 
 @main("benchmark", BenchmarkConfig, check_benchmark)
@@ -22,19 +22,19 @@ def benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
     """
     # Imported here, so that a refused configuration need not wait for torch.
     if config.bench.kind == "engines":
-        from metalearn.runs.engine_table import run_engine_table
+        from metalearn.commands.benchmark.engines import run_engine_table
 
         run_engine_table(config, output_dir)
     elif config.bench.kind == "float32":
-        from metalearn.runs.bench.float32 import run_float32_table
+        from metalearn.commands.benchmark.float32 import run_float32_table
 
         run_float32_table(settle_data(config), output_dir)
     elif config.bench.kind == "sweeps":
-        from metalearn.runs.bench.sweeps import run_sweeps
+        from metalearn.commands.benchmark.sweeps import run_sweeps
 
         run_sweeps(config, output_dir)
     else:
-        from metalearn.runs.benchmark import run_benchmark
+        from metalearn.commands.benchmark.run import run_benchmark
 
         run_benchmark(settle_data(config), output_dir)
 

@@ -7,9 +7,9 @@ Run it as ``python scripts/compare.py``, or with variants of your own:
 import sys
 from pathlib import Path
 
-from metalearn.runs.command import main
-from metalearn.runs.compare.variants import check_compare
-from metalearn.runs.schema_commands import CompareConfig
+from metalearn.commands.cli import main
+from metalearn.commands.compare.variants import check_compare
+from metalearn.config.commands_schema import CompareConfig
 
 
 @main("compare", CompareConfig, check_compare, may_continue=lambda config: True)
@@ -19,7 +19,7 @@ def compare(config: CompareConfig, folder: Path) -> None:
     The same command goes on with a comparison that was interrupted. The exit code is 1 if a run failed; the report says
     why, and the others are not affected.
     """
-    from metalearn.runs.compare.run import run_comparison  # here, so that a refusal need not wait for torch
+    from metalearn.commands.compare.run import run_comparison  # here, so that a refusal need not wait for torch
 
     if not run_comparison(config, folder):
         sys.exit(1)

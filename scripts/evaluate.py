@@ -6,10 +6,10 @@ Run it as ``python scripts/evaluate.py run.dir=outputs/omniglot-5w1s/maml-second
 import dataclasses
 from pathlib import Path
 
-from metalearn.runs.checks import check, check_evaluate
-from metalearn.runs.command import main
-from metalearn.runs.config_files import from_yaml, relocated
-from metalearn.runs.schema_commands import EvaluateConfig
+from metalearn.commands.cli import main
+from metalearn.config.commands_schema import EvaluateConfig
+from metalearn.config.run_config import from_yaml, relocated
+from metalearn.config.validation import check, check_evaluate
 
 
 @main("evaluate", EvaluateConfig, check_evaluate)
@@ -28,7 +28,7 @@ def evaluate(config: EvaluateConfig, output_dir: Path) -> None:
     )
     wanted = dataclasses.replace(wanted, data=relocated(trained.data, config.data.root))
     check(wanted, trains=False)
-    from metalearn.runs.testing import retest  # here, so that a refused configuration need not wait for torch
+    from metalearn.training.evaluate_run import retest  # here, so that a refused configuration need not wait for torch
 
     retest(wanted, run_dir, output_dir)
 

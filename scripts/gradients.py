@@ -6,9 +6,9 @@ Run it as ``python scripts/gradients.py``, or ``python scripts/gradients.py less
 import sys
 from pathlib import Path
 
-from metalearn.runs.checks import check_gradients
-from metalearn.runs.command import main
-from metalearn.runs.schema_commands import GradientsConfig
+from metalearn.commands.cli import main
+from metalearn.config.commands_schema import GradientsConfig
+from metalearn.config.validation import check_gradients
 
 
 @main("gradients", GradientsConfig, check_gradients)
@@ -17,7 +17,9 @@ def gradients(config: GradientsConfig, output_dir: Path) -> None:
 
     The exit code is 1 if one of them is wrong. Figures, TensorBoard and lessons.json lie in the output folder.
     """
-    from metalearn.runs.gradients import run_lessons  # here, so that a refused configuration need not wait for torch
+    from metalearn.commands.gradients import (
+        run_lessons,  # here, so that a refused configuration need not wait for torch
+    )
 
     if not run_lessons(config, output_dir):
         sys.exit(1)

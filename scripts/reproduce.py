@@ -7,9 +7,9 @@ after ten minutes.
 import sys
 from pathlib import Path
 
-from metalearn.runs.command import main
-from metalearn.runs.reproduction.plan import check_reproduce
-from metalearn.runs.schema_commands import ReproduceConfig
+from metalearn.commands.cli import main
+from metalearn.commands.reproduce.plan import check_reproduce
+from metalearn.config.commands_schema import ReproduceConfig
 
 
 @main("reproduce", ReproduceConfig, check_reproduce, may_continue=lambda config: True)
@@ -20,7 +20,7 @@ def reproduce(config: ReproduceConfig, folder: Path) -> None:
     time that minutes= allows was over before. Figures lie in omniglot.json; record=true also writes them to
     outputs/reference/omniglot.json and the README.
     """
-    from metalearn.runs.reproduction.run import run_reproduction  # here, so that a refusal need not wait for torch
+    from metalearn.commands.reproduce.run import run_reproduction  # here, so that a refusal need not wait for torch
 
     sys.exit(run_reproduction(config, folder))
 

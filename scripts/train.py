@@ -5,15 +5,15 @@ Run it as ``python scripts/train.py inner.second_order=true``; ``--help`` explai
 
 from pathlib import Path
 
-from metalearn.runs.checks import check
-from metalearn.runs.command import main
-from metalearn.runs.config_files import continued, settle_data
-from metalearn.runs.schema import TrainConfig
+from metalearn.commands.cli import main
+from metalearn.config.run_config import continued, settle_data
+from metalearn.config.schema import TrainConfig
+from metalearn.config.validation import check
 
 
 def follow(config: TrainConfig) -> None:
     """Be one of the other processes that torchrun has started."""
-    from metalearn.runs.training import follow
+    from metalearn.training.trainer import follow
 
     follow(settle_data(config))
 
@@ -25,7 +25,7 @@ def train(config: TrainConfig, run_dir: Path) -> None:
     inner.second_order=true differentiates through the inner update (MAML); false does not (first-order MAML).
     """
     settled = continued(settle_data(config), run_dir)
-    from metalearn.runs.training import train  # here, so that a refused configuration need not wait for torch
+    from metalearn.training.trainer import train  # here, so that a refused configuration need not wait for torch
 
     train(settled, run_dir)
 

@@ -6,9 +6,9 @@ Run it as ``python scripts/verify.py``, or with ``run.dtype=float32`` or ``run.d
 import sys
 from pathlib import Path
 
-from metalearn.runs.checks import check_verify
-from metalearn.runs.command import main
-from metalearn.runs.schema_commands import VerifyConfig
+from metalearn.commands.cli import main
+from metalearn.config.commands_schema import VerifyConfig
+from metalearn.config.validation import check_verify
 
 
 @main("verify", VerifyConfig, check_verify)
@@ -17,7 +17,7 @@ def verify(config: VerifyConfig, output_dir: Path) -> None:
 
     The exit code is 1 if a comparison exceeds its bound. All of them lie in verify.json in the output folder.
     """
-    from metalearn.runs.verification import run_verification  # here, so that a refusal need not wait for torch
+    from metalearn.commands.verify.run import run_verification  # here, so that a refusal need not wait for torch
 
     if not run_verification(config, output_dir):
         sys.exit(1)

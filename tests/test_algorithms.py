@@ -12,13 +12,13 @@ from torch.nn.functional import cross_entropy
 
 from metalearn import InnerLoop, Params, functionalize, meta_gradient
 from metalearn.algorithms import ALGORITHMS, anil, boil, cavia, imaml, maml_pp, meta_sgd, multi_step_weights, protonet
+from metalearn.config.compose import compose, typed
+from metalearn.config.schema import PLAIN_ALGORITHMS, TrainConfig
+from metalearn.core.functional import relative_error
+from metalearn.core.module_parts import parts_of
 from metalearn.inner import begin, update
-from metalearn.inner.statistics import as_theta, is_statistic, record, statistics_at, under
+from metalearn.inner.batch_norm_statistics import as_theta, is_statistic, record, statistics_at, under
 from metalearn.models import MLP, ContextConv4, Conv4
-from metalearn.params import relative_error
-from metalearn.parts import parts_of
-from metalearn.runs.config import compose, typed
-from metalearn.runs.schema import PLAIN_ALGORITHMS, TrainConfig
 from tests.conftest import image_episodes
 
 INNER = InnerLoop(0.1, 3)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from metalearn.runs.config import compose
+from metalearn.config.compose import compose
 from tests.conftest import REPO
 from tests.faults.rows import ROWS
 

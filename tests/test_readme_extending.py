@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from metalearn import Episodes, InnerLoop, functionalize, meta_gradient
 from metalearn.algorithms import ALGORITHMS
-from metalearn.runs.config import compose, typed
-from metalearn.runs.schema import TrainConfig
+from metalearn.config.compose import compose, typed
+from metalearn.config.schema import TrainConfig
 from tests.conftest import REPO
 
 HEADING = "## Extending\n"

@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from typing import Any
 
-from metalearn.runs.compare.statistics import over_seeds
+from metalearn.commands.compare.statistics import over_seeds
 from tests.conftest import REPO
 
 REFERENCE = REPO / "outputs" / "reference"

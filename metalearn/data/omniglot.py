@@ -23,11 +23,11 @@ from PIL import Image, ImageOps
 from rich.progress import track
 from torch import Tensor
 
-from metalearn import files
-from metalearn.data.catalog import DRAWINGS, OMNIGLOT_PARTS, OMNIGLOT_SPLITS, cache_dir, omniglot_base
+from metalearn.core import serialization as files
+from metalearn.core.errors import DataError
+from metalearn.data.metadata import DRAWINGS, OMNIGLOT_PARTS, OMNIGLOT_SPLITS, cache_dir, omniglot_base
 from metalearn.data.omniglot_download import ensure_omniglot
 from metalearn.data.splits import ImageSplits, with_rotations
-from metalearn.errors import DataError
 
 log = logging.getLogger(__name__)
 

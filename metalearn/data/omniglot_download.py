@@ -20,8 +20,8 @@ from pathlib import Path, PureWindowsPath
 
 from filelock import FileLock
 
-from metalearn.data.catalog import OMNIGLOT_PARTS, omniglot_base, omniglot_root, omniglot_source
-from metalearn.errors import DataError
+from metalearn.core.errors import DataError
+from metalearn.data.metadata import OMNIGLOT_PARTS, omniglot_base, omniglot_root, omniglot_source
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from metalearn.data.keys import keys, keys_of_tasks, mix
-from metalearn.types import Episodes
+from metalearn.core.types import Episodes
+from metalearn.data.counter_rng import keys, keys_of_tasks, mix
 
 _mix = mix  # its name before it had a module of its own
 _LAST = torch.iinfo(torch.int64).max

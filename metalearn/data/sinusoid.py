@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metalearn.data.keys import keys_of_tasks, uniform
-from metalearn.types import Episodes
+from metalearn.core.types import Episodes
+from metalearn.data.counter_rng import keys_of_tasks, uniform
 
 AMPLITUDES = (0.1, 5.0)
 PHASES = (0.0, math.pi)

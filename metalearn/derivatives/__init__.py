@@ -4,11 +4,11 @@ A point ``x`` is a Tensor or a dictionary of Tensors, and what is returned is of
 place, and where ``f`` is constant the derivatives are zeros.
 """
 
-from metalearn.derivatives.dense import free_bytes, hessian, hessian_bytes
-from metalearn.derivatives.nth import nth_derivative
-from metalearn.derivatives.points import Point, ScalarFunction
-from metalearn.derivatives.products import HVP_MODES, gauss_newton_vp, gradient, hvp
-from metalearn.derivatives.spectrum import top_eigenvalues
+from metalearn.derivatives.eigenvalues import top_eigenvalues
+from metalearn.derivatives.hessian import free_bytes, hessian, hessian_bytes
+from metalearn.derivatives.hvp import HVP_MODES, gauss_newton_vp, gradient, hvp
+from metalearn.derivatives.inputs import Point, ScalarFunction
+from metalearn.derivatives.nth_derivative import nth_derivative
 
 __all__ = [
     "HVP_MODES",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from metalearn.errors import NonFiniteGradientError
+from metalearn.core.errors import NonFiniteGradientError
 
 _AGREE = 100
 """How many steps h, relative to H v, the limits from both sides may differ by."""

@@ -1,6 +1,11 @@
 """The inner loop: how one task's parameters are adapted, knowing nothing of how that is differentiated."""
 
-from metalearn.inner.carry import (
+from metalearn.inner.config import LEARNED_RATES, InnerLoop, Start
+from metalearn.inner.diagnostics import checks_are_off, explained, refuse_nonfinite
+from metalearn.inner.initializers import PrototypeHead, ZeroContext
+from metalearn.inner.loop import adapt, inner_step, support_gradients
+from metalearn.inner.losses import TaskLosses, predict, predictions_of_tasks, task_losses, total_support_loss
+from metalearn.inner.state import (
     adapted_names,
     begin,
     check_settings,
@@ -11,12 +16,7 @@ from metalearn.inner.carry import (
     with_learned,
     with_steps,
 )
-from metalearn.inner.loop import adapt, inner_step, support_gradients
-from metalearn.inner.losses import TaskLosses, predict, predictions_of_tasks, task_losses, total_support_loss
-from metalearn.inner.refusals import checks_are_off, explained, refuse_nonfinite
-from metalearn.inner.rules import SEPARATOR, SGD, Adam, Momentum, UpdateRule, of_model, state_name
-from metalearn.inner.settings import LEARNED_RATES, InnerLoop, Start
-from metalearn.inner.starts import PrototypeHead, ZeroContext
+from metalearn.inner.update_rules import SEPARATOR, SGD, Adam, Momentum, UpdateRule, of_model, state_name
 
 __all__ = [
     "LEARNED_RATES",

@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from torch.utils.checkpoint import get_device_states, set_device_states
 from torch.utils.weak import WeakIdKeyDictionary
 
-from metalearn.errors import OUT_OF_MEMORY
-from metalearn.graph_checks import RUN_AGAIN, nothing_run_again
-from metalearn.inner.refusals import is_of_torch
-from metalearn.kernels import STACKED_LAYERS
-from metalearn.operations import STATELESS, CorrectedOperations
+from metalearn.core.errors import OUT_OF_MEMORY
+from metalearn.core.graph_checks import RUN_AGAIN, nothing_run_again
+from metalearn.core.operations import STATELESS, CorrectedOperations
+from metalearn.inner.diagnostics import is_of_torch
+from metalearn.models.kernels import STACKED_LAYERS
 
 log = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from metalearn.graph_checks import check_twice_differentiable
-from metalearn.inner.carry import adapted_names, begin, check_settings, model_params, update
+from metalearn.core.functional import check_forward, check_params, gradients
+from metalearn.core.graph_checks import check_twice_differentiable
+from metalearn.core.types import Forward, Loss, Params, check_examples
+from metalearn.inner.config import InnerLoop
+from metalearn.inner.diagnostics import explained, refuse_nonfinite
 from metalearn.inner.losses import task_losses
-from metalearn.inner.refusals import explained, refuse_nonfinite
-from metalearn.inner.settings import InnerLoop
-from metalearn.params import check_forward, check_params, gradients
-from metalearn.types import Forward, Loss, Params, check_examples
+from metalearn.inner.state import adapted_names, begin, check_settings, model_params, update
 
 
 def inner_step(

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from metalearn.core.functional import check_dictionary, check_forward
+from metalearn.core.types import Forward, Loss, Params, check_tensors
 from metalearn.inner.batching import differentiable_layers, over_tasks
-from metalearn.inner.refusals import explained, unchanged
-from metalearn.kernels import kernels_take
-from metalearn.params import check_dictionary, check_forward
-from metalearn.types import Forward, Loss, Params, check_tensors
+from metalearn.inner.diagnostics import explained, unchanged
+from metalearn.models.kernels import kernels_take
 
 
 class TaskLosses(NamedTuple):

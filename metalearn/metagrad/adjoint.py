@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from metalearn.derivatives.products import value_and_hvp
+from metalearn.core.functional import pull_back
+from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
+from metalearn.derivatives.hvp import value_and_hvp
 from metalearn.inner import (
     InnerLoop,
     adapted_names,
@@ -35,10 +37,8 @@ from metalearn.inner import (
     total_support_loss,
     update,
 )
-from metalearn.metagrad.ends import way_there
+from metalearn.metagrad.common import way_there
 from metalearn.metagrad.trajectory import Start
-from metalearn.params import pull_back
-from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
 log = logging.getLogger(__name__)
 

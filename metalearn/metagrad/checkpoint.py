@@ -15,11 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metalearn.core.functional import pull_back
+from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
 from metalearn.inner import InnerLoop
-from metalearn.metagrad.ends import way_there
+from metalearn.metagrad.common import way_there
 from metalearn.metagrad.trajectory import Step
-from metalearn.params import pull_back
-from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
 
 def checkpoint(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> MetaGradient:

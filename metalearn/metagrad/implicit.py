@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
 from metalearn.inner import InnerLoop, adapted_names, begin, inner_step, model_params, of_model, total_support_loss
-from metalearn.inner.rules import along_tasks
+from metalearn.inner.update_rules import along_tasks
 from metalearn.metagrad.adjoint import hessian_product
-from metalearn.metagrad.ends import WayThere, refuse_without_gradient
+from metalearn.metagrad.common import WayThere, refuse_without_gradient
 from metalearn.metagrad.trajectory import Start, walk
-from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
 
 @dataclass(frozen=True)

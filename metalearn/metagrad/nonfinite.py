@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from metalearn.core.errors import NonFiniteGradientError
+from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
 from metalearn.derivatives.singular import first_nonfinite, is_finite
-from metalearn.errors import NonFiniteGradientError
 from metalearn.inner import InnerLoop
 from metalearn.metagrad.adjoint import adjoint
-from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
 
 
 def check_finite_gradient(

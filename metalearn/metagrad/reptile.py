@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import torch
 
+from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
 from metalearn.inner import InnerLoop, begin, inner_step, model_params, refuse_nonfinite, task_losses
-from metalearn.metagrad.ends import outcome, refuse_without_gradient
-from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
+from metalearn.metagrad.common import outcome, refuse_without_gradient
 
 
 def reptile(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> MetaGradient:

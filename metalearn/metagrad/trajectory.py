@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from metalearn.types import Params
+from metalearn.core.types import Params
 
 _ROUNDING, _ROUNDING_LOW = 1e-3, 5e-2
 """How far a loss may be off when it is computed again: kernels may round otherwise, in bfloat16 to 8 bits."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import torch
 
+from metalearn.core.functional import gradients
+from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
 from metalearn.inner import InnerLoop, begin, inner_step, model_params, refuse_nonfinite, task_losses
-from metalearn.metagrad.ends import outcome
-from metalearn.params import gradients
-from metalearn.types import Episodes, Forward, Loss, MetaGradient, Params
+from metalearn.metagrad.common import outcome
 
 
 def unroll(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> MetaGradient:

@@ -1,10 +1,8 @@
 """Networks to adapt; any other ``nn.Module`` does as well, through ``functionalize``."""
 
-from metalearn.models.attention import PatchTransformer
-from metalearn.models.context import ContextConv4, ContextMLP, context_names
+from metalearn.models.cavia import ContextConv4, ContextMLP, context_names
 from metalearn.models.conv4 import Conv4
 from metalearn.models.mlp import MLP
-from metalearn.models.residual import ResidualNet
 from metalearn.models.resnet12 import ResNet12
 
 __all__ = [
@@ -12,8 +10,6 @@ __all__ = [
     "ContextConv4",
     "ContextMLP",
     "Conv4",
-    "PatchTransformer",
     "ResNet12",
-    "ResidualNet",
     "context_names",
 ]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
-from metalearn.kernels import batch_norm, convolution, relu
-from metalearn.types import Params
+from metalearn.core.types import Params
+from metalearn.models.kernels import batch_norm, convolution, relu
 
 _EPS = 1e-5
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.scripts.test_commands import command
+from tests.commands.test_commands import command
 
 VARIANTS = {"second_order": True, "first_order": False}
 SEEDS = (0, 1)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from metalearn.runs.report import EVENT_FILES
+from metalearn.training.tracking.event_files import EVENT_FILES
 from tests.browser.comparison import write_comparison
 
 if TYPE_CHECKING:  # it may be missing

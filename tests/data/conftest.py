@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metalearn.data import catalog, omniglot, omniglot_download
+from metalearn.data import metadata as catalog
+from metalearn.data import omniglot, omniglot_download
 
 PIXELS = {
     "images_background": "a90972222e6da451049dbf89c759b11589db2d9eff9365c33fcbe6be6d2f9188",

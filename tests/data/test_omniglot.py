@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from metalearn.data import catalog, omniglot
+from metalearn.core.errors import DataError
+from metalearn.data import metadata as catalog
+from metalearn.data import omniglot
 from metalearn.data.splits import with_rotations
-from metalearn.errors import DataError
 
 
 def test_images_are_white_on_black_in_sorted_order(root: Path) -> None:

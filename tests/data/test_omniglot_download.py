@@ -15,8 +15,9 @@ import pytest
 import torch
 from filelock import FileLock
 
-from metalearn.data import catalog, omniglot
-from metalearn.errors import DataError
+from metalearn.core.errors import DataError
+from metalearn.data import metadata as catalog
+from metalearn.data import omniglot
 from tests.data.conftest import PARTS, pack, publish
 
 pytestmark = pytest.mark.usefixtures("small_omniglot")

@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
+from metalearn.config.compose import compose, typed
+from metalearn.config.schema import TrainConfig
+from metalearn.config.validation import check
+from metalearn.core.errors import ConfigError
 from metalearn.data.sinusoid import SinusoidSampler
-from metalearn.errors import ConfigError
-from metalearn.runs.checks import check
-from metalearn.runs.config import compose, typed
-from metalearn.runs.experiment import build_model
-from metalearn.runs.schema import TrainConfig
-from metalearn.runs.tasks import samplers
+from metalearn.training.experiment import build_model
+from metalearn.training.tasks import samplers
 
 
 def sampler(*, shots: int = 10, queries: int = 5, seed: int = 0, split: str = "train") -> SinusoidSampler:

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from metalearn import files
-from metalearn.runs.console import print_path, print_table, progress_bar
-from metalearn.runs.machine import machine
+from metalearn.core import serialization as files
+from metalearn.core.profiling.hardware import machine
+from metalearn.training.tracking.console import print_path, print_table, progress_bar
 from tests.conftest import REPO
 from tests.faults.rows import ROWS
 from tests.faults.suite import outcome

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from metalearn.core.errors import DataError
 from metalearn.data import omniglot
-from metalearn.errors import DataError
 from tests.data.conftest import PARTS, make_root, pack, publish, stand_in
 from tests.faults.suite import Row
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from metalearn.runs.checkpoints import best_path, load_best, newest_state, state_paths
+from metalearn.training.checkpoints import best_path, load_best, newest_state, state_paths
 from tests.faults.processes import output
 from tests.faults.runs import RUN, STEPS, assert_same, bits, resume, whole
 from tests.faults.suite import Row

@@ -10,10 +10,10 @@ from typing import Any
 import psutil
 import torch
 
-from metalearn.runs import outer_loop
-from metalearn.runs.checkpoints import state_paths
-from metalearn.runs.session import Session
-from metalearn.runs.state import TrainState
+from metalearn.training import loop as outer_loop
+from metalearn.training.checkpoints import state_paths
+from metalearn.training.session import Session
+from metalearn.training.state import TrainState
 from tests.faults.processes import finished, output, start
 from tests.faults.runs import RUN, SMALL, train
 from tests.faults.suite import Row

@@ -8,8 +8,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from metalearn import files
-from metalearn.runs.report import EVENT_FILES
+from metalearn.core import serialization as files
+from metalearn.training.tracking.event_files import EVENT_FILES
 from tests.faults.processes import finished, output, start, state_of, wait_for_state
 from tests.faults.runs import RUN, SMALL, STEPS, assert_curves, assert_same, resume, whole
 from tests.faults.suite import Row

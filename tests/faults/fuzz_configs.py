@@ -10,12 +10,12 @@ from unittest import mock
 
 import yaml
 
-from metalearn.data import catalog
-from metalearn.errors import ConfigError
-from metalearn.runs.checks import check, entries
-from metalearn.runs.config import compose, typed
-from metalearn.runs.config_files import settle_data
-from metalearn.runs.schema import TrainConfig
+from metalearn.config.compose import compose, typed
+from metalearn.config.run_config import settle_data
+from metalearn.config.schema import TrainConfig
+from metalearn.config.validation import check, entries
+from metalearn.core.errors import ConfigError
+from metalearn.data import metadata as catalog
 from tests.faults.fuzz_texts import KEYS, RIGHT, Case
 
 

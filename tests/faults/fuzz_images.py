@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from metalearn.core.errors import DataError
 from metalearn.data import omniglot
-from metalearn.errors import DataError
 from tests.data.conftest import make_root, stand_in
 
 Damage = Callable[[Path, int], object]

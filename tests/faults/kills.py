@@ -7,7 +7,7 @@ import random
 import signal
 from pathlib import Path
 
-from metalearn import files
+from metalearn.core import serialization as files
 from tests.faults.processes import finished, output, start, state_of, wait_for_state
 from tests.faults.runs import RUN, SMALL, STEPS, assert_same, resume, whole
 from tests.faults.suite import Row

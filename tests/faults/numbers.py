@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from metalearn.errors import NonFiniteLossError, RunError
-from metalearn.runs import outer_loop, training
-from metalearn.runs.config import compose, typed
-from metalearn.runs.distributed import Ranks
-from metalearn.runs.experiment import Experiment, build
-from metalearn.runs.nonfinite import replay
-from metalearn.runs.outer_step import own_tasks
-from metalearn.runs.schema import TrainConfig
-from metalearn.types import Episodes, Forward, Params
+from metalearn.config.compose import compose, typed
+from metalearn.config.schema import TrainConfig
+from metalearn.core.errors import NonFiniteLossError, RunError
+from metalearn.core.types import Episodes, Forward, Params
+from metalearn.training import loop as outer_loop
+from metalearn.training import trainer as training
+from metalearn.training.experiment import Experiment, build
+from metalearn.training.failures import replay
+from metalearn.training.runtime.distributed import Ranks
+from metalearn.training.step import own_tasks
 from tests.faults.processes import state_of
 from tests.faults.runs import SMALL, bits, whole
 from tests.faults.suite import Row

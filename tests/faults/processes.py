@@ -17,11 +17,11 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from metalearn.runs.checkpoints import newest_state, state_paths
+from metalearn.training.checkpoints import newest_state, state_paths
 from tests.conftest import REPO
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["metalearn.runs.training", "tests.faults.runs"])
+_CONTEXT.set_forkserver_preload(["metalearn.training.trainer", "tests.faults.runs"])
 _LONGEST_S = 120.0
 
 

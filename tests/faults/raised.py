@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import re
 
-from metalearn.errors import MetalearnError
+from metalearn.core.errors import MetalearnError
 
 RAISE = bytes([dis.opmap["RAISE_VARARGS"]])
 """The instruction of a ``raise`` statement."""

@@ -10,9 +10,9 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from metalearn import files
-from metalearn.runs.checkpoints import best_path
-from metalearn.runs.report import read_scalars
+from metalearn.core import serialization as files
+from metalearn.training.checkpoints import best_path
+from metalearn.training.tracking.event_files import read_scalars
 from tests.faults.processes import finished, output, start, state_of
 
 STEPS = 24

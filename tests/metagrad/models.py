@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 from torch import nn
 
-from metalearn.models import MLP, Conv4, PatchTransformer, ResidualNet
+from metalearn.commands.verify.attention import PatchTransformer
+from metalearn.commands.verify.residual import ResidualNet
+from metalearn.models import MLP, Conv4
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "conv4": lambda: Conv4(3, width=6),

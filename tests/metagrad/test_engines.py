@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss, scaled_dot_product_attention
 
 from metalearn import Episodes, InnerLoop, Params, functionalize, meta_gradient
-from metalearn.derivatives.products import value_and_hvp
+from metalearn.core.functional import relative_error
+from metalearn.derivatives.hvp import value_and_hvp
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.adjoint import _say_once, adjoint
 from metalearn.models import Conv4
-from metalearn.params import relative_error
 from tests.conftest import image_episodes
 from tests.metagrad.models import MODELS
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from metalearn import Episodes, Forward, InnerLoop, Params, functionalize
+from metalearn.core.errors import NonFiniteLossError
+from metalearn.core.functional import gradients, relative_error
+from metalearn.core.profiling.memory import LiveTensorBytes
 from metalearn.derivatives import hessian
-from metalearn.errors import NonFiniteLossError
 from metalearn.inner import adapt, task_losses
-from metalearn.live_bytes import LiveTensorBytes
-from metalearn.metagrad import _in_chunks
 from metalearn.metagrad.implicit import Implicit, conjugate_gradients
+from metalearn.metagrad.meta_gradient import _in_chunks
 from metalearn.models import MLP
-from metalearn.params import gradients, relative_error
 from tests.metagrad.settings import HEAD, vectors
 
 

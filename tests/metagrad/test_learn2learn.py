@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from metalearn import InnerLoop, functionalize, meta_gradient
+from metalearn.core.functional import relative_error
 from metalearn.inner import rate_name, with_learned
 from metalearn.metagrad import ENGINES
+from metalearn.metagrad.baselines.offers import NotOfferedError
 from metalearn.models import MLP, Conv4
-from metalearn.params import relative_error
-from metalearn.peers.offers import NotOfferedError
 from tests.conftest import image_episodes
 from tests.metagrad.models import MODELS
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("learn2learn_installed")
 @pytest.mark.parametrize("second_order", [True, False])
 @pytest.mark.parametrize("model", [Conv4(3, width=6), MLP(28 * 28, 3, hidden=(16, 8))], ids=["conv4", "mlp"])
 def test_equals_learn2learn(model: nn.Module, second_order: bool, steps: int, engine: str) -> None:
-    from metalearn.peers.learn2learn import meta_gradient as learn2learn
+    from metalearn.metagrad.baselines.learn2learn import meta_gradient as learn2learn
 
     module = copy.deepcopy(model).double()
     episodes = image_episodes()
@@ -46,7 +46,7 @@ HEADS = {"conv4": frozenset({"head.weight", "head.bias"}), "mlp": frozenset({"la
 @pytest.mark.parametrize("second_order", [True, False])
 @pytest.mark.parametrize("model", HEADS)
 def test_meta_sgd(model: str, second_order: bool) -> None:
-    from metalearn.peers.learn2learn import meta_gradient as learn2learn
+    from metalearn.metagrad.baselines.learn2learn import meta_gradient as learn2learn
 
     module, episodes = MODELS[model]().double(), image_episodes()
     forward, theta = functionalize(module)
@@ -66,7 +66,7 @@ def test_meta_sgd(model: str, second_order: bool) -> None:
 @pytest.mark.parametrize("second_order", [True, False])
 @pytest.mark.parametrize("model", HEADS)
 def test_anil(model: str, second_order: bool, learned_lr: str | None) -> None:
-    from metalearn.peers.learn2learn import meta_gradient as learn2learn
+    from metalearn.metagrad.baselines.learn2learn import meta_gradient as learn2learn
 
     module, episodes = MODELS[model]().double(), image_episodes()
     forward, theta = functionalize(module)
@@ -85,7 +85,7 @@ def test_anil(model: str, second_order: bool, learned_lr: str | None) -> None:
 @pytest.mark.parametrize("adapted", [None, "head"])
 @pytest.mark.parametrize("second_order", [True, False])
 def test_frozen_parameters_stay_constant(second_order: bool, adapted: str | None) -> None:
-    from metalearn.peers.learn2learn import meta_gradient as learn2learn
+    from metalearn.metagrad.baselines.learn2learn import meta_gradient as learn2learn
 
     module, episodes = MODELS["mlp"]().double(), image_episodes()
     head = module.get_submodule("layers.7")
@@ -102,7 +102,7 @@ def test_frozen_parameters_stay_constant(second_order: bool, adapted: str | None
 
 
 def test_what_it_would_do_by_halves_is_refused() -> None:
-    from metalearn.peers.learn2learn import meta_gradient as learn2learn
+    from metalearn.metagrad.baselines.learn2learn import meta_gradient as learn2learn
 
     module, episodes = MODELS["mlp"]().double(), image_episodes()
     with pytest.raises(NotOfferedError, match=r"whole submodules, and layers\.7\.weight is part of one"):

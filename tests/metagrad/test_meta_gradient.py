@@ -9,9 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient
+from metalearn.core.functional import gradients, relative_error
 from metalearn.metagrad import ENGINES
 from metalearn.models import Conv4
-from metalearn.params import gradients, relative_error
 from tests.conftest import image_episodes
 from tests.metagrad.models import MODELS
 

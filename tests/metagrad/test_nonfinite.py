@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from metalearn import Episodes, InnerLoop, Params, meta_gradient
-from metalearn.errors import NonFiniteGradientError
-from metalearn.inner.refusals import losses_unchecked
+from metalearn.core.errors import NonFiniteGradientError
+from metalearn.inner.diagnostics import losses_unchecked
 from metalearn.metagrad import ENGINES
 
 DOUBLE = torch.float64

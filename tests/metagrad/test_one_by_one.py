@@ -14,10 +14,10 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, spectral_norm
 
 from metalearn import Episodes, InnerLoop, Loss, Params, adapt, functionalize, meta_gradient, predict
+from metalearn.core.functional import relative_error
 from metalearn.inner.batching import is_batchable
 from metalearn.metagrad import ENGINES
-from metalearn.params import relative_error
-from metalearn.peers.by_hand import meta_gradient as by_hand
+from metalearn.metagrad.baselines.by_hand import meta_gradient as by_hand
 
 DOUBLE = torch.float64
 T, S, Q, N = 3, 6, 5, 3

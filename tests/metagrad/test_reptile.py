@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from metalearn import Episodes, InnerLoop, Params, functionalize
-from metalearn.errors import NonFiniteLossError
+from metalearn.core.errors import NonFiniteLossError
+from metalearn.core.functional import relative_error
 from metalearn.inner import Adam, Momentum, ZeroContext
-from metalearn.metagrad import _in_chunks
+from metalearn.metagrad.meta_gradient import _in_chunks
 from metalearn.metagrad.reptile import reptile
 from metalearn.models import MLP
-from metalearn.params import relative_error
 from tests.metagrad.settings import HEAD, vectors
 
 Optimiser = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

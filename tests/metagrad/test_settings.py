@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient
+from metalearn.core.functional import relative_error
 from metalearn.inner import SGD, begin, inner_step, model_params, rate_name, state_name, task_losses, with_learned
 from metalearn.metagrad import ENGINES
 from metalearn.models import MLP
-from metalearn.params import relative_error
 from tests.metagrad.settings import BODY, HEAD, NORM, SETTINGS, family, vectors
 
 

@@ -12,13 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, leaky_relu
 
-from metalearn import Episodes, InnerLoop, Params, functionalize, gradcheck, meta_gradient
+from metalearn import (
+    Episodes,
+    InnerLoop,
+    Params,
+    functionalize,
+    meta_gradient,
+)
+from metalearn.config.compose import compose, typed
+from metalearn.config.schema import ResNet12Config, TrainConfig
+from metalearn.core.functional import relative_error
+from metalearn.derivatives import (
+    gradcheck,
+)
 from metalearn.metagrad import ENGINES
 from metalearn.models import Conv4, ResNet12
-from metalearn.params import relative_error
-from metalearn.runs.config import compose, typed
-from metalearn.runs.experiment import build_model
-from metalearn.runs.schema import ResNet12Config, TrainConfig
+from metalearn.training.experiment import build_model
 
 NARROW = (2, 3, 4, 5)
 COLOUR: dict[str, Callable[[], nn.Module]] = {

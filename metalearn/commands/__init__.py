@@ -1,0 +1,1 @@
+"""The commands of ``metalearn``: a file or a folder each."""

@@ -1,0 +1,1 @@
+"""``metalearn adapt``: adapt a trained run to a user's own folders of images."""

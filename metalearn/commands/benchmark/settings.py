@@ -1,0 +1,76 @@
+"""What is timed beside other libraries, what float32 is judged on, and along what cost grows. No torch, no Hydra."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from metalearn.commands.benchmark.engine_settings import TaskSetting
+
+
+@dataclass(frozen=True)
+class StepSetting(TaskSetting):
+    """One meta-step.
+
+    Args:
+        steps: K, the number of inner steps.
+        lr: their size.
+    """
+
+    steps: int
+    lr: float
+
+    @property
+    def title(self) -> str:
+        """In words."""
+        return f"{super().title}, K={self.steps}"
+
+
+SETTINGS = (
+    StepSetting("5way_1shot", 5, 1, 1, 32, 64, steps=1, lr=0.4),
+    StepSetting("20way_1shot", 20, 1, 1, 16, 64, steps=5, lr=0.1),
+    StepSetting("5way_1shot_15queries", 5, 1, 15, 16, 64, steps=5, lr=0.4),
+)
+"""Those of the published table."""
+
+FLOAT32_SETTINGS = (
+    StepSetting("5way_K1", 5, 1, 1, 1, 64, steps=1, lr=0.4),
+    StepSetting("5way_K5", 5, 1, 1, 1, 64, steps=5, lr=0.4),
+    StepSetting("20way_K1", 20, 1, 1, 1, 64, steps=1, lr=0.1),
+    StepSetting("20way_K5", 20, 1, 1, 1, 64, steps=5, lr=0.1),
+)
+"""Those at which float32 is held against float64, on one task a draw: of many tasks one is always near a kink."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Settings that differ in one number.
+
+    Args:
+        name: the field of ``StepSetting`` that differs; for files.
+        axis: what that is, for plots.
+        base: where the other numbers are taken from.
+        values: of that field.
+    """
+
+    name: str
+    axis: str
+    base: StepSetting
+    values: tuple[int, ...]
+
+    def settings(self) -> list[StepSetting]:
+        """A setting for each value."""
+        return [_with(self.base, self.name, value) for value in self.values]
+
+
+def _with(base: StepSetting, name: str, value: int) -> StepSetting:
+    changed: dict[str, int] = {name: value}
+    return replace(base, name=f"{name}={value}", **changed)
+
+
+BASE = StepSetting("base", 5, 1, 1, 8, 64, steps=1, lr=0.4)
+SWEEPS = (
+    Sweep("steps", "inner steps K", BASE, (1, 2, 5, 10)),
+    Sweep("tasks", "tasks T of a meta-step", BASE, (4, 8, 16, 32)),
+    Sweep("ways", "ways N", BASE, (5, 10, 20)),
+    Sweep("width", "filters of every convolution", BASE, (16, 32, 64, 128)),
+)

@@ -1,0 +1,197 @@
+"""A function of a configuration and an output folder, made into a command by Hydra.
+
+    @main("train", TrainConfig, check)
+    def train(config: TrainConfig, run_dir: Path) -> None: ...
+
+composes ``conf/train.yaml`` with the command line, refuses what cannot be run before torch is imported, calls the
+function once, or once a job under ``--multirun``, and ends with a message where the user can mend what went wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import functools
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser  # Hydra's own parser: no public way to read its flags
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from metalearn.config.compose import CONF, Config, compose, option_sections, typed
+from metalearn.config.messages import help_text
+from metalearn.config.output_names import RECORD
+from metalearn.config.overrides import asked_for
+from metalearn.config.run_folder import TRAINING_FILES, refuse_holding
+from metalearn.core.errors import ConfigError, MetalearnError, RunError, StoppedError
+from metalearn.training.runtime import torchrun
+from metalearn.training.runtime.signals import sigterm_as_exception
+
+RUN_FILES = (
+    *TRAINING_FILES,
+    "benchmark.json",
+    "lessons.json",
+    "verify.json",
+    RECORD,
+)
+"""By these a folder is known to hold a run; nothing is written there again."""
+
+
+def main(
+    name: str,
+    kind: type[Config],
+    check: Callable[[Config], None],
+    *,
+    may_continue: Callable[[Config], bool] = lambda config: False,
+    follow: Callable[[Config], None] | None = None,
+) -> Callable[[Callable[[Config, Path], None]], Callable[[], None]]:
+    """Make a function of a configuration and an output folder into a command.
+
+    Args:
+        name: of the primary file in ``conf/``.
+        kind: its schema.
+        check: raises ``ConfigError`` for a configuration that cannot be run.
+        may_continue: whether a folder that holds a run already is no fault; the function looks into it then.
+        follow: what the processes but the first do where ``torchrun`` starts several; ``None`` refuses them.
+    """
+
+    def decorate(function: Callable[[Config, Path], None]) -> Callable[[], None]:
+        @functools.wraps(function)
+        def command() -> None:
+            flags = get_args_parser().parse_args()
+            try:
+                if torchrun.size() > 1 and (follow is None or flags.multirun):
+                    raise ConfigError(_ONE_TRAINING)
+                if flags.help:
+                    config = compose(name)
+                    print(help_text(config, sys.argv[0], function.__doc__ or "", option_sections(name, config)))
+                    return
+                jobs = _checked(name, flags, kind, check, may_continue)
+            except MetalearnError as error:
+                _stop(error)
+            if follow is None or torchrun.rank() == 0:
+                hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+            elif jobs and not flags.cfg:  # without Hydra's folder and log, which are the first process's
+                logging.basicConfig(format=f"[process {torchrun.rank()}] %(message)s")
+                with _explained("nothing is written by this process"):
+                    follow(jobs[0])
+
+        def job(config: DictConfig) -> None:
+            output_dir = Path(HydraConfig.get().runtime.output_dir)
+            with _explained(f"what was written so far lies in {output_dir}"):
+                checked = typed(config, kind)
+                check(checked)
+                if not may_continue(checked):
+                    refuse_taken(output_dir)
+                function(checked, output_dir)
+
+        return command
+
+    return decorate
+
+
+def _checked(
+    name: str,
+    flags: argparse.Namespace,
+    kind: type[Config],
+    check: Callable[[Config], None],
+    may_continue: Callable[[Config], bool],
+) -> list[Config]:
+    """The configuration of every job, before any begins; none where Hydra is asked for something else."""
+    jobs = []
+    for overrides, config, folder in asked_for(name, flags):
+        job = typed(config, kind)
+        check(job)
+        _refuse_file_as_folder(overrides)
+        if flags.multirun and may_continue(job) and not any("hydra.sweep.subdir=" in o for o in overrides):
+            raise ConfigError(_NOTHING_TO_RESUME)
+        if not flags.cfg:
+            _refuse_unwritable(folder)
+        jobs.append(job)
+    return jobs
+
+
+def refuse_taken(output_dir: Path) -> None:
+    """Refuse a folder that holds a run.
+
+    Raises:
+        FolderTakenError: naming the file by which it is known.
+    """
+    refuse_holding(output_dir, RUN_FILES)
+
+
+def _refuse_file_as_folder(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        name, _, value = override.partition("=")
+        path = Path(value.strip("'\""))
+        if name in ("hydra.run.dir", "hydra.sweep.dir") and any(p.is_file() for p in (path, *path.parents)):
+            raise ConfigError(f"{override}: this is a file, or lies below one; name a folder")
+
+
+def _refuse_unwritable(folder: str) -> None:
+    """Find out before Hydra does, which would show a stack trace."""
+    path = Path(folder).absolute()
+    there = next(p for p in (path, *path.parents) if p.is_dir())
+    try:
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"hydra.run.dir={folder}: nothing can be written to {there} ({error.strerror}); choose another folder with "
+            "hydra.run.dir=PATH"
+        ) from None
+
+
+_ONE_TRAINING = "torchrun starts several processes of one training: python scripts/train.py, without --multirun"
+_NOTHING_TO_RESUME = (
+    "run.resume with --multirun: the folders of a sweep are named by the time, so that there would be nothing to go on "
+    "with. Name folders that stay the same: hydra.sweep.dir=DIR 'hydra.sweep.subdir=seed${run.seed}', with every key "
+    "that differs between the jobs"
+)
+
+
+@contextmanager
+def _explained(written: str) -> Iterator[None]:
+    """A command's end: without a stack trace where the user can mend it, and with the exit code of a signal."""
+    try:
+        with sigterm_as_exception():
+            yield
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        sys.exit(128 + error.signal)
+    except MetalearnError as error:
+        _stop(error)
+    except OSError as error:
+        if error.errno not in _OF_THE_SYSTEM:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _stop(RunError(f"{error.strerror}{where}; {written}. {_OF_THE_SYSTEM[error.errno]}"))
+    except KeyboardInterrupt:
+        print(f"Interrupted; {written}.", file=sys.stderr)
+        sys.exit(130)
+
+
+_OF_THE_SYSTEM = {
+    errno.ENOSPC: "The disk is full: make room and run again; a training goes on with run.resume=true.",
+    errno.EDQUOT: "The disk quota is used up: make room and run again; a training goes on with run.resume=true.",
+    errno.EROFS: "The disk is read-only: choose a folder on another, with hydra.run.dir=PATH.",
+    errno.EACCES: "You may not write there: choose another folder with hydra.run.dir=PATH.",
+    errno.EPERM: "You may not write there: choose another folder with hydra.run.dir=PATH.",
+    errno.EIO: "The disk has failed: copy what is there, and go on elsewhere.",
+}
+"""Errors of the system that a user can mend, and how."""
+
+
+def _stop(error: MetalearnError) -> NoReturn:
+    who = f"[process {torchrun.rank()}] " if torchrun.rank() else ""
+    message = f"{who}{type(error).__name__}: {error}"
+    torchrun.report(message)
+    print(message, file=sys.stderr)
+    sys.exit(2)

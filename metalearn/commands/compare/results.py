@@ -1,0 +1,170 @@
+"""What a comparison found: the nouns that the table, the plots and ``results.json`` are made of.
+
+Accuracies are fractions, memory is in MiB, times are in the unit that the name ends with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from metalearn.commands.benchmark.engine_settings import Row
+from metalearn.training.evaluation import Estimate
+
+
+class CurvePoint(NamedTuple):
+    """One meta-step of a curve, over seeds; ``low`` and ``high`` are the lowest and the highest seed."""
+
+    iteration: int
+    training_s: float
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One training.
+
+    Args:
+        seed: ``run.seed``.
+        folder: relative to the comparison's.
+        state: ``finished``, ``failed`` or ``unfinished``.
+        reason: why it failed.
+        metrics: its ``metrics.json``; empty unless it is finished.
+    """
+
+    seed: int
+    folder: str
+    state: str
+    reason: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TimeTo:
+    """When validation first reached the target: medians over the seeds that did, of two the lower."""
+
+    training_s: float
+    iterations: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """One variant over its finished runs; figures are ``None`` or empty where there is none.
+
+    Args:
+        name: as in folders and legends.
+        overrides: what makes it differ.
+        runs: every seed, in order.
+        accuracy: on test classes, with its 95% interval over seeds and tasks.
+        tasks_ci95: half-width over test tasks alone.
+        nontransductive: each query predicted without the others.
+        per_step: after 0, 1, ... inner steps.
+        meta_step_ms: median over seeds of a run's median.
+        peak_mib: the highest of its runs.
+        training_s: mean time spent in meta-steps.
+        time_to: ``None`` where no seed reached the target.
+        curve: validation accuracy.
+        cosine: between the first- and the second-order meta-gradient.
+    """
+
+    name: str
+    overrides: list[str]
+    runs: list[RunResult]
+    accuracy: Estimate | None = None
+    tasks_ci95: float | None = None
+    nontransductive: Estimate | None = None
+    per_step: list[Estimate] = field(default_factory=list)
+    meta_step_ms: float | None = None
+    peak_mib: float | None = None
+    training_s: float | None = None
+    time_to: TimeTo | None = None
+    curve: list[CurvePoint] = field(default_factory=list)
+    cosine: list[CurvePoint] = field(default_factory=list)
+
+    @property
+    def finished(self) -> list[RunResult]:
+        """The runs that have figures."""
+        return [run for run in self.runs if run.state == "finished"]
+
+    @property
+    def failed(self) -> list[RunResult]:
+        """The runs that stopped with an error."""
+        return [run for run in self.runs if run.state == "failed"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first variant's test accuracy minus another's, on the same seeds.
+
+    Args:
+        paired: whether both were tested on the same tasks.
+        first: name of the variant that is subtracted from.
+        other: name of the one that is subtracted.
+        accuracy: mean and 95% interval over seeds and tasks.
+        nontransductive: the same, each query predicted without the others.
+        seeds: those that both finished.
+        per_seed: difference of each.
+    """
+
+    first: str
+    other: str
+    accuracy: Estimate
+    nontransductive: Estimate
+    seeds: list[int]
+    per_seed: list[float]
+    paired: bool = True
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval excludes zero."""
+        return abs(self.accuracy.mean) > self.accuracy.ci95
+
+
+@dataclass(frozen=True)
+class Results:
+    """A whole comparison.
+
+    Args:
+        title: data set and task in words; like all that follows, of the configuration that the variants share.
+        dataset: its name.
+        command: that made it.
+        config: resolved, as YAML.
+        machine: what the runs were made on.
+        memory_kind: ``cuda`` or ``cpu-tensors``.
+        iterations: meta-steps of a run.
+        seeds: of every variant.
+        target_accuracy: validation accuracy that ``time_to`` is about; ``None`` before all variants have a run.
+        inner_steps: K in training.
+        variants: in the order of the configuration.
+        differences: of the first variant to each other one.
+        cost: memory and time of one meta-gradient against K: first order, and second order by every engine, all
+            tasks at once, measured in turns.
+        cost_limit_mib: at which a measurement of memory was stopped.
+        cost_machine: what it was measured on; not always what the runs were made on.
+        runs_at_a_time: that shared the machine; 1 if each had it for itself.
+    """
+
+    title: str
+    dataset: str
+    command: str
+    config: str
+    machine: dict[str, Any]
+    memory_kind: str
+    iterations: int
+    seeds: list[int]
+    target_accuracy: float | None
+    inner_steps: int
+    variants: list[VariantResult]
+    differences: list[Difference] = field(default_factory=list)
+    cost: list[Row] = field(default_factory=list)
+    cost_limit_mib: float = 4096
+    cost_machine: dict[str, Any] = field(default_factory=dict)
+    runs_at_a_time: int = 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether every run of every variant is finished."""
+        return all(run.state == "finished" for variant in self.variants for run in variant.runs)

@@ -1,0 +1,59 @@
+"""Intervals over seeds and tasks.
+
+A seed draws its own parameters, training tasks and test tasks, so the means of n seeds are n independent values, and
+
+    mean +- t(0.975, n - 1) s / sqrt(n)
+
+covers the choice of seeds and of tasks alike. A few seeds may agree by chance; the interval is never narrower than
+that over the test tasks alone, which is all that a single seed has.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import torch
+from scipy.stats import t
+
+from metalearn.training.evaluation import Estimate
+
+
+def over_seeds(means: Sequence[float], tasks_ci95: Sequence[float]) -> Estimate:
+    """A mean with its 95% interval.
+
+    Args:
+        means: one per seed.
+        tasks_ci95: half-width of each over its tasks.
+    """
+    n = len(means)
+    between = float(t.ppf(0.975, n - 1)) * statistics.stdev(means) / math.sqrt(n) if n > 1 else 0.0
+    return Estimate(statistics.fmean(means), max(between, over_tasks(tasks_ci95)))
+
+
+def over_tasks(tasks_ci95: Sequence[float]) -> float:
+    """Half-width of the interval of a mean over seeds, if these were the only seeds."""
+    return math.hypot(*tasks_ci95) / len(tasks_ci95)
+
+
+def difference(
+    first: Sequence[Sequence[float]], other: Sequence[Sequence[float]], *, paired: bool
+) -> tuple[Estimate, list[float]]:
+    """Mean of ``first - other`` with its 95% interval, and the difference of every seed.
+
+    Args:
+        first: accuracy of every test task, for every seed.
+        other: the same of another variant.
+        paired: whether both were tested on the same tasks, one by one.
+    """
+    means = [statistics.fmean(a) - statistics.fmean(b) for a, b in zip(first, other, strict=True)]
+    halves = [_half_width(a, b, paired) for a, b in zip(first, other, strict=True)]
+    return over_seeds(means, halves), means
+
+
+def _half_width(a: Sequence[float], b: Sequence[float], paired: bool) -> float:
+    first, other = (torch.tensor(tasks, dtype=torch.float64) for tasks in (a, b))
+    if paired:
+        return Estimate.of(first - other).ci95
+    return math.hypot(Estimate.of(first).ci95, Estimate.of(other).ci95)

@@ -1,0 +1,1 @@
+"""``metalearn verify``: prove the engines equal on this machine."""

@@ -1,0 +1,1 @@
+"""The configuration: schema, validation and composition. Imports no torch."""

@@ -1,0 +1,107 @@
+"""What variants and comparisons are called on disk and in legends. Imports neither torch nor Hydra."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from metalearn.config.run_folder import is_locked
+
+RECORD = "comparison.yaml"
+"""The file that makes a folder a comparison's: its configuration."""
+RESULTS = "results.json"
+"""The file that a comparison writes when all of its runs have ended."""
+
+_MAY_DIFFER = {"compare.jobs", "compare.resume", "data.root"}
+_LONGEST = 100  # characters of a name; file systems allow 255 bytes
+
+
+def split(variant: str) -> list[str]:
+    """The overrides of a variant, as a shell would split them."""
+    return shlex.split(variant)
+
+
+def variant_names(variants: Sequence[str]) -> list[str]:
+    """A name for each: ``first_order`` for ``inner.second_order=false``, ``engine-adjoint,steps-5`` for these two keys.
+
+    Where two would be called the same, as ``inner.lr=0.1`` and ``outer.lr=0.1``, their keys are spelt out.
+    """
+    short = [_name(variant, whole_keys=False) for variant in variants]
+    return [_name(variant, whole_keys=short.count(name) > 1) for variant, name in zip(variants, short, strict=True)]
+
+
+def _name(variant: str, *, whole_keys: bool) -> str:
+    words = []
+    for override in split(variant):
+        key, _, value = override.partition("=")
+        if key == "inner.second_order" and value.lower() in ("true", "false"):
+            words.append("second_order" if value.lower() == "true" else "first_order")
+        else:
+            words.append(f"{key if whole_keys else key.rpartition('.')[2]}-{value}")
+    return _cut(re.sub(r"[^A-Za-z0-9_.,+-]", "_", ",".join(words)) or "base")
+
+
+def _cut(name: str) -> str:
+    """A long name's beginning, with a digest of all of it."""
+    if len(name) <= _LONGEST:
+        return name
+    return f"{name[: _LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def comparison_folder(parent: Path, config: dict[str, Any], moment: str) -> str:
+    """Where a comparison goes, below ``parent``: an unfinished one of the same configuration, or a folder of its own.
+
+    Args:
+        parent: of all comparisons on the same tasks.
+        config: resolved.
+        moment: makes a new folder's name unique.
+    """
+    if config["compare"]["resume"]:
+        found = sorted(path.parent for path in parent.glob(f"*/{RECORD}"))
+        for folder in reversed(found):
+            if is_unfinished(folder) and not is_locked(folder) and identity(read_record(folder)) == identity(config):
+                return folder.name
+    return f"{_cut('-vs-'.join(variant_names(config['compare']['variants'])))}-{moment}"
+
+
+def in_progress(folder: Path, config: dict[str, Any]) -> Path | None:
+    """Another folder beside this one where the same comparison is at work."""
+    for record in folder.parent.glob(f"*/{RECORD}"):
+        other = record.parent
+        if other != folder and is_locked(other) and identity(read_record(other)) == identity(config):
+            return other
+    return None
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a run of a comparison is missing or failed, as far as is known."""
+    try:
+        return json.loads((folder / RESULTS).read_text())["complete"] is not True
+    except (OSError, ValueError, KeyError):
+        return True
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The configuration in a comparison's folder; empty if it cannot be read."""
+    try:
+        content = yaml.safe_load((folder / RECORD).read_text())
+    except (OSError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The values that make it the same comparison, by their dotted keys."""
+    return {
+        key: value
+        for section, values in config.items()
+        for name, value in values.items()
+        if (key := f"{section}.{name}") not in _MAY_DIFFER
+    }

@@ -1,0 +1,132 @@
+"""The overrides of a command line, job by job: what is asked for, that it names no code, and how to ask for more."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.utils import get_args_parser  # Hydra's own parser: no public way to read its flags
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from metalearn.config.compose import CONF, compose, register, search_override
+from metalearn.config.messages import explain
+from metalearn.config.security import COMMAND_LINES, refuse_code, refuse_flags
+from metalearn.core.errors import ConfigError
+
+
+def asked_for(name: str, flags: argparse.Namespace) -> Iterator[tuple[list[str], DictConfig, str]]:
+    """Overrides, configuration and output folder of every job; nothing in them names code that Hydra would run.
+
+    Raises:
+        ConfigError: for a flag, a file or an override that does.
+    """
+    register()
+    parsed = _parsed(flags.overrides)
+    refuse_flags(
+        rerun=flags.experimental_rerun,
+        config_path=flags.config_path,
+        config_name=flags.config_name,
+        config_dir=flags.config_dir,
+        searchpath=[p for o in parsed if o.key_or_group == "hydra.searchpath" for p in _as_list(o.value())],
+        shipped=[file.stem for file in CONF.glob("*.yaml")],
+    )
+    if flags.info or flags.shell_completion:  # these configure no loggers, and call nothing
+        return
+    lines = [str(o.input_line) for o in parsed]
+    own = compose(
+        name, [o for o in lines if re.match(r"\+*hydra[./](launcher|sweeper)\b", o)], return_hydra_config=True
+    )
+    chosen = {section: _plain(own)["hydra"][section] for section in COMMAND_LINES}
+
+    def safe(overrides: list[str]) -> tuple[DictConfig, str]:
+        config = compose(flags.config_name or name, overrides, flags.config_dir, return_hydra_config=True)
+        refuse_code(_plain(config), given=[*lines, *overrides, *search_override(flags.config_dir)], chosen=chosen)
+        try:
+            folder = str(config.hydra.sweep.dir if flags.multirun else config.hydra.run.dir)
+        except OmegaConfBaseException:  # a name that cannot be made, of keys that are at fault themselves
+            folder = "."
+        with open_dict(config):
+            del config["hydra"]
+        return config, folder
+
+    if flags.multirun or flags.hydra_help:  # what Hydra itself composes, before any job
+        safe([str(o.input_line) for o in parsed if not o.is_sweep_override()])
+    if not flags.hydra_help:
+        for overrides in jobs(_expanded(parsed, flags.config_dir)) if flags.multirun else [flags.overrides]:
+            yield overrides, *safe(overrides)
+
+
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(explain(error, overrides, [CONF])) from error
+
+
+def _expanded(parsed: Sequence[Override], config_dir: str | None) -> list[str]:
+    """Overrides in which a ``glob`` over the options of a group is the list of those."""
+    places = [CONF, *([Path(config_dir)] if config_dir else [])]
+    lines = []
+    for one in parsed:
+        value, group = one.value(), one.key_or_group
+        options = sorted({file.stem for place in places for file in (place / group).glob("*.yaml")})
+        found: list[str] = value.filter(options) if isinstance(value, Glob) else []
+        if isinstance(value, Glob) and not found:
+            raise ConfigError(f"{one.input_line}: no option of {group} fits; there are {', '.join(options) or 'none'}")
+        lines.append(f"{one.get_key_element()}={','.join(found)}" if found else str(one.input_line))
+    return lines
+
+
+def _plain(config: DictConfig) -> Any:
+    return OmegaConf.to_container(config, resolve=False)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def recompose(name: str, more: Sequence[str]) -> DictConfig:
+    """Compose what the running command composes, with more overrides; of several for a key the last counts.
+
+    Raises:
+        ConfigError: as ``compose`` does.
+    """
+    flags = get_args_parser().parse_args()
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else flags.overrides
+    last = {override.partition("=")[0].lstrip("+"): override for override in [*given, *more]}
+    return compose(flags.config_name or name, list(last.values()), flags.config_dir)
+
+
+def launcher_overrides() -> list[str]:
+    """What the running command was told of Hydra's launcher; empty for the basic one."""
+    given = [str(o) for o in HydraConfig.get().overrides.hydra if re.match(r"\+?hydra[./]launcher\b", str(o))]
+    return given if any(o.lstrip("+").startswith("hydra/launcher=") and not o.endswith("=basic") for o in given) else []
+
+
+def jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every job of a ``--multirun``, as Hydra's basic sweeper makes them.
+
+    Raises:
+        ConfigError: for an override that cannot be parsed.
+    """
+    choices: dict[str, list[str]] = {}
+    for one in _parsed(overrides):
+        key = one.get_key_element()
+        try:
+            values = one.sweep_string_iterator() if one.is_sweep_override() else []
+            choices[key] = [f"{key}={value}" for value in values] or [str(one.input_line)]
+        except HydraException as error:
+            raise ConfigError(
+                f"{one.input_line}: this cannot be expanded into jobs before they start, so that they could not be "
+                "checked; list the values instead, KEY=a,b,c"
+            ) from error
+    return [list(job) for job in itertools.product(*choices.values())]

@@ -1,0 +1,68 @@
+"""A run's folder belongs to one process at a time. Imports no torch: refusals need not wait for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from metalearn.core.errors import FolderTakenError, RunError
+
+log = logging.getLogger(__name__)
+
+TRAINING_FILES = ("config.yaml", "metrics.json", "checkpoints")
+"""By these a folder is known to hold a training."""
+
+LOCK = ".lock"
+"""The file whose lock says that a process is at work in the folder; the system releases it when that dies."""
+
+
+def refuse_holding(folder: Path, files: Iterable[str]) -> None:
+    """Refuse a folder that holds one of these.
+
+    Raises:
+        FolderTakenError: naming it.
+    """
+    for file in files:
+        if (folder / file).exists():
+            raise FolderTakenError(folder, file)
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Be the only process at work in a folder.
+
+    Args:
+        folder: made if it is missing.
+        wait: for another process to end, or give up at once.
+
+    Raises:
+        RunError: if another process is at work there and ``wait`` is false.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if not wait:
+            raise RunError(f"{folder}: another process is at work in this folder. Wait for it or stop it.") from None
+        log.info("Another process is at work in %s: waiting for it to end", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process is at work in a folder at this moment."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / LOCK, blocking=False):
+            return False
+    except Timeout:
+        return True

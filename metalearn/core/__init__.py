@@ -1,0 +1,1 @@
+"""What every room builds on: types, models as pure functions, errors, serialization and profiling."""

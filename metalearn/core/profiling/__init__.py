@@ -1,0 +1,1 @@
+"""Measure memory, time, operations and hardware."""

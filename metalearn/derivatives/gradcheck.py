@@ -1,0 +1,118 @@
+"""Directional derivatives against central differences, over a sweep of step sizes:
+
+    <grad f(x), v>   against   (f(x + h v) - f(x - h v)) / 2h
+
+The difference has an error of order h^2 from the function's third derivative and of order eps/h from rounding, so one
+step size proves nothing: too large and too small are both wrong. The sweep shows the V between them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from metalearn.derivatives import Point, gradient
+from metalearn.derivatives.inputs import check_direction
+
+STEPS = tuple(10.0**-e for e in range(1, 11))
+"""Step sizes of the sweep, in units of a direction of length one."""
+
+
+@dataclass(frozen=True)
+class DirectionalCheck:
+    """A directional derivative, and what differences make of it at each step size.
+
+    Args:
+        analytic: <gradient, v>.
+        steps: h, largest first.
+        estimates: the central difference at each h.
+        scale: what errors are relative to: the analytic value's size, or the gradient's root mean square where that
+            is larger, so that a direction that happens to be level is not divided by its tiny slope.
+    """
+
+    analytic: float
+    steps: tuple[float, ...]
+    estimates: tuple[float, ...]
+    scale: float
+
+    @property
+    def errors(self) -> tuple[float, ...]:
+        """Relative error at each h; infinite where the difference is NaN."""
+        errors = (abs(estimate - self.analytic) / self.scale for estimate in self.estimates)
+        return tuple(math.inf if math.isnan(error) else error for error in errors)
+
+    @property
+    def error(self) -> float:
+        """The smallest error that two neighbouring step sizes both keep.
+
+        A wrong gradient can be met by chance at one step size, where the difference's own error makes up for it, but
+        hardly at two.
+        """
+        return min(max(pair) for pair in pairwise(self.errors))
+
+
+def directional(
+    f: Callable[[Any], Tensor],
+    x: Point,
+    v: Point | None = None,
+    *,
+    gradient_at_x: Point | None = None,
+    steps: Sequence[float] = STEPS,
+    seed: int = 0,
+) -> DirectionalCheck:
+    """Compare a gradient with central differences along one direction.
+
+    Args:
+        f: from a Tensor or a dictionary of Tensors to a scalar; float64 leaves room for the differences.
+        x: where.
+        v: direction, shaped like ``x``, taken at length one; ``None`` draws one.
+        gradient_at_x: the gradient to be checked; ``None`` takes ``derivatives.gradient(f, x)``.
+        steps: at least two step sizes.
+        seed: of the direction that is drawn.
+
+    Raises:
+        ValueError: for fewer than two steps, for steps that are not positive, for a direction of length zero, or if it
+            or the gradient is not shaped like ``x``.
+
+    Example:
+        >>> check = directional(lambda x: x.pow(3).sum(), torch.ones(3, dtype=torch.float64))
+        >>> check.error < 1e-8
+        True
+    """
+    if len(steps) < 2 or min(steps) <= 0:
+        raise ValueError(f"directional: steps={tuple(steps)}; give at least two positive step sizes.")
+    steps = tuple(sorted(steps, reverse=True))
+    if v is None:
+        generator = torch.Generator().manual_seed(seed)
+        v = tree_map(lambda t: torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device), x)
+    v = check_direction("v", x, v)
+    length = _dot(v, v) ** 0.5
+    if not length > 0:
+        raise ValueError("directional: the direction v has length zero; give one that leads somewhere.")
+    unit = tree_map(lambda t: t / length, v)
+    grad = gradient(f, x) if gradient_at_x is None else check_direction("gradient_at_x", x, gradient_at_x)
+    analytic = _dot(grad, unit)
+    size = sum(t.numel() for t in tree_flatten(x)[0])
+
+    def value_at(h: float) -> float:
+        with torch.no_grad():
+            return float(f(tree_map(lambda t, u: t + h * u, x, unit)))
+
+    return DirectionalCheck(
+        analytic=analytic,
+        steps=steps,
+        estimates=tuple((value_at(h) - value_at(-h)) / (2 * h) for h in steps),
+        scale=max(abs(analytic), (_dot(grad, grad) / size) ** 0.5, torch.finfo(torch.float64).tiny),
+    )
+
+
+def _dot(a: Any, b: Any) -> float:
+    pairs = zip(tree_flatten(a)[0], tree_flatten(b)[0], strict=True)
+    return sum(float((x.double() * y.double()).sum()) for x, y in pairs)

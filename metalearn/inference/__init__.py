@@ -1,0 +1,1 @@
+"""Load a trained run, adapt it to new classes, and predict."""

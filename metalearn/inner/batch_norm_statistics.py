@@ -1,0 +1,123 @@
+"""BatchNorm's statistics, recorded and put in the place of the batch's, whatever the model: one query at a time.
+
+    mean_{l,k}, var_{l,k}:  of the inputs of the l-th BatchNorm when queries pass after k inner steps, over tasks
+
+In theta as ``norm_mean::l`` and ``norm_var::l``, ``[K + 1, C]``: constants that no gradient changes. (Per-step batch
+normalisation statistics, Antoniou et al. 2019, arXiv 1810.09502, section 4; their code keeps them and normalises by the
+batch nonetheless. Taken as means over tasks at hand and not as running ones: Wu & Johnson 2021, arXiv 2105.07576.)
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from metalearn.core.types import Forward, Params
+from metalearn.inner.batching import over_tasks
+from metalearn.inner.update_rules import SEPARATOR
+
+_MEAN, _VAR = f"norm_mean{SEPARATOR}", f"norm_var{SEPARATOR}"
+
+
+class Moments(NamedTuple):
+    """Mean and variance by channel, ``[..., C]``, of one BatchNorm's input."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def is_statistic(name: str) -> bool:
+    """Whether an entry of theta is one of these constants."""
+    return name.startswith((_MEAN, _VAR))
+
+
+def statistics_at(theta: Params, k: int) -> list[Moments] | None:
+    """Those after k steps, layer by layer; ``None`` if theta keeps none. After more steps the last ones stand."""
+    layers = sum(name.startswith(_MEAN) for name in theta)
+    pairs = [(theta[f"{_MEAN}{i}"], theta[f"{_VAR}{i}"]) for i in range(layers)]
+    return [Moments(m[min(k, len(m) - 1)], v[min(k, len(v) - 1)]) for m, v in pairs] or None
+
+
+def as_theta(by_step: list[list[Moments]]) -> Params:
+    """Entries of theta from the statistics after 0, 1, ..., K steps."""
+    entries: Params = {}
+    for i, layer in enumerate(zip(*by_step, strict=True)):
+        entries[f"{_MEAN}{i}"] = torch.stack([moments.mean for moments in layer])
+        entries[f"{_VAR}{i}"] = torch.stack([moments.var for moments in layer])
+    return entries
+
+
+@torch.no_grad()
+def record(forward: Forward, fast: Params, x: Tensor) -> list[Moments]:
+    """The statistics of T tasks' inputs ``[T, examples, ...]``, as means over the tasks, in the order of the layers."""
+
+    def one_task(params: Params, x: Tensor) -> list[Moments]:
+        with _Recorder() as recorder:
+            forward(params, x)
+        seen: list[Moments] = recorder.seen
+        return seen
+
+    by_task: list[Moments] = over_tasks(one_task, fast, x, model=forward)
+    return [Moments(moments.mean.mean(dim=0), moments.var.mean(dim=0)) for moments in by_task]
+
+
+def under(forward: Forward, statistics: list[Moments]) -> Forward:
+    """The model with these statistics in its BatchNorms, so that no example sees another."""
+
+    def alone(params: Params, x: Tensor) -> Tensor:
+        with _Replacer(statistics):
+            return forward(params, x)
+
+    return alone
+
+
+class _OfBatchNorm(TorchFunctionMode):
+    """Sees every call of ``batch_norm`` that takes the statistics of the batch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.batch_norm:
+            return self.batch_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def batch_norm(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        raise NotImplementedError
+
+
+class _Recorder(_OfBatchNorm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Moments] = []
+
+    def batch_norm(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        other = [d for d in range(x.ndim) if d != 1]
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # autocast's 8 bits are too few for sums
+        self.seen.append(Moments(wide.mean(dim=other), wide.var(dim=other, correction=0)))
+        return functional.batch_norm(x, *args, **kwargs)
+
+
+class _Replacer(_OfBatchNorm):
+    def __init__(self, statistics: list[Moments]) -> None:
+        super().__init__()
+        self._left = iter(statistics)
+
+    def batch_norm(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        mean, var = next(self._left)
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        y = (x - mean.view(shape)) * torch.rsqrt(var + eps).view(shape)
+        y = y if weight is None else y * weight.view(shape)
+        return y if bias is None else y + bias.view(shape)

@@ -1,0 +1,238 @@
+"""The same second derivative through ``backward(create_graph=True)``, and why ``autograd.grad`` is safer.
+
+``backward`` adds to ``x.grad``, which belongs to x. With a graph of its own, that gradient leads back to x:
+
+    x -> x.grad -> its graph -> x
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from metalearn.lessons.figures import BLUE, GREEN, VERMILION, panels
+from metalearn.lessons.lesson import Check, Lesson, source_of
+from metalearn.lessons.outcomes import leaf
+
+_CLAIM = """\
+backward(create_graph=True) leaves the first derivative in x.grad, with a graph. A second backward gives the second \
+derivative only if x.grad is set to None in between. Left as it is, the two are added up, 6 + 2 = 8. Zeroed in \
+place, x.grad.zero_() changes the first derivative itself, as that is the same tensor: the second derivative comes \
+out as 0, without an error.
+
+x.grad with a graph closes a cycle, x -> x.grad -> graph -> x, through which all three stay in memory. The cycle \
+runs through C++, so Python's garbage collector does not free it either. torch says so in a warning, once in a \
+process. autograd.grad returns the gradient and stores it nowhere: nothing to reset, nothing leaks."""
+
+_TENSORS = 40
+_SIZE = 32_768  # numbers of float64 in each, 0.25 MiB
+
+
+def by_backward(reset: Callable[[Tensor], None]) -> float:
+    """Second derivative of x^2 at 3 by two backward passes."""
+    x = leaf(3.0)
+    (x**2).backward(create_graph=True)
+    dy = grad_of(x)  # 2 x = 6, with a graph
+    reset(x)
+    dy.backward()  # adds 2 to x.grad, if there is one
+    second = grad_of(x).item()
+    x.grad = None  # else x is never freed
+    return second
+
+
+def to_none(x: Tensor) -> None:
+    """Forget the gradient; the tensor that it was lives on as ``dy``."""
+    x.grad = None
+
+
+def to_zero(x: Tensor) -> None:
+    """Overwrite the gradient, and so ``dy``, which is the same tensor."""
+    grad_of(x).zero_()
+
+
+def leave(x: Tensor) -> None:
+    """Do nothing."""
+
+
+def backward(x: Tensor) -> None:
+    """Leaves the gradient, with its graph, in x.grad."""
+    (x**2).sum().backward(create_graph=True)
+
+
+def backward_then_reset(x: Tensor) -> None:
+    """The remedy that torch's warning names."""
+    (x**2).sum().backward(create_graph=True)
+    x.grad = None
+
+
+def autograd_grad(x: Tensor) -> None:
+    """Returns the gradient; nothing refers to it from x."""
+    torch.autograd.grad((x**2).sum(), x, create_graph=True)
+
+
+def alive_after(differentiate: Callable[[Tensor], None]) -> tuple[str, str]:
+    """Whether x outlives its name, and whether it outlives a garbage collection as well."""
+    x = leaf(3.0)
+    watched = weakref.ref(x)
+    with no_garbage_collection():
+        differentiate(x)
+        del x
+        unnamed = alive(watched)
+    gc.collect()
+    collected = alive(watched)
+    release(watched)
+    return unnamed, collected
+
+
+def held(differentiate: Callable[[Tensor], None]) -> list[float]:
+    """MiB of x and of its gradient that are alive, after each of many tensors was differentiated and dropped."""
+    watched: list[weakref.ref[Tensor]] = []
+    mib = []
+    for _ in range(_TENSORS):
+        x = torch.ones(_SIZE, dtype=torch.float64, requires_grad=True)
+        watched.append(weakref.ref(x))
+        differentiate(x)
+        del x
+        living = [tensor for ref in watched if (tensor := ref()) is not None]
+        mib.append(sum(x.nbytes + (0 if x.grad is None else x.grad.nbytes) for x in living) / 2**20)
+        del living
+    for ref in watched:
+        release(ref)
+    return mib
+
+
+def grad_of(x: Tensor) -> Tensor:
+    """x.grad, which is there."""
+    assert x.grad is not None
+    return x.grad
+
+
+def alive(watched: weakref.ref[Tensor]) -> str:
+    """In a word that a check can hold."""
+    return "alive" if watched() is not None else "freed"
+
+
+def release(watched: weakref.ref[Tensor]) -> None:
+    """Break the cycle, so that the lesson itself leaks nothing."""
+    if (x := watched()) is not None:
+        x.grad = None
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """What is freed in here, reference counts freed."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def cycle_warnings(differentiate: Callable[[Tensor], None]) -> list[str]:
+    """The warnings about a reference cycle, also if this process has had its one already."""
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            x = leaf(3.0)
+            differentiate(x)
+            x.grad = None
+    finally:
+        torch.set_warn_always(always)
+    return [str(warning.message) for warning in caught if "reference cycle" in str(warning.message)]
+
+
+def lesson() -> Lesson:
+    """Run the lesson."""
+    with warnings.catch_warnings():  # the warning is a check of its own
+        warnings.filterwarnings("ignore", message=".*reference cycle")
+        kept = {f.__name__: held(f) for f in (backward, backward_then_reset, autograd_grad)}
+        checks = [*_values(), *_lifetimes(), *_memory(kept)]
+    warning = cycle_warnings(backward)
+    checks += [
+        Check("warnings of a cycle by backward", len(warning), 1, source="observed"),
+        Check("warnings of a cycle by autograd.grad", len(cycle_warnings(autograd_grad)), 0, source="observed"),
+    ]
+    return Lesson(
+        title="backward(create_graph=True): the same numbers, and a leak",
+        claim=_CLAIM,
+        code=source_of(by_backward, alive_after, backward, autograd_grad),
+        checks=checks,
+        notes=[f"torch warns: {text.partition('. ')[0]}." for text in warning],
+        figures={"memory_held": _figure(kept)},
+    )
+
+
+def _values() -> list[Check]:
+    x = leaf(3.0)
+    (x**2).backward(create_graph=True)
+    dy = grad_of(x)
+    first, has_graph = dy.item(), str(dy.requires_grad)
+    dy.backward()
+    first_afterwards = dy.item()
+    x.grad = None
+    y = x**2
+    y.backward(retain_graph=True)
+    y.backward()
+    return [
+        Check("x.grad after backward on x^2 at 3", first, 6.0),
+        Check("x.grad.requires_grad", has_graph, "True"),
+        Check("second backward, x.grad = None before it", by_backward(to_none), 2.0),
+        Check("second backward, x.grad left: 6 + 2", by_backward(leave), 8.0),
+        Check("the first derivative as it reads then", first_afterwards, 8.0),
+        Check("second backward, x.grad.zero_() before it", by_backward(to_zero), 0.0, source="observed"),
+        Check("y.backward() twice: 6 + 6, no second derivative", grad_of(x).item(), 12.0),
+    ]
+
+
+def _lifetimes() -> list[Check]:
+    checks = []
+    for name, differentiate, expected in (
+        ("backward(create_graph=True)", backward, "alive"),
+        ("backward, then x.grad = None", backward_then_reset, "freed"),
+        ("autograd.grad(create_graph=True)", autograd_grad, "freed"),
+    ):
+        unnamed, collected = alive_after(differentiate)
+        checks.append(Check(f"x after `del x`: {name}", unnamed, expected, source="observed"))
+        if expected == "alive":
+            checks.append(Check(f"x after gc.collect() as well: {name}", collected, expected, source="observed"))
+    return checks
+
+
+def _memory(kept: dict[str, list[float]]) -> list[Check]:
+    leaked = 2 * _TENSORS * _SIZE * 8 / 2**20  # x and x.grad, 8 bytes a number
+    return [
+        Check(f"MiB held after {_TENSORS} tensors: backward", kept["backward"][-1], leaked),
+        Check(f"MiB held after {_TENSORS} tensors: backward, then x.grad = None", kept["backward_then_reset"][-1], 0.0),
+        Check(f"MiB held after {_TENSORS} tensors: autograd.grad", kept["autograd_grad"][-1], 0.0),
+    ]
+
+
+def _figure(kept: dict[str, list[float]]) -> Figure:
+    figure, (axes,) = panels(1, width=7.5, height=3.6)
+    count = range(1, _TENSORS + 1)
+    axes.plot(count, kept["backward"], color=VERMILION, linewidth=2, label="backward(create_graph=True)")
+    axes.plot(count, kept["backward_then_reset"], color=GREEN, linewidth=4, label="the same, then x.grad = None")
+    axes.plot(
+        count,
+        kept["autograd_grad"],
+        color=BLUE,
+        linewidth=1.8,
+        linestyle="--",
+        label="autograd.grad(create_graph=True)",
+    )
+    axes.set(
+        xlabel="tensors differentiated and dropped", ylabel="still in memory [MiB]", title="x and x.grad, 0.25 MiB each"
+    )
+    axes.legend(frameon=False, loc="upper left")
+    return figure

@@ -1,0 +1,164 @@
+"""What ``create_graph`` decides: whether a gradient can be differentiated again.
+
+y = x^2,    dy/dx = 2 x = 6,    d2y/dx2 = 2    at x = 3
+"""
+
+from __future__ import annotations
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from metalearn.derivatives import hessian
+from metalearn.lessons.figures import BLUE, VERMILION, panels
+from metalearn.lessons.lesson import Check, Lesson, source_of
+from metalearn.lessons.outcomes import leaf, message, outcome
+
+_CLAIM = """\
+With create_graph=True a gradient carries a graph of its own and can be differentiated again. Without it the second \
+call raises a RuntimeError. It does not return zeros, as is often written, and retain_graph=True is no remedy.
+
+It fails in silence where the gradient is one part of a sum. The sum still has a graph through its other parts, and \
+the gradient counts as a constant in it. First-order MAML does this on purpose.
+
+Real zeros come from the function. A network of ReLUs is piecewise linear in its input, so its second derivative \
+there is zero almost everywhere; in the weights of two layers, and of any loss that is curved, it is not. Where the \
+gradient is a constant (5 x), the second call raises as well. Where it has a graph that misses x (w x, with w a \
+parameter), allow_unused=True makes the error a None and materialize_grads=True a zero."""
+
+
+def twice(*, create_graph: bool, retain_graph: bool | None = None) -> tuple[Tensor, Tensor]:
+    """First and second derivative of x^2 at 3."""
+    x = leaf(3.0)
+    y = x**2
+    (dy,) = torch.autograd.grad(y, x, create_graph=create_graph, retain_graph=retain_graph)
+    (d2y,) = torch.autograd.grad(dy, x)  # raises unless dy carries a graph
+    return dy, d2y
+
+
+def penalised(*, create_graph: bool, detach: bool = False) -> Tensor:
+    """Gradient of x^3 + (dy/dx)^2, with y = x^2, at 3."""
+    x = leaf(3.0)
+    (dy,) = torch.autograd.grad(x**2, x, create_graph=create_graph)
+    total = x**3 + (dy.detach() if detach else dy) ** 2
+    return torch.autograd.grad(total, x)[0]  # 3 x^2 + 2 dy d2y, or 3 x^2 alone
+
+
+def linear(slope: Tensor, *, allow_unused: bool | None = None, materialize_grads: bool = False) -> Tensor | None:
+    """Second derivative of slope * x in x, which nothing leads to."""
+    x = leaf(3.0)
+    (dy,) = torch.autograd.grad(slope * x, x, create_graph=True)
+    second: Tensor | None
+    (second,) = torch.autograd.grad(dy, x, allow_unused=allow_unused, materialize_grads=materialize_grads)
+    return second
+
+
+def detached() -> Tensor:
+    """As ``twice``, with the gradient cut out of its graph."""
+    x = leaf(3.0)
+    (dy,) = torch.autograd.grad(x**2, x, create_graph=True)
+    return torch.autograd.grad(dy.detach(), x)[0]
+
+
+def in_the_input(activation: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A network of one hidden layer at every entry of x, and its first two derivatives in x."""
+    x = x.clone().requires_grad_()
+    y = (activation(x[:, None] - KINKS) * HEIGHTS).sum(dim=1)
+    (dy,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (d2y,) = torch.autograd.grad(dy.sum(), x)
+    return y.detach(), dy.detach(), d2y
+
+
+def relu_in_its_weights(w: Tensor) -> Tensor:
+    """Two layers of one unit each, w2 relu(w1 x), at x = 3."""
+    return w[1] * torch.relu(w[0] * 3.0)
+
+
+def squared_error(w: Tensor) -> Tensor:
+    """The loss of the same network, for the target 29."""
+    return (relu_in_its_weights(w) - 29.0) ** 2
+
+
+KINKS = torch.tensor([-2.2, -1.3, -0.4, 0.7, 1.6], dtype=torch.float64)
+HEIGHTS = torch.tensor([1.0, -1.8, 1.5, -1.6, 1.4], dtype=torch.float64)
+GRID = torch.linspace(-3, 3, 241, dtype=torch.float64) + 0.003  # no point of it is a kink
+
+
+def lesson() -> Lesson:
+    """Run the lesson."""
+    return Lesson(
+        title="create_graph: what makes a gradient differentiable",
+        claim=_CLAIM,
+        code=source_of(twice, penalised, in_the_input),
+        checks=[*_second_derivatives(), *_piecewise_linear(), *_no_way_to_x()],
+        notes=[
+            f"without create_graph: {message(lambda: twice(create_graph=False))}",
+            f"with a graph that does not reach x: {message(lambda: linear(leaf(5.0)))}",
+        ],
+        figures={"relu_and_tanh": _figure()},
+    )
+
+
+def _second_derivatives() -> list[Check]:
+    without = outcome(lambda: twice(create_graph=False)[1])
+    retained = outcome(lambda: twice(create_graph=False, retain_graph=True)[1])
+    return [
+        Check("dy/dx of x^2 at 3", twice(create_graph=True)[0].item(), 6.0),
+        Check("d2y/dx2 of x^2, create_graph=True", twice(create_graph=True)[1].item(), 2.0),
+        Check("d2y/dx2 of x^2, create_graph=False", without, "RuntimeError", source="observed"),
+        Check("d2y/dx2 of x^2, retain_graph=True instead", retained, "RuntimeError", source="observed"),
+        Check("d2y/dx2 of x^2, dy/dx detached", outcome(detached), "RuntimeError", source="observed"),
+        Check("d/dx of x^3 + (dy/dx)^2, create_graph=True", penalised(create_graph=True).item(), 51.0),
+        Check("d/dx of x^3 + (dy/dx)^2, create_graph=False", penalised(create_graph=False).item(), 27.0),
+        Check("d/dx of x^3 + (dy/dx)^2, dy/dx detached", penalised(create_graph=True, detach=True).item(), 27.0),
+    ]
+
+
+def _piecewise_linear() -> list[Check]:
+    curvature = in_the_input(torch.nn.ReLU(), GRID)[2].abs().max().item()
+    tanh = in_the_input(torch.nn.Tanh(), GRID)
+    t = torch.tanh(GRID[:, None] - KINKS)
+    formula = (-2 * t * (1 - t**2) * HEIGHTS).sum(dim=1)
+    w = torch.tensor([2.0, 5.0], dtype=torch.float64)
+    network, loss = hessian(relu_in_its_weights, w), hessian(squared_error, w)
+    return [
+        Check("largest |d2y/dx2| of a ReLU network in its input", curvature, 0.0),
+        Check("tanh network: largest error of d2y/dx2", (tanh[2] - formula).abs().max().item(), 0.0, tolerance=1e-12),
+        Check("y = w2 relu(3 w1) at w = (2, 5): d2y/dw1 dw1", network[0, 0].item(), 0.0),
+        Check("y = w2 relu(3 w1) at w = (2, 5): d2y/dw1 dw2", network[0, 1].item(), 3.0),
+        Check("loss (y - 29)^2: d2/dw1 dw1", loss[0, 0].item(), 450.0, tolerance=1e-9),
+        Check("loss (y - 29)^2: d2/dw1 dw2", loss[0, 1].item(), 186.0, tolerance=1e-9),
+    ]
+
+
+def _no_way_to_x() -> list[Check]:
+    five = torch.tensor(5.0, dtype=torch.float64)
+    there_is_none = outcome(lambda: linear(five, materialize_grads=True))
+    flat = hessian(lambda x: five * x, torch.tensor(3.0, dtype=torch.float64))
+    return [
+        Check("5 x: second call", outcome(lambda: linear(five)), "RuntimeError", source="observed"),
+        Check("5 x, materialize_grads=True", there_is_none, "RuntimeError", source="observed"),
+        Check("w x, w a leaf: second call", outcome(lambda: linear(leaf(5.0))), "RuntimeError", source="observed"),
+        Check(
+            "w x, allow_unused=True", outcome(lambda: linear(leaf(5.0), allow_unused=True)), "None", source="observed"
+        ),
+        Check("w x, materialize_grads=True", outcome(lambda: linear(leaf(5.0), materialize_grads=True)), 0.0),
+        Check("5 x: metalearn.derivatives.hessian", flat.item(), 0.0),
+    ]
+
+
+def _figure() -> Figure:
+    figure, axes = panels(3, width=11, height=3.4)
+    for name, activation, colour, style in (
+        ("ReLU", torch.nn.ReLU(), BLUE, "-"),
+        ("tanh", torch.nn.Tanh(), VERMILION, "--"),
+    ):
+        for panel, values in zip(axes, in_the_input(activation, GRID), strict=True):
+            panel.plot(GRID, values, color=colour, linestyle=style, linewidth=1.8, label=f"{name} network")
+    for panel, title in zip(
+        axes, ("network, y(x)", "first derivative, dy/dx", "second derivative, d²y/dx²"), strict=True
+    ):
+        panel.set(title=title, xlabel="input x")
+        panel.axhline(0, color="black", linewidth=0.5, zorder=0)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
+    return figure

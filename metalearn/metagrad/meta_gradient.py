@@ -1,0 +1,113 @@
+"""The meta-gradient d L_query(adapt(theta)) / d theta, by engines that differ in price and agree in value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from metalearn.core.errors import NonFiniteLossError
+from metalearn.core.functional import check_forward, check_params
+from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
+from metalearn.inner import InnerLoop, check_settings, checks_are_off, explained
+from metalearn.metagrad.adjoint import adjoint
+from metalearn.metagrad.checkpoint import checkpoint
+from metalearn.metagrad.nonfinite import check_finite_gradient, last_nonfinite_step
+from metalearn.metagrad.unroll import unroll
+
+Engine = Callable[[Forward, Params, Episodes, InnerLoop, Loss], MetaGradient]
+
+ENGINES: dict[str, Engine] = {"unroll": unroll, "checkpoint": checkpoint, "adjoint": adjoint}
+
+
+def meta_gradient(
+    forward: Forward,
+    params: Params,
+    episodes: Episodes,
+    inner: InnerLoop,
+    *,
+    loss: Loss = cross_entropy,
+    engine: Engine | None = None,
+) -> MetaGradient:
+    """The mean query loss over tasks after adaptation, and its gradient in the meta-parameters.
+
+        grads = 1/T sum_t d L_query,t(adapt_t(theta)) / d theta
+
+    Args:
+        forward: pure model of one task, from ``functionalize``.
+        params: meta-parameters theta, each ``[...]``, with learned step sizes if ``inner`` has them.
+            They need not require gradients and are not changed.
+        episodes: T tasks.
+        inner: the inner loop; ``inner.engine`` picks how the gradient is computed, ``inner.task_chunk`` how many
+            tasks are in memory at a time (the result does not depend on it beyond rounding, but for dropout, which
+            draws other masks).
+        loss: ``loss(prediction, target)``, the mean over one task's examples.
+        engine: a gradient of another kind, in the place of the one that ``inner.engine`` names: ``reptile``,
+            ``Implicit()`` (iMAML).
+
+    Returns:
+        The loss, the gradients (zeros for parameters that the loss does not reach), the query predictions and the
+        support losses.
+
+    Raises:
+        ValueError: if the engine is unknown, if a loss depends on no parameter, or if the model does what cannot be
+            batched over tasks or differentiated twice.
+        TypeError: if a parameter is not a floating-point tensor.
+        NonFiniteLossError: if a support or query loss is NaN or infinite; naming the task and the inner step.
+        NonFiniteGradientError: if the gradient is, though no loss is; naming the parameter and the task.
+
+    Example:
+        >>> forward, theta = functionalize(nn.Linear(3, 2))
+        >>> x, y = torch.randn(8, 4, 3), torch.zeros(8, 4).long()
+        >>> result = meta_gradient(forward, theta, Episodes(x, y, x, y), InnerLoop(lr=0.1, steps=2))
+        >>> result.grads["weight"].shape
+        torch.Size([2, 3])
+    """
+    if engine is None and inner.engine not in ENGINES:
+        measured = " 'auto' is for scripts/train.py, which measures." if inner.engine == "auto" else ""
+        raise ValueError(f"meta_gradient: engine={inner.engine!r} is not one of {', '.join(ENGINES)}.{measured}")
+    check_forward(forward)
+    check_params(params)
+    check_settings(params, inner, training=True)
+    compute = partial(_in_chunks, engine or ENGINES[inner.engine], forward, params, inner=inner, loss=loss)
+    with explained(vars(episodes), params):
+        result = compute(episodes)
+        if not checks_are_off():
+            step_of = partial(last_nonfinite_step, forward, params, inner=inner, loss=loss)
+            check_finite_gradient(result.grads, compute, (lambda _: None) if engine else step_of, episodes)
+    return result
+
+
+def _in_chunks(
+    engine: Engine, forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss
+) -> MetaGradient:
+    """The same mean over tasks, ``inner.task_chunk`` of them at a time; of figures too."""
+    if inner.task_chunk is None or inner.task_chunk >= episodes.tasks:
+        return engine(forward, params, episodes, inner, loss)
+    grads = {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()}
+    losses, support_losses, predictions = [], [], []
+    figures: dict[str, Tensor] = {}
+    done = 0
+    for chunk in episodes.split(inner.task_chunk):
+        share = chunk.tasks / episodes.tasks
+        try:
+            part = engine(forward, params, chunk, inner, loss)
+        except NonFiniteLossError as error:
+            raise error.in_batch(done) from None
+        done += chunk.tasks
+        for name, total in grads.items():
+            total.add_(part.grads[name], alpha=share)
+        losses.append(share * part.loss)
+        support_losses.append(share * part.support_loss)
+        predictions.append(part.predictions)
+        figures = {name: figures.get(name, 0) + share * value for name, value in part.figures.items()}
+    return MetaGradient(
+        loss=torch.stack(losses).sum(),
+        grads=grads,
+        predictions=torch.cat(predictions),
+        support_loss=torch.stack(support_losses).sum(dim=0),
+        figures=figures,
+    )

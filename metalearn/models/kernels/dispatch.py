@@ -1,0 +1,109 @@
+"""Layers of T tasks with weights of their own, faster than what ``vmap`` makes of torch's; on CPUs.
+
+A model stays as it is written, with ``nn.Conv2d``, ``nn.BatchNorm2d`` and ``nn.ReLU``: in the context of
+``CorrectedOperations(kernels=STACKED_LAYERS)`` a call of theirs that ``vmap`` batches over tasks is taken by the
+kernels of this folder, where they can. They give the same numbers up to rounding, and derivatives of any order, of
+which one may be in forward mode.
+
+``convolution``, ``batch_norm`` and ``relu`` are there to be called as well: a class that defines
+``forward_of_tasks(params, x)``, predictions of T tasks at once, is spared ``vmap``, which takes longer than a small
+layer (see ``functionalize``).
+
+Not on GPUs, where this has not been measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_batchedtensor
+from torch.nn import functional
+
+from metalearn.models.kernels.batch_norm import batch_norm
+from metalearn.models.kernels.conv2d import convolution
+from metalearn.models.kernels.layout import forward_over_forward
+from metalearn.models.kernels.relu import relu
+
+
+def _conv2d(
+    input: Tensor,  # noqa: A002  # as torch calls it
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    plain = not isinstance(padding, str) and _pair(dilation) == (1, 1) and groups == 1 and input.ndim == 4
+    if not (plain and _takes(input, weight) and input.dtype == weight.dtype and _fits(input, weight, stride, padding)):
+        return NotImplemented
+    both = {"stride": _pair(stride), "padding": _pair(padding)}
+    y = convolution(input.unsqueeze(0), weight.unsqueeze(0), **both).squeeze(0)
+    return y if bias is None else y + bias.view(-1, 1, 1)
+
+
+def _batch_norm(
+    input: Tensor,  # noqa: A002
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    of_batch = training and running_mean is None and running_var is None
+    if not of_batch or input.ndim != 4 or input.numel() <= input.shape[1]:
+        return NotImplemented
+    # Weights that all tasks share, or none: torch's own layer is less exact on images that lie as the kernels' do.
+    gamma = torch.ones(input.shape[1], dtype=input.dtype, device=input.device) if weight is None else weight
+    beta = torch.zeros(input.shape[1], dtype=input.dtype, device=input.device) if bias is None else bias
+    if not _takes(input, input, gamma, beta) or not input.dtype == gamma.dtype == beta.dtype:
+        return NotImplemented
+    return batch_norm(input.unsqueeze(0), gamma.unsqueeze(0), beta.unsqueeze(0), eps).squeeze(0)
+
+
+def _relu(input: Tensor, inplace: bool = False) -> Any:  # noqa: A002
+    if inplace or input.ndim != 4 or not _takes(input, input):
+        return NotImplemented
+    return relu(input.unsqueeze(0)).squeeze(0)
+
+
+STACKED_LAYERS: dict[Any, Callable[..., Any]] = {
+    torch.conv2d: _conv2d,
+    functional.batch_norm: _batch_norm,
+    functional.relu: _relu,
+    torch.relu: _relu,
+}
+"""By function of torch, one that takes a batch of tasks, or gives ``NotImplemented`` for what it does not take."""
+
+
+def _takes(x: Tensor, *given: Tensor) -> bool:
+    """Whether the kernels take it: in single or double precision on a CPU, and any of what is given differs by task."""
+    return any(map(is_batchedtensor, given)) and _is_supported(x)
+
+
+def _is_supported(x: Tensor) -> bool:
+    supported = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    return supported and not torch.is_autocast_enabled("cpu") and not forward_over_forward()
+
+
+def _fits(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> bool:
+    """Whether there is a result; what has none is torch's to refuse."""
+    sizes = zip(x.shape[-2:], weight.shape[-2:], _pair(stride), _pair(padding), strict=True)
+    return x.shape[0] > 0 and all(step > 0 and pad >= 0 and size + 2 * pad >= k for size, k, step, pad in sizes)
+
+
+def kernels_take(fast: dict[str, Tensor], x: Tensor) -> bool:
+    """Whether the kernels take these stacked parameters and inputs as they are."""
+    return _is_supported(x) and all((w.device, w.dtype) == (x.device, x.dtype) for w in fast.values())
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    first, *others = value
+    return int(first), int(others[0] if others else first)

@@ -1,0 +1,69 @@
+"""max(x, 0), whose derivative is taken to be constant in x: autograd's own makes zeros to say so, and adds them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metalearn.models.kernels.layout import Kernel, fold, unfold
+
+
+def relu(x: Tensor) -> Tensor:
+    """As ``torch.relu``, of a tensor that leads with T."""
+    out: Tensor = _relu(x)
+    return out
+
+
+class _Relu(Kernel):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return _where_positive(g, ctx.saved_tensors[0])
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor) -> Any:
+        return _where_positive(dx, ctx.saved_tensors[0])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor) -> Any:
+        return unfold(_relu(*fold(info, in_dims, (x,))), info.batch_size), 0
+
+
+class _WherePositive(Kernel):
+    """g where y is positive, else 0: linear in g, and constant in y almost everywhere."""
+
+    @staticmethod
+    def forward(g: Tensor, y: Tensor) -> Tensor:
+        out: Tensor = torch.ops.aten.threshold_backward(g, y, 0)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        return _where_positive(v, ctx.saved_tensors[0]), None
+
+    @staticmethod
+    def jvp(ctx: Any, dg: Tensor | None, dy: Tensor | None) -> Any:
+        y = ctx.saved_tensors[0]
+        return torch.zeros_like(y) if dg is None else _where_positive(dg, y)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, g: Tensor, y: Tensor) -> Any:
+        return unfold(_where_positive(*fold(info, in_dims, (g, y))), info.batch_size), 0
+
+
+_relu, _where_positive = _Relu.apply, _WherePositive.apply

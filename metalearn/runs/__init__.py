@@ -1,1 +1,0 @@
-"""The machinery of a run: configuration, training, evaluation, checkpoints, tracking. Parts are imported by name."""

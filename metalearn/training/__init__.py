@@ -1,0 +1,1 @@
+"""Meta-training: the loop, its state, checkpoints and evaluation."""

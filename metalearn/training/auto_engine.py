@@ -1,0 +1,176 @@
+"""``inner.engine=auto``: the fastest engine and task chunk that fit into a memory limit, by measuring a meta-step.
+
+Peak memory grows with the tasks in a pass, peak(c) = a + b c, so two small passes tell how many tasks fit. What fits is
+then timed on the whole batch, and the winner's memory measured once more.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from metalearn.core.errors import RunError
+from metalearn.core.profiling.device_memory import peak_bytes
+from metalearn.core.profiling.memory import MIB, MemoryLimitError
+from metalearn.core.types import Episodes, Forward, Loss, Params
+from metalearn.derivatives import free_bytes
+from metalearn.inner import InnerLoop
+from metalearn.metagrad import ENGINES, Engine, meta_gradient
+from metalearn.training.experiment import Experiment, with_settled
+
+log = logging.getLogger(__name__)
+
+_SHARE_OF_FREE = 0.8
+_CACHE_FRIENDLY = (4, 8)  # tasks a pass: smaller ones were measured faster on CPUs now and then
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a meta-step is taken on; ``engine`` where an algorithm has a gradient of its own."""
+
+    forward: Forward
+    params: Params
+    episodes: Episodes
+    loss: Loss = cross_entropy
+    engine: Engine | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.episodes.query_x.device
+
+    def step(self, inner: InnerLoop) -> None:
+        """One meta-gradient, whose value nobody wants."""
+        meta_gradient(self.forward, self.params, self.episodes, inner, loss=self.loss, engine=self.engine)
+
+    def peak(self, inner: InnerLoop, limit: int) -> int:
+        """Bytes of one meta-gradient."""
+        return peak_bytes(lambda: self.step(inner), self.device, limit=limit)
+
+    def seconds(self, inner: InnerLoop) -> float:
+        """Of one meta-gradient."""
+        self._wait()
+        started = time.perf_counter()
+        self.step(inner)
+        self._wait()
+        return time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def settle_engine(experiment: Experiment) -> Experiment:
+    """The experiment with the engine that ``inner.engine=auto`` stands for, also in its configuration.
+
+    Raises:
+        RunError: if nothing fits into ``run.memory_limit``.
+    """
+    if experiment.inner.engine != "auto":
+        return experiment
+    config = experiment.config
+    problem = problem_of(experiment)
+    with experiment.precision():
+        inner = plan(problem, experiment.algorithm.heaviest, limit_mib=config.run.memory_limit)
+    settled = replace(
+        config.inner, engine=inner.engine, task_chunk=inner.task_chunk, snapshot_every=inner.snapshot_every
+    )
+    return with_settled(experiment, settled)
+
+
+def problem_of(experiment: Experiment) -> Problem:
+    """The first meta-step of a run."""
+    batch = experiment.train.batch(0, experiment.config.task.meta_batch)
+    return Problem(experiment.forward, experiment.theta, batch, experiment.score.loss, experiment.algorithm.engine)
+
+
+def plan(problem: Problem, inner: InnerLoop, *, limit_mib: float | None) -> InnerLoop:
+    """The inner loop with the fastest engine, chunk and snapshots that fit.
+
+    Args:
+        problem: a batch of tasks as the run will see them.
+        inner: its engine is replaced; a ``task_chunk`` or ``snapshot_every`` that was set bounds what is tried.
+        limit_mib: MiB for one meta-step's tensors; ``None`` takes 80% of what is free.
+
+    Raises:
+        RunError: if nothing fits, with what the smallest would take.
+    """
+    free = _SHARE_OF_FREE * free_bytes(problem.device)
+    limit = int(free if limit_mib is None else min(limit_mib * MIB, free))
+    log.info("inner.engine=auto measures meta-steps with every engine; this takes some seconds")
+    with torch.random.fork_rng(devices=[problem.device] if problem.device.type == "cuda" else []):
+        fitting = [chunked for one in _variants(inner) for chunked in _chunks(problem, one, limit)]
+        if not fitting:
+            raise RunError(_nothing_fits(problem, inner, limit))
+        times = {one: seconds for one in fitting if (seconds := _quickest(problem, one)) is not None}
+        for best in sorted(times, key=lambda one: times[one]):
+            try:
+                peak = problem.peak(best, limit)
+            except MemoryLimitError:
+                continue  # it was not quite linear
+            log.info(
+                "inner.engine=auto chose %s, task_chunk %s, snapshot_every %d: %.0f ms and %.3g of %.4g MiB a "
+                "meta-step (of %d that fit)",
+                *(best.engine, best.task_chunk or "null", best.snapshot_every),
+                *(1000 * times[best], peak / MIB, limit / MIB, len(fitting)),
+            )
+            return best
+    raise RunError(_nothing_fits(problem, inner, limit))
+
+
+def _quickest(problem: Problem, inner: InnerLoop) -> float | None:
+    """Seconds of the faster of two meta-gradients after one to warm up; ``None`` if it runs out of memory after all."""
+    try:
+        problem.step(inner)
+        return min(problem.seconds(inner), problem.seconds(inner))
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _variants(inner: InnerLoop) -> Iterator[InnerLoop]:
+    sparse = math.isqrt(inner.steps)
+    for engine in ENGINES if inner.second_order else ("unroll",):  # in first order they are all the same
+        yield replace(inner, engine=engine)
+        if engine != "unroll" and inner.snapshot_every == 1 and sparse > 1:
+            yield replace(inner, engine=engine, snapshot_every=sparse)
+
+
+def _chunks(problem: Problem, inner: InnerLoop, limit: int) -> list[InnerLoop]:
+    """The same with the largest task chunk that fits, and with smaller ones that may be faster."""
+    tasks = problem.episodes.tasks
+    most = min(tasks, inner.task_chunk or tasks)
+    totals = 2 * sum(p.numel() * p.element_size() for p in problem.params.values())  # the sum over chunks, and a part
+    sizes: set[int] = set()
+    try:
+        one = peak_of_few(problem, inner, 1, limit)
+        sizes.add(1)
+        slope = max(peak_of_few(problem, inner, min(2, most), limit) - one, 1)
+        largest = 1 + max(0, limit - one - totals) // slope
+        sizes = {min(largest, most), *(size for size in _CACHE_FRIENDLY if size < min(largest, most))}
+    except MemoryLimitError:
+        pass  # what was found fits; nothing larger does
+    return [replace(inner, task_chunk=None if size == tasks else size) for size in sorted(sizes)]
+
+
+def peak_of_few(problem: Problem, inner: InnerLoop, tasks: int, limit: int = 2**62) -> int:
+    """Bytes of a pass of the first tasks, all at once."""
+    few = replace(problem, episodes=problem.episodes.split(tasks)[0])
+    return few.peak(replace(inner, task_chunk=None), limit)
+
+
+def _nothing_fits(problem: Problem, inner: InnerLoop, limit: int) -> str:
+    """What a task at a time takes: of two, as the second finds the sum that the first left."""
+    two = replace(problem, episodes=problem.episodes.split(2)[0])
+    sparse = replace(inner, task_chunk=1, snapshot_every=max(1, math.isqrt(inner.steps)))
+    needed = min(two.peak(replace(sparse, engine=engine), 2**62) for engine in ENGINES)
+    return (
+        f"inner.engine=auto: no engine fits into {limit / MIB:#.3g} MiB; one task at a time takes at least "
+        f"{1.01 * needed / MIB:#.3g} MiB. Raise run.memory_limit, or take fewer examples (task.ways, task.shots, "
+        "task.queries), a narrower model or inner.second_order=false."
+    )

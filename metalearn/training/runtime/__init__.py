@@ -1,0 +1,1 @@
+"""Processes, signals, precision and CUDA graphs of a training."""

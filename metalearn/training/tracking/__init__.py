@@ -1,0 +1,1 @@
+"""TensorBoard, progress bars and plots of a training."""

@@ -1,0 +1,110 @@
+"""All contenders compute the same, and one that does not is never timed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metalearn import Episodes, InnerLoop, MetaGradient
+from metalearn.commands.benchmark.contenders import (
+    BY_HAND,
+    LEARN2LEARN,
+    OURS,
+    Contender,
+    DisagreementError,
+    check_equal,
+    contenders,
+)
+from metalearn.core.functional import relative_error
+from metalearn.metagrad import ENGINES
+from metalearn.metagrad.baselines import by_hand
+from metalearn.metagrad.baselines.installed import Peer, installed_peers
+from tests.commands.benchmark.factories import draws, meta_step
+from tests.conftest import image_episodes
+from tests.metagrad.models import MODELS
+
+INNER = InnerLoop(lr=0.1, steps=2)
+HAND: dict[str, Peer] = {BY_HAND: by_hand.meta_gradient}
+
+
+def test_who_takes_part() -> None:
+    found = contenders(INNER, {**HAND, LEARN2LEARN: by_hand.meta_gradient})
+    second = [(OURS, engine, True) for engine in ENGINES] + [(BY_HAND, "", True), (LEARN2LEARN, "", True)]
+    first = [(OURS, "unroll", False), (BY_HAND, "", False), (LEARN2LEARN, "", False)]
+    assert [(c.library, c.engine, c.second_order) for c in found] == second + first
+
+
+def test_all_agree() -> None:
+    peers, _ = installed_peers()
+    step = meta_step()
+    differences = check_equal(contenders(step.inner, {**HAND, **peers}), step.module, draws())
+    assert differences["float64"] < 1e-9
+    assert 0 < differences["float32"] < 1e-4  # 0 would mean that it was not compared in float32
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+def test_a_wrong_meta_gradient_is_not_timed(second_order: bool) -> None:
+    step = meta_step()
+    found = contenders(step.inner, HAND)
+    other = next(c for c in found if c.second_order != second_order)
+    cheat = Contender("cheat", "fast", second_order, other.step)
+    order = "second order" if second_order else "first order"
+    with pytest.raises(
+        DisagreementError, match=rf"cheat fast, {order} differs from metalearn unroll, {order} by .* in float64"
+    ):
+        check_equal([*found, cheat], step.module, draws())
+
+
+def _spoilt_in_float32(spoil: Callable[[Tensor], object], draws_spoilt: int) -> Contender:
+    """Right in float64, and in float32 on all draws but the first ones."""
+    right, calls = contenders(INNER, HAND)[0], itertools.count()
+
+    def step(module: nn.Module, episodes: Episodes) -> MetaGradient:
+        result = right.step(module, episodes)
+        if episodes.query_x.dtype == torch.float32 and next(calls) < draws_spoilt:
+            spoil(next(iter(result.grads.values())))
+        return result
+
+    return Contender("cheat", "", True, step)
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_what_is_wrong_in_float32_alone_is_not_timed(factor: float) -> None:
+    cheat = _spoilt_in_float32(lambda g: g.mul_(factor), draws_spoilt=2)
+    with pytest.raises(DisagreementError, match=r"cheat, second order in float32 is .* its own float64 gradient"):
+        check_equal([*contenders(INNER, HAND), cheat], meta_step().module, draws())
+
+
+def test_a_draw_that_rounding_moves_over_a_kink_is_no_fault() -> None:
+    cheat = _spoilt_in_float32(lambda g: g.mul_(1.5), draws_spoilt=1)  # of three
+    assert check_equal([*contenders(INNER, HAND), cheat], meta_step().module, draws())["float32"] < 1e-4
+
+
+def test_what_is_not_a_number_in_float64_is_not_timed() -> None:
+    def nowhere(module: nn.Module, episodes: Episodes) -> MetaGradient:
+        result = contenders(INNER, HAND)[0].step(module, episodes)
+        next(iter(result.grads.values())).fill_(float("nan"))
+        return result
+
+    with pytest.raises(DisagreementError, match=r"cheat, second order differs from .* by inf in float64"):
+        check_equal([*contenders(INNER, HAND), Contender("cheat", "", True, nowhere)], meta_step().module, draws())
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_hand_written_loop_equals_the_engines_and_leaves_the_module_alone(second_order: bool, steps: int) -> None:
+    module = MODELS["mlp"]().double()
+    frozen = next(iter(module.parameters())).requires_grad_(False)
+    episodes = image_episodes()
+    inner = InnerLoop(lr=0.1, steps=steps, second_order=second_order)
+    ours, theirs = (c.step(module, episodes) for c in contenders(inner, HAND, orders=[second_order])[-2:])
+    assert ours.grads.keys() == theirs.grads.keys()
+    assert relative_error(theirs.grads, ours.grads) < 1e-12
+    assert all(p.grad is None for p in module.parameters())
+    assert not frozen.requires_grad
+    assert theirs.predictions.shape == (3, 6, 3)
+    assert theirs.support_loss.shape == (steps,)

@@ -1,0 +1,138 @@
+"""Figures of a comparison, from folders written by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from metalearn.commands.compare.gather import differences, gather
+from metalearn.commands.compare.results import TimeTo
+from metalearn.commands.compare.variants import Job, Variant, find_variants, jobs
+from metalearn.config.commands_schema import CompareConfig
+from metalearn.config.compose import compose, typed
+
+
+def write_run(job: Job, tasks: list[float], validation: list[float], seconds: float) -> None:
+    mean = sum(tasks) / len(tasks)
+    metrics = {
+        "test.accuracy": mean,
+        "test.ci95": 0.01,
+        "test.accuracy_per_step": [0.2, mean],
+        "test.ci95_per_step": [0.0, 0.01],
+        "test.accuracy_nontransductive": mean - 0.1,
+        "test.ci95_nontransductive": 0.02,
+        "time.meta_step_ms": 10.0 * seconds,
+        "memory.peak_mib": 50.0 + job.config.run.seed,
+    }
+    job.folder.mkdir(parents=True)
+    writer = SummaryWriter(str(job.folder))
+    for i, accuracy in enumerate(validation, start=1):
+        writer.add_scalar("validation/accuracy", accuracy, 100 * i)
+        writer.add_scalar("time/training_s", seconds * i, 100 * i)
+        writer.add_scalar("grad/cosine_first_vs_second", 0.5 + 0.1 * i, 100 * i)
+    writer.close()
+    alone = [value - 0.1 for value in tasks]
+    (job.folder / "test_tasks.json").write_text(json.dumps({"accuracy": tasks, "accuracy_nontransductive": alone}))
+    (job.folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+@pytest.fixture
+def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Variant], list[Job]]:
+    monkeypatch.setattr(sys, "argv", ["compare.py"])
+    variants = find_variants(typed(compose("compare"), CompareConfig))
+    every = jobs(variants, [0, 1], tmp_path)
+    second_0, first_0, second_1, first_1 = every
+    write_run(second_0, [0.9, 0.8, 1.0], [0.5, 0.8, 0.9], seconds=2.0)
+    write_run(first_0, [0.8, 0.7, 0.9], [0.4, 0.75, 0.8], seconds=1.0)
+    write_run(second_1, [1.0, 0.8, 0.9], [0.6, 0.7, 0.85], seconds=4.0)
+    write_run(first_1, [0.7, 0.6, 0.8], [0.5, 0.6, 0.764], seconds=3.0)
+    return variants, every
+
+
+def test_figures_of_a_variant(comparison: tuple[list[Variant], list[Job]]) -> None:
+    variants, every = comparison
+    (second, first), target = gather(variants, every, {}, None)
+    assert target == 0.76, "all four reach 76% (the last 76.4%), not all 77%"
+    assert [run.state for run in second.runs] == ["finished", "finished"]
+    assert second.accuracy is not None
+    assert second.accuracy.mean == pytest.approx(0.9)
+    assert second.accuracy.ci95 == pytest.approx(0.01 / 2**0.5), "equal by chance: that over tasks, 0.01 each"
+    assert second.nontransductive is not None
+    assert second.nontransductive.mean == pytest.approx(0.8)
+    assert first.accuracy is not None
+    # means 0.8 and 0.7: t(0.975, 1) = 12.7062, s / sqrt(2) = 0.05
+    assert first.accuracy.ci95 == pytest.approx(12.7062 * 0.05, rel=1e-4)
+    assert [e.mean for e in first.per_step] == pytest.approx([0.2, 0.75])
+    assert (second.meta_step_ms, second.peak_mib, second.training_s) == (30.0, 51.0, 9.0)
+    assert second.time_to is not None
+    assert second.time_to == TimeTo(4.0, 200, 2), "4 s at 200 for seed 0, 12 s at 300 for seed 1; the lower of two"
+    point = second.curve[1]
+    assert (point.iteration, point.training_s) == (200, 6.0)
+    assert (point.low, point.mean, point.high) == pytest.approx((0.7, 0.75, 0.8))
+    assert [p.mean for p in first.cosine] == pytest.approx([0.6, 0.7, 0.8])
+
+
+def test_target_that_was_given(comparison: tuple[list[Variant], list[Job]]) -> None:
+    (second, first), target = gather(*comparison, {}, 0.88)
+    assert target == 0.88
+    assert second.time_to == TimeTo(6.0, 300, 1), "only seed 0 reaches it"
+    assert first.time_to is None
+    (exactly, _), _ = gather(*comparison, {}, 0.9)
+    assert exactly.time_to == TimeTo(6.0, 300, 1), "0.9 is a little less in an event file's float32"
+
+
+def test_differences_are_paired_by_seed(comparison: tuple[list[Variant], list[Job]], tmp_path: Path) -> None:
+    variants, every = comparison
+    found, _ = gather(variants, every, {}, None)
+    (difference,) = differences(variants, found, tmp_path)
+    assert (difference.first, difference.other, difference.seeds) == ("second_order", "first_order", [0, 1])
+    assert difference.per_seed == pytest.approx([0.1, 0.2])
+    assert difference.accuracy.mean == pytest.approx(0.15)
+    assert difference.accuracy.ci95 == pytest.approx(12.7062 * 0.05, rel=1e-4)
+    assert not difference.clear
+
+
+def test_one_seed_is_paired_by_task_only_where_the_tasks_are_the_same(
+    comparison: tuple[list[Variant], list[Job]], tmp_path: Path
+) -> None:
+    variants, every = comparison
+    some = [job for job in every if job.config.run.seed == 0]
+    found, _ = gather(variants, some, {}, None)
+    (paired,) = differences(variants, found, tmp_path)
+    assert paired.accuracy.ci95 == pytest.approx(0.0, abs=1e-9), "every task differs by 0.1"
+    assert paired.clear
+    config = variants[1].config
+    other = dataclasses.replace(config, eval=dataclasses.replace(config.eval, queries=5))
+    (apart,) = differences([variants[0], dataclasses.replace(variants[1], config=other)], found, tmp_path)
+    assert apart.accuracy.ci95 > 0.1
+
+
+def test_failed_and_missing_runs_take_no_others_figures(
+    comparison: tuple[list[Variant], list[Job]], tmp_path: Path
+) -> None:
+    variants, every = comparison
+    for job in every[1:]:
+        (job.folder / "metrics.json").unlink()
+    found, target = gather(variants, every, {every[1].folder: "RunError: diverged"}, None)
+    second, first = found
+    assert target == 0.9
+    assert [(run.state, run.reason) for run in first.runs] == [("failed", "RunError: diverged"), ("unfinished", None)]
+    assert first.accuracy is None
+    assert first.curve == []
+    assert second.accuracy is not None
+    assert second.accuracy.ci95 == 0.01, "one seed: over its tasks"
+    assert differences(variants, found, tmp_path) == []
+
+
+def test_nothing_finished(comparison: tuple[list[Variant], list[Job]]) -> None:
+    variants, every = comparison
+    for job in every:
+        (job.folder / "metrics.json").unlink()
+    found, target = gather(variants, every, {}, None)
+    assert target is None
+    assert all(not variant.finished for variant in found)

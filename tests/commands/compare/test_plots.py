@@ -1,0 +1,240 @@
+"""The plots of a comparison: every number that is drawn is one of the results, and what is missing is left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+from metalearn.commands.benchmark.engine_settings import Row
+from metalearn.commands.compare.captions import CAPTIONS
+from metalearn.commands.compare.plots import plots
+from metalearn.commands.compare.results import Results
+from metalearn.training.tracking.plot_style import look
+from tests.commands.compare.factories import broken_variant, cost_rows, difference, results, two_orders, variant
+
+LONG_NAMES = [f"engine-adjoint,task_chunk-{i}" for i in range(8)]
+
+
+def line(axes: Axes, label: str) -> Line2D:
+    (found,) = (each for each in axes.lines if each.get_label() == label)
+    return found
+
+
+def x_of(drawn: Line2D) -> list[float]:
+    return [float(value) for value in np.asarray(drawn.get_xdata())]
+
+
+def y_of(drawn: Line2D) -> list[float]:
+    return [float(value) for value in np.asarray(drawn.get_ydata())]
+
+
+def estimates(axes: Axes) -> list[tuple[float, float]]:
+    """Means and half-widths of horizontal intervals, in the order in which they were drawn."""
+    found = []
+    for container in axes.containers:
+        assert isinstance(container, ErrorbarContainer)
+        data, _, (bars,) = container.lines
+        (low, _), (high, _) = bars.get_segments()[0]
+        found.append((float(np.asarray(data.get_xdata())[0]), float(high - low) / 2))
+    return found
+
+
+def widths(axes: Axes) -> list[float]:
+    return [patch.get_width() for patch in axes.patches if isinstance(patch, Rectangle)]
+
+
+def faint_dots(axes: Axes) -> list[list[float]]:
+    return [x_of(each) for each in axes.lines if each.get_alpha() is not None and each.get_marker() == "o"]
+
+
+def legend_texts(figure: Figure) -> list[str]:
+    (legend,) = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def tick_labels(labels: Sequence[Any]) -> list[str]:
+    return [label.get_text() for label in labels]
+
+
+def test_every_plot_is_there_and_has_a_caption() -> None:
+    drawn = plots(two_orders())
+    assert list(drawn) == list(CAPTIONS)
+    for name, figure in drawn.items():
+        assert figure.get_suptitle() == f"{CAPTIONS[name].title}\n" + figure.get_suptitle().split("\n")[1]
+        assert "omniglot, 5-way 1-shot" in figure.get_suptitle()
+        assert all(axes.get_xlabel() for axes in figure.axes)
+
+
+def test_accuracy_by_both_protocols_with_intervals_and_seeds() -> None:
+    (axes,) = plots(two_orders())["accuracy"].axes
+    assert estimates(axes) == [pytest.approx(pair) for pair in [(98.0, 0.9), (94.0, 1.2), (96.8, 0.9), (92.8, 1.2)]], (
+        "transductive and non-transductive of the first variant, then of the second"
+    )
+    assert faint_dots(axes)[0] == pytest.approx([97.6, 98.1, 98.3])
+    assert faint_dots(axes)[3] == pytest.approx([92.4, 92.9, 93.1])
+    assert tick_labels(axes.get_yticklabels()) == ["second_order", "first_order"]
+
+
+def test_accuracy_after_each_inner_step() -> None:
+    from_none, from_one = plots(two_orders())["accuracy_per_step"].axes
+    assert y_of(line(from_none, "first_order")) == pytest.approx([20.0, 92.8, 94.8, 96.8])
+    assert y_of(line(from_one, "first_order")) == pytest.approx([92.8, 94.8, 96.8])
+    assert x_of(line(from_none, "first_order")) == pytest.approx([0, 1, 2, 3], abs=0.2), "side by side, near the step"
+    assert x_of(line(from_none, "first_order")) != x_of(line(from_none, "second_order"))
+    bars = [container for container in from_one.containers if isinstance(container, ErrorbarContainer)]
+    (low, high) = bars[0].lines[2][0].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((93.1, 94.9)), "94% ± 0.9% after the first step"
+
+
+def test_validation_against_steps_and_time() -> None:
+    given = two_orders()
+    by_step, by_time = plots(given)["validation"].axes
+    for each in given.variants:
+        assert x_of(line(by_step, each.name)) == [point.iteration for point in each.curve]
+        assert x_of(line(by_time, each.name)) == pytest.approx([point.training_s for point in each.curve])
+        for axes in (by_step, by_time):
+            assert y_of(line(axes, each.name)) == pytest.approx([100 * point.mean for point in each.curve])
+            assert y_of(line(axes, "target, 95.0%")) == pytest.approx([95, 95])
+    assert by_step.get_ylim() == by_time.get_ylim()
+    band = by_step.collections[0].get_paths()[0].vertices
+    assert np.asarray(band)[:, 1].max() == pytest.approx(100 * max(point.high for point in given.variants[0].curve))
+    assert by_time.get_xlabel() == "training time, s"
+
+
+@pytest.mark.parametrize(("factor", "unit", "last"), [(20.0, "min", 16.0), (1000.0, "h", 48 / 3.6)])
+def test_long_trainings_are_drawn_in_longer_units(factor: float, unit: str, last: float) -> None:
+    slow = variant("slow", ms=48.0)
+    slow = dataclasses.replace(
+        slow, curve=[point._replace(training_s=factor * point.training_s) for point in slow.curve]
+    )
+    _, by_time = plots(results([slow]))["validation"].axes
+    assert by_time.get_xlabel() == f"training time, {unit}"
+    assert x_of(line(by_time, "slow"))[-1] == pytest.approx(last)
+
+
+def test_the_end_of_training_takes_up_half_of_the_axis_and_the_target_is_in_view() -> None:
+    by_step, _ = plots(dataclasses.replace(two_orders(), target_accuracy=0.999))["validation"].axes
+    low, high = by_step.get_ylim()
+    ends = [y_of(line(by_step, name))[10] for name in ("first_order", "second_order")]
+    assert 20 < low < min(ends) - 0.35 * (high - low)
+    assert high > 99.9
+
+
+def test_differences_in_percentage_points() -> None:
+    figure = plots(two_orders((0.010, 0.012, 0.014), ci95=0.005))["difference"]
+    (axes,) = figure.axes
+    assert estimates(axes) == [pytest.approx((1.2, 0.5))]
+    assert faint_dots(axes) == [pytest.approx([1.0, 1.2, 1.4])]
+    assert [0.0, 0.0] in [x_of(each) for each in axes.lines], "the line at zero"
+    assert tick_labels(axes.get_yticklabels()) == ["second_order\nminus first_order"]
+    assert "percentage points" in axes.get_xlabel()
+
+
+def test_cost_against_inner_steps_ends_at_the_limit() -> None:
+    figure = plots(dataclasses.replace(two_orders(), cost=cost_rows(limit_at=10), cost_limit_mib=1000))["cost"]
+    memory, time = figure.axes
+    assert x_of(line(memory, "unroll")) == [1, 5]
+    assert y_of(line(memory, "unroll")) == [274, 800]
+    assert y_of(line(memory, "first order")) == [90, 90, 90, 90]
+    assert y_of(line(time, "adjoint")) == [300, 1500, 3000, 6000]
+    assert y_of(line(memory, "limit of memory, 1000 MiB")) == [1000, 1000]
+    assert not any("limit" in str(each.get_label()) for each in time.lines)
+    assert tick_labels(memory.get_xticklabels()) == ["1", "5", "10", "20"]
+    assert memory.get_xscale() == memory.get_yscale() == "log"
+
+
+def test_no_limit_is_drawn_where_none_was_reached_and_no_panel_without_figures() -> None:
+    untimed = [dataclasses.replace(row, median_ms=None) for row in cost_rows()]
+    figure = plots(dataclasses.replace(two_orders(), cost=untimed))["cost"]
+    (memory,) = figure.axes
+    assert memory.get_ylabel() == "peak memory, MiB"
+    assert legend_texts(figure) == ["first order", "unroll", "checkpoint", "adjoint"]
+
+
+def test_small_differences_look_small_on_a_logarithmic_axis() -> None:
+    close = [Row("unroll", False, None, 1, steps, 90.0 + steps, 30.0 + steps) for steps in (1, 2)]
+    figure = plots(dataclasses.replace(two_orders(), cost=close))["cost"]
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        assert high / low > 7.9
+        assert len([tick for tick in axes.get_yticks() if low <= tick <= high]) >= 2
+
+
+def test_cost_of_the_runs() -> None:
+    time, memory = plots(two_orders())["per_run_cost"].axes
+    assert widths(time) == [48, 24]
+    assert widths(memory) == [54, 36]
+    assert [text.get_text() for text in time.texts] == ["48.0", "24.0"]
+
+
+def test_cosine() -> None:
+    given = two_orders()
+    (axes,) = plots(given)["cosine"].axes
+    assert y_of(line(axes, "first_order")) == [point.mean for point in given.variants[1].cosine]
+
+
+def test_variants_differ_in_colour_marker_and_dashes() -> None:
+    assert all(len({look(i)[part] for i in range(8)}) == 8 for part in range(3))
+    assert len({look(i) for i in range(24)}) == 24
+    (axes,) = plots(results([variant(name) for name in LONG_NAMES]))["cosine"].axes
+    assert [line(axes, name).get_color() for name in LONG_NAMES] == [look(i).colour for i in range(8)]
+    assert [line(axes, name).get_marker() for name in LONG_NAMES] == [look(i).marker for i in range(8)]
+
+
+def test_the_look_goes_by_position_also_where_another_variant_has_no_figures() -> None:
+    second = variant("second_order")
+    figure = plots(results([broken_variant("first_order"), second]))["validation"]
+    assert line(figure.axes[0], "second_order").get_color() == look(1).colour
+
+
+def test_one_seed_has_a_dot_and_no_band() -> None:
+    drawn = plots(two_orders((0.012,)))
+    assert faint_dots(drawn["difference"].axes[0]) == [pytest.approx([1.2])]
+    assert not drawn["validation"].axes[0].collections
+    assert "one seed" in drawn["validation"].get_suptitle()
+    assert "band" in plots(two_orders())["validation"].get_suptitle()
+
+
+def test_a_variant_without_figures_is_named_as_such() -> None:
+    drawn = plots(results([variant("second_order"), broken_variant("first_order")]))
+    assert "difference" not in drawn
+    assert [text.get_text() for text in drawn["accuracy"].axes[0].texts] == ["no finished run"]
+    assert legend_texts(drawn["validation"]) == ["second_order", "target, 95.0%"]
+    assert len(drawn["per_run_cost"].axes[0].patches) == 1
+
+
+def test_nothing_finished_gives_no_plot() -> None:
+    assert plots(results([broken_variant("second_order")])) == {}
+
+
+def many() -> Results:
+    variants = [variant(name, 0.9 + 0.01 * i) for i, name in enumerate(LONG_NAMES)]
+    others = [difference(variants[0], other, (0.01, 0.02, 0.03), 0.02) for other in variants[1:]]
+    return results(variants, others, cost=cost_rows(limit_at=20))
+
+
+@pytest.mark.parametrize("given", [many(), two_orders((0.01,)), results([variant("no $\\formula$")])])
+def test_nothing_is_cut_off_or_hidden(given: Results) -> None:
+    for name, figure in plots(given).items():
+        figure.savefig(io.BytesIO(), format="png", dpi=50)
+        width, height = figure.get_size_inches()
+        (x0, y0), (x1, y1) = figure.get_tightbbox().get_points()
+        assert x0 >= -0.01, name
+        assert y0 >= -0.01, name
+        assert x1 <= width + 0.01, name
+        assert y1 <= height + 0.01, name
+        assert all(axes.get_position().height > 0.3 for axes in figure.axes), name
+        for legend in figure.legends:
+            top = legend.get_window_extent().y1
+            boxes = [axes.get_tightbbox() for axes in figure.axes]
+            assert all(box is not None and box.y0 >= top for box in boxes), f"{name}: the legend hides something"

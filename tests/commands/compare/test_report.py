@@ -1,0 +1,279 @@
+"""The report of a comparison: what it says, and that nothing in a name or a reason can break it."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from metalearn.commands.compare.captions import CAPTIONS
+from metalearn.commands.compare.markup import escape
+from metalearn.commands.compare.report import write_report
+from metalearn.commands.compare.results import Results
+from metalearn.commands.compare.summary import duration, headline, number
+from metalearn.commands.compare.tables import memory_rows, per_step_rows, run_rows, time_rows, variant_rows
+from metalearn.training.evaluation import Estimate
+from tests.commands.compare.factories import broken_variant, cost_rows, difference, results, two_orders, variant
+
+NASTY = "<script>alert(1)</script>|a|b\n\n# `c` *d* __e__ [f](http://g) ![h](http://i) ~~j~~ &amp; \\"
+_VOID = {"meta", "img", "br", "hr"}
+
+
+class Page(HTMLParser):
+    """What is in a page; fails where tags do not close in the order in which they opened."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: dict[str, list[str]] = {}
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        for tag in self.open:
+            self.text.setdefault(tag, []).append(data)
+
+    def of(self, tag: str) -> str:
+        """All text within a tag, on one line."""
+        return " ".join("".join(self.text.get(tag, [])).split())
+
+
+def page(given: Results, folder: Path) -> Page:
+    return Page(write_report(given, folder).read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a report of two orders, which tests only read."""
+    folder = tmp_path_factory.mktemp("reports") / "a folder"
+    write_report(two_orders(), folder)
+    return folder
+
+
+def test_a_clear_difference() -> None:
+    first, *_ = headline(two_orders((0.010, 0.012, 0.014), ci95=0.005))
+    assert first == (
+        "second_order is ahead of first_order by 1.20 ± 0.50 percentage points of test accuracy "
+        "(95% interval over 3 seeds and their tasks): the interval excludes zero."
+    )
+
+
+def test_the_other_one_ahead() -> None:
+    first, *_ = headline(two_orders((-0.010, -0.012, -0.014), ci95=0.005))
+    assert first.startswith("first_order is ahead of second_order by 1.20 ± 0.50 percentage points")
+
+
+def test_a_difference_that_is_not_clear_over_one_seed() -> None:
+    first, *_ = headline(two_orders((0.003,), ci95=0.005))
+    assert first.startswith("Between second_order and first_order there is no clear difference, 0.30 ± 0.50 percentage")
+    assert "over test tasks alone, as there is one seed" in first
+    assert first.endswith(": it includes zero.")
+
+
+def test_equal_on_every_task() -> None:
+    first, *_ = headline(two_orders((0.0, 0.0), ci95=0.0))
+    assert first == "second_order and first_order are equal on every test task."
+
+
+def test_other_tasks_are_not_called_the_same() -> None:
+    results = two_orders()
+    (each,) = results.differences
+    apart = dataclasses.replace(results, differences=[dataclasses.replace(each, paired=False)])
+    assert "they are not tested on the same tasks" in headline(apart)[0]
+
+
+def test_times_of_runs_that_shared_the_machine_are_no_headline() -> None:
+    _, runs, engines = headline(dataclasses.replace(two_orders(), runs_at_a_time=2))
+    assert runs == "In its runs second_order takes 1.50 times the peak memory (54.0 against 36.0 MiB) of first_order."
+    assert "times the time" in engines, "measured in turns"
+
+
+def test_costs_are_ratios_of_the_runs_and_of_the_engines() -> None:
+    _, runs, engines = headline(two_orders())
+    assert runs == (
+        "In its runs second_order takes 2.00 times the time per meta-step (48.0 against 24.0 ms) and "
+        "1.50 times the peak memory (54.0 against 36.0 MiB) of first_order."
+    )
+    assert engines == (  # 1500 / 500 ms and 800 / 90 MiB
+        "Measured in turns at K = 5, one second-order meta-gradient (unroll) takes 3.00 times the time "
+        "(1500 against 500 ms) and 8.89 times the peak memory (800 against 90.0 MiB) of first order."
+    )
+
+
+def test_costs_that_are_missing_are_not_mentioned() -> None:
+    given = two_orders()
+    bare = [dataclasses.replace(each, meta_step_ms=None, peak_mib=None) for each in given.variants]
+    assert len(headline(dataclasses.replace(given, variants=bare, cost=[]))) == 1
+    other_steps = dataclasses.replace(given, inner_steps=3)
+    assert not any("K = 3" in sentence for sentence in headline(other_steps)), "it was not measured at 3"
+    no_unroll = [row for row in given.cost if row.engine != "unroll"]
+    assert not any("K = 5" in sentence for sentence in headline(dataclasses.replace(given, cost=no_unroll)))
+
+
+def test_a_peak_over_the_limit() -> None:
+    (sentence,) = headline(dataclasses.replace(two_orders(), cost=cost_rows(limit_at=5), cost_limit_mib=900))[2:]
+    assert "takes over 10.0 times the peak memory (over 900 against 90.0 MiB) of first order" in sentence
+
+
+def test_failed_and_unfinished_runs_are_in_the_headline() -> None:
+    given = results([variant("second_order"), broken_variant("first_order")])
+    said = headline(given)
+    assert said[0].startswith("second_order reaches 98.00% ± 0.90%")
+    assert "1 of 5 runs failed: first_order seed 0." in said
+    assert "1 of 5 runs is not finished: first_order seed 1." in said
+
+
+def test_nothing_finished(tmp_path: Path) -> None:
+    given = results([broken_variant("second_order"), broken_variant("first_order")])
+    assert headline(given)[0] == "No run is finished, so there is nothing to compare yet."
+    found = page(given, tmp_path)
+    assert "the loss is not finite" in found.of("blockquote")
+    assert "second_order-seed1" in found.of("blockquote"), "the unfinished one"
+    assert "img" not in [tag for tag, _ in found.tags]
+    assert variant_rows(given)[1][0] == ["second_order", "-", "-", "-", "-", "-", "-", "0 of 2"]
+
+
+def test_table_of_variants() -> None:
+    header, rows = variant_rows(two_orders())
+    assert dict(zip(header, rows[0], strict=True)) == {
+        "variant": "second_order",
+        "test accuracy": "98.00% ± 0.90%",
+        "non-transductive": "94.00% ± 1.20%",
+        "ms per meta-step": "48.0",
+        "peak MiB": "54.0",
+        "training time": "48.0 s",
+        "time to 95.0%": "28.8 s, 600 steps, 3 of 3 seeds",
+        "finished seeds": "3 of 3",
+    }
+    slow = dataclasses.replace(variant("slow"), time_to=None)
+    assert variant_rows(results([slow]))[1][0][6] == "not reached"
+    assert len(variant_rows(results([slow], target=None))[0]) == 7
+
+
+def test_tables_of_steps_costs_and_runs() -> None:
+    given = two_orders()
+    short = dataclasses.replace(given.variants[1], per_step=[Estimate(0.2, 0.01), Estimate(0.9, 0.01)])
+    _, rows = per_step_rows(dataclasses.replace(given, variants=[given.variants[0], short]))
+    assert rows[1] == ["first_order", "20.00% ± 1.00%", "90.00% ± 1.00%", "-", "-"]
+    header, memory = memory_rows(dataclasses.replace(given, cost=cost_rows(limit_at=20)))
+    assert header == ["inner steps K", "1", "5", "10", "20"]
+    assert memory[1] == ["unroll", "274", "800", "1456", "over 4096"]
+    assert time_rows(given)[1][0] == ["first order", "100", "500", "1000", "2000"]
+    assert run_rows(given)[1][0][:5] == ["second_order-seed0", "0", "finished", "97.60% ± 0.50%", "93.60% ± 0.80%"]
+
+
+def test_the_page_stands_on_its_own(folder: Path) -> None:
+    found = Page((folder / "report.html").read_text())
+    images = [attributes["src"] or "" for tag, attributes in found.tags if tag == "img"]
+    assert len(images) == len(CAPTIONS)
+    for source in images:
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/svg+xml;base64"
+        assert b"<svg" in base64.b64decode(data)
+    attributes = {name for _, given in found.tags for name in given}
+    assert "href" not in attributes
+    assert not {tag for tag, _ in found.tags} & {"script", "link", "iframe", "object"}
+    assert "url(" not in found.of("style")
+    assert "@import" not in found.of("style")
+    assert found.of("title") == "omniglot, 5-way 1-shot: second_order against first_order"
+
+
+def test_everything_is_reported(folder: Path) -> None:
+    found = Page((folder / "report.html").read_text())
+    assert all(sentence in found.of("p") for sentence in headline(two_orders()))
+    for caption in CAPTIONS.values():
+        assert caption.title in found.of("h3")
+        assert caption.text in found.of("p")
+    assert "+1.20 ± 0.50" in found.of("td")
+    assert "0: +1.00, 1: +1.20, 2: +1.40" in found.of("td")
+    assert "python scripts/compare.py data=omniglot" in found.of("pre")
+    assert "ways: 5 inner: lr: 0.4" in found.of("details"), "the part behind a blank line as well"
+    assert f"tensorboard --logdir '{folder}'" in found.of("pre")
+    assert "some CPU" in found.of("li")
+
+
+def test_markdown_links_plots_that_are_there(folder: Path) -> None:
+    text = (folder / "report.md").read_text()
+    for name, caption in CAPTIONS.items():
+        assert f"![{caption.title}](plots/{name}.png)" in text
+        with Image.open(folder / "plots" / f"{name}.png") as plot:
+            assert plot.width == pytest.approx(1350, abs=2)
+    expected = {f"{name}.{kind}" for name in CAPTIONS for kind in ("png", "svg")}
+    assert {path.name for path in (folder / "plots").iterdir()} == expected
+
+
+def test_text_of_users_is_only_text(tmp_path: Path) -> None:
+    given = results([variant(NASTY), broken_variant("first_order|x", NASTY)])
+    given = dataclasses.replace(given, title=NASTY, command=NASTY, config=NASTY, machine={NASTY: NASTY})
+    found = page(given, tmp_path)
+    assert {tag for tag, _ in found.tags} <= {
+        *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "blockquote", "ul", "li"),
+        *("table", "thead", "tbody", "tr", "th", "td", "img", "strong", "pre", "details", "summary"),
+    }
+    shown = " ".join(NASTY.split())
+    for tag in ("title", "h1", "blockquote", "td", "pre", "details", "li", "p"):
+        assert shown in found.of(tag), tag
+
+
+def test_escaping_keeps_to_one_line_of_printable_text() -> None:
+    assert escape("a\x1b[31m\n\n# b") == r"a \[31m # b"
+
+
+def test_a_mark_in_a_name_makes_no_column(tmp_path: Path) -> None:
+    write_report(results([variant("a|b"), broken_variant("c\\|d")]), tmp_path)
+    found = Page((tmp_path / "report.html").read_text())
+    assert "a|b" in found.of("td")
+    assert "c\\|d" in found.of("td")
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    start = lines.index("## Variants") + 2
+    assert {line.count("|") for line in lines[start : start + 4]} == {9}, "header, rule and two rows of eight columns"
+
+
+def test_a_plot_in_the_text_of_users_stays_text(tmp_path: Path) -> None:
+    command = '<img alt="x" src="plots/accuracy.png"'
+    found = page(dataclasses.replace(results([variant("second_order")]), command=command), tmp_path)
+    assert command in found.of("pre")
+
+
+def test_a_new_report_replaces_an_old_one(tmp_path: Path) -> None:
+    given = two_orders()
+    write_report(given, tmp_path)
+    first = (tmp_path / "report.html").read_bytes()
+    assert (tmp_path / "plots" / "cost.svg").exists()
+    (tmp_path / "plots" / "notes.txt").write_text("of someone else")
+    write_report(dataclasses.replace(given, cost=[], differences=[]), tmp_path)
+    left = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert not left & {"cost.png", "cost.svg", "difference.png", "difference.svg"}
+    assert {"accuracy.png", "accuracy.svg", "notes.txt"} <= left
+    assert "plots/cost.png" not in (tmp_path / "report.md").read_text()
+    write_report(given, tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == first, "the same results give the same page"
+
+
+def test_several_differences_are_listed(tmp_path: Path) -> None:
+    variants = [variant(name) for name in "abcd"]
+    given = results(variants, [difference(variants[0], other, (0.01, 0.02), 0.1) for other in variants[1:]])
+    found = page(given, tmp_path)
+    assert headline(given)[4] in found.of("li")
+    assert found.of("title") == "omniglot, 5-way 1-shot: 4 variants compared"
+
+
+def test_numbers_and_durations() -> None:
+    assert [number(value) for value in (1234.4, 12.34, 0.567)] == ["1234", "12.3", "0.57"]
+    assert [duration(value) for value in (35, 378, 8640)] == ["35.0 s", "6.3 min", "2.4 h"]

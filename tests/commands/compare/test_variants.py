@@ -1,0 +1,157 @@
+"""A variant is the command line with its overrides behind it; what cannot be run is refused before anything is."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from metalearn.commands.compare.launch import sweep
+from metalearn.commands.compare.variants import as_override, check_compare, find_variants, jobs
+from metalearn.config.commands_schema import CompareConfig
+from metalearn.config.compose import compose, typed
+from metalearn.config.output_names import comparison_folder, in_progress, variant_names
+from metalearn.config.run_folder import locked
+from metalearn.config.schema import TrainConfig
+from metalearn.core.errors import ConfigError
+
+
+def config(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> CompareConfig:
+    monkeypatch.setattr(sys, "argv", ["compare.py", *overrides])
+    return typed(compose("compare", overrides), CompareConfig)
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [
+        ("inner.second_order=true", "second_order"),
+        ("inner.second_order=false", "first_order"),
+        ("inner.engine=adjoint inner.steps=5", "engine-adjoint,steps-5"),
+        ("model.hidden=[64,64] model=mlp", "hidden-_64,64_,model-mlp"),
+        ("", "base"),
+        ("data=größe", "data-gr__e"),
+    ],
+)
+def test_names_can_be_read(variant: str, name: str) -> None:
+    assert variant_names([variant]) == [name]
+
+
+def test_keys_are_spelt_out_where_they_would_be_taken_for_one_another() -> None:
+    names = variant_names(["inner.lr=0.1", "outer.lr=0.1", "inner.steps=3"])
+    assert names == ["inner.lr-0.1", "outer.lr-0.1", "steps-3"]
+
+
+def test_long_names_fit_into_a_folder_and_stay_apart() -> None:
+    keys = " ".join(f"data.classes={i}" for i in range(30))
+    first, second = variant_names([f"{keys} task.ways=3", f"{keys} task.ways=4"])
+    assert len(first) == len(second) == 100
+    assert first != second
+    assert first[:91] == second[:91]
+
+
+def test_variants_have_the_shared_configuration_and_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = config(monkeypatch, "task.ways=7", "compare.variants=['task.shots=2','inner.engine=adjoint task.ways=6']")
+    two_shots, adjoint = find_variants(shared)
+    assert (two_shots.name, two_shots.config.task.ways, two_shots.config.task.shots) == ("shots-2", 7, 2)
+    assert two_shots.config.eval.queries == 2, "what depends on a key follows it"
+    assert (adjoint.config.inner.engine, adjoint.config.task.ways) == ("adjoint", 6)
+    assert type(adjoint.config) is TrainConfig
+
+
+def test_a_run_is_told_every_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shared = config(
+        monkeypatch,
+        "data=glyphs",
+        "model=mlp",
+        "inner.lr=1e-5",
+        "compare.seeds=[3,5]",
+        "compare.variants=['task.ways=3']",
+    )
+    found = find_variants(shared)
+    first, second = jobs(found, shared.compare.seeds, tmp_path)
+    assert [job.folder.name for job in (first, second)] == ["ways-3-seed3", "ways-3-seed5"]
+    as_train = typed(compose("train", [*second.overrides, "run.seed=5"]), TrainConfig)
+    assert as_train == second.config
+
+
+def test_pairs_come_early(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shared = config(monkeypatch)
+    names = [job.folder.name for job in jobs(find_variants(shared), [0, 1], tmp_path)]
+    assert names == ["second_order-seed0", "first_order-seed0", "second_order-seed1", "first_order-seed1"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["compare.variants=['inner.stps=1']"], r"'inner\.stps=1': inner\.stps=1: there is no such key"),
+        (["compare.variants=['inner.steps=-1']"], r"'inner\.steps=-1': inner\.steps=-1: must be a whole number"),
+        (["compare.variants=['run.seed=1']"], r"run\.seed=1: this holds for the whole comparison"),
+        (["compare.variants=['task.ways=3','task.ways=3']"], "two of them are called task.ways-3"),
+        (["compare.variants=['task.ways=\"3']"], "No closing quotation"),
+        (["compare.variants=[]"], r"compare\.variants=\[\]: must be one or more texts"),
+        (["compare.seeds=[1,1]"], "a seed stands there twice"),
+        (["compare.seeds=[-1]"], r"compare\.seeds=\[-1\]: must be one or more whole numbers, at least 0"),
+        (["run.seed=7"], r"run\.seed=7: a comparison has compare\.seeds=\[7\] instead"),
+        (["run.resume=true"], r"run\.resume=True: a comparison goes on by itself \(compare\.resume\)"),
+        (["compare.target_accuracy=95"], r"must be a number above 0 and at most 1 or null"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_compare(config(monkeypatch, *overrides))
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 3, 1e-5, "a, 'b' \\", "a\\b", "a\\'b=", "\\\\", "/a b/é", [1, 2], "null"]
+)
+def test_values_survive_hydras_grammar(value: object) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (parsed,) = OverridesParser.create().parse_overrides([f"key={as_override(value)}"])
+    read = parsed.value()
+    assert str(read) == str(value)
+    assert isinstance(value, str) or read == value
+
+
+def test_sweep_through_a_launcher_composes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if importlib.util.find_spec("submitit") is None:
+        assert not os.environ.get("CI"), "hydra-submitit-launcher belongs to the extra dev"
+        pytest.skip("pip install hydra-submitit-launcher")
+    shared = config(monkeypatch, "compare.variants=['inner.steps=2']")
+    launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=600"]
+    overrides = sweep(jobs(find_variants(shared), [0, 4], tmp_path), launcher, tmp_path)
+    assert "run.seed=0,4" in overrides
+    one = [o.replace("0,4", "4") for o in overrides]
+    composed = compose("train", one, return_hydra_config=True)
+    assert composed.hydra.launcher.partition == "gpu"
+    assert composed.hydra.launcher._target_.endswith("SlurmLauncher")
+    assert composed.hydra.sweep.dir == str(tmp_path)
+    assert composed.hydra.sweep.subdir == "steps-2-seed4", "the folder that the comparison looks into"
+    assert composed.inner.steps == 2
+
+
+def test_unfinished_comparison_of_the_same_configuration_is_found(tmp_path: Path) -> None:
+    settings: dict[str, object] = {"variants": ["inner.steps=1"], "jobs": 1, "resume": True}
+    wanted: dict[str, dict[str, object]] = {"inner": {"lr": 0.4}, "compare": settings}
+    new = comparison_folder(tmp_path, wanted, "now")
+    assert new == "steps-1-now"
+    (tmp_path / "steps-1-then").mkdir()
+    record = tmp_path / "steps-1-then" / "comparison.yaml"
+    record.write_text("inner: {lr: 0.4}\ncompare: {variants: [inner.steps=1], jobs: 2, resume: false}\n")
+    assert comparison_folder(tmp_path, wanted, "now") == "steps-1-then"
+    assert comparison_folder(tmp_path, {**wanted, "inner": {"lr": 0.5}}, "now") == new
+    assert comparison_folder(tmp_path, {**wanted, "compare": {**settings, "resume": False}}, "now") == new
+    moved = {**wanted, "data": {"root": "/elsewhere"}}
+    assert comparison_folder(tmp_path, moved, "now") == "steps-1-then", "where the data lies is no difference"
+    results = tmp_path / "steps-1-then" / "results.json"
+    results.write_text('{"complete": false}')
+    assert comparison_folder(tmp_path, wanted, "now") == "steps-1-then", "a run failed, or was added"
+    with locked(tmp_path / "steps-1-then", wait=False):
+        assert comparison_folder(tmp_path, wanted, "now") == new, "another process is at work there"
+        assert in_progress(tmp_path / new, wanted) == tmp_path / "steps-1-then"
+    assert in_progress(tmp_path / new, wanted) is None
+    results.write_text('{"complete": true}')
+    assert comparison_folder(tmp_path, wanted, "now") == new, "that one is finished"

@@ -1,0 +1,239 @@
+"""The lab's runner: what it writes, shows and returns, also where a lesson is wrong or raises."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from metalearn.commands import gradients
+from metalearn.commands.gradients import run_lessons
+from metalearn.config.commands_schema import GradientsConfig
+from metalearn.config.compose import compose, typed
+from metalearn.config.validation import check_gradients
+from metalearn.core.errors import ConfigError
+from metalearn.lessons import LESSONS, Check, Lesson, create_graph
+from tests.commands.test_commands import command
+from tests.conftest import REPO
+
+
+def right() -> Lesson:
+    figure = Figure(figsize=(5, 3))
+    figure.add_subplot().plot([1, 2], [3, 4])
+    checks = [Check("a [number]", 2.0, 2.0, 1e-9), Check("a word", "[word]", "[word]", source="its [source]")]
+    code = f"x = [1]  #{' .' * 60} END"
+    return Lesson("A right one", "It claims [this].", code, checks, ["a [note]"], {"line": figure})
+
+
+def wrong() -> Lesson:
+    return Lesson("A wrong one", "It claims that.", "x = 1", [Check("good", 1.0, 1.0), Check("bad", float("nan"), 1.0)])
+
+
+def raising() -> Lesson:
+    raise ValueError("no [such] thing")
+
+
+def unpaintable() -> Lesson:
+    figure = Figure(figsize=(5, 3))
+    figure.text(0.5, 0.5, r"$\nosuchsymbol$")
+    return Lesson("Cannot be drawn", "", "", [Check("good", 1.0, 1.0)], figures={"text": figure})
+
+
+@pytest.fixture
+def lessons(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def put(*functions: Callable[[], Lesson]) -> None:
+        monkeypatch.setattr(gradients, "LESSONS", {function.__name__: function for function in functions})
+
+    return put
+
+
+def test_pictures_events_and_report_of_a_lesson(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_lessons(GradientsConfig(lesson="create_graph"), tmp_path)
+    with Image.open(tmp_path / "create_graph-relu_and_tanh.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.size == (11 * 120, round(3.4 * 120))  # inches times dots an inch
+        pixels = np.asarray(picture)
+    assert pixels.std() > 10, "the picture is blank"
+
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0, "scalars": 0}).Reload()
+    (image,) = events.Images("create_graph/relu_and_tanh")
+    assert (image.width, image.height) == (11 * 120, round(3.4 * 120))
+    assert events.Scalars("create_graph/d2y/dx2 of x^2, create_graph=True")[0].value == 2
+    assert events.Scalars("create_graph/d2y/dx2 of x^2, create_graph=True (expected)")[0].value == 2
+    assert "create_graph/d2y/dx2 of x^2, create_graph=False" not in events.Tags()["scalars"], "it is a word"
+
+    report = json.loads((tmp_path / "lessons.json").read_text())
+    (entry,) = report["lessons"]
+    assert report["right"] is entry["right"] is True
+    assert 0 < entry["seconds"] < 60
+    assert entry["figures"] == ["create_graph-relu_and_tanh.png"]
+    assert [check["what"] for check in entry["checks"]] == [check.what for check in create_graph.lesson().checks]
+    assert entry["checks"][2] == {
+        "what": "d2y/dx2 of x^2, create_graph=False",
+        "computed": "RuntimeError",
+        "expected": "RuntimeError",
+        "tolerance": 0.0,
+        "source": "observed",
+        "right": True,
+    }
+    shown = capsys.readouterr().out
+    assert "(dy,) = torch.autograd.grad(y, x, create_graph=create_graph" in shown
+    assert "create_graph: right" in shown
+
+
+def test_one_wrong_and_one_raising_lesson_lose_nothing(
+    lessons: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lessons(raising, wrong, unpaintable, right)
+    assert not run_lessons(GradientsConfig(lesson="all"), tmp_path)
+    report = json.loads((tmp_path / "lessons.json").read_text())
+    assert report["right"] is False
+    by_name = {entry["name"]: entry for entry in report["lessons"]}
+    assert list(by_name) == ["raising", "wrong", "unpaintable", "right"]
+    assert by_name["raising"]["error"] == "ValueError: no [such] thing"
+    assert "nosuchsymbol" in by_name["unpaintable"]["error"]
+    assert [check["right"] for check in by_name["wrong"]["checks"]] == [True, False]
+    assert by_name["wrong"]["checks"][1]["computed"] == "nan"
+    assert {name: entry["right"] for name, entry in by_name.items()} == {
+        "raising": False,
+        "wrong": False,
+        "unpaintable": False,
+        "right": True,
+    }
+    assert (tmp_path / "right-line.png").is_file()
+    shown = capsys.readouterr().out
+    assert "raising raised ValueError: no [such] thing" in shown
+    for cells in (r"raising.*0 / 0.*raised", r"wrong.*1 / 2.*WRONG", r"right.*2 / 2.*right"):
+        assert re.search(cells, shown), cells
+
+
+def test_what_is_shown_is_neither_cut_nor_taken_for_markup(
+    lessons: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lessons(right)
+    assert run_lessons(GradientsConfig(lesson="right"), tmp_path)
+    shown = capsys.readouterr().out
+    for text in ("It claims [this].", "a [number]", "a [note]", "x = [1]", "END", "2 ± 1e-09", "[word] (its [source])"):
+        assert text in shown
+
+
+def test_results_so_far_are_written_when_a_lesson_is_interrupted(lessons: Callable[..., None], tmp_path: Path) -> None:
+    def interrupted() -> Lesson:
+        raise KeyboardInterrupt
+
+    lessons(right, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_lessons(GradientsConfig(lesson="all"), tmp_path)
+    assert [entry["name"] for entry in json.loads((tmp_path / "lessons.json").read_text())["lessons"]] == ["right"]
+
+
+def test_lessons_run_on_one_thread_and_the_setting_is_put_back(lessons: Callable[..., None], tmp_path: Path) -> None:
+    found = []
+
+    def asking() -> Lesson:
+        found.append(torch.get_num_threads())
+        return right()
+
+    lessons(asking)
+    torch.set_num_threads(2)
+    try:
+        assert run_lessons(GradientsConfig(lesson="all"), tmp_path)
+        assert (found, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_figures_have_names_of_their_own() -> None:
+    # File names open with the lesson's, so they can only meet if a lesson's name is the beginning of another's.
+    assert not any(a != b and b.startswith(f"{a}-") for a in LESSONS for b in LESSONS)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lesson=nope", r"lesson=nope: must be one of all, create_graph, backward, .*, pinn, maml"),
+        ("lesson=null", r"lesson=null: must be one of all"),
+        ("leson=hvp", r"leson=hvp: there is no such key\. Did you mean lesson\?"),
+        ("+extra=1", r"extra=1: there is no such key\. The keys are lesson\."),
+    ],
+)
+def test_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_gradients(typed(compose("gradients", [override]), GradientsConfig))
+
+
+def test_command_runs_one_lesson_and_its_folder_is_not_used_again(tmp_path: Path) -> None:
+    run = command("gradients.py", "lesson=create_graph", cwd=tmp_path, COLUMNS="100")
+    assert run.returncode == 0, run.stderr
+    assert max(len(line) for line in run.stdout.splitlines() if str(tmp_path) not in line) <= 100
+    (report,) = tmp_path.glob("outputs/lab/*/lessons.json")
+    assert {path.suffix for path in report.parent.iterdir()} >= {".json", ".png"}
+    again = command("gradients.py", "lesson=create_graph", f"hydra.run.dir={report.parent}", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "already holds a run (its lessons.json)" in again.stderr
+
+
+def test_command_refuses_an_unknown_lesson_before_it_waits_for_torch(tmp_path: Path) -> None:
+    started = time.perf_counter()
+    refused = command("gradients.py", "lesson=nope", cwd=tmp_path)
+    assert time.perf_counter() - started < 3
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("ConfigError: lesson=nope: must be one of all, create_graph, backward,")
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_help(tmp_path: Path) -> None:
+    shown = command("gradients.py", "--help", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"  lesson=all +the lesson on second-order gradients to run, or all of them", shown.stdout)
+
+
+def test_command_has_an_exit_code_for_a_wrong_number(tmp_path: Path) -> None:
+    program = (
+        "import runpy, sys\n"
+        "from metalearn.runs import gradients\n"
+        "from tests.commands.test_gradients import raising, right, wrong\n"
+        "gradients.LESSONS = {'maml': right, 'orders': wrong, 'graph': raising}\n"
+        "sys.argv = ['gradients.py', 'hydra.run.dir=mine']\n"
+        f"runpy.run_path({str(REPO / 'scripts' / 'gradients.py')!r}, run_name='__main__')\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 1, run.stderr
+    assert "graph raised ValueError: no [such] thing" in run.stdout
+    assert "in raising" in (tmp_path / "mine" / "gradients.log").read_text(), "where it raised is in the log"
+    assert len(json.loads((tmp_path / "mine" / "lessons.json").read_text())["lessons"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("check", "cells"),
+    [
+        (Check("", 479_001_600.0, 479_001_600.0), ("479,001,600", "479,001,600")),
+        (Check("", 3e-16, 0.0, 1e-12), ("3e-16", "0 ± 1e-12")),
+        (Check("", -0.0, 0.0, 1e-12), ("0", "0 ± 1e-12")),
+        (Check("", -7.040000000000001, -7.04, 1e-12), ("-7.04", "-7.04 ± 1e-12")),
+        (Check("", 1.0000000001, 1.0, 1e-12), ("1.0000000001", "1 ± 1e-12")),  # wrong, so every digit is shown
+        (Check("", float("inf"), 1.0, source="by hand"), ("inf", "1 (by hand)")),
+    ],
+)
+def test_numbers_are_shown_with_the_digits_that_matter(check: Check, cells: tuple[str, str]) -> None:
+    shown = gradients._cells(check)
+    assert (shown[0][:12], shown[1]) == (cells[0][:12], cells[1])

@@ -1,0 +1,310 @@
+"""A reproduced row: what is refused, how its figures come about, and where they are written; nothing is trained."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metalearn.commands.reproduce import run
+from metalearn.commands.reproduce.plan import check_reproduce, plan
+from metalearn.commands.reproduce.published import SETTINGS, published
+from metalearn.commands.reproduce.run import FINISHED, UNFINISHED, SliceOver, run_reproduction, time_slice
+from metalearn.commands.reproduce.table import BEGIN, END, read_rows, readme_table, with_table
+from metalearn.config.commands_schema import ReproduceConfig
+from metalearn.config.compose import compose, typed
+from metalearn.core.errors import ConfigError, RunError
+
+ROW = "omniglot_5way_1shot_cpu"
+ACCURACIES = (0.98, 0.982, 0.987)
+
+
+@pytest.fixture(autouse=True)
+def _omniglot_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as a configuration can tell."""
+    (tmp_path / "data" / "omniglot-py" / "images_background").mkdir(parents=True)
+    monkeypatch.setenv("METALEARN_DATA", str(tmp_path / "data"))
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in the place of the repository."""
+    monkeypatch.setattr(run, "REFERENCE", tmp_path / "reference" / "omniglot.json")
+    monkeypatch.setattr(run, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    return tmp_path
+
+
+def asked(*overrides: str) -> ReproduceConfig:
+    config = typed(compose("reproduce", [f"row={ROW}", *overrides]), ReproduceConfig)
+    check_reproduce(config)
+    return config
+
+
+def finish(config: ReproduceConfig, folder: Path, **changed: Any) -> None:
+    """What its trainings would leave behind."""
+    for row in plan(config, folder):
+        for job, accuracy in zip(row.jobs, ACCURACIES, strict=False):
+            training = job.config
+            job.folder.mkdir(parents=True, exist_ok=True)
+            metrics = {
+                "dataset": training.data.name,
+                "algorithm": "maml",
+                "second_order": training.inner.second_order,
+                "seed": training.run.seed,
+                "task": f"{training.task.ways}-way {training.task.shots}-shot",
+                "iterations": training.outer.iterations,
+                "test.episodes": 600,
+                "test.accuracy": accuracy,
+                "test.ci95": 0.001,
+                "test.accuracy_nontransductive": accuracy - 0.04,
+                "test.ci95_nontransductive": 0.002,
+                "test.accuracy_per_step": [0.2, accuracy],
+                "validation.best_accuracy": 0.99,
+                "validation.best_iteration": 14_000,
+                "time.total_s": 600.0 + 60 * training.run.seed,
+                "machine.cpu": "a processor",
+                "machine.cores": 2,
+                **changed,
+            }
+            (job.folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["row=omniglot_5way_1sht"],
+            r"row=omniglot_5way_1sht: .*Did you mean omniglot_5way_1shot.*The rows are omniglot_",
+        ),
+        (["row=../train"], r"row=\.\./train: there is no such experiment"),
+        (["orders=[third]"], r"orders=\['third'\]: must be one of second, first"),
+        (["orders=[first,first]"], r"orders=\[first,first\]: first stands there twice"),
+        (["seeds=[]"], r"seeds=\[\]: must be one or more whole numbers"),
+        (["seeds=[0,1,0]"], r"seeds=\[0,1,0\]: 0 stands there twice; leave one out"),
+        (["minutes=0"], r"minutes=0\.0: must be a number above 0"),
+        (["jobs=0"], r"jobs=0: must be a whole number, at least 1"),
+        (["overrides=['run.seed=3']"], r"overrides, 'run\.seed=3': seeds= says which seeds; leave it out"),
+        (["overrides=['+hydra.run.dir=x']"], r"overrides, '\+hydra\.run\.dir=x': folders are named by row"),
+        (["overrides=['data.fallback=glyphs']"], r"never taken on other data unasked; data=glyphs asks for it"),
+        (["overrides=['inner.second_ordr=true']"], r"Did you mean inner\.second_order\?"),
+        (["overrides=['inner.steps=-1']"], rf"row={ROW}: inner\.steps=-1: must be a whole number"),
+        (["overrides=['algorithm=maml++']"], r"maml\+\+"),
+        (["overrides=['data.root=/nonexistent']"], rf"row={ROW}: data\.root=/nonexistent: there is no such folder"),
+        (
+            ["record=true", "overrides=['outer.lr=0.1']"],
+            r"record=true with overrides=\['outer\.lr=0\.1'\]: .*own in conf/",
+        ),
+        (["record=true", "overrides=['data=glyphs']"], r"record=true with overrides=\['data=glyphs'\]"),
+    ],
+)
+def test_refused_with_the_value_and_what_to_do(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        asked(*overrides)
+
+
+def test_how_a_row_is_computed_may_differ_where_it_is_recorded(tmp_path: Path) -> None:
+    config = asked("record=true", f"overrides=['inner.engine=adjoint','data.root={tmp_path}/data']")
+    (row,) = plan(config, tmp_path)
+    assert row.jobs[0].config.inner.engine == "adjoint"
+    assert row.overrides == ["inner.engine=adjoint"], "where the data lies is nobody's business"
+    assert row.command == (
+        f"python scripts/reproduce.py row={ROW} 'orders=[second]' 'seeds=[0,1,2]' "
+        """'overrides=['"'"'inner.engine=adjoint'"'"']'"""
+    )
+
+
+def test_a_run_for_every_order_and_seed(tmp_path: Path) -> None:
+    rows = plan(asked("orders=[second,first]", "seeds=[3,4]"), tmp_path)
+    jobs = [job for row in rows for job in row.jobs]
+    assert [(j.folder.name, j.config.inner.second_order, j.config.run.seed) for j in jobs] == [
+        ("second_order-seed3", True, 3),
+        ("second_order-seed4", True, 4),
+        ("first_order-seed3", False, 3),
+        ("first_order-seed4", False, 4),
+    ]
+    assert {job.folder.parent for job in jobs} == {tmp_path / ROW}
+    assert "run.resume" not in " ".join(jobs[0].overrides), "which the launcher adds, with the folder"
+
+
+def test_published_figures() -> None:
+    def percent(algorithm: str, order: str) -> list[float]:
+        found = [published(algorithm, order, ways, shots) for ways, shots in SETTINGS]
+        return [round(100 * each.accuracy, 2) for each in found if each]
+
+    assert percent("maml", "second") == [98.7, 99.9, 95.8, 98.9]
+    assert percent("maml", "first") == [98.3, 99.2, 89.4, 97.9]
+    assert percent("maml_pp", "second") == [99.47, 99.93, 97.65, 99.33]
+    assert published("maml", "second", 10, 1) is None
+    assert published("maml_pp", "first", 5, 1) is None
+
+
+def test_figures_are_over_seeds_and_recorded(recorded: Path) -> None:
+    config = asked("orders=[second,first]", "record=true")
+    finish(config, recorded / "rows")
+    assert run_reproduction(config, recorded / "rows") == FINISHED
+    second, first = read_rows(recorded / "reference" / "omniglot.json")
+    assert read_rows(recorded / "rows" / "omniglot.json") == [second, first]
+    assert (second["experiment"], second["algorithm"], second["order"], first["order"]) == (
+        ROW,
+        "maml",
+        "second",
+        "first",
+    )
+    # Student's t for two degrees of freedom is 4.3027, and the standard error is that of three values.
+    half = 4.302653 * statistics.stdev(ACCURACIES) / 3**0.5
+    assert second["accuracy"] == {"mean": pytest.approx(0.983), "ci95": pytest.approx(half), "over": "seeds"}
+    assert second["nontransductive"]["mean"] == pytest.approx(0.943)
+    assert [(r["seed"], r["accuracy"], r["ci95"]) for r in second["runs"]] == [
+        (seed, accuracy, 0.001) for seed, accuracy in enumerate(ACCURACIES)
+    ]
+    assert (second["iterations"], second["tasks_per_step"], second["minutes"]) == (15_000, 8, 11)
+    assert second["machine"] == {"cpu": "a processor", "cores": "2"}
+    assert second["published"] == {"accuracy": 0.987, "source": "Finn et al. 2017"}
+    assert first["published"] == {"accuracy": 0.983, "source": "Nichol et al. 2018"}
+
+    readme = (recorded / "README.md").read_text()
+    assert readme.startswith(f"before\n{BEGIN}\n| task")
+    assert readme.endswith(f"|\n{END}\nafter\n")
+    assert "old" not in readme
+    lines = readme.splitlines()
+    line = (
+        f"| 5-way 1-shot, `{ROW}` | second | 98.30% ± {half:.2%} | 3 | 94.30% ± {half:.2%} | 98.7% (Finn et al. 2017) "
+        "| 15,000 of 8 tasks | 11 |"
+    )
+    missing = (
+        "| 20-way 1-shot, `omniglot_20way_1shot` | first | not measured | - | - | 89.4% (Nichol et al. 2018) "
+        "| 60,000 of 16 tasks | - |"
+    )
+    assert line in lines
+    assert missing in lines
+    assert readme.count("not measured") == 12  # of 4 settings in 3 rows, the measured ones are of other budgets
+    tasks = [line.partition(",")[0] for line in lines if "-way" in line]
+    assert tasks == sorted(tasks, key=lambda task: int(task[2:4].strip("-")) * 10 + int(task.split()[2][0]))
+
+
+def test_one_seed_has_the_interval_over_its_tasks(recorded: Path) -> None:
+    config = asked("seeds=[0]", "record=true")
+    finish(config, recorded / "rows")
+    run_reproduction(config, recorded / "rows")
+    (row,) = read_rows(recorded / "reference" / "omniglot.json")
+    assert row["accuracy"] == {"mean": 0.98, "ci95": 0.001, "over": "tasks"}
+    assert "| 98.00% ± 0.10% (over tasks) | 1 |" in (recorded / "README.md").read_text()
+
+
+def test_a_row_is_never_replaced_by_one_of_fewer_seeds(recorded: Path) -> None:
+    reference = recorded / "reference" / "omniglot.json"
+    (recorded / "README.md").write_text("no markers\n")
+    two = asked("seeds=[0,1]", "record=true")
+    finish(two, recorded / "rows")
+    run_reproduction(two, recorded / "rows")
+    (row,) = read_rows(reference)
+    other = {**row, "experiment": "another", "mine": "untouched"}
+    reference.write_text(json.dumps({"rows": [other, row]}))
+    before = reference.read_text()
+    with pytest.raises(
+        RunError, match=rf"seeds=\[0\]: .*omniglot\.json holds {ROW}, second order, with more seeds, \[0, 1\]"
+    ):
+        run_reproduction(asked("seeds=[0]", "record=true"), recorded / "rows")
+    assert reference.read_text() == before
+    three = asked("record=true")
+    finish(three, recorded / "rows")
+    run_reproduction(three, recorded / "rows")
+    kept, row = read_rows(reference)
+    assert kept == other
+    assert row["seeds"] == [0, 1, 2]
+    assert (recorded / "README.md").read_text() == "no markers\n"
+
+
+def test_without_markers_the_table_is_printed(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for readme in ("nothing", f"{END}\n{BEGIN}", f"{BEGIN}{BEGIN}{END}"):
+        (recorded / "README.md").write_text(readme)
+        run.write_readme([])
+        assert (recorded / "README.md").read_text() == readme
+        said = capsys.readouterr().out
+        assert "README.md has no place for the table" in said
+        assert readme_table([]) in said
+
+
+def test_a_table_takes_the_place_of_the_former() -> None:
+    readme = with_table(f"a {BEGIN} b {END} c", "one")
+    assert readme == f"a {BEGIN}\none\n{END} c"
+    assert with_table(readme, "two") == readme.replace("one", "two")
+
+
+def test_only_an_order_that_is_whole_is_gathered(
+    recorded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish(asked("orders=[first]"), recorded / "rows")
+    config = asked("orders=[second,first]", "minutes=7")
+
+    def over(*arguments: Any, **settings: Any) -> None:
+        raise SliceOver
+
+    monkeypatch.setattr(run, "launch", over)
+    state = recorded / "rows" / ROW / "second_order-seed0" / "checkpoints" / "state-00004321.pt"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    monkeypatch.setattr("sys.argv", ["scripts/reproduce.py", f"row={ROW}", "minutes=7"])
+    assert run_reproduction(config, recorded / "rows") == UNFINISHED
+    (row,) = read_rows(recorded / "rows" / "omniglot.json")
+    assert row["order"] == "first"
+    said = capsys.readouterr().out
+    assert "The slice of 7 minutes is over." in said
+    assert "second_order-seed0: 4321 of 15000 meta-steps" in said
+    assert "3 of 6 runs are finished. The same command goes on from here:" in said
+    assert f"python scripts/reproduce.py row={ROW} minutes=7" in said
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"iterations": 7000}, r"is of another run: its iterations is 7000, and 15000 is asked for"),
+        ({"dataset": "glyphs"}, r"its dataset is glyphs, and omniglot is asked for"),
+    ],
+)
+def test_another_runs_figures_are_not_taken(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = asked()
+    finish(config, tmp_path / "rows", **changed)
+    with pytest.raises(RunError, match=message):
+        run_reproduction(config, tmp_path / "rows")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"rows": 3'])
+def test_damaged_files_are_named(text: str, tmp_path: Path) -> None:
+    config = asked()
+    finish(config, tmp_path)
+    damaged = tmp_path / ROW / "second_order-seed1" / "metrics.json"
+    damaged.write_text(text)
+    with pytest.raises(RunError, match=r"seed1/metrics\.json is not the figures of a finished run.*Remove the file"):
+        run_reproduction(config, tmp_path)
+    (tmp_path / "omniglot.json").write_text(text)
+    with pytest.raises(RunError, match=r"omniglot\.json is not a file of rows.*Move it away, or restore it"):
+        run_reproduction(config, tmp_path)
+
+
+def test_a_folder_with_another_configuration_is_refused(tmp_path: Path) -> None:
+    config = asked()
+    finish(config, tmp_path)
+    from metalearn.config.run_config import to_yaml
+
+    (job, *_) = plan(asked("overrides=['inner.lr=0.3']"), tmp_path)[0].jobs
+    (job.folder / "config.yaml").write_text(to_yaml(job.config))
+    with pytest.raises(
+        RunError, match=r"inner\.lr: 0\.3 in the folder, 0\.4 now\nGo on with .*hydra\.run\.dir=PATH\.$"
+    ):
+        run_reproduction(config, tmp_path)
+
+
+def test_a_slice_ends_what_is_under_way_and_nothing_later() -> None:
+    with time_slice(None):
+        pass
+    with pytest.raises(SliceOver), time_slice(0.05 / 60):
+        time.sleep(10)
+    with time_slice(0.05 / 60):
+        pass
+    time.sleep(0.1)

@@ -1,0 +1,85 @@
+"""``scripts/reproduce.py`` with real trainings: a slice ends, and the same command goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+from metalearn.commands.reproduce import run
+from metalearn.commands.reproduce.plan import check_reproduce
+from metalearn.commands.reproduce.run import FINISHED, UNFINISHED, SliceOver, run_reproduction
+from metalearn.config.commands_schema import ReproduceConfig
+from metalearn.config.compose import compose, typed
+from tests.commands.test_commands import command
+
+SMALL = (
+    "data=glyphs",
+    "data.classes=50",
+    "model.width=4",
+    "task.meta_batch=2",
+    "task.queries=1",
+    "outer.iterations=60",
+    "eval.every=20",
+    "eval.validation_episodes=2",
+    "eval.episodes=4",
+    "log.images=false",
+    "log.every=100",
+)
+
+
+def test_a_slice_ends_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    small = ",".join(f"'{override}'" for override in SMALL)
+    asked = ["row=omniglot_5way_1shot_cpu", "seeds=[5]", "minutes=1", f"overrides=[{small}]"]
+    config = typed(compose("reproduce", asked), ReproduceConfig)
+    check_reproduce(config)
+    folder = tmp_path / "omniglot_5way_1shot_cpu" / "second_order-seed5"
+
+    @contextmanager
+    def until_it_has_begun(minutes: float | None) -> Iterator[None]:
+        """A slice that is over when there is something to go on from, however busy the machine is."""
+
+        def look(number: int, frame: FrameType | None) -> None:
+            if any(folder.glob("checkpoints/state-*.pt")):
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                raise SliceOver
+
+        before = signal.signal(signal.SIGALRM, look)
+        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "time_slice", until_it_has_begun)
+        assert run_reproduction(config, tmp_path) == UNFINISHED
+    assert not (folder / "metrics.json").exists()
+    assert not (tmp_path / "omniglot.json").exists()
+
+    assert run_reproduction(config, tmp_path) == FINISHED
+    assert re.search(r"Going on from meta-step [1-9]", (folder / "train.log").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (row,) = json.loads((tmp_path / "omniglot.json").read_text())["rows"]
+    assert row["accuracy"] == {"mean": metrics["test.accuracy"], "ci95": metrics["test.ci95"], "over": "tasks"}
+    assert (row["dataset"], row["published"], row["seeds"]) == ("glyphs", None, [5])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "launch", None)
+        assert run_reproduction(config, tmp_path) == FINISHED, "nothing is trained again"
+
+
+def test_a_refusal_makes_no_folder(tmp_path: Path) -> None:
+    refused = command("reproduce.py", "row=nope", cwd=tmp_path)
+    assert refused.returncode == 2, refused.stdout
+    assert "row=nope: there is no such experiment. The rows are omniglot_20way_1shot" in refused.stderr
+    assert "Traceback" not in refused.stderr + refused.stdout
+    assert not list(tmp_path.iterdir())

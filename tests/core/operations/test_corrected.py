@@ -1,0 +1,420 @@
+"""Operations that torch differentiates wrongly, each against a formula, differences or a plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient
+from metalearn.core.functional import relative_error
+from metalearn.derivatives import HVP_MODES, hvp
+from metalearn.metagrad import ENGINES
+from metalearn.metagrad.baselines.by_hand import meta_gradient as by_hand
+
+DOUBLE = torch.float64
+T, S, Q, N, WORDS = 3, 5, 4, 3, 6
+
+
+class Words(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(WORDS, 4, **options), nn.Linear(4, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.tanh(self.words(x)).mean(dim=1))
+        return logits
+
+
+def sentences() -> Episodes:
+    sizes = (S, Q)
+    x = [torch.randint(WORDS, (T, n, 5)) for n in sizes]
+    y = [torch.randint(N, (T, n)) for n in sizes]
+    return Episodes(x[0], y[0], x[1], y[1])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize(
+    "options", [{"padding_idx": 0}, {"padding_idx": 2}, {"padding_idx": -1}, {"scale_grad_by_freq": True}]
+)
+def test_embedding_is_right_in_every_task(options: dict[str, Any], second_order: bool, engine: str) -> None:
+    module, tasks = Words(**options).double(), sentences()
+    inner = InnerLoop(lr=0.3, steps=2, second_order=second_order, engine=engine)
+    got = meta_gradient(*functionalize(module), tasks, inner)
+    assert relative_error(got.grads, by_hand(module, tasks, inner).grads) < 1e-12
+
+
+def test_embedding_with_sparse_gradients_is_that_with_dense_ones() -> None:
+    dense, tasks = Words().double(), sentences()
+    sparse = Words(sparse=True).double()
+    sparse.load_state_dict(dense.state_dict())
+    inner = InnerLoop(lr=0.3, steps=2)
+    got = meta_gradient(*functionalize(sparse), tasks, inner)
+    assert relative_error(got.grads, by_hand(dense, tasks, inner).grads) < 1e-12
+
+
+def test_padding_row_stays_where_it_was() -> None:
+    forward, theta = functionalize(Words(padding_idx=0).double())
+    tasks = sentences()
+    fast = adapt(forward, theta, tasks.support_x, tasks.support_y, InnerLoop(lr=0.3, steps=2))
+    assert torch.equal(fast["words.weight"][:, 0], theta["words.weight"][0].expand(T, 4))
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+def test_padding_row_has_no_curvature(mode: str) -> None:
+    words, weight, v = torch.tensor([[0, 1, 2], [2, 0, 3]]), torch.randn(4, 2, dtype=DOUBLE), torch.ones(4, 2).double()
+    product = hvp(
+        lambda w: functional.embedding(words, w, padding_idx=0).mean(dim=1).pow(3).sum(), weight, v, mode=mode
+    )
+    blocked = hvp(
+        lambda w: functional.embedding(words, torch.cat([w[:1].detach(), w[1:]])).mean(dim=1).pow(3).sum(),
+        weight,
+        v,
+        mode=mode,
+    )
+    torch.testing.assert_close(product, blocked)
+
+
+def test_max_norm_in_a_function_is_refused_by_name() -> None:
+    def forward(params: Params, x: Tensor) -> Tensor:
+        return functional.embedding(x, params["w"], max_norm=1.0).mean(dim=1)
+
+    with pytest.raises(ValueError, match=r"^embedding: max_norm=1\.0 rescales .* without max_norm"):
+        meta_gradient(forward, {"w": torch.randn(WORDS, N).double()}, sentences(), InnerLoop(lr=0.1, steps=1))
+
+
+def slope_of_gradient(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, h: float = 1e-5) -> Tensor:
+    """H v by central differences of the gradient."""
+
+    def gradient(at: Tensor) -> Tensor:
+        at = at.detach().requires_grad_()
+        return torch.autograd.grad(f(at), at)[0]
+
+    return (gradient(x + h * v) - gradient(x - h * v)) / (2 * h)
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_weight_norm_has_the_right_second_derivative(dim: int, mode: str) -> None:
+    x, v = torch.randn(5, 6, dtype=DOUBLE), torch.randn(5, 6, dtype=DOUBLE)
+    shape = {0: (4, 1), 1: (1, 6), -1: ()}[dim]
+
+    def f(x: Tensor) -> Tensor:
+        g = x[4].repeat(2)[: torch.Size(shape).numel()].reshape(shape)
+        return torch._weight_norm(x[:4], g, dim).tanh().sum()
+
+    torch.testing.assert_close(hvp(f, x, v, mode=mode), slope_of_gradient(f, x, v), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dim", [0, None])
+def test_weight_norm_in_a_model_agrees_with_differences(dim: int | None, engine: str) -> None:
+    layer = parametrizations.weight_norm(nn.Linear(4, 5), dim=dim)  # type: ignore[arg-type]  # None: of all entries
+    module = nn.Sequential(layer, nn.Tanh(), nn.Linear(5, N)).double()
+    forward, theta = functionalize(module)
+    x, y = torch.randn(2, 6, 4, dtype=DOUBLE), torch.randint(N, (2, 6))
+    tasks, inner = Episodes(x, y, x, y), InnerLoop(lr=0.5, steps=2, engine=engine)
+    v = {name: torch.randn_like(p) for name, p in theta.items()}
+    grads, h = meta_gradient(forward, theta, tasks, inner).grads, 1e-5
+    ahead, behind = (
+        meta_gradient(forward, {n: p + s * v[n] for n, p in theta.items()}, tasks, inner).loss for s in (h, -h)
+    )
+    slope = sum(float((g * v[n]).sum()) for n, g in grads.items())
+    assert float(ahead - behind) / (2 * h) == pytest.approx(slope, rel=1e-6)
+
+
+def test_chunks_of_linear_cross_entropy_change_nothing() -> None:
+    options = pytest.importorskip("torch.nn.modules.linear_cross_entropy_options").LinearCrossEntropyOptions
+    chunks = options(allow_retain_graph=True, batch_chunk_size=2)
+    x, y, v = torch.randn(5, 4, dtype=DOUBLE), torch.randint(N, (5,)), torch.randn(N, 4, dtype=DOUBLE)
+    w = torch.randn(N, 4, dtype=DOUBLE)
+
+    def f(w: Tensor) -> Tensor:
+        loss: Tensor = functional.linear_cross_entropy(x, w, y, options=chunks)
+        return loss.tanh()
+
+    def whole(w: Tensor) -> Tensor:
+        return functional.cross_entropy(x @ w.T, y).tanh()
+
+    torch.testing.assert_close(hvp(f, w, v, mode="reverse_over_reverse"), hvp(whole, w, v))
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+def test_hardsigmoid_has_a_second_derivative(mode: str) -> None:
+    x, v = 4 * torch.randn(3, 5, dtype=DOUBLE), torch.randn(3, 5, dtype=DOUBLE)
+
+    def f(x: Tensor) -> Tensor:
+        total: Tensor = nn.Hardsigmoid()(x).pow(3).sum()
+        return total
+
+    torch.testing.assert_close(hvp(f, x, v, mode=mode), slope_of_gradient(f, x, v), rtol=1e-6, atol=1e-8)
+
+
+class ReLU6Sigmoid(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu6(x + 3) / 6
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_mobilenet_is_right(engine: str) -> None:
+    from torchvision.models import mobilenet_v3_small
+    from torchvision.ops import SqueezeExcitation
+
+    module = mobilenet_v3_small(num_classes=N).double().eval()
+    x, y = torch.randn(2, 3, 3, 32, 32, dtype=DOUBLE), torch.randint(N, (2, 3))
+    tasks, inner = Episodes(x, y, x, y), InnerLoop(lr=0.01, steps=1, engine=engine)
+    got = meta_gradient(*functionalize(module), tasks, inner)
+    for block in [m for m in module.modules() if isinstance(m, SqueezeExcitation)]:
+        block.scale_activation = ReLU6Sigmoid()
+    assert (
+        relative_error(got.grads, by_hand(module, tasks, inner).grads) < 1e-6
+    )  # of its slope torch's kernel has 8 digits
+
+
+Z, V = torch.zeros(3, dtype=DOUBLE), torch.tensor([1.0, 2.0, -1.0], dtype=DOUBLE)
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+def test_sinc_is_right_at_and_near_zero(mode: str) -> None:
+    torch.testing.assert_close(hvp(lambda x: torch.sinc(x).sum(), Z, V, mode=mode), -(torch.pi**2) / 3 * V)
+    for size in (1e-3, 3.1e-3, 3.2e-3, 0.1, 1.3):  # across the seam between series and quotient
+        x = torch.full((1,), size, dtype=torch.float64)
+        z = torch.pi * x
+        exact = torch.pi**2 * ((2 - z * z) * torch.sin(z) - 2 * z * torch.cos(z)) / z**3
+        got = hvp(lambda x: torch.sinc(x).sum(), x, torch.ones_like(x), mode=mode)
+        torch.testing.assert_close(got, exact, rtol=max(1e-9, 1e-15 / size**3), atol=0)
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        slope: Tensor = 3 * x**2 * g
+        return slope
+
+
+class WrappedCube(Cube):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")  # type: ignore[untyped-decorator]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        slope: Tensor = 3 * x**2 * g
+        return slope
+
+
+class NumpyCube(Cube):
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        x = ctx.saved_tensors[0].detach().numpy()
+        return torch.from_numpy(3 * x**2 * g.detach().numpy())
+
+
+class NoGradCube(Cube):
+    @staticmethod
+    @torch.no_grad()
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        slope: Tensor = 3 * x**2 * g
+        return slope
+
+
+class BatchedCube(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        slope: Tensor = 3 * x**2 * g
+        return slope
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("cube", [Cube, BatchedCube, WrappedCube, NumpyCube, NoGradCube])
+def test_a_function_that_is_differentiable_once_is_refused(cube: Any, engine: str) -> None:
+    def forward(params: Params, x: Tensor) -> Tensor:
+        out: Tensor = cube.apply(x @ params["w"])
+        return out
+
+    x, theta = torch.randn(2, 4, 3, dtype=DOUBLE), {"w": torch.randn(3, 2, dtype=DOUBLE)}
+    tasks = Episodes(x, torch.zeros(2, 4), x, torch.zeros(2, 4))
+    inner = InnerLoop(lr=0.1, steps=1, engine=engine)
+    # A loss that is linear in the prediction: what flows back is a constant, and torch raises nothing.
+    with pytest.raises(ValueError, match=rf"backward of {cube.__name__}, .*@once_differentiable"):
+        meta_gradient(forward, theta, tasks, inner, loss=lambda p, y: p.mean())
+    first = InnerLoop(lr=0.1, steps=1, engine=engine, second_order=False)
+    assert meta_gradient(forward, theta, tasks, first, loss=lambda p, y: p.mean()).grads["w"].any()
+    with pytest.raises(ValueError, match=r"once_differentiable"):
+        hvp(lambda w: cube.apply(w).sum(), theta["w"], theta["w"], mode="reverse_over_reverse")
+
+
+class PassedThrough(torch.autograd.Function):
+    """The sign, with the gradient of the identity: what its backward gives is what it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+def test_a_straight_through_function_is_taken() -> None:
+    w, v = torch.randn(4, dtype=DOUBLE), torch.randn(4, dtype=DOUBLE)
+    product = hvp(lambda w: PassedThrough.apply(w**2).pow(2).sum(), w, v, mode="reverse_over_reverse")
+    # g = 2 sign(w^2) * 2w, and as sign passes its gradient on, dg = (2 * 2w * 2w + 4 sign(w^2)) v.
+    torch.testing.assert_close(product, (8 * w**2 + 4) * v)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_activation_checkpointing_inside_of_a_model_is_refused(engine: str, batched: bool, reentrant: bool) -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, N)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = checkpoint(self.body, x, use_reentrant=reentrant)
+            logits: Tensor = self.head(h)
+            return logits if batched or logits.sum() > 1e9 else logits * 1  # a branch cannot be batched
+
+    x, y = torch.randn(2, 4, 4), torch.randint(N, (2, 4))
+    with pytest.raises(ValueError, match=r"torch\.utils\.checkpoint .*without it; InnerLoop\(engine='checkpoint'\)"):
+        meta_gradient(*functionalize(Again()), Episodes(x, y, x, y), InnerLoop(lr=0.1, steps=1, engine=engine))
+
+
+class Rounded(torch.autograd.Function):
+    """Its backward is a constant, and so has the derivative 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return torch.zeros_like(g)
+
+
+def test_a_function_whose_gradient_is_zero_is_taken() -> None:
+    def forward(params: Params, x: Tensor) -> Tensor:
+        out: Tensor = x @ params["w"] + Rounded.apply(x @ params["w"])
+        return out
+
+    x, theta = torch.randn(2, 4, 3, dtype=DOUBLE), {"w": torch.randn(3, 2, dtype=DOUBLE)}
+    tasks = Episodes(x, torch.zeros(2, 4), x, torch.zeros(2, 4))
+    assert meta_gradient(forward, theta, tasks, InnerLoop(lr=0.1, steps=1), loss=lambda p, y: p.mean()).grads["w"].any()
+
+
+class Largest(torch.autograd.Function):
+    """Values and indices; the gradient of indices has their shape, which a trial without a graph does not know."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, indices = x.max(dim=1)
+        ctx.mark_non_differentiable(indices)
+        ctx.save_for_backward(indices)
+        ctx.width = x.shape[1]
+        return values, indices
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, of_indices: Tensor) -> Tensor:
+        (indices,) = ctx.saved_tensors
+        assert of_indices.shape == indices.shape
+        return functional.one_hot(indices, ctx.width) * g.unsqueeze(1)
+
+
+def test_a_function_with_an_output_of_indices_is_taken() -> None:
+    w, v = torch.randn(3, 4, dtype=DOUBLE), torch.randn(3, 4, dtype=DOUBLE)
+    product = hvp(lambda w: Largest.apply(w)[0].pow(2).sum(), w, v, mode="reverse_over_reverse")
+    torch.testing.assert_close(product, 2 * v * functional.one_hot(w.argmax(dim=1), 4))
+
+
+@pytest.mark.parametrize("mode", HVP_MODES)
+def test_vmap_inside_of_a_function_is_refused_where_it_is_wrong(mode: str) -> None:
+    def f(x: Tensor) -> Tensor:
+        rows: Tensor = torch.vmap(lambda r: r.select_scatter(r[1] ** 2, 0, 0) ** 2)(x)
+        return rows.sum()
+
+    with pytest.raises(NotImplementedError, match=r"^select_scatter: its derivative is wrong under torch\.vmap"):
+        hvp(f, torch.randn(2, 3, dtype=DOUBLE), torch.randn(2, 3, dtype=DOUBLE), mode=mode)
+
+
+@pytest.mark.parametrize("order", ["functional", "torch"])
+def test_running_statistics_are_never_written(order: str) -> None:
+    mean, var = torch.zeros(3, dtype=DOUBLE), torch.ones(3, dtype=DOUBLE)
+
+    def forward(params: Params, x: Tensor) -> Tensor:
+        h = x @ params["w"]
+        h = h if h.sum() > 1e9 else h * 1  # a branch, so that tasks are taken one after another
+        if order == "functional":
+            written: Tensor = functional.batch_norm(h, mean, var, training=True)
+            return written
+        out: Tensor = torch.batch_norm(h, None, None, mean, var, True, 0.1, 1e-5, False)
+        return out
+
+    x, theta = torch.randn(2, 4, 3, dtype=DOUBLE), {"w": torch.randn(3, 3, dtype=DOUBLE)}
+    tasks = Episodes(x, torch.zeros(2, 4).long(), x, torch.zeros(2, 4).long())
+    with pytest.raises(ValueError, match=r"track_running_stats=False"):
+        meta_gradient(forward, theta, tasks, InnerLoop(lr=0.1, steps=1))
+    with pytest.raises(ValueError, match=r"track_running_stats=False"):
+        hvp(lambda w: forward({"w": w}, x[0]).pow(3).sum(), theta["w"], theta["w"], mode="reverse_over_reverse")
+    assert not mean.any()
+
+
+def test_sinc_in_place_and_into_another_tensor() -> None:
+    x = torch.tensor([0.0, 0.3], dtype=DOUBLE)
+    torch.testing.assert_close(
+        hvp(lambda x: (x * 1).sinc_().sum(), x, torch.ones_like(x)),
+        hvp(lambda x: torch.sinc(x).sum(), x, torch.ones_like(x)),
+    )
+    with pytest.raises(RuntimeError, match="out="):
+        hvp(lambda x: torch.sinc(x, out=torch.empty(2).double()).sum(), x, x, mode="reverse_over_reverse")
+
+
+def test_hooks_of_the_caller_are_called() -> None:
+    forward, theta = functionalize(nn.Linear(4, N))
+    x, y = torch.randn(2, 4, 4), torch.randint(N, (2, 4))
+    packed: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        packed.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        meta_gradient(forward, theta, Episodes(x, y, x, y), InnerLoop(lr=0.1, steps=1))
+    assert packed

@@ -1,0 +1,89 @@
+"""Every operation of torch's database is right or refused, in every mode and engine, and refused as the table says.
+
+The table, ``refused.json``, is edited by hand, from what ``python -m tests.core.operations.database`` prints.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("expecttest", reason="torch's own tests need it: pip install expecttest")
+
+from metalearn.core import operations
+from metalearn.derivatives import inputs as points
+from tests.core.operations import database
+from tests.core.operations.database import COLUMNS
+from tests.core.operations.database import operations as every_operation
+
+TABLE = json.loads(database.REFUSED.read_text())
+REFUSED: dict[str, list[str]] = TABLE["refused"]
+_EVERY = 10
+_ALWAYS = (
+    "linalg.solve",
+    "linalg.det",
+    "linalg.cholesky",
+    "cumprod",
+    "nn.functional.layer_norm",
+    "nn.functional.embedding",
+    "nn.functional.mse_loss",
+    "select_scatter",
+    "as_strided",
+    "scatter_reduce.prod",
+    "sinc",
+)
+NAMES = sorted(every_operation())
+SAMPLE = sorted({*NAMES[::_EVERY], *(name for name in _ALWAYS if name in every_operation())})
+
+
+def hold(name: str) -> None:
+    for column, verdict in COLUMNS.items():
+        outcome = verdict(name)
+        assert outcome in ("right", "refused"), f"{column}: {name} is {outcome}"
+        assert outcome == "right" or name in REFUSED[column], f"{column} refuses {name}, which the table does not say"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SAMPLE)
+def test_operation_is_right_or_refused(name: str) -> None:
+    hold(name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(SAMPLE)))
+def test_every_other_operation_is_right_or_refused(name: str) -> None:
+    hold(name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("column", COLUMNS)
+def test_the_table_names_operations_that_are_refused(column: str) -> None:
+    """So that it shrinks: what is right now is to be taken out."""
+    if not torch.__version__.startswith(TABLE["torch"].rpartition(".")[0]):
+        pytest.skip(f"the table is of torch {TABLE['torch']}")
+    stale = [name for name in REFUSED[column] if name in SAMPLE and COLUMNS[column](name) != "refused"]
+    assert not stale, f"{column}: take {stale} out of {database.REFUSED.name}"
+
+
+def test_the_database_is_whole() -> None:
+    assert len(NAMES) > 450
+    assert len(SAMPLE) >= 50
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_sweep_sees_what_torch_gets_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "nn.functional.linear_cross_entropy.chunked"
+    if name not in NAMES:
+        pytest.skip("this torch has no linear_cross_entropy")
+    monkeypatch.setattr(operations, "_CORRECTED", {})
+    assert "wrong" in COLUMNS["hvp reverse_over_reverse"](name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_sweep_sees_a_forward_mode_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(points, "FORWARD_MODE", {})
+    assert "wrong" in COLUMNS["hvp forward_over_reverse"]("scatter_reduce.prod")
+    assert "wrong" in COLUMNS["engine adjoint"]("scatter_reduce.prod")

@@ -1,0 +1,354 @@
+"""Every pass leaves a module as it was; one that cannot be pure is refused by name; its function can be sent."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from metalearn import Episodes, InnerLoop, functionalize, meta_gradient
+from metalearn.core.functional import ModuleForward
+from metalearn.models import Conv4
+
+X = torch.randn(4, 5)
+TASKS = Episodes(torch.randn(2, 4, 5), torch.randint(3, (2, 4)), torch.randn(2, 3, 5), torch.randint(3, (2, 3)))
+
+
+def chain(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 5), *layers, nn.Linear(5, 3))
+
+
+class Net(nn.Module):
+    """What the subclasses below have in common: two layers of 5 numbers and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
+        return logits
+
+
+class TwoNames(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = self.a
+
+
+class TiedWeight(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b.weight = self.a.weight
+
+
+class TiedOfTwoNames(Net):
+    """One layer under two names whose weight a third layer shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = self.b = self.a
+        self.d = nn.Linear(5, 5)
+        self.d.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.d(x) + self.c(x))
+
+
+class InAList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.Linear(5, 5)
+        self.layers = nn.ModuleList([layer, nn.Tanh(), layer])
+        self.named = nn.ModuleDict({"again": layer, "head": nn.Linear(5, 3)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.named["head"](self.named["again"](x))
+        return logits
+
+
+class SharedBuffer(Net):
+    """A buffer under two names that the forward pass writes to and reads, and one that it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.a.register_buffer("calls", self.calls)
+        self.register_buffer("made", None)
+        self.frozen = nn.Parameter(torch.ones(5), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls: Tensor
+        self.calls += 1
+        self.calls = self.calls * 2
+        self.made = torch.ones(5)
+        self.register_buffer("late", torch.ones(5))
+        return super().forward(x * self.made * self.frozen) + self.a.get_buffer("calls")
+
+
+class Switches(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        self.train(not self.training)
+        return super().forward(x)
+
+
+class Fails(TwoNames):
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        self.eval()
+        raise ArithmeticError(f"{logits.shape} is not to be had")
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.lstm(x)[0])
+        return logits
+
+
+def old_style(normalise: Callable[[nn.Module], nn.Module]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # weight_norm is deprecated
+            return chain(normalise(nn.Linear(5, 5)))
+
+    return build
+
+
+def pruned() -> nn.Module:
+    module = chain(nn.Linear(5, 5))
+    prune.l1_unstructured(module[1], "weight", amount=0.5)  # type: ignore[index]
+    return module
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "plain": Net,
+    "two names": TwoNames,
+    "tied weight": TiedWeight,
+    "tied weight of two names": TiedOfTwoNames,
+    "twice in a list": InAList,
+    "one layer twice": lambda: (lambda layer: chain(layer, nn.Tanh(), layer))(nn.Linear(5, 5)),
+    "shared buffer": SharedBuffer,
+    "switches its mode": Switches,
+    "parametrized weight_norm": lambda: chain(nn.utils.parametrizations.weight_norm(nn.Linear(5, 5))),
+    "parametrized spectral_norm": lambda: chain(nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5))),
+    "orthogonal": lambda: chain(nn.utils.parametrizations.orthogonal(nn.Linear(5, 5))),
+    "weight_norm": old_style(nn.utils.weight_norm),
+    "spectral_norm": old_style(nn.utils.spectral_norm),
+    "pruned": pruned,
+    "lstm": Recurrent,
+    "batch norm in eval": lambda: chain(nn.BatchNorm1d(5)).eval(),
+    "instance norm, dropout": lambda: chain(nn.LayerNorm(5), nn.Dropout(0.1)),
+    "transformer": lambda: chain(nn.TransformerEncoderLayer(5, 1, 8)),
+    "averaged": lambda: torch.optim.swa_utils.AveragedModel(Net()),
+    "compiled": lambda: cast(nn.Module, torch.compile(Net(), backend="eager")),
+}
+
+
+def state_of(module: nn.Module) -> list[tuple[str, object, Any]]:
+    """Every tensor of a module with the object that it is, its values, and the modules' flags and attributes."""
+    found: list[tuple[str, object, Any]] = []
+    for name, m in module.named_modules():
+        found.append((f"{name}.training", None, m.training))
+        for kind, tensors in (("", m._parameters), ("", m._buffers), ("attribute ", vars(m))):
+            for own, tensor in tensors.items():
+                for i, t in enumerate(tensor if isinstance(tensor, list) else [tensor]):
+                    if isinstance(t, Tensor):
+                        found.append((f"{kind}{name}.{own}.{i}", t, t.detach().clone()))
+    return found
+
+
+def check_unchanged(module: nn.Module, before: list[tuple[str, object, Any]]) -> None:
+    after = state_of(module)
+    assert [name for name, *_ in after] == [name for name, *_ in before]
+    for (name, same, value), (_, other, now) in zip(before, after, strict=True):
+        assert other is same, name
+        assert torch.equal(value, now) if isinstance(value, Tensor) else value == now, name
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", MODULES)
+def test_a_pass_leaves_the_module_as_it_was(name: str) -> None:
+    module = MODULES[name]()
+    forward, theta = functionalize(module)
+    before = state_of(module)
+    forward({n: 2 * p for n, p in theta.items()}, X)
+    check_unchanged(module, before)
+    try:  # what cannot be batched over tasks must leave no less
+        meta_gradient(forward, theta, TASKS, InnerLoop(lr=0.1, steps=1))
+    except (RuntimeError, ValueError):
+        assert name in ("lstm", "spectral_norm", "parametrized spectral_norm", "orthogonal")
+    check_unchanged(module, before)
+    can_be_copied = name not in ("weight_norm", "pruned")  # which torch itself cannot, from the beginning
+    again, same = functionalize(copy.deepcopy(module) if can_be_copied else module)
+    assert {n: p.tolist() for n, p in same.items()} == {n: p.tolist() for n, p in theta.items()}
+    torch.manual_seed(0)
+    expected = again(theta, X)
+    torch.manual_seed(0)
+    assert torch.equal(module(X), expected)
+    module.load_state_dict(module.state_dict())
+
+
+def test_a_pass_that_fails_leaves_the_module_as_it_was() -> None:
+    module = Fails()
+    forward, theta = functionalize(module)
+    before = state_of(module)
+    for run in (
+        lambda: forward(theta, X),
+        lambda: meta_gradient(forward, theta, TASKS, InnerLoop(lr=0.1, steps=1)),
+        lambda: torch.func.grad(lambda p: forward(p, X).sum())(theta),
+    ):
+        with pytest.raises(ArithmeticError, match="not to be had"):
+            run()
+        check_unchanged(module, before)
+
+
+@pytest.mark.parametrize("name", ["two names", "tied weight of two names", "twice in a list", "one layer twice"])
+def test_what_is_shared_gets_the_gradient_of_all_its_places(name: str) -> None:
+    module = MODULES[name]().double()
+    forward, theta = functionalize(module)
+    x, at = X.double(), {n: p.clone().requires_grad_() for n, p in theta.items()}
+    module(x).square().sum().backward()
+    forward(at, x).square().sum().backward()
+    for n, p in module.named_parameters():
+        torch.testing.assert_close(at[n].grad, p.grad)
+
+
+def test_one_tensor_by_two_names_is_refused() -> None:
+    forward, theta = functionalize(TiedWeight())
+    with pytest.raises(ValueError, match=r"two of .*b\.weight that are one tensor of TiedWeight; give it once"):
+        forward({**theta, "b.weight": theta["a.weight"]}, X)
+
+
+def test_a_frozen_parameter_that_is_written_to_is_refused() -> None:
+    class Decays(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            self.a.weight.mul_(0.9)
+            return super().forward(x)
+
+    module = Decays()
+    module.a.requires_grad_(False)
+    forward, theta = functionalize(module)
+    with pytest.raises(ValueError, match="Decays changes a frozen parameter in place"):
+        forward(theta, X)
+
+
+def test_what_a_users_layer_hands_to_the_loss_stays() -> None:
+    class Penalised(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.penalty = torch.zeros(())
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.penalty = self.a.weight.square().sum()
+            return super().forward(x)
+
+    module = Penalised()
+    forward, theta = functionalize(module)
+    forward({**theta, "a.weight": torch.ones(5, 5)}, X)
+    assert module.penalty == 25
+
+
+class TwoArguments(Net):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x * mask)
+
+
+def hooked(register: Callable[[Net], object]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        module = Net()
+        register(module)
+        return module
+
+    return build
+
+
+def ignore(*args: object) -> None:
+    """A hook."""
+
+
+def quantised() -> nn.Module:
+    layer = torch.ao.nn.quantized.dynamic.Linear(5, 5) if torch.backends.quantized.supported_engines else None
+    return chain(layer) if layer is not None else pytest.skip("this torch has no quantised layers")
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "DataParallel": (lambda: nn.DataParallel(Net()), r"the module \(DataParallel\).*model\.module, unwrapped"),
+    "inner DataParallel": (lambda: chain(nn.DataParallel(nn.Linear(5, 5))), r"layer '1' \(DataParallel\)"),
+    "script": (lambda: torch.jit.script(chain()), r"the module itself, before it is scripted"),
+    "trace": (lambda: torch.jit.trace(chain(), X), r"the module itself, before it is scripted"),
+    "inner script": (lambda: chain(torch.jit.script(nn.Linear(5, 5))), r"layer '1' .*before it is scripted"),
+    "sparse bag": (lambda: chain(nn.EmbeddingBag(9, 5, sparse=True)), r"layer '1' \(EmbeddingBag\).*sparse=False"),
+    "max_norm": (lambda: chain(nn.Embedding(9, 5, max_norm=1.0)), r"layer '1' \(Embedding\).*max_norm=1\.0.*without"),
+    "lazy": (lambda: chain(nn.LazyLinear(5)), r"parameter '1\.weight' has no shape yet.*one batch.*model\(x\)"),
+    "quantised": (quantised, r"layer '1' \(Linear\) is quantised"),
+    "full backward hook": (hooked(lambda m: m.a.register_full_backward_hook(ignore)), r"layer 'a' .*gradient hook"),
+    "backward pre-hook": (hooked(lambda m: m.b.register_full_backward_pre_hook(ignore)), r"layer 'b' .*gradient hook"),
+    "hook of a parameter": (hooked(lambda m: m.a.weight.register_hook(ignore)), r"'a\.weight' has a gradient hook"),
+    "hook after accumulation": (
+        hooked(lambda m: m.a.bias.register_post_accumulate_grad_hook(ignore)),
+        r"parameter 'a\.bias' has a gradient hook, which is never called.*\.remove\(\)",
+    ),
+    "BatchNorm in training": (lambda: chain(nn.BatchNorm1d(5)), r"layer '1'.*track_running_stats=False"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own deprecations
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_pure_is_refused_by_name(name: str) -> None:
+    build, message = REFUSED[name]
+    with pytest.raises(ValueError, match=f"^functionalize: .*{message}"):
+        functionalize(build())
+
+
+def test_a_frozen_embedding_may_have_sparse_gradients() -> None:
+    frozen = nn.Embedding(9, 5, sparse=True).requires_grad_(False)
+    forward, theta = functionalize(nn.Sequential(frozen, nn.Linear(5, 3)))
+    words, labels = torch.randint(9, (2, 4)), torch.randint(3, (2, 4))
+    meta_gradient(forward, theta, Episodes(words, labels, words, labels), InnerLoop(lr=0.1, steps=1))
+
+
+@pytest.mark.parametrize("module", [TwoArguments(), nn.Bilinear(5, 5, 3), nn.MultiheadAttention(5, 1)])
+def test_a_model_of_several_arguments_is_refused(module: nn.Module) -> None:
+    with pytest.raises(TypeError, match=rf"{type(module).__name__}\.forward\(.*does not take one tensor.*Wrap it"):
+        functionalize(module)
+
+
+def test_a_forward_hook_is_called() -> None:
+    calls: list[object] = []
+    forward, theta = functionalize(hooked(lambda m: m.a.register_forward_hook(lambda *args: calls.append(0)))())
+    forward(theta, X)
+    assert calls
+
+
+def test_a_mode_that_is_changed_afterwards_is_seen() -> None:
+    module = chain(nn.BatchNorm1d(5)).eval()
+    forward, theta = functionalize(module)
+    meta_gradient(forward, theta, TASKS, InnerLoop(lr=0.1, steps=1))
+    module.train()  # as a training loop does at the top of each epoch
+    with pytest.raises(ValueError, match=r"layer '1' \(BatchNorm1d\).*track_running_stats=False.*model\.eval\(\)"):
+        meta_gradient(forward, theta, TASKS, InnerLoop(lr=0.1, steps=1))
+
+
+@pytest.mark.parametrize("send", [lambda f: pickle.loads(pickle.dumps(f)), copy.deepcopy])
+def test_the_function_can_be_sent_and_copied(send: Callable[[Any], Any]) -> None:
+    module = Conv4(5, width=4)
+    forward, theta = functionalize(module)
+    assert isinstance(forward, ModuleForward)
+    sent, x = send(forward), torch.rand(3, 1, 28, 28)
+    assert torch.equal(sent(theta, x), forward(theta, x))
+    assert sent.module is not module
+    assert sent.of_tasks is not None
+    assert ModuleForward(nn.Linear(5, 3)).of_tasks is None

@@ -1,0 +1,72 @@
+"""What is known without torch: sizes, and where Omniglot would come from."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from metalearn.core.errors import DataError
+from metalearn.data import metadata as catalog
+from metalearn.data.metadata import dataset_in_use, glyph_splits, omniglot_source
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "_reachable", lambda: False)
+
+
+def test_imports_no_torch() -> None:
+    code = "import sys, metalearn, metalearn.config.compose, metalearn.data.metadata; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_url_is_torchvisions() -> None:
+    from torchvision.datasets import Omniglot
+
+    assert Omniglot.download_url_prefix == catalog.OMNIGLOT_URL
+
+
+@pytest.mark.parametrize("classes", [20, 33, 1000])
+def test_glyph_splits_use_every_class(classes: int) -> None:
+    sizes = glyph_splits(classes)
+    assert sizes.train + sizes.validation + sizes.test == classes
+    assert sizes.smallest >= 2
+
+
+def test_omniglot_on_disk_is_found_in_either_layout(tmp_path: Path) -> None:
+    (tmp_path / "omniglot-py" / "images_background").mkdir(parents=True)
+    assert omniglot_source(str(tmp_path)) == "disk"
+    assert omniglot_source(str(tmp_path / "omniglot-py")) == "disk"
+
+
+def test_archives_are_unpacked_without_a_network(tmp_path: Path) -> None:
+    (tmp_path / "omniglot-py").mkdir()
+    for part in catalog.OMNIGLOT_PARTS:
+        (tmp_path / "omniglot-py" / f"{part}.zip").touch()
+    assert omniglot_source(str(tmp_path)) == "archives"
+    (tmp_path / "omniglot-py" / "images_background").mkdir()
+    assert omniglot_source(str(tmp_path)) == "archives", "one of the two is still packed"
+    (tmp_path / "omniglot-py" / "images_evaluation").mkdir()
+    assert omniglot_source(str(tmp_path)) == "disk"
+
+
+def test_download_fills_an_existing_or_the_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "_reachable", lambda: True)
+    assert omniglot_source(str(tmp_path)) == "download"
+    assert omniglot_source(None) == "download"
+    with pytest.raises(DataError, match="no such folder"):
+        omniglot_source(str(tmp_path / "typo"))
+
+
+def test_fallback_where_omniglot_is_nowhere(tmp_path: Path) -> None:
+    assert dataset_in_use("omniglot", str(tmp_path), "glyphs") == "glyphs"
+    assert dataset_in_use("omniglot", str(tmp_path / "typo"), "glyphs") == "glyphs"
+    assert dataset_in_use("glyphs", None, None) == "glyphs"
+
+
+def test_without_fallback_the_three_ways_out_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"(?s)holds no Omniglot.*Three ways out.*data\.root=.*mkdir.*data\.fallback="):
+        dataset_in_use("omniglot", str(tmp_path), None)

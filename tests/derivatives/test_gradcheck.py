@@ -1,0 +1,92 @@
+"""The difference sweep finds right gradients right, and wrong ones wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from metalearn.derivatives.gradcheck import DirectionalCheck, directional
+
+DOUBLE = torch.float64
+
+
+def cube(x: Tensor) -> Tensor:
+    return x.pow(3).sum()
+
+
+def test_errors_form_a_v() -> None:
+    # Central differences of x^3: the error is h^2 f'''/6 = h^2, relative to f' = 3, and eps / h from rounding.
+    check = directional(cube, torch.ones(1, dtype=DOUBLE), torch.ones(1, dtype=DOUBLE))
+    assert check.analytic == 3
+    for h, error in list(zip(check.steps, check.errors, strict=True))[:3]:
+        assert error == pytest.approx(h * h / 3, rel=1e-3)
+    assert check.errors[-1] > 100 * min(check.errors)
+    assert check.error < 1e-8
+
+
+def test_wrong_gradient_is_found() -> None:
+    x = torch.randn(5, dtype=DOUBLE)
+    right = 3 * x**2
+    assert directional(cube, x, gradient_at_x=right).error < 1e-8
+    assert directional(cube, x, gradient_at_x=right * (1 + 1e-5)).error > 1e-6
+    assert directional(cube, x, gradient_at_x=-right).error > 1
+
+
+def test_one_lucky_step_does_not_make_a_gradient_right() -> None:
+    # The difference at h = 0.1 is 3 + 0.01: a gradient of 3.01 is met there exactly, and nowhere else.
+    check = directional(
+        cube, torch.ones(1, dtype=DOUBLE), torch.ones(1, dtype=DOUBLE), gradient_at_x=torch.tensor([3.01], dtype=DOUBLE)
+    )
+    assert min(check.errors) < 1e-12
+    assert check.error > 1e-3
+
+
+def test_dictionaries_and_a_drawn_direction() -> None:
+    x = {"a": torch.randn(2, 2, dtype=DOUBLE), "b": torch.randn(3, dtype=DOUBLE)}
+    first, again = (directional(lambda p: (p["a"].sum() * p["b"]).sin().sum(), x) for _ in range(2))
+    assert first == again, "the direction is drawn from the seed"
+    assert first.error < 1e-8
+
+
+def test_level_direction_is_not_divided_by_zero() -> None:
+    check = directional(cube, torch.tensor([1.0, 1.0], dtype=DOUBLE), torch.tensor([1.0, -1.0], dtype=DOUBLE))
+    assert check.analytic == 0
+    assert check.scale == 3
+    assert check.error < 1e-8
+
+
+def test_refusals() -> None:
+    x = torch.ones(2, dtype=DOUBLE)
+    with pytest.raises(ValueError, match=r"give at least two positive step sizes"):
+        directional(cube, x, steps=[1e-3])
+    with pytest.raises(ValueError, match=r"give at least two positive"):
+        directional(cube, x, steps=[1e-3, 0.0])
+    with pytest.raises(ValueError, match=r"the direction v has length zero"):
+        directional(cube, x, torch.zeros(2, dtype=DOUBLE))
+
+
+def test_nan_is_no_agreement() -> None:
+    check = DirectionalCheck(1.0, (0.1, 0.01, 0.001), (1.0, float("nan"), 1.5), scale=1.0)
+    assert check.error == float("inf")
+    outside = directional(lambda x: x.log().sum(), torch.tensor([0.02], dtype=DOUBLE))  # h = 0.1 leaves the domain
+    assert outside.error < 1e-7
+
+
+def test_gradient_and_direction_must_be_shaped_like_the_point() -> None:
+    x = {"a": torch.ones(2, dtype=DOUBLE), "b": torch.ones(3, dtype=DOUBLE)}
+
+    def f(p: dict[str, Tensor]) -> Tensor:
+        return (p["a"] ** 2).sum() + (p["b"] ** 3).sum()
+
+    other_order = {"b": torch.full((3,), 3.0, dtype=DOUBLE), "a": torch.full((2,), 2.0, dtype=DOUBLE)}
+    assert directional(f, x, gradient_at_x=other_order).error < 1e-8
+    with pytest.raises(ValueError, match=r"gradient_at_x must be shaped like x"):
+        directional(f, x, gradient_at_x={"a": torch.ones(2, dtype=DOUBLE)})
+    with pytest.raises(ValueError, match=r"v must be shaped like x"):
+        directional(cube, torch.ones(2, dtype=DOUBLE), torch.tensor(1.0, dtype=DOUBLE))
+
+
+def test_error_is_of_two_neighbours() -> None:
+    check = DirectionalCheck(1.0, (0.1, 0.01, 0.001, 0.0001), (1.5, 1.0, 1.2, 1.1), scale=1.0)
+    assert check.error == pytest.approx(0.2)

@@ -1,0 +1,329 @@
+"""The kernels against torch's own layers, task by task, in float64: values, and derivatives to the third order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import jvp, vjp, vmap
+from torch.nn import functional
+
+from metalearn.core.functional import functionalize, relative_error
+from metalearn.core.operations import CorrectedOperations
+from metalearn.core.types import Episodes
+from metalearn.inner import InnerLoop
+from metalearn.metagrad import meta_gradient
+from metalearn.metagrad.baselines import by_hand
+from metalearn.models import Conv4, kernels
+from metalearn.models.kernels import STACKED_LAYERS, batch_norm, convolution, relu
+
+_T, _B = 3, 4
+_EPS = 1e-3
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _by_task(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Torch's layer on one task after the other."""
+    return lambda *args: torch.stack([layer(*own) for own in zip(*args, strict=True)])
+
+
+def _convolution(stride: int, padding: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    steps, zeros = (stride, stride), (padding, padding)
+    return (
+        lambda x, w: convolution(x, w, stride=steps, padding=zeros),
+        _by_task(lambda x, w: functional.conv2d(x, w, stride=steps, padding=zeros)),
+    )
+
+
+def _norm() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    def by_definition(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:  # torch's has two derivatives
+        variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0, keepdim=True)
+        return (x - mean) / (variance + _EPS).sqrt() * gamma.view(-1, 1, 1) + beta.view(-1, 1, 1)
+
+    return lambda x, gamma, beta: batch_norm(x, gamma, beta, _EPS), _by_task(by_definition)
+
+
+_IMAGES = _random(_T, _B, 2, 6, 5)
+_CHANNELS = (1.5 + _random(_T, 2, seed=1).tanh(), _random(_T, 2, seed=2))
+CASES = {
+    "strided convolution": (_convolution(2, 1), (_IMAGES, _random(_T, 3, 2, 3, 3, seed=3))),
+    "convolution": (_convolution(1, 0), (_IMAGES, _random(_T, 3, 2, 3, 2, seed=4))),
+    "convolution of one channel": (_convolution(2, 1), (_IMAGES[:, :, :1], _random(_T, 3, 1, 3, 3, seed=5))),
+    "batch norm": (_norm(), (_IMAGES, *_CHANNELS)),
+    "relu": ((relu, torch.relu), (_IMAGES,)),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Any:
+    (ours, theirs), inputs = CASES[request.param]
+    return ours, theirs, inputs
+
+
+@pytest.fixture(params=["matrix products", "convolutions"])
+def _either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = 10**6 if request.param == "matrix products" else 0
+    monkeypatch.setattr("metalearn.models.kernels.conv2d._SMALL", rows)
+
+
+def _same(got: Any, expected: Any) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures("_either_way")
+def test_value_and_three_derivatives_by_reverse_mode(case: Any) -> None:
+    def derivatives(layer: Callable[..., Tensor]) -> list[Tensor]:
+        at = [x.clone().requires_grad_() for x in inputs]
+        value = layer(*at)
+        found, last = [value], [value]
+        for order in range(3):
+            weights = [_random(*t.shape, seed=10 * order + k) for k, t in enumerate(last)]
+            # sin: no derivative vanishes
+            total = torch.stack([(w * t.sin()).sum() for w, t in zip(weights, last, strict=True)]).sum()
+            last = list(torch.autograd.grad(total, at, create_graph=True, materialize_grads=True))
+            found += last
+        return found
+
+    ours, theirs, inputs = case
+    _same(derivatives(ours), derivatives(theirs))
+
+
+@pytest.mark.usefixtures("_either_way")
+def test_forward_mode_and_forward_over_reverse_and_its_gradient(case: Any) -> None:
+    def derivatives(layer: Callable[..., Tensor]) -> list[Any]:
+        along = tuple(_random(*x.shape, seed=20 + k) for k, x in enumerate(inputs))
+
+        def gradient(*at: Tensor) -> Any:
+            value, pull = of_two(vjp(lambda *a: layer(*a).sin(), *at))
+            return pull(_random(*value.shape, seed=30))
+
+        pushed = jvp(lambda *a: layer(*a).sin(), inputs, along)
+        curved = jvp(gradient, inputs, along)
+        total, pull = of_two(vjp(lambda *a: sum(g.square().sum() for g in jvp(gradient, a, along)[1]), *inputs))
+        return [pushed, curved, total, pull(torch.ones_like(total))]
+
+    ours, theirs, inputs = case
+    _same(derivatives(ours), derivatives(theirs))
+
+
+@pytest.mark.usefixtures("_either_way")
+def test_under_vmap_also_with_shared_arguments(case: Any) -> None:
+    ours, theirs, inputs = case
+    more = torch.stack([inputs[0], 2 * inputs[0].roll(1, 1)])
+    for dims in [(0, *[None] * (len(inputs) - 1)), tuple(0 for _ in inputs)]:
+        given = [more, *(x if d is None else torch.stack([x, -x]) for x, d in zip(inputs[1:], dims[1:], strict=True))]
+        one_by_one = [
+            theirs(*(x if d is None else x[k] for x, d in zip(given, dims, strict=True))) for k in range(len(more))
+        ]
+        _same(vmap(ours, in_dims=dims)(*given), torch.stack(one_by_one))
+
+
+def of_two(pair: Any) -> Any:
+    """What torch's types say may be three."""
+    return pair
+
+
+class _Plain(nn.Module):
+    """A network of the user's: what the kernels take, beside what they do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4, track_running_stats=False)
+        self.dilated = nn.Conv2d(4, 4, 3, dilation=2, padding="same", groups=2)
+        self.plain = nn.BatchNorm2d(4, affine=False, track_running_stats=False)
+        self.inplace = nn.ReLU(inplace=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        x = self.inplace(self.plain(self.dilated(x)))
+        logits: Tensor = self.head(x.mean(dim=(-2, -1)))
+        return logits
+
+
+MODELS = {
+    "conv4": lambda: Conv4(3, width=4),
+    "conv4 with max-pooling": lambda: Conv4(3, width=4, pool="max"),
+    "a model of the user's": _Plain,
+}
+
+
+def _episodes(dtype: torch.dtype = torch.float64) -> Episodes:
+    labels = torch.arange(3).repeat(_T, 2)
+    support, query = (_random(_T, 6, 1, 16, 16, seed=seed).to(dtype) for seed in (40, 41))
+    return Episodes(support, labels, query, labels)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("second_order", [True, False])
+def test_a_model_has_the_same_meta_gradient_with_and_without_them(
+    name: str, second_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    forward, theta = functionalize(MODELS[name]().double())
+    inner = InnerLoop(lr=0.2, steps=2, second_order=second_order)
+    seen: list[str] = []
+    for kernel in ("convolution", "batch_norm", "relu"):
+        _watch(monkeypatch, kernel, seen)
+    with_them = meta_gradient(lambda p, x: forward(p, x), theta, _episodes(), inner)
+    assert {"convolution", "batch_norm", "relu"} == set(seen)
+    directly = meta_gradient(forward, theta, _episodes(), inner)
+    monkeypatch.setattr(kernels, "_takes", lambda *tensors: False)
+    seen.clear()
+    without = meta_gradient(lambda p, x: forward(p, x), theta, _episodes(), inner)
+    assert not seen
+    for result in (with_them, directly):
+        assert relative_error(result.grads, without.grads) < 1e-12
+        _same(result.predictions, without.predictions)
+
+
+def _watch(monkeypatch: pytest.MonkeyPatch, name: str, seen: list[str]) -> None:
+    kernel = getattr(kernels, name)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(name)
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(kernels, name, watched)
+
+
+def test_layers_that_are_not_batched_over_tasks_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    for kernel in ("convolution", "batch_norm", "relu"):
+        _watch(monkeypatch, kernel, seen)
+    x, module = torch.randn(2, 1, 8, 8), nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
+    with CorrectedOperations(kernels=STACKED_LAYERS):
+        module(x)
+        vmap(module)(x.unsqueeze(0))  # the examples are batched, the weights are not
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            weights = {name: p.expand(2, *p.shape) for name, p in module.named_parameters()}
+            vmap(lambda p, x: torch.func.functional_call(module, p, (x,)), (0, None))(weights, x)
+    assert seen == ["relu"]  # of the batched examples
+
+
+def test_single_precision_is_as_close_to_double_as_torchs() -> None:
+    torch.manual_seed(0)
+    module = Conv4(3, width=4)
+    forward, theta = functionalize(module)
+    exact = meta_gradient(*functionalize(module.double()), _episodes(), InnerLoop(lr=0.2, steps=2)).grads
+    single = meta_gradient(forward, theta, _episodes(torch.float32), InnerLoop(lr=0.2, steps=2)).grads
+    assert relative_error(single, exact) < 1e-4
+
+
+def test_one_image_of_one_pixel_is_refused_as_torch_refuses_it() -> None:
+    norm = nn.BatchNorm2d(2, track_running_stats=False)
+    weights = {name: p.expand(_T, *p.shape) for name, p in norm.named_parameters()}
+    with CorrectedOperations(kernels=STACKED_LAYERS), pytest.raises(ValueError, match="more than 1 value per channel"):
+        vmap(lambda p, x: torch.func.functional_call(norm, p, (x,)))(weights, torch.randn(_T, 1, 2, 1, 1))
+
+
+def _changed(change: Callable[[Conv4], object]) -> Conv4:
+    model = Conv4(3, width=4)
+    change(model)
+    return model
+
+
+class _Scaled(Conv4):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+class _Residual(nn.Module):
+    """Layers that write in place to what a kernel gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(n, 4, 3, padding=1, bias=False) for n in (1, 4))
+        self.norm, self.other = (nn.BatchNorm2d(4, track_running_stats=False) for _ in range(2))
+        self.third = nn.Conv2d(4, 4, (3, 2), stride=(2, 1), bias=False)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.third(self.relu(self.norm(self.first(x)))))
+        y = self.other(functional.conv2d(input=x, weight=self.second.weight, padding=1))
+        y += x
+        logits: Tensor = self.head(self.relu(y).mean(dim=(-2, -1)))
+        return logits
+
+
+EDITED: dict[str, Callable[[], nn.Module]] = {
+    "a subclass": lambda: _Scaled(3, width=4),
+    "another activation": lambda: _changed(lambda m: setattr(m.features[0], "2", nn.LeakyReLU())),
+    "another eps": lambda: _changed(lambda m: setattr(m.get_submodule("features.0.1"), "eps", 0.1)),
+    "a hook": lambda: _changed(lambda m: m.head.register_forward_hook(lambda layer, x, y: y.square())),
+    "frozen features": lambda: _changed(lambda m: m.features.requires_grad_(False)),
+    "a head without bias": lambda: _changed(lambda m: setattr(m, "head", nn.Linear(4, 3, bias=False))),
+    "layers in place": _Residual,
+}
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_a_model_that_was_edited_computes_what_it_says(name: str) -> None:
+    module = EDITED[name]().double()
+    inner = InnerLoop(lr=0.2, steps=2)
+    expected = by_hand.meta_gradient(module, _episodes(), inner)
+    got = meta_gradient(*functionalize(module), _episodes(), inner)
+    assert relative_error(got.grads, {n: expected.grads[n] for n in got.grads}) < 1e-11
+    _same(got.predictions, expected.predictions)
+
+
+def test_a_loss_may_draw_random_numbers() -> None:
+    forward, theta = functionalize(Conv4(3, width=4).double())
+
+    def loss(prediction: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(functional.dropout(prediction, 0.5), target)
+
+    assert meta_gradient(forward, theta, _episodes(), InnerLoop(lr=0.1, steps=1), loss=loss).loss.isfinite()
+
+
+def test_what_torch_would_differentiate_wrongly_is_refused_or_left_to_its_own_layers() -> None:
+    x, w = _IMAGES, _random(_T, 3, 2, 3, 3, seed=3)
+    ours: Callable[..., Tensor] = CASES["convolution"][0][0]
+
+    def second(layer: Callable[..., Tensor]) -> Tensor:
+        along = torch.ones_like(x)
+        first = lambda x: jvp(lambda x: layer(x, w).sin(), (x,), (along,))[1]  # noqa: E731
+        derivative: Tensor = jvp(first, (x,), (along,))[1]
+        return derivative
+
+    with pytest.raises(NotImplementedError, match="forward-mode AD within forward-mode AD"):
+        second(ours)
+    with CorrectedOperations(kernels=STACKED_LAYERS):
+        within = second(lambda x, w: vmap(functional.conv2d)(x, w))
+    _same(within, second(lambda x, w: vmap(functional.conv2d)(x, w)))
+
+    at = x.clone().requires_grad_()
+    value = ours(at, w)
+    with pytest.raises(NotImplementedError, match="is_grads_batched"):
+        torch.autograd.grad(value, at, torch.ones(2, *value.shape, dtype=x.dtype), is_grads_batched=True)
+
+
+def test_a_double_backward_of_duals_has_the_tangents_of_mean_and_deviation() -> None:
+    (ours, theirs), (x, gamma, beta) = CASES["batch norm"]
+
+    def curvature(layer: Callable[..., Tensor], create_graph: bool) -> tuple[Tensor, Tensor]:
+        with forward_ad.dual_level():
+            at = forward_ad.make_dual(x.clone().requires_grad_(), torch.ones_like(x).cumsum(-1))
+            (g,) = torch.autograd.grad(layer(at, gamma, beta).sin().sum(), at, create_graph=True)
+            (h,) = torch.autograd.grad(g.square().sum(), at, create_graph=create_graph)
+            primal, tangent = forward_ad.unpack_dual(h)
+            assert tangent is not None
+            return primal.detach(), tangent.detach()
+
+    _same(curvature(ours, False), curvature(theirs, True))
+
+
+def test_what_has_no_result_is_refused_by_torch() -> None:
+    module = nn.Conv2d(1, 2, 5)
+    weights = {name: p.expand(_T, *p.shape) for name, p in module.named_parameters()}
+    with CorrectedOperations(kernels=STACKED_LAYERS), pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
+        vmap(lambda p, x: torch.func.functional_call(module, p, (x,)))(weights, torch.randn(_T, 2, 1, 3, 3))

@@ -1,0 +1,152 @@
+"""CAVIA: the networks, and their meta-gradient against the algorithm written out by hand, one task at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, max_pool2d, mse_loss, relu
+
+from metalearn import Episodes, InnerLoop, Loss, Params, functionalize, meta_gradient
+from metalearn.core.functional import relative_error
+from metalearn.inner import ZeroContext, adapt
+from metalearn.metagrad import ENGINES
+from metalearn.models import MLP, ContextConv4, ContextMLP, Conv4, context_names
+from tests.conftest import image_episodes
+
+CONTEXT = frozenset({"context"})
+
+
+def curves() -> Episodes:
+    x, y = (torch.randn(3, 9, 2, dtype=torch.float64), torch.randn(3, 9, 1, dtype=torch.float64))
+    return Episodes(x[:, :4], y[:, :4], x[:, 4:], y[:, 4:])
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Episodes], Loss]] = {
+    "mlp": (lambda: ContextMLP(2, 1, hidden=(7, 6), context=4), curves, mse_loss),
+    "conv4, stride": (
+        lambda: ContextConv4(3, width=4, pool="stride", context=5),
+        lambda: image_episodes(size=8, shots=2),
+        cross_entropy,
+    ),
+    "conv4, max": (
+        lambda: ContextConv4(3, width=3, pool="max", context=5),
+        lambda: image_episodes(size=16, tasks=2),
+        cross_entropy,
+    ),
+}
+
+
+def cavia(module: nn.Module, episodes: Episodes, loss: Loss, *, lr: float, steps: int, second_order: bool) -> Params:
+    """Algorithm 1: phi from 0 by gradient descent, theta untouched; then the gradient of the query loss in theta."""
+    theta = {name: p.detach().requires_grad_() for name, p in module.named_parameters() if name != "context"}
+    total = torch.zeros((), dtype=torch.float64)
+    for support_x, support_y, query_x, query_y in zip(*vars(episodes).values(), strict=True):
+        phi = torch.zeros(module.get_parameter("context").shape, dtype=torch.float64, requires_grad=True)
+        for _ in range(steps):
+            prediction = torch.func.functional_call(module, {**theta, "context": phi}, (support_x,))
+            (g,) = torch.autograd.grad(loss(prediction, support_y), phi, create_graph=True)
+            phi = phi - lr * (g if second_order else g.detach())
+        prediction = torch.func.functional_call(module, {**theta, "context": phi}, (query_x,))
+        total = total + loss(prediction, query_y) / episodes.tasks
+    grads = torch.autograd.grad(total, list(theta.values()))
+    return dict(zip(theta, grads, strict=True))
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_meta_gradient_is_cavias(case: str, second_order: bool) -> None:
+    make, draw, loss = CASES[case]
+    module, episodes = make().double(), draw()
+    expected = cavia(module, episodes, loss, lr=0.7, steps=2, second_order=second_order)
+    forward, theta = functionalize(module)
+    theta["context"] = torch.randn_like(theta["context"])  # which no task begins with
+    inner = InnerLoop(0.7, 2, second_order=second_order, adapted=CONTEXT, start=ZeroContext(CONTEXT))
+    for engine in ENGINES:
+        other = dataclasses.replace(inner, engine=engine, task_chunk=2)
+        got = meta_gradient(forward, theta, episodes, other, loss=loss).grads
+        assert not got["context"].any(), engine
+        assert relative_error({name: got[name] for name in expected}, expected) < 1e-9, engine
+
+
+def test_orders_differ() -> None:
+    """First order is blind to what theta does to the inner gradient; that must not be nothing in the test above."""
+    module, episodes = ContextMLP(2, 1, hidden=(7, 6), context=4).double(), curves()
+    second, first = (cavia(module, episodes, mse_loss, lr=0.7, steps=2, second_order=order) for order in (True, False))
+    assert relative_error(first, second) > 1e-2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_context_alone_is_adapted_and_counts(case: str) -> None:
+    make, draw, loss = CASES[case]
+    forward, theta = functionalize(make().double())
+    episodes = draw()
+    inner = InnerLoop(0.7, 2, adapted=CONTEXT, start=ZeroContext(CONTEXT))
+    fast = adapt(forward, theta, episodes.support_x, episodes.support_y, inner, loss=loss)
+    for name, p in theta.items():
+        same = torch.equal(fast[name], p.expand_as(fast[name]))
+        assert same == (name != "context"), name
+    x = episodes.query_x[0]
+    before, after = (forward({**theta, "context": phi}, x) for phi in (theta["context"], fast["context"][0]))
+    assert (before - after).abs().max() > 1e-3
+
+
+def test_context_mlp_is_the_papers() -> None:
+    """The numbers of parameters: 2 hidden layers of 40, and phi beside the input."""
+    module = ContextMLP(1, 1)
+    widths = [1 + 5, 40, 40, 1]
+    linear = sum((a + 1) * b for a, b in pairwise(widths))
+    assert sum(p.numel() for p in module.parameters()) == linear + 5
+    assert module(torch.zeros(7, 1)).shape == (7, 1)
+    x, phi = torch.randn(7, 1), torch.randn(5)
+    with torch.no_grad():
+        module.context.copy_(phi)
+    torch.testing.assert_close(module(x), module.layers(torch.cat([x, phi.repeat(7, 1)], dim=1)))
+
+
+@pytest.mark.parametrize("pool", ["stride", "max"])
+def test_context_conv4_starts_as_conv4(pool: str) -> None:
+    module, plain = ContextConv4(5, width=8, pool=pool), Conv4(5, width=8, pool=pool)
+    plain.load_state_dict({n: p for n, p in module.state_dict().items() if not n.startswith(("context", "film"))})
+    x = torch.rand(6, 1, 28, 28)
+    torch.testing.assert_close(module(x), plain(x))
+    assert module.film.weight.shape == (16, 100)
+
+
+def film_by_hand(module: ContextConv4, x: Tensor) -> Tensor:
+    """The order of the authors' code: convolution, BatchNorm, pool, FiLM, ReLU."""
+    scale, shift = module.film(module.context)[:4], module.film(module.context)[4:]
+    for number, block in enumerate(module.features):
+        x = max_pool2d(block.get_submodule("1")(block.get_submodule("0")(x)), 2)
+        if number == 2:
+            x = scale.view(1, -1, 1, 1) * x + shift.view(1, -1, 1, 1)
+        x = relu(x)
+    logits: Tensor = module.head(x.mean(dim=(-2, -1)))
+    return logits
+
+
+def test_context_conv4_scales_and_shifts_the_third_block() -> None:
+    module = ContextConv4(5, width=4).double()
+    with torch.no_grad():
+        wanted = torch.tensor([-2.0, -1.0, 1.0, 2.0, 0.5, 0.5, -0.5, -0.5]).double() - module.film.bias
+        module.context.copy_(torch.linalg.pinv(module.film.weight) @ wanted)
+    assert (module.film(module.context)[:2] < 0).all(), "so that to pool before it is not to pool after it"
+    x = torch.rand(6, 1, 28, 28, dtype=torch.float64)
+    torch.testing.assert_close(module(x), film_by_hand(module, x))
+
+
+def test_context_names() -> None:
+    assert context_names(ContextMLP(1, 1)) == CONTEXT
+    assert context_names(nn.Sequential(nn.Identity(), ContextConv4(3))) == {"1.context"}
+    with pytest.raises(ValueError, match="MLP has no parameter called 'context'; take ContextMLP"):
+        context_names(MLP(4, 2))
+
+
+@pytest.mark.parametrize("make", [lambda n: ContextMLP(1, 1, context=n), lambda n: ContextConv4(3, context=n)])
+def test_a_context_without_entries_is_refused(make: Callable[[int], nn.Module]) -> None:
+    with pytest.raises(ValueError, match="context=0; it must be 1 or more"):
+        make(0)

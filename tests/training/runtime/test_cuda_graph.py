@@ -1,0 +1,299 @@
+"""A recorded meta-gradient is the one that is asked for, or is not used; on CPUs the recording is a stand-in."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metalearn import Episodes, InnerLoop, MetaGradient, Params, functionalize, meta_gradient
+from metalearn.config.compose import compose, typed
+from metalearn.config.schema import TrainConfig
+from metalearn.core.functional import relative_error
+from metalearn.inner.diagnostics import losses_unchecked
+from metalearn.training.experiment import build
+from metalearn.training.runtime.cuda_graph import LARGEST_ERROR, GraphedGradient, graphed, record_on_gpu
+from metalearn.training.trainer import train
+from tests.conftest import image_episodes
+from tests.faults.processes import state_of
+from tests.faults.runs import SMALL, bits, timeless
+
+CPU = torch.device("cpu")
+INNER = InnerLoop(lr=0.1, steps=2)
+
+
+class Recorder:
+    """Stands for CUDA: a replay computes again and writes over the first results.
+
+    Args:
+        spoil: what a replay does to its results.
+        frozen: whether replays give the first results for good, as if they did not read what they are given.
+    """
+
+    def __init__(self, spoil: Callable[[MetaGradient], object] = lambda result: None, frozen: bool = False) -> None:
+        self.spoil, self.frozen = spoil, frozen
+        self.recorded = self.replayed = 0
+
+    def __call__(
+        self, compute: Callable[[], MetaGradient], device: torch.device
+    ) -> tuple[Callable[[], None], MetaGradient]:
+        self.recorded += 1
+        results = compute()
+
+        def replay() -> None:
+            self.replayed += 1
+            again = results if self.frozen else compute()
+            for name, g in results.grads.items():
+                g.copy_(again.grads[name])
+            for name in ("loss", "predictions", "support_loss"):
+                getattr(results, name).copy_(getattr(again, name))
+            self.spoil(results)
+
+        return replay, results
+
+
+@pytest.fixture
+def model() -> tuple[Callable[[Params, Episodes], MetaGradient], Params]:
+    forward, theta = functionalize(nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 8), nn.Tanh(), nn.Linear(8, 3)))
+    return (lambda params, episodes: meta_gradient(forward, params, episodes, INNER)), theta
+
+
+def batch(**shape: int) -> Episodes:
+    return image_episodes(dtype=torch.float32, **shape)
+
+
+def moved(theta: Params, by: float) -> Params:
+    return {name: p + by for name, p in theta.items()}
+
+
+def assert_equal(got: MetaGradient, expected: MetaGradient) -> None:
+    assert bits(vars(got)) == bits(vars(expected))
+
+
+def test_a_replay_is_of_what_is_asked_for(model: Any) -> None:
+    eager, theta = model
+    recorder = Recorder()
+    gradient = GraphedGradient(eager, CPU, record=recorder)
+    for step in range(5):
+        params, episodes = moved(theta, 0.01 * step), batch()
+        assert_equal(gradient(params, episodes), eager(params, episodes))
+    assert (recorder.recorded, recorder.replayed) == (1, 5)
+
+
+def test_the_parameters_may_change_in_place(model: Any) -> None:
+    eager, theta = model
+    gradient = GraphedGradient(eager, CPU, record=Recorder())
+    for _ in range(4):
+        episodes = batch()
+        assert_equal(gradient(theta, episodes), eager(theta, episodes))
+        theta["1.weight"].mul_(0.9)
+
+
+def test_losses_outlive_the_next_call_and_gradients_do_not(model: Any) -> None:
+    eager, theta = model
+    gradient = GraphedGradient(eager, CPU, record=Recorder())
+    for _ in range(2):
+        gradient(theta, batch())
+    first = gradient(theta, batch())
+    loss, support_loss, grads = first.loss.clone(), first.support_loss.clone(), first.grads["1.weight"].clone()
+    gradient(theta, batch())
+    assert torch.equal(first.loss, loss)
+    assert torch.equal(first.support_loss, support_loss)
+    assert not torch.equal(first.grads["1.weight"], grads)
+
+
+def test_other_shapes_are_computed_without_it(model: Any) -> None:
+    eager, theta = model
+    recorder = Recorder()
+    gradient = GraphedGradient(eager, CPU, record=recorder)
+    for shape in ({}, {}, {"tasks": 2}, {"queries": 3}, {}):
+        episodes = batch(**shape)
+        assert_equal(gradient(theta, episodes), eager(theta, episodes))
+    assert recorder.replayed == 3
+    double = {name: p.double() for name, p in theta.items()}
+    episodes = image_episodes()
+    assert_equal(gradient(double, episodes), eager(double, episodes))
+    assert recorder.replayed == 3
+
+
+SPOILT: dict[str, tuple[Recorder, int, str]] = {
+    # replays until it is noticed: a frozen one is right for the tasks that it was recorded with
+    "gradient": (Recorder(lambda r: r.grads["1.weight"].mul_(1.01)), 1, r"a replay's meta-gradient differed by 0\.0"),
+    "nan": (Recorder(lambda r: r.grads["3.bias"].fill_(math.nan)), 1, "a replay's meta-gradient differed by nan"),
+    "loss": (Recorder(lambda r: r.loss.mul_(2)), 1, "a replay's query loss differed by 1 "),
+    "predictions": (Recorder(lambda r: r.predictions.zero_()), 1, "a replay's predictions differed by 1 "),
+    "frozen": (Recorder(frozen=True), 2, "a replay's meta-gradient differed by"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_wrong_replay_is_noticed_and_never_used(what: str, model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    eager, theta = model
+    recorder, replays, message = SPOILT[what]
+    gradient = GraphedGradient(eager, CPU, record=recorder)
+    for _ in range(4):
+        episodes = batch()
+        assert_equal(gradient(theta, episodes), eager(theta, episodes))
+    assert recorder.replayed == replays
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    said = "run.cuda_graph=true: the meta-gradient is computed without a graph, as "
+    assert re.match(said + message, record.getMessage())
+
+
+def broken_off(compute: Callable[[], MetaGradient], device: torch.device) -> Any:
+    """As torch.cuda.graph: ending a capture that was broken off raises once more."""
+    try:
+        compute()
+        raise RuntimeError("called a synchronizing CUDA operation")
+    finally:
+        raise torch.AcceleratorError("operation failed due to a previous error during capture")
+
+
+def out_of_memory(compute: Callable[[], MetaGradient], device: torch.device) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nMore lines.")
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (broken_off, "recording it raised RuntimeError: called a synchronizing CUDA operation"),
+        (out_of_memory, "recording it raised OutOfMemoryError: CUDA out of memory."),
+    ],
+)
+def test_what_cannot_be_recorded_is_computed_without(
+    record: Any, reason: str, model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    eager, theta = model
+    gradient = GraphedGradient(eager, CPU, record=record)
+    for _ in range(3):
+        episodes = batch()
+        assert_equal(gradient(theta, episodes), eager(theta, episodes))
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.endswith(reason)
+
+
+def test_nothing_is_held_against_numbers_that_are_not_finite(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    eager, theta = model
+    recorder = Recorder()
+    gradient = GraphedGradient(eager, CPU, record=recorder)
+    spoilt = batch()
+    spoilt.query_x[0, 0] = math.nan
+    with losses_unchecked():
+        assert not gradient(theta, spoilt).loss.isfinite()
+        assert recorder.recorded == 0
+        for _ in range(3):
+            episodes = batch()
+            assert_equal(gradient(theta, episodes), eager(theta, episodes))
+    assert recorder.replayed == 3
+    assert not caplog.records
+
+
+def test_random_draws_are_those_of_one_meta_gradient() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    forward, theta = functionalize(module)
+    episodes = batch()
+
+    def eager(params: Params, episodes: Episodes) -> MetaGradient:
+        return meta_gradient(forward, params, episodes, INNER)
+
+    recorder = Recorder()
+    torch.manual_seed(3)
+    expected = [eager(theta, episodes).grads["1.weight"] for _ in range(4)]
+    gradient = GraphedGradient(eager, CPU, record=recorder)
+    torch.manual_seed(3)
+    for one in expected:
+        assert torch.equal(gradient(theta, episodes).grads["1.weight"], one)
+    assert recorder.replayed == 4
+
+
+def config(*more: str) -> TrainConfig:
+    return typed(compose("train", [*SMALL, "run.checkpoint_seconds=null", *more]), TrainConfig)
+
+
+def test_without_a_gpu_it_says_so_and_is_what_it_was(caplog: pytest.LogCaptureFixture, model: Any) -> None:
+    eager, _ = model
+    assert graphed(eager, CPU) is eager
+    assert "run.cuda_graph=true: there is no GPU in use (run.device is cpu)" in caplog.text
+
+
+def test_training_on_a_cpu_is_bitwise_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    short = ["outer.iterations=3", "eval.every=3"]
+    for name in ("true", "false"):
+        train(config(*short, f"run.cuda_graph={name}"), tmp_path / name)
+    assert len([r for r in caplog.records if "run.cuda_graph" in r.getMessage()]) == 1
+    assert timeless(tmp_path / "true") == timeless(tmp_path / "false")
+    assert bits(state_of(tmp_path / "true")["state"]) == bits(state_of(tmp_path / "false")["state"])
+    train(config(*short, "run.resume=true"), tmp_path / "true")  # the key is none that a run is compared by
+
+
+def test_each_engine_of_an_experiment_has_its_own() -> None:
+    experiment = build(config())
+    algorithm = dataclasses.replace(experiment.algorithm, inner=dataclasses.replace(experiment.inner, steps=0))
+    other = dataclasses.replace(experiment, algorithm=algorithm)
+    episodes = experiment.train.tasks(0, 2)
+    assert len(experiment.gradient(experiment.theta, episodes, 0).support_loss) == 1
+    assert len(other.gradient(experiment.theta, episodes, 0).support_loss) == 0
+
+
+class Branches(nn.Module):
+    """Reads a value back, which a graph cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(28 * 28, 3)
+        self.scale = torch.ones((), device="cuda")
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(x.flatten(1))
+        return logits * self.scale.item()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_graph_is_the_meta_gradient(caplog: pytest.LogCaptureFixture) -> None:
+    small = [override for override in SMALL if not override.startswith(("model", "run.device"))]
+    overrides = [*small, "model.width=16", "run.device=cuda"]
+    experiment = build(typed(compose("train", overrides), TrainConfig))
+    records = 0
+
+    def counted(compute: Callable[[], MetaGradient], device: torch.device) -> Any:
+        nonlocal records
+        records += 1
+        return record_on_gpu(compute, device)
+
+    def eager(params: Params, episodes: Episodes) -> MetaGradient:
+        return meta_gradient(experiment.forward, params, episodes, experiment.inner)
+
+    gradient = GraphedGradient(eager, experiment.device, record=counted)
+    with experiment.precision(), losses_unchecked():
+        for step in range(5):
+            params, episodes = moved(experiment.theta, 0.01 * step), experiment.train.tasks(8 * step, 8)
+            got, expected = gradient(params, episodes), eager(params, episodes)
+            assert relative_error(got.grads, expected.grads) <= LARGEST_ERROR
+            torch.testing.assert_close(got.loss, expected.loss, rtol=1e-4, atol=0)
+    assert records == 1
+    assert not caplog.records, "it was not given up"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_model_that_reads_back_is_computed_without(caplog: pytest.LogCaptureFixture) -> None:
+    forward, theta = functionalize(Branches().cuda())
+    on_gpu = Episodes(*(t.cuda() for t in vars(batch()).values()))
+
+    def eager(params: Params, episodes: Episodes) -> MetaGradient:
+        return meta_gradient(forward, params, episodes, INNER)
+
+    gradient = GraphedGradient(eager, on_gpu.query_x.device)
+    with losses_unchecked():
+        for _ in range(3):
+            got, expected = gradient(theta, on_gpu), eager(theta, on_gpu)
+            assert relative_error(got.grads, expected.grads) <= LARGEST_ERROR
+    assert "computed without a graph, as recording it raised" in caplog.text

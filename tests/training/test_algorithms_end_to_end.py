@@ -1,0 +1,230 @@
+"""Every algorithm, rule and backend in a whole training: it runs, logs, is tested, and goes on as if uninterrupted."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from metalearn.algorithms import ALGORITHMS
+from metalearn.commands.compare.variants import check_compare
+from metalearn.commands.reproduce.plan import plan
+from metalearn.commands.reproduce.published import published
+from metalearn.config.commands_schema import CompareConfig, ReproduceConfig
+from metalearn.config.compose import compose, typed
+from metalearn.config.output_names import split
+from metalearn.config.schema import TrainConfig
+from metalearn.config.validation import check
+from metalearn.core.errors import ConfigError, NonFiniteLossError
+from metalearn.core.functional import relative_error
+from metalearn.metagrad import meta_gradient
+from metalearn.metagrad.baselines.installed import installed_peers
+from metalearn.training import step as outer_step
+from metalearn.training.checkpoints import load_best
+from metalearn.training.experiment import Experiment, build
+from metalearn.training.scores import ACCURACY, MSE
+from metalearn.training.tracking.event_files import read_scalars
+from tests.faults.processes import state_of
+from tests.faults.runs import bits
+from tests.training.test_resume import stop_at
+from tests.training.test_training import run
+
+TINY = [
+    *("data=glyphs", "data.classes=60", "model=mlp", "model.hidden=[8]", "task.meta_batch=2", "log.images=false"),
+    *("outer.iterations=4", "eval.every=2", "eval.validation_episodes=2", "eval.episodes=4", "log.every=1"),
+]
+
+
+def tiny(name: str) -> list[str]:
+    steps = [] if name == "protonet" else ["inner.steps=2", "inner.eval_steps=2"]
+    return [*TINY, f"algorithm={name}", *steps]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_trains(name: str, tmp_path: Path) -> None:
+    metrics = run(tmp_path / "run", base=[*tiny(name), "log.curvature_every=2"])
+    assert metrics["algorithm"] == name
+    assert 0 <= metrics["test.accuracy"] <= 1
+    assert 0 <= metrics["test.accuracy_nontransductive"] <= 1
+    curves = read_scalars(tmp_path / "run")
+    assert all(math.isfinite(p.value) for p in curves["train/query_loss"])
+    assert ("grad/cosine_first_vs_second" in curves) == (name not in ("reptile", "imaml", "protonet"))
+    assert ("train/cg_residual" in curves) == (name == "imaml")
+    assert ("rates/mean" in curves) == (name in ("meta_sgd", "maml_pp"))
+
+
+def test_maml_pp_goes_on_as_if_uninterrupted(tmp_path: Path) -> None:
+    """Its annealing, learned rates and statistics: all of it is in the state, or follows from the meta-step."""
+    run(tmp_path / "whole", base=tiny("maml_pp"))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(3, patch)
+        with pytest.raises(SystemExit):
+            run(tmp_path / "halves", base=tiny("maml_pp"))
+    run(tmp_path / "halves", "run.resume=true", base=tiny("maml_pp"))
+    assert bits(state_of(tmp_path / "whole")["state"]) == bits(state_of(tmp_path / "halves")["state"])
+
+
+def test_maml_pp_anneals_with_the_training_and_keeps_statistics(tmp_path: Path) -> None:
+    overrides = [*tiny("maml_pp"), "algorithm.first_order_share=0.5"]
+    experiment = build(typed(compose("train", overrides), TrainConfig))
+    episodes = experiment.train.tasks(0, 2)
+    for iteration in (0, 3):
+        got = experiment.gradient(experiment.theta, episodes, iteration).grads
+        inner = experiment.algorithm.at(iteration / 4)
+        assert inner.second_order == (iteration == 3)
+        expected = meta_gradient(experiment.forward, experiment.theta, episodes, inner).grads
+        assert relative_error(got, expected) < 1e-6
+    run(tmp_path / "run", base=overrides)
+    best = load_best(tmp_path / "run", like=experiment.theta, device=experiment.device)
+    kept = experiment.statistics(best.params, best.iteration)
+    assert kept
+    for name, value in kept.items():
+        torch.testing.assert_close(best.params[name], value)
+
+
+@pytest.mark.parametrize("rule", ["momentum", "nesterov", "adam"])
+def test_every_rule_trains(rule: str, tmp_path: Path) -> None:
+    more = [f"inner.rule={rule}", "inner.lr=0.01", "inner.weight_decay=0.01", "inner.clip_norm=1"]
+    assert run(tmp_path / "run", base=[*tiny("maml"), *more])["iterations"] == 4
+
+
+@pytest.mark.parametrize("backend", ["learn2learn", "higher", "torchopt"])
+@pytest.mark.parametrize("name", ["maml", "meta_sgd"])
+def test_another_library_takes_the_same_steps(name: str, backend: str, tmp_path: Path) -> None:
+    spelt = "TorchOpt" if backend == "torchopt" else backend
+    if spelt not in installed_peers()[0] or (name == "meta_sgd" and backend != "learn2learn"):
+        pytest.skip(f"{backend} is not installed, or has no Meta-SGD")
+    curves = []
+    for by in ("metalearn", backend):
+        metrics = run(tmp_path / by, f"algorithm.backend={by}", base=tiny(name))
+        assert metrics["backend"] == by
+        curves.append(read_scalars(tmp_path / by))
+    assert curves[0].keys() == curves[1].keys(), "the same scalars"
+    ours, theirs = ([p.value for p in c["train/query_loss"]] for c in curves)
+    assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_a_sinusoid_is_learned_and_tested(tmp_path: Path) -> None:
+    metrics = run(tmp_path / "run", *TINY[4:5], *TINY[6:], base=["experiment=sinusoid", "inner.eval_steps=2"])
+    assert metrics["score"] == "mse"
+    assert len(metrics["test.mse_per_step"]) == 3
+    assert "test.accuracy" not in metrics
+    assert "validation/mse" in read_scalars(tmp_path / "run")
+    assert Image.open(tmp_path / "run" / "sinusoid.png").size[0] > 800
+
+
+def test_the_best_of_a_regression_is_the_lowest_that_is_finite() -> None:
+    for score, good, bad in ((MSE, 0.1, 0.2), (ACCURACY, 0.9, 0.8)):
+        assert score.better(good, bad)
+        assert not score.better(bad, good)
+        for other in (math.nan, math.inf):
+            assert score.better(bad, other)
+            assert not score.better(other, bad)
+
+
+def test_a_rate_that_diverges_beyond_the_test_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    more = ["inner.lr=5", "inner.eval_steps=1", "outer.iterations=2", "eval.every=1"]
+    metrics = run(tmp_path / "run", *more, *TINY[7:9], base=["experiment=sinusoid"])
+    assert metrics["iterations"] == 2
+    assert "no sinusoid.png: the support loss" in caplog.text
+    more[1] = "inner.eval_steps=30"
+    metrics = run(tmp_path / "far", *more, *TINY[7:9], base=["experiment=sinusoid"])
+    assert metrics["test.mse"] is None, "JSON has no NaN"
+    assert "The validation mse is nan from inner step" in caplog.text
+
+
+def test_an_automatic_engine_is_planned_for_the_heaviest_meta_step() -> None:
+    experiment = build(typed(compose("train", [*TINY, "algorithm=maml_pp"]), TrainConfig))
+    heaviest = experiment.algorithm.heaviest
+    assert heaviest.second_order
+    assert heaviest.query_weights is not None
+    assert not experiment.algorithm.at(0.0).second_order
+
+
+def test_statistics_do_not_depend_on_chunks() -> None:
+    found = []
+    for chunk in ("null", "1"):
+        config = typed(compose("train", [*TINY, "algorithm=maml_pp", f"inner.task_chunk={chunk}"]), TrainConfig)
+        experiment = build(config)
+        found.append(experiment.statistics(experiment.theta, 3))
+    assert found[0].keys() == found[1].keys() != set()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
+
+
+def test_processes_agree_on_the_figures_of_an_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the tasks of one of them have failed: their all-reduce is of one size."""
+    experiment = build(typed(compose("train", [*tiny("imaml")]), TrainConfig))
+    episodes = experiment.train.tasks(0, 2)
+    sound = outer_step._own(experiment, experiment.theta, episodes, 0)
+
+    def failing(*args: Any) -> Any:
+        raise NonFiniteLossError("query", task=0, step=2, value=math.nan, before=None)
+
+    monkeypatch.setattr(Experiment, "gradient", failing)
+    failed = outer_step._own(experiment, experiment.theta, episodes, 0)
+    assert list(sound.figures) == list(failed.figures)
+    assert "cg_residual" in failed.figures
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm=cavia", "model.context=0"], "algorithm=cavia with model=conv4: it adapts context parameters"),
+        (["model.context=5"], "model.context=5: only algorithm=cavia"),
+        (["algorithm=protonet", "experiment=sinusoid"], "prototypes are of classes"),
+        (["algorithm=reptile", "inner.steps=0"], "inner.steps=0 with algorithm=reptile"),
+        (["algorithm=maml_pp", "run.cuda_graph=true"], "changes as the training goes on"),
+        (["algorithm=imaml", "run.cuda_graph=true"], "stops where its residual is small"),
+        (["algorithm=imaml", "algorithm.backend=higher"], "algorithm.backend=higher with algorithm=imaml"),
+        (["algorithm.backend=higher", "inner.engine=adjoint"], "inner.engine=adjoint with algorithm.backend=higher"),
+        (["algorithm.backend=higher", "algorithm=meta_sgd"], "algorithm=meta_sgd: higher is trained with for comp"),
+        (["algorithm.backend=torchopt", "inner.clip_norm=1"], "inner.clip_norm=1.0 with algorithm.backend=torchopt"),
+        (["algorithm.backend=learn2learn", "inner.rule=adam"], "inner.rule=adam with algorithm.backend=learn2learn"),
+        (["algorithm=protonet", "inner.rule=adam"], "no step is taken by it"),
+        (["algorithm=reptile", "inner.second_order=true"], "inner.second_order=true with algorithm=reptile"),
+        (["algorithm=imaml", "inner.engine=auto"], "inner.engine=auto with algorithm=imaml"),
+        (["algorithm=maml_pp", "model=mlp", "model.batch_norm=false"], "algorithm.per_step_affine=true with model.ba"),
+        (["inner.betas=[0.9]"], r"inner.betas=\[0.9\]: must be two numbers below 1"),
+        (["inner.momentum=1"], "inner.momentum=1: must be below 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(typed(compose("train", overrides), TrainConfig))
+
+
+def test_one_command_compares_all_of_them() -> None:
+    config = typed(compose("compare", ["comparison=algorithms"]), CompareConfig)
+    variants = [split(text) for text in config.compare.variants]
+    assert {v[0] for v in variants} == {f"algorithm={name}" for name in ALGORITHMS}
+    for overrides in variants:
+        check(typed(compose("train", overrides), TrainConfig))
+
+
+def test_regression_is_not_compared_by_accuracy() -> None:
+    config = typed(compose("compare", ["experiment=sinusoid"]), CompareConfig)
+    with pytest.raises(ConfigError, match="data=sinusoid: a comparison is of accuracies"):
+        check_compare(config)
+
+
+def test_maml_pp_is_a_row_of_the_reproduced_table(tmp_path: Path) -> None:
+    config = ReproduceConfig(
+        "omniglot_5way_1shot_maml_pp", orders=["second"], seeds=[0], minutes=None, jobs=1, overrides=[], record=False
+    )
+    [row] = plan(config, tmp_path)
+    assert row.jobs[0].config.algorithm.name == "maml_pp"
+    assert str(published("maml_pp", "second", 5, 1)) == "99.47% (Antoniou et al. 2019)"
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*args: Any) -> Any:
+        return {}, dict.fromkeys(("learn2learn", "higher", "TorchOpt"), "not installed")
+
+    monkeypatch.setattr("metalearn.metagrad.baselines.backend.installed_peers", none)
+    with pytest.raises(ConfigError, match=r"learn2learn.*pip install -r requirements-peers\.txt"):
+        build(typed(compose("train", [*TINY, "algorithm.backend=learn2learn"]), TrainConfig))

@@ -1,0 +1,122 @@
+"""Accuracy per task and step, its interval, and the two BatchNorm protocols."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metalearn import Forward, InnerLoop, Params, adapt, functionalize
+from metalearn.core.functional import stack
+from metalearn.data.glyphs import glyphs
+from metalearn.data.sampler import EpisodeSampler, TaskShape
+from metalearn.inner import predict
+from metalearn.models import MLP, Conv4
+from metalearn.training.evaluation import Estimate, evaluate, predict_one_by_one
+from metalearn.training.scores import accuracy
+from tests.conftest import image_episodes
+
+
+def sampler() -> EpisodeSampler:
+    return EpisodeSampler(glyphs(classes=20), TaskShape(5, 1, 4), seed=0, split="test")
+
+
+def test_interval_is_1_96_standard_errors() -> None:
+    estimate = Estimate.of(torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    assert estimate.mean == 0.75
+    assert estimate.ci95 == pytest.approx(1.96 * 0.5 / 2)  # standard deviation 0.5, with n - 1
+    assert str(estimate) == "75.00% ± 49.00%"
+
+
+def test_accuracy_is_per_task() -> None:
+    logits = torch.eye(3).repeat(2, 1, 1)
+    assert accuracy(logits, torch.tensor([[0, 1, 2], [0, 0, 0]])).tolist() == [1.0, pytest.approx(1 / 3)]
+
+
+def test_accuracy_after_each_step_equals_adapting_that_far() -> None:
+    forward, theta = functionalize(Conv4(5, width=8))
+    inner = InnerLoop(lr=0.4, steps=3, second_order=False)
+    result = evaluate(forward, theta, sampler(), inner, episodes=10, batch=4, nontransductive=False)
+    assert len(result.per_step) == 4
+    assert result.episodes == 10
+    assert result.nontransductive is None
+    tasks = sampler().tasks(0, 10)
+    for steps, estimate in enumerate(result.per_step):
+        fast = adapt(forward, theta, tasks.support_x, tasks.support_y, InnerLoop(lr=0.4, steps=steps))
+        expected = [
+            (forward({n: w[t] for n, w in fast.items()}, tasks.query_x[t]).argmax(-1) == tasks.query_y[t])
+            .float()
+            .mean()
+            for t in range(10)
+        ]
+        assert estimate.mean == pytest.approx(torch.stack(expected).mean().item())
+    assert result.final == result.per_step[3]
+    assert result.final.mean > result.per_step[0].mean + 0.1, "adaptation must help"
+
+
+def test_result_does_not_depend_on_the_batch() -> None:
+    forward, theta = functionalize(Conv4(5, width=8))
+    inner = InnerLoop(lr=0.4, steps=1, second_order=False)
+
+    results = [
+        evaluate(forward, theta, sampler(), inner, episodes=9, batch=batch, nontransductive=True) for batch in (1, 4, 9)
+    ]
+    for other in results[1:]:
+        for a, b in zip(
+            [*other.per_step, other.nontransductive], [*results[0].per_step, results[0].nontransductive], strict=True
+        ):
+            assert a is not None
+            assert b is not None
+            assert a.mean == pytest.approx(b.mean, abs=0.012), "rounding may tip two queries of 180"
+        assert other.episodes == 9
+
+
+def test_one_by_one_is_the_support_set_and_one_query_at_a_time() -> None:
+    forward, theta = functionalize(Conv4(3, width=4).double())
+    episodes = image_episodes()
+    fast = stack(theta, episodes.tasks)
+    got = predict_one_by_one(forward, fast, episodes)
+    for t in range(episodes.tasks):
+        for q in range(episodes.query_x.shape[1]):
+            batch = torch.cat([episodes.support_x[t], episodes.query_x[t, q : q + 1]])
+            torch.testing.assert_close(got[t, q], forward(theta, batch)[-1])
+
+
+def test_one_by_one_in_small_passes_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, theta = functionalize(Conv4(3, width=4).double())
+    episodes = image_episodes()
+    fast = stack(theta, episodes.tasks)
+    whole = predict_one_by_one(forward, fast, episodes)
+    monkeypatch.setattr("metalearn.training.evaluation._IMAGES_PER_PASS", 1)
+    torch.testing.assert_close(predict_one_by_one(forward, fast, episodes), whole)
+
+
+def test_protocols_differ_with_batch_norm_and_agree_without() -> None:
+    episodes = image_episodes(queries=4)
+
+    def gap(module: nn.Module) -> float:
+        forward, theta = functionalize(module.double())
+        fast = stack(theta, episodes.tasks)
+        alone = predict_one_by_one(forward, fast, episodes)
+        together = torch.vmap(forward)(fast, episodes.query_x)
+        return (alone - together).abs().max().item()
+
+    assert gap(MLP(784, 3, hidden=(8,), batch_norm=False)) < 1e-12
+    assert gap(MLP(784, 3, hidden=(8,), batch_norm=True)) > 1e-2
+
+
+def test_no_graph_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, theta = functionalize(MLP(784, 5, hidden=(4,)))
+    theta = {name: p.requires_grad_() for name, p in theta.items()}
+    graphs: list[bool] = []
+
+    def spy(forward: Forward, fast: Params, x: Tensor) -> Tensor:
+        predictions = predict(forward, fast, x)
+        graphs.append(predictions.requires_grad)
+        return predictions
+
+    monkeypatch.setattr("metalearn.training.evaluation.predict", spy)
+    inner = InnerLoop(lr=0.1, steps=1, second_order=False)
+    evaluate(forward, theta, sampler(), inner, episodes=4, batch=2, nontransductive=True)
+    assert graphs
+    assert not any(graphs)

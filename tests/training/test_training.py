@@ -1,0 +1,340 @@
+"""Whole runs, small: what they write, that they learn, and that they repeat."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from metalearn.config.compose import CONF, compose, typed
+from metalearn.config.run_config import from_yaml, settle_data
+from metalearn.config.schema import TrainConfig
+from metalearn.config.validation import check
+from metalearn.core import serialization as files
+from metalearn.core.errors import ConfigError, RunError
+from metalearn.data import metadata as catalog
+from metalearn.metagrad import ENGINES
+from metalearn.training import loop as outer_loop
+from metalearn.training import trainer as training
+from metalearn.training.checkpoints import best_path, load_best
+from metalearn.training.evaluate_run import retest
+from metalearn.training.experiment import build, pick_device
+from metalearn.training.session import Session
+from metalearn.training.state import TrainState
+from metalearn.training.trainer import train
+
+SMALL = [
+    "data=glyphs",
+    "data.classes=60",
+    "data.jitter=0.05",
+    "model.width=16",
+    "task.meta_batch=8",
+    "outer.iterations=40",
+    "outer.lr=0.005",
+    "eval.every=20",
+    "eval.validation_episodes=20",
+    "eval.episodes=60",
+    "log.every=5",
+]
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "_reachable", lambda: False)
+
+
+def run(folder: Path, *overrides: str, base: list[str] = SMALL) -> dict[str, Any]:
+    config = typed(compose("train", [*base, *overrides]), TrainConfig)
+    check(config)
+    settled = settle_data(config)
+    train(settled, folder)
+    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    return metrics
+
+
+def events(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("run") / "second_order"
+    return folder, run(folder)
+
+
+def test_it_learns(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, metrics = finished
+    assert metrics["test.accuracy"] - metrics["test.ci95"] > 0.5, "chance is 0.2"
+    assert metrics["test.accuracy_nontransductive"] > 0.4
+    per_step = metrics["test.accuracy_per_step"]
+    assert per_step[0] < 0.35, "nothing can be known of the labels before adaptation"
+    assert per_step[-1] == metrics["test.accuracy"]
+
+
+def test_metrics_hold_the_contract(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, metrics = finished
+    expected = {
+        "dataset": "glyphs",
+        "algorithm": "maml",
+        "engine": "unroll",
+        "second_order": True,
+        "device": "cpu",
+        "seed": 0,
+        "iterations": 40,
+        "test.episodes": 60,
+        "test.inner_steps": 3,
+        "memory.kind": "cpu-tensors",
+    }
+    if torch.cuda.is_available():
+        del expected["device"], expected["memory.kind"]
+    assert expected.items() <= metrics.items()
+    seconds = ("time.training_s", "time.logging_s", "time.total_s")
+    assert metrics["time.training_s"] + metrics["time.logging_s"] < metrics["time.total_s"]
+    for name in ("test.accuracy", "test.ci95", "memory.peak_mib", "time.meta_step_ms", *seconds):
+        assert math.isfinite(metrics[name])
+        assert metrics[name] > 0, name
+
+
+def test_tensorboard_shows_every_tag(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, metrics = finished
+    shown = events(folder)
+    scalars = {tag: [(e.step, e.value) for e in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
+    every_5 = {f"train/{name}" for name in ("query_loss", "query_accuracy", "support_loss", "grad_norm")} | {
+        "time/meta_step_ms",
+        "memory/peak_mib",
+        "outer/lr",
+    }
+    for tag in every_5:
+        assert [step for step, _ in scalars[tag]] == list(range(5, 41, 5)), tag
+        assert all(math.isfinite(value) for _, value in scalars[tag])
+    cosine = [0.005 * (1 + math.cos(math.pi * (step - 1) / 40)) / 2 for step in range(5, 41, 5)]
+    assert [value for _, value in scalars["outer/lr"]] == pytest.approx(cosine, rel=1e-5), "the rate that was used"
+    for tag in ("validation/accuracy", "validation/accuracy_low", "validation/accuracy_high"):
+        assert [step for step, _ in scalars[tag]] == [20, 40]
+    low, mean, high = (scalars[f"validation/accuracy{end}"][-1][1] for end in ("_low", "", "_high"))
+    assert low < mean < high
+    by_step = [value for _, value in scalars["test/accuracy_by_inner_step"]]
+    assert by_step == pytest.approx(metrics["test.accuracy_per_step"])
+    assert [image.step for image in shown.Images("validation/tasks")] == [20, 40]
+    text = shown.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "second_order: true" in text
+
+
+def quick(*overrides: str) -> list[str]:
+    return [
+        *SMALL,
+        "model.width=8",
+        "task.meta_batch=4",
+        "outer.iterations=4",
+        "eval.every=4",
+        "eval.episodes=8",
+        *overrides,
+    ]
+
+
+@pytest.mark.parametrize("engine", ["checkpoint", "adjoint"])
+def test_another_engine_takes_the_same_steps(engine: str, tmp_path: Path) -> None:
+    base = quick("inner.steps=3", "inner.lr=0.05", "log.every=1")
+    runs = {}
+    for name, overrides in {
+        "unroll": [],
+        engine: [f"inner.engine={engine}", "inner.task_chunk=3", "inner.snapshot_every=2"],
+    }.items():
+        metrics = run(tmp_path / name, *overrides, base=base)
+        assert metrics["engine"] == name
+        runs[name] = [e.value for e in events(tmp_path / name).Scalars("train/grad_norm")]
+    assert runs[engine] == pytest.approx(runs["unroll"], rel=1e-2)  # float32, and Adam's first steps are signs
+
+
+def test_auto_engine_is_settled_before_the_first_step(tmp_path: Path) -> None:
+    metrics = run(tmp_path / "run", "inner.engine=auto", "run.memory_limit=2", base=quick())
+    assert metrics["engine"] in ENGINES
+    assert metrics["memory.peak_mib"] <= 2.5  # the optimiser's step is in it as well
+    kept = from_yaml(tmp_path / "run" / "config.yaml").inner
+    assert (kept.engine, kept.task_chunk) == (metrics["engine"], metrics["task_chunk"]), "evaluate.py finds it settled"
+    with pytest.raises(RunError, match=r"no engine fits into 0\.100 MiB"):
+        run(tmp_path / "tight", "inner.engine=auto", "run.memory_limit=0.1", base=quick())
+
+
+def test_curvature_is_logged_when_asked(tmp_path: Path) -> None:
+    looks = ["log.curvature_every=2", "log.eigenvalue_every=2"]
+    run(tmp_path / "run", *looks, "inner.steps=2", "log.every=4", base=quick())
+    shown = events(tmp_path / "run")
+    tags = {tag for tag in shown.Tags()["scalars"] if tag.startswith("grad/")}
+    assert tags == {
+        "grad/cosine_first_vs_second",
+        "grad/support_top_eigenvalue",
+        *(f"grad/adjoint_norm/step_{k}" for k in range(3)),
+    }
+    for tag in tags:
+        points = shown.Scalars(tag)
+        assert [e.step for e in points] == [2, 4]
+        assert all(math.isfinite(e.value) for e in points)
+
+
+def test_mixed_precision_is_proved_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proved = []
+
+    def prove(*args: Any, precision: str, **more: Any) -> str:
+        assert not torch.is_autocast_enabled("cpu"), "the reference must be float32"
+        proved.append(precision)
+        return "fine"
+
+    monkeypatch.setattr(training, "check_precision", prove)
+    metrics = run(tmp_path / "low", "run.precision=bfloat16", base=quick("log.every=1"))
+    assert proved == ["bfloat16"]
+    assert metrics["precision"] == "bfloat16"
+    run(tmp_path / "full", base=quick("log.every=1"))
+    low, full = ([e.value for e in events(tmp_path / n).Scalars("train/query_loss")] for n in ("low", "full"))
+    assert low != full
+    assert low == pytest.approx(full, rel=0.1)
+    assert proved == ["bfloat16"], "float32 needs no proof"
+
+
+def test_config_of_the_run_is_kept(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = finished
+    config = from_yaml(folder / "config.yaml")
+    assert config.task.meta_batch == 8
+    assert config.model.name == "conv4"
+
+
+def test_best_checkpoint_is_the_one_reported(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, metrics = finished
+    shown = [e.value for e in events(folder).Scalars("validation/accuracy")]
+    assert metrics["validation.best_accuracy"] == pytest.approx(max(shown))
+    experiment = build(from_yaml(folder / "config.yaml"))
+    best = load_best(folder, like=experiment.theta, device=experiment.device)
+    assert best.iteration == metrics["validation.best_iteration"]
+
+
+def test_evaluating_again_gives_the_same_figures(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, metrics = finished
+    before = sorted(p.name for p in folder.rglob("*"))
+    retest(from_yaml(folder / "config.yaml"), folder, tmp_path)
+    again = json.loads((tmp_path / "metrics.json").read_text())
+    for name in (key for key in metrics if key.startswith("test.")):
+        assert again[name] == metrics[name], name
+    assert sorted(p.name for p in folder.rglob("*")) == before, "the run's own folder is left alone"
+
+
+def test_the_same_seed_gives_the_same_run_bit_by_bit(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, metrics = finished
+    again = run(tmp_path / "again")
+    same = {name: value for name, value in metrics.items() if not name.startswith("time.")}
+    assert same == {name: value for name, value in again.items() if not name.startswith("time.")}
+    first, second = (files.load(best_path(f))["params"] for f in (folder, tmp_path / "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_order_and_seed_each_change_the_run(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, metrics = finished
+    first_order = run(tmp_path / "first", "inner.second_order=false")
+    other_seed = run(tmp_path / "seed", "run.seed=1")
+    assert first_order["second_order"] is False
+    assert first_order["memory.peak_mib"] < metrics["memory.peak_mib"]
+    for other in ("first", "seed"):
+        a, b = (files.load(best_path(f))["params"] for f in (folder, tmp_path / other))
+        assert not torch.equal(a["head.weight"], b["head.weight"])
+    assert other_seed["test.accuracy"] > 0.4
+
+
+def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = finished
+    before = (folder / "metrics.json").read_bytes()
+    with pytest.raises(RunError, match=r"already holds a run.*hydra\.run\.dir"):
+        run(folder)
+    assert (folder / "metrics.json").read_bytes() == before
+
+
+def test_divergence_stops_with_the_remedy_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"diverged at meta-step \d+: .*outer\.clip_norm=10.*meta-step \d+ is kept"):
+        run(tmp_path / "run", "outer.lr=1e30", "eval.every=1", "outer.schedule=constant", "log.every=1")
+    assert files.load(best_path(tmp_path / "run"))["iteration"] >= 1
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_parameters_that_are_no_longer_finite_are_neither_kept_nor_tested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The last update is what breaks them, so that no loss shows it.
+    meta_step = outer_loop.meta_step
+
+    def broken_step(session: Session, state: TrainState) -> bool:
+        asked = meta_step(session, state)
+        if state.iteration == 20:
+            state.params["head.bias"].fill_(math.nan)
+        return asked
+
+    monkeypatch.setattr(outer_loop, "meta_step", broken_step)
+    with pytest.raises(RunError, match=r"at meta-step 20: a parameter is not finite.*meta-step 15 is kept"):
+        run(tmp_path / "run", "eval.every=5", "outer.iterations=20")
+    assert files.load(best_path(tmp_path / "run"))["iteration"] <= 15
+
+
+def test_a_refused_run_leaves_the_folder_free(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="PyTorch sees"):
+        run(tmp_path / "run", "run.device=cuda:99")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_inner_steps(tmp_path: Path) -> None:
+    metrics = run(tmp_path / "run", "inner.steps=0", "inner.eval_steps=0", "outer.iterations=2")
+    assert len(metrics["test.accuracy_per_step"]) == 1
+    assert "train/support_loss" not in events(tmp_path / "run").Tags()["scalars"]
+
+
+def test_one_iteration(tmp_path: Path) -> None:
+    assert run(tmp_path / "run", "outer.iterations=1")["time.meta_step_ms"] > 0
+
+
+def test_gradient_clipping_bounds_the_step(tmp_path: Path) -> None:
+    run(tmp_path / "run", "outer.clip_norm=1e-12", "outer.iterations=3", "outer.lr=1e-3")
+    config = from_yaml(tmp_path / "run" / "config.yaml")
+    theta = build(config).theta
+    params = files.load(best_path(tmp_path / "run"))["params"]
+    # Adam divides by the gradient's size plus 1e-8, so that a gradient of 1e-12 moves nothing by more than 1e-4 lr.
+    assert all((params[name] - theta[name]).abs().max() < 1e-6 for name in theta)
+
+
+def test_constant_schedule(tmp_path: Path) -> None:
+    run(tmp_path / "run", "outer.schedule=constant", "outer.iterations=5", "eval.every=5")
+    assert [e.value for e in events(tmp_path / "run").Scalars("outer/lr")] == [pytest.approx(0.005)]
+
+
+def test_mlp_trains(tmp_path: Path) -> None:
+    base = [override for override in SMALL if not override.startswith("model")]
+    assert run(tmp_path / "run", "model=mlp", "outer.iterations=5", base=base)["iterations"] == 5
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs(name: str, tmp_path: Path) -> None:
+    small = ["task.meta_batch=2", "outer.iterations=2", *([] if name == "sinusoid" else ["model.width=4"])]
+    evaluation = ["eval.validation_episodes=2", "eval.episodes=2", "eval.every=1"]
+    metrics = run(tmp_path / "run", *evaluation, *small, base=[f"experiment={name}"])
+    assert metrics["iterations"] == 2
+    if name == "sinusoid":
+        assert metrics["task"] == "10-shot"
+        assert metrics["test.mse"] > 0
+        return
+    assert metrics["task"] in name.replace("way_", "-way ").replace("omniglot_", "").replace("shot", "-shot")
+
+
+def test_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"run\.device=cuda:99: PyTorch sees \d+ CUDA devices"):
+        pick_device("cuda:99")
+
+
+@pytest.mark.gpu
+def test_gpu_run_reports_the_allocators_peak(tmp_path: Path) -> None:
+    metrics = run(tmp_path / "run", "run.device=cuda")
+    assert metrics["memory.kind"] == "cuda"
+    assert metrics["device"].startswith("cuda (")
+    assert metrics["test.accuracy"] > 0.5

@@ -1,0 +1,260 @@
+"""What a run's event file holds, as TensorBoard's own readers see it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.data.provider import ListHyperparametersResult
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
+from tensorboard.plugins.hparams import api_pb2, list_session_groups
+from tensorboard.plugins.hparams.backend_context import Context
+
+from metalearn.training.evaluation import Evaluation
+from metalearn.training.tracking.event_files import EVENT_FILES, read_scalars
+from metalearn.training.tracking.hparams import METRICS, Value, shown
+from metalearn.training.tracking.tensorboard import LAYOUT, ReportTracker, Tracker
+
+PICTURE = np.full((4, 6, 3), 200, dtype=np.uint8)
+
+
+def accumulated(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+
+
+def multiplexed(folder: Path) -> EventMultiplexer:
+    """As ``tensorboard --load_fast=false`` reads a folder of runs."""
+    return EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
+
+
+def evaluation(*accuracies: float) -> Evaluation:
+    """Of two tasks 0.1 apart; the standard error is half of that."""
+    by_task = torch.tensor(accuracies).unsqueeze(1) + torch.tensor([-0.05, 0.05])
+    return Evaluation(by_task, alone=torch.tensor([0.5, 0.5]))
+
+
+def test_a_resumed_run_has_every_point_once(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Tracker(run, config="a: 1\n") as tracker:
+        for step in range(1, 51):
+            tracker.scalars({"x": step, "rare": step} if step % 20 == 0 else {"x": step}, step)
+    (first,) = run.glob(EVENT_FILES)
+    first.write_bytes(first.read_bytes()[:-7])  # it was cut in the middle of a record
+    with Tracker(run, config="a: 1\n", resumed_at=30) as tracker:
+        for step in range(31, 61):
+            tracker.scalars({"x": 1000 + step}, step)
+    assert len(list(run.glob(EVENT_FILES))) == 2
+    expected = [(step, step if step <= 30 else 1000 + step) for step in range(1, 61)]
+    assert [(p.step, p.value) for p in read_scalars(run)["x"]] == expected
+    shown_by_tensorboard = accumulated(run)
+    assert [(e.step, e.value) for e in shown_by_tensorboard.Scalars("x")] == expected
+    assert [e.step for e in shown_by_tensorboard.Scalars("rare")] == [20], "40 was after the cut"
+    tensors = multiplexed(tmp_path).Tensors("run", "x")  # of a sample, but 60 points are fewer than it takes
+    assert [e.step for e in tensors] == [step for step, _ in expected]
+
+
+def test_config_and_layout_are_written_once(tmp_path: Path) -> None:
+    for resumed_at in (None, 0, 30):
+        with Tracker(tmp_path, config="a: 1\n", resumed_at=resumed_at) as tracker:
+            tracker.scalars({"x": 1.0}, (resumed_at or 0) + 1)
+    events = accumulated(tmp_path)
+    for tag in ("config/text_summary", "custom_scalars__config__"):
+        assert len(events.Tensors(tag)) == 1, tag
+    assert b"a: 1" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_files_of_one_second_are_read_in_their_order(tmp_path: Path) -> None:
+    """Their names end with a number that counts on from 9 to 10, which sorts before it."""
+    for n in range(12):
+        with Tracker(tmp_path / str(n), config=""):
+            pass
+    with Tracker(tmp_path / "run", config="") as tracker:
+        tracker.scalars({"x": 1.0}, 1)
+    (name,) = (path.name for path in (tmp_path / "run").glob(EVENT_FILES))
+    with Tracker(tmp_path / "run", config="", resumed_at=1):
+        pass
+    (later,) = {path.name for path in (tmp_path / "run").glob(EVENT_FILES)} - {name}
+    assert later.split(".")[3] > name.split(".")[3]
+
+
+def test_the_test_is_shown(tmp_path: Path) -> None:
+    with Tracker(tmp_path, config="") as tracker:
+        tracker.test(evaluation(0.2, 0.7, 0.75), 400)
+    curves = read_scalars(tmp_path)
+    points = {tag: {p.step: round(p.value, 6) for p in curve} for tag, curve in curves.items()}
+    ends = [points.pop(f"test/accuracy_by_inner_step_{end}") for end in ("low", "high")]
+    assert ends == [{0: 0.102, 1: 0.602, 2: 0.652}, {0: 0.298, 1: 0.798, 2: 0.848}], "1.96 * 0.05"
+    assert points == {
+        "test/accuracy": {400: 0.75},
+        "test/accuracy_by_inner_step": {0: 0.2, 1: 0.7, 2: 0.75},
+        "test/accuracy_nontransductive": {2: 0.5},
+    }
+
+
+def write_run(folder: Path, values: dict[str, Value], *, test: float) -> None:
+    with Tracker(folder, config="") as tracker:
+        for step in (10, 20):
+            tracker.scalars({"memory/peak_mib": 50.0 + step, "time/meta_step_ms": 5.0, "train/grad_norm": 1.0}, step)
+        tracker.test(evaluation(0.2, test), 20)
+        metrics = {"test/accuracy": test, "memory/peak_mib": 70.0, "time/median_meta_step_ms": 6.0}
+        tracker.hparams(values, metrics, 20)
+
+
+class HParams:
+    """TensorBoard's table of a folder: its columns, and a row for each run."""
+
+    def __init__(self, folder: Path) -> None:
+        data = MultiplexerDataProvider(multiplexed(folder), str(folder))
+        context = Context(TBContext(data_provider=data, logdir=str(folder)))
+        self.experiment: Any = context.experiment_from_metadata(
+            RequestContext(),
+            "",
+            True,
+            context.hparams_metadata(RequestContext(), ""),
+            ListHyperparametersResult(hyperparameters=[], session_groups=[]),
+        )
+        wanted = api_pb2.ListSessionGroupsRequest(allowed_statuses=[api_pb2.STATUS_SUCCESS], slice_size=100)
+        found = list_session_groups.Handler(RequestContext(), context, "", wanted).run()
+        self.rows = {group.name: group for group in found.session_groups}
+        self.columns = [info.name for info in self.experiment.hparam_infos]
+
+    def values(self, run: str) -> dict[str, Any]:
+        hparams = self.rows[run].hparams
+        return {
+            name: hparams[name].number_value if hparams[name].HasField("number_value") else hparams[name].string_value
+            for name in hparams
+        }
+
+    def metrics(self, run: str) -> dict[str, float]:
+        return {metric.name.tag: metric.value for metric in self.rows[run].metric_values}
+
+
+CONV: dict[str, Value] = {"inner.second_order": True, "inner.task_chunk": None, "model.name": "conv4", "model.width": 8}
+MLP: dict[str, Value] = {"inner.second_order": False, "inner.task_chunk": 4, "model.name": "conv4", "model.layers": [3]}
+
+
+@pytest.mark.parametrize("report", [True, False])
+def test_hparams_shows_every_key_of_every_run(report: bool, tmp_path: Path) -> None:
+    write_run(tmp_path / "second_order-seed0", CONV, test=0.75)
+    write_run(tmp_path / "mlp-seed0", MLP, test=0.5)
+    if report:
+        ReportTracker(tmp_path / "report").report("", {}, runs=[CONV, MLP])
+    table = HParams(tmp_path)
+    assert set(table.rows) == {"second_order-seed0", "mlp-seed0"}, "no extra run, and the report is none"
+    if report:
+        assert table.columns == ["inner.second_order", "inner.task_chunk", "model.layers", "model.width"]
+    else:  # TensorBoard's own choice
+        assert set(table.columns) == set(CONV) | set(MLP)
+        assert table.columns[:2] == ["inner.second_order", "inner.task_chunk"]
+    assert table.values("second_order-seed0") == {
+        "inner.second_order": "true",
+        "inner.task_chunk": "null",
+        "model.name": "conv4",
+        "model.width": 8.0,
+    }
+    assert table.values("mlp-seed0") == {
+        "inner.second_order": "false",
+        "inner.task_chunk": 4.0,
+        "model.name": "conv4",
+        "model.layers": "[3]",
+    }
+    tags = [info.name.tag for info in table.experiment.metric_infos]
+    assert tags == list(METRICS) if report else set(METRICS) < set(tags)
+    figures = table.metrics("second_order-seed0")
+    assert {tag: figures[tag] for tag in METRICS} == pytest.approx(
+        {"test/accuracy": 0.75, "memory/peak_mib": 70.0, "time/median_meta_step_ms": 6.0}
+    )
+
+
+def test_columns_fit_other_runs_as_well(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", CONV, test=0.75)
+    ReportTracker(tmp_path / "report").report("", {}, runs=[CONV, MLP])
+    infos = HParams(tmp_path).experiment.hparam_infos
+    types = {info.name: info.type for info in infos}
+    assert types["model.width"] == api_pb2.DATA_TYPE_FLOAT64
+    assert types["inner.task_chunk"] == api_pb2.DATA_TYPE_STRING, "null or a number"
+    assert not any(info.WhichOneof("domain") for info in infos), "it would hide other runs"
+
+
+def test_runs_that_are_all_alike_show_every_key(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", CONV, test=0.75)
+    ReportTracker(tmp_path / "report").report("", {}, runs=[CONV])
+    assert HParams(tmp_path).columns == sorted(CONV)
+
+
+def test_metrics_do_not_double_a_curve(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", CONV, test=0.75)
+    with Tracker(tmp_path / "run", config="", resumed_at=20) as tracker:  # cut after the last meta-step
+        tracker.hparams(CONV, {"memory/peak_mib": 70.0}, 20)
+    points = {tag: [e.step for e in accumulated(tmp_path / "run").Scalars(tag)] for tag in METRICS}
+    assert points == {"test/accuracy": [20], "memory/peak_mib": [10, 20], "time/median_meta_step_ms": [20]}
+    assert [path.is_file() for path in (tmp_path / "run").iterdir()] == [True, True], "add_hparams makes a folder"
+
+
+def test_values_are_shown_as_they_are_written() -> None:
+    values = [shown(value) for value in (True, False, None, 3, 0.4, "conv4", [1, None, True], [])]
+    assert values == ["true", "false", "null", 3, 0.4, "conv4", "[1, null, true]", "[]"]
+
+
+def plugin(folder: Path) -> CustomScalarsPlugin:
+    data = MultiplexerDataProvider(multiplexed(folder), str(folder))
+    return CustomScalarsPlugin(TBContext(data_provider=data, logdir=str(folder)))
+
+
+def test_layouts_of_several_runs_are_one(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_run(tmp_path / name, CONV, test=0.75)
+    merged = json.loads(plugin(tmp_path).layout_impl(RequestContext(), ""))
+    titles = {category["title"]: [chart["title"] for chart in category["chart"]] for category in merged["category"]}
+    assert titles == {category: list(charts) for category, charts in LAYOUT.items()}
+    assert list(titles) == ["Accuracy", "Cost", "Second order"]
+
+
+def test_every_chart_takes_the_curves_that_it_is_about() -> None:
+    tags = [
+        *(f"validation/accuracy{end}" for end in ("", "_low", "_high")),
+        *(f"train/{name}" for name in ("query_accuracy", "grad_norm", "query_loss")),
+        *(f"test/accuracy{end}" for end in ("", "_nontransductive")),
+        *(f"test/accuracy_by_inner_step{end}" for end in ("", "_low", "_high")),
+        *(f"time/{name}" for name in ("meta_step_ms", "training_s", "median_meta_step_ms")),
+        *("memory/peak_mib", "grad/cosine_first_vs_second", "grad/support_top_eigenvalue", "outer/lr"),
+        *(f"grad/adjoint_norm/step_{k}" for k in range(3)),
+    ]
+    taken = []
+    for charts in LAYOUT.values():
+        for title, (kind, patterns) in charts.items():
+            matched = [
+                tag for tag in tags if any(re.match(p, tag) if kind == "Multiline" else p == tag for p in patterns)
+            ]
+            assert len(matched) == (3 if kind == "Margin" or "adjoint" in title else 1), title
+            taken += matched
+    assert set(tags) - set(taken) == {
+        "train/query_loss",
+        "test/accuracy",
+        "test/accuracy_nontransductive",
+        "time/median_meta_step_ms",
+        "outer/lr",
+    }
+
+
+def test_a_report_replaces_the_one_before(tmp_path: Path) -> None:
+    tracker = ReportTracker(tmp_path / "report")
+    tracker.report("| old |\n|---|", {"accuracy": PICTURE, "gone": PICTURE}, runs=[CONV])
+    tracker.report("| new |\n|---|", {"accuracy": PICTURE}, runs=[CONV, MLP])
+    (_,) = (tmp_path / "report").glob(EVENT_FILES)
+    events = accumulated(tmp_path / "report")
+    (text,) = events.Tensors("report/text_summary")
+    assert text.tensor_proto.string_val[0].decode() == "| new |\n|---|"
+    assert events.Tags()["images"] == ["report/accuracy"]
+    (image,) = events.Images("report/accuracy")
+    assert (image.height, image.width) == (4, 6)
