@@ -10,6 +10,7 @@ for it.
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from metalearn.algorithms import Algorithm
     from metalearn.core.errors import NonFiniteLossError
     from metalearn.core.functional import functionalize
-    from metalearn.core.module_parts import parts_of
+    from metalearn.core.module_parts import module_parts
     from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
     from metalearn.data.collate import batches
     from metalearn.derivatives import gradcheck
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
         UpdateRule,
         adapt,
         predict,
-        with_learned,
-        with_steps,
+        with_learned_lrs,
+        with_per_step_params,
     )
     from metalearn.metagrad import meta_gradient
 
@@ -59,10 +60,10 @@ __all__ = [
     "gradcheck",
     "load",
     "meta_gradient",
-    "parts_of",
+    "module_parts",
     "predict",
-    "with_learned",
-    "with_steps",
+    "with_learned_lrs",
+    "with_per_step_params",
 ]
 
 _HOMES = {
@@ -84,16 +85,26 @@ _HOMES = {
     "functionalize": "core.functional",
     "load": "inference.learner",
     "meta_gradient": "metagrad",
-    "parts_of": "core.module_parts",
+    "module_parts": "core.module_parts",
     "predict": "inner",
-    "with_learned": "inner",
-    "with_steps": "inner",
+    "with_learned_lrs": "inner",
+    "with_per_step_params": "inner",
 }
+
+_RENAMED = {
+    "parts_of": "module_parts",
+    "with_learned": "with_learned_lrs",
+    "with_steps": "with_per_step_params",
+}
+"""Former names, which still work and warn."""
 
 _MODULES = {"algorithms": "algorithms", "derivatives": "derivatives", "gradcheck": "derivatives.gradcheck"}
 
 
 def __getattr__(name: str) -> Any:
+    if new := _RENAMED.get(name):
+        warnings.warn(f"metalearn.{name} is called metalearn.{new} now", FutureWarning, stacklevel=2)
+        name = new
     if name in _MODULES:
         return importlib.import_module(f"metalearn.{_MODULES[name]}")
     if name not in _HOMES:

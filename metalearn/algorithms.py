@@ -17,9 +17,9 @@ from functools import partial
 from torch.nn.functional import cross_entropy
 
 from metalearn import metagrad
-from metalearn.core.module_parts import Parts
+from metalearn.core.module_parts import ModuleParts
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
-from metalearn.inner import InnerLoop, PrototypeHead, ZeroContext, with_learned, with_steps
+from metalearn.inner import InnerLoop, PrototypeHead, ZeroContext, with_learned_lrs, with_per_step_params
 from metalearn.metagrad import Engine
 from metalearn.metagrad.implicit import Implicit
 from metalearn.metagrad.reptile import reptile as reptile_gradient
@@ -41,32 +41,32 @@ class Algorithm:
         inner: the inner loop in training.
         engine: a meta-gradient of its own; ``None`` takes the one that ``inner.engine`` names.
         annealing: how the inner loop changes as training goes on.
-        keeps_statistics: whether BatchNorm's statistics are kept for every inner step, to predict queries one by one.
-        figures: names of the scalars that the engine has to say of itself (``MetaGradient.figures``).
+        tracks_norm_statistics: whether BatchNorm's statistics of every inner step are kept, to predict queries one by one.
+        diagnostics: names of the scalars that the engine has to say of itself (``MetaGradient.diagnostics``).
     """
 
     name: str
     inner: InnerLoop
     engine: Engine | None = None
     annealing: Annealing = _unchanged
-    keeps_statistics: bool = False
-    figures: tuple[str, ...] = ()
+    tracks_norm_statistics: bool = False
+    diagnostics: tuple[str, ...] = ()
 
     @property
-    def anneals(self) -> bool:
+    def is_annealed(self) -> bool:
         """Whether the inner loop changes as training goes on."""
         return self.annealing is not _unchanged
 
     def init(self, params: Params) -> Params:
         """Theta: the model's parameters, with every step's own and the learned step sizes."""
-        return with_learned(with_steps(params, self.inner), self.inner)
+        return with_learned_lrs(with_per_step_params(params, self.inner), self.inner)
 
     def at(self, progress: float) -> InnerLoop:
         """The inner loop when that share of the training is over."""
         return self.annealing(self.inner, progress)
 
     @property
-    def heaviest(self) -> InnerLoop:
+    def peak_memory_inner(self) -> InnerLoop:
         """That of the meta-step which takes the most memory: the second order, and all query losses that ever count."""
         return dataclasses.replace(self.at(0.0), second_order=self.inner.second_order)
 
@@ -84,12 +84,12 @@ class Algorithm:
         progress: float = 1.0,
     ) -> MetaGradient:
         """As ``metalearn.meta_gradient``, when that share of the training is over: by default all of it, so that a loop
-        of one's own passes ``progress=step / steps`` for what anneals (MAML++).
+        of one's own passes ``progress=step / steps`` for what is_annealed (MAML++).
         """
         return metagrad.meta_gradient(forward, theta, episodes, self.at(progress), loss=loss, engine=self.engine)
 
 
-def maml(inner: InnerLoop, parts: Parts) -> Algorithm:
+def maml(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
     """Model-agnostic meta-learning, in either order: all parameters are adapted, from a learned beginning.
 
         theta_{k+1} = theta_k - alpha dL_support(theta_k),    min over theta of L_query(theta_K)
@@ -99,7 +99,7 @@ def maml(inner: InnerLoop, parts: Parts) -> Algorithm:
     return Algorithm("maml", inner)
 
 
-def anil(inner: InnerLoop, parts: Parts) -> Algorithm:
+def anil(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
     """Almost no inner loop: the head alone is adapted, its features are shared by all tasks.
 
     Raghu et al. 2020, arXiv 1909.09157, section 4.
@@ -110,7 +110,7 @@ def anil(inner: InnerLoop, parts: Parts) -> Algorithm:
     return Algorithm("anil", dataclasses.replace(inner, adapted=frozenset(_head("anil", parts))))
 
 
-def boil(inner: InnerLoop, parts: Parts) -> Algorithm:
+def boil(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
     """Body only in the inner loop: all but the head is adapted, so that features change with the task.
 
     Oh et al. 2021, arXiv 2008.08882, section 3.
@@ -124,7 +124,7 @@ def boil(inner: InnerLoop, parts: Parts) -> Algorithm:
     return Algorithm("boil", dataclasses.replace(inner, adapted=parts.body))
 
 
-def meta_sgd(inner: InnerLoop, parts: Parts) -> Algorithm:
+def meta_sgd(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
     """A learned step size for every entry of every parameter, which may turn negative.
 
         theta_{k+1} = theta_k - alpha * dL_support(theta_k),    min over theta and alpha
@@ -136,7 +136,7 @@ def meta_sgd(inner: InnerLoop, parts: Parts) -> Algorithm:
 
 def maml_pp(
     inner: InnerLoop,
-    parts: Parts,
+    parts: ModuleParts,
     *,
     learned_lr: bool = True,
     multi_step_share: float = 0.15,
@@ -165,10 +165,12 @@ def maml_pp(
     if per_step_affine and parts.norms:
         inner = dataclasses.replace(inner, per_step=parts.norms, adapted=parts.all - parts.norms)
 
-    anneals = multi_step_share > 0 or first_order_share > 0
+    is_annealed = multi_step_share > 0 or first_order_share > 0
     annealing = partial(_annealed, multi_step_share=multi_step_share, first_order_share=first_order_share)
     statistics = per_step_statistics and bool(parts.norms)
-    return Algorithm("maml_pp", inner, annealing=annealing if anneals else _unchanged, keeps_statistics=statistics)
+    return Algorithm(
+        "maml_pp", inner, annealing=annealing if is_annealed else _unchanged, tracks_norm_statistics=statistics
+    )
 
 
 def _annealed(inner: InnerLoop, progress: float, *, multi_step_share: float, first_order_share: float) -> InnerLoop:
@@ -195,7 +197,7 @@ def multi_step_weights(steps: int, progress: float) -> tuple[float, ...]:
     return (0.0, *[early] * (steps - 1), 1 - early * (steps - 1))
 
 
-def reptile(inner: InnerLoop, parts: Parts) -> Algorithm:
+def reptile(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
     """The mean displacement of adapted parameters as a gradient: (theta - theta_K) / alpha, never a second order.
 
     Nichol, Achiam & Schulman 2018, arXiv 1803.02999, section 3. Adapts to support and query set together in training.
@@ -204,7 +206,7 @@ def reptile(inner: InnerLoop, parts: Parts) -> Algorithm:
 
 
 def imaml(
-    inner: InnerLoop, parts: Parts, *, strength: float = 2.0, cg_steps: int = 5, damping: float = 0.0
+    inner: InnerLoop, parts: ModuleParts, *, strength: float = 2.0, cg_steps: int = 5, damping: float = 0.0
 ) -> Algorithm:
     """Implicit MAML: the meta-gradient at a proximal optimum, whatever the way there.
 
@@ -223,11 +225,11 @@ def imaml(
         "imaml",
         dataclasses.replace(inner, proximal=strength),
         engine=Implicit(cg_steps=cg_steps, damping=damping),
-        figures=("cg_residual", "cg_residual_max"),
+        diagnostics=("cg_residual", "cg_residual_max"),
     )
 
 
-def cavia(inner: InnerLoop, parts: Parts) -> Algorithm:
+def cavia(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
     """Fast context adaptation: context parameters alone are adapted, from 0; all others are shared.
 
     Zintgraf et al. 2019, arXiv 1810.03642, algorithm 1, section 3.
@@ -242,7 +244,7 @@ def cavia(inner: InnerLoop, parts: Parts) -> Algorithm:
     return Algorithm("cavia", dataclasses.replace(inner, adapted=parts.context, start=ZeroContext(parts.context)))
 
 
-def protonet(inner: InnerLoop, parts: Parts) -> Algorithm:
+def protonet(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
     """Prototypical networks, as the reference without inner gradients: a head made of the classes' mean embeddings.
 
         p(y = n | x) = softmax over n of -|f(x) - c_n|^2,    c_n = mean of f over the support examples of n
@@ -267,7 +269,7 @@ def protonet(inner: InnerLoop, parts: Parts) -> Algorithm:
     return Algorithm("protonet", dataclasses.replace(inner, start=PrototypeHead(head[0], head[1])))
 
 
-def _head(algorithm: str, parts: Parts) -> tuple[str, ...]:
+def _head(algorithm: str, parts: ModuleParts) -> tuple[str, ...]:
     if not parts.head:
         raise ValueError(
             f"{algorithm}: the model has no trainable nn.Linear to be its head; end it with one, or name "

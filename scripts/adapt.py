@@ -7,16 +7,16 @@ images, or one folder a class as well.
 from pathlib import Path
 
 from metalearn.commands.adapt.checks import check_adapt
-from metalearn.commands.cli import main
+from metalearn.commands.cli import command
 from metalearn.config.commands_schema import AdaptConfig
 
 
-@main("adapt", AdaptConfig, check_adapt)
+@command("adapt", AdaptConfig, check_adapt)
 def adapt(config: AdaptConfig, output_dir: Path) -> None:
     """Adapt the best checkpoint of a run to your own images, one folder a class, and predict others."""
-    from metalearn.commands.adapt.run import adapt_to_folders  # a refused configuration need not wait for torch
+    from metalearn.commands.adapt.run import run_adapt  # a refused configuration need not wait for torch
 
-    adapt_to_folders(config, output_dir)
+    run_adapt(config, output_dir)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ of any training with ``bench.setting=configured`` and that training's keys.
 from pathlib import Path
 
 from metalearn.commands.benchmark.check import check_benchmark
-from metalearn.commands.cli import main
+from metalearn.commands.cli import command
 from metalearn.config.commands_schema import BenchmarkConfig
-from metalearn.config.run_config import settle_data
+from metalearn.config.run_config import resolve_data
 
 
-@main("benchmark", BenchmarkConfig, check_benchmark)
+@command("benchmark", BenchmarkConfig, check_benchmark)
 def benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
     """Time one meta-step beside learn2learn, higher, TorchOpt and a hand-written loop; all must give the same gradient.
 
@@ -28,7 +28,7 @@ def benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
     elif config.bench.kind == "float32":
         from metalearn.commands.benchmark.float32 import run_float32_table
 
-        run_float32_table(settle_data(config), output_dir)
+        run_float32_table(resolve_data(config), output_dir)
     elif config.bench.kind == "sweeps":
         from metalearn.commands.benchmark.sweeps import run_sweeps
 
@@ -36,7 +36,7 @@ def benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
     else:
         from metalearn.commands.benchmark.run import run_benchmark
 
-        run_benchmark(settle_data(config), output_dir)
+        run_benchmark(resolve_data(config), output_dir)
 
 
 if __name__ == "__main__":

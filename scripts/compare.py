@@ -7,12 +7,12 @@ Run it as ``python scripts/compare.py``, or with variants of your own:
 import sys
 from pathlib import Path
 
-from metalearn.commands.cli import main
+from metalearn.commands.cli import command
 from metalearn.commands.compare.variants import check_compare
 from metalearn.config.commands_schema import CompareConfig
 
 
-@main("compare", CompareConfig, check_compare, may_continue=lambda config: True)
+@command("compare", CompareConfig, check_compare, may_continue=lambda config: True)
 def compare(config: CompareConfig, folder: Path) -> None:
     """Train every variant with every seed on the same tasks, and report accuracy, memory and time side by side.
 

@@ -6,12 +6,12 @@ Run it as ``python scripts/gradients.py``, or ``python scripts/gradients.py less
 import sys
 from pathlib import Path
 
-from metalearn.commands.cli import main
+from metalearn.commands.cli import command
 from metalearn.config.commands_schema import GradientsConfig
-from metalearn.config.validation import check_gradients
+from metalearn.config.validation import validate_gradients_config
 
 
-@main("gradients", GradientsConfig, check_gradients)
+@command("gradients", GradientsConfig, validate_gradients_config)
 def gradients(config: GradientsConfig, output_dir: Path) -> None:
     """Run the lessons on second-order gradients, and hold every number against its analytic value.
 

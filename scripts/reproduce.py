@@ -7,12 +7,12 @@ after ten minutes.
 import sys
 from pathlib import Path
 
-from metalearn.commands.cli import main
+from metalearn.commands.cli import command
 from metalearn.commands.reproduce.plan import check_reproduce
 from metalearn.config.commands_schema import ReproduceConfig
 
 
-@main("reproduce", ReproduceConfig, check_reproduce, may_continue=lambda config: True)
+@command("reproduce", ReproduceConfig, check_reproduce, may_continue=lambda config: True)
 def reproduce(config: ReproduceConfig, folder: Path) -> None:
     """Train an experiment in the orders and with the seeds that are asked for, and put it beside the published figure.
 

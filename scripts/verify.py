@@ -6,12 +6,12 @@ Run it as ``python scripts/verify.py``, or with ``run.dtype=float32`` or ``run.d
 import sys
 from pathlib import Path
 
-from metalearn.commands.cli import main
+from metalearn.commands.cli import command
 from metalearn.config.commands_schema import VerifyConfig
-from metalearn.config.validation import check_verify
+from metalearn.config.validation import validate_verify_config
 
 
-@main("verify", VerifyConfig, check_verify)
+@command("verify", VerifyConfig, validate_verify_config)
 def verify(config: VerifyConfig, output_dir: Path) -> None:
     """Prove every engine right on this machine: against unroll, finite differences, learn2learn, higher and TorchOpt.
 

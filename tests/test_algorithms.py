@@ -12,12 +12,18 @@ from torch.nn.functional import cross_entropy
 
 from metalearn import InnerLoop, Params, functionalize, meta_gradient
 from metalearn.algorithms import ALGORITHMS, anil, boil, cavia, imaml, maml_pp, meta_sgd, multi_step_weights, protonet
-from metalearn.config.compose import compose, typed
+from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import PLAIN_ALGORITHMS, TrainConfig
 from metalearn.core.functional import relative_error
-from metalearn.core.module_parts import parts_of
-from metalearn.inner import begin, update
-from metalearn.inner.batch_norm_statistics import as_theta, is_statistic, record, statistics_at, under
+from metalearn.core.module_parts import module_parts
+from metalearn.inner import apply_update, init_state
+from metalearn.inner.batch_norm_statistics import (
+    is_norm_statistic,
+    record_statistics,
+    statistics_at,
+    statistics_to_params,
+    with_fixed_statistics,
+)
 from metalearn.models import MLP, ContextConv4, Conv4
 from tests.conftest import image_episodes
 
@@ -29,30 +35,30 @@ def conv4() -> Conv4:
 
 
 def test_parts_are_found_by_their_layers() -> None:
-    parts = parts_of(conv4())
+    parts = module_parts(conv4())
     assert parts.head == ("head.weight", "head.bias")
     assert parts.norms == {f"features.{i}.1.{name}" for i in range(4) for name in ("weight", "bias")}
     assert parts.body == parts.all - set(parts.head)
-    assert parts_of(ContextConv4(3, width=4, context=5)).context == {"context"}
+    assert module_parts(ContextConv4(3, width=4, context=5)).context == {"context"}
     frozen = conv4()
     frozen.get_parameter("features.0.1.weight").requires_grad_(False)
-    assert "features.0.1.weight" not in parts_of(frozen).norms
-    assert parts_of(nn.Linear(3, 2)).head == ("weight", "bias")
+    assert "features.0.1.weight" not in module_parts(frozen).norms
+    assert module_parts(nn.Linear(3, 2)).head == ("weight", "bias")
     out_of_order = nn.ModuleDict({"head": nn.Linear(8, 3), "body": nn.Linear(4, 8)})
-    assert parts_of(out_of_order).head == ("head.weight", "head.bias")
-    assert parts_of(out_of_order, head="body").head == ("body.weight", "body.bias")
+    assert module_parts(out_of_order).head == ("head.weight", "head.bias")
+    assert module_parts(out_of_order, head="body").head == ("body.weight", "body.bias")
     with pytest.raises(ValueError, match=r"head='tail' is no nn\.Linear of the module; it has head, body"):
-        parts_of(out_of_order, head="tail")
+        module_parts(out_of_order, head="tail")
 
 
 def test_anil_moves_the_head_and_boil_the_rest() -> None:
     module, episodes = conv4(), image_episodes()
     forward, theta = functionalize(module)
-    for algorithm in (anil(INNER, parts_of(module)), boil(INNER, parts_of(module))):
-        carry = begin(forward, theta, episodes.support_x, episodes.support_y, algorithm.inner)
+    for algorithm in (anil(INNER, module_parts(module)), boil(INNER, module_parts(module))):
+        carry = init_state(forward, theta, episodes.support_x, episodes.support_y, algorithm.inner)
         own = algorithm.inner.adapted
         assert own is not None
-        after = update(carry, {name: torch.ones_like(carry[name]) for name in own}, algorithm.inner, 0)
+        after = apply_update(carry, {name: torch.ones_like(carry[name]) for name in own}, algorithm.inner, 0)
         moved = {name for name in theta if not torch.equal(after[name], carry[name])}
         assert moved == {name for name in theta if name.startswith("head") == (algorithm.name == "anil")}
 
@@ -60,7 +66,7 @@ def test_anil_moves_the_head_and_boil_the_rest() -> None:
 def test_meta_sgd_begins_as_maml() -> None:
     module, episodes = conv4(), image_episodes()
     forward, params = functionalize(module)
-    algorithm = meta_sgd(INNER, parts_of(module))
+    algorithm = meta_sgd(INNER, module_parts(module))
     theta = algorithm.init(params)
     assert {name: p.shape for name, p in theta.items() if "::" in name} == {
         f"lr::{name}": p.shape for name, p in params.items()
@@ -80,7 +86,7 @@ def test_multi_step_weights_are_the_authors() -> None:
 
 def test_maml_pp_is_its_parts() -> None:
     module = conv4()
-    parts = parts_of(module)
+    parts = module_parts(module)
     _, params = functionalize(module)
     whole = maml_pp(INNER, parts, multi_step_share=0.2, first_order_share=0.5)
     theta = whole.init(params)
@@ -96,15 +102,15 @@ def test_maml_pp_is_its_parts() -> None:
         per_step_statistics=False,
     )  # fmt: skip
     assert bare.inner == INNER
-    assert not bare.anneals
-    assert not bare.keeps_statistics
+    assert not bare.is_annealed
+    assert not bare.tracks_norm_statistics
     assert whole.testing(5).query_weights is None
 
 
 def test_protonet_is_snells() -> None:
     module, episodes = conv4(), image_episodes(shots=2)
     forward, theta = functionalize(module)
-    got = protonet(InnerLoop(0.1, 0), parts_of(module)).meta_gradient(forward, theta, episodes)
+    got = protonet(InnerLoop(0.1, 0), module_parts(module)).meta_gradient(forward, theta, episodes)
     losses = []
     for t in range(episodes.tasks):
         support, query = (module.features(x[t]).mean((-2, -1)) for x in (episodes.support_x, episodes.query_x))
@@ -120,7 +126,7 @@ def test_statistics_are_those_of_the_layers_inputs() -> None:
     module, episodes = MLP(784, 3, hidden=(6, 5)).double(), image_episodes()
     forward, theta = functionalize(module)
     fast = {name: p.expand(3, *p.shape) for name, p in theta.items()}
-    found = record(forward, fast, episodes.query_x)
+    found = record_statistics(forward, fast, episodes.query_x)
     seen: list[torch.Tensor] = []
     layers = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm1d)]
     for layer in layers:
@@ -131,8 +137,8 @@ def test_statistics_are_those_of_the_layers_inputs() -> None:
         inputs = seen[i::2]
         torch.testing.assert_close(moments.mean, torch.stack([x.mean(0) for x in inputs]).mean(0))
         torch.testing.assert_close(moments.var, torch.stack([x.var(0, correction=0) for x in inputs]).mean(0))
-    entries = as_theta([found, found])
-    assert all(map(is_statistic, entries))
+    entries = statistics_to_params([found, found])
+    assert all(map(is_norm_statistic, entries))
     kept = statistics_at(entries, 7)
     assert kept is not None
     torch.testing.assert_close(kept[1].var, found[1].var)
@@ -141,8 +147,8 @@ def test_statistics_are_those_of_the_layers_inputs() -> None:
 def test_under_statistics_no_example_sees_another() -> None:
     module, episodes = conv4(), image_episodes(tasks=1)
     forward, theta = functionalize(module)
-    statistics = record(forward, {name: p[None] for name, p in theta.items()}, episodes.support_x)
-    alone = under(forward, statistics)
+    statistics = record_statistics(forward, {name: p[None] for name, p in theta.items()}, episodes.support_x)
+    alone = with_fixed_statistics(forward, statistics)
     x = episodes.query_x[0]
     torch.testing.assert_close(alone(theta, x)[:1], alone(theta, x[:1]))
     for layer, moments in zip([m for m in module.modules() if isinstance(m, nn.BatchNorm2d)], statistics, strict=True):
@@ -154,27 +160,27 @@ def test_under_statistics_no_example_sees_another() -> None:
 
 
 def test_what_does_not_fit_the_model_is_refused() -> None:
-    headless = parts_of(nn.Sequential(nn.Conv2d(1, 3, 3)))
+    headless = module_parts(nn.Sequential(nn.Conv2d(1, 3, 3)))
     for algorithm in (anil, boil, protonet):
         with pytest.raises(ValueError, match=r"has no trainable nn\.Linear to be its head"):
             algorithm(INNER, headless)
     with pytest.raises(ValueError, match="no body to adapt"):
-        boil(INNER, parts_of(nn.Linear(3, 2)))
+        boil(INNER, module_parts(nn.Linear(3, 2)))
     with pytest.raises(ValueError, match="no parameter called 'context'"):
-        cavia(INNER, parts_of(conv4()))
+        cavia(INNER, module_parts(conv4()))
     with pytest.raises(ValueError, match="needs a weight and a bias"):
-        protonet(INNER, parts_of(nn.Linear(3, 2, bias=False)))
+        protonet(INNER, module_parts(nn.Linear(3, 2, bias=False)))
 
 
 def test_imaml_pulls_to_theta() -> None:
-    algorithm = imaml(INNER, parts_of(conv4()), strength=3.0)
+    algorithm = imaml(INNER, module_parts(conv4()), strength=3.0)
     assert algorithm.inner.proximal == 3.0
     assert algorithm.testing(2).proximal == 3.0, "tasks of the test are adapted as those of training"
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_has_a_configuration_with_its_defaults(name: str) -> None:
-    config = typed(compose("train", [f"algorithm={name}"]), TrainConfig).algorithm
+    config = to_dataclass(compose("train", [f"algorithm={name}"]), TrainConfig).algorithm
     assert config.name == name
     given = {key: value for key, value in vars(config).items() if key not in ("name", "backend")}
     signature = inspect.signature(ALGORITHMS[name]).parameters
@@ -190,6 +196,6 @@ def test_tasks_in_chunks_are_the_same(name: str) -> None:
     inner = InnerLoop(0.05, 2, engine="adjoint")
     episodes, grads = image_episodes(), list[Params]()
     for chunk in (None, 2):
-        algorithm = ALGORITHMS[name](dataclasses.replace(inner, task_chunk=chunk), parts_of(module))
+        algorithm = ALGORITHMS[name](dataclasses.replace(inner, task_chunk=chunk), module_parts(module))
         grads.append(algorithm.meta_gradient(forward, algorithm.init(params), episodes, progress=0.0).grads)
     assert relative_error(grads[1], grads[0]) < 1e-9

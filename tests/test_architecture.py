@@ -109,3 +109,10 @@ def test_what_a_script_refuses_need_not_wait_for_torch(script: Path) -> None:
 def test_scripts_are_short() -> None:
     for script in (REPO / "scripts").glob("*.py"):
         assert len(script.read_text().splitlines()) < 100, script
+
+
+@pytest.mark.parametrize("old", ["parts_of", "with_learned", "with_steps"])
+def test_former_public_name_works_and_warns(old: str) -> None:
+    with pytest.warns(FutureWarning, match=rf"metalearn\.{old} is called metalearn\.(\w+) now"):
+        value = getattr(metalearn, old)
+    assert value.__name__ in metalearn.__all__

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from metalearn import Episodes, InnerLoop, functionalize, meta_gradient
 from metalearn.algorithms import ALGORITHMS
-from metalearn.config.compose import compose, typed
+from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
 from tests.conftest import REPO
 
@@ -60,7 +60,7 @@ def composed(words: list[str]) -> Any:
     assert (REPO / script).is_file(), script
     config = compose(Path(script).stem, overrides)
     if script == "scripts/train.py":
-        return typed(config, TrainConfig)
+        return to_dataclass(config, TrainConfig)
     return config
 
 
@@ -129,4 +129,4 @@ def test_the_table_has_every_algorithm_with_its_paper() -> None:
     assert [name for name, _ in rows] == list(ALGORITHMS)
     for name, paper in rows:
         assert f"arXiv {paper}" in (ALGORITHMS[name].__doc__ or ""), name
-        assert typed(compose("train", [f"algorithm={name}"]), TrainConfig).algorithm.name == name
+        assert to_dataclass(compose("train", [f"algorithm={name}"]), TrainConfig).algorithm.name == name

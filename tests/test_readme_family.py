@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from typing import Any
 
-from metalearn.commands.compare.statistics import over_seeds
+from metalearn.commands.compare.statistics import seed_ci
 from tests.conftest import REPO
 
 REFERENCE = REPO / "outputs" / "reference"
@@ -45,7 +45,7 @@ def sinusoid_table() -> str:
         cells = []
         for k in (0, 1, 10):
             means, halves = ([m[f"test.{name}_per_step"][k] for m in runs[task]] for name in ("mse", "ci95"))
-            found = over_seeds(means, halves)
+            found = seed_ci(means, halves)
             cells.append(f"{found.mean:.2f} ± {found.ci95:.2f}")
         lines.append(f"| {task.partition('-')[0]} | {' | '.join(cells)} | {len(runs[task])} |")
     return "\n".join(lines) + "\n"

@@ -25,12 +25,12 @@ from hydra._internal.utils import get_args_parser  # Hydra's own parser: no publ
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from metalearn.config.compose import CONF, Config, compose, option_sections, typed
+from metalearn.config.compose import CONF, Config, compose, group_defaults, to_dataclass
 from metalearn.config.messages import help_text
-from metalearn.config.output_names import RECORD
-from metalearn.config.overrides import asked_for
-from metalearn.config.run_folder import TRAINING_FILES, refuse_holding
-from metalearn.core.errors import ConfigError, MetalearnError, RunError, StoppedError
+from metalearn.config.output_names import COMPARISON_FILE
+from metalearn.config.overrides import requested_jobs
+from metalearn.config.run_folder import TRAINING_FILES, check_no_run_in
+from metalearn.core.errors import ConfigError, MetalearnError, RunError, TerminatedError
 from metalearn.training.runtime import torchrun
 from metalearn.training.runtime.signals import sigterm_as_exception
 
@@ -39,12 +39,12 @@ RUN_FILES = (
     "benchmark.json",
     "lessons.json",
     "verify.json",
-    RECORD,
+    COMPARISON_FILE,
 )
 """By these a folder is known to hold a run; nothing is written there again."""
 
 
-def main(
+def command(
     name: str,
     kind: type[Config],
     check: Callable[[Config], None],
@@ -67,29 +67,29 @@ def main(
         def command() -> None:
             flags = get_args_parser().parse_args()
             try:
-                if torchrun.size() > 1 and (follow is None or flags.multirun):
+                if torchrun.world_size() > 1 and (follow is None or flags.multirun):
                     raise ConfigError(_ONE_TRAINING)
                 if flags.help:
                     config = compose(name)
-                    print(help_text(config, sys.argv[0], function.__doc__ or "", option_sections(name, config)))
+                    print(help_text(config, sys.argv[0], function.__doc__ or "", group_defaults(name, config)))
                     return
                 jobs = _checked(name, flags, kind, check, may_continue)
             except MetalearnError as error:
-                _stop(error)
+                _exit_with_error(error)
             if follow is None or torchrun.rank() == 0:
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
             elif jobs and not flags.cfg:  # without Hydra's folder and log, which are the first process's
                 logging.basicConfig(format=f"[process {torchrun.rank()}] %(message)s")
-                with _explained("nothing is written by this process"):
+                with _report_errors("nothing is written by this process"):
                     follow(jobs[0])
 
         def job(config: DictConfig) -> None:
             output_dir = Path(HydraConfig.get().runtime.output_dir)
-            with _explained(f"what was written so far lies in {output_dir}"):
-                checked = typed(config, kind)
+            with _report_errors(f"what was written so far lies in {output_dir}"):
+                checked = to_dataclass(config, kind)
                 check(checked)
                 if not may_continue(checked):
-                    refuse_taken(output_dir)
+                    check_output_dir(output_dir)
                 function(checked, output_dir)
 
         return command
@@ -106,28 +106,28 @@ def _checked(
 ) -> list[Config]:
     """The configuration of every job, before any begins; none where Hydra is asked for something else."""
     jobs = []
-    for overrides, config, folder in asked_for(name, flags):
-        job = typed(config, kind)
+    for overrides, config, folder in requested_jobs(name, flags):
+        job = to_dataclass(config, kind)
         check(job)
-        _refuse_file_as_folder(overrides)
+        _check_is_folder(overrides)
         if flags.multirun and may_continue(job) and not any("hydra.sweep.subdir=" in o for o in overrides):
             raise ConfigError(_NOTHING_TO_RESUME)
         if not flags.cfg:
-            _refuse_unwritable(folder)
+            _check_writable(folder)
         jobs.append(job)
     return jobs
 
 
-def refuse_taken(output_dir: Path) -> None:
+def check_output_dir(output_dir: Path) -> None:
     """Refuse a folder that holds a run.
 
     Raises:
         FolderTakenError: naming the file by which it is known.
     """
-    refuse_holding(output_dir, RUN_FILES)
+    check_no_run_in(output_dir, RUN_FILES)
 
 
-def _refuse_file_as_folder(overrides: Sequence[str]) -> None:
+def _check_is_folder(overrides: Sequence[str]) -> None:
     for override in overrides:
         name, _, value = override.partition("=")
         path = Path(value.strip("'\""))
@@ -135,7 +135,7 @@ def _refuse_file_as_folder(overrides: Sequence[str]) -> None:
             raise ConfigError(f"{override}: this is a file, or lies below one; name a folder")
 
 
-def _refuse_unwritable(folder: str) -> None:
+def _check_writable(folder: str) -> None:
     """Find out before Hydra does, which would show a stack trace."""
     path = Path(folder).absolute()
     there = next(p for p in (path, *path.parents) if p.is_dir())
@@ -158,27 +158,27 @@ _NOTHING_TO_RESUME = (
 
 
 @contextmanager
-def _explained(written: str) -> Iterator[None]:
+def _report_errors(written: str) -> Iterator[None]:
     """A command's end: without a stack trace where the user can mend it, and with the exit code of a signal."""
     try:
         with sigterm_as_exception():
             yield
-    except StoppedError as error:
+    except TerminatedError as error:
         print(error, file=sys.stderr)
         sys.exit(128 + error.signal)
     except MetalearnError as error:
-        _stop(error)
+        _exit_with_error(error)
     except OSError as error:
-        if error.errno not in _OF_THE_SYSTEM:
+        if error.errno not in _OS_ERROR_HINTS:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _stop(RunError(f"{error.strerror}{where}; {written}. {_OF_THE_SYSTEM[error.errno]}"))
+        _exit_with_error(RunError(f"{error.strerror}{where}; {written}. {_OS_ERROR_HINTS[error.errno]}"))
     except KeyboardInterrupt:
         print(f"Interrupted; {written}.", file=sys.stderr)
         sys.exit(130)
 
 
-_OF_THE_SYSTEM = {
+_OS_ERROR_HINTS = {
     errno.ENOSPC: "The disk is full: make room and run again; a training goes on with run.resume=true.",
     errno.EDQUOT: "The disk quota is used up: make room and run again; a training goes on with run.resume=true.",
     errno.EROFS: "The disk is read-only: choose a folder on another, with hydra.run.dir=PATH.",
@@ -189,9 +189,9 @@ _OF_THE_SYSTEM = {
 """Errors of the system that a user can mend, and how."""
 
 
-def _stop(error: MetalearnError) -> NoReturn:
+def _exit_with_error(error: MetalearnError) -> NoReturn:
     who = f"[process {torchrun.rank()}] " if torchrun.rank() else ""
     message = f"{who}{type(error).__name__}: {error}"
-    torchrun.report(message)
+    torchrun.report_error(message)
     print(message, file=sys.stderr)
     sys.exit(2)

@@ -29,11 +29,11 @@ from rich.text import Text
 
 from metalearn.config.commands_schema import GradientsConfig
 from metalearn.core import serialization as files
-from metalearn.core.profiling.hardware import machine
+from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.core.profiling.threads import one_thread
 from metalearn.lessons import LESSONS, Check, Lesson
 from metalearn.training.tracking.console import print_path, print_table, progress_bar
-from metalearn.training.tracking.tensorboard import LessonTracker
+from metalearn.training.tracking.tensorboard import LessonLogger
 
 DPI = 120
 """Of the pictures."""
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class LessonResult:
     """What came of a lesson.
 
     Args:
@@ -76,34 +76,34 @@ def run_lessons(config: GradientsConfig, output_dir: Path) -> bool:
         Whether every number of every lesson is right.
     """
     names = list(LESSONS) if config.lesson == "all" else [config.lesson]
-    outcomes: list[Outcome] = []
-    with one_thread(), closing(LessonTracker(output_dir)) as tracker, progress_bar() as progress:
+    outcomes: list[LessonResult] = []
+    with one_thread(), closing(LessonLogger(output_dir)) as tracker, progress_bar() as progress:
         bar = progress.add_task("lessons", total=len(names), note="")
         for name in names:
             progress.update(bar, note=name)
-            outcome = attempt(name)
+            outcome = run_lesson(name)
             outcomes.append(outcome)
-            keep(outcome, output_dir, tracker)
-            files.write_text(output_dir / "lessons.json", report(outcomes, complete=len(outcomes) == len(names)))
-            show(outcome, output_dir)
+            save_lesson(outcome, output_dir, tracker)
+            files.atomic_write_text(output_dir / "lessons.json", report(outcomes, complete=len(outcomes) == len(names)))
+            print_lesson(outcome, output_dir)
             progress.advance(bar)
         progress.update(bar, note="")
-    summarise(outcomes, output_dir)
+    print_summary(outcomes, output_dir)
     return all(outcome.right for outcome in outcomes)
 
 
-def attempt(name: str) -> Outcome:
+def run_lesson(name: str) -> LessonResult:
     """Run a lesson, with random numbers that do not depend on the lessons before it, and render its figures."""
     started = time.perf_counter()
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             lesson = LESSONS[name]()
-        pictures = {title: render(figure) for title, figure in lesson.figures.items()}
+        pictures = {title: render(figure) for title, figure in lesson.plots.items()}
     except Exception as error:  # not mended but reported: the other lessons' results must not be lost with it
         log.exception("The lesson %s raised.", name)
-        return Outcome(name, time.perf_counter() - started, error=f"{type(error).__name__}: {error}")
-    return Outcome(name, time.perf_counter() - started, lesson, pictures)
+        return LessonResult(name, time.perf_counter() - started, error=f"{type(error).__name__}: {error}")
+    return LessonResult(name, time.perf_counter() - started, lesson, pictures)
 
 
 def render(figure: Figure) -> NDArray[np.uint8]:
@@ -113,7 +113,7 @@ def render(figure: Figure) -> NDArray[np.uint8]:
     return np.asarray(Image.open(png).convert("RGB"))
 
 
-def keep(outcome: Outcome, output_dir: Path, tracker: LessonTracker) -> None:
+def save_lesson(outcome: LessonResult, output_dir: Path, tracker: LessonLogger) -> None:
     """Write a lesson's pictures, and its event file."""
     for figure, pixels in outcome.pictures.items():
         Image.fromarray(pixels).save(output_dir / outcome.file(figure))
@@ -121,7 +121,7 @@ def keep(outcome: Outcome, output_dir: Path, tracker: LessonTracker) -> None:
         tracker.lesson(outcome.name, outcome.lesson, outcome.pictures, seconds=outcome.seconds)
 
 
-def report(outcomes: list[Outcome], *, complete: bool = True) -> str:
+def report(outcomes: list[LessonResult], *, complete: bool = True) -> str:
     """``lessons.json``: every check of every lesson, its verdict and seconds, and whether all were run."""
     lessons = [
         {
@@ -139,7 +139,7 @@ def report(outcomes: list[Outcome], *, complete: bool = True) -> str:
     content = {
         "right": all(outcome.right for outcome in outcomes),
         "complete": complete,
-        "machine": machine(torch.device("cpu")),
+        "machine": describe_hardware(torch.device("cpu")),
         "lessons": lessons,
     }
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
@@ -161,7 +161,7 @@ def _for_json(value: float | str) -> float | str:
     return value if isinstance(value, str) or math.isfinite(value) else str(value)
 
 
-def show(outcome: Outcome, output_dir: Path) -> None:
+def print_lesson(outcome: LessonResult, output_dir: Path) -> None:
     """Print a lesson: title, claim, the code that ran, every number, the notes, and the verdict."""
     console = rich.get_console()
     console.rule(f"[bold]{outcome.name}", align="left")
@@ -208,7 +208,7 @@ def _verdict(right: bool) -> Text:
     return Text("right", style="green") if right else Text("WRONG", style="bold red")
 
 
-def summarise(outcomes: list[Outcome], output_dir: Path) -> None:
+def print_summary(outcomes: list[LessonResult], output_dir: Path) -> None:
     """Print a line a lesson, and where everything lies."""
     rows = []
     for outcome in outcomes:

@@ -57,7 +57,7 @@ class BenchmarkConfig(TrainConfig):
 
 
 @dataclass
-class EvaluatedRunConfig:
+class EvaluateRunConfig:
     """Which run, and where to test it."""
 
     dir: str = key("folder of the run to test")
@@ -65,7 +65,7 @@ class EvaluatedRunConfig:
 
 
 @dataclass
-class EvaluatedEvalConfig:
+class EvaluateEvalConfig:
     """How much to test."""
 
     episodes: int | None = key("tasks of test classes; null: as the run says", at_least=2)
@@ -73,7 +73,7 @@ class EvaluatedEvalConfig:
 
 
 @dataclass
-class EvaluatedDataConfig:
+class EvaluateDataConfig:
     """Where the data lies now."""
 
     root: str | None = key("folder that holds omniglot-py/; null: the run's own, or METALEARN_DATA if that is gone")
@@ -83,13 +83,13 @@ class EvaluatedDataConfig:
 class EvaluateConfig:
     """``conf/evaluate.yaml``."""
 
-    run: EvaluatedRunConfig = field(default_factory=EvaluatedRunConfig)
-    eval: EvaluatedEvalConfig = field(default_factory=EvaluatedEvalConfig)
-    data: EvaluatedDataConfig = field(default_factory=EvaluatedDataConfig)
+    run: EvaluateRunConfig = field(default_factory=EvaluateRunConfig)
+    eval: EvaluateEvalConfig = field(default_factory=EvaluateEvalConfig)
+    data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
 
 
 @dataclass
-class AdaptedRunConfig:
+class AdaptRunConfig:
     """Which run, and where to compute."""
 
     dir: str = key("folder of the run whose best checkpoint is adapted; nothing is written there")
@@ -100,7 +100,7 @@ class AdaptedRunConfig:
 class AdaptConfig:
     """``conf/adapt.yaml``."""
 
-    run: AdaptedRunConfig = field(default_factory=AdaptedRunConfig)
+    run: AdaptRunConfig = field(default_factory=AdaptRunConfig)
     support: str | None = key("folder with one folder a class, one image or more in each, to adapt to")
     query: str | None = key("images to predict: a folder of them, or of classes; null: none, only adapt and save")
     weights: str | None = key("adapted weights that were saved before, in the place of support")
@@ -122,7 +122,7 @@ class GradientsConfig:
 
 
 @dataclass
-class VerifiedRunConfig:
+class VerifyRunConfig:
     """Where the engines are tried, and in which numbers."""
 
     seed: int = key("of parameters, images and dropout", at_least=0, at_most=LARGEST_SEED)
@@ -131,7 +131,7 @@ class VerifiedRunConfig:
 
 
 @dataclass
-class VerifiedCasesConfig:
+class VerifyCasesConfig:
     """What the engines are tried on."""
 
     steps: list[int] = key("numbers of inner steps K", at_least=1)
@@ -141,8 +141,8 @@ class VerifiedCasesConfig:
 class VerifyConfig:
     """``conf/verify.yaml``."""
 
-    run: VerifiedRunConfig = field(default_factory=VerifiedRunConfig)
-    verify: VerifiedCasesConfig = field(default_factory=VerifiedCasesConfig)
+    run: VerifyRunConfig = field(default_factory=VerifyRunConfig)
+    verify: VerifyCasesConfig = field(default_factory=VerifyCasesConfig)
 
 
 @dataclass

@@ -50,10 +50,10 @@ def _own_faults(config: TrainConfig) -> list[str]:
             faults.append(
                 f"algorithm.{key}=true with model.batch_norm=false: the model has no BatchNorm; set it to false"
             )
-    anneals = isinstance(config.algorithm, MAMLPPConfig) and (
+    is_annealed = isinstance(config.algorithm, MAMLPPConfig) and (
         config.algorithm.multi_step_share > 0 or config.algorithm.first_order_share > 0
     )
-    if config.run.cuda_graph and (anneals or name == "imaml"):
+    if config.run.cuda_graph and (is_annealed or name == "imaml"):
         faults.append(
             f"run.cuda_graph=true with algorithm={name}: a graph repeats one computation, and this one "
             + (

@@ -18,10 +18,10 @@ from yaml import YAMLError
 
 from metalearn.config import commands_schema as schema_commands
 from metalearn.config import schema
-from metalearn.config.messages import GROUPS, explain, lacking, required, unknown_keys
-from metalearn.config.output_names import comparison_folder
+from metalearn.config.messages import GROUPS, format_hydra_error, missing_key_error, missing_sections, unknown_keys
+from metalearn.config.output_names import comparison_dir_name
 from metalearn.core.errors import ConfigError
-from metalearn.data.metadata import dataset_in_use
+from metalearn.data.metadata import resolve_dataset
 
 _REFUSALS = (
     *(HydraException, OmegaConfBaseException, YAMLError),
@@ -63,7 +63,7 @@ def compose(
     Raises:
         ConfigError: naming the key, the value and what is allowed.
     """
-    register()
+    register_schemas()
     for group in GROUPS:
         if f"{group}=null" in overrides:
             raise ConfigError(f"{group}=null: choose one of {', '.join(options(group))}")
@@ -71,22 +71,22 @@ def compose(
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             return hydra.compose(
-                name, [*overrides, *search_override(config_dir)], return_hydra_config=return_hydra_config
+                name, [*overrides, *searchpath_override(config_dir)], return_hydra_config=return_hydra_config
             )
     except _REFUSALS as error:
         places = [CONF, *([Path(config_dir)] if config_dir else [])]
-        raise ConfigError(explain(error, overrides, places)) from error
+        raise ConfigError(format_hydra_error(error, overrides, places)) from error
     finally:
         GlobalHydra.instance().hydra = running
 
 
-def search_override(config_dir: str | None) -> list[str]:
+def searchpath_override(config_dir: str | None) -> list[str]:
     """The flag ``--config-dir`` as the override that means the same."""
     folder = str(Path(config_dir).absolute()).replace("'", "\\'") if config_dir else ""
     return [f"hydra.searchpath=['file://{folder}']"] if config_dir else []
 
 
-def option_sections(name: str, config: DictConfig) -> dict[str, DictConfig]:
+def group_defaults(name: str, config: DictConfig) -> dict[str, DictConfig]:
     """The section of every option of every group, as ``GROUP=OPTION``; none if the schema has no groups."""
     kind = OmegaConf.get_type(config)
     if kind is None or not issubclass(kind, schema.TrainConfig):
@@ -100,54 +100,56 @@ def options(group: str) -> list[str]:
     return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
-def typed(config: DictConfig, kind: type[Config]) -> Config:
+def to_dataclass(config: DictConfig, kind: type[Config]) -> Config:
     """A composed configuration as the schema's own objects.
 
     Raises:
         ConfigError: for keys that ``+`` added, missing values and broken interpolations.
     """
     try:
-        faults = unknown_keys(config) + [required(config, name) for name in sorted(OmegaConf.missing_keys(config))]
+        faults = unknown_keys(config) + [
+            missing_key_error(config, name) for name in sorted(OmegaConf.missing_keys(config))
+        ]
         if faults:
             raise ConfigError("\n".join(faults))
         checked = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise ConfigError(explain(error, [], [CONF])) from error
+        raise ConfigError(format_hydra_error(error, [], [CONF])) from error
     if not isinstance(checked, kind):
         raise ConfigError(f"this configuration lacks its schema, {kind.__name__}; start from a file in {CONF}")
-    if faults := lacking(checked):
+    if faults := missing_sections(checked):
         raise ConfigError("\n".join(faults))
     return checked
 
 
 @functools.cache
-def register() -> None:
+def register_schemas() -> None:
     """Tell Hydra of the schemas, and of the names for runs."""
     store = ConfigStore.instance()
     for name, node in SCHEMAS.items():
         store.store(group="schema", name=name, node=node)
     OmegaConf.register_new_resolver("run_name", _run_name)
     OmegaConf.register_new_resolver("comparison_name", _comparison_name)
-    OmegaConf.register_new_resolver("moment", moment)
+    OmegaConf.register_new_resolver("moment", timestamp)
 
 
-def moment() -> str:
+def timestamp() -> str:
     """The time of day to the microsecond, so that runs started together have folders of their own."""
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
 
 
 def _run_name(*, _root_: Any) -> str:
     order = "second_order" if _root_.inner.second_order else "first_order"
-    return f"{_task_name(_root_)}/{_root_.algorithm.name}-{order}-seed{_root_.run.seed}-{moment()}"
+    return f"{_task_name(_root_)}/{_root_.algorithm.name}-{order}-seed{_root_.run.seed}-{timestamp()}"
 
 
 def _task_name(root: Any) -> str:
     data, task = root.data, root.task
-    name = dataset_in_use(data.name, data.get("root"), data.get("fallback"))
+    name = resolve_dataset(data.name, data.get("root"), data.get("fallback"))
     return f"{name}-{task.shots}s" if name == "sinusoid" else f"{name}-{task.ways}w{task.shots}s"
 
 
 def _comparison_name(*, _root_: Any) -> str:
     tasks = _task_name(_root_)
     sections = {str(name): OmegaConf.to_container(_root_[name], resolve=True) for name in _root_ if name != "hydra"}
-    return f"{tasks}/{comparison_folder(Path('outputs/comparisons') / tasks, sections, moment())}"
+    return f"{tasks}/{comparison_dir_name(Path('outputs/comparisons') / tasks, sections, timestamp())}"

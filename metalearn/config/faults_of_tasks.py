@@ -12,8 +12,8 @@ from metalearn.config.schema import (
     TrainConfig,
 )
 from metalearn.core.errors import DataError
-from metalearn.data.image_folder import list_splits, refuse_too_small
-from metalearn.data.metadata import DRAWINGS
+from metalearn.data.image_folder import check_split_sizes, list_splits
+from metalearn.data.metadata import DRAWINGS_PER_CLASS
 
 
 def task_faults(config: TrainConfig) -> list[str]:
@@ -27,11 +27,12 @@ def task_faults(config: TrainConfig) -> list[str]:
     classes, where = config.data.smallest_split()
     if task.ways > classes:
         faults.append(f"task.ways={task.ways}: at most {classes}, the smallest part {where}")
-    if (each := task.shots + queries) > DRAWINGS:
+    if (each := task.shots + queries) > DRAWINGS_PER_CLASS:
         name = "task.queries" if queries == task.queries else "eval.queries"
         faults.append(
-            f"task.shots={task.shots} and {name}={queries}: together {each}, and a class has {DRAWINGS} drawings; "
-            f"choose at most {DRAWINGS} in all (unless it is set, eval.queries is task.shots)"
+            f"task.shots={task.shots} and {name}={queries}: together {each}, "
+            f"and a class has {DRAWINGS_PER_CLASS} drawings; "
+            f"choose at most {DRAWINGS_PER_CLASS} in all (unless it is set, eval.queries is task.shots)"
         )
     return faults
 
@@ -55,7 +56,7 @@ def _image_faults(config: TrainConfig, data: ImagesConfig) -> list[str]:
         try:
             splits = list_splits(data.root, fractions=data.fractions, seed=data.seed)
             sizes = {split: [(one.name, len(one.files)) for one in classes] for split, classes in splits.items()}
-            refuse_too_small(sizes, data.root, ways=config.task.ways, needed=config.images_per_class())
+            check_split_sizes(sizes, data.root, ways=config.task.ways, needed=config.images_per_class())
         except DataError as error:
             faults.append(str(error))
     return faults

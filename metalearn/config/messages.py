@@ -17,7 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
-from metalearn.config.validation import allowed, entries
+from metalearn.config.validation import describe_allowed, iter_fields
 
 GROUPS = ("algorithm", "data", "model")
 
@@ -60,7 +60,7 @@ def _section(section: str, node: DictConfig) -> list[str]:
         if isinstance(node._get_node(f.name), DictConfig):
             continue
         default = _as_yaml(OmegaConf.to_container(node, resolve=False)[f.name])  # type: ignore[index,call-overload]
-        meaning = f"{f.metadata['meaning']} ({allowed(f, get_type_hints(kind)[f.name])})"
+        meaning = f"{f.metadata['meaning']} ({describe_allowed(f, get_type_hints(kind)[f.name])})"
         head = f"  {section}{'.' if section else ''}{f.name}={default}"
         lines += textwrap.wrap(meaning, 118, initial_indent=f"{head:<34}  ", subsequent_indent=" " * 36)
     return lines
@@ -72,7 +72,7 @@ def _as_yaml(value: Any) -> str:
     return "(required)" if value == "???" else str(value)
 
 
-def explain(error: Exception, overrides: Sequence[str], places: list[Path]) -> str:
+def format_hydra_error(error: Exception, overrides: Sequence[str], places: list[Path]) -> str:
     """A refusal by Hydra or OmegaConf in the words of the schema: the key, the value, what is allowed.
 
     Args:
@@ -105,7 +105,9 @@ def explain(error: Exception, overrides: Sequence[str], places: list[Path]) -> s
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
             return f"{shown}: there is no such key{where}. {_nearest(key, kind)}"
         if isinstance(cause, ValidationError) and (f := known.get(str(cause.key))) and f.metadata:
-            return f"{shown}: must be {allowed(f, get_type_hints(kind)[f.name])}{where} ({f.metadata['meaning']})"
+            return (
+                f"{shown}: must be {describe_allowed(f, get_type_hints(kind)[f.name])}{where} ({f.metadata['meaning']})"
+            )
     return f"{shown}: {str(cause).splitlines()[0]}{where}"
 
 
@@ -167,7 +169,7 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> list[str]:
     return faults
 
 
-def required(config: DictConfig, name: str) -> str:
+def missing_key_error(config: DictConfig, name: str) -> str:
     """That a key has no value, and what it means."""
     section, _, key = name.rpartition(".")
     kind = OmegaConf.get_type(OmegaConf.select(config, section)) if section else OmegaConf.get_type(config)
@@ -175,11 +177,11 @@ def required(config: DictConfig, name: str) -> str:
     return f"{name} is required" + (f": {meaning}" if meaning else "")
 
 
-def lacking(config: Any) -> list[str]:
+def missing_sections(config: Any) -> list[str]:
     """What deletions and interpolations took away unnoticed by OmegaConf: ``~inner``, ``run=${task.ways}``."""
     replaced = [
         f"{name}={getattr(config, name)}: must be a section, with the keys {', '.join(sorted(keys))}."
         for name, kind in get_type_hints(type(config)).items()
         if (keys := _keys_of(kind)) and not isinstance(getattr(config, name), kind)
     ]
-    return replaced or [f"{name} is required" for name, value, _, _ in entries(config) if value == MISSING]
+    return replaced or [f"{name} is required" for name, value, _, _ in iter_fields(config) if value == MISSING]

@@ -14,9 +14,9 @@ import yaml
 
 from metalearn.config.run_folder import is_locked
 
-RECORD = "comparison.yaml"
+COMPARISON_FILE = "comparison.yaml"
 """The file that makes a folder a comparison's: its configuration."""
-RESULTS = "results.json"
+RESULTS_FILE = "results.json"
 """The file that a comparison writes when all of its runs have ended."""
 
 _MAY_DIFFER = {"compare.jobs", "compare.resume", "data.root"}
@@ -55,7 +55,7 @@ def _cut(name: str) -> str:
     return f"{name[: _LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def comparison_folder(parent: Path, config: dict[str, Any], moment: str) -> str:
+def comparison_dir_name(parent: Path, config: dict[str, Any], moment: str) -> str:
     """Where a comparison goes, below ``parent``: an unfinished one of the same configuration, or a folder of its own.
 
     Args:
@@ -64,18 +64,22 @@ def comparison_folder(parent: Path, config: dict[str, Any], moment: str) -> str:
         moment: makes a new folder's name unique.
     """
     if config["compare"]["resume"]:
-        found = sorted(path.parent for path in parent.glob(f"*/{RECORD}"))
+        found = sorted(path.parent for path in parent.glob(f"*/{COMPARISON_FILE}"))
         for folder in reversed(found):
-            if is_unfinished(folder) and not is_locked(folder) and identity(read_record(folder)) == identity(config):
+            if (
+                is_unfinished(folder)
+                and not is_locked(folder)
+                and comparison_key(read_record(folder)) == comparison_key(config)
+            ):
                 return folder.name
     return f"{_cut('-vs-'.join(variant_names(config['compare']['variants'])))}-{moment}"
 
 
-def in_progress(folder: Path, config: dict[str, Any]) -> Path | None:
+def running_twin(folder: Path, config: dict[str, Any]) -> Path | None:
     """Another folder beside this one where the same comparison is at work."""
-    for record in folder.parent.glob(f"*/{RECORD}"):
+    for record in folder.parent.glob(f"*/{COMPARISON_FILE}"):
         other = record.parent
-        if other != folder and is_locked(other) and identity(read_record(other)) == identity(config):
+        if other != folder and is_locked(other) and comparison_key(read_record(other)) == comparison_key(config):
             return other
     return None
 
@@ -83,7 +87,7 @@ def in_progress(folder: Path, config: dict[str, Any]) -> Path | None:
 def is_unfinished(folder: Path) -> bool:
     """Whether a run of a comparison is missing or failed, as far as is known."""
     try:
-        return json.loads((folder / RESULTS).read_text())["complete"] is not True
+        return json.loads((folder / RESULTS_FILE).read_text())["complete"] is not True
     except (OSError, ValueError, KeyError):
         return True
 
@@ -91,13 +95,13 @@ def is_unfinished(folder: Path) -> bool:
 def read_record(folder: Path) -> dict[str, Any]:
     """The configuration in a comparison's folder; empty if it cannot be read."""
     try:
-        content = yaml.safe_load((folder / RECORD).read_text())
+        content = yaml.safe_load((folder / COMPARISON_FILE).read_text())
     except (OSError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def identity(config: dict[str, Any]) -> dict[str, Any]:
+def comparison_key(config: dict[str, Any]) -> dict[str, Any]:
     """The values that make it the same comparison, by their dotted keys."""
     return {
         key: value

@@ -17,21 +17,21 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from metalearn.config.compose import CONF, compose, register, search_override
-from metalearn.config.messages import explain
-from metalearn.config.security import COMMAND_LINES, refuse_code, refuse_flags
+from metalearn.config.compose import CONF, compose, register_schemas, searchpath_override
+from metalearn.config.messages import format_hydra_error
+from metalearn.config.security import CLI_ONLY_SECTIONS, check_flags, check_no_code
 from metalearn.core.errors import ConfigError
 
 
-def asked_for(name: str, flags: argparse.Namespace) -> Iterator[tuple[list[str], DictConfig, str]]:
+def requested_jobs(name: str, flags: argparse.Namespace) -> Iterator[tuple[list[str], DictConfig, str]]:
     """Overrides, configuration and output folder of every job; nothing in them names code that Hydra would run.
 
     Raises:
         ConfigError: for a flag, a file or an override that does.
     """
-    register()
+    register_schemas()
     parsed = _parsed(flags.overrides)
-    refuse_flags(
+    check_flags(
         rerun=flags.experimental_rerun,
         config_path=flags.config_path,
         config_name=flags.config_name,
@@ -45,11 +45,11 @@ def asked_for(name: str, flags: argparse.Namespace) -> Iterator[tuple[list[str],
     own = compose(
         name, [o for o in lines if re.match(r"\+*hydra[./](launcher|sweeper)\b", o)], return_hydra_config=True
     )
-    chosen = {section: _plain(own)["hydra"][section] for section in COMMAND_LINES}
+    chosen = {section: _plain(own)["hydra"][section] for section in CLI_ONLY_SECTIONS}
 
     def safe(overrides: list[str]) -> tuple[DictConfig, str]:
         config = compose(flags.config_name or name, overrides, flags.config_dir, return_hydra_config=True)
-        refuse_code(_plain(config), given=[*lines, *overrides, *search_override(flags.config_dir)], chosen=chosen)
+        check_no_code(_plain(config), given=[*lines, *overrides, *searchpath_override(flags.config_dir)], chosen=chosen)
         try:
             folder = str(config.hydra.sweep.dir if flags.multirun else config.hydra.run.dir)
         except OmegaConfBaseException:  # a name that cannot be made, of keys that are at fault themselves
@@ -61,7 +61,7 @@ def asked_for(name: str, flags: argparse.Namespace) -> Iterator[tuple[list[str],
     if flags.multirun or flags.hydra_help:  # what Hydra itself composes, before any job
         safe([str(o.input_line) for o in parsed if not o.is_sweep_override()])
     if not flags.hydra_help:
-        for overrides in jobs(_expanded(parsed, flags.config_dir)) if flags.multirun else [flags.overrides]:
+        for overrides in sweep_jobs(_expanded(parsed, flags.config_dir)) if flags.multirun else [flags.overrides]:
             yield overrides, *safe(overrides)
 
 
@@ -69,7 +69,7 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise ConfigError(explain(error, overrides, [CONF])) from error
+        raise ConfigError(format_hydra_error(error, overrides, [CONF])) from error
 
 
 def _expanded(parsed: Sequence[Override], config_dir: str | None) -> list[str]:
@@ -94,7 +94,7 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def recompose(name: str, more: Sequence[str]) -> DictConfig:
+def recompose_with(name: str, more: Sequence[str]) -> DictConfig:
     """Compose what the running command composes, with more overrides; of several for a key the last counts.
 
     Raises:
@@ -112,7 +112,7 @@ def launcher_overrides() -> list[str]:
     return given if any(o.lstrip("+").startswith("hydra/launcher=") and not o.endswith("=basic") for o in given) else []
 
 
-def jobs(overrides: Sequence[str]) -> list[list[str]]:
+def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of every job of a ``--multirun``, as Hydra's basic sweeper makes them.
 
     Raises:

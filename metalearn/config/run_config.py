@@ -14,11 +14,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from metalearn.config import schema
-from metalearn.config.compose import CONF, SCHEMAS, typed
+from metalearn.config.compose import CONF, SCHEMAS, to_dataclass
 from metalearn.config.messages import GROUPS
-from metalearn.config.validation import check, compared_keys
+from metalearn.config.validation import result_keys, validate_train_config
 from metalearn.core.errors import ConfigError, RunError
-from metalearn.data.metadata import dataset_in_use, why_not_omniglot
+from metalearn.data.metadata import omniglot_unavailable_reason, resolve_dataset
 
 log = logging.getLogger(__name__)
 
@@ -47,19 +47,19 @@ _ADDED_LATER = (
 """Keys that the files of older runs lack; those were trained as the defaults say."""
 
 
-def from_yaml(path: Path) -> schema.TrainConfig:
+def load_run_config(path: Path) -> schema.TrainConfig:
     """A run's configuration, from the ``config.yaml`` in its folder.
 
     Raises:
         ConfigError: if it does not fit the schema.
     """
     try:
-        return from_text(path.read_text(), path)
+        return parse_run_config(path.read_text(), path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not the configuration of a run: {error}") from error
 
 
-def from_text(text: str, path: Path) -> schema.TrainConfig:
+def parse_run_config(text: str, path: Path) -> schema.TrainConfig:
     """A run's configuration as YAML, which was found in ``path``.
 
     Raises:
@@ -94,13 +94,13 @@ def _on_schema(base: DictConfig, raw: DictConfig, kind: type[Config]) -> Config:
     """What a YAML file holds, on the schema that it must fit."""
     merged = OmegaConf.merge(base, raw)
     assert isinstance(merged, DictConfig)
-    return typed(merged, kind)
+    return to_dataclass(merged, kind)
 
 
 Trained = TypeVar("Trained", bound=schema.TrainConfig)
 
 
-def settle_data(config: Trained) -> Trained:
+def resolve_data(config: Trained) -> Trained:
     """The configuration with the data set that is really used: its fallback where Omniglot cannot be had.
 
     Raises:
@@ -112,25 +112,25 @@ def settle_data(config: Trained) -> Trained:
         return dataclasses.replace(config, data=dataclasses.replace(data, root=place))
     if not isinstance(data, schema.OmniglotConfig):
         return config
-    name = dataset_in_use(data.name, data.root, data.fallback)
+    name = resolve_dataset(data.name, data.root, data.fallback)
     if name == data.name:
         root = str(Path(data.root).expanduser().absolute()) if data.root else None
         return dataclasses.replace(config, data=dataclasses.replace(data, root=root))
     log.warning(
         "NO OMNIGLOT: %s. The embedded glyphs are used instead (data.fallback=glyphs); figures are not "
         "Omniglot's. METALEARN_DATA=FOLDER or data.root=FOLDER points to a copy.",
-        why_not_omniglot(data.root),
+        omniglot_unavailable_reason(data.root),
     )
     raw = OmegaConf.load(CONF / "data" / f"{name}.yaml")
     assert isinstance(raw, DictConfig)
     raw.pop("defaults")
     fallback = _on_schema(OmegaConf.structured(SCHEMAS[name]), raw, schema.GlyphsConfig)
     settled = dataclasses.replace(config, data=fallback)
-    check(settled)
+    validate_train_config(settled)
     return settled
 
 
-def continued(config: schema.TrainConfig, run_dir: Path) -> schema.TrainConfig:
+def resolve_resume(config: schema.TrainConfig, run_dir: Path) -> schema.TrainConfig:
     """The configuration of a run that may go on in its folder: ``inner.engine=auto`` stays what it was settled to.
 
     Raises:
@@ -145,11 +145,11 @@ def continued(config: schema.TrainConfig, run_dir: Path) -> schema.TrainConfig:
             f"run.resume=true, but {run_dir} holds no run to go on with (no config.yaml). Name its folder with "
             "hydra.run.dir=PATH; run.resume=auto starts a run where there is none."
         )
-    recorded = from_yaml(path)
+    recorded = load_run_config(path)
     if config.inner.engine == "auto":
         kept = {name: getattr(recorded.inner, name) for name in ("engine", "task_chunk", "snapshot_every")}
         config = dataclasses.replace(config, inner=dataclasses.replace(config.inner, **kept))
-    refused = {name: line for name, line in differences(config, recorded).items() if name not in config.run.accept}
+    refused = {name: line for name, line in diff_configs(config, recorded).items() if name not in config.run.accept}
     if refused:
         raise RunError(
             f"{run_dir} holds a run with another configuration, which would be mixed with this one:\n"
@@ -160,12 +160,12 @@ def continued(config: schema.TrainConfig, run_dir: Path) -> schema.TrainConfig:
     return config
 
 
-def differences(wanted: schema.TrainConfig, recorded: schema.TrainConfig) -> dict[str, str]:
+def diff_configs(wanted: schema.TrainConfig, recorded: schema.TrainConfig) -> dict[str, str]:
     """Keys of a run that have other values now, and a line for each; that it is resumed makes no difference."""
-    return changed(compared_keys(wanted), compared_keys(recorded))
+    return changed_keys(result_keys(wanted), result_keys(recorded))
 
 
-def changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, str]:
+def changed_keys(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, str]:
     """Every dotted key whose value in a folder is not the one that is asked for, and a line that says so."""
     return {
         name: f"{name}: {before.get(name)} in the folder, {now.get(name)} now"
@@ -174,7 +174,7 @@ def changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, str]
     }
 
 
-def relocated(data: schema.DataConfig, root: str | None) -> schema.DataConfig:
+def relocate_data(data: schema.DataConfig, root: str | None) -> schema.DataConfig:
     """A finished run's data set where it lies now: in ``root``, where it was, or in ``METALEARN_DATA``.
 
     Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from metalearn.core.errors import FolderTakenError, RunError
+from metalearn.core.errors import RunError, RunExistsError
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ LOCK = ".lock"
 """The file whose lock says that a process is at work in the folder; the system releases it when that dies."""
 
 
-def refuse_holding(folder: Path, files: Iterable[str]) -> None:
+def check_no_run_in(folder: Path, files: Iterable[str]) -> None:
     """Refuse a folder that holds one of these.
 
     Raises:
@@ -28,11 +28,11 @@ def refuse_holding(folder: Path, files: Iterable[str]) -> None:
     """
     for file in files:
         if (folder / file).exists():
-            raise FolderTakenError(folder, file)
+            raise RunExistsError(folder, file)
 
 
 @contextmanager
-def locked(folder: Path, *, wait: bool) -> Iterator[None]:
+def folder_lock(folder: Path, *, wait: bool) -> Iterator[None]:
     """Be the only process at work in a folder.
 
     Args:

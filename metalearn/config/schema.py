@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from metalearn.data.image_folder import list_splits
-from metalearn.data.metadata import GLYPH_SHARES, OMNIGLOT_SPLITS, glyph_splits
+from metalearn.data.metadata import GLYPH_SPLIT_FRACTIONS, OMNIGLOT_SPLITS, glyph_split_sizes
 
 ENGINES = ("unroll", "checkpoint", "adjoint")
 """Names for ``inner.engine``; a test holds them equal to ``metalearn.metagrad.ENGINES``, which needs torch."""
@@ -130,7 +130,9 @@ class GlyphsConfig(DataConfig):
 
     def smallest_split(self) -> tuple[int, str]:
         """As the base says."""
-        return glyph_splits(self.classes).smallest, f"of {self.classes} glyphs ({GLYPH_SHARES[1]:.0%} validate)"
+        return glyph_split_sizes(
+            self.classes
+        ).smallest, f"of {self.classes} glyphs ({GLYPH_SPLIT_FRACTIONS[1]:.0%} validate)"
 
 
 @dataclass

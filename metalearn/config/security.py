@@ -14,7 +14,7 @@ from typing import Any
 
 from metalearn.core.errors import ConfigError
 
-COMMAND_LINES = ("launcher", "sweeper")
+CLI_ONLY_SECTIONS = ("launcher", "sweeper")
 """Sections that the command line alone sets: a launcher's settings end in shell scripts."""
 
 _PLUGIN = re.compile(r"(hydra\._internal\.core_plugins|hydra_plugins)(\.\w+)+")
@@ -32,7 +32,7 @@ _LOGGING = ("job_logging", "hydra_logging")
 Path = tuple[str, ...]
 
 
-def refuse_flags(
+def check_flags(
     *,
     rerun: str | None,
     config_path: str | None,
@@ -73,7 +73,7 @@ def refuse_flags(
     _raise(faults)
 
 
-def refuse_code(config: Any, *, given: Collection[str], chosen: Mapping[str, Any]) -> None:
+def check_no_code(config: Any, *, given: Collection[str], chosen: Mapping[str, Any]) -> None:
     """Refuse a configuration that names code, commands or environment variables.
 
     Args:

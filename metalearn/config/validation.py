@@ -13,20 +13,20 @@ from typing import Any, get_type_hints
 from metalearn.config.commands_schema import EvaluateConfig, GradientsConfig, VerifyConfig
 from metalearn.config.compatibility import algorithm_faults
 from metalearn.config.faults_of_tasks import task_faults
-from metalearn.config.output_names import RECORD
+from metalearn.config.output_names import COMPARISON_FILE
 from metalearn.config.schema import DataConfig, ModelConfig, OmniglotConfig, TrainConfig
 from metalearn.core.errors import ConfigError, DataError
-from metalearn.data.metadata import dataset_in_use
+from metalearn.data.metadata import resolve_dataset
 
 
-def entries(config: object, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any], Any]]:
+def iter_fields(config: object, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any], Any]]:
     """Every leaf key below a configuration object: full name, value, field and type."""
     assert dataclasses.is_dataclass(config)
     types = get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
-            yield from entries(value, f"{prefix}{f.name}.")
+            yield from iter_fields(value, f"{prefix}{f.name}.")
         else:
             yield f"{prefix}{f.name}", value, f, types[f.name]
 
@@ -37,9 +37,9 @@ _NOT_COMPARED = (
 )
 
 
-def compared_keys(config: object) -> dict[str, Any]:
+def result_keys(config: object) -> dict[str, Any]:
     """Every leaf key and its value, but for those that change nothing in what was computed so far."""
-    return {name: value for name, value, _, _ in entries(config) if name not in _NOT_COMPARED}
+    return {name: value for name, value, _, _ in iter_fields(config) if name not in _NOT_COMPARED}
 
 
 _IN_WORDS: dict[Any, str] = {
@@ -53,7 +53,7 @@ _IN_WORDS: dict[Any, str] = {
 }
 
 
-def allowed(f: dataclasses.Field[Any], kind: Any) -> str:
+def describe_allowed(f: dataclasses.Field[Any], kind: Any) -> str:
     """What a key may hold, in words."""
     limits = f.metadata
     if limits["choices"]:
@@ -87,13 +87,13 @@ def _in_range(value: Any, limits: Any) -> bool:
 
 def _faults(config: object) -> list[str]:
     return [
-        f"{name}={'null' if value is None else value}: must be {allowed(f, kind)} ({f.metadata['meaning']})"
-        for name, value, f, kind in entries(config)
+        f"{name}={'null' if value is None else value}: must be {describe_allowed(f, kind)} ({f.metadata['meaning']})"
+        for name, value, f, kind in iter_fields(config)
         if not _in_range(value, f.metadata)
     ]
 
 
-def check(config: TrainConfig, *, trains: bool = True) -> None:
+def validate_train_config(config: TrainConfig, *, trains: bool = True) -> None:
     """Refuse a configuration that cannot be run, before anything is loaded.
 
     Args:
@@ -113,7 +113,7 @@ def check(config: TrainConfig, *, trains: bool = True) -> None:
     ]
     _refuse(faults)
     faults = _faults(config) + _device_faults(config.run.device) + _accept_faults(config)
-    if trains and config.run.device == "cpu" and (fault := no_tf32(config.run.precision, "a CPU")):
+    if trains and config.run.device == "cpu" and (fault := tf32_error(config.run.precision, "a CPU")):
         faults.append(fault)
     if config.inner.engine == "auto" and config.run.deterministic:
         faults.append(
@@ -132,14 +132,14 @@ def check(config: TrainConfig, *, trains: bool = True) -> None:
     faults += [] if faults else task_faults(config) + algorithm_faults(config)
     if not faults and isinstance(config.data, OmniglotConfig) and config.data.fallback is None:
         try:
-            dataset_in_use(config.data.name, config.data.root, None)
+            resolve_dataset(config.data.name, config.data.root, None)
         except DataError as error:
             faults.append(str(error))
     _refuse(faults)
 
 
-def check_evaluate(config: EvaluateConfig) -> None:
-    """As ``check``, for ``conf/evaluate.yaml``."""
+def validate_evaluate_config(config: EvaluateConfig) -> None:
+    """As ``validate_train_config``, for ``conf/evaluate.yaml``."""
     _refuse(_faults(config) + run_faults(config.run.dir, config.run.device))
 
 
@@ -153,7 +153,7 @@ def run_faults(folder: str, device: str | None) -> list[str]:
 
 
 def _is_comparison(folder: str) -> bool:
-    return (Path(folder) / RECORD).is_file()
+    return (Path(folder) / COMPARISON_FILE).is_file()
 
 
 def check_ranges(config: object) -> None:
@@ -165,17 +165,17 @@ def check_ranges(config: object) -> None:
     _refuse(_faults(config))
 
 
-def check_gradients(config: GradientsConfig) -> None:
-    """As ``check``, for ``conf/gradients.yaml``."""
+def validate_gradients_config(config: GradientsConfig) -> None:
+    """As ``validate_train_config``, for ``conf/gradients.yaml``."""
     _refuse(_faults(config))
 
 
-def check_verify(config: VerifyConfig) -> None:
-    """As ``check``, for ``conf/verify.yaml``."""
+def validate_verify_config(config: VerifyConfig) -> None:
+    """As ``validate_train_config``, for ``conf/verify.yaml``."""
     _refuse(_faults(config) + _device_faults(config.run.device))
 
 
-def no_tf32(precision: str, device: str) -> str | None:
+def tf32_error(precision: str, device: str) -> str | None:
     """What is wrong with this precision on a device that has no TF32; ``None`` if it is another precision."""
     if precision != "tf32":
         return None
@@ -192,7 +192,7 @@ def _device_faults(device: str) -> list[str]:
 
 
 def _accept_faults(config: TrainConfig) -> list[str]:
-    known = compared_keys(config)
+    known = result_keys(config)
     accept = config.run.accept
     if accept and config.run.resume is False:
         return [f"run.accept={accept}: only a run that is resumed has values to differ from; set run.resume=true too"]

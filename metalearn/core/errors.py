@@ -28,18 +28,18 @@ class RunError(MetalearnError):
 class NonFiniteError(MetalearnError, ArithmeticError):
     """A number that is NaN or infinite where a training cannot go on with it.
 
-    ``task`` of the batch, if it is known; ``asked_to_end``: whether a process of the run was, meanwhile.
+    ``task`` of the batch, if it is known; ``stop_requested``: whether a process of the run was, meanwhile.
     """
 
     task: int | None = None
-    asked_to_end: bool = False
+    stop_requested: bool = False
 
-    def in_batch(self, first: int) -> NonFiniteError:
+    def with_task_offset(self, first: int) -> NonFiniteError:
         """The same, where the chunk that it was found in starts with task ``first`` of the batch."""
         return self
 
 
-class NonFiniteElsewhereError(NonFiniteError):
+class RemoteNonFiniteError(NonFiniteError):
     """What another process of the run has found among its tasks."""
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class NonFiniteGradientError(NonFiniteError):
             f"(x * x + 1e-12).sqrt(); or it overflows{smaller}."
         )
 
-    def in_batch(self, first: int) -> NonFiniteGradientError:
+    def with_task_offset(self, first: int) -> NonFiniteGradientError:
         """As the base says."""
         task = None if self.task is None else first + self.task
         return NonFiniteGradientError(self.parameter, value=self.value, task=task, step=self.step, what=self.what)
@@ -110,14 +110,14 @@ class NonFiniteLossError(NonFiniteError):
             )
         super().__init__(f"the {kind} loss of task {task} is {value} after {step} inner steps: {why}.")
 
-    def in_batch(self, first: int) -> NonFiniteLossError:
+    def with_task_offset(self, first: int) -> NonFiniteLossError:
         """As the base says."""
         return NonFiniteLossError(
             self.kind, task=first + self.task, step=self.step, value=self.value, before=self.before
         )
 
 
-class FolderTakenError(RunError):
+class RunExistsError(RunError):
     """An output folder that holds another run, which would be overwritten."""
 
     def __init__(self, folder: Path, file: str) -> None:
@@ -127,7 +127,7 @@ class FolderTakenError(RunError):
         )
 
 
-class StoppedError(RunError):
+class TerminatedError(RunError):
     """A process that was asked to end by a signal, and has put away what it had."""
 
     def __init__(self, number: int) -> None:

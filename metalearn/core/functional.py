@@ -185,7 +185,7 @@ def _is_plain(module: nn.Module, params: Params) -> bool:
     return not hooked and params.keys() == names and bool(module.is_plain())  # type: ignore[operator]
 
 
-def refuse_inference_mode() -> None:
+def check_not_inference_mode() -> None:
     """Tensors made in inference mode never carry a graph, so that every gradient would look like zero.
 
     Raises:
@@ -211,7 +211,7 @@ def check_forward(forward: object) -> None:
         )
 
 
-def check_dictionary(params: object) -> None:
+def check_param_dict(params: object) -> None:
     """Refuse parameters that have no names.
 
     Raises:
@@ -231,8 +231,8 @@ def check_params(params: Params) -> None:
         RuntimeError: inside ``torch.inference_mode()``.
         TypeError: if this is no dictionary, or naming the one that is not a floating-point tensor.
     """
-    refuse_inference_mode()
-    check_dictionary(params)
+    check_not_inference_mode()
+    check_param_dict(params)
     if not params:
         raise ValueError("params is empty: there is nothing to adapt.")
     for name, p in params.items():
@@ -247,7 +247,7 @@ def check_params(params: Params) -> None:
     check_tensors({f"params[{name!r}]": p for name, p in params.items()})
 
 
-def stack(theta: Params, tasks: int) -> Params:
+def expand_over_tasks(theta: Params, tasks: int) -> Params:
     """One copy of theta per task: ``[...]`` to ``[T, ...]``, all of which share memory; differentiable in theta.
 
     On CPUs convolutions' weights are laid channels last, as the kernels take them without a copy.
@@ -260,7 +260,7 @@ def _laid_out(p: Tensor) -> Tensor:
     return p.contiguous(memory_format=torch.channels_last) if channels_last else p
 
 
-def gradients(loss: Tensor, params: Params, *, create_graph: bool) -> Params:
+def grad_of(loss: Tensor, params: Params, *, create_graph: bool) -> Params:
     """``torch.autograd.grad`` over a dictionary; zeros for the parameters that the loss does not reach.
 
     Raises:
@@ -281,7 +281,7 @@ def gradients(loss: Tensor, params: Params, *, create_graph: bool) -> Params:
     }
 
 
-def pull_back(outputs: Params, inputs: Params, lam: Params, *, create_graph: bool = False) -> Params:
+def vjp(outputs: Params, inputs: Params, lam: Params, *, create_graph: bool = False) -> Params:
     """The transposed Jacobian of outputs in inputs times lam, named like the inputs; zeros where nothing is reached."""
     reached = [name for name, w in outputs.items() if w.requires_grad]
     grads = torch.autograd.grad(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @contextmanager
-def nothing_run_again() -> Iterator[None]:
+def forbid_activation_checkpointing() -> Iterator[None]:
     """Refuse activation checkpointing inside a model: what it runs again on the way back has the module's own weights,
     as ``functional_call`` has put them back by then, and the gradient is wrong.
 
@@ -22,16 +22,16 @@ def nothing_run_again() -> Iterator[None]:
     """
     with ExitStack() as stack:
         with suppress(RuntimeError):  # the caller's hooks
-            stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(RUN_AGAIN))
+            stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(ACTIVATION_CHECKPOINT_ERROR))
         try:
             yield
         except RuntimeError as error:
-            if str(error) != RUN_AGAIN:
+            if str(error) != ACTIVATION_CHECKPOINT_ERROR:
                 raise
-            raise ValueError(RUN_AGAIN) from None
+            raise ValueError(ACTIVATION_CHECKPOINT_ERROR) from None
 
 
-RUN_AGAIN = (
+ACTIVATION_CHECKPOINT_ERROR = (
     "torch.utils.checkpoint (or another saved-tensor hook) inside of a model runs its layers again on the way back, "
     "when they no longer have the parameters that they were called with, so that the gradient would be wrong. Call the "
     "layers without it; InnerLoop(engine='checkpoint') and task_chunk save memory instead."
@@ -59,7 +59,7 @@ def check_twice_differentiable(value: Tensor, inputs: Iterable[Tensor] = ()) -> 
         seen.add(node)
         function = getattr(node, "_forward_cls", None)  # of Functions that are written in Python
         if function is not None and function.__module__ == "torch.utils.checkpoint":
-            raise ValueError(RUN_AGAIN)
+            raise ValueError(ACTIVATION_CHECKPOINT_ERROR)
         if function is not None and not function.__module__.startswith("metalearn.") and _is_constant(node):
             name = function.__name__.removeprefix("Vmapped")
             raise ValueError(

@@ -15,7 +15,7 @@ _MOST_LAYERS = 10  # that a message lists
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModuleParts:
     """Names of parameters, as ``functionalize`` gives them: one that several layers share has the first one's.
 
     Args:
@@ -38,7 +38,7 @@ class Parts:
         return self.all - set(self.head)
 
 
-def parts_of(module: nn.Module, *, head: str | None = None) -> Parts:
+def module_parts(module: nn.Module, *, head: str | None = None) -> ModuleParts:
     """Return the parts of a module, by the types of its layers.
 
     Args:
@@ -62,7 +62,7 @@ def parts_of(module: nn.Module, *, head: str | None = None) -> Parts:
         return tuple(names[id(p)] for layer in layers for p in layer._parameters.values() if id(p) in names)
 
     found = _head_of(module) if head is None else _layer_called(head, module)
-    return Parts(
+    return ModuleParts(
         head=() if found is None else named(found.modules()),
         norms=frozenset(named(layer for layer in module.modules() if isinstance(layer, _NORMS))),
         context=frozenset(name for name in names.values() if name.rpartition(".")[2] == "context"),

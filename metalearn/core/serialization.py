@@ -22,29 +22,29 @@ from metalearn.core.errors import RunError
 _READS = 3  # a file may be replaced between the reading of it and of its digest
 
 
-class DamagedFileError(RunError):
-    """A file that is not what ``save`` wrote: its digest is missing or another, or it holds more than plain tensors."""
+class CorruptFileError(RunError):
+    """A file that ``save_checked`` did not write: its digest is missing or differs, or it holds more than tensors."""
 
 
-def write_text(path: Path, text: str) -> None:
+def atomic_write_text(path: Path, text: str) -> None:
     """Write a file through a temporary one beside it: a reader sees the old content or the new, never a part."""
-    write_bytes(path, text.encode())
+    atomic_write_bytes(path, text.encode())
 
 
-def save(content: Any, path: Path) -> None:
+def save_checked(content: Any, path: Path) -> None:
     """Save plain containers of tensors, with a digest beside them."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     data = buffer.getvalue()
     digests = _digest_path(path)
     new = hashlib.sha256(data).hexdigest().encode() + b"\n"
-    write_bytes(digests, (digests.read_bytes() + b"\n" if digests.exists() else b"") + new)
-    write_bytes(path, data)
-    write_bytes(digests, new)
+    atomic_write_bytes(digests, (digests.read_bytes() + b"\n" if digests.exists() else b"") + new)
+    atomic_write_bytes(path, data)
+    atomic_write_bytes(digests, new)
 
 
-def load(path: Path) -> Any:
-    """Load what ``save`` wrote into main memory; no code in the file is run.
+def load_checked(path: Path) -> Any:
+    """Load what ``save_checked`` wrote into main memory; no code in the file is run.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -54,33 +54,33 @@ def load(path: Path) -> Any:
     for _ in range(_READS):
         data = path.read_bytes()
         if not digest.exists():
-            raise DamagedFileError(
+            raise CorruptFileError(
                 f"{path} has no digest beside it ({digest.name}): its writing was interrupted, or it lies elsewhere."
             )
         if hashlib.sha256(data).hexdigest().encode() in digest.read_bytes().split():
-            return _plain(data, path)
-    raise DamagedFileError(f"{path} is damaged: its SHA-256 differs from {digest.name}.")
+            return _load_weights_only(data, path)
+    raise CorruptFileError(f"{path} is damaged: its SHA-256 differs from {digest.name}.")
 
 
-def _plain(data: bytes, path: Path) -> Any:
+def _load_weights_only(data: bytes, path: Path) -> Any:
     """Containers, numbers, text and tensors, and nothing else."""
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception:  # of any kind, as its unpickler trusts what it reads; torch's message advises to load it anyway
-        raise DamagedFileError(
+        raise CorruptFileError(
             f"{path} is refused: it is no file of plain tensors, and loading it could run code. Nothing in it was run."
         ) from None
 
 
 def remove(path: Path) -> None:
-    """Remove a file that ``save`` wrote, and its digest; nothing happens if it is gone."""
+    """Remove a file that ``save_checked`` wrote, and its digest; nothing happens if it is gone."""
     path.unlink(missing_ok=True)
     _digest_path(path).unlink(missing_ok=True)
 
 
-def remove_unfinished(folder: Path) -> None:
+def remove_temporary_files(folder: Path) -> None:
     """Remove what writers that were killed left in a folder; no other process may be writing there."""
     for path in folder.glob(".*"):
         if re.fullmatch(r"\..+\.[0-9a-f]{16}", path.name):
@@ -91,8 +91,8 @@ def _digest_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """As ``write_text``, for what is no text."""
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """As ``atomic_write_text``, for what is no text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
@@ -101,7 +101,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_names(path.parent)
+        _fsync_directory(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
@@ -109,7 +109,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
-def _sync_names(folder: Path) -> None:
+def _fsync_directory(folder: Path) -> None:
     """Have a renaming on disk before what follows it; Windows has no such call for folders."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)

@@ -6,6 +6,7 @@ K inner steps; ``theta`` meta-parameters, ``fast`` adapted parameters ``[T, ...]
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
@@ -107,11 +108,17 @@ class MetaGradient:
         grads: d loss / d theta, named and shaped like the parameters; zeros where the loss does not reach.
         predictions: of the adapted parameters on the query sets, detached, ``[T, Q, ...]``.
         support_loss: mean support loss over tasks before each inner step, detached, ``[K]``.
-        figures: scalars worth logging, by name, detached: what an engine has to say of itself.
+        diagnostics: scalars worth logging, by name, detached: what an engine has to say of itself.
     """
 
     loss: Tensor
     grads: Params
     predictions: Tensor
     support_loss: Tensor
-    figures: Mapping[str, Tensor] = field(default_factory=dict)
+    diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> Mapping[str, Tensor]:
+        """Return ``diagnostics`` under its former name, with a warning."""
+        warnings.warn("MetaGradient.figures is called diagnostics now", FutureWarning, stacklevel=2)
+        return self.diagnostics

@@ -15,25 +15,25 @@ _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
-def keys_of_tasks(seed: int, split: str, first: int, count: int, device: torch.device | str) -> Tensor:
+def task_keys(seed: int, split: str, first: int, count: int, device: torch.device | str) -> Tensor:
     """One random int64 for each of the tasks ``first`` to ``first + count - 1``, ``[T]``."""
     start = torch.full((), seed, dtype=torch.int64, device=device)  # a copy would wait for the GPU
-    stream = mix(mix(start) + zlib.crc32(split.encode()))
-    return mix(stream + _GOLDEN * torch.arange(first, first + count, device=device))
+    stream = splitmix64(splitmix64(start) + zlib.crc32(split.encode()))
+    return splitmix64(stream + _GOLDEN * torch.arange(first, first + count, device=device))
 
 
-def keys(of_tasks: Tensor, count: int, *, salt: int) -> Tensor:
+def random_keys(of_tasks: Tensor, count: int, *, salt: int) -> Tensor:
     """``count`` random int64 for every task, ``[T, count]``; another salt gives others."""
     positions = torch.arange(1, count + 1, device=of_tasks.device) * _GOLDEN
-    return mix(mix(of_tasks + salt)[:, None] + positions)
+    return splitmix64(splitmix64(of_tasks + salt)[:, None] + positions)
 
 
 def uniform(of_tasks: Tensor, count: int, *, salt: int) -> Tensor:
     """``count`` numbers in [0, 1) for every task, ``[T, count]`` float64: the upper 53 bits of its keys."""
-    return _shift_right(keys(of_tasks, count, salt=salt), 11).to(torch.float64) * 2.0**-53
+    return _shift_right(random_keys(of_tasks, count, salt=salt), 11).to(torch.float64) * 2.0**-53
 
 
-def mix(z: Tensor) -> Tensor:
+def splitmix64(z: Tensor) -> Tensor:
     """The finaliser of splitmix64 on int64, which wraps as the unsigned one does."""
     z = (z ^ _shift_right(z, 30)) * _MIX_1
     z = (z ^ _shift_right(z, 27)) * _MIX_2

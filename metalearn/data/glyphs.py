@@ -18,7 +18,7 @@ _POINTS = 40  # dots per stroke: closer than the pen's radius for all but the lo
 _DENSITY = 0.8
 
 
-def glyphs(
+def make_glyphs(
     *,
     classes: int,
     drawings: int = 20,

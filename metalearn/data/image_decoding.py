@@ -28,15 +28,15 @@ from metalearn.core.errors import DataError
 from metalearn.data.image_folder import (
     SHOWN,
     ImageClass,
+    check_split_sizes,
     in_several,
     list_classes,
     list_images,
     list_splits,
-    named,
-    refuse_too_small,
+    preview_names,
 )
 from metalearn.data.metadata import cache_dir
-from metalearn.data.splits import ImageSplits, SplitCounts
+from metalearn.data.splits import ClassSizes, ImageSplits
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class FolderImages(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Form:
+class _ImageFormat:
     """What images are made to look like."""
 
     size: int
@@ -79,7 +79,7 @@ class _Form:
             raise ValueError(f"images: size={self.size}; it must be at least 1.")
 
 
-class _Read(NamedTuple):
+class _DecodeResult(NamedTuple):
     """Pixels of the readable ones among some files, and why the others, by position, are not.
 
     ``lasting``: whether that lies in the files, and not in a disk or a permission that may be mended meanwhile.
@@ -90,7 +90,7 @@ class _Read(NamedTuple):
     lasting: bool = True
 
 
-def image_splits(
+def load_image_splits(
     root: str | Path,
     *,
     size: int = 84,
@@ -118,15 +118,15 @@ def image_splits(
         DataError: if the folder is empty, not laid out as above, or too small.
         ValueError: for settings that are none.
     """
-    form = _Form(size, channels)
+    form = _ImageFormat(size, channels)
     _check_unreadable(unreadable)
     splits = list_splits(root, fractions=fractions, seed=seed)
     needed = needed or dict.fromkeys(splits, 1)
-    refuse_too_small(_sizes(splits), root, ways=ways, needed=needed)
+    check_split_sizes(_sizes(splits), root, ways=ways, needed=needed)
     if twice := in_several(splits):
         log.warning(
             "%s: %d classes are in more than one split, so that tests are not of new classes: %s.",
-            *(root, len(twice), named(twice)),
+            *(root, len(twice), preview_names(twice)),
         )
     # In the order of the paths, which no setting of the split changes: one cache serves all of these.
     paths = sorted(path for classes in splits.values() for one in classes for path in one.files)
@@ -137,11 +137,11 @@ def image_splits(
         split: [ImageClass(one.name, [path for path in one.files if path in row]) for one in classes]
         for split, classes in splits.items()
     }
-    refuse_too_small(_sizes(kept), root, ways=ways, needed=needed)
+    check_split_sizes(_sizes(kept), root, ways=ways, needed=needed)
     train, validation, test = (
         read.images[[row[path] for one in classes for path in one.files]] for classes in kept.values()
     )
-    counts = SplitCounts(*([len(one.files) for one in classes] for classes in kept.values()))
+    counts = ClassSizes(*([len(one.files) for one in classes] for classes in kept.values()))
     return ImageSplits("images", train, validation, test, counts)
 
 
@@ -162,7 +162,7 @@ def read_folder(
         DataError: if there is no such folder, nothing in it, a class without images, or images beside classes.
         ValueError: for settings that are none.
     """
-    form = _Form(size, channels)
+    form = _ImageFormat(size, channels)
     _check_unreadable(unreadable)
     folder = Path(path).expanduser()
     try:
@@ -177,7 +177,7 @@ def read_folder(
     rows = [i for i in range(len(paths)) if i not in read.unreadable]
     without = [one.name for label, one in enumerate(classes) if label not in {labels[i] for i in rows}]
     if without or not rows:
-        what = f"no readable image in {named(without)}" if without else "no readable image"
+        what = f"no readable image in {preview_names(without)}" if without else "no readable image"
         raise DataError(f"{folder} holds {what}. Add images, or remove such classes.")
     kept = torch.tensor([labels[i] for i in rows]) if classes else None
     return FolderImages(read.images, kept, [one.name for one in classes], [paths[i] for i in rows])
@@ -206,23 +206,25 @@ def _report(paths: Sequence[Path], unreadable: Mapping[int, str], choice: str) -
     log.warning("%s", "\n".join([f"{what} and are passed over (data.unreadable=skip):", *lines]))
 
 
-def _cached(root: Path, paths: Sequence[Path], form: _Form) -> _Read:
+def _cached(root: Path, paths: Sequence[Path], form: _ImageFormat) -> _DecodeResult:
     """The images from the cache, or from disk; a folder has one file there for each form."""
     place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:12]
     cached = cache_dir() / f"images-{form.size}px-{form.channels}c-{place}.pt"
     fingerprint = _fingerprint(root, paths)
     try:
-        content = files.load(cached)
+        content = files.load_checked(cached)
         if content["fingerprint"] == fingerprint:
-            return _Read(content["images"], content["unreadable"])
+            return _DecodeResult(content["images"], content["unreadable"])
     except OSError:  # none yet, or a folder that cannot be read
         pass
-    except files.DamagedFileError as error:
+    except files.CorruptFileError as error:
         log.warning("%s It is made anew.", error)
     read = _decode_all(paths, form)
     if read.lasting:
         try:
-            files.save({"fingerprint": fingerprint, "images": read.images, "unreadable": read.unreadable}, cached)
+            files.save_checked(
+                {"fingerprint": fingerprint, "images": read.images, "unreadable": read.unreadable}, cached
+            )
         except OSError as error:
             log.warning("The images could not be cached, so every run will read them again: %s", error)
     return read
@@ -241,7 +243,7 @@ def _fingerprint(root: Path, paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _decode_all(paths: Sequence[Path], form: _Form) -> _Read:
+def _decode_all(paths: Sequence[Path], form: _ImageFormat) -> _DecodeResult:
     images = torch.empty(len(paths), form.channels, form.size, form.size, dtype=torch.uint8)
     pixels = images.numpy()
     unreadable: dict[int, str] = {}
@@ -263,10 +265,10 @@ def _decode_all(paths: Sequence[Path], form: _Form) -> _Read:
                 unreadable[number] = str(error).rstrip(".") or type(error).__name__
                 lasting = lasting and not (isinstance(error, OSError) and error.errno is not None)
     kept = [i for i in range(len(paths)) if i not in unreadable]
-    return _Read(images[kept] if unreadable else images, unreadable, lasting)
+    return _DecodeResult(images[kept] if unreadable else images, unreadable, lasting)
 
 
-def _decode(path: Path, form: _Form) -> NDArray[np.uint8]:
+def _decode(path: Path, form: _ImageFormat) -> NDArray[np.uint8]:
     """One image, ``[channels, size, size]``."""
     if not path.is_file():  # reading a pipe would wait for ever
         raise OSError("it is no file, or a link to nowhere")

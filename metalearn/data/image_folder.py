@@ -72,7 +72,8 @@ def list_classes(folder: Path) -> list[ImageClass]:
     names, loose = _entries(folder)
     if names and loose:
         raise DataError(
-            f"{folder} holds classes ({named(names)}) and, beside them, images ({named([p.name for p in loose])}), "
+            f"{folder} holds classes ({preview_names(names)}) and, beside them, images "
+            f"({preview_names([p.name for p in loose])}), "
             "which belong to no class. Put them into the folder of their class, or remove them."
         )
     classes = [ImageClass(name, _images_below(folder / name, {_identity(folder)})) for name in names]
@@ -90,7 +91,7 @@ def list_images(folder: Path) -> list[Path] | None:
     return loose if loose and not names else None
 
 
-def refuse_too_small(
+def check_split_sizes(
     splits: Mapping[str, Sequence[tuple[str, int]]], root: str | Path, *, ways: int, needed: Mapping[str, int]
 ) -> None:
     """Refuse splits that a task does not fit into.
@@ -107,7 +108,7 @@ def refuse_too_small(
     faults = []
     for split, classes in splits.items():
         if len(classes) < ways:
-            names = f" ({named([name for name, _ in classes])})" if classes else ""
+            names = f" ({preview_names([name for name, _ in classes])})" if classes else ""
             faults.append(
                 f"data.root={root}: {split} has {len(classes)} classes{names}, and a task takes task.ways={ways}; "
                 "lower task.ways, add classes, or choose data.fractions that give it more"
@@ -115,14 +116,15 @@ def refuse_too_small(
         if small := [f"{name}: {count}" for name, count in classes if count < needed[split]]:
             faults.append(
                 f"data.root={root}: of the classes for {split}, {len(small)} have fewer than {needed[split]} images, "
-                f"which a task takes of each class as shots and queries: {named(small)}. Add images, remove the class, "
+                f"which a task takes of each class as shots and queries: "
+                f"{preview_names(small)}. Add images, remove the class, "
                 f"or lower task.shots or {'task' if split == 'train' else 'eval'}.queries"
             )
     if faults:
         raise DataError("\n".join(faults))
 
 
-def named(names: Sequence[str]) -> str:
+def preview_names(names: Sequence[str]) -> str:
     """The first few, and how many more."""
     more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
@@ -151,7 +153,7 @@ def _split_folders(root: Path) -> dict[str, Path] | None:
     if others:
         raise DataError(
             f"{root} is split by folders (train, {found['validation'][0]}, test) and holds others beside them: "
-            f"{named(others)}. Move these into a split, or remove them."
+            f"{preview_names(others)}. Move these into a split, or remove them."
         )
     return {split: root / folders[0] for split, folders in found.items()}
 

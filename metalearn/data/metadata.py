@@ -14,7 +14,7 @@ from pathlib import Path
 
 from metalearn.core.errors import DataError
 
-DRAWINGS = 20
+DRAWINGS_PER_CLASS = 20
 """Images of each class, in Omniglot and in glyphs."""
 
 OMNIGLOT_PARTS = {"images_background": 964, "images_evaluation": 659}
@@ -40,13 +40,13 @@ class SplitSizes:
 
 OMNIGLOT_SPLITS = {"classic": SplitSizes(1100, 100, 423), "alphabets": SplitSizes(803, 161, 659)}
 
-GLYPH_SHARES = (0.7, 0.1)
+GLYPH_SPLIT_FRACTIONS = (0.7, 0.1)
 """Shares of the glyph classes for training and validation; the rest is for the test."""
 
 
-def glyph_splits(classes: int) -> SplitSizes:
+def glyph_split_sizes(classes: int) -> SplitSizes:
     """Sizes of the splits of that many glyph classes."""
-    train, validation = (round(share * classes) for share in GLYPH_SHARES)
+    train, validation = (round(share * classes) for share in GLYPH_SPLIT_FRACTIONS)
     return SplitSizes(train, validation, classes - train - validation)
 
 
@@ -100,7 +100,7 @@ def _source(root: str | None) -> str:
     raise DataError(f"{folder} holds no Omniglot, and it cannot be downloaded from here")
 
 
-def why_not_omniglot(root: str | None) -> str | None:
+def omniglot_unavailable_reason(root: str | None) -> str | None:
     """Why Omniglot cannot be had, or ``None`` if it can."""
     try:
         omniglot_source(root)
@@ -109,7 +109,7 @@ def why_not_omniglot(root: str | None) -> str | None:
     return None
 
 
-def dataset_in_use(name: str, root: str | None, fallback: str | None) -> str:
+def resolve_dataset(name: str, root: str | None, fallback: str | None) -> str:
     """The data set that a run will train on: ``name``, or ``fallback`` where Omniglot cannot be had.
 
     Raises:
@@ -117,7 +117,7 @@ def dataset_in_use(name: str, root: str | None, fallback: str | None) -> str:
     """
     if name != "omniglot":
         return name
-    if (reason := why_not_omniglot(root)) is not None:
+    if (reason := omniglot_unavailable_reason(root)) is not None:
         if fallback is None:
             raise DataError(
                 f"{reason}, and data.fallback=null forbids another data set. Three ways out:\n"

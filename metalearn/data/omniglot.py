@@ -25,7 +25,7 @@ from torch import Tensor
 
 from metalearn.core import serialization as files
 from metalearn.core.errors import DataError
-from metalearn.data.metadata import DRAWINGS, OMNIGLOT_PARTS, OMNIGLOT_SPLITS, cache_dir, omniglot_base
+from metalearn.data.metadata import DRAWINGS_PER_CLASS, OMNIGLOT_PARTS, OMNIGLOT_SPLITS, cache_dir, omniglot_base
 from metalearn.data.omniglot_download import ensure_omniglot
 from metalearn.data.splits import ImageSplits, with_rotations
 
@@ -41,7 +41,7 @@ _PIXELS_SHA256 = {
 """Of every drawing's 105 x 105 bits in sorted order, so that an exchanged or edited drawing is noticed as well."""
 
 
-class Characters(NamedTuple):
+class OmniglotImages(NamedTuple):
     """All of Omniglot: images ``[1623, 20, 1, 28, 28]`` uint8, white on black, and each class's alphabet and part."""
 
     images: Tensor
@@ -49,7 +49,7 @@ class Characters(NamedTuple):
     parts: list[str]
 
 
-def omniglot(root: str | None = None, *, split: str = "classic", rotations: bool = True) -> ImageSplits:
+def load_omniglot(root: str | None = None, *, split: str = "classic", rotations: bool = True) -> ImageSplits:
     """Omniglot, split by class.
 
     Args:
@@ -66,7 +66,7 @@ def omniglot(root: str | None = None, *, split: str = "classic", rotations: bool
     """
     if split not in OMNIGLOT_SPLITS:
         raise ValueError(f"omniglot: split={split!r}; it must be one of {', '.join(OMNIGLOT_SPLITS)}.")
-    characters = read_characters(root)
+    characters = load_characters(root)
     train, validation, test = _classic() if split == "classic" else _by_alphabet(characters)
     images = characters.images
     return ImageSplits(
@@ -77,33 +77,33 @@ def omniglot(root: str | None = None, *, split: str = "classic", rotations: bool
     )
 
 
-def read_characters(root: str | None = None) -> Characters:
+def load_characters(root: str | None = None) -> OmniglotImages:
     """Every class, from the cache or from disk, downloaded first where it is missing."""
     ensure_omniglot(root)
     base = omniglot_base(root)
     try:
-        drawings, fingerprint = _listing(base)
+        drawings, fingerprint = _list_drawings(base)
     except OSError as error:
         raise DataError(f"Omniglot in {base} cannot be read: {error}") from error
     cached = cache_dir() / f"omniglot-{_DECODING}-{fingerprint[:16]}.pt"
     try:
-        images = files.load(cached)
+        images = files.load_checked(cached)
     except OSError:  # none yet, or a folder that cannot be read
         images = None
-    except files.DamagedFileError as error:
+    except files.CorruptFileError as error:
         log.warning("%s It is made anew.", error)
         images = None
     if images is None:
         images = _decode(drawings)
         try:
-            files.save(images, cached)
+            files.save_checked(images, cached)
         except OSError as error:
             log.warning("Omniglot could not be cached, so every run will read it again: %s", error)
-    classes = [drawing.parent for drawing in drawings[::DRAWINGS]]
-    return Characters(images, [c.parent.name for c in classes], [c.parent.parent.name for c in classes])
+    classes = [drawing.parent for drawing in drawings[::DRAWINGS_PER_CLASS]]
+    return OmniglotImages(images, [c.parent.name for c in classes], [c.parent.parent.name for c in classes])
 
 
-def _listing(base: Path) -> tuple[list[Path], str]:
+def _list_drawings(base: Path) -> tuple[list[Path], str]:
     """Every drawing in sorted order, and a fingerprint of their names, sizes and times of change."""
     drawings: list[Path] = []
     digest = hashlib.sha256()
@@ -114,9 +114,11 @@ def _listing(base: Path) -> tuple[list[Path], str]:
         for character in classes:
             images = sorted((entry for entry in os.scandir(character) if _is_drawing(entry)), key=lambda e: e.name)
             numbers = [int(image.name[5:7]) for image in images]
-            if numbers != list(range(1, DRAWINGS + 1)) or len({image.name[:4] for image in images}) != 1:
+            if numbers != list(range(1, DRAWINGS_PER_CLASS + 1)) or len({image.name[:4] for image in images}) != 1:
                 what = f"{character.relative_to(base)} holds {len(images)} drawings"
-                raise DataError(_incomplete(base, f"{what} and not {DRAWINGS} of one number, _01.png to _20.png"))
+                raise DataError(
+                    _incomplete(base, f"{what} and not {DRAWINGS_PER_CLASS} of one number, _01.png to _20.png")
+                )
             drawings += [Path(image.path) for image in images]
             for image in images:
                 stat = image.stat()
@@ -160,7 +162,7 @@ def _decode(drawings: list[Path]) -> Tensor:
                 f"Omniglot's {folder} is damaged: it has the right files, but their pixels are not the published ones; "
                 "some drawing or character was exchanged or edited. Replace the folder."
             )
-    return torch.from_numpy(np.stack(images)).view(-1, DRAWINGS, 1, SIZE, SIZE)
+    return torch.from_numpy(np.stack(images)).view(-1, DRAWINGS_PER_CLASS, 1, SIZE, SIZE)
 
 
 _BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -192,7 +194,7 @@ def _classic() -> list[list[int]]:
     return [order[: sizes.train], order[sizes.train : -sizes.test], order[-sizes.test :]]
 
 
-def _by_alphabet(characters: Characters) -> list[list[int]]:
+def _by_alphabet(characters: OmniglotImages) -> list[list[int]]:
     background = sorted({a for a, part in zip(characters.alphabets, characters.parts, strict=True) if _is_train(part)})
     held_out = set(np.random.RandomState(0).permutation(background)[:_VALIDATION_ALPHABETS].tolist())
     train: list[int] = []

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from metalearn.core.types import Episodes
-from metalearn.data.counter_rng import keys, keys_of_tasks, mix
+from metalearn.data.counter_rng import random_keys, splitmix64, task_keys
 
-_mix = mix  # its name before it had a module of its own
+_mix = splitmix64  # its name before it had a module of its own
 _LAST = torch.iinfo(torch.int64).max
 
 
@@ -133,9 +133,9 @@ class EpisodeSampler:
     def draw(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """The classes ``[T, N]`` and drawings ``[T, N, K + Q]`` of those tasks; drawings count from 0 in each class."""
         ways, each, most = self.shape.ways, self.shape.shots + self.shape.queries, max(self._sizes)
-        of_tasks = keys_of_tasks(self.seed, self.split, first, count, self.images.device)
-        classes = keys(of_tasks, len(self._sizes), salt=1).topk(ways, largest=False).indices
-        drawing_keys = keys(of_tasks, ways * most, salt=2).view(count, ways, most)
+        of_tasks = task_keys(self.seed, self.split, first, count, self.images.device)
+        classes = random_keys(of_tasks, len(self._sizes), salt=1).topk(ways, largest=False).indices
+        drawing_keys = random_keys(of_tasks, ways * most, salt=2).view(count, ways, most)
         if self.counts is not None:  # what a smaller class has not comes last
             numbers = torch.arange(most, device=classes.device)
             absent = numbers >= self._first_and_size[1][classes][:, :, None]

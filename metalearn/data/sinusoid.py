@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metalearn.core.types import Episodes
-from metalearn.data.counter_rng import keys_of_tasks, uniform
+from metalearn.data.counter_rng import task_keys, uniform
 
 AMPLITUDES = (0.1, 5.0)
 PHASES = (0.0, math.pi)
@@ -73,7 +73,7 @@ class SinusoidSampler:
 
     def tasks(self, first: int, count: int) -> Episodes:
         """Tasks ``first`` to ``first + count - 1``: x and y ``[T, S or Q, 1]`` float32."""
-        of_tasks = keys_of_tasks(self.seed, self.split, first, count, self.device)
+        of_tasks = task_keys(self.seed, self.split, first, count, self.device)
         amplitude, phase = _curves(of_tasks)
         x = _between(INPUTS, uniform(of_tasks, self.shots + self.queries, salt=2)).float()
         y = (amplitude[:, None] * torch.sin(x.double() - phase[:, None])).float()
@@ -82,7 +82,7 @@ class SinusoidSampler:
 
     def curve(self, index: int) -> Curve:
         """The curve of task ``index``."""
-        amplitude, phase = _curves(keys_of_tasks(self.seed, self.split, index, 1, "cpu"))
+        amplitude, phase = _curves(task_keys(self.seed, self.split, index, 1, "cpu"))
         return Curve(amplitude.item(), phase.item())
 
 

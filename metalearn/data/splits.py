@@ -12,7 +12,7 @@ from torch import Tensor
 from metalearn.data.sampler import EpisodeSampler, TaskShape
 
 
-class SplitCounts(NamedTuple):
+class ClassSizes(NamedTuple):
     """Images of each class, in the order of a split's images, where classes have different numbers of them."""
 
     train: Sequence[int]
@@ -36,7 +36,7 @@ class ImageSplits:
     train: Tensor
     validation: Tensor
     test: Tensor
-    counts: SplitCounts | None = None
+    counts: ClassSizes | None = None
 
     def to(self, device: torch.device | str) -> ImageSplits:
         """The same images on another device."""

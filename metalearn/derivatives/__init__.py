@@ -5,7 +5,7 @@ place, and where ``f`` is constant the derivatives are zeros.
 """
 
 from metalearn.derivatives.eigenvalues import top_eigenvalues
-from metalearn.derivatives.hessian import free_bytes, hessian, hessian_bytes
+from metalearn.derivatives.hessian import available_memory, hessian, hessian_bytes
 from metalearn.derivatives.hvp import HVP_MODES, gauss_newton_vp, gradient, hvp
 from metalearn.derivatives.inputs import Point, ScalarFunction
 from metalearn.derivatives.nth_derivative import nth_derivative
@@ -14,7 +14,7 @@ __all__ = [
     "HVP_MODES",
     "Point",
     "ScalarFunction",
-    "free_bytes",
+    "available_memory",
     "gauss_newton_vp",
     "gradient",
     "hessian",

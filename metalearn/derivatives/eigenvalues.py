@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metalearn.derivatives.hvp import hvp
-from metalearn.derivatives.inputs import Point, ScalarFunction, as_point
+from metalearn.derivatives.inputs import Point, ScalarFunction, as_input
 
 
 def top_eigenvalues(
@@ -41,7 +41,7 @@ def top_eigenvalues(
 
     Reference: Lehoucq, Sorensen & Yang 1998, "ARPACK users' guide", through ``scipy.sparse.linalg.eigsh``.
     """
-    x = as_point("x", x)
+    x = as_input("x", x)
     leaves, spec = tree_flatten(x)
     sizes = [leaf.numel() for leaf in leaves]
     n = sum(sizes)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from metalearn.derivatives import Point, gradient
 from metalearn.derivatives.inputs import check_direction
 
-STEPS = tuple(10.0**-e for e in range(1, 11))
+DEFAULT_STEP_SIZES = tuple(10.0**-e for e in range(1, 11))
 """Step sizes of the sweep, in units of a direction of length one."""
 
 
@@ -64,7 +64,7 @@ def directional(
     v: Point | None = None,
     *,
     gradient_at_x: Point | None = None,
-    steps: Sequence[float] = STEPS,
+    steps: Sequence[float] = DEFAULT_STEP_SIZES,
     seed: int = 0,
 ) -> DirectionalCheck:
     """Compare a gradient with central differences along one direction.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from metalearn.core.operations import CorrectedOperations, refuse
-from metalearn.derivatives.inputs import Point, ScalarFunction, as_point, scalar
+from metalearn.derivatives.inputs import Point, ScalarFunction, as_input, as_scalar_function
 from metalearn.derivatives.singular import check_finite, is_finite
 
 
@@ -37,10 +37,10 @@ def hessian(f: ScalarFunction, x: Point, *, memory_limit: int | None = None) -> 
         tensor([[4., 2.],
                 [2., 0.]])
     """
-    x = as_point("x", x)
+    x = as_input("x", x)
     leaves = tree_flatten(x)[0]
     estimate = hessian_bytes(x)
-    limit = free_bytes(leaves[0].device) if memory_limit is None else memory_limit
+    limit = available_memory(leaves[0].device) if memory_limit is None else memory_limit
     if estimate > limit:
         n = sum(leaf.numel() for leaf in leaves)
         raise MemoryError(
@@ -51,7 +51,9 @@ def hessian(f: ScalarFunction, x: Point, *, memory_limit: int | None = None) -> 
     # In chunks of rows, as torch.func.hessian's single batch of n rows takes the activations n times.
     rows = torch.func.jacrev(torch.func.grad(_of_rows(f)), chunk_size=_ROWS_AT_A_TIME)(tree_map(torch.detach, x))
     matrix = tree_map(torch.detach, rows)
-    if not (torch._C._are_functorch_transforms_active() or is_finite(matrix)) and torch.isfinite(scalar(f)(x)):
+    if not (torch._C._are_functorch_transforms_active() or is_finite(matrix)) and torch.isfinite(
+        as_scalar_function(f)(x)
+    ):
         check_finite("the Hessian", matrix)
     return matrix
 
@@ -61,7 +63,7 @@ def _of_rows(f: ScalarFunction) -> ScalarFunction:
 
     def watched(x: Any) -> Tensor:
         with CorrectedOperations({"masked_select": refuse("its Hessian is wrong under torch.vmap; index by x[mask]")}):
-            return scalar(f)(x)
+            return as_scalar_function(f)(x)
 
     return watched
 
@@ -80,7 +82,7 @@ def hessian_bytes(x: Point) -> int:
     return 2 * n * n * max(sizes)
 
 
-def free_bytes(device: torch.device) -> int:
+def available_memory(device: torch.device) -> int:
     """Memory that is free now: the GPU's, or what the system can give without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -19,12 +19,12 @@ from metalearn.core.operations import SECOND_DERIVATIVE, CorrectedOperations
 from metalearn.derivatives.inputs import (
     Point,
     ScalarFunction,
-    as_point,
+    as_input,
+    as_scalar_function,
     check_direction,
-    fit_for_forward_mode,
+    check_forward_mode_support,
     jvp,
     refusing_by_name,
-    scalar,
     vjp,
 )
 from metalearn.derivatives.singular import check_finite, is_finite, limit_of_product
@@ -40,7 +40,7 @@ def gradient(f: ScalarFunction, x: Point) -> Point:
         ValueError: if ``f`` does not give a scalar.
         TypeError: if ``x`` holds other than floating-point tensors.
     """
-    value, pull_back = vjp(scalar(f), as_point("x", x))
+    value, pull_back = vjp(as_scalar_function(f), as_input("x", x))
     return cast(Point, pull_back(torch.ones_like(value)))
 
 
@@ -76,7 +76,7 @@ def hvp(f: ScalarFunction, x: Point, v: Point, *, mode: str = "forward_over_reve
     value, product = value_and_hvp(f, x, v, mode=mode)
     if torch._C._are_functorch_transforms_active() or is_finite(product) or not torch.isfinite(value):
         return product  # inside a transform no value can be looked at; and where f is not finite, nothing is
-    x = as_point("x", x)
+    x = as_input("x", x)
     product = limit_of_product(lambda at: value_and_hvp(f, at, v, mode=mode)[1], partial(gradient, f), x, product)
     check_finite("hvp's product", product)
     return cast(Point, product)
@@ -86,10 +86,10 @@ def value_and_hvp(f: ScalarFunction, x: Point, v: Point, *, mode: str) -> tuple[
     """f(x), which the product computes on its way, and H v; as ``hvp``."""
     if mode not in HVP_MODES:
         raise ValueError(f"hvp: mode={mode!r} is not one of {', '.join(HVP_MODES)}.")
-    x = as_point("x", x)
+    x = as_input("x", x)
     direction = check_direction("v", x, v)
     with refusing_by_name(_ADVICE[mode]):
-        value, product = HVP_MODES[mode](scalar(f), x, direction)
+        value, product = HVP_MODES[mode](as_scalar_function(f), x, direction)
     return value, cast(Point, product)
 
 
@@ -104,7 +104,7 @@ _ADVICE = {
 
 
 def _forward_over_reverse(f: ScalarFunction, x: Any, v: Any) -> tuple[Tensor, Any]:
-    watched = fit_for_forward_mode(f)
+    watched = check_forward_mode_support(f)
 
     def gradient_and_value(x: Any) -> tuple[Any, Tensor]:
         value, pull_back = vjp(watched, x)
@@ -134,7 +134,7 @@ def _reverse_over_reverse(f: ScalarFunction, x: Any, v: Any) -> tuple[Tensor, An
 
 def _reverse_over_forward(f: ScalarFunction, x: Any, v: Any) -> tuple[Tensor, Any]:
     values: list[Tensor] = []
-    watched = fit_for_forward_mode(f, nested=1)
+    watched = check_forward_mode_support(f, nested=1)
 
     def slope(x: Any) -> Tensor:
         value, along = jvp(watched, x, v)
@@ -174,7 +174,7 @@ def gauss_newton_vp(model: Callable[[Any], Tensor], loss: ScalarFunction, x: Poi
 
     Reference: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
     """
-    x = as_point("x", x)
+    x = as_input("x", x)
 
     def corrected(x: Any) -> Tensor:
         with CorrectedOperations():
@@ -184,7 +184,7 @@ def gauss_newton_vp(model: Callable[[Any], Tensor], loss: ScalarFunction, x: Poi
         "gauss_newton_vp takes J v in forward mode; hvp(..., mode='reverse_over_reverse') of a model and a loss in one "
         "gives the Hessian without it"
     ):
-        z, jv = jvp(fit_for_forward_mode(corrected), x, check_direction("v", x, v))
+        z, jv = jvp(check_forward_mode_support(corrected), x, check_direction("v", x, v))
     _, pull_back = vjp(corrected, x)
     product = pull_back(hvp(loss, z, jv, mode="reverse_over_reverse"))
     check_finite("gauss_newton_vp's product", product)

@@ -15,8 +15,8 @@ from torch.autograd.forward_ad import dual_level, make_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from metalearn.core.functional import refuse_inference_mode
-from metalearn.core.graph_checks import nothing_run_again
+from metalearn.core.functional import check_not_inference_mode
+from metalearn.core.graph_checks import forbid_activation_checkpointing
 from metalearn.core.operations import (
     FORWARD_MODE,
     KEEPS_STATISTICS,
@@ -34,12 +34,16 @@ ScalarFunction = Callable[[Any], Tensor]
 """From a point to a Tensor without dimensions."""
 
 
-def scalar(f: ScalarFunction) -> ScalarFunction:
+def as_scalar_function(f: ScalarFunction) -> ScalarFunction:
     """``f``, refused where it gives more than one number or changes the model that it calls."""
 
     def checked(x: Any) -> Tensor:
         # Attention by its formula, as the fused kernels have no second derivative.
-        with nothing_run_again(), sdpa_kernel(SDPBackend.MATH), CorrectedOperations(STATELESS, {"add_": _add_}):
+        with (
+            forbid_activation_checkpointing(),
+            sdpa_kernel(SDPBackend.MATH),
+            CorrectedOperations(STATELESS, {"add_": _add_}),
+        ):
             value = f(x)
         if isinstance(value, Tensor) and value.is_complex():
             raise ValueError(f"f gave {value.dtype} and must give a real number; take its .real or .abs().")
@@ -53,7 +57,7 @@ def scalar(f: ScalarFunction) -> ScalarFunction:
     return checked
 
 
-def as_point(name: str, x: Any) -> Any:
+def as_input(name: str, x: Any) -> Any:
     """Return a point as a Tensor or a plain dictionary: ``state_dict()`` and ``ParameterDict`` become one.
 
     Raises:
@@ -66,7 +70,7 @@ def as_point(name: str, x: Any) -> Any:
 
 def check_point(name: str, x: object) -> None:
     """Refuse a point that has no derivatives."""
-    refuse_inference_mode()
+    check_not_inference_mode()
     tensors = x if isinstance(x, dict) else {"": x}
     if not tensors:
         raise ValueError(f"{name} is an empty dictionary: there is nothing to differentiate in.")
@@ -92,7 +96,7 @@ def check_direction(name: str, x: Any, v: Any) -> Any:
     Raises:
         ValueError: if it is shaped otherwise.
     """
-    v = as_point(name, v)
+    v = as_input(name, v)
     shapes = [tree_map(lambda t: tuple(t.shape), tree) for tree in (x, v)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"{name} must be shaped like x, {shapes[0]}, and is {shapes[1]}.")
@@ -121,12 +125,12 @@ def vjp(f: Callable[[Any], Tensor], x: Any) -> tuple[Tensor, Callable[[Tensor], 
 
 def jvp(f: Callable[[Any], Any], x: Any, v: Any, *, has_aux: bool = False) -> Any:
     """``torch.func.jvp`` along v: value and derivative, and what else ``f`` returns."""
-    _load_forward_mode()
+    _warm_up_forward_mode()
     point, direction = tree_map(Tensor.contiguous, x), tree_map(Tensor.contiguous, v)  # tangents are laid out alike
     return torch.func.jvp(f, (point,), (direction,), has_aux=has_aux)
 
 
-def fit_for_forward_mode(f: Callable[[Any], Tensor], *, nested: int = 0) -> Callable[[Any], Tensor]:
+def check_forward_mode_support(f: Callable[[Any], Tensor], *, nested: int = 0) -> Callable[[Any], Tensor]:
     """``f``, refused with ``NotImplementedError`` where forward mode would be wrong.
 
     That is in operations whose formulas are, and inside ``torch.no_grad()``: reverse mode takes what is computed there
@@ -183,7 +187,7 @@ _LIMITS_OF_TRANSFORMS = (
 
 
 @functools.cache
-def _load_forward_mode() -> None:
+def _warm_up_forward_mode() -> None:
     """Torch loads some forward-mode formulas when they are first used, and warns of its own deprecations then."""
     with warnings.catch_warnings():
         for deprecation in (FutureWarning, DeprecationWarning):

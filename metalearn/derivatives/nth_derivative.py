@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_flatten, tree_map
 from metalearn.core.operations import THIRD_ORDER, CorrectedOperations
 from metalearn.derivatives.inputs import (
     Point,
-    as_point,
+    as_input,
+    as_scalar_function,
     check_direction,
-    fit_for_forward_mode,
+    check_forward_mode_support,
     jvp,
     refusing_by_name,
-    scalar,
 )
 
 
@@ -57,9 +57,9 @@ def nth_derivative(
         raise ValueError(f"nth_derivative: order={order!r}; it must be a whole number, 0 or more.")
     if mode not in _MODES:
         raise ValueError(f"nth_derivative: mode={mode!r} is not one of {', '.join(_MODES)}.")
-    x = as_point("x", x)
+    x = as_input("x", x)
     if along is not None:
-        direction, value = check_direction("along", x, along), scalar(f)
+        direction, value = check_direction("along", x, along), as_scalar_function(f)
         start = torch.zeros((), dtype=tree_flatten(x)[0][0].dtype, device=tree_flatten(x)[0][0].device)
         return _MODES[mode](lambda t: value(tree_map(lambda a, v: a + t * v, x, direction)), start, order)
     if not isinstance(x, Tensor):
@@ -82,7 +82,7 @@ def _reverse(values: Callable[[Tensor], Tensor], t: Tensor, order: int) -> Tenso
 
 
 def _forward(values: Callable[[Tensor], Tensor], t: Tensor, order: int) -> Tensor:
-    derivative = fit_for_forward_mode(values, nested=order - 1)
+    derivative = check_forward_mode_support(values, nested=order - 1)
     for _ in range(order):
         derivative = partial(_slope, derivative)
     with refusing_by_name("nth_derivative's mode='forward' differentiates forward-mode formulas; take mode='reverse'"):

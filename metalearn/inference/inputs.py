@@ -97,7 +97,7 @@ def as_labels(labels: Examples | Iterable[Any], count: int) -> list[Any]:
     return plain
 
 
-def classes_of(labels: Sequence[Any]) -> tuple[Any, ...]:
+def unique_classes(labels: Sequence[Any]) -> tuple[Any, ...]:
     """The different labels, sorted.
 
     Raises:
@@ -116,7 +116,7 @@ def classes_of(labels: Sequence[Any]) -> tuple[Any, ...]:
         raise DataError(f"labels of several types ({kinds}) cannot be sorted; give all of one type.") from None
 
 
-def positions(labels: Sequence[Any], classes: Sequence[Any]) -> Tensor:
+def class_indices(labels: Sequence[Any], classes: Sequence[Any]) -> Tensor:
     """Positions of labels among the classes, ``[S]`` int64.
 
     Raises:

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 _LIGHT = 0.5
 
 
-def is_to_invert(choice: bool | str, images: Tensor, data: DataConfig) -> bool:
+def should_invert(choice: bool | str, images: Tensor, data: DataConfig) -> bool:
     """Whether black and white are to be exchanged; says what was decided, and why.
 
     Args:
@@ -50,12 +50,12 @@ def border_brightness(images: Tensor) -> Tensor:
     return images[..., ~inside].flatten(1).double().mean(dim=1) / 255
 
 
-def turned(images: Tensor, inverted: bool) -> Tensor:
+def apply_inversion(images: Tensor, inverted: bool) -> Tensor:
     """uint8 images with black and white exchanged, or as they are."""
     return 255 - images if inverted else images
 
 
-def warn_of_light(images: Tensor, data: DataConfig) -> None:
+def warn_if_inverted(images: Tensor, data: DataConfig) -> None:
     """Say so where images ``[images, C, H, W]`` in [0, 1] look like ink on paper and the run's do not."""
     if isinstance(data, (OmniglotConfig, GlyphsConfig)):
         light = border_brightness((images.detach().cpu() * 255).byte()) > _LIGHT

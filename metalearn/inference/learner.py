@@ -21,27 +21,27 @@ import torch
 from torch import Tensor
 
 from metalearn.algorithms import Algorithm
-from metalearn.config.run_config import from_yaml
+from metalearn.config.run_config import load_run_config
 from metalearn.config.schema import DataConfig, ImagesConfig, SinusoidConfig, TrainConfig
-from metalearn.config.validation import compared_keys
+from metalearn.config.validation import result_keys
 from metalearn.core.errors import ConfigError, DataError, MetalearnError, RunError
-from metalearn.core.functional import functionalize, stack
-from metalearn.core.module_parts import parts_of
+from metalearn.core.functional import expand_over_tasks, functionalize
+from metalearn.core.module_parts import module_parts
 from metalearn.core.types import Episodes, Forward, Params
 from metalearn.data.image_decoding import FolderImages, UnreadableImagesError, read_folder
 from metalearn.data.omniglot import SIZE
 from metalearn.inference import weights_file as file
-from metalearn.inference.inputs import Examples, as_images, as_labels, as_numbers, classes_of, positions
-from metalearn.inference.inversion import is_to_invert, turned, warn_of_light
-from metalearn.inference.new_head import for_ways
-from metalearn.inference.weights_file import Adapted, Origin
-from metalearn.inner import InnerLoop, adapt, model_of, predict
-from metalearn.inner.batch_norm_statistics import is_statistic, statistics_at
+from metalearn.inference.inputs import Examples, as_images, as_labels, as_numbers, class_indices, unique_classes
+from metalearn.inference.inversion import apply_inversion, should_invert, warn_if_inverted
+from metalearn.inference.new_head import inner_for_ways
+from metalearn.inference.weights_file import AdaptedModel, CheckpointOrigin
+from metalearn.inner import InnerLoop, adapt, meta_params_at_step, predict
+from metalearn.inner.batch_norm_statistics import is_norm_statistic, statistics_at
 from metalearn.training.checkpoints import load_best
-from metalearn.training.evaluation import predict_one_by_one, step_statistics
-from metalearn.training.experiment import algorithm_of, build_model, pick_device, score_of
-from metalearn.training.runtime.precision import computed_in
-from metalearn.training.state import refuse_other_shapes
+from metalearn.training.evaluation import collect_norm_statistics, predict_nontransductive
+from metalearn.training.experiment import build_algorithm, build_metric, build_model, resolve_device
+from metalearn.training.runtime.precision import precision_context
+from metalearn.training.state import check_same_shapes
 
 _NUMBERS_PER_PASS = 4096 * SIZE * SIZE  # of predicting one by one, support sets included; bounds its memory
 
@@ -67,14 +67,14 @@ def load(run_dir: str | Path, device: str = "auto") -> Learner:
         raise RunError(f"{folder}: not a run's folder, as it holds no config.yaml; name one that training has made.")
     if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]*))?", device):
         raise ConfigError(f"device={device}: must be auto, cpu, cuda or cuda:N")
-    config, place = from_yaml(path), pick_device(device)
+    config, place = load_run_config(path), resolve_device(device)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers are none of our business
         module = build_model(config, example_shape(config.data)).to(place)
     forward, params = functionalize(module)
-    algorithm = algorithm_of(config, module)
+    algorithm = build_algorithm(config, module)
     like = {**algorithm.init(params), **_statistics(config, algorithm, forward, params)}
     best = load_best(folder, like=like, device=place)
-    return Learner(folder, config, place, forward, best.params, algorithm, parts_of(module).head, best.iteration)
+    return Learner(folder, config, place, forward, best.params, algorithm, module_parts(module).head, best.iteration)
 
 
 def example_shape(data: DataConfig) -> torch.Size:
@@ -86,13 +86,13 @@ def example_shape(data: DataConfig) -> torch.Size:
 
 def _statistics(config: TrainConfig, algorithm: Algorithm, forward: Forward, params: Params) -> Params:
     """Entries for BatchNorm's statistics of the shapes that a checkpoint has them in; their values mean nothing."""
-    if not algorithm.keeps_statistics:
+    if not algorithm.tracks_norm_statistics:
         return {}
-    device, ways, score = next(iter(params.values())).device, config.task.ways, score_of(config)
+    device, ways, score = next(iter(params.values())).device, config.task.ways, build_metric(config)
     x = torch.zeros(1, ways, *example_shape(config.data), device=device)
     y = torch.zeros(1, ways, 1, device=device) if _is_regression(config) else torch.arange(ways, device=device)[None]
     tasks, inner = Episodes(x, y, x, y), algorithm.testing(config.inner.steps)
-    return step_statistics(forward, algorithm.init(params), tasks, inner, loss=score.loss)
+    return collect_norm_statistics(forward, algorithm.init(params), tasks, inner, loss=score.loss)
 
 
 def _is_regression(config: TrainConfig) -> bool:
@@ -127,7 +127,7 @@ class Learner:
     algorithm: Algorithm = field(repr=False)
     head: tuple[str, ...] = field(repr=False)
     iteration: int
-    _adapted: Adapted | None = field(default=None, init=False, repr=False)
+    _adapted: AdaptedModel | None = field(default=None, init=False, repr=False)
 
     @property
     def example_shape(self) -> torch.Size:
@@ -188,8 +188,8 @@ class Learner:
             found = read_folder(folder, size=size, channels=channels, unreadable=unreadable, may_be_flat=may_be_flat)
         except UnreadableImagesError as error:  # it names the key by which a training passes them over
             raise UnreadableImagesError(str(error).replace("data.unreadable", "unreadable")) from None
-        inverted = is_to_invert(invert, found.images, self.config.data)
-        return found._replace(images=turned(found.images, inverted))
+        inverted = should_invert(invert, found.images, self.config.data)
+        return found._replace(images=apply_inversion(found.images, inverted))
 
     def adapt(self, images: Examples, labels: Examples | Iterable[Any], *, steps: int | None = None) -> Learner:
         """Forget earlier classes and adapt to these, from the checkpoint, by the run's own algorithm.
@@ -220,12 +220,12 @@ class Learner:
                 raise DataError(f"{len(y)} targets for {len(x)} inputs; give one target an input.")
         else:
             given = as_labels(labels, len(x))
-            classes = classes_of(given)
-            inner, y = self._inner(len(classes), steps), positions(given, classes)
+            classes = unique_classes(given)
+            inner, y = self._inner(len(classes), steps), class_indices(given, classes)
         x, y = x.to(self.device), y.to(self.device)
         with torch.no_grad(), self._precision():
-            fast = adapt(self.forward, self.theta, x[None], y[None], inner, loss=score_of(self.config).loss)
-        self._adapted = _laid_out(Adapted({name: w[0] for name, w in fast.items()}, x, classes, inner.steps))
+            fast = adapt(self.forward, self.theta, x[None], y[None], inner, loss=build_metric(self.config).loss)
+        self._adapted = _laid_out(AdaptedModel({name: w[0] for name, w in fast.items()}, x, classes, inner.steps))
         return self
 
     def predict(self, images: Examples, *, transductive: bool = False) -> list[Any]:
@@ -285,8 +285,8 @@ class Learner:
             if len(y) != len(outputs):
                 raise DataError(f"{len(y)} targets for {len(outputs)} inputs; give one target an input.")
         else:
-            y = positions(as_labels(labels, len(outputs)), self.classes_)
-        return score_of(self.config).of(outputs[None], y[None]).item()
+            y = class_indices(as_labels(labels, len(outputs)), self.classes_)
+        return build_metric(self.config).of(outputs[None], y[None]).item()
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write what was adapted as one safetensors file; ``restore`` of the same run predicts the same bits again.
@@ -317,19 +317,19 @@ class Learner:
         """
         place = Path(path).expanduser()
         found = file.read(place, self._origin)
-        model = {name: p for name, p in self.theta.items() if not is_statistic(name)}
-        like = model_of(model, self.algorithm.inner, found.steps)
+        model = {name: p for name, p in self.theta.items() if not is_norm_statistic(name)}
+        like = meta_params_at_step(model, self.algorithm.inner, found.steps)
         if self.head and not self.is_regression:  # as many outputs as classes
             like |= {name: like[name].new_empty(len(found.classes), *like[name].shape[1:]) for name in self.head}
         try:
-            refuse_other_shapes(found.weights, like)
+            check_same_shapes(found.weights, like)
         except RunError as error:
             raise RunError(f"{place}: {error}") from None
         weights = {name: w.to(self.device) for name, w in found.weights.items()}
-        self._adapted = _laid_out(Adapted(weights, found.support_x.to(self.device), found.classes, found.steps))
+        self._adapted = _laid_out(AdaptedModel(weights, found.support_x.to(self.device), found.classes, found.steps))
         return self
 
-    def _state(self) -> Adapted:
+    def _state(self) -> AdaptedModel:
         if self._adapted is None:
             raise NotAdaptedError("this learner is not adapted yet: call adapt(images, labels), or restore(path).")
         return self._adapted
@@ -338,15 +338,15 @@ class Learner:
         if self.is_regression:
             return as_numbers("inputs", images)
         found = as_images(images, self.example_shape)
-        warn_of_light(found, self.config.data)
+        warn_if_inverted(found, self.config.data)
         return found
 
     def _precision(self) -> AbstractContextManager[None]:
-        return computed_in(self.config.run.precision, self.device)
+        return precision_context(self.config.run.precision, self.device)
 
     def _inner(self, ways: int, steps: int) -> InnerLoop:
         """The inner loop of a task of that many classes."""
-        return for_ways(
+        return inner_for_ways(
             self.algorithm.testing(steps),
             ways,
             trained=self.config.task.ways,
@@ -360,7 +360,7 @@ class Learner:
     ) -> Tensor:
         """What the model gives for each image, ``[Q, N]`` (or ``[Q, 1]``) float32 in main memory."""
         adapted, x = self._state(), self._inputs(images).to(self.device)
-        fast = stack(adapted.weights, 1)
+        fast = expand_over_tasks(adapted.weights, 1)
         with self._precision():
             if transductive:
                 outputs = predict(self.forward, fast, x[None])
@@ -372,23 +372,23 @@ class Learner:
             for first in range(0, len(x), each):
                 part = x[None, first : first + each]
                 tasks = Episodes(support_x, none[:, : support_x.shape[1]], part, none[:, : part.shape[1]])
-                parts.append(predict_one_by_one(self.forward, fast, tasks, statistics))
+                parts.append(predict_nontransductive(self.forward, fast, tasks, statistics))
                 progress(first + part.shape[1])
         return torch.cat(parts, dim=1)[0].float().cpu()
 
     @functools.cached_property
-    def _origin(self) -> Origin:
+    def _origin(self) -> CheckpointOrigin:
         config = (self.run_dir / "config.yaml").read_bytes()
-        return Origin(
+        return CheckpointOrigin(
             run=str(self.run_dir),
             algorithm=self.algorithm.name,
             config_digest=hashlib.sha256(config).hexdigest(),
-            keys=compared_keys(self.config),
+            keys=result_keys(self.config),
             theta_digest=file.digest(self.theta),
         )
 
 
-def _laid_out(adapted: Adapted) -> Adapted:
+def _laid_out(adapted: AdaptedModel) -> AdaptedModel:
     """The same in memory of its own and one layout: products round by layout and alignment, which files do not keep."""
     weights = {name: w.clone(memory_format=torch.contiguous_format) for name, w in adapted.weights.items()}
     support_x = adapted.support_x.clone(memory_format=torch.contiguous_format)

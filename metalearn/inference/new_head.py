@@ -16,13 +16,13 @@ from torch import Tensor
 
 from metalearn.core.errors import RunError
 from metalearn.core.types import Forward, Params
-from metalearn.inner import InnerLoop, PrototypeHead, model_params
+from metalearn.inner import InnerLoop, PrototypeHead, params_at_step
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class NewHead:
+class PrototypeInitializer:
     """A start for ``InnerLoop``: ``PrototypeHead`` of the model before its first step, all else as in theta.
 
     Args:
@@ -35,12 +35,12 @@ class NewHead:
 
     def __call__(self, forward: Forward, fast: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """As ``metalearn.inner.Start``."""
-        first = model_params(fast, InnerLoop(lr=1.0, steps=0, per_step=self.per_step), 0)
+        first = params_at_step(fast, InnerLoop(lr=1.0, steps=0, per_step=self.per_step), 0)
         made = self.head(forward, first, support_x, support_y)
         return {**fast, **{name: made[name] for name in (self.head.weight, self.head.bias)}}
 
 
-def for_ways(inner: InnerLoop, ways: int, *, trained: int, algorithm: str, head: Sequence[str]) -> InnerLoop:
+def inner_for_ways(inner: InnerLoop, ways: int, *, trained: int, algorithm: str, head: Sequence[str]) -> InnerLoop:
     """The inner loop of a task of that many classes, from the run's own.
 
     Args:
@@ -55,7 +55,7 @@ def for_ways(inner: InnerLoop, ways: int, *, trained: int, algorithm: str, head:
     """
     if ways == trained:
         return inner
-    if why := _why_bound(inner, algorithm, head):
+    if why := _why_ways_fixed(inner, algorithm, head):
         raise RunError(
             f"{ways} classes, and the run was trained for task.ways={trained}: {why}. Give {trained} classes, train "
             f"with task.ways={ways}, or take another algorithm, as maml or protonet."
@@ -67,10 +67,12 @@ def for_ways(inner: InnerLoop, ways: int, *, trained: int, algorithm: str, head:
             *(trained, ways, inner.steps),
         )
     weight, bias = head
-    return dataclasses.replace(inner, start=NewHead(PrototypeHead(weight, bias, ways=ways), inner.per_step))
+    return dataclasses.replace(
+        inner, start=PrototypeInitializer(PrototypeHead(weight, bias, ways=ways), inner.per_step)
+    )
 
 
-def _why_bound(inner: InnerLoop, algorithm: str, head: Sequence[str]) -> str | None:
+def _why_ways_fixed(inner: InnerLoop, algorithm: str, head: Sequence[str]) -> str | None:
     """Why the number of classes cannot change; ``None`` if it can."""
     if inner.start is not None and not isinstance(inner.start, PrototypeHead):
         return f"the head of algorithm={algorithm} is shared by all tasks and never adapted, so it knows no others"

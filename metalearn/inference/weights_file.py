@@ -27,7 +27,7 @@ _SUPPORT = f"support{SEPARATOR}x"
 
 
 @dataclass(frozen=True, eq=False)
-class Adapted:
+class AdaptedModel:
     """A model that was adapted to one task.
 
     Args:
@@ -44,7 +44,7 @@ class Adapted:
 
 
 @dataclass(frozen=True)
-class Origin:
+class CheckpointOrigin:
     """The run that weights were adapted from.
 
     Args:
@@ -71,7 +71,7 @@ def digest(tensors: Params) -> str:
     return sha.hexdigest()
 
 
-def write(adapted: Adapted, origin: Origin, path: Path, *, overwrite: bool) -> None:
+def write(adapted: AdaptedModel, origin: CheckpointOrigin, path: Path, *, overwrite: bool) -> None:
     """Write the file whole, or not at all.
 
     Raises:
@@ -82,7 +82,7 @@ def write(adapted: Adapted, origin: Origin, path: Path, *, overwrite: bool) -> N
             f"label {odd[0]!r} is a {type(odd[0]).__name__}, and a file keeps labels that are text or whole numbers; "
             "adapt with such labels to save."
         )
-    refuse_existing(path, overwrite=overwrite)
+    check_not_exists(path, overwrite=overwrite)
     tensors = {**adapted.weights, _SUPPORT: adapted.support_x}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     metadata = {
@@ -96,10 +96,10 @@ def write(adapted: Adapted, origin: Origin, path: Path, *, overwrite: bool) -> N
         "theta.sha256": origin.theta_digest,
         "content.sha256": digest(tensors),
     }
-    files.write_bytes(path, safetensors.torch.save(tensors, metadata))
+    files.atomic_write_bytes(path, safetensors.torch.save(tensors, metadata))
 
 
-def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
+def check_not_exists(path: Path, *, overwrite: bool = False) -> None:
     """Refuse to write over something.
 
     Raises:
@@ -111,7 +111,7 @@ def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
         raise RunError(f"{path} exists, and is not overwritten; remove it, or choose another name.")
 
 
-def read(path: Path, origin: Origin) -> Adapted:
+def read(path: Path, origin: CheckpointOrigin) -> AdaptedModel:
     """Read what ``write`` wrote, into main memory.
 
     Args:
@@ -129,7 +129,7 @@ def read(path: Path, origin: Origin) -> Adapted:
             raise RunError(f"{path} is damaged: the SHA-256 in it is of other weights. Adapt again, or copy it again.")
         _refuse_other_origin(path, metadata, origin)
         support_x = tensors.pop(_SUPPORT)
-        return Adapted(tensors, support_x, tuple(json.loads(metadata["classes"])), int(metadata["steps"]))
+        return AdaptedModel(tensors, support_x, tuple(json.loads(metadata["classes"])), int(metadata["steps"]))
     except (KeyError, ValueError, TypeError) as error:
         raise RunError(f"{path} is damaged: what it says of itself is not whole ({error}). Adapt again.") from error
 
@@ -144,7 +144,7 @@ def _opened(path: Path) -> tuple[Params, dict[str, str]]:
         raise RunError(f"{path} cannot be read as a safetensors file ({error}); it is damaged, or another.") from error
 
 
-def _refuse_other_origin(path: Path, metadata: Mapping[str, str], origin: Origin) -> None:
+def _refuse_other_origin(path: Path, metadata: Mapping[str, str], origin: CheckpointOrigin) -> None:
     if metadata["theta.sha256"] == origin.theta_digest:
         return
     theirs, ours = json.loads(metadata["config"]), json.loads(json.dumps(origin.keys))

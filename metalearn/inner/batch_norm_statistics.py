@@ -23,26 +23,26 @@ from metalearn.inner.update_rules import SEPARATOR
 _MEAN, _VAR = f"norm_mean{SEPARATOR}", f"norm_var{SEPARATOR}"
 
 
-class Moments(NamedTuple):
+class ChannelMoments(NamedTuple):
     """Mean and variance by channel, ``[..., C]``, of one BatchNorm's input."""
 
     mean: Tensor
     var: Tensor
 
 
-def is_statistic(name: str) -> bool:
+def is_norm_statistic(name: str) -> bool:
     """Whether an entry of theta is one of these constants."""
     return name.startswith((_MEAN, _VAR))
 
 
-def statistics_at(theta: Params, k: int) -> list[Moments] | None:
+def statistics_at(theta: Params, k: int) -> list[ChannelMoments] | None:
     """Those after k steps, layer by layer; ``None`` if theta keeps none. After more steps the last ones stand."""
     layers = sum(name.startswith(_MEAN) for name in theta)
     pairs = [(theta[f"{_MEAN}{i}"], theta[f"{_VAR}{i}"]) for i in range(layers)]
-    return [Moments(m[min(k, len(m) - 1)], v[min(k, len(v) - 1)]) for m, v in pairs] or None
+    return [ChannelMoments(m[min(k, len(m) - 1)], v[min(k, len(v) - 1)]) for m, v in pairs] or None
 
 
-def as_theta(by_step: list[list[Moments]]) -> Params:
+def statistics_to_params(by_step: list[list[ChannelMoments]]) -> Params:
     """Entries of theta from the statistics after 0, 1, ..., K steps."""
     entries: Params = {}
     for i, layer in enumerate(zip(*by_step, strict=True)):
@@ -52,30 +52,30 @@ def as_theta(by_step: list[list[Moments]]) -> Params:
 
 
 @torch.no_grad()
-def record(forward: Forward, fast: Params, x: Tensor) -> list[Moments]:
+def record_statistics(forward: Forward, fast: Params, x: Tensor) -> list[ChannelMoments]:
     """The statistics of T tasks' inputs ``[T, examples, ...]``, as means over the tasks, in the order of the layers."""
 
-    def one_task(params: Params, x: Tensor) -> list[Moments]:
+    def one_task(params: Params, x: Tensor) -> list[ChannelMoments]:
         with _Recorder() as recorder:
             forward(params, x)
-        seen: list[Moments] = recorder.seen
+        seen: list[ChannelMoments] = recorder.seen
         return seen
 
-    by_task: list[Moments] = over_tasks(one_task, fast, x, model=forward)
-    return [Moments(moments.mean.mean(dim=0), moments.var.mean(dim=0)) for moments in by_task]
+    by_task: list[ChannelMoments] = over_tasks(one_task, fast, x, model=forward)
+    return [ChannelMoments(moments.mean.mean(dim=0), moments.var.mean(dim=0)) for moments in by_task]
 
 
-def under(forward: Forward, statistics: list[Moments]) -> Forward:
+def with_fixed_statistics(forward: Forward, statistics: list[ChannelMoments]) -> Forward:
     """The model with these statistics in its BatchNorms, so that no example sees another."""
 
     def alone(params: Params, x: Tensor) -> Tensor:
-        with _Replacer(statistics):
+        with _FixedStatistics(statistics):
             return forward(params, x)
 
     return alone
 
 
-class _OfBatchNorm(TorchFunctionMode):
+class _BatchNormMode(TorchFunctionMode):
     """Sees every call of ``batch_norm`` that takes the statistics of the batch."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -88,20 +88,20 @@ class _OfBatchNorm(TorchFunctionMode):
         raise NotImplementedError
 
 
-class _Recorder(_OfBatchNorm):
+class _Recorder(_BatchNormMode):
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[Moments] = []
+        self.seen: list[ChannelMoments] = []
 
     def batch_norm(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         other = [d for d in range(x.ndim) if d != 1]
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # autocast's 8 bits are too few for sums
-        self.seen.append(Moments(wide.mean(dim=other), wide.var(dim=other, correction=0)))
+        self.seen.append(ChannelMoments(wide.mean(dim=other), wide.var(dim=other, correction=0)))
         return functional.batch_norm(x, *args, **kwargs)
 
 
-class _Replacer(_OfBatchNorm):
-    def __init__(self, statistics: list[Moments]) -> None:
+class _FixedStatistics(_BatchNormMode):
+    def __init__(self, statistics: list[ChannelMoments]) -> None:
         super().__init__()
         self._left = iter(statistics)
 

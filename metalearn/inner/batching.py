@@ -22,7 +22,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metalearn.core.errors import OUT_OF_MEMORY
-from metalearn.core.graph_checks import RUN_AGAIN, nothing_run_again
+from metalearn.core.graph_checks import ACTIVATION_CHECKPOINT_ERROR, forbid_activation_checkpointing
 from metalearn.core.operations import STATELESS, CorrectedOperations
 from metalearn.inner.diagnostics import is_of_torch
 from metalearn.models.kernels import STACKED_LAYERS
@@ -74,7 +74,7 @@ def over_tasks(function: Callable[..., Any], *stacked: Any, model: object, loss:
         if any(
             frame.f_globals.get("__name__") == "torch.utils.checkpoint" for frame, _ in walk_tb(error.__traceback__)
         ):
-            raise ValueError(RUN_AGAIN) from error
+            raise ValueError(ACTIVATION_CHECKPOINT_ERROR) from error
         own = not (isinstance(error, NotImplementedError) or is_of_torch(error))
         if own or _NEVER_ONE_BY_ONE.search(str(error)):
             raise
@@ -137,5 +137,5 @@ def differentiable_layers() -> Iterator[None]:
         ValueError: if activations are checkpointed inside, or running statistics written.
     """
     operations = CorrectedOperations(STATELESS, kernels=STACKED_LAYERS)
-    with nothing_run_again(), sdpa_kernel(SDPBackend.MATH), operations:
+    with forbid_activation_checkpointing(), sdpa_kernel(SDPBackend.MATH), operations:
         yield

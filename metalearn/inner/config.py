@@ -12,10 +12,10 @@ from torch import Tensor
 from metalearn.core.types import Forward, Params
 from metalearn.inner.update_rules import SGD, UpdateRule
 
-LEARNED_RATES = ("parameter", "layer", "layer_and_step")
+LEARNED_LR_MODES = ("parameter", "layer", "layer_and_step")
 """Names for ``InnerLoop.learned_lr``."""
 
-Start = Callable[[Forward, Params, Tensor, Tensor], Params]
+Initializer = Callable[[Forward, Params, Tensor, Tensor], Params]
 """``start(forward, fast, support_x, support_y)``: what T tasks begin with, from T copies of theta; differentiable."""
 
 
@@ -63,7 +63,7 @@ class InnerLoop:
     adapted: frozenset[str] | None = None
     query_weights: tuple[float, ...] | None = None
     per_step: frozenset[str] = frozenset()
-    start: Start | None = None
+    start: Initializer | None = None
 
     def __post_init__(self) -> None:
         lr = _as_float(self.lr)
@@ -100,9 +100,9 @@ class InnerLoop:
             raise ValueError(
                 f"InnerLoop: rule={self.rule.__name__} is a class; make one of it: {self.rule.__name__}()."
             )
-        if self.learned_lr is not None and self.learned_lr not in LEARNED_RATES:
+        if self.learned_lr is not None and self.learned_lr not in LEARNED_LR_MODES:
             raise ValueError(
-                f"InnerLoop: learned_lr={self.learned_lr!r}; it must be one of {', '.join(LEARNED_RATES)}, or None."
+                f"InnerLoop: learned_lr={self.learned_lr!r}; it must be one of {', '.join(LEARNED_LR_MODES)}, or None."
             )
         for name in ("weight_decay", "proximal"):
             value = _as_float(getattr(self, name))

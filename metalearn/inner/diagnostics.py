@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metalearn.core.errors import OUT_OF_MEMORY, NonFiniteLossError
-from metalearn.core.graph_checks import RUN_AGAIN
+from metalearn.core.graph_checks import ACTIVATION_CHECKPOINT_ERROR
 
 _IN_PLACE = (
     "the model changes it in place, so that every later pass sees something else. Compute a new tensor: w = 0.9 * w, "
@@ -44,7 +44,7 @@ _KNOWN = (
         "this attention kernel has no second derivative. metalearn asks for one that has, and the model overrules it: "
         "remove the sdpa_kernel(...) from the model, or name SDPBackend.MATH in it.",
     ),
-    (r"use_reentrant=True|Checkpointing is not compatible", RUN_AGAIN),
+    (r"use_reentrant=True|Checkpointing is not compatible", ACTIVATION_CHECKPOINT_ERROR),
     (
         r"aot_autograd does not currently support double backward",
         "a part of the model is compiled (torch.compile), which has no second derivative. Pass the module itself, "
@@ -98,7 +98,7 @@ _TORCHS_INDEX = r"(?i)dimension|tensor|in self|target"
 
 
 @contextmanager
-def explained(*given: Mapping[str, object]) -> Iterator[None]:
+def explain_torch_errors(*given: Mapping[str, object]) -> Iterator[None]:
     """Torch's errors become a ValueError that names the remedy if the fault is a known one, and else what went in.
 
     What a model or a loss raises itself, and running out of memory, pass unchanged.
@@ -213,7 +213,7 @@ def _shown(name: str, value: object) -> str:
 
 
 @contextmanager
-def unchanged(tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def check_no_inplace_writes(tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Refuse a forward pass that writes to what it is given.
 
     Args:
@@ -233,8 +233,8 @@ _UNCHECKED: ContextVar[bool] = ContextVar("losses_unchecked", default=False)
 
 
 @contextmanager
-def losses_unchecked() -> Iterator[None]:
-    """Inside, ``refuse_nonfinite`` reads nothing and refuses nothing: on a GPU, reading waits for all work before it.
+def defer_loss_checks() -> Iterator[None]:
+    """Have ``check_losses_finite`` do nothing inside: on a GPU, reading a loss waits for all work before it.
 
     Whoever asks for this looks at the losses and the gradients that come out, before anything is made of them.
     """
@@ -245,13 +245,13 @@ def losses_unchecked() -> Iterator[None]:
         _UNCHECKED.reset(token)
 
 
-def checks_are_off() -> bool:
-    """Return whether this is inside ``losses_unchecked``."""
+def loss_checks_deferred() -> bool:
+    """Return whether this is inside ``defer_loss_checks``."""
     return _UNCHECKED.get()
 
 
-def refuse_nonfinite(support_losses: list[Tensor], query_losses: Tensor | None = None) -> None:
-    """Refuse a loss that is NaN or infinite, before anything is made of it; inside ``losses_unchecked``, do nothing.
+def check_losses_finite(support_losses: list[Tensor], query_losses: Tensor | None = None) -> None:
+    """Refuse a loss that is NaN or infinite, before anything is made of it; inside ``defer_loss_checks``, do nothing.
 
     Args:
         support_losses: before each inner step, ``[T]`` each.
@@ -261,7 +261,7 @@ def refuse_nonfinite(support_losses: list[Tensor], query_losses: Tensor | None =
         NonFiniteLossError: naming the first inner step, and of its tasks the first.
     """
     rows = [*support_losses, *([] if query_losses is None else [query_losses])]
-    if not rows or checks_are_off():
+    if not rows or loss_checks_deferred():
         return
     losses = torch.stack(rows).detach()
     finite = torch.isfinite(losses)

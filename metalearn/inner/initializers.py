@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metalearn.core.errors import OUT_OF_MEMORY
 from metalearn.core.types import Forward, Params
-from metalearn.inner.losses import predictions_of_tasks
+from metalearn.inner.losses import task_predictions
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ def embeddings(forward: Forward, fast: Params, x: Tensor, weight: str, bias: str
         f"{width} features that it takes. Name the linear layer that gives the outputs: parts_of(module, head=...)."
     )
     try:
-        embedded = predictions_of_tasks(forward, {**fast, weight: identity, bias: head.new_zeros(tasks, width)}, x)
+        embedded = task_predictions(forward, {**fast, weight: identity, bias: head.new_zeros(tasks, width)}, x)
     except (RuntimeError, ValueError) as error:
         if re.search(OUT_OF_MEMORY, str(error)):
             raise
-        predictions_of_tasks(forward, fast, x)  # what fails under the model's own weights is another matter
+        task_predictions(forward, fast, x)  # what fails under the model's own weights is another matter
         raise ValueError(wrong) from error
     if embedded.shape[-1] != width:
         raise ValueError(wrong)

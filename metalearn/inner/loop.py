@@ -13,13 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from metalearn.core.functional import check_forward, check_params, gradients
+from metalearn.core.functional import check_forward, check_params, grad_of
 from metalearn.core.graph_checks import check_twice_differentiable
 from metalearn.core.types import Forward, Loss, Params, check_examples
 from metalearn.inner.config import InnerLoop
-from metalearn.inner.diagnostics import explained, refuse_nonfinite
+from metalearn.inner.diagnostics import check_losses_finite, explain_torch_errors
 from metalearn.inner.losses import task_losses
-from metalearn.inner.state import adapted_names, begin, check_settings, model_params, update
+from metalearn.inner.state import (
+    adapted_param_names,
+    apply_update,
+    check_params_match_config,
+    init_state,
+    params_at_step,
+)
 
 
 def inner_step(
@@ -32,7 +38,7 @@ def inner_step(
 
     Args:
         forward: one task's model.
-        carry: what ``begin`` or the step before gave.
+        carry: what ``init_state`` or the step before gave.
         support_x: ``[T, S, ...]``.
         support_y: ``[T, S, ...]``.
         inner: the settings.
@@ -46,7 +52,7 @@ def inner_step(
         ValueError: if the support loss depends on no parameter that is adapted.
     """
     grads, losses = support_gradients(forward, carry, support_x, support_y, inner, loss=loss, k=k)
-    return update(carry, grads, inner, k), losses
+    return apply_update(carry, grads, inner, k), losses
 
 
 def support_gradients(
@@ -57,16 +63,16 @@ def support_gradients(
     The gradients carry a graph in second order, if ``carry`` does and gradients are enabled; all else is as in
     ``inner_step``.
     """
-    names = adapted_names(carry, inner)
+    names = adapted_param_names(carry, inner)
     differentiable = torch.is_grad_enabled() and any(w.requires_grad for w in carry.values())
     with torch.enable_grad():
         at = carry if differentiable else {name: w.detach() for name, w in carry.items()}
         own = {n: at[n] if at[n].requires_grad else at[n].detach().requires_grad_() for n in names}
-        losses, _ = task_losses(forward, model_params({**at, **own}, inner, k), support_x, support_y, loss=loss)
+        losses, _ = task_losses(forward, params_at_step({**at, **own}, inner, k), support_x, support_y, loss=loss)
         total, create_graph = losses.sum(), inner.second_order and differentiable
         if create_graph:
             check_twice_differentiable(total, own.values())
-        grads = gradients(total, own, create_graph=create_graph)
+        grads = grad_of(total, own, create_graph=create_graph)
     return grads, losses.detach()
 
 
@@ -109,12 +115,12 @@ def adapt(
     check_forward(forward)
     check_params(params)
     check_examples("support", support_x, support_y)
-    check_settings(params, inner)
+    check_params_match_config(params, inner)
     support_losses = []
-    with explained({"support_x": support_x, "support_y": support_y}, params):
-        carry = begin(forward, params, support_x, support_y, inner)
+    with explain_torch_errors({"support_x": support_x, "support_y": support_y}, params):
+        carry = init_state(forward, params, support_x, support_y, inner)
         for k in range(inner.steps):
             carry, losses = inner_step(forward, carry, support_x, support_y, inner, loss=loss, k=k)
             support_losses.append(losses)
-        refuse_nonfinite(support_losses)
-    return model_params(carry, inner, inner.steps)
+        check_losses_finite(support_losses)
+    return params_at_step(carry, inner, inner.steps)

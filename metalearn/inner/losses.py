@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from metalearn.core.functional import check_dictionary, check_forward
+from metalearn.core.functional import check_forward, check_param_dict
 from metalearn.core.types import Forward, Loss, Params, check_tensors
 from metalearn.inner.batching import differentiable_layers, over_tasks
-from metalearn.inner.diagnostics import explained, unchanged
-from metalearn.models.kernels import kernels_take
+from metalearn.inner.diagnostics import check_no_inplace_writes, explain_torch_errors
+from metalearn.models.kernels import kernels_support
 
 
 class TaskLosses(NamedTuple):
@@ -47,7 +47,7 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
         check_tensors({"the loss": value})
         return value
 
-    with unchanged(_called(fast, x, y)):
+    with check_no_inplace_writes(_called(fast, x, y)):
         if (predictions := _at_once(forward, fast, x)) is not None:
             losses = over_tasks(loss_of, predictions, y, model=forward, loss=loss)
         else:
@@ -63,15 +63,15 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
 def _at_once(forward: Forward, fast: Params, x: Tensor) -> Tensor | None:
     """Every task's predictions without ``vmap``, where the model offers them and the kernels take its tensors."""
     of_tasks: Callable[[Params, Tensor], Tensor | None] | None = getattr(forward, "of_tasks", None)
-    if not (of_tasks and x.ndim == 5 and kernels_take(fast, x)):
+    if not (of_tasks and x.ndim == 5 and kernels_support(fast, x)):
         return None
     with differentiable_layers():
         return of_tasks(fast, x)
 
 
-def predictions_of_tasks(forward: Forward, fast: Params, x: Tensor) -> Tensor:
+def task_predictions(forward: Forward, fast: Params, x: Tensor) -> Tensor:
     """Every task's predictions ``[T, examples, ...]``, as ``task_losses`` computes them; differentiable."""
-    with unchanged(_called(fast, x)):
+    with check_no_inplace_writes(_called(fast, x)):
         if (predictions := _at_once(forward, fast, x)) is None:
             predictions = over_tasks(forward, fast, x, model=forward)
     return predictions
@@ -80,9 +80,9 @@ def predictions_of_tasks(forward: Forward, fast: Params, x: Tensor) -> Tensor:
 def predict(forward: Forward, fast: Params, x: Tensor) -> Tensor:
     """Every task's predictions ``[T, examples, ...]`` under its own parameters, for ``x`` ``[T, examples, ...]``."""
     check_forward(forward)
-    check_dictionary(fast)
+    check_param_dict(fast)
     check_tensors({"x": x, **_called(fast)})
-    with explained({"x": x}, fast), unchanged(_called(fast, x)):
+    with explain_torch_errors({"x": x}, fast), check_no_inplace_writes(_called(fast, x)):
         predictions: Tensor = over_tasks(forward, fast, x, model=forward)
     return predictions
 

@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from metalearn.core.functional import stack
+from metalearn.core.functional import expand_over_tasks
 from metalearn.core.types import Forward, Params
-from metalearn.inner.batch_norm_statistics import is_statistic
+from metalearn.inner.batch_norm_statistics import is_norm_statistic
 from metalearn.inner.config import InnerLoop
-from metalearn.inner.update_rules import SEPARATOR, along_tasks, clipped, of_model, state_name
+from metalearn.inner.update_rules import SEPARATOR, broadcast_over_params, clip_by_norm, state_key, without_state
 
 _RATE, _ANCHOR = "lr", "anchor"
 
 
-def rate_name(name: str) -> str:
+def lr_key(name: str) -> str:
     """The learned step size of a parameter, in theta: ``lr::head.weight``."""
-    return state_name(_RATE, name)
+    return state_key(_RATE, name)
 
 
-def with_learned(theta: Params, inner: InnerLoop) -> Params:
+def with_learned_lrs(theta: Params, inner: InnerLoop) -> Params:
     """Theta with the step sizes that ``inner.learned_lr`` asks for, all of them ``inner.lr``.
 
     Returns:
@@ -45,27 +45,27 @@ def with_learned(theta: Params, inner: InnerLoop) -> Params:
         return theta
     _refuse_unknown(theta, inner)
     names = inner.adapted or theta.keys()
-    rates = {rate_name(n): torch.full_like(p, inner.lr) for n, p in theta.items() if n in names}
+    rates = {lr_key(n): torch.full_like(p, inner.lr) for n, p in theta.items() if n in names}
     if inner.learned_lr != "parameter":
         shape = (inner.steps,) if inner.learned_lr == "layer_and_step" else ()
         rates = {name: rate.new_full(shape, inner.lr) for name, rate in rates.items()}
     return {**theta, **rates}
 
 
-def with_steps(theta: Params, inner: InnerLoop) -> Params:
+def with_per_step_params(theta: Params, inner: InnerLoop) -> Params:
     """Theta with K + 1 copies of the parameters that ``inner.per_step`` names, ``[K + 1, ...]``."""
     return {n: p.expand(inner.steps + 1, *p.shape).clone() if n in inner.per_step else p for n, p in theta.items()}
 
 
-def begin(forward: Forward, theta: Params, support_x: Tensor, support_y: Tensor, inner: InnerLoop) -> Params:
+def init_state(forward: Forward, theta: Params, support_x: Tensor, support_y: Tensor, inner: InnerLoop) -> Params:
     """What T tasks carry into their first step; differentiable in theta."""
-    fast = stack({name: p for name, p in theta.items() if not is_statistic(name)}, support_x.shape[0])
+    fast = expand_over_tasks({name: p for name, p in theta.items() if not is_norm_statistic(name)}, support_x.shape[0])
     if inner.start is not None:
-        started = inner.start(forward, of_model(fast), support_x, support_y)
+        started = inner.start(forward, without_state(fast), support_x, support_y)
         # As views: an inner gradient in one parameter must not run through another that was made from it.
         fast = {name: w.view_as(w) for name, w in {**fast, **started}.items()}
-    own = {name: fast[name] for name in adapted_names(fast, inner)}
-    anchors = {state_name(_ANCHOR, name): w for name, w in own.items()} if inner.proximal else {}
+    own = {name: fast[name] for name in adapted_param_names(fast, inner)}
+    anchors = {state_key(_ANCHOR, name): w for name, w in own.items()} if inner.proximal else {}
     with _pure(inner):
         state = inner.rule.start(own)
     if not isinstance(state, dict) or any(SEPARATOR not in name for name in state):
@@ -76,25 +76,27 @@ def begin(forward: Forward, theta: Params, support_x: Tensor, support_y: Tensor,
     return {**fast, **state, **anchors}
 
 
-def adapted_names(carry: Params, inner: InnerLoop) -> list[str]:
+def adapted_param_names(carry: Params, inner: InnerLoop) -> list[str]:
     """The parameters that an inner step changes."""
-    return [name for name in of_model(carry) if inner.adapted is None or name in inner.adapted]
+    return [name for name in without_state(carry) if inner.adapted is None or name in inner.adapted]
 
 
-def model_params(carry: Params, inner: InnerLoop, k: int) -> Params:
+def params_at_step(carry: Params, inner: InnerLoop, k: int) -> Params:
     """What the model is given after k steps, ``[T, ...]``: its parameters, and of those of every step the k-th.
 
     After more steps than were trained the last of them stand.
     """
-    return {name: w[:, min(k, w.shape[1] - 1)] if name in inner.per_step else w for name, w in of_model(carry).items()}
+    return {
+        name: w[:, min(k, w.shape[1] - 1)] if name in inner.per_step else w for name, w in without_state(carry).items()
+    }
 
 
-def model_of(theta: Params, inner: InnerLoop, k: int = 0) -> Params:
-    """As ``model_params``, of theta itself: one model's parameters, ``[...]``."""
-    return {name: w[0] for name, w in model_params({n: p.unsqueeze(0) for n, p in theta.items()}, inner, k).items()}
+def meta_params_at_step(theta: Params, inner: InnerLoop, k: int = 0) -> Params:
+    """As ``params_at_step``, of theta itself: one model's parameters, ``[...]``."""
+    return {name: w[0] for name, w in params_at_step({n: p.unsqueeze(0) for n, p in theta.items()}, inner, k).items()}
 
 
-def update(carry: Params, grads: Params, inner: InnerLoop, k: int) -> Params:
+def apply_update(carry: Params, grads: Params, inner: InnerLoop, k: int) -> Params:
     """The k-th step of every task; differentiable in both.
 
     Args:
@@ -104,19 +106,19 @@ def update(carry: Params, grads: Params, inner: InnerLoop, k: int) -> Params:
         k: from 0.
     """
     if inner.clip_norm is not None:
-        grads = clipped(grads, inner.clip_norm)
+        grads = clip_by_norm(grads, inner.clip_norm)
     if inner.weight_decay:
         grads = {name: g + inner.weight_decay * carry[name] for name, g in grads.items()}
     if inner.proximal:
-        anchors = {name: carry[state_name(_ANCHOR, name)] for name in grads}
+        anchors = {name: carry[state_key(_ANCHOR, name)] for name in grads}
         grads = {name: g + inner.proximal * (carry[name] - anchors[name]) for name, g in grads.items()}
     state = {
-        n: w for n, w in carry.items() if SEPARATOR in n and not n.startswith((rate_name(""), state_name(_ANCHOR, "")))
+        n: w for n, w in carry.items() if SEPARATOR in n and not n.startswith((lr_key(""), state_key(_ANCHOR, "")))
     }
     with _pure(inner):
         returned = inner.rule(k, grads, state)
     directions, state = _as_promised(inner, grads, returned)
-    fast = {name: carry[name] - _rate(carry, name, inner, k) * d for name, d in directions.items()}
+    fast = {name: carry[name] - _lr_at_step(carry, name, inner, k) * d for name, d in directions.items()}
     return {**carry, **fast, **state}
 
 
@@ -156,18 +158,18 @@ def _as_promised(inner: InnerLoop, grads: Params, returned: Any) -> tuple[Params
     return directions, state
 
 
-def _rate(carry: Params, name: str, inner: InnerLoop, k: int) -> Tensor | float:
+def _lr_at_step(carry: Params, name: str, inner: InnerLoop, k: int) -> Tensor | float:
     if inner.learned_lr is None:
         return inner.lr
-    rate = carry[rate_name(name)]
+    rate = carry[lr_key(name)]
     if inner.learned_lr == "parameter":
         return rate
     if inner.learned_lr == "layer_and_step":
         rate = rate[:, min(k, rate.shape[1] - 1)]
-    return along_tasks(rate, carry[name])
+    return broadcast_over_params(rate, carry[name])
 
 
-def check_settings(theta: Params, inner: InnerLoop, *, training: bool = False) -> None:
+def check_params_match_config(theta: Params, inner: InnerLoop, *, training: bool = False) -> None:
     """Refuse an inner loop that does not fit the meta-parameters.
 
     Args:
@@ -179,8 +181,8 @@ def check_settings(theta: Params, inner: InnerLoop, *, training: bool = False) -
         ValueError: naming what is missing, unknown or of another shape, and what makes it.
     """
     _refuse_unknown(theta, inner)
-    rates = {name for name in theta if SEPARATOR in name and not is_statistic(name)}
-    wanted = set() if inner.learned_lr is None else {rate_name(name) for name in adapted_names(theta, inner)}
+    rates = {name for name in theta if SEPARATOR in name and not is_norm_statistic(name)}
+    wanted = set() if inner.learned_lr is None else {lr_key(name) for name in adapted_param_names(theta, inner)}
     if rates != wanted:
         kind, names = ("lacks", wanted - rates) if wanted - rates else ("has", rates - wanted)
         raise ValueError(
@@ -213,5 +215,5 @@ def _refuse_unknown(theta: Params, inner: InnerLoop) -> None:
         if unknown := (getattr(inner, setting) or set()) - theta.keys():
             raise ValueError(
                 f"InnerLoop: {setting} names {', '.join(sorted(unknown))}, which params has not; it has "
-                f"{', '.join(of_model(theta))}."
+                f"{', '.join(without_state(theta))}."
             )

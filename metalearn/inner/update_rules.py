@@ -20,7 +20,7 @@ SEPARATOR = "::"
 """In the names of what is no parameter of the model: ``momentum::head.weight``, ``lr::head.weight``."""
 
 
-def of_model(tree: Params) -> Params:
+def without_state(tree: Params) -> Params:
     """The model's own entries, without step sizes, statistics and what a rule remembers."""
     return {name: w for name, w in tree.items() if SEPARATOR not in name}
 
@@ -29,7 +29,7 @@ class UpdateRule(Protocol):
     """From gradients to directions, of T tasks at once. Make it a frozen dataclass: it is part of the settings."""
 
     def start(self, fast: Params) -> Params:
-        """What the rule remembers, before the first step: tensors ``[T, ...]`` under names of ``state_name``.
+        """What the rule remembers, before the first step: tensors ``[T, ...]`` under names of ``state_key``.
 
         Args:
             fast: the parameters that are adapted, ``[T, ...]``.
@@ -45,7 +45,7 @@ class UpdateRule(Protocol):
         """
 
 
-def state_name(kind: str, name: str) -> str:
+def state_key(kind: str, name: str) -> str:
     """What a rule remembers of a parameter: ``momentum::head.weight``."""
     return f"{kind}{SEPARATOR}{name}"
 
@@ -85,13 +85,13 @@ class Momentum:
 
     def start(self, fast: Params) -> Params:
         """No velocity."""
-        return {state_name("momentum", name): torch.zeros_like(w) for name, w in fast.items()}
+        return {state_key("momentum", name): torch.zeros_like(w) for name, w in fast.items()}
 
     def __call__(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
         """As ``UpdateRule``."""
-        v = {name: self.momentum * state[state_name("momentum", name)] + g for name, g in grads.items()}
+        v = {name: self.momentum * state[state_key("momentum", name)] + g for name, g in grads.items()}
         directions = {name: g + self.momentum * v[name] for name, g in grads.items()} if self.nesterov else v
-        return directions, {state_name("momentum", name): w for name, w in v.items()}
+        return directions, {state_key("momentum", name): w for name, w in v.items()}
 
 
 @dataclass(frozen=True)
@@ -122,14 +122,14 @@ class Adam:
 
     def start(self, fast: Params) -> Params:
         """Both averages are 0."""
-        return {state_name(kind, name): torch.zeros_like(w) for kind in ("mean", "square") for name, w in fast.items()}
+        return {state_key(kind, name): torch.zeros_like(w) for kind in ("mean", "square") for name, w in fast.items()}
 
     def __call__(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
         """As ``UpdateRule``."""
         of_mean, of_square = self.betas
         directions, after = {}, {}
         for name, g in grads.items():
-            mean, square = (state_name(kind, name) for kind in ("mean", "square"))
+            mean, square = (state_key(kind, name) for kind in ("mean", "square"))
             after[mean] = m = of_mean * state[mean] + (1 - of_mean) * g
             after[square] = v = of_square * state[square] + (1 - of_square) * g * g
             root = _sqrt(v / (1 - of_square ** (k + 1)))
@@ -143,17 +143,17 @@ def _sqrt(v: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, v, 1.0).sqrt(), 0.0)
 
 
-def clipped(grads: Params, largest: float) -> Params:
+def clip_by_norm(grads: Params, largest: float) -> Params:
     """Every task's gradients scaled down to that norm over all of its parameters, if they exceed it.
 
     As ``torch.nn.utils.clip_grad_norm_``, task by task and differentiable.
     """
     squares = torch.stack([(g * g).flatten(1).sum(dim=1) for g in grads.values()]).sum(dim=0)  # [T]
     factor = (largest / (_sqrt(squares) + 1e-6)).clamp(max=1.0)
-    return {name: along_tasks(factor, g) * g for name, g in grads.items()}
+    return {name: broadcast_over_params(factor, g) * g for name, g in grads.items()}
 
 
-def along_tasks(factor: Tensor, like: Tensor) -> Tensor:
+def broadcast_over_params(factor: Tensor, like: Tensor) -> Tensor:
     """One number a task, ``[T]``, shaped so that it multiplies ``[T, ...]``."""
     return factor.view(-1, *[1] * (like.ndim - 1))
 

@@ -169,7 +169,7 @@ def lesson() -> Lesson:
         code=source_of(by_backward, alive_after, backward, autograd_grad),
         checks=checks,
         notes=[f"torch warns: {text.partition('. ')[0]}." for text in warning],
-        figures={"memory_held": _figure(kept)},
+        plots={"memory_held": _plot(kept)},
     )
 
 
@@ -218,7 +218,7 @@ def _memory(kept: dict[str, list[float]]) -> list[Check]:
     ]
 
 
-def _figure(kept: dict[str, list[float]]) -> Figure:
+def _plot(kept: dict[str, list[float]]) -> Figure:
     figure, (axes,) = panels(1, width=7.5, height=3.6)
     count = range(1, _TENSORS + 1)
     axes.plot(count, kept["backward"], color=VERMILION, linewidth=2, label="backward(create_graph=True)")

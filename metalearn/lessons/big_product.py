@@ -13,11 +13,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from metalearn.core.profiling.memory import LiveTensorBytes
+from metalearn.core.profiling.memory import PeakTensorMemory
 from metalearn.derivatives import HVP_MODES, hvp
 from metalearn.lessons.figures import BLUE, GREY, VERMILION, panels
 from metalearn.lessons.lesson import Check, Lesson, source_of
-from metalearn.lessons.outcomes import message
+from metalearn.lessons.outcomes import error_message
 
 N = 10**7
 _MOST_VECTORS = 12.0
@@ -45,7 +45,7 @@ def known_product(x: Tensor, v: Tensor) -> Tensor:
 
 def peak_of_product(x: Tensor, v: Tensor, mode: str) -> tuple[Tensor, float]:
     """H v, and the largest number of vectors of its size that were alive at once, without x and v."""
-    with LiveTensorBytes() as live:
+    with PeakTensorMemory() as live:
         product = hvp(f, x, v, mode=mode)
     return product, live.peak / x.nbytes
 
@@ -84,7 +84,7 @@ def lesson() -> Lesson:
         code=source_of(f, known_product, peak_of_product, small, with_ones),
         checks=[*checks, *_ones()],
         notes=notes,
-        figures={"big_product": _figure(peaks)},
+        plots={"big_product": _plot(peaks)},
     )
 
 
@@ -96,7 +96,7 @@ def _matrix_bytes() -> Check:
 def _ones() -> list[Check]:
     """At (1, 2, 3) H = [[4, 2, 0], [2, 0, 6], [0, 6, 4]]: row sums (6, 8, 10), diagonal (4, 0, 4)."""
     x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
-    raised = message(lambda: with_ones(x, create_graph=False))
+    raised = error_message(lambda: with_ones(x, create_graph=False))
     named = "RuntimeError, does not require grad"
     sums = with_ones(x, create_graph=True).tolist()
     return [
@@ -113,7 +113,7 @@ def _ones() -> list[Check]:
     ]
 
 
-def _figure(peaks: dict[str, float]) -> Figure:
+def _plot(peaks: dict[str, float]) -> Figure:
     figure, (axes,) = panels(1, width=8, height=2.8)
     sizes = {"x or v": 1.0, **{f"H v, {mode}": peak for mode, peak in peaks.items()}, "H as a matrix": float(N)}
     bars = axes.barh(list(sizes), [4 * N * size for size in sizes.values()], color=[GREY, BLUE, BLUE, BLUE, VERMILION])

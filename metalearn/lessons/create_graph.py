@@ -12,7 +12,7 @@ from torch import Tensor
 from metalearn.derivatives import hessian
 from metalearn.lessons.figures import BLUE, VERMILION, panels
 from metalearn.lessons.lesson import Check, Lesson, source_of
-from metalearn.lessons.outcomes import leaf, message, outcome
+from metalearn.lessons.outcomes import error_message, leaf, value_or_error
 
 _CLAIM = """\
 With create_graph=True a gradient carries a graph of its own and can be differentiated again. Without it the second \
@@ -92,22 +92,22 @@ def lesson() -> Lesson:
         code=source_of(twice, penalised, in_the_input),
         checks=[*_second_derivatives(), *_piecewise_linear(), *_no_way_to_x()],
         notes=[
-            f"without create_graph: {message(lambda: twice(create_graph=False))}",
-            f"with a graph that does not reach x: {message(lambda: linear(leaf(5.0)))}",
+            f"without create_graph: {error_message(lambda: twice(create_graph=False))}",
+            f"with a graph that does not reach x: {error_message(lambda: linear(leaf(5.0)))}",
         ],
-        figures={"relu_and_tanh": _figure()},
+        plots={"relu_and_tanh": _plot()},
     )
 
 
 def _second_derivatives() -> list[Check]:
-    without = outcome(lambda: twice(create_graph=False)[1])
-    retained = outcome(lambda: twice(create_graph=False, retain_graph=True)[1])
+    without = value_or_error(lambda: twice(create_graph=False)[1])
+    retained = value_or_error(lambda: twice(create_graph=False, retain_graph=True)[1])
     return [
         Check("dy/dx of x^2 at 3", twice(create_graph=True)[0].item(), 6.0),
         Check("d2y/dx2 of x^2, create_graph=True", twice(create_graph=True)[1].item(), 2.0),
         Check("d2y/dx2 of x^2, create_graph=False", without, "RuntimeError", source="observed"),
         Check("d2y/dx2 of x^2, retain_graph=True instead", retained, "RuntimeError", source="observed"),
-        Check("d2y/dx2 of x^2, dy/dx detached", outcome(detached), "RuntimeError", source="observed"),
+        Check("d2y/dx2 of x^2, dy/dx detached", value_or_error(detached), "RuntimeError", source="observed"),
         Check("d/dx of x^3 + (dy/dx)^2, create_graph=True", penalised(create_graph=True).item(), 51.0),
         Check("d/dx of x^3 + (dy/dx)^2, create_graph=False", penalised(create_graph=False).item(), 27.0),
         Check("d/dx of x^3 + (dy/dx)^2, dy/dx detached", penalised(create_graph=True, detach=True).item(), 27.0),
@@ -133,21 +133,26 @@ def _piecewise_linear() -> list[Check]:
 
 def _no_way_to_x() -> list[Check]:
     five = torch.tensor(5.0, dtype=torch.float64)
-    there_is_none = outcome(lambda: linear(five, materialize_grads=True))
+    there_is_none = value_or_error(lambda: linear(five, materialize_grads=True))
     flat = hessian(lambda x: five * x, torch.tensor(3.0, dtype=torch.float64))
     return [
-        Check("5 x: second call", outcome(lambda: linear(five)), "RuntimeError", source="observed"),
+        Check("5 x: second call", value_or_error(lambda: linear(five)), "RuntimeError", source="observed"),
         Check("5 x, materialize_grads=True", there_is_none, "RuntimeError", source="observed"),
-        Check("w x, w a leaf: second call", outcome(lambda: linear(leaf(5.0))), "RuntimeError", source="observed"),
         Check(
-            "w x, allow_unused=True", outcome(lambda: linear(leaf(5.0), allow_unused=True)), "None", source="observed"
+            "w x, w a leaf: second call", value_or_error(lambda: linear(leaf(5.0))), "RuntimeError", source="observed"
         ),
-        Check("w x, materialize_grads=True", outcome(lambda: linear(leaf(5.0), materialize_grads=True)), 0.0),
+        Check(
+            "w x, allow_unused=True",
+            value_or_error(lambda: linear(leaf(5.0), allow_unused=True)),
+            "None",
+            source="observed",
+        ),
+        Check("w x, materialize_grads=True", value_or_error(lambda: linear(leaf(5.0), materialize_grads=True)), 0.0),
         Check("5 x: metalearn.derivatives.hessian", flat.item(), 0.0),
     ]
 
 
-def _figure() -> Figure:
+def _plot() -> Figure:
     figure, axes = panels(3, width=11, height=3.4)
     for name, activation, colour, style in (
         ("ReLU", torch.nn.ReLU(), BLUE, "-"),

@@ -17,8 +17,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from metalearn.core.profiling.memory import LiveTensorBytes
-from metalearn.derivatives import free_bytes, hessian, hessian_bytes, hvp
+from metalearn.core.profiling.memory import PeakTensorMemory
+from metalearn.derivatives import available_memory, hessian, hessian_bytes, hvp
 from metalearn.lessons.figures import BLUE, GREEN, GREY, VERMILION, panels
 from metalearn.lessons.lesson import Check, Lesson, source_of
 
@@ -84,7 +84,7 @@ def lesson() -> Lesson:
         code=source_of(quartic, batched, row_by_row, one_product),
         checks=[*_entries(), *_growth(measured), _refusal()],
         notes=_notes(measured),
-        figures={"dense_hessian": _figure(measured)},
+        plots={"dense_hessian": _plot(measured)},
     )
 
 
@@ -100,7 +100,7 @@ def _measure(route: Callable[[Tensor], Tensor]) -> list[Measured]:
         x = _point(n)
         if n > _ALWAYS:
             foreseen = done[-1].seconds * (n / done[-1].n) ** 2
-            if foreseen > _SECONDS or hessian_bytes(x) > free_bytes(x.device) / 2:
+            if foreseen > _SECONDS or hessian_bytes(x) > available_memory(x.device) / 2:
                 break
         entries = route(x).nbytes
         seconds = min(timeit.repeat(lambda x=x: route(x), number=1, repeat=3 if n <= _ALWAYS else 1))  # type: ignore[misc]
@@ -110,7 +110,7 @@ def _measure(route: Callable[[Tensor], Tensor]) -> list[Measured]:
 
 def peak(route: Callable[[Tensor], Tensor], x: Tensor) -> int:
     """Bytes of all tensors that were alive at once."""
-    with LiveTensorBytes() as live:
+    with PeakTensorMemory() as live:
         route(x)
     most: int = live.peak
     return most
@@ -162,7 +162,7 @@ def _refusal() -> Check:
 
 
 def _notes(measured: dict[str, list[Measured]]) -> list[str]:
-    free = free_bytes(torch.device("cpu"))
+    free = available_memory(torch.device("cpu"))
     largest = math.isqrt(free // hessian_bytes(torch.zeros(1)))
     notes = [
         f"{name}, n = {m.n:,}: {m.entries / 1e6:.3g} MB in {1000 * m.seconds:.3g} ms"
@@ -177,7 +177,7 @@ def _notes(measured: dict[str, list[Measured]]) -> list[str]:
     ]
 
 
-def _figure(measured: dict[str, list[Measured]]) -> Figure:
+def _plot(measured: dict[str, list[Measured]]) -> Figure:
     figure, (memory, clock) = panels(2, width=10, height=4.2)
     styles = {"hessian": (BLUE, "o-"), "row by row": (VERMILION, "s--"), "one hvp": (GREEN, "^-.")}
     for name, found in measured.items():
@@ -187,7 +187,7 @@ def _figure(measured: dict[str, list[Measured]]) -> Figure:
         )
         clock.loglog([m.n for m in found], [m.seconds for m in found], style, color=colour, label=name)
     span = np.array([10.0, 1e6])
-    free = free_bytes(torch.device("cpu"))
+    free = available_memory(torch.device("cpu"))
     memory.loglog(span, 4 * span**2, color=GREY, linewidth=1, label="the matrix, $4 n^2$ bytes")
     memory.axhline(free, color="black", linewidth=1, linestyle=":")
     memory.text(11, free * 1.3, "free memory of this machine", va="bottom")

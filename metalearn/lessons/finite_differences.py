@@ -22,7 +22,7 @@ from metalearn.derivatives import gradient, hvp
 from metalearn.derivatives.gradcheck import directional
 from metalearn.lessons.figures import BLUE, VERMILION, panels
 from metalearn.lessons.lesson import Check, Lesson, source_of
-from metalearn.lessons.outcomes import outcome
+from metalearn.lessons.outcomes import value_or_error
 
 STEPS = tuple(10 ** (-k / 4) for k in range(2, 57))  # 0.3 to 1e-14
 
@@ -119,7 +119,7 @@ def lesson() -> Lesson:
             f"{name}, {kind}: best step {STEPS[int(np.argmin(curve))]:.0e}, relative error {min(curve):.0e} there"
             for (name, kind), curve in curves.items()
         ],
-        figures={"finite_differences": _figure(curves)},
+        plots={"finite_differences": _plot(curves)},
     )
 
 
@@ -204,9 +204,13 @@ def _broken() -> list[Check]:
     }
     return [
         *(Check(f"{what}: gives, for 2", found.item(), n, 1e-9, "by hand") for what, (found, n) in wrong.items()),
-        Check("gradcheck of exp, float64", outcome(lambda: _gradcheck(torch.float64)), 1.0, 0.0, "observed"),
+        Check("gradcheck of exp, float64", value_or_error(lambda: _gradcheck(torch.float64)), 1.0, 0.0, "observed"),
         Check(
-            "gradcheck of exp, float32", outcome(lambda: _gradcheck(torch.float32)), "GradcheckError", 0.0, "observed"
+            "gradcheck of exp, float32",
+            value_or_error(lambda: _gradcheck(torch.float32)),
+            "GradcheckError",
+            0.0,
+            "observed",
         ),
     ]
 
@@ -229,7 +233,7 @@ def _directional() -> list[Check]:
     ]
 
 
-def _figure(curves: Curves) -> Figure:
+def _plot(curves: Curves) -> Figure:
     figure, panes = panels(2, width=10, height=4.6)
     titles = ("first derivative", "second derivative")
     for axes, title, methods in zip(panes, titles, (METHODS[:2], METHODS[2:]), strict=True):

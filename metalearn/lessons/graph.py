@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from metalearn.core.functional import stack
+from metalearn.core.functional import expand_over_tasks
 from metalearn.core.types import Params
 from metalearn.inner import InnerLoop, inner_step, task_losses
 from metalearn.lessons.autograd_graph import depth, draw, inputs, is_leaf, name_of, nodes, paths
@@ -48,7 +48,7 @@ def one_step(*, second_order: bool) -> Step:
     """One inner step of a model with one weight."""
     theta = {"w": leaf(0.5)}
     inner = InnerLoop(lr=0.1, steps=1, second_order=second_order)
-    fast, _ = inner_step(predict, stack(theta, 1), *SUPPORT, inner, loss=squared_error, k=0)
+    fast, _ = inner_step(predict, expand_over_tasks(theta, 1), *SUPPORT, inner, loss=squared_error, k=0)
     query, _ = task_losses(predict, fast, *QUERY, loss=squared_error)
     return Step(query.sum(), fast["w"])
 
@@ -95,7 +95,7 @@ def lesson() -> Lesson:
             f"nodes after one step: first order {len(nodes(first.query))}, second order {len(nodes(second.query))}",
             f"{len(added)} of these are reached through the inner gradient alone: {', '.join(added)}",
         ],
-        figures={"square": _square_figure(y, dy), "maml_step": _maml_figure(first, second)},
+        plots={"square": _square_plot(y, dy), "maml_step": _maml_plot(first, second)},
     )
 
 
@@ -138,7 +138,7 @@ def _double_backward(step: Step) -> str:
     return "present" if found else "absent"
 
 
-def _square_figure(y: Tensor, dy: Tensor) -> Figure:
+def _square_plot(y: Tensor, dy: Tensor) -> Figure:
     figure, axes = panels(2, width=8, height=3)
     new = set(nodes(dy)) - set(nodes(y))
     for panel, output, what in ((axes[0], y, "y = x²"), (axes[1], dy, "dy/dx, create_graph=True")):
@@ -150,7 +150,7 @@ def _square_figure(y: Tensor, dy: Tensor) -> Figure:
 _BESIDE = {"TanhBackwardBackward0": "two ways on", "TanhBackward0": "support pass"}
 
 
-def _maml_figure(first: Step, second: Step) -> Figure:
+def _maml_plot(first: Step, second: Step) -> Figure:
     figure, axes = panels(2, width=10, height=9, shares=(1, 1.5))
     for panel, step, order in ((axes[0], first, "first"), (axes[1], second, "second")):
         found, added = nodes(step.query), _added(step)

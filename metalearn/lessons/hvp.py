@@ -16,12 +16,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from metalearn.core.profiling.memory import LiveTensorBytes
+from metalearn.core.profiling.memory import PeakTensorMemory
 from metalearn.core.types import Params
 from metalearn.derivatives import HVP_MODES, gradient, hessian, hvp
 from metalearn.lessons.figures import BLUE, GREY, VERMILION, panels
 from metalearn.lessons.lesson import Check, Lesson, source_of
-from metalearn.lessons.outcomes import outcome
+from metalearn.lessons.outcomes import value_or_error
 
 _DOUBLE = torch.float64
 _X = (1.0, math.pi / 2)
@@ -92,7 +92,7 @@ def lesson() -> Lesson:
         code=source_of(f, two_lines),
         checks=[*_derivatives(x), *_products(x, v), *_without_forward_formula()],
         notes=_costs(),
-        figures={"hvp": _figure(x, v)},
+        plots={"hvp": _plot(x, v)},
     )
 
 
@@ -122,7 +122,7 @@ def _without_forward_formula() -> list[Check]:
     """Which modes pass an operation that has a backward pass and no ``jvp``: sum x^3 at 1 along 1, where H v = 6."""
     one, checks = torch.ones(1, dtype=_DOUBLE), []
     for mode in HVP_MODES:
-        came_out = outcome(lambda mode=mode: hvp(lambda x: Cube.apply(x).sum(), one, one, mode=mode))  # type: ignore[misc]
+        came_out = value_or_error(lambda mode=mode: hvp(lambda x: Cube.apply(x).sum(), one, one, mode=mode))  # type: ignore[misc]
         expected = 6.0 if mode == "reverse_over_reverse" else "NotImplementedError"
         checks.append(Check(f"sum x^3 without a forward-mode formula, {mode}", came_out, expected, 1e-12))
     return checks
@@ -142,7 +142,7 @@ def _costs() -> list[str]:
         return hidden.square().mean()
 
     def cost(compute: Callable[[], object]) -> tuple[float, int]:
-        with LiveTensorBytes() as live:
+        with PeakTensorMemory() as live:
             compute()
         return min(timeit.repeat(compute, number=1, repeat=4)), live.peak
 
@@ -157,7 +157,7 @@ def _costs() -> list[str]:
     return notes
 
 
-def _figure(x: Tensor, v: Tensor) -> Figure:
+def _plot(x: Tensor, v: Tensor) -> Figure:
     figure, (plane, along) = panels(2, width=10, height=4)
     w1, w2 = torch.meshgrid(torch.linspace(0, 2.4, 81), torch.linspace(0, 3.2, 81), indexing="ij")
     contours = plane.contour(

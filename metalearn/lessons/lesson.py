@@ -47,7 +47,7 @@ class Lesson:
         code: the few lines that matter, as they ran (``source_of`` takes them from the functions themselves).
         checks: every number, with its verdict.
         notes: measured figures without an analytic value (seconds, bytes), a line each.
-        figures: pictures by file name, without its ending.
+        plots: pictures by file name, without its ending.
     """
 
     title: str
@@ -55,7 +55,7 @@ class Lesson:
     code: str
     checks: list[Check]
     notes: list[str] = field(default_factory=list)
-    figures: dict[str, Figure] = field(default_factory=dict)
+    plots: dict[str, Figure] = field(default_factory=dict)
 
     @property
     def right(self) -> bool:

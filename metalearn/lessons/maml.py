@@ -112,7 +112,7 @@ def lesson() -> Lesson:
             f"relative gap, alpha = {ALPHA}, K = 1: {_gap(first, second):.3f}",
             f"cosine, alpha = {ALPHA}: {', '.join(f'{c:.4f} at K = {steps}' for steps, c in cosines.items())}",
         ],
-        figures={"hessian_term": _figure(first, second)},
+        plots={"hessian_term": _plot(first, second)},
     )
 
 
@@ -200,7 +200,7 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return cosine_similarity(a, b, dim=0).item()
 
 
-def _figure(first: Tensor, second: Tensor) -> Figure:
+def _plot(first: Tensor, second: Tensor) -> Figure:
     figure, axes = panels(3, width=13, height=4)
     _draw_term(axes[0], second - first, -ALPHA * hessian(support_loss, THETA) @ first)
     rates = torch.logspace(-3, -0.5, 21).tolist()

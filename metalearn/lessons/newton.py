@@ -129,7 +129,7 @@ def lesson() -> Lesson:
         code=source_of(rosenbrock, newton_direction, backtrack, newton_cg),
         checks=_checks(newton, plain),
         notes=[*_notes(newton, plain, lr), f"{seconds:.2f} s for Newton-CG"],
-        figures={"newton": _figure(newton, plain, lr)},
+        plots={"newton": _plot(newton, plain, lr)},
     )
 
 
@@ -187,7 +187,7 @@ def _notes(newton: list[Iterate], plain: list[Iterate], lr: float) -> list[str]:
     ]
 
 
-def _figure(newton: list[Iterate], plain: list[Iterate], lr: float) -> Figure:
+def _plot(newton: list[Iterate], plain: list[Iterate], lr: float) -> Figure:
     figure, (steps, costs) = panels(2, width=10, height=4)
     for path, colour, style, name in (
         (newton, BLUE, "o-", "Newton-CG"),

@@ -18,7 +18,7 @@ from metalearn.derivatives import nth_derivative
 from metalearn.lessons.autograd_graph import nodes
 from metalearn.lessons.figures import BLUE, GREEN, GREY, VERMILION, panels
 from metalearn.lessons.lesson import Check, Lesson, source_of
-from metalearn.lessons.outcomes import leaf, outcome
+from metalearn.lessons.outcomes import leaf, value_or_error
 
 _CLAIM = """\
 A gradient taken with create_graph=True is a tensor like any other, so its gradient can be taken too, to any order: \
@@ -89,7 +89,7 @@ def lesson() -> Lesson:
             *(f"nodes by order, {name}: {', '.join(map(str, count))}" for name, count in counts.items()),
             *_seconds(),
         ],
-        figures={"nodes_by_order": _figure(counts)},
+        plots={"nodes_by_order": _plot(counts)},
     )
 
 
@@ -111,9 +111,14 @@ def _cube() -> list[Check]:
         Check("first derivative has a graph, create_graph=False", str(without[0]), "False"),
         Check("second derivative has a graph, create_graph=True", str(kept[1]), "True"),
         Check("second derivative has a graph, create_graph=False", str(dropped[1]), "False"),
-        Check("x**3, derivative 5", outcome(lambda: nested(power, 2.0, 5)[5]), "RuntimeError", source="observed"),
         Check(
-            "x * x * x, derivative 4", outcome(lambda: nested(product, 2.0, 4)[4]), "RuntimeError", source="observed"
+            "x**3, derivative 5", value_or_error(lambda: nested(power, 2.0, 5)[5]), "RuntimeError", source="observed"
+        ),
+        Check(
+            "x * x * x, derivative 4",
+            value_or_error(lambda: nested(product, 2.0, 4)[4]),
+            "RuntimeError",
+            source="observed",
         ),
         Check("x * x * x, derivative 4 by nth_derivative", nth_derivative(product, two, 4).item(), 0.0),
     ]
@@ -169,7 +174,7 @@ def _seconds() -> list[str]:
     return lines
 
 
-def _figure(counts: dict[str, list[int]]) -> Figure:
+def _plot(counts: dict[str, list[int]]) -> Figure:
     figure, (axes,) = panels(1, width=7.5, height=4)
     orders = range(_ORDERS + 1)
     for (name, count), colour, marker, dy in zip(

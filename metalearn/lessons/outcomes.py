@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def outcome(compute: Callable[[], Tensor | None]) -> float | str:
+def value_or_error(compute: Callable[[], Tensor | None]) -> float | str:
     """The number that was computed, ``"None"``, or the name of the error that was raised instead."""
     try:
         value = compute()
@@ -17,7 +17,7 @@ def outcome(compute: Callable[[], Tensor | None]) -> float | str:
     return "None" if value is None else value.item()
 
 
-def message(compute: Callable[[], object]) -> str:
+def error_message(compute: Callable[[], object]) -> str:
     """The error that a computation raises, as ``Name: first sentence``."""
     try:
         compute()

@@ -118,7 +118,7 @@ def lesson() -> Lesson:
             f"{name}: loss {fit.loss:.1e}, largest error {fit.error.max():.1e}, in {fit.seconds:.1f} s"
             for name, fit in (("tanh", smooth), ("ReLU", kinked))
         ],
-        figures={"pinn": _figure(smooth, kinked)},
+        plots={"pinn": _plot(smooth, kinked)},
     )
 
 
@@ -157,7 +157,7 @@ def _checks(smooth: Fit, kinked: Fit) -> list[Check]:
     ]
 
 
-def _figure(smooth: Fit, kinked: Fit) -> Figure:
+def _plot(smooth: Fit, kinked: Fit) -> Figure:
     figure, (solution, error) = panels(2, width=10, height=4)
     solution.plot(smooth.x, smooth.x.sin(), color=GREY, linewidth=5, alpha=0.5, label="sin x")
     for fit, colour, style, name in ((smooth, BLUE, "-", "tanh network"), (kinked, VERMILION, "--", "ReLU network")):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from metalearn.core.profiling.threads import one_thread
 from metalearn.core.types import Params
-from metalearn.data.glyphs import glyphs
+from metalearn.data.glyphs import make_glyphs
 from metalearn.derivatives import ScalarFunction, gradient, hessian, top_eigenvalues
 from metalearn.lessons.figures import BLUE, GREEN, VERMILION, panels
 from metalearn.lessons.lesson import Check, Lesson, source_of
@@ -81,14 +81,14 @@ def lesson() -> Lesson:
         code=source_of(network, train),
         checks=[*_quadratic(), *_against_dense(loss, runs[-1]), *_below(runs[0]), *_edge(runs[1]), *_edge(runs[2])],
         notes=[*map(_note, runs), f"{time.perf_counter() - began:.1f} s for three runs of {_STEPS:,} steps"],
-        figures={"sharpness": _figure(runs)},
+        plots={"sharpness": _plot(runs)},
     )
 
 
 def problem() -> tuple[ScalarFunction, Params]:
     """Squared error on 80 drawings of 4 characters at 8 x 8 pixels, and a network of 1,344 parameters; float64."""
     classes, drawings, size, hidden = 4, 20, 8, 16
-    images = glyphs(classes=classes, drawings=drawings, size=size).double().flatten(0, 1).flatten(1)
+    images = make_glyphs(classes=classes, drawings=drawings, size=size).double().flatten(0, 1).flatten(1)
     x = images - images.mean(dim=0)
     x = x / x.std()
     y = torch.eye(classes, dtype=torch.float64).repeat_interleave(drawings, dim=0)
@@ -186,7 +186,7 @@ def _note(run: Run) -> str:
     )
 
 
-def _figure(runs: list[Run]) -> Figure:
+def _plot(runs: list[Run]) -> Figure:
     figure, (loss, sharp) = panels(2, width=10, height=4)
     for run in runs:
         colour = _COLOURS[run.lr]

@@ -15,28 +15,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metalearn.core.functional import pull_back
+from metalearn.core.functional import vjp
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
 from metalearn.inner import InnerLoop
-from metalearn.metagrad.common import way_there
-from metalearn.metagrad.trajectory import Step
+from metalearn.metagrad.common import run_forward
+from metalearn.metagrad.trajectory import StepFn
 
 
 def checkpoint(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> MetaGradient:
     """The meta-gradient of one chunk of tasks; arguments and result as in ``metalearn.meta_gradient``."""
-    way = way_there(forward, params, episodes, inner, loss)
+    way = run_forward(forward, params, episodes, inner, loss)
     lam, repeated = way.lam, {}
     for start in way.trajectory.back():
-        with start.random_draws_repeated():
+        with start.replay_rng():
             repeated[start.step], lam = pull_back_step(way.trajectory.step, start.step, start.carry, lam)
-        lam = way.with_query_loss(start, lam)
-    way.trajectory.refuse_other(repeated)
+        lam = way.add_query_gradient(start, lam)
+    way.trajectory.check_recomputation(repeated)
     return way.outcome(lam)
 
 
-def pull_back_step(step: Step, k: int, carry: Params, lam: Params) -> tuple[Tensor, Params]:
+def pull_back_step(step: StepFn, k: int, carry: Params, lam: Params) -> tuple[Tensor, Params]:
     """Total support loss of the k-th inner step at ``carry``, and the step's transposed Jacobian times ``lam``."""
     with torch.enable_grad():
         at = {name: w.detach().requires_grad_() for name, w in carry.items()}
         after, losses = step(k, at)
-        return losses.sum(), pull_back(after, at, lam)
+        return losses.sum(), vjp(after, at, lam)

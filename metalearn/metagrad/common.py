@@ -8,14 +8,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from metalearn.core.functional import gradients, pull_back
+from metalearn.core.functional import grad_of, vjp
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
-from metalearn.inner import InnerLoop, TaskLosses, begin, inner_step, model_params, refuse_nonfinite, task_losses
-from metalearn.metagrad.trajectory import Start, Trajectory, walk
+from metalearn.inner import (
+    InnerLoop,
+    TaskLosses,
+    check_losses_finite,
+    init_state,
+    inner_step,
+    params_at_step,
+    task_losses,
+)
+from metalearn.metagrad.trajectory import Snapshot, Trajectory, rollout
 
 
 @dataclass(eq=False)
-class WayThere:
+class ForwardPass:
     """K inner steps that were taken without graphs, and the adjoint at their end.
 
     Args:
@@ -41,10 +49,10 @@ class WayThere:
         Raises:
             NonFiniteLossError: if a loss is NaN or infinite.
         """
-        self.query, self.lam = self.query_pass(carry, self.inner.steps)
-        refuse_nonfinite(self.trajectory.support_losses, self.query.losses)
+        self.query, self.lam = self.query_gradient(carry, self.inner.steps)
+        check_losses_finite(self.trajectory.support_losses, self.query.losses)
 
-    def query_pass(self, carry: Params, k: int) -> tuple[TaskLosses, Params]:
+    def query_gradient(self, carry: Params, k: int) -> tuple[TaskLosses, Params]:
         """w_k times the query losses after k steps, the predictions, and the mean's gradient in all that is carried.
 
         Its activations are freed before this returns.
@@ -52,30 +60,30 @@ class WayThere:
         weight = self.inner.weights[k]
         with torch.enable_grad():
             at = {name: w.detach().requires_grad_() for name, w in carry.items()}
-            fast = model_params(at, self.inner, k)
+            fast = params_at_step(at, self.inner, k)
             losses, predictions = task_losses(
                 self.forward, fast, self.episodes.query_x, self.episodes.query_y, loss=self.loss
             )
-            lam = gradients(weight * losses.mean(), at, create_graph=False)
+            lam = grad_of(weight * losses.mean(), at, create_graph=False)
         return TaskLosses(weight * losses.detach(), predictions.detach()), lam
 
-    def with_query_loss(self, start: Start, lam: Params) -> Params:
+    def add_query_gradient(self, start: Snapshot, lam: Params) -> Params:
         """The adjoint with what the objective takes of the query loss where a step started."""
         if not self.inner.weights[start.step]:
             return lam
-        with start.random_draws_repeated():
-            query, own = self.query_pass(start.carry, start.step)
-        refuse_nonfinite([], query.losses)
+        with start.replay_rng():
+            query, own = self.query_gradient(start.carry, start.step)
+        check_losses_finite([], query.losses)
         self.query = TaskLosses(self.query.losses + query.losses, self.query.predictions)
         return {name: lam[name] + own[name] for name in lam}
 
     def outcome(self, lam: Params) -> MetaGradient:
         """The result, from lam_0."""
-        grads = pull_back_beginning(self.forward, self.params, self.episodes, self.inner, lam)
-        return outcome(grads, self.query.losses, self.query.predictions, self.trajectory.support_losses)
+        grads = vjp_init_state(self.forward, self.params, self.episodes, self.inner, lam)
+        return build_result(grads, self.query.losses, self.query.predictions, self.trajectory.support_losses)
 
 
-def way_there(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> WayThere:
+def run_forward(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> ForwardPass:
     """K inner steps without graphs and the query pass.
 
     Nothing is kept for the way back where the adjoint passes every step as it is: in first order, if a step is plain
@@ -91,14 +99,14 @@ def way_there(forward: Forward, params: Params, episodes: Episodes, inner: Inner
     passes_as_it_is = not inner.second_order and inner.plain and not any(inner.weights[:-1])
     theta = {name: p.detach() for name, p in params.items()}
     with torch.no_grad():
-        carry = begin(forward, theta, episodes.support_x, episodes.support_y, inner)
-    carry, trajectory = walk(step, carry, steps=inner.steps, every=None if passes_as_it_is else inner.snapshot_every)
-    way = WayThere(forward, params, episodes, inner, loss, trajectory)
+        carry = init_state(forward, theta, episodes.support_x, episodes.support_y, inner)
+    carry, trajectory = rollout(step, carry, steps=inner.steps, every=None if passes_as_it_is else inner.snapshot_every)
+    way = ForwardPass(forward, params, episodes, inner, loss, trajectory)
     way.arrive(carry)
     return way
 
 
-def outcome(grads: Params, losses: Tensor, predictions: Tensor, support_losses: list[Tensor]) -> MetaGradient:
+def build_result(grads: Params, losses: Tensor, predictions: Tensor, support_losses: list[Tensor]) -> MetaGradient:
     """What every engine returns.
 
     Args:
@@ -116,12 +124,12 @@ def outcome(grads: Params, losses: Tensor, predictions: Tensor, support_losses: 
     )
 
 
-def pull_back_beginning(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, lam: Params) -> Params:
-    """The transpose of ``begin``: theta is shared by all tasks, so their adjoints ``[T, ...]`` add up to ``[...]``."""
+def vjp_init_state(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, lam: Params) -> Params:
+    """Transpose ``init_state``: all tasks share theta, so that their adjoints ``[T, ...]`` add up to ``[...]``."""
     with torch.enable_grad():
         at = {name: p.detach().requires_grad_() for name, p in params.items()}
-        carry = begin(forward, at, episodes.support_x, episodes.support_y, inner)
-        return pull_back(carry, at, lam)
+        carry = init_state(forward, at, episodes.support_x, episodes.support_y, inner)
+        return vjp(carry, at, lam)
 
 
 def refuse_without_gradient(engine: str, name: str, inner: InnerLoop, reasons: Mapping[str, str]) -> None:

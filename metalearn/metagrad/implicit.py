@@ -17,11 +17,19 @@ import torch
 from torch import Tensor
 
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
-from metalearn.inner import InnerLoop, adapted_names, begin, inner_step, model_params, of_model, total_support_loss
-from metalearn.inner.update_rules import along_tasks
-from metalearn.metagrad.adjoint import hessian_product
-from metalearn.metagrad.common import WayThere, refuse_without_gradient
-from metalearn.metagrad.trajectory import Start, walk
+from metalearn.inner import (
+    InnerLoop,
+    adapted_param_names,
+    init_state,
+    inner_step,
+    params_at_step,
+    total_support_loss,
+    without_state,
+)
+from metalearn.inner.update_rules import broadcast_over_params
+from metalearn.metagrad.adjoint import support_hvp
+from metalearn.metagrad.common import ForwardPass, refuse_without_gradient
+from metalearn.metagrad.trajectory import Snapshot, rollout
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class Implicit:
     """An engine that takes the implicit gradient at theta_K, after K steps under ``inner.proximal``.
 
     It is exact as far as theta_K solves the inner problem, for which gradient descent needs ``inner.lr`` below
-    2 / (rho + the largest curvature) and steps enough, and as far as the system is solved: ``figures`` of the result
+    2 / (rho + the largest curvature) and steps enough, and as far as the system is solved: the result's ``diagnostics``
     has ``cg_residual``, the mean over tasks of |b - A x| / |b|, and ``cg_residual_max``, the largest (of a batch in
     chunks, the mean of the chunks' largest), with A = (1 + damping + weight_decay / rho) I + H/rho.
 
@@ -44,7 +52,7 @@ class Implicit:
     Example:
         >>> inner = InnerLoop(lr=0.1, steps=16, proximal=2.0)
         >>> result = Implicit(cg_steps=5)(forward, theta, episodes, inner, cross_entropy)
-        >>> result.figures["cg_residual"]
+        >>> result.diagnostics["cg_residual"]
     """
 
     cg_steps: int = 5
@@ -80,18 +88,18 @@ class Implicit:
             curved = hessian(v)
             return {n: (1 + self.damping + inner.weight_decay / rho) * w + curved[n] / rho for n, w in v.items()}
 
-        b = {name: way.lam[name] for name in adapted_names(phi, inner)}
+        b = {name: way.lam[name] for name in adapted_param_names(phi, inner)}
         x, residuals = conjugate_gradients(system, b, steps=self.cg_steps, tolerance=self.cg_tolerance)
-        constants = [name for name in of_model(phi) if name not in x]
+        constants = [name for name in without_state(phi) if name not in x]
         curved = hessian(x) if constants else {}
         lam = {**way.lam, **x, **{name: way.lam[name] - curved[name] / rho for name in constants}}
-        figures = {"cg_residual": residuals.mean(), "cg_residual_max": residuals.max()}
-        return dataclasses.replace(way.outcome(lam), figures=figures)
+        diagnostics = {"cg_residual": residuals.mean(), "cg_residual_max": residuals.max()}
+        return dataclasses.replace(way.outcome(lam), diagnostics=diagnostics)
 
 
 def _solve_inner_problem(
     forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss
-) -> tuple[Params, WayThere]:
+) -> tuple[Params, ForwardPass]:
     """What is carried out of K steps, phi and what rules remember, and the query pass there; no step is kept."""
 
     def step(k: int, carry: Params) -> tuple[Params, Tensor]:
@@ -99,9 +107,9 @@ def _solve_inner_problem(
 
     theta = {name: p.detach() for name, p in params.items()}
     with torch.no_grad():
-        carry = begin(forward, theta, episodes.support_x, episodes.support_y, inner)
-    phi, trajectory = walk(step, carry, steps=inner.steps, every=None)
-    way = WayThere(forward, params, episodes, inner, loss, trajectory)
+        carry = init_state(forward, theta, episodes.support_x, episodes.support_y, inner)
+    phi, trajectory = rollout(step, carry, steps=inner.steps, every=None)
+    way = ForwardPass(forward, params, episodes, inner, loss, trajectory)
     way.arrive(phi)
     return phi, way
 
@@ -113,14 +121,14 @@ def _hessian(
 
     Dropout draws the same mask for all of them, so that H is one matrix. In first order H is 0.
     """
-    here = Start.of(inner.steps, phi)
-    zero = {name: torch.zeros_like(w) for name, w in model_params(phi, inner, inner.steps).items()}
+    here = Snapshot.of(inner.steps, phi)
+    zero = {name: torch.zeros_like(w) for name, w in params_at_step(phi, inner, inner.steps).items()}
 
     def support_loss(fast: Params) -> Tensor:
         return total_support_loss(forward, fast, episodes.support_x, episodes.support_y, loss=loss)
 
     def product(v: Params) -> Params:
-        return hessian_product(forward, support_loss, here, {**zero, **v})[1] if inner.second_order else zero
+        return support_hvp(forward, support_loss, here, {**zero, **v})[1] if inner.second_order else zero
 
     return product
 
@@ -173,7 +181,7 @@ def _dots(a: Params, b: Params) -> Tensor:
 
 def _plus(a: Params, factor: Tensor, b: Params) -> Params:
     """The sum a + factor b, with a factor for every task, ``[T]``."""
-    return {name: w + along_tasks(factor, w) * b[name] for name, w in a.items()}
+    return {name: w + broadcast_over_params(factor, w) * b[name] for name, w in a.items()}
 
 
 def _refuse_settings(inner: InnerLoop) -> None:

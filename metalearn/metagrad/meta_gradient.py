@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from metalearn.core.errors import NonFiniteLossError
 from metalearn.core.functional import check_forward, check_params
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
-from metalearn.inner import InnerLoop, check_settings, checks_are_off, explained
+from metalearn.inner import InnerLoop, check_params_match_config, explain_torch_errors, loss_checks_deferred
 from metalearn.metagrad.adjoint import adjoint
 from metalearn.metagrad.checkpoint import checkpoint
 from metalearn.metagrad.nonfinite import check_finite_gradient, last_nonfinite_step
@@ -71,11 +71,11 @@ def meta_gradient(
         raise ValueError(f"meta_gradient: engine={inner.engine!r} is not one of {', '.join(ENGINES)}.{measured}")
     check_forward(forward)
     check_params(params)
-    check_settings(params, inner, training=True)
+    check_params_match_config(params, inner, training=True)
     compute = partial(_in_chunks, engine or ENGINES[inner.engine], forward, params, inner=inner, loss=loss)
-    with explained(vars(episodes), params):
+    with explain_torch_errors(vars(episodes), params):
         result = compute(episodes)
-        if not checks_are_off():
+        if not loss_checks_deferred():
             step_of = partial(last_nonfinite_step, forward, params, inner=inner, loss=loss)
             check_finite_gradient(result.grads, compute, (lambda _: None) if engine else step_of, episodes)
     return result
@@ -84,30 +84,30 @@ def meta_gradient(
 def _in_chunks(
     engine: Engine, forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss
 ) -> MetaGradient:
-    """The same mean over tasks, ``inner.task_chunk`` of them at a time; of figures too."""
+    """The same mean over tasks, ``inner.task_chunk`` of them at a time; of diagnostics too."""
     if inner.task_chunk is None or inner.task_chunk >= episodes.tasks:
         return engine(forward, params, episodes, inner, loss)
     grads = {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()}
     losses, support_losses, predictions = [], [], []
-    figures: dict[str, Tensor] = {}
+    diagnostics: dict[str, Tensor] = {}
     done = 0
     for chunk in episodes.split(inner.task_chunk):
         share = chunk.tasks / episodes.tasks
         try:
             part = engine(forward, params, chunk, inner, loss)
         except NonFiniteLossError as error:
-            raise error.in_batch(done) from None
+            raise error.with_task_offset(done) from None
         done += chunk.tasks
         for name, total in grads.items():
             total.add_(part.grads[name], alpha=share)
         losses.append(share * part.loss)
         support_losses.append(share * part.support_loss)
         predictions.append(part.predictions)
-        figures = {name: figures.get(name, 0) + share * value for name, value in part.figures.items()}
+        diagnostics = {name: diagnostics.get(name, 0) + share * value for name, value in part.diagnostics.items()}
     return MetaGradient(
         loss=torch.stack(losses).sum(),
         grads=grads,
         predictions=torch.cat(predictions),
         support_loss=torch.stack(support_losses).sum(dim=0),
-        figures=figures,
+        diagnostics=diagnostics,
     )

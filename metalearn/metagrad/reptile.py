@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
-from metalearn.inner import InnerLoop, begin, inner_step, model_params, refuse_nonfinite, task_losses
-from metalearn.metagrad.common import outcome, refuse_without_gradient
+from metalearn.inner import InnerLoop, check_losses_finite, init_state, inner_step, params_at_step, task_losses
+from metalearn.metagrad.common import build_result, refuse_without_gradient
 
 
 def reptile(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> MetaGradient:
@@ -40,15 +40,15 @@ def reptile(forward: Forward, params: Params, episodes: Episodes, inner: InnerLo
     theta = {name: p.detach() for name, p in params.items()}
     support_losses = []
     with torch.no_grad():
-        carry = begin(forward, theta, x, y, inner)
+        carry = init_state(forward, theta, x, y, inner)
         for k in range(inner.steps):
             carry, losses = inner_step(forward, carry, x, y, inner, loss=loss, k=k)
             support_losses.append(losses)
-        fast = model_params(carry, inner, inner.steps)
+        fast = params_at_step(carry, inner, inner.steps)
         query = task_losses(forward, fast, episodes.query_x, episodes.query_y, loss=loss)
-    refuse_nonfinite(support_losses, query.losses)
+    check_losses_finite(support_losses, query.losses)
     grads = {name: (p - carry[name]).mean(dim=0) / inner.lr for name, p in theta.items()}
-    return outcome(grads, query.losses, query.predictions, support_losses)
+    return build_result(grads, query.losses, query.predictions, support_losses)
 
 
 def _refuse_settings(inner: InnerLoop) -> None:

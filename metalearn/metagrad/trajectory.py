@@ -22,12 +22,12 @@ from metalearn.core.types import Params
 _ROUNDING, _ROUNDING_LOW = 1e-3, 5e-2
 """How far a loss may be off when it is computed again: kernels may round otherwise, in bfloat16 to 8 bits."""
 
-Step = Callable[[int, Params], tuple[Params, Tensor]]
+StepFn = Callable[[int, Params], tuple[Params, Tensor]]
 """The k-th inner step of every task: what is carried to the next one, and the support losses ``[T]`` before it."""
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
+class Snapshot:
     """What an inner step began with: its number, what was carried, and torch's generators, which dropout draws from."""
 
     step: int
@@ -37,13 +37,13 @@ class Start:
     cuda_rng: list[Tensor]
 
     @classmethod
-    def of(cls, step: int, carry: Params) -> Start:
+    def of(cls, step: int, carry: Params) -> Snapshot:
         """Here and now."""
         devices, states = get_device_states(*carry.values())
         return cls(step, carry, torch.get_rng_state(), devices, states)
 
     @contextmanager
-    def random_draws_repeated(self) -> Iterator[None]:
+    def replay_rng(self) -> Iterator[None]:
         """Inside, the generators draw what they drew when the step was taken; outside, nothing has happened."""
         with torch.random.fork_rng(devices=self.cuda_devices):
             torch.set_rng_state(self.cpu_rng)
@@ -63,13 +63,13 @@ class Trajectory:
         support_losses: before each step, ``[T]`` each.
     """
 
-    step: Step
+    step: StepFn
     steps: int
     every: int
-    kept: list[Start]
+    kept: list[Snapshot]
     support_losses: list[Tensor]
 
-    def refuse_other(self, repeated: dict[int, Tensor]) -> None:
+    def check_recomputation(self, repeated: dict[int, Tensor]) -> None:
         """Refuse a model that did not compute the same again.
 
         Args:
@@ -93,22 +93,22 @@ class Trajectory:
                 "state that a pass changes, or use engine='unroll', which computes everything once."
             )
 
-    def back(self) -> Iterator[Start]:
+    def back(self) -> Iterator[Snapshot]:
         """What the steps K - 1, ..., 0 began with, in this order; can be walked once."""
         end = self.steps
         while self.kept:
             first = (len(self.kept) - 1) * self.every
             segment = [self.kept.pop()]
             if end - first > 1:
-                with segment[0].random_draws_repeated():
+                with segment[0].replay_rng():
                     for k in range(first + 1, end):
-                        segment.append(Start.of(k, self.step(k - 1, segment[-1].carry)[0]))
+                        segment.append(Snapshot.of(k, self.step(k - 1, segment[-1].carry)[0]))
             end = first
             while segment:
                 yield segment.pop()
 
 
-def walk(step: Step, carry: Params, *, steps: int, every: int | None) -> tuple[Params, Trajectory]:
+def rollout(step: StepFn, carry: Params, *, steps: int, every: int | None) -> tuple[Params, Trajectory]:
     """Take K inner steps.
 
     Args:
@@ -123,7 +123,7 @@ def walk(step: Step, carry: Params, *, steps: int, every: int | None) -> tuple[P
     kept, support_losses = [], []
     for k in range(steps):
         if every is not None and k % every == 0:
-            kept.append(Start.of(k, carry))
+            kept.append(Snapshot.of(k, carry))
         carry, losses = step(k, carry)
         support_losses.append(losses)
     return carry, Trajectory(step, steps, every or 1, kept, support_losses)

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import torch
 
-from metalearn.core.functional import gradients
+from metalearn.core.functional import grad_of
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
-from metalearn.inner import InnerLoop, begin, inner_step, model_params, refuse_nonfinite, task_losses
-from metalearn.metagrad.common import outcome
+from metalearn.inner import InnerLoop, check_losses_finite, init_state, inner_step, params_at_step, task_losses
+from metalearn.metagrad.common import build_result
 
 
 def unroll(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> MetaGradient:
     """The meta-gradient of one chunk of tasks; arguments and result as in ``metalearn.meta_gradient``."""
     with torch.enable_grad():
         theta = {name: p.detach().requires_grad_() for name, p in params.items()}
-        carry = begin(forward, theta, episodes.support_x, episodes.support_y, inner)
+        carry = init_state(forward, theta, episodes.support_x, episodes.support_y, inner)
         support_losses, objective = [], None
         for k, weight in enumerate(inner.weights):
             if k > 0:
@@ -29,10 +29,10 @@ def unroll(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoo
                 )
                 support_losses.append(losses)
             if weight or k == inner.steps:
-                fast = model_params(carry, inner, k)
+                fast = params_at_step(carry, inner, k)
                 query = task_losses(forward, fast, episodes.query_x, episodes.query_y, loss=loss)
                 objective = weight * query.losses if objective is None else objective + weight * query.losses
         assert objective is not None, "the last step's query loss is always taken"
-        refuse_nonfinite(support_losses, objective)
-        grads = gradients(objective.mean(), theta, create_graph=False)
-    return outcome(grads, objective, query.predictions, support_losses)
+        check_losses_finite(support_losses, objective)
+        grads = grad_of(objective.mean(), theta, create_graph=False)
+    return build_result(grads, objective, query.predictions, support_losses)

@@ -111,7 +111,7 @@ class ContextConv4(nn.Module):
         return logits
 
 
-def context_names(module: nn.Module) -> frozenset[str]:
+def context_param_names(module: nn.Module) -> frozenset[str]:
     """Names of the context parameters: those called ``context``, of the module or of one inside it.
 
     Raises:

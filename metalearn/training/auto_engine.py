@@ -19,10 +19,10 @@ from metalearn.core.errors import RunError
 from metalearn.core.profiling.device_memory import peak_bytes
 from metalearn.core.profiling.memory import MIB, MemoryLimitError
 from metalearn.core.types import Episodes, Forward, Loss, Params
-from metalearn.derivatives import free_bytes
+from metalearn.derivatives import available_memory
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import ENGINES, Engine, meta_gradient
-from metalearn.training.experiment import Experiment, with_settled
+from metalearn.training.experiment import Experiment, with_inner_config
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ _CACHE_FRIENDLY = (4, 8)  # tasks a pass: smaller ones were measured faster on C
 
 
 @dataclass(frozen=True)
-class Problem:
+class MetaStepProblem:
     """What a meta-step is taken on; ``engine`` where an algorithm has a gradient of its own."""
 
     forward: Forward
@@ -66,7 +66,7 @@ class Problem:
             torch.cuda.synchronize(self.device)
 
 
-def settle_engine(experiment: Experiment) -> Experiment:
+def resolve_auto_engine(experiment: Experiment) -> Experiment:
     """The experiment with the engine that ``inner.engine=auto`` stands for, also in its configuration.
 
     Raises:
@@ -75,22 +75,24 @@ def settle_engine(experiment: Experiment) -> Experiment:
     if experiment.inner.engine != "auto":
         return experiment
     config = experiment.config
-    problem = problem_of(experiment)
+    problem = first_meta_step(experiment)
     with experiment.precision():
-        inner = plan(problem, experiment.algorithm.heaviest, limit_mib=config.run.memory_limit)
+        inner = choose_engine(problem, experiment.algorithm.peak_memory_inner, limit_mib=config.run.memory_limit)
     settled = replace(
         config.inner, engine=inner.engine, task_chunk=inner.task_chunk, snapshot_every=inner.snapshot_every
     )
-    return with_settled(experiment, settled)
+    return with_inner_config(experiment, settled)
 
 
-def problem_of(experiment: Experiment) -> Problem:
+def first_meta_step(experiment: Experiment) -> MetaStepProblem:
     """The first meta-step of a run."""
     batch = experiment.train.batch(0, experiment.config.task.meta_batch)
-    return Problem(experiment.forward, experiment.theta, batch, experiment.score.loss, experiment.algorithm.engine)
+    return MetaStepProblem(
+        experiment.forward, experiment.theta, batch, experiment.score.loss, experiment.algorithm.engine
+    )
 
 
-def plan(problem: Problem, inner: InnerLoop, *, limit_mib: float | None) -> InnerLoop:
+def choose_engine(problem: MetaStepProblem, inner: InnerLoop, *, limit_mib: float | None) -> InnerLoop:
     """The inner loop with the fastest engine, chunk and snapshots that fit.
 
     Args:
@@ -101,14 +103,14 @@ def plan(problem: Problem, inner: InnerLoop, *, limit_mib: float | None) -> Inne
     Raises:
         RunError: if nothing fits, with what the smallest would take.
     """
-    free = _SHARE_OF_FREE * free_bytes(problem.device)
+    free = _SHARE_OF_FREE * available_memory(problem.device)
     limit = int(free if limit_mib is None else min(limit_mib * MIB, free))
     log.info("inner.engine=auto measures meta-steps with every engine; this takes some seconds")
     with torch.random.fork_rng(devices=[problem.device] if problem.device.type == "cuda" else []):
         fitting = [chunked for one in _variants(inner) for chunked in _chunks(problem, one, limit)]
         if not fitting:
-            raise RunError(_nothing_fits(problem, inner, limit))
-        times = {one: seconds for one in fitting if (seconds := _quickest(problem, one)) is not None}
+            raise RunError(_does_not_fit_error(problem, inner, limit))
+        times = {one: seconds for one in fitting if (seconds := _best_time(problem, one)) is not None}
         for best in sorted(times, key=lambda one: times[one]):
             try:
                 peak = problem.peak(best, limit)
@@ -121,10 +123,10 @@ def plan(problem: Problem, inner: InnerLoop, *, limit_mib: float | None) -> Inne
                 *(1000 * times[best], peak / MIB, limit / MIB, len(fitting)),
             )
             return best
-    raise RunError(_nothing_fits(problem, inner, limit))
+    raise RunError(_does_not_fit_error(problem, inner, limit))
 
 
-def _quickest(problem: Problem, inner: InnerLoop) -> float | None:
+def _best_time(problem: MetaStepProblem, inner: InnerLoop) -> float | None:
     """Seconds of the faster of two meta-gradients after one to warm up; ``None`` if it runs out of memory after all."""
     try:
         problem.step(inner)
@@ -141,16 +143,16 @@ def _variants(inner: InnerLoop) -> Iterator[InnerLoop]:
             yield replace(inner, engine=engine, snapshot_every=sparse)
 
 
-def _chunks(problem: Problem, inner: InnerLoop, limit: int) -> list[InnerLoop]:
+def _chunks(problem: MetaStepProblem, inner: InnerLoop, limit: int) -> list[InnerLoop]:
     """The same with the largest task chunk that fits, and with smaller ones that may be faster."""
     tasks = problem.episodes.tasks
     most = min(tasks, inner.task_chunk or tasks)
     totals = 2 * sum(p.numel() * p.element_size() for p in problem.params.values())  # the sum over chunks, and a part
     sizes: set[int] = set()
     try:
-        one = peak_of_few(problem, inner, 1, limit)
+        one = estimate_peak(problem, inner, 1, limit)
         sizes.add(1)
-        slope = max(peak_of_few(problem, inner, min(2, most), limit) - one, 1)
+        slope = max(estimate_peak(problem, inner, min(2, most), limit) - one, 1)
         largest = 1 + max(0, limit - one - totals) // slope
         sizes = {min(largest, most), *(size for size in _CACHE_FRIENDLY if size < min(largest, most))}
     except MemoryLimitError:
@@ -158,13 +160,13 @@ def _chunks(problem: Problem, inner: InnerLoop, limit: int) -> list[InnerLoop]:
     return [replace(inner, task_chunk=None if size == tasks else size) for size in sorted(sizes)]
 
 
-def peak_of_few(problem: Problem, inner: InnerLoop, tasks: int, limit: int = 2**62) -> int:
+def estimate_peak(problem: MetaStepProblem, inner: InnerLoop, tasks: int, limit: int = 2**62) -> int:
     """Bytes of a pass of the first tasks, all at once."""
     few = replace(problem, episodes=problem.episodes.split(tasks)[0])
     return few.peak(replace(inner, task_chunk=None), limit)
 
 
-def _nothing_fits(problem: Problem, inner: InnerLoop, limit: int) -> str:
+def _does_not_fit_error(problem: MetaStepProblem, inner: InnerLoop, limit: int) -> str:
     """What a task at a time takes: of two, as the second finds the sum that the first left."""
     two = replace(problem, episodes=problem.episodes.split(2)[0])
     sparse = replace(inner, task_chunk=1, snapshot_every=max(1, math.isqrt(inner.steps)))

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from metalearn.config.run_folder import TRAINING_FILES, refuse_holding
+from metalearn.config.run_folder import TRAINING_FILES, check_no_run_in
 from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
 from metalearn.core.types import Params
-from metalearn.training.state import Best, refuse_other_shapes
+from metalearn.training.state import BestCheckpoint, check_same_shapes
 
 log = logging.getLogger(__name__)
 
@@ -25,14 +25,14 @@ _KEPT = 2
 _FORMAT = 1
 
 
-def claim(run_dir: Path, config_yaml: str) -> None:
+def claim_folder(run_dir: Path, config_yaml: str) -> None:
     """Make a locked folder this run's own for good, by its ``config.yaml``.
 
     Raises:
         FolderTakenError: if it is another run's, or this one's without its configuration.
     """
-    refuse_holding(run_dir, TRAINING_FILES)
-    files.write_text(run_dir / "config.yaml", config_yaml)
+    check_no_run_in(run_dir, TRAINING_FILES)
+    files.atomic_write_text(run_dir / "config.yaml", config_yaml)
 
 
 def best_path(run_dir: Path) -> Path:
@@ -59,7 +59,7 @@ def save_state(content: dict[str, Any], iteration: int, run_dir: Path) -> None:
         run_dir: the run's folder.
     """
     path = state_path(run_dir, iteration)
-    files.save({"format": _FORMAT, **content}, path)
+    files.save_checked({"format": _FORMAT, **content}, path)
     earlier = [other for other in state_paths(run_dir) if other < path]
     later = [other for other in state_paths(run_dir) if other > path]  # damaged, or the run went on from before them
     for other in [*later, *earlier[_KEPT - 1 :]]:
@@ -72,10 +72,10 @@ def save_state(content: dict[str, Any], iteration: int, run_dir: Path) -> None:
 def remove_unfinished(run_dir: Path) -> None:
     """Remove what a process that was killed while it wrote has left in a locked folder."""
     for folder in (run_dir, run_dir / "checkpoints"):
-        files.remove_unfinished(folder)
+        files.remove_temporary_files(folder)
 
 
-def newest_state(run_dir: Path) -> dict[str, Any] | None:
+def load_latest(run_dir: Path) -> dict[str, Any] | None:
     """The newest state that is whole; ``None`` where none was saved yet.
 
     Raises:
@@ -84,8 +84,8 @@ def newest_state(run_dir: Path) -> dict[str, Any] | None:
     damaged: list[str] = []
     for path in state_paths(run_dir):
         try:
-            content: dict[str, Any] = files.load(path)
-        except files.DamagedFileError as error:
+            content: dict[str, Any] = files.load_checked(path)
+        except files.CorruptFileError as error:
             damaged.append(str(error))
             continue
         if not isinstance(content, dict) or not {"format", "state", "meter"} <= content.keys():
@@ -107,30 +107,30 @@ def newest_state(run_dir: Path) -> dict[str, Any] | None:
     return None
 
 
-def save_best(best: Best, run_dir: Path) -> None:
+def save_best(best: BestCheckpoint, run_dir: Path) -> None:
     """Write ``best.pt`` whole, or leave the one that was there."""
     content = {
         "params": best.params,
         "iteration": best.iteration,
         "validation_accuracy": best.validation_score,
     }
-    files.save(content, best_path(run_dir))
+    files.save_checked(content, best_path(run_dir))
 
 
-def settle_best(best: Best | None, run_dir: Path) -> None:
+def sync_best(best: BestCheckpoint | None, run_dir: Path) -> None:
     """Have ``best.pt`` agree with a state that a run goes on from: a kill may have come between the two."""
     if best is None:
         files.remove(best_path(run_dir))
         return
     try:
-        found = files.load(best_path(run_dir))["iteration"]
-    except (FileNotFoundError, files.DamagedFileError):
+        found = files.load_checked(best_path(run_dir))["iteration"]
+    except (FileNotFoundError, files.CorruptFileError):
         found = None
     if found != best.iteration:
         save_best(best, run_dir)
 
 
-def load_best(run_dir: Path, *, like: Params, device: torch.device) -> Best:
+def load_best(run_dir: Path, *, like: Params, device: torch.device) -> BestCheckpoint:
     """The best parameters of a run, from ``best.pt``, or, if that is damaged or gone, from the newest state.
 
     Args:
@@ -143,25 +143,25 @@ def load_best(run_dir: Path, *, like: Params, device: torch.device) -> Best:
     """
     path = best_path(run_dir)
     try:
-        content: dict[str, Any] = files.load(path)
-        best = Best(content["iteration"], content["validation_accuracy"], content["params"])
-    except (FileNotFoundError, files.DamagedFileError) as error:
+        content: dict[str, Any] = files.load_checked(path)
+        best = BestCheckpoint(content["iteration"], content["validation_accuracy"], content["params"])
+    except (FileNotFoundError, files.CorruptFileError) as error:
         missing = isinstance(error, FileNotFoundError)
         what = f"{path} does not exist." if missing else str(error)
-        state = newest_state(run_dir)
+        state = load_latest(run_dir)
         if state is None or state["state"]["best"] is None:
             why = " The run has not reached its first validation, or was copied without it." if missing else ""
             raise RunError(what + why) from None
-        best = Best(*state["state"]["best"])
+        best = BestCheckpoint(*state["state"]["best"])
         log.warning("%s The best parameters are taken from the state instead.", what)
     try:
-        refuse_other_shapes(best.params, like)
+        check_same_shapes(best.params, like)
     except RunError as error:
         raise RunError(f"{path}: {error}") from None
     return best._replace(params={name: p.to(device) for name, p in best.params.items()})
 
 
-def supersede(run_dir: Path, config_yaml: str, iteration: int, *, tested: bool, best_stays: bool) -> Path:
+def archive_and_reconfigure(run_dir: Path, config_yaml: str, iteration: int, *, tested: bool, best_stays: bool) -> Path:
     """Give a run that goes on another configuration, and keep what belongs to the earlier one.
 
     Args:
@@ -177,11 +177,11 @@ def supersede(run_dir: Path, config_yaml: str, iteration: int, *, tested: bool, 
     numbers = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
     kept = next(folder for more in numbers if not (folder := run_dir / f"until-{iteration}{more}").exists())
     config, best = run_dir / "config.yaml", best_path(run_dir)
-    files.write_text(kept / config.name, config.read_text())
+    files.atomic_write_text(kept / config.name, config.read_text())
     if not best_stays and best.exists():
-        files.save(files.load(best), best_path(kept))
+        files.save_checked(files.load_checked(best), best_path(kept))
         files.remove(best)
     for name in ("metrics.json", "test_tasks.json") if tested else ():
         (run_dir / name).replace(kept / name)
-    files.write_text(config, config_yaml)  # last: a kill before it leaves the change to be made again
+    files.atomic_write_text(config, config_yaml)  # last: a kill before it leaves the change to be made again
     return kept

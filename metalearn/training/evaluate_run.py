@@ -9,20 +9,20 @@ from metalearn.config.schema import TrainConfig
 from metalearn.core.types import Params
 from metalearn.training.checkpoints import load_best
 from metalearn.training.evaluation import Evaluation, evaluate
-from metalearn.training.experiment import Experiment, build
+from metalearn.training.experiment import Experiment, build_experiment
 from metalearn.training.metrics import accuracy_metrics, accuracy_rows, write_metrics
-from metalearn.training.runtime.distributed import Ranks
+from metalearn.training.runtime.distributed import DistributedContext
 from metalearn.training.scores import ACCURACY
-from metalearn.training.tracking.console import print_facts, print_path, progress_bar
+from metalearn.training.tracking.console import print_path, print_summary, progress_bar
 
 
-def evaluate_together(
+def evaluate_distributed(
     experiment: Experiment,
     params: Params,
     episodes: int,
     *,
     test: bool,
-    ranks: Ranks,
+    ranks: DistributedContext,
     progress: Callable[[int], None],
 ) -> Evaluation:
     """Scores on validation tasks, or on those of the test; accuracy there by both BatchNorm protocols.
@@ -55,7 +55,7 @@ def evaluate_together(
     return Evaluation(ranks.join(own.by_task), alone, own.score)
 
 
-def retest(config: TrainConfig, run_dir: Path, output_dir: Path) -> None:
+def evaluate_run(config: TrainConfig, run_dir: Path, output_dir: Path) -> None:
     """Test a run's best checkpoint again; writes ``metrics.json`` into ``output_dir``.
 
     Args:
@@ -66,20 +66,20 @@ def retest(config: TrainConfig, run_dir: Path, output_dir: Path) -> None:
     Raises:
         RunError: if the checkpoint is missing or damaged.
     """
-    experiment = build(config)
+    experiment = build_experiment(config)
     best = load_best(run_dir, like=experiment.theta, device=experiment.device)
     episodes = config.eval.episodes
     with experiment.precision(), progress_bar() as progress:
         bar = progress.add_task("test", total=episodes, note="")
-        result = evaluate_together(
+        result = evaluate_distributed(
             experiment,
             best.params,
             episodes,
             test=True,
-            ranks=Ranks(),
+            ranks=DistributedContext(),
             progress=lambda done: progress.update(bar, completed=done),
         )
     metrics = {**accuracy_metrics(experiment, result), "checkpoint.iteration": best.iteration, "run.dir": str(run_dir)}
     path = write_metrics(metrics, result, output_dir)
-    print_facts(f"Test of the checkpoint at meta-step {best.iteration}", accuracy_rows(experiment, result))
+    print_summary(f"Test of the checkpoint at meta-step {best.iteration}", accuracy_rows(experiment, result))
     print_path("Written to", path)

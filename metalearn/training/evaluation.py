@@ -10,30 +10,36 @@ from torch import Tensor
 
 from metalearn.core.types import Episodes, Forward, Loss, Params
 from metalearn.data.sampler import TaskSampler
-from metalearn.inner import InnerLoop, begin, inner_step, model_params, predict
-from metalearn.inner.batch_norm_statistics import Moments, as_theta, record, statistics_at, under
+from metalearn.inner import InnerLoop, init_state, inner_step, params_at_step, predict
+from metalearn.inner.batch_norm_statistics import (
+    ChannelMoments,
+    record_statistics,
+    statistics_at,
+    statistics_to_params,
+    with_fixed_statistics,
+)
 from metalearn.inner.batching import is_batchable, over_tasks
-from metalearn.training.scores import ACCURACY, Score
+from metalearn.training.scores import ACCURACY, Metric
 
 _IMAGES_PER_PASS = 4096  # of non-transductive prediction; bounds its memory
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MeanCI:
     """A mean over tasks and the half-width of its 95% interval, 1.96 standard errors."""
 
     mean: float
     ci95: float
 
     @classmethod
-    def of(cls, values: Tensor) -> Estimate:
+    def of(cls, values: Tensor) -> MeanCI:
         """From one value per task, ``[tasks]``, at least two."""
         return cls(values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5)
 
     def __str__(self) -> str:
         return self.text(ACCURACY)
 
-    def text(self, score: Score) -> str:
+    def text(self, score: Metric) -> str:
         """In words of tables."""
         return f"{score.text(self.mean)} ± {score.text(self.ci95)}"
 
@@ -51,7 +57,7 @@ class Evaluation:
 
     by_task: Tensor
     alone: Tensor | None
-    score: Score = ACCURACY
+    score: Metric = ACCURACY
 
     @property
     def episodes(self) -> int:
@@ -59,17 +65,17 @@ class Evaluation:
         return self.by_task.shape[1]
 
     @property
-    def per_step(self) -> list[Estimate]:
+    def per_step(self) -> list[MeanCI]:
         """After 0, 1, ... inner steps."""
-        return [Estimate.of(values) for values in self.by_task]
+        return [MeanCI.of(values) for values in self.by_task]
 
     @property
-    def nontransductive(self) -> Estimate | None:
+    def nontransductive(self) -> MeanCI | None:
         """After the last inner step, each query predicted without the others."""
-        return None if self.alone is None else Estimate.of(self.alone)
+        return None if self.alone is None else MeanCI.of(self.alone)
 
     @property
-    def final(self) -> Estimate:
+    def final(self) -> MeanCI:
         """After the last inner step, transductive: the figure that papers on MAML report."""
         return self.per_step[-1]
 
@@ -85,7 +91,7 @@ def evaluate(
     first: int = 0,
     batch: int,
     nontransductive: bool,
-    score: Score = ACCURACY,
+    score: Metric = ACCURACY,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Adapt to ``episodes`` of the sampler's tasks and predict their queries.
@@ -107,24 +113,24 @@ def evaluate(
     alone: list[Tensor] = []
     for done in range(0, episodes, batch):
         tasks = sampler.tasks(first + done, min(batch, episodes - done))
-        carry = begin(forward, params, tasks.support_x, tasks.support_y, inner)
+        carry = init_state(forward, params, tasks.support_x, tasks.support_y, inner)
         for step in range(inner.steps + 1):
             if step > 0:
                 carry, _ = inner_step(
                     *(forward, carry, tasks.support_x, tasks.support_y, inner), loss=score.loss, k=step - 1
                 )
-            fast = model_params(carry, inner, step)
+            fast = params_at_step(carry, inner, step)
             per_step[step].append(score.of(predict(forward, fast, tasks.query_x), tasks.query_y))
         if nontransductive:
             statistics = statistics_at(params, inner.steps)
-            alone.append(score.of(predict_one_by_one(forward, fast, tasks, statistics), tasks.query_y))
+            alone.append(score.of(predict_nontransductive(forward, fast, tasks, statistics), tasks.query_y))
         progress(min(done + batch, episodes))
     by_task = torch.stack([torch.cat(values) for values in per_step])
     return Evaluation(by_task, torch.cat(alone) if nontransductive else None, score)
 
 
-def predict_one_by_one(
-    forward: Forward, fast: Params, episodes: Episodes, statistics: list[Moments] | None = None
+def predict_nontransductive(
+    forward: Forward, fast: Params, episodes: Episodes, statistics: list[ChannelMoments] | None = None
 ) -> Tensor:
     """Predict every query in a batch of the support set and itself, ``[T, Q, ...]``; or by BatchNorm's statistics.
 
@@ -132,7 +138,7 @@ def predict_one_by_one(
     without statistics over the batch predicts the same either way.
     """
     if statistics:
-        return predict(under(forward, statistics), fast, episodes.query_x)
+        return predict(with_fixed_statistics(forward, statistics), fast, episodes.query_x)
 
     def one_query(params: Params, support_x: Tensor, query: Tensor) -> Tensor:
         return forward(params, torch.cat([support_x, query.unsqueeze(0)]))[-1]
@@ -151,12 +157,14 @@ def predict_one_by_one(
 
 
 @torch.no_grad()
-def step_statistics(forward: Forward, params: Params, tasks: Episodes, inner: InnerLoop, *, loss: Loss) -> Params:
+def collect_norm_statistics(
+    forward: Forward, params: Params, tasks: Episodes, inner: InnerLoop, *, loss: Loss
+) -> Params:
     """Statistics of BatchNorm's inputs when the queries pass after 0, 1, ... inner steps, as entries of theta."""
-    carry = begin(forward, params, tasks.support_x, tasks.support_y, inner)
+    carry = init_state(forward, params, tasks.support_x, tasks.support_y, inner)
     by_step = []
     for k in range(inner.steps + 1):
         if k > 0:
             carry, _ = inner_step(forward, carry, tasks.support_x, tasks.support_y, inner, loss=loss, k=k - 1)
-        by_step.append(record(forward, model_params(carry, inner, k), tasks.query_x))
-    return as_theta(by_step)
+        by_step.append(record_statistics(forward, params_at_step(carry, inner, k), tasks.query_x))
+    return statistics_to_params(by_step)

@@ -23,19 +23,19 @@ from metalearn.config.schema import (
 )
 from metalearn.core.errors import ConfigError
 from metalearn.core.functional import functionalize
-from metalearn.core.module_parts import parts_of
+from metalearn.core.module_parts import module_parts
 from metalearn.core.types import Episodes, Forward, MetaGradient, Params
 from metalearn.data.sampler import TaskSampler
 from metalearn.inner import SGD, Adam, InnerLoop, Momentum, UpdateRule
-from metalearn.metagrad.baselines.backend import Backend, backend
+from metalearn.metagrad.baselines.backend import BaselineGradient, backend
 from metalearn.models import MLP, ContextConv4, ContextMLP, Conv4, ResNet12
-from metalearn.training.evaluation import step_statistics
+from metalearn.training.evaluation import collect_norm_statistics
 from metalearn.training.random_state import seed_all
 from metalearn.training.runtime import torchrun
-from metalearn.training.runtime.cuda_graph import graphed
-from metalearn.training.runtime.precision import computed_in, refuse_missing_tf32
-from metalearn.training.scores import ACCURACY, MSE, Score
-from metalearn.training.tasks import samplers
+from metalearn.training.runtime.cuda_graph import with_cuda_graph
+from metalearn.training.runtime.precision import check_tf32_available, precision_context
+from metalearn.training.scores import ACCURACY, MSE, Metric
+from metalearn.training.tasks import build_samplers
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Experiment:
     forward: Forward
     theta: Params
     algorithm: Algorithm
-    score: Score
+    score: Metric
     train: TaskSampler
     validation: TaskSampler
     test: TaskSampler
@@ -85,7 +85,7 @@ class Experiment:
 
     def precision(self) -> AbstractContextManager[None]:
         """A context in which the model computes with ``run.precision``."""
-        return computed_in(self.config.run.precision, self.device)
+        return precision_context(self.config.run.precision, self.device)
 
     def gradient(self, params: Params, episodes: Episodes, iteration: int) -> MetaGradient:
         """The meta-gradient of training at given parameters, of given tasks, after that many meta-steps.
@@ -106,7 +106,7 @@ class Experiment:
 
     @cached_property
     def _graphed(self) -> Callable[[Params, Episodes], MetaGradient]:
-        return graphed(lambda params, episodes: self.eager(params, episodes, 0), self.device)
+        return with_cuda_graph(lambda params, episodes: self.eager(params, episodes, 0), self.device)
 
     def refuse_unfit_backend(self) -> None:
         """Refuse another library that is to compute the meta-gradient and is not installed, or does not offer it.
@@ -118,7 +118,7 @@ class Experiment:
             self._backend.refuse(self.inner)
 
     @cached_property
-    def _backend(self) -> Backend | None:
+    def _backend(self) -> BaselineGradient | None:
         name = self.config.algorithm.backend
         return None if name == "metalearn" else backend(name, self.module, loss=self.score.loss)
 
@@ -126,7 +126,7 @@ class Experiment:
         """BatchNorm's statistics after every inner step, as entries of theta, on the last batches before that
         meta-step; none if the algorithm keeps none. The same in every process.
         """
-        if not self.algorithm.keeps_statistics:
+        if not self.algorithm.tracks_norm_statistics:
             return {}
         tasks = self.config.task.meta_batch
         first = max(iteration - _BATCHES_OF_STATISTICS, 0)
@@ -134,7 +134,7 @@ class Experiment:
         chunks = [c for n in range(first, max(iteration, 1)) for c in self.train.batch(n, tasks).split(self.eval_batch)]
         for chunk in chunks:
             share = chunk.tasks / sum(c.tasks for c in chunks)
-            found = step_statistics(self.forward, params, chunk, inner, loss=self.score.loss)
+            found = collect_norm_statistics(self.forward, params, chunk, inner, loss=self.score.loss)
             totals = {name: totals.get(name, 0) + share * value for name, value in found.items()}
         return totals
 
@@ -142,23 +142,23 @@ class Experiment:
 _BATCHES_OF_STATISTICS = 4
 
 
-def build(config: TrainConfig) -> Experiment:
+def build_experiment(config: TrainConfig) -> Experiment:
     """Load the data, build the model, seeded by ``run.seed``.
 
     Raises:
         ConfigError: if the device is not there, or the algorithm does not fit the model.
         DataError: if the data set is missing or damaged.
     """
-    device = pick_device(config.run.device)
+    device = resolve_device(config.run.device)
     if config.run.deterministic:
         _make_deterministic()
-    train, validation, test = samplers(config, device)
+    train, validation, test = build_samplers(config, device)
     seed_all(config.run.seed)
     module = build_model(config, train.example_shape).to(device)
     forward, params = functionalize(module)
-    algorithm = algorithm_of(config, module)
+    algorithm = build_algorithm(config, module)
     experiment = Experiment(
-        *(config, config.data.name, device, module, forward, algorithm.init(params), algorithm, score_of(config)),
+        *(config, config.data.name, device, module, forward, algorithm.init(params), algorithm, build_metric(config)),
         *(train, validation, test),
     )
     experiment.refuse_unfit_backend()
@@ -166,13 +166,13 @@ def build(config: TrainConfig) -> Experiment:
     return dataclasses.replace(experiment, theta={**experiment.theta, **statistics})
 
 
-def with_settled(experiment: Experiment, settings: InnerConfig) -> Experiment:
+def with_inner_config(experiment: Experiment, settings: InnerConfig) -> Experiment:
     """The experiment with another engine, task chunk or number of snapshots, also in its configuration."""
     config = dataclasses.replace(experiment.config, inner=settings)
-    return dataclasses.replace(experiment, config=config, algorithm=algorithm_of(config, experiment.module))
+    return dataclasses.replace(experiment, config=config, algorithm=build_algorithm(config, experiment.module))
 
 
-def algorithm_of(config: TrainConfig, module: nn.Module) -> Algorithm:
+def build_algorithm(config: TrainConfig, module: nn.Module) -> Algorithm:
     """The algorithm of a configuration, for a network.
 
     Raises:
@@ -182,17 +182,17 @@ def algorithm_of(config: TrainConfig, module: nn.Module) -> Algorithm:
     name = options.pop("name")
     del options["backend"]
     try:
-        return ALGORITHMS[name](inner_loop(config.inner), parts_of(module), **options)
+        return ALGORITHMS[name](build_inner_loop(config.inner), module_parts(module), **options)
     except ValueError as error:
         raise ConfigError(f"algorithm={name}, model={config.model.name}: {error}") from error
 
 
-def score_of(config: TrainConfig) -> Score:
+def build_metric(config: TrainConfig) -> Metric:
     """What a configuration's tasks are judged by."""
     return MSE if isinstance(config.data, SinusoidConfig) else ACCURACY
 
 
-def inner_loop(settings: InnerConfig) -> InnerLoop:
+def build_inner_loop(settings: InnerConfig) -> InnerLoop:
     """The inner loop in training, as every algorithm starts from."""
     rules: dict[str, Callable[[], UpdateRule]] = {
         "sgd": SGD,
@@ -235,12 +235,12 @@ def training_device(config: TrainConfig) -> torch.device:
     Raises:
         ConfigError: if that device is not there, or cannot compute with ``run.precision``.
     """
-    device = pick_device(config.run.device)
-    refuse_missing_tf32(config.run.precision, device)
+    device = resolve_device(config.run.device)
+    check_tf32_available(config.run.precision, device)
     return device
 
 
-def pick_device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     """``auto`` is the first GPU, or the CPU where there is none; under ``torchrun`` every process has its own GPU.
 
     Raises:
@@ -248,7 +248,7 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and torchrun.size() > 1:
+    if name.startswith("cuda") and torchrun.world_size() > 1:
         if name != "cuda":
             raise ConfigError(f"run.device={name}: torchrun gives every process a GPU of its own; use run.device=cuda")
         name = f"cuda:{torchrun.local_rank()}"

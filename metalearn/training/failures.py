@@ -11,21 +11,21 @@ from pathlib import Path
 
 import torch
 
-from metalearn.config.run_config import from_text, to_yaml
+from metalearn.config.run_config import parse_run_config, to_yaml
 from metalearn.config.schema import TrainConfig
 from metalearn.core import serialization as files
-from metalearn.core.errors import NonFiniteElsewhereError, NonFiniteError, NonFiniteGradientError, RunError
+from metalearn.core.errors import NonFiniteError, NonFiniteGradientError, RemoteNonFiniteError, RunError
 from metalearn.core.functional import functionalize
 from metalearn.core.types import Episodes, MetaGradient, Params
-from metalearn.training.experiment import Experiment, algorithm_of, build_model, score_of
+from metalearn.training.experiment import Experiment, build_algorithm, build_metric, build_model
 from metalearn.training.state import TrainState
 
 FOLDER = "nonfinite"
-MOST_KEPT = 20
+MAX_DUMPS = 20
 """Episodes in a run's folder; of later ones only the message is in the log."""
 
 
-def blame(
+def locate_nonfinite_gradient(
     experiment: Experiment, state: TrainState, episodes: Episodes, grads: Params, *, alone: bool
 ) -> NonFiniteError:
     """The error that names where a gradient of finite losses is not finite, which is found by computing it again.
@@ -40,7 +40,7 @@ def blame(
     norms = {name: g.norm() for name, g in grads.items()}
     name = next((n for n, norm in norms.items() if not torch.isfinite(norm)), None)
     if name is None and not alone:
-        return NonFiniteElsewhereError()
+        return RemoteNonFiniteError()
     try:
         experiment.eager(state.params, episodes, state.iteration)
     except NonFiniteError as error:  # a loss too, if another library's gradient has not looked at it
@@ -49,7 +49,7 @@ def blame(
     return NonFiniteGradientError(name, value=grads[name].norm().item())
 
 
-def keep_episode(
+def dump_episode(
     error: NonFiniteError,
     episodes: Episodes,
     params: Params,
@@ -75,7 +75,7 @@ def keep_episode(
     """
     folder = run_dir / FOLDER
     path = folder / f"meta-step-{iteration + 1:08}.pt"
-    full = not path.exists() and len(list(folder.glob("*.pt"))) >= MOST_KEPT
+    full = not path.exists() and len(list(folder.glob("*.pt"))) >= MAX_DUMPS
     if error.task is None or full:
         return None
     episode = episodes.split(1)[error.task - first]
@@ -87,11 +87,11 @@ def keep_episode(
         "episode": {f.name: getattr(episode, f.name) for f in dataclasses.fields(episode)},
         "config": to_yaml(config),
     }
-    files.save(content, path)
+    files.save_checked(content, path)
     return path
 
 
-def replay(path: Path | str) -> MetaGradient:
+def replay_episode(path: Path | str) -> MetaGradient:
     """Compute the meta-gradient again, on a CPU, of an episode that was put away; its task is number 0.
 
     Raises:
@@ -99,15 +99,15 @@ def replay(path: Path | str) -> MetaGradient:
         RunError: if it is damaged, or no kept episode.
         NonFiniteError: as in the run, if a CPU computes the same.
     """
-    content = files.load(Path(path))
+    content = files.load_checked(Path(path))
     if not isinstance(content, dict) or "episode" not in content:
         raise RunError(f"{path} is no episode that was put away; those lie in a run's {FOLDER}/.")
-    config = from_text(content["config"], Path(path))
+    config = parse_run_config(content["config"], Path(path))
     episode = Episodes(**content["episode"])
     module = build_model(config, episode.support_x.shape[2:])
     forward, _ = functionalize(module)
-    algorithm, progress = algorithm_of(config, module), content["iteration"] / config.outer.iterations
+    algorithm, progress = build_algorithm(config, module), content["iteration"] / config.outer.iterations
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.run.precision == "bfloat16"):
         return algorithm.meta_gradient(
-            forward, content["params"], episode, loss=score_of(config).loss, progress=progress
+            forward, content["params"], episode, loss=build_metric(config).loss, progress=progress
         )

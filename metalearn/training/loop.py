@@ -15,23 +15,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from metalearn.config.schema import TrainConfig
-from metalearn.core.errors import NonFiniteError, RunError, StoppedError
+from metalearn.core.errors import NonFiniteError, RunError, TerminatedError
 from metalearn.core.types import Episodes
-from metalearn.training.failures import keep_episode
-from metalearn.training.out_of_memory import explained_out_of_memory
-from metalearn.training.session import Session
-from metalearn.training.state import Best, TrainState
-from metalearn.training.step import own_tasks, propose, take
-from metalearn.training.tracking.images import learned_rates, second_order_term, show_rates, show_tasks
+from metalearn.training.failures import dump_episode
+from metalearn.training.out_of_memory import explain_out_of_memory
+from metalearn.training.session import TrainContext
+from metalearn.training.state import BestCheckpoint, TrainState
+from metalearn.training.step import apply_update, compute_update, local_tasks
+from metalearn.training.tracking.images import (
+    learned_lr_metrics,
+    log_lr_histograms,
+    log_task_images,
+    second_order_metrics,
+)
 
 log = logging.getLogger(__name__)
 
-MOST_SKIPPED_IN_A_ROW = 100
+MAX_CONSECUTIVE_SKIPS = 100
 """With ``run.on_nonfinite=skip``: what does not recover is not waited for."""
 
 
 @contextmanager
-def put_away_if_it_ends(session: Session, state: TrainState) -> Iterator[None]:
+def save_on_exit(session: TrainContext, state: TrainState) -> Iterator[None]:
     """Around a training and its test: what ends it leaves the state put away, and says where.
 
     Parameters that have led to numbers that are not finite are not put away: the checkpoint before is the better one.
@@ -40,7 +45,7 @@ def put_away_if_it_ends(session: Session, state: TrainState) -> Iterator[None]:
         RunError: what was raised, or one that explains where memory ran out.
     """
     try:
-        with explained_out_of_memory(session.experiment, processes=session.ranks.size):
+        with explain_out_of_memory(session.experiment, processes=session.ranks.size):
             yield
     except RunError as error:
         if session.saver:
@@ -48,8 +53,8 @@ def put_away_if_it_ends(session: Session, state: TrainState) -> Iterator[None]:
                 session.saver.save_at_the_end(state)
             if kept := session.saver.kept():
                 error.args = (f"{error} {kept}",)
-        if isinstance(error, StoppedError):
-            session.ranks.wait_for_first()  # one that ends earlier has torchrun end the others
+        if isinstance(error, TerminatedError):
+            session.ranks.wait_for_main()  # one that ends earlier has torchrun end the others
         raise
 
 
@@ -57,7 +62,7 @@ class DivergedError(RunError):
     """A training whose numbers are no longer finite."""
 
 
-def meta_train(session: Session, state: TrainState) -> None:
+def train_loop(session: TrainContext, state: TrainState) -> None:
     """Take the meta-steps that are left; keep the best parameters, and what an interrupted run goes on from.
 
     Args:
@@ -79,41 +84,41 @@ def meta_train(session: Session, state: TrainState) -> None:
             session.progress.update(bar, note=f"validation {session.experiment.score.text(mean, digits=1)}")
         if state.iteration >= last:
             return
-        asked_to_end = meta_step(session, state)
+        stop_requested = meta_step(session, state)
         session.progress.update(bar, completed=state.iteration)
-        if asked_to_end:
-            raise StoppedError(session.stop.signal or signal.SIGTERM)
+        if stop_requested:
+            raise TerminatedError(session.stop.signal or signal.SIGTERM)
         if session.saver and session.saver.due and not validation_due(session, state):
             session.saver.save(state)
 
 
-def validation_due(session: Session, state: TrainState) -> bool:
+def validation_due(session: TrainContext, state: TrainState) -> bool:
     """Whether validation comes before the next meta-step; a run that was interrupted in it takes it again."""
     config = session.experiment.config
     at = state.iteration
     return at > state.validated and (at % config.eval.every == 0 or at == config.outer.iterations)
 
 
-def meta_step(session: Session, state: TrainState) -> bool:
+def meta_step(session: TrainContext, state: TrainState) -> bool:
     """One meta-step, taken or skipped; returns whether a process was asked to end."""
     experiment, meter = session.experiment, session.meter
     config, lr = experiment.config, state.lr
-    episodes = own_tasks(experiment, state.iteration, session.ranks)
+    episodes = local_tasks(experiment, state.iteration, session.ranks)
     asked = session.stop.asked
     try:
         with meter.step():
-            update = propose(experiment, state, episodes, session.ranks, stop=asked)
-            take(state, update, clip_norm=config.outer.clip_norm)
-        meter.add(update.figures)
+            update = compute_update(experiment, state, episodes, session.ranks, stop=asked)
+            apply_update(state, update, clip_norm=config.outer.clip_norm)
+        meter.add(update.metrics)
         asked = update.stop
     except NonFiniteError as error:
-        asked = error.asked_to_end or asked
-        _skip(session, state, episodes, error)
-    show(session, state, episodes, lr)
+        asked = error.stop_requested or asked
+        _handle_nonfinite(session, state, episodes, error)
+    log_step(session, state, episodes, lr)
     return asked
 
 
-def show(session: Session, state: TrainState, episodes: Episodes, lr: float) -> None:
+def log_step(session: TrainContext, state: TrainState, episodes: Episodes, lr: float) -> None:
     """The curves' points that are due after a meta-step.
 
     Args:
@@ -130,21 +135,21 @@ def show(session: Session, state: TrainState, episodes: Episodes, lr: float) -> 
     if tracker := session.tracker:
         with session.meter.logging():
             skipped = {"train/skipped": float(state.skipped)} if state.skipped else {}
-            tracker.scalars({**window, **skipped, **learned_rates(state), "outer/lr": lr}, state.iteration)
-            tracker.scalars(_look(session, state, episodes), state.iteration)
+            tracker.scalars({**window, **skipped, **learned_lr_metrics(state), "outer/lr": lr}, state.iteration)
+            tracker.scalars(_log_second_order(session, state, episodes), state.iteration)
     session.meter.open_window()
 
 
-def _look(session: Session, state: TrainState, episodes: Episodes) -> dict[str, float]:
+def _log_second_order(session: TrainContext, state: TrainState, episodes: Episodes) -> dict[str, float]:
     """The second-order term, where it is to be seen and finite; a look must not end a run that goes on."""
     try:
-        return second_order_term(session.experiment, state, episodes)
+        return second_order_metrics(session.experiment, state, episodes)
     except NonFiniteError as error:
         log.warning("No look at the second-order term at meta-step %d: %s", state.iteration, error)
         return {}
 
 
-def validate(session: Session, state: TrainState) -> float:
+def validate(session: TrainContext, state: TrainState) -> float:
     """Score on validation tasks; the parameters are kept if they are the best so far.
 
     Raises:
@@ -153,16 +158,18 @@ def validate(session: Session, state: TrainState) -> float:
     """
     config = session.experiment.config
     if not state.finite():
-        raise diverged("a parameter is not finite.", config, state.iteration)
+        raise divergence_error("a parameter is not finite.", config, state.iteration)
     for name, statistic in session.experiment.statistics(state.params, state.iteration).items():
         state.params[name].copy_(statistic)
     result = session.evaluate(state.params, test=False)
-    mean: float = session.ranks.from_first(result.final.mean)  # so that all keep the same parameters
+    mean: float = session.ranks.broadcast(result.final.mean)  # so that all keep the same parameters
     if not math.isfinite(mean):
         steps = [k for k, estimate in enumerate(result.per_step) if not math.isfinite(estimate.mean)]
         log.warning("The validation %s is %s from inner step %d on", session.experiment.score.name, mean, steps[0])
     if state.best is None or session.experiment.score.better(mean, state.best.validation_score):
-        state.best = Best(state.iteration, mean, {name: p.detach().clone() for name, p in state.params.items()})
+        state.best = BestCheckpoint(
+            state.iteration, mean, {name: p.detach().clone() for name, p in state.params.items()}
+        )
     state.validated = state.iteration
     if session.saver:
         score = session.experiment.score
@@ -170,33 +177,33 @@ def validate(session: Session, state: TrainState) -> float:
         log.info("%6d/%d  validation %s %s", state.iteration, config.outer.iterations, *words)
         with session.meter.logging():
             session.saver.tracker.validation(result, state.iteration)
-            show_tasks(session.experiment, state, session.saver.tracker)
-            show_rates(state, session.saver.tracker)
+            log_task_images(session.experiment, state, session.saver.tracker)
+            log_lr_histograms(state, session.saver.tracker)
     session.meter.open_window()  # before the state is saved: validation is no meta-step's time
     if session.saver:
         session.saver.save(state)
     return mean
 
 
-def _skip(session: Session, state: TrainState, episodes: Episodes, error: NonFiniteError) -> None:
+def _handle_nonfinite(session: TrainContext, state: TrainState, episodes: Episodes, error: NonFiniteError) -> None:
     """Pass a meta-step by whose numbers are not finite, or stop; its task is put away either way."""
     config, number = session.experiment.config, state.iteration + 1
-    path = _keep(session, state, episodes, error)
+    path = _dump_episode(session, state, episodes, error)
     what = f"{str(error).rstrip('.')}." + (f" Its episode is kept in {path}." if path else "")
     if config.run.on_nonfinite == "stop":
-        raise diverged(what, config, number)
-    if state.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
-        raise diverged(f"{MOST_SKIPPED_IN_A_ROW} meta-steps in a row were skipped. {what}", config, number)
+        raise divergence_error(what, config, number)
+    if state.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
+        raise divergence_error(f"{MAX_CONSECUTIVE_SKIPS} meta-steps in a row were skipped. {what}", config, number)
     log.warning("Meta-step %d is skipped: %s", number, what)
     state.iteration += 1
     state.skipped += 1
-    state.skipped_in_a_row += 1
+    state.consecutive_skips += 1
 
 
-def _keep(session: Session, state: TrainState, episodes: Episodes, error: NonFiniteError) -> Path | None:
+def _dump_episode(session: TrainContext, state: TrainState, episodes: Episodes, error: NonFiniteError) -> Path | None:
     config = session.experiment.config
     try:
-        return keep_episode(
+        return dump_episode(
             error,
             episodes,
             state.params,
@@ -210,7 +217,7 @@ def _keep(session: Session, state: TrainState, episodes: Episodes, error: NonFin
         return None
 
 
-def diverged(what: str, config: TrainConfig, meta_step: int) -> DivergedError:
+def divergence_error(what: str, config: TrainConfig, meta_step: int) -> DivergedError:
     """The error of a training that cannot go on, with what to do."""
     remedy = (
         f"Try a smaller inner.lr (now {config.inner.lr}) or outer.lr ({config.outer.lr}), or outer.clip_norm=10 "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from metalearn.core import serialization as files
-from metalearn.core.profiling.hardware import machine
+from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.core.profiling.memory import MIB
 from metalearn.inner import InnerLoop
 from metalearn.training.evaluation import Evaluation
@@ -34,7 +34,7 @@ def accuracy_metrics(experiment: Experiment, result: Evaluation) -> dict[str, An
         "second_order": experiment.inner.second_order,
         "device": device_name(experiment.device),
         "seed": config.run.seed,
-        "task": task_in_words(experiment),
+        "task": describe_task(experiment),
         "score": name,
         f"test.{name}": result.final.mean,
         "test.ci95": result.final.ci95,
@@ -57,13 +57,13 @@ def hparams_metrics(metrics: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def task_in_words(experiment: Experiment) -> str:
+def describe_task(experiment: Experiment) -> str:
     """Ways and shots; sinusoids have no classes."""
     task = experiment.config.task
     return f"{task.ways}-way {task.shots}-shot" if experiment.score is ACCURACY else f"{task.shots}-shot"
 
 
-def engine_in_words(inner: InnerLoop) -> str:
+def describe_engine(inner: InnerLoop) -> str:
     """The engine, with what was set beside it."""
     words = [inner.engine]
     words += [f"task_chunk {inner.task_chunk}"] if inner.task_chunk else []
@@ -87,7 +87,7 @@ def cost_metrics(meter: Meter, *, total_s: float) -> dict[str, Any]:
         "time.logging_s": meter.logging_s,
         "time.checkpoint_s": meter.checkpoint_s,
         "time.total_s": total_s,
-        **{f"machine.{name}": value for name, value in machine(meter.device).items()},
+        **{f"machine.{name}": value for name, value in describe_hardware(meter.device).items()},
     }
 
 
@@ -110,7 +110,7 @@ def accuracy_rows(experiment: Experiment, result: Evaluation) -> dict[str, str]:
     order = "second order" if config.inner.second_order else "first order"
     low = "" if config.run.precision == "float32" else f", {config.run.precision}"
     by = "" if config.algorithm.backend == "metalearn" else f", by {config.algorithm.backend}"
-    how = f", {order}, engine {engine_in_words(experiment.inner)}"
+    how = f", {order}, engine {describe_engine(experiment.inner)}"
     if experiment.algorithm.engine or config.algorithm.backend != "metalearn":  # with a gradient of its own
         how = f", {order}" if config.algorithm.name != "reptile" else ""
     elif config.inner.steps == 0:
@@ -118,19 +118,21 @@ def accuracy_rows(experiment: Experiment, result: Evaluation) -> dict[str, str]:
     score, last = experiment.score, len(result.per_step) - 1
     steps = "  ".join(f"{k}: {score.text(estimate.mean, digits=1)}" for k, estimate in enumerate(result.per_step))
     rows = {
-        "task": f"{experiment.dataset}, {task_in_words(experiment)}",
+        "task": f"{experiment.dataset}, {describe_task(experiment)}",
         "algorithm": f"{config.algorithm.name}{how}{low}{by}",
         f"test {score.name}": f"{result.final.text(score)} (95% CI, {result.episodes} tasks, {last} inner steps)",
         "after each inner step": steps,
     }
     if result.nontransductive:
-        rows["non-transductive"] = f"{result.nontransductive.text(score)} ({alone_in_words(experiment)})"
+        rows["non-transductive"] = f"{result.nontransductive.text(score)} ({describe_protocol(experiment)})"
     return rows
 
 
-def alone_in_words(experiment: Experiment) -> str:
+def describe_protocol(experiment: Experiment) -> str:
     """How each query was predicted without the others."""
-    kept = "by BatchNorm's statistics in training" if experiment.algorithm.keeps_statistics else "without the others"
+    kept = (
+        "by BatchNorm's statistics in training" if experiment.algorithm.tracks_norm_statistics else "without the others"
+    )
     return f"each query predicted {kept}"
 
 
@@ -140,9 +142,9 @@ def write_metrics(metrics: dict[str, Any], result: Evaluation, run_dir: Path) ->
         result.score.name: result.by_task[-1].tolist(),
         f"{result.score.name}_nontransductive": None if result.alone is None else result.alone.tolist(),
     }
-    files.write_text(run_dir / "test_tasks.json", json.dumps(_finite(by_task)) + "\n")
+    files.atomic_write_text(run_dir / "test_tasks.json", json.dumps(_finite(by_task)) + "\n")
     path = run_dir / "metrics.json"
-    files.write_text(path, json.dumps(_finite(metrics), indent=2) + "\n")
+    files.atomic_write_text(path, json.dumps(_finite(metrics), indent=2) + "\n")
     return path
 
 

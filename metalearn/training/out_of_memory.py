@@ -12,9 +12,9 @@ import torch
 
 from metalearn.core.errors import OUT_OF_MEMORY, RunError
 from metalearn.core.profiling.memory import MIB
-from metalearn.derivatives import free_bytes
+from metalearn.derivatives import available_memory
 from metalearn.inner import InnerLoop
-from metalearn.training.auto_engine import peak_of_few, problem_of
+from metalearn.training.auto_engine import estimate_peak, first_meta_step
 from metalearn.training.experiment import Experiment
 
 
@@ -26,7 +26,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explained_out_of_memory(experiment: Experiment, *, processes: int = 1) -> Iterator[None]:
+def explain_out_of_memory(experiment: Experiment, *, processes: int = 1) -> Iterator[None]:
     """Torch's error becomes one that says what a meta-step takes, and which keys lower it.
 
     Args:
@@ -51,20 +51,24 @@ def _message(experiment: Experiment, reason: str, processes: int) -> str:
     config = experiment.config
     share = math.ceil(config.task.meta_batch / processes)
     tasks = min(share, config.inner.task_chunk or share)
-    now = _estimate(experiment, experiment.algorithm.heaviest, tasks)
+    now = _estimate(experiment, experiment.algorithm.peak_memory_inner, tasks)
     needs = f" A meta-step takes about {now:.0f} MiB as it is set" if now else " As it is set, a meta-step does not fit"
     lines = [
         f"Out of memory ({reason}).{needs} (inner.engine={config.inner.engine}, {tasks} of {share} "
-        f"tasks at a time), and {free_bytes(experiment.device) / MIB:.0f} MiB are free now. The same gradient takes "
-        "less by these keys:"
+        f"tasks at a time), and {available_memory(experiment.device) / MIB:.0f} MiB are free now. "
+        "The same gradient takes less by these keys:"
     ]
     thriftier = [
-        ("inner.engine=adjoint", replace(experiment.algorithm.heaviest, engine="adjoint"), tasks),
-        ("inner.task_chunk=1", experiment.algorithm.heaviest, 1),
-        ("inner.engine=adjoint inner.task_chunk=1", replace(experiment.algorithm.heaviest, engine="adjoint"), 1),
+        ("inner.engine=adjoint", replace(experiment.algorithm.peak_memory_inner, engine="adjoint"), tasks),
+        ("inner.task_chunk=1", experiment.algorithm.peak_memory_inner, 1),
+        (
+            "inner.engine=adjoint inner.task_chunk=1",
+            replace(experiment.algorithm.peak_memory_inner, engine="adjoint"),
+            1,
+        ),
     ]
     for keys, inner, at_a_time in thriftier:
-        if (inner.engine, at_a_time) != (experiment.algorithm.heaviest.engine, tasks):
+        if (inner.engine, at_a_time) != (experiment.algorithm.peak_memory_inner.engine, tasks):
             mib = _estimate(experiment, inner, at_a_time)
             lines.append(f"  {keys}" + (f"   about {mib:.0f} MiB" if mib else ""))
     lines += [
@@ -80,12 +84,12 @@ def _estimate(experiment: Experiment, inner: InnerLoop, tasks: int) -> float | N
 
     peak(c) = a + b c
     """
-    problem = problem_of(experiment)
+    problem = first_meta_step(experiment)
     try:
-        one = peak_of_few(problem, inner, 1)
+        one = estimate_peak(problem, inner, 1)
         if tasks == 1:
             return one / MIB
-        return (one + (tasks - 1) * (peak_of_few(problem, inner, 2) - one)) / MIB
+        return (one + (tasks - 1) * (estimate_peak(problem, inner, 2) - one)) / MIB
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

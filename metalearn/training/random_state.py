@@ -17,7 +17,7 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def random_state() -> dict[str, Any]:
+def get_rng_state() -> dict[str, Any]:
     """All of them, as plain containers."""
     version, numbers, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)
@@ -29,8 +29,8 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Draw next what would have been drawn after ``random_state``; GPUs only where there are as many as then."""
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Draw next what would have been drawn after ``get_rng_state``; GPUs only where there are as many as then."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = state["numpy"]

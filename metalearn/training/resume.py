@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metalearn.config.run_config import continued, differences, from_yaml, to_yaml
+from metalearn.config.run_config import diff_configs, load_run_config, resolve_resume, to_yaml
 from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import RunError
-from metalearn.training.checkpoints import claim, newest_state, remove_unfinished, settle_best, supersede
+from metalearn.training.checkpoints import (
+    archive_and_reconfigure,
+    claim_folder,
+    load_latest,
+    remove_unfinished,
+    sync_best,
+)
 from metalearn.training.state import TrainState
 from metalearn.training.tracking.meter import Meter
 
@@ -24,7 +30,7 @@ _VALIDATED_BY = (
 
 
 @dataclass(frozen=True)
-class Opened:
+class RunStatus:
     """A run's folder, which this process has locked and claimed.
 
     Args:
@@ -57,29 +63,29 @@ class Opened:
         return self.content["event_files"] if self.content else {}
 
 
-def open_run(config: TrainConfig, run_dir: Path) -> Opened:
+def open_run(config: TrainConfig, run_dir: Path) -> RunStatus:
     """Claim a locked folder, or find out what was begun in it.
 
     Raises:
         FolderTakenError: if it holds another run.
         RunError: if keys differ that were not accepted, or if every checkpoint is damaged.
     """
-    continued(config, run_dir)  # again: another process may have begun the run since
+    resolve_resume(config, run_dir)  # again: another process may have begun the run since
     remove_unfinished(run_dir)
     path = run_dir / "config.yaml"
     if config.run.resume is False or not path.exists():
-        claim(run_dir, to_yaml(config))
-        return Opened(run_dir, begun=False, tested=False, content=None, changed={})
-    return Opened(
+        claim_folder(run_dir, to_yaml(config))
+        return RunStatus(run_dir, begun=False, tested=False, content=None, changed={})
+    return RunStatus(
         run_dir,
         begun=True,
         tested=(run_dir / "metrics.json").exists(),
-        content=newest_state(run_dir),
-        changed=differences(config, from_yaml(path)),
+        content=load_latest(run_dir),
+        changed=diff_configs(config, load_run_config(path)),
     )
 
 
-def take_up(state: TrainState, meter: Meter, opened: Opened, config: TrainConfig) -> Path | None:
+def restore_run(state: TrainState, meter: Meter, opened: RunStatus, config: TrainConfig) -> Path | None:
     """Go on from what a run has put away.
 
     Args:
@@ -107,13 +113,13 @@ def take_up(state: TrainState, meter: Meter, opened: Opened, config: TrainConfig
                 "and none can be taken back; set at least as many."
             )
         log.info("Going on from meta-step %d", state.iteration)
-    settle_best(state.best, opened.run_dir)
+    sync_best(state.best, opened.run_dir)
     for line in opened.changed.values():
         log.warning("From here on, as run.accept allows: %s", line)
     if not opened.changed:
         return None
     if any(name.startswith(_VALIDATED_BY) for name in opened.changed):
         state.best, state.validated = None, 0
-    return supersede(
+    return archive_and_reconfigure(
         opened.run_dir, to_yaml(config), state.iteration, tested=opened.tested, best_stays=state.best is not None
     )

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from metalearn.core.errors import RunError
-from metalearn.training.checkpoints import newest_state, save_best, save_state
+from metalearn.training.checkpoints import load_latest, save_best, save_state
 from metalearn.training.state import TrainState
 from metalearn.training.tracking.meter import Meter
-from metalearn.training.tracking.tensorboard import Tracker
+from metalearn.training.tracking.tensorboard import TensorBoardLogger
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class Saver:
+class Checkpointer:
     """Puts the state of a training away, now and then; only the first process has one.
 
     Args:
@@ -32,7 +32,7 @@ class Saver:
     run_dir: Path
     config_yaml: str
     meter: Meter
-    tracker: Tracker
+    tracker: TensorBoardLogger
     every_s: float | None
     began: float
     _saved_at: float = field(default_factory=time.perf_counter)
@@ -76,7 +76,7 @@ class Saver:
     def kept(self) -> str:
         """A sentence that says what there is to go on from; empty if there is nothing."""
         try:
-            content = newest_state(self.run_dir)
+            content = load_latest(self.run_dir)
         except RunError:  # all are damaged: no reason to hide why the run ends
             content = None
         if content is None:

@@ -13,7 +13,7 @@ from metalearn.core.types import Loss
 
 
 @dataclass(frozen=True)
-class Score:
+class Metric:
     """What tasks are judged by.
 
     Args:
@@ -51,5 +51,5 @@ def squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
     return (predictions - targets).square().flatten(1).mean(dim=1)
 
 
-ACCURACY = Score("accuracy", cross_entropy, accuracy, higher_is_better=True, in_percent=True)
-MSE = Score("mse", mse_loss, squared_error, higher_is_better=False, in_percent=False)
+ACCURACY = Metric("accuracy", cross_entropy, accuracy, higher_is_better=True, in_percent=True)
+MSE = Metric("mse", mse_loss, squared_error, higher_is_better=False, in_percent=False)

@@ -8,18 +8,18 @@ from pathlib import Path
 from rich.progress import Progress
 
 from metalearn.core.types import Params
-from metalearn.training.evaluate_run import evaluate_together
+from metalearn.training.evaluate_run import evaluate_distributed
 from metalearn.training.evaluation import Evaluation
 from metalearn.training.experiment import Experiment
-from metalearn.training.runtime.distributed import Ranks
-from metalearn.training.runtime.signals import Stop
-from metalearn.training.saver import Saver
+from metalearn.training.runtime.distributed import DistributedContext
+from metalearn.training.runtime.signals import StopRequest
+from metalearn.training.saver import Checkpointer
 from metalearn.training.tracking.meter import Meter
-from metalearn.training.tracking.tensorboard import Tracker
+from metalearn.training.tracking.tensorboard import TensorBoardLogger
 
 
 @dataclass(frozen=True)
-class Session:
+class TrainContext:
     """What a training works with in one process.
 
     Args:
@@ -35,13 +35,13 @@ class Session:
     experiment: Experiment
     run_dir: Path
     meter: Meter
-    stop: Stop
+    stop: StopRequest
     progress: Progress
-    ranks: Ranks
-    saver: Saver | None
+    ranks: DistributedContext
+    saver: Checkpointer | None
 
     @property
-    def tracker(self) -> Tracker | None:
+    def tracker(self) -> TensorBoardLogger | None:
         """For the curves; ``None`` in all processes but the first."""
         return self.saver.tracker if self.saver else None
 
@@ -62,4 +62,4 @@ class Session:
             if self.ranks.size == 1:
                 self.stop.refuse_to_go_on()
 
-        return evaluate_together(self.experiment, params, episodes, test=test, ranks=self.ranks, progress=show)
+        return evaluate_distributed(self.experiment, params, episodes, test=test, ranks=self.ranks, progress=show)

@@ -13,10 +13,10 @@ from torch.optim import Adam
 from metalearn.config.schema import OuterConfig
 from metalearn.core.errors import RunError
 from metalearn.core.types import Params
-from metalearn.training.random_state import random_state, restore_random_state
+from metalearn.training.random_state import get_rng_state, set_rng_state
 
 
-class Best(NamedTuple):
+class BestCheckpoint(NamedTuple):
     """The parameters with the best validation score so far (an accuracy is a fraction): after so many meta-steps."""
 
     iteration: int
@@ -37,7 +37,7 @@ def learning_rate(outer: OuterConfig, iteration: int) -> float:
     return outer.lr * (1 + math.cos(math.pi * iteration / outer.iterations)) / 2
 
 
-def fused(params: Params) -> bool | None:
+def use_fused_adam(params: Params) -> bool | None:
     """Whether Adam is one kernel: on GPUs, where it otherwise takes a dozen; CPUs keep the bits of earlier runs."""
     return True if all(p.is_cuda for p in params.values()) else None
 
@@ -53,7 +53,7 @@ class TrainState:
         iteration: meta-steps taken or skipped.
         validated: the one after which validation was last finished.
         skipped: meta-steps without the optimiser's, as a loss or a gradient was not finite.
-        skipped_in_a_row: those since the last that was taken.
+        consecutive_skips: those since the last that was taken.
         best: what the test will be of.
         whole: false while a meta-step is changing it.
     """
@@ -64,15 +64,15 @@ class TrainState:
     iteration: int = 0
     validated: int = 0
     skipped: int = 0
-    skipped_in_a_row: int = 0
-    best: Best | None = None
+    consecutive_skips: int = 0
+    best: BestCheckpoint | None = None
     whole: bool = True
 
     @classmethod
     def start(cls, theta: Params, outer: OuterConfig) -> TrainState:
         """Before the first meta-step."""
         params = {name: p.clone() for name, p in theta.items()}
-        return cls(params, Adam(params.values(), lr=outer.lr, fused=fused(params)), outer)
+        return cls(params, Adam(params.values(), lr=outer.lr, fused=use_fused_adam(params)), outer)
 
     @property
     def lr(self) -> float:
@@ -90,9 +90,9 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "iteration": self.iteration,
             "validated": self.validated,
-            "skipped": [self.skipped, self.skipped_in_a_row],
+            "skipped": [self.skipped, self.consecutive_skips],
             "best": [self.best.iteration, self.best.validation_score, self.best.params] if self.best else None,
-            "random": random_state(),
+            "random": get_rng_state(),
         }
 
     @torch.no_grad()
@@ -102,22 +102,24 @@ class TrainState:
         Raises:
             RunError: if it is of another model.
         """
-        refuse_other_shapes(content["params"], self.params)
+        check_same_shapes(content["params"], self.params)
         for name, p in self.params.items():
             p.copy_(content["params"][name])
-        groups = [{**group, "fused": fused(self.params)} for group in content["optimizer"]["param_groups"]]
+        groups = [{**group, "fused": use_fused_adam(self.params)} for group in content["optimizer"]["param_groups"]]
         self.optimizer.load_state_dict({**content["optimizer"], "param_groups": groups})
         self.iteration = content["iteration"]
         self.validated = content["validated"]
-        self.skipped, self.skipped_in_a_row = content["skipped"]
+        self.skipped, self.consecutive_skips = content["skipped"]
         self.best = None
         if content["best"]:
             iteration, accuracy, best = content["best"]
-            self.best = Best(iteration, accuracy, {name: best[name].to(p.device) for name, p in self.params.items()})
-        restore_random_state(content["random"])
+            self.best = BestCheckpoint(
+                iteration, accuracy, {name: best[name].to(p.device) for name, p in self.params.items()}
+            )
+        set_rng_state(content["random"])
 
 
-def refuse_other_shapes(found: Params, wanted: Params) -> None:
+def check_same_shapes(found: Params, wanted: Params) -> None:
     """Refuse parameters that are not this model's.
 
     Raises:

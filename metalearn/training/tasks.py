@@ -6,16 +6,16 @@ import torch
 
 from metalearn.config.schema import GlyphsConfig, ImagesConfig, OmniglotConfig, SinusoidConfig, TrainConfig
 from metalearn.core.errors import ConfigError
-from metalearn.data.glyphs import glyphs
-from metalearn.data.image_decoding import image_splits
-from metalearn.data.metadata import glyph_splits
-from metalearn.data.omniglot import omniglot
+from metalearn.data.glyphs import make_glyphs
+from metalearn.data.image_decoding import load_image_splits
+from metalearn.data.metadata import glyph_split_sizes
+from metalearn.data.omniglot import load_omniglot
 from metalearn.data.sampler import TaskSampler, TaskShape
 from metalearn.data.sinusoid import SinusoidSampler
 from metalearn.data.splits import ImageSplits
 
 
-def samplers(config: TrainConfig, device: torch.device) -> tuple[TaskSampler, TaskSampler, TaskSampler]:
+def build_samplers(config: TrainConfig, device: torch.device) -> tuple[TaskSampler, TaskSampler, TaskSampler]:
     """The tasks of training, validation and test, on a device; seeded by ``run.seed``.
 
     Raises:
@@ -47,9 +47,9 @@ def load_data(config: TrainConfig) -> ImageSplits:
     """
     data = config.data
     if isinstance(data, OmniglotConfig):
-        return omniglot(data.root, split=data.split, rotations=data.rotations)
+        return load_omniglot(data.root, split=data.split, rotations=data.rotations)
     if isinstance(data, ImagesConfig):
-        return image_splits(
+        return load_image_splits(
             data.root,
             size=data.size,
             channels=data.channels,
@@ -61,6 +61,6 @@ def load_data(config: TrainConfig) -> ImageSplits:
         )
     if not isinstance(data, GlyphsConfig):
         raise ConfigError(f"data={data.name}: it has no images; take data=omniglot, glyphs or images")
-    images = glyphs(classes=data.classes, jitter=data.jitter, seed=data.seed)
-    sizes = glyph_splits(data.classes)
+    images = make_glyphs(classes=data.classes, jitter=data.jitter, seed=data.seed)
+    sizes = glyph_split_sizes(data.classes)
     return ImageSplits(data.name, *images.split([sizes.train, sizes.validation, sizes.test]))

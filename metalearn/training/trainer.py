@@ -12,16 +12,16 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metalearn.config.run_config import changed, to_yaml
-from metalearn.config.run_folder import locked
+from metalearn.config.run_config import changed_keys, to_yaml
+from metalearn.config.run_folder import folder_lock
 from metalearn.config.schema import TrainConfig
-from metalearn.config.validation import compared_keys
+from metalearn.config.validation import result_keys
 from metalearn.core.errors import ConfigError, RunError
-from metalearn.core.profiling.allocator import keep_memory
-from metalearn.training.auto_engine import settle_engine
+from metalearn.core.profiling.allocator import configure_malloc
+from metalearn.training.auto_engine import resolve_auto_engine
 from metalearn.training.evaluation import Evaluation
-from metalearn.training.experiment import Experiment, build, training_device, with_settled
-from metalearn.training.loop import meta_train, put_away_if_it_ends
+from metalearn.training.experiment import Experiment, build_experiment, training_device, with_inner_config
+from metalearn.training.loop import save_on_exit, train_loop
 from metalearn.training.metrics import (
     accuracy_metrics,
     accuracy_rows,
@@ -30,22 +30,22 @@ from metalearn.training.metrics import (
     hparams_metrics,
     write_metrics,
 )
-from metalearn.training.resume import Opened, open_run, take_up
-from metalearn.training.runtime.distributed import Ranks, joined
+from metalearn.training.resume import RunStatus, open_run, restore_run
+from metalearn.training.runtime.distributed import DistributedContext, init_distributed
 from metalearn.training.runtime.precision import check_precision
-from metalearn.training.runtime.signals import Stop
-from metalearn.training.saver import Saver
-from metalearn.training.session import Session
-from metalearn.training.state import Best, TrainState
-from metalearn.training.tracking.console import print_facts, print_path, progress_bar
-from metalearn.training.tracking.images import keep_picture
+from metalearn.training.runtime.signals import StopRequest
+from metalearn.training.saver import Checkpointer
+from metalearn.training.session import TrainContext
+from metalearn.training.state import BestCheckpoint, TrainState
+from metalearn.training.tracking.console import print_path, print_summary, progress_bar
+from metalearn.training.tracking.images import save_sinusoid_plot
 from metalearn.training.tracking.meter import Meter
-from metalearn.training.tracking.tensorboard import Tracker
+from metalearn.training.tracking.tensorboard import TensorBoardLogger
 
 log = logging.getLogger(__name__)
 
 
-class Start(NamedTuple):
+class BroadcastState(NamedTuple):
     """What the first process tells the others before the first meta-step.
 
     Args:
@@ -75,46 +75,46 @@ def train(config: TrainConfig, run_dir: Path) -> None:
         DataError: if the data set is missing or damaged.
     """
     started = time.perf_counter()
-    keep_memory()
-    with joined(training_device(config)) as ranks:
-        refuse_idle_processes(config, ranks)
-        experiment = settle_engine(build(config))
+    configure_malloc()
+    with init_distributed(training_device(config)) as ranks:
+        check_tasks_per_process(config, ranks)
+        experiment = resolve_auto_engine(build_experiment(config))
         built = time.perf_counter()
-        with locked(run_dir, wait=config.run.resume is not False), Stop() as stop:
+        with folder_lock(run_dir, wait=config.run.resume is not False), StopRequest() as stop:
             started += time.perf_counter() - built  # waiting for another process is not this run's time
             opened = open_run(experiment.config, run_dir)
             if opened.finished:
                 log.info("This run is finished: %s", run_dir)
-                ranks.from_first(None)
+                ranks.broadcast(None)
                 return
-            _lead(experiment, opened, ranks, stop, began=started - opened.total_s)
+            _train_main(experiment, opened, ranks, stop, began=started - opened.total_s)
 
 
-def follow(config: TrainConfig) -> None:
+def train_worker(config: TrainConfig) -> None:
     """Be one of the other processes of a training: the same meta-steps, and nothing written.
 
     Raises:
         As ``train`` does.
     """
-    with joined(training_device(config)) as ranks:
-        refuse_idle_processes(config, ranks)
-        experiment = build(config)
-        start: Start | None = ranks.from_first(None)
+    with init_distributed(training_device(config)) as ranks:
+        check_tasks_per_process(config, ranks)
+        experiment = build_experiment(config)
+        start: BroadcastState | None = ranks.broadcast(None)
         if start is None:
             return
-        refuse_another_start(config, start.config, ranks)
-        experiment = with_settled(experiment, start.config.inner)
+        check_same_config(config, start.config, ranks)
+        experiment = with_inner_config(experiment, start.config.inner)
         state = TrainState.start(experiment.theta, experiment.config.outer)
         state.restore(start.state)
-        with Stop() as stop, experiment.precision(), progress_bar(shown=False) as progress:
+        with StopRequest() as stop, experiment.precision(), progress_bar(shown=False) as progress:
             meter = Meter(experiment.device)
-            session = Session(experiment, start.run_dir, meter, stop, progress, ranks, saver=None)
-            with put_away_if_it_ends(session, state):
-                meta_train(session, state)
+            session = TrainContext(experiment, start.run_dir, meter, stop, progress, ranks, saver=None)
+            with save_on_exit(session, state):
+                train_loop(session, state)
                 session.evaluate(_best(state).params, test=True)
 
 
-def refuse_idle_processes(config: TrainConfig, ranks: Ranks) -> None:
+def check_tasks_per_process(config: TrainConfig, ranks: DistributedContext) -> None:
     """Refuse more processes than there are tasks to share.
 
     Raises:
@@ -132,15 +132,15 @@ def refuse_idle_processes(config: TrainConfig, ranks: Ranks) -> None:
             )
 
 
-def refuse_another_start(own: TrainConfig, first: TrainConfig, ranks: Ranks) -> None:
+def check_same_config(own: TrainConfig, first: TrainConfig, ranks: DistributedContext) -> None:
     """Refuse to share tasks with a process that trains on something else, as where one machine lacks the data set.
 
     Raises:
         RunError: naming every key that differs.
     """
     settled = dataclasses.replace(own, inner=first.inner) if own.inner.engine == "auto" else own
-    here, there = compared_keys(settled), compared_keys(first)
-    if names := changed(here, there):
+    here, there = result_keys(settled), result_keys(first)
+    if names := changed_keys(here, there):
         raise RunError(
             f"process {ranks.rank} would train on something else than the first:\n"
             + "\n".join(f"{name}: {here.get(name)} here, {there.get(name)} in the first" for name in names)
@@ -148,18 +148,20 @@ def refuse_another_start(own: TrainConfig, first: TrainConfig, ranks: Ranks) -> 
         )
 
 
-def _lead(experiment: Experiment, opened: Opened, ranks: Ranks, stop: Stop, *, began: float) -> None:
+def _train_main(
+    experiment: Experiment, opened: RunStatus, ranks: DistributedContext, stop: StopRequest, *, began: float
+) -> None:
     config, run_dir = experiment.config, opened.run_dir
     log.info("Training on %s, device %s", experiment.dataset, experiment.device)
     print_path("Run folder", run_dir)
-    prove_precision(experiment)
+    verify_precision(experiment)
     state, meter = TrainState.start(experiment.theta, config.outer), Meter(experiment.device)
-    earlier = take_up(state, meter, opened, config)
-    ranks.from_first(Start(run_dir, config, state.content()))
+    earlier = restore_run(state, meter, opened, config)
+    ranks.broadcast(BroadcastState(run_dir, config, state.content()))
     config_yaml = to_yaml(config)
     with (
         experiment.precision(),
-        Tracker(
+        TensorBoardLogger(
             run_dir,
             config=config_yaml,
             resumed_at=state.iteration if opened.begun else None,
@@ -168,28 +170,28 @@ def _lead(experiment: Experiment, opened: Opened, ranks: Ranks, stop: Stop, *, b
         ) as tracker,
         progress_bar() as progress,
     ):
-        saver = Saver(run_dir, config_yaml, meter, tracker, config.run.checkpoint_seconds, began)
-        session = Session(experiment, run_dir, meter, stop, progress, ranks, saver)
-        with put_away_if_it_ends(session, state):
-            meta_train(session, state)
+        saver = Checkpointer(run_dir, config_yaml, meter, tracker, config.run.checkpoint_seconds, began)
+        session = TrainContext(experiment, run_dir, meter, stop, progress, ranks, saver)
+        with save_on_exit(session, state):
+            train_loop(session, state)
             result = session.evaluate(_best(state).params, test=True)
         metrics = _metrics(session, state, result, saver.total_s)
         tracker.test(result, metrics["validation.best_iteration"])
-        tracker.hparams(compared_keys(config), hparams_metrics(metrics), state.iteration)
+        tracker.hparams(result_keys(config), hparams_metrics(metrics), state.iteration)
     write_metrics(metrics, result, run_dir)
     with experiment.precision():
-        if path := keep_picture(experiment, _best(state).params, run_dir):
+        if path := save_sinusoid_plot(experiment, _best(state).params, run_dir):
             print_path("Picture", path)
-    print_facts("Summary", {**accuracy_rows(experiment, result), **cost_rows(metrics)})
+    print_summary("Summary", {**accuracy_rows(experiment, result), **cost_rows(metrics)})
     print_path("Run folder", run_dir)
 
 
-def _best(state: TrainState) -> Best:
+def _best(state: TrainState) -> BestCheckpoint:
     assert state.best is not None, "the last meta-step is followed by validation"
     return state.best
 
 
-def _metrics(session: Session, state: TrainState, result: Evaluation, total_s: float) -> dict[str, Any]:
+def _metrics(session: TrainContext, state: TrainState, result: Evaluation, total_s: float) -> dict[str, Any]:
     best = _best(state)
     return {
         **accuracy_metrics(session.experiment, result),
@@ -202,7 +204,7 @@ def _metrics(session: Session, state: TrainState, result: Evaluation, total_s: f
     }
 
 
-def prove_precision(experiment: Experiment) -> None:
+def verify_precision(experiment: Experiment) -> None:
     """Compare the first meta-gradient with float32's, if the run computes with less.
 
     Raises:

@@ -14,19 +14,25 @@ from PIL import Image
 import metalearn
 from metalearn.commands.adapt.checks import check_adapt
 from metalearn.commands.adapt.picture import write_picture
-from metalearn.commands.adapt.predictions import Predictions, accuracy_text, interval, print_predictions, write_csv
-from metalearn.commands.adapt.run import adapt_to_folders
+from metalearn.commands.adapt.predictions import (
+    Predictions,
+    accuracy_text,
+    print_predictions,
+    wilson_interval,
+    write_csv,
+)
+from metalearn.commands.adapt.run import run_adapt
 from metalearn.config.commands_schema import AdaptConfig
-from metalearn.config.compose import compose, typed
-from metalearn.core.errors import ConfigError, DataError, FolderTakenError, MetalearnError, RunError
-from metalearn.data.glyphs import glyphs
+from metalearn.config.compose import compose, to_dataclass
+from metalearn.core.errors import ConfigError, DataError, MetalearnError, RunError, RunExistsError
+from metalearn.data.glyphs import make_glyphs
 from metalearn.data.image_decoding import read_folder
 from metalearn.inference.inversion import border_brightness
 from tests.commands.test_commands import command
 from tests.training.run_folders import SINUSOID, untrained
 
 GREEN, VERMILION, GREY = (0, 158, 115), (213, 94, 0), (119, 119, 119)
-DRAWINGS = 255 - glyphs(classes=7, drawings=4, seed=9)[:, :, 0]  # dark ink on light paper
+DRAWINGS = 255 - make_glyphs(classes=7, drawings=4, seed=9)[:, :, 0]  # dark ink on light paper
 NAMES = ["=cmd()", "[b]", "c c", "d", "é", "f", "g"]
 
 
@@ -58,9 +64,9 @@ def adapt(run: Path, folders: Path, *overrides: str) -> Path:
     given = {"support": f"'{folders}/support'", "query": f"'{folders}/query'"}
     given |= dict(one.split("=", 1) for one in overrides)
     arguments = [f"{name}={value}" for name, value in given.items()]
-    config = typed(compose("adapt", [f"run.dir='{run}'", "run.device=cpu", *arguments]), AdaptConfig)
+    config = to_dataclass(compose("adapt", [f"run.dir='{run}'", "run.device=cpu", *arguments]), AdaptConfig)
     check_adapt(config)
-    adapt_to_folders(config, folders / "out")
+    run_adapt(config, folders / "out")
     return folders / "out"
 
 
@@ -171,7 +177,7 @@ def test_images_that_are_unlike_the_others_are_told_of(
 
 
 def test_drawings_of_the_data_are_white_on_black() -> None:
-    images = glyphs(classes=50)
+    images = make_glyphs(classes=50)
     assert border_brightness(images.flatten(0, 1)).mean() < 0.2
     frame = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     frame[1, :, 0] = 255
@@ -259,7 +265,7 @@ def test_earlier_results_are_not_overwritten(run: Path, folders: Path) -> None:
     (folders / "out").mkdir()
     for name in ("adapted.safetensors", "predictions.csv", "predictions.png"):
         (folders / "out" / name).write_text("mine")
-        with pytest.raises(FolderTakenError, match=f"its {name}"):
+        with pytest.raises(RunExistsError, match=f"its {name}"):
             adapt(run, folders)
         assert (folders / "out" / name).read_text() == "mine"
         (folders / "out" / name).unlink()
@@ -326,10 +332,10 @@ def test_a_long_name_fits_its_cell(tmp_path: Path) -> None:
 
 def test_interval_is_wilsons() -> None:
     # p + z^2 / 2n -+ ...: for none of n right the lower end is 0 and the upper z^2 / (n + z^2), 3.8416 / 13.8416
-    assert interval(0, 10) == pytest.approx((0, 3.8416 / 13.8416), abs=1e-12)
-    low, high = interval(5, 10)
+    assert wilson_interval(0, 10) == pytest.approx((0, 3.8416 / 13.8416), abs=1e-12)
+    low, high = wilson_interval(5, 10)
     assert (low + high) / 2 == pytest.approx(0.5)
     # the ends solve (x - p)^2 = z^2 x (1 - x) / n
-    for end in interval(8, 10):
+    for end in wilson_interval(8, 10):
         assert (end - 0.8) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / 10)
     assert accuracy_text([True] * 8 + [False] * 2) == "80.0% (8 of 10; 95% interval 49.0% to 94.3%)"

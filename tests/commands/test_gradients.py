@@ -20,8 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from metalearn.commands import gradients
 from metalearn.commands.gradients import run_lessons
 from metalearn.config.commands_schema import GradientsConfig
-from metalearn.config.compose import compose, typed
-from metalearn.config.validation import check_gradients
+from metalearn.config.compose import compose, to_dataclass
+from metalearn.config.validation import validate_gradients_config
 from metalearn.core.errors import ConfigError
 from metalearn.lessons import LESSONS, Check, Lesson, create_graph
 from tests.commands.test_commands import command
@@ -47,7 +47,7 @@ def raising() -> Lesson:
 def unpaintable() -> Lesson:
     figure = Figure(figsize=(5, 3))
     figure.text(0.5, 0.5, r"$\nosuchsymbol$")
-    return Lesson("Cannot be drawn", "", "", [Check("good", 1.0, 1.0)], figures={"text": figure})
+    return Lesson("Cannot be drawn", "", "", [Check("good", 1.0, 1.0)], plots={"text": figure})
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_figures_have_names_of_their_own() -> None:
 )
 def test_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_gradients(typed(compose("gradients", [override]), GradientsConfig))
+        validate_gradients_config(to_dataclass(compose("gradients", [override]), GradientsConfig))
 
 
 def test_command_runs_one_lesson_and_its_folder_is_not_used_again(tmp_path: Path) -> None:

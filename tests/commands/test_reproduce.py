@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from metalearn.commands.reproduce import run
-from metalearn.commands.reproduce.plan import check_reproduce, plan
+from metalearn.commands.reproduce.plan import build_rows, check_reproduce
 from metalearn.commands.reproduce.published import SETTINGS, published
-from metalearn.commands.reproduce.run import FINISHED, UNFINISHED, SliceOver, run_reproduction, time_slice
-from metalearn.commands.reproduce.table import BEGIN, END, read_rows, readme_table, with_table
+from metalearn.commands.reproduce.run import FINISHED, UNFINISHED, TimeLimitReached, run_reproduction, time_limit
+from metalearn.commands.reproduce.table import BEGIN, END, read_rows, readme_table, replace_table
 from metalearn.config.commands_schema import ReproduceConfig
-from metalearn.config.compose import compose, typed
+from metalearn.config.compose import compose, to_dataclass
 from metalearn.core.errors import ConfigError, RunError
 
 ROW = "omniglot_5way_1shot_cpu"
@@ -40,14 +40,14 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def asked(*overrides: str) -> ReproduceConfig:
-    config = typed(compose("reproduce", [f"row={ROW}", *overrides]), ReproduceConfig)
+    config = to_dataclass(compose("reproduce", [f"row={ROW}", *overrides]), ReproduceConfig)
     check_reproduce(config)
     return config
 
 
 def finish(config: ReproduceConfig, folder: Path, **changed: Any) -> None:
     """What its trainings would leave behind."""
-    for row in plan(config, folder):
+    for row in build_rows(config, folder):
         for job, accuracy in zip(row.jobs, ACCURACIES, strict=False):
             training = job.config
             job.folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def test_refused_with_the_value_and_what_to_do(overrides: list[str], message: st
 
 def test_how_a_row_is_computed_may_differ_where_it_is_recorded(tmp_path: Path) -> None:
     config = asked("record=true", f"overrides=['inner.engine=adjoint','data.root={tmp_path}/data']")
-    (row,) = plan(config, tmp_path)
+    (row,) = build_rows(config, tmp_path)
     assert row.jobs[0].config.inner.engine == "adjoint"
     assert row.overrides == ["inner.engine=adjoint"], "where the data lies is nobody's business"
     assert row.command == (
@@ -119,7 +119,7 @@ def test_how_a_row_is_computed_may_differ_where_it_is_recorded(tmp_path: Path) -
 
 
 def test_a_run_for_every_order_and_seed(tmp_path: Path) -> None:
-    rows = plan(asked("orders=[second,first]", "seeds=[3,4]"), tmp_path)
+    rows = build_rows(asked("orders=[second,first]", "seeds=[3,4]"), tmp_path)
     jobs = [job for row in rows for job in row.jobs]
     assert [(j.folder.name, j.config.inner.second_order, j.config.run.seed) for j in jobs] == [
         ("second_order-seed3", True, 3),
@@ -231,9 +231,9 @@ def test_without_markers_the_table_is_printed(recorded: Path, capsys: pytest.Cap
 
 
 def test_a_table_takes_the_place_of_the_former() -> None:
-    readme = with_table(f"a {BEGIN} b {END} c", "one")
+    readme = replace_table(f"a {BEGIN} b {END} c", "one")
     assert readme == f"a {BEGIN}\none\n{END} c"
-    assert with_table(readme, "two") == readme.replace("one", "two")
+    assert replace_table(readme, "two") == readme.replace("one", "two")
 
 
 def test_only_an_order_that_is_whole_is_gathered(
@@ -243,7 +243,7 @@ def test_only_an_order_that_is_whole_is_gathered(
     config = asked("orders=[second,first]", "minutes=7")
 
     def over(*arguments: Any, **settings: Any) -> None:
-        raise SliceOver
+        raise TimeLimitReached
 
     monkeypatch.setattr(run, "launch", over)
     state = recorded / "rows" / ROW / "second_order-seed0" / "checkpoints" / "state-00004321.pt"
@@ -292,7 +292,7 @@ def test_a_folder_with_another_configuration_is_refused(tmp_path: Path) -> None:
     finish(config, tmp_path)
     from metalearn.config.run_config import to_yaml
 
-    (job, *_) = plan(asked("overrides=['inner.lr=0.3']"), tmp_path)[0].jobs
+    (job, *_) = build_rows(asked("overrides=['inner.lr=0.3']"), tmp_path)[0].jobs
     (job.folder / "config.yaml").write_text(to_yaml(job.config))
     with pytest.raises(
         RunError, match=r"inner\.lr: 0\.3 in the folder, 0\.4 now\nGo on with .*hydra\.run\.dir=PATH\.$"
@@ -301,10 +301,10 @@ def test_a_folder_with_another_configuration_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_slice_ends_what_is_under_way_and_nothing_later() -> None:
-    with time_slice(None):
+    with time_limit(None):
         pass
-    with pytest.raises(SliceOver), time_slice(0.05 / 60):
+    with pytest.raises(TimeLimitReached), time_limit(0.05 / 60):
         time.sleep(10)
-    with time_slice(0.05 / 60):
+    with time_limit(0.05 / 60):
         pass
     time.sleep(0.1)

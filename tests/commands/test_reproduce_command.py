@@ -14,9 +14,9 @@ import pytest
 
 from metalearn.commands.reproduce import run
 from metalearn.commands.reproduce.plan import check_reproduce
-from metalearn.commands.reproduce.run import FINISHED, UNFINISHED, SliceOver, run_reproduction
+from metalearn.commands.reproduce.run import FINISHED, UNFINISHED, TimeLimitReached, run_reproduction
 from metalearn.config.commands_schema import ReproduceConfig
-from metalearn.config.compose import compose, typed
+from metalearn.config.compose import compose, to_dataclass
 from tests.commands.test_commands import command
 
 SMALL = (
@@ -38,7 +38,7 @@ def test_a_slice_ends_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     small = ",".join(f"'{override}'" for override in SMALL)
     asked = ["row=omniglot_5way_1shot_cpu", "seeds=[5]", "minutes=1", f"overrides=[{small}]"]
-    config = typed(compose("reproduce", asked), ReproduceConfig)
+    config = to_dataclass(compose("reproduce", asked), ReproduceConfig)
     check_reproduce(config)
     folder = tmp_path / "omniglot_5way_1shot_cpu" / "second_order-seed5"
 
@@ -49,7 +49,7 @@ def test_a_slice_ends_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: 
         def look(number: int, frame: FrameType | None) -> None:
             if any(folder.glob("checkpoints/state-*.pt")):
                 signal.setitimer(signal.ITIMER_REAL, 0)
-                raise SliceOver
+                raise TimeLimitReached
 
         before = signal.signal(signal.SIGALRM, look)
         signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
@@ -60,7 +60,7 @@ def test_a_slice_ends_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: 
             signal.signal(signal.SIGALRM, before)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "time_slice", until_it_has_begun)
+        patch.setattr(run, "time_limit", until_it_has_begun)
         assert run_reproduction(config, tmp_path) == UNFINISHED
     assert not (folder / "metrics.json").exists()
     assert not (tmp_path / "omniglot.json").exists()

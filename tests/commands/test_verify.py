@@ -17,12 +17,12 @@ from rich.console import Console
 
 from metalearn import Episodes, InnerLoop, MetaGradient, Params
 from metalearn.commands.verify import run as verification
-from metalearn.commands.verify.cases import SUBJECTS, Case, Setting
+from metalearn.commands.verify.cases import SUBJECTS, Case, NumericSetting
 from metalearn.commands.verify.comparisons import Comparison, compare
 from metalearn.commands.verify.run import run_verification, verdict
 from metalearn.config.commands_schema import VerifyConfig
-from metalearn.config.compose import compose, typed
-from metalearn.config.validation import check_verify
+from metalearn.config.compose import compose, to_dataclass
+from metalearn.config.validation import validate_verify_config
 from metalearn.core.errors import ConfigError
 from metalearn.core.types import Forward, Loss
 from metalearn.metagrad import ENGINES, Engine
@@ -42,8 +42,8 @@ def _wide_console(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def configured(*overrides: str) -> VerifyConfig:
-    config = typed(compose("verify", ["run.device=cpu", *overrides]), VerifyConfig)
-    check_verify(config)
+    config = to_dataclass(compose("verify", ["run.device=cpu", *overrides]), VerifyConfig)
+    validate_verify_config(config)
     return config
 
 
@@ -100,7 +100,7 @@ def test_the_engines_are_right(
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
 def test_every_subject_has_its_references(subject: Any) -> None:
     case = Case(subject, second_order=True, steps=2)
-    found = compare(case, Setting(torch.float64, ON_CPU, seed=3), {})
+    found = compare(case, NumericSetting(torch.float64, ON_CPU, seed=3), {})
     assert all(comparison.holds for comparison in found), found
     differenced = set() if subject.stopped else set(ENGINES)  # what is stopped is no derivative of the loss
     assert {c.engine for c in found if c.reference == "differences"} == differenced
@@ -147,7 +147,7 @@ def test_a_wrong_engine_is_caught_and_its_row_named(
 @pytest.mark.parametrize("wrong", ENGINES)
 def test_differences_alone_catch_the_wrong_order(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENGINES, wrong, first_order)
-    found = compare(Case(MLP_ALONE[0], second_order=True, steps=1), Setting(torch.float64, ON_CPU, seed=0), {})
+    found = compare(Case(MLP_ALONE[0], second_order=True, steps=1), NumericSetting(torch.float64, ON_CPU, seed=0), {})
     held = {c.engine: c for c in found if c.reference == "differences"}
     error = held[wrong].error
     assert error is not None
@@ -179,7 +179,7 @@ def test_a_library_that_raises_fails_its_comparisons_alone() -> None:
         raise RuntimeError("no library today")
 
     case = Case(MLP_ALONE[0], second_order=True, steps=1)
-    found = compare(case, Setting(torch.float64, ON_CPU, seed=0), {"theirs": broken})
+    found = compare(case, NumericSetting(torch.float64, ON_CPU, seed=0), {"theirs": broken})
     failed = [comparison for comparison in found if not comparison.holds]
     assert {(c.engine, c.reference) for c in failed} == {(engine, "theirs") for engine in ENGINES}
     assert all(c.message == "the reference raised RuntimeError: no library today" for c in failed)
@@ -230,7 +230,7 @@ def test_settings_of_the_process_are_left_alone() -> None:
         torch.get_num_threads,
     ]
     before = [read() for read in places]
-    compare(Case(MLP_ALONE[0], second_order=True, steps=1), Setting(torch.float32, ON_CPU, seed=7), {})
+    compare(Case(MLP_ALONE[0], second_order=True, steps=1), NumericSetting(torch.float32, ON_CPU, seed=7), {})
     assert [read() for read in places] == before
 
 

@@ -13,15 +13,15 @@ import pytest
 from metalearn import InnerLoop
 from metalearn.config import schema
 from metalearn.config.commands_schema import EvaluateConfig
-from metalearn.config.compose import CONF, compose, option_sections, typed
+from metalearn.config.compose import CONF, compose, group_defaults, to_dataclass
 from metalearn.config.messages import help_text
-from metalearn.config.overrides import jobs
-from metalearn.config.run_config import from_yaml, relocated, settle_data, to_yaml
+from metalearn.config.overrides import sweep_jobs
+from metalearn.config.run_config import load_run_config, relocate_data, resolve_data, to_yaml
 from metalearn.config.schema import GlyphsConfig, OmniglotConfig, TrainConfig
-from metalearn.config.validation import allowed, check, check_evaluate, entries
+from metalearn.config.validation import describe_allowed, iter_fields, validate_evaluate_config, validate_train_config
 from metalearn.core.errors import ConfigError
 from metalearn.data import metadata as catalog
-from metalearn.data.glyphs import glyphs
+from metalearn.data.glyphs import make_glyphs
 from metalearn.metagrad import ENGINES
 from metalearn.models import MLP, Conv4
 from tests.conftest import REPO
@@ -37,8 +37,8 @@ def _no_omniglot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def checked(*overrides: str, config_dir: Path | None = None) -> TrainConfig:
-    config = typed(compose("train", list(overrides), str(config_dir) if config_dir else None), TrainConfig)
-    check(config)
+    config = to_dataclass(compose("train", list(overrides), str(config_dir) if config_dir else None), TrainConfig)
+    validate_train_config(config)
     return config
 
 
@@ -116,22 +116,22 @@ def test_a_group_without_an_option_is_refused(group: str) -> None:
 
 
 def test_every_job_of_a_sweep_is_seen() -> None:
-    assert jobs(["inner.steps=1,2", "run.seed=range(0,2)", "model=mlp", "inner.lr=0.5"]) == [
+    assert sweep_jobs(["inner.steps=1,2", "run.seed=range(0,2)", "model=mlp", "inner.lr=0.5"]) == [
         [f"inner.steps={steps}", f"run.seed={seed}", "model=mlp", "inner.lr=0.5"] for steps in (1, 2) for seed in (0, 1)
     ]
-    assert jobs(["inner.steps=1,2", "inner.steps=3"]) == [["inner.steps=3"]]
+    assert sweep_jobs(["inner.steps=1,2", "inner.steps=3"]) == [["inner.steps=3"]]
     for for_others in ("experiment=glob(*)", "inner.lr=interval(0.1,0.5)"):
         with pytest.raises(ConfigError, match=r"cannot be expanded into jobs before they start.*list the values"):
-            jobs([for_others])
+            sweep_jobs([for_others])
     with pytest.raises(ConfigError, match="no viable alternative"):
-        jobs(["inner.steps=["])
+        sweep_jobs(["inner.steps=["])
 
 
 def test_data_of_a_finished_run_is_found_where_it_lies_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def root(recorded: str | None, given: str | None) -> str | None:
         omniglot = checked().data
         assert isinstance(omniglot, OmniglotConfig)
-        data = relocated(dataclasses.replace(omniglot, root=recorded), given)
+        data = relocate_data(dataclasses.replace(omniglot, root=recorded), given)
         assert isinstance(data, OmniglotConfig)
         assert data.fallback is None, "a test on other data is no test"
         return data.root
@@ -145,9 +145,9 @@ def test_data_of_a_finished_run_is_found_where_it_lies_now(tmp_path: Path, monke
     assert root(gone, None) == "/elsewhere"
     assert root(here, None) == here
     glyphs_data = checked("data=glyphs").data
-    assert relocated(glyphs_data, None) == glyphs_data
+    assert relocate_data(glyphs_data, None) == glyphs_data
     with pytest.raises(ConfigError, match="trained on glyphs, which is embedded"):
-        relocated(glyphs_data, here)
+        relocate_data(glyphs_data, here)
 
 
 def test_a_folder_with_a_comma_can_hold_experiments(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_folder_with_a_comma_can_hold_experiments(tmp_path: Path) -> None:
 
 def test_a_configuration_without_the_schema_is_refused() -> None:
     with pytest.raises(ConfigError, match="lacks its schema, TrainConfig"):
-        typed(compose("settings"), TrainConfig)
+        to_dataclass(compose("settings"), TrainConfig)
 
 
 def test_typo_in_an_experiment_file_names_file_key_and_value(tmp_path: Path) -> None:
@@ -199,13 +199,13 @@ def test_missing_omniglot_without_fallback(tmp_path: Path) -> None:
 def test_ways_are_limited_by_the_data_in_use() -> None:
     checked("data.split=alphabets", "task.ways=160")
     with pytest.raises(ConfigError, match=r"task\.ways=161: at most 100, the smallest part of 1000 glyphs"):
-        settle_data(checked("data.split=alphabets", "task.ways=161"))
+        resolve_data(checked("data.split=alphabets", "task.ways=161"))
     with pytest.raises(ConfigError, match=r"at most 5, the smallest part of 50 glyphs"):
         checked("data=glyphs", "data.classes=50", "task.ways=6")
 
 
 def test_settled_data_is_glyphs_with_their_defaults_where_omniglot_is_nowhere(caplog: pytest.LogCaptureFixture) -> None:
-    settled = settle_data(checked())
+    settled = resolve_data(checked())
     assert settled.data == checked("data=glyphs").data
     assert re.search(r"NO OMNIGLOT: .* holds no Omniglot, and it cannot be downloaded", caplog.text)
 
@@ -213,7 +213,7 @@ def test_settled_data_is_glyphs_with_their_defaults_where_omniglot_is_nowhere(ca
 def test_settled_root_does_not_depend_on_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "omniglot-py" / "images_background").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    data = settle_data(checked("data.root=.")).data
+    data = resolve_data(checked("data.root=.")).data
     assert isinstance(data, OmniglotConfig)
     assert data.root == str(tmp_path)
 
@@ -251,7 +251,7 @@ def test_experiments_for_a_cpu_differ_in_the_training_budget_alone(name: str) ->
 
 
 def leaves(config: TrainConfig) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value, _, _ in entries(config)]
+    return [(name, value) for name, value, _, _ in iter_fields(config)]
 
 
 def test_the_four_classic_settings_are_there() -> None:
@@ -263,13 +263,13 @@ def test_a_saved_configuration_comes_back(tmp_path: Path) -> None:
     for overrides in (["data=glyphs", "model=mlp", "model.hidden=[4,4]"], ["inner.task_chunk=3"]):
         config = checked(*overrides)
         (tmp_path / "config.yaml").write_text(to_yaml(config))
-        assert from_yaml(tmp_path / "config.yaml") == config
+        assert load_run_config(tmp_path / "config.yaml") == config
 
 
 def test_a_run_of_before_the_engines_comes_back_with_the_defaults() -> None:
     older = REPO / "outputs" / "reference" / "omniglot-5w1s" / "maml-second_order-seed0" / "config.yaml"
     assert "snapshot_every" not in older.read_text()
-    config = from_yaml(older)
+    config = load_run_config(older)
     assert (config.inner.snapshot_every, config.run.precision, config.log.curvature_every) == (1, "float32", None)
     assert config.inner.lr == 0.4
 
@@ -278,23 +278,23 @@ def test_a_run_of_before_the_engines_comes_back_with_the_defaults() -> None:
 def test_a_file_that_is_no_configuration_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.yaml is not the configuration of a run"):
-        from_yaml(tmp_path / "config.yaml")
+        load_run_config(tmp_path / "config.yaml")
 
 
 def test_evaluate_needs_a_runs_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.dir is required"):
-        typed(compose("evaluate"), EvaluateConfig)
+        to_dataclass(compose("evaluate"), EvaluateConfig)
     with pytest.raises(ConfigError, match=r"not a run's folder, as it holds no config\.yaml"):
-        check_evaluate(typed(compose("evaluate", [f"run.dir={tmp_path}"]), EvaluateConfig))
+        validate_evaluate_config(to_dataclass(compose("evaluate", [f"run.dir={tmp_path}"]), EvaluateConfig))
 
 
 @pytest.mark.parametrize("groups", [[], ["data=glyphs", "model=mlp"]])
 def test_help_explains_every_key(groups: list[str]) -> None:
     config = compose("train")
-    text = re.sub(r"\s+", " ", help_text(config, "scripts/train.py", "Trains.", option_sections("train", config)))
-    for name, _, f, kind in entries(checked(*groups)):
+    text = re.sub(r"\s+", " ", help_text(config, "scripts/train.py", "Trains.", group_defaults("train", config)))
+    for name, _, f, kind in iter_fields(checked(*groups)):
         pattern = rf" {re.escape(name)}=\S+ (\[[\d., ]+\] |[\d., ]+\] )?{re.escape(f.metadata['meaning'])} "
-        assert re.search(pattern + re.escape(f"({allowed(f, kind)})"), text), name
+        assert re.search(pattern + re.escape(f"({describe_allowed(f, kind)})"), text), name
 
 
 def defaults_of(function: Any) -> dict[str, Any]:
@@ -308,7 +308,7 @@ def test_yaml_and_signatures_agree_on_defaults() -> None:
         assert getattr(inner, name) == library[name]
     data = checked("data=glyphs").data
     assert isinstance(data, GlyphsConfig)
-    assert (data.jitter, data.seed) == (defaults_of(glyphs)["jitter"], defaults_of(glyphs)["seed"])
+    assert (data.jitter, data.seed) == (defaults_of(make_glyphs)["jitter"], defaults_of(make_glyphs)["seed"])
     conv4, mlp = dataclasses.asdict(checked().model), dataclasses.asdict(checked("model=mlp").model)
     assert (conv4["width"], conv4["pool"]) == (defaults_of(Conv4)["width"], defaults_of(Conv4)["pool"])
     assert (tuple(mlp["hidden"]), mlp["batch_norm"]) == (defaults_of(MLP)["hidden"], defaults_of(MLP)["batch_norm"])

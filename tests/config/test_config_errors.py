@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from metalearn.config.compose import compose, typed
+from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
-from metalearn.config.validation import check
+from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
 from metalearn.data import metadata as catalog
 
@@ -20,7 +20,9 @@ def _no_omniglot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def checked(*overrides: str, config_dir: Path | None = None) -> None:
-    check(typed(compose("train", overrides, str(config_dir) if config_dir else None), TrainConfig))
+    validate_train_config(
+        to_dataclass(compose("train", overrides, str(config_dir) if config_dir else None), TrainConfig)
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from hydra._internal.utils import get_args_parser
 
 from metalearn.config.compose import compose
-from metalearn.config.overrides import asked_for
+from metalearn.config.overrides import requested_jobs
 from metalearn.core import serialization as files
 from metalearn.core.errors import ConfigError
 from tests.conftest import REPO
@@ -134,9 +134,9 @@ class Attack:
 
 
 def test_a_checkpoint_runs_nothing(tmp_path: Path) -> None:
-    files.save({"theta": Attack(tmp_path / "made")}, tmp_path / "last.pt")
-    with pytest.raises(files.DamagedFileError, match=r"last\.pt"):
-        files.load(tmp_path / "last.pt")
+    files.save_checked({"theta": Attack(tmp_path / "made")}, tmp_path / "last.pt")
+    with pytest.raises(files.CorruptFileError, match=r"last\.pt"):
+        files.load_checked(tmp_path / "last.pt")
     assert not (tmp_path / "made").exists()
     torch.load(tmp_path / "last.pt", weights_only=False)  # the attack is one
     assert (tmp_path / "made").exists()
@@ -145,7 +145,7 @@ def test_a_checkpoint_runs_nothing(tmp_path: Path) -> None:
 def asked(*arguments: str, name: str = "gradients") -> None:
     flags = get_args_parser().parse_args(list(arguments))
     assert isinstance(flags, Namespace)
-    list(asked_for(name, flags))
+    list(requested_jobs(name, flags))
 
 
 IN_FILES = {

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient, predict
-from metalearn.core.functional import check_params, global_norm, gradients, stack
+from metalearn.core.functional import check_params, expand_over_tasks, global_norm, grad_of
 from metalearn.models import Conv4
 
 
@@ -153,7 +153,7 @@ def test_tied_parameters_appear_once() -> None:
 
 def test_stack_is_a_view_and_differentiable() -> None:
     theta = {"w": torch.randn(2, 3, requires_grad=True)}
-    fast = stack(theta, 5)["w"]
+    fast = expand_over_tasks(theta, 5)["w"]
     assert fast.shape == (5, 2, 3)
     assert fast.data_ptr() == theta["w"].data_ptr()
     fast.sum().backward()
@@ -163,7 +163,7 @@ def test_stack_is_a_view_and_differentiable() -> None:
 
 def test_gradients_of_a_dictionary() -> None:
     params: Params = {"a": torch.tensor(3.0, requires_grad=True), "b": torch.tensor(2.0, requires_grad=True)}
-    grads = gradients(params["a"] ** 2, params, create_graph=True)
+    grads = grad_of(params["a"] ** 2, params, create_graph=True)
     assert grads["a"].item() == 6
     assert grads["a"].grad_fn is not None
     assert grads["b"].item() == 0

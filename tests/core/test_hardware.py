@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from metalearn.core.profiling.allocator import keep_memory
+from metalearn.core.profiling.allocator import configure_malloc
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
@@ -43,4 +43,4 @@ def test_freed_memory_is_not_mapped_anew() -> None:
 def test_nothing_is_done_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(ctypes, "CDLL", None)
-    assert keep_memory() is False
+    assert configure_malloc() is False

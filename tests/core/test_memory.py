@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from metalearn import Episodes, InnerLoop, functionalize, meta_gradient
-from metalearn.core.profiling.memory import LiveTensorBytes
+from metalearn.core.profiling.memory import PeakTensorMemory
 from metalearn.models import Conv4
 from tests.conftest import image_episodes
 
 
 def test_peak_counts_what_is_alive_at_once() -> None:
-    with LiveTensorBytes() as live:
+    with PeakTensorMemory() as live:
         x = torch.zeros(1000)  # 4,000 bytes
         y = x + 1  # 8,000
         del x
@@ -24,14 +24,14 @@ def test_peak_counts_what_is_alive_at_once() -> None:
 
 def test_views_and_inputs_from_outside_do_not_count() -> None:
     x = torch.zeros(1000)
-    with LiveTensorBytes() as live:
+    with PeakTensorMemory() as live:
         x.view(-1)[:10].add_(1)
     assert live.peak == 0
 
 
 def test_saved_tensors_and_the_backward_pass_count() -> None:
     x = torch.zeros(1000, requires_grad=True)
-    with LiveTensorBytes() as live:
+    with PeakTensorMemory() as live:
         loss = x.exp().exp().sum()  # two results of 4,000 bytes are kept for backward
         assert live.peak >= 8000
         (grad,) = torch.autograd.grad(loss, x)
@@ -44,7 +44,7 @@ def test_second_order_needs_more_and_grows_with_the_steps() -> None:
     episodes = image_episodes(dtype=torch.float32)
 
     def peak(steps: int, *, second_order: bool) -> int:
-        live = LiveTensorBytes()
+        live = PeakTensorMemory()
         with live:
             meta_gradient(forward, theta, episodes, InnerLoop(lr=0.1, steps=steps, second_order=second_order))
         return live.peak
@@ -56,7 +56,7 @@ def test_second_order_needs_more_and_grows_with_the_steps() -> None:
 def test_gradients_of_chunks_are_not_kept() -> None:
     forward, theta = functionalize(nn.Linear(400, 400))
     x, y = torch.randn(16, 1, 400), torch.zeros(16, 1).long()
-    live = LiveTensorBytes()
+    live = PeakTensorMemory()
     with live:
         meta_gradient(forward, theta, Episodes(x, y, x, y), InnerLoop(lr=0.1, steps=1, task_chunk=1))
     assert live.peak < 10 * 400 * 400 * 4, "some copies of the parameters, and not sixteen"
@@ -67,7 +67,7 @@ def test_bounded_by_tasks_in_chunks() -> None:
     episodes = image_episodes(tasks=8, dtype=torch.float32)
 
     def peak(chunk: int | None) -> int:
-        live = LiveTensorBytes()
+        live = PeakTensorMemory()
         with live:
             meta_gradient(forward, theta, episodes, InnerLoop(lr=0.1, steps=2, task_chunk=chunk))
         return live.peak

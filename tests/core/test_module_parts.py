@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from metalearn import Episodes, InnerLoop, Params, functionalize, parts_of
+from metalearn import Episodes, InnerLoop, Params, functionalize, module_parts
 from metalearn.algorithms import anil, protonet
 from metalearn.inner import PrototypeHead
 
@@ -42,16 +42,16 @@ HEADS = {
 def test_heads_of_torchvisions_models(name: str) -> None:
     with torch.device("meta"):
         module = torchvision.models.get_model(name, weights=None)
-    assert parts_of(module).head == (f"{HEADS[name]}.weight", f"{HEADS[name]}.bias")
+    assert module_parts(module).head == (f"{HEADS[name]}.weight", f"{HEADS[name]}.bias")
 
 
 def test_heads_that_are_not_linear_or_have_no_bias() -> None:
     with torch.device("meta"):
-        assert parts_of(torchvision.models.squeezenet1_1()).head == ()
-        assert parts_of(torchvision.models.maxvit_t()).head == ("classifier.5.weight",)
-    assert parts_of(torchvision.models.regnet_y_400mf()).head == ("fc.weight", "fc.bias")
+        assert module_parts(torchvision.models.squeezenet1_1()).head == ()
+        assert module_parts(torchvision.models.maxvit_t()).head == ("classifier.5.weight",)
+    assert module_parts(torchvision.models.regnet_y_400mf()).head == ("fc.weight", "fc.bias")
     excited = nn.ModuleDict({"se": nn.ModuleDict({"fc": nn.Linear(4, 4)}), "classifier": nn.Conv2d(4, 3, 1)})
-    assert parts_of(excited).head == (), "an inner layer is no head where the head is a convolution"
+    assert module_parts(excited).head == (), "an inner layer is no head where the head is a convolution"
 
 
 class Excite(nn.Module):
@@ -97,7 +97,7 @@ class TiedHead(nn.Module):
 
 
 def test_a_name_counts_at_the_top_alone() -> None:
-    assert parts_of(InnerFc()).head == ("output.weight", "output.bias")
+    assert module_parts(InnerFc()).head == ("output.weight", "output.bias")
 
 
 @pytest.mark.parametrize(
@@ -113,17 +113,17 @@ def test_a_wrapper_does_not_hide_the_head(wrap: type[nn.Module]) -> None:
     out_of_order = nn.ModuleDict({"head": nn.Linear(8, 3), "body": nn.Linear(4, 8)})
     wrapped = wrap(out_of_order)
     (prefix,) = {name.removesuffix("body.weight") for name, _ in wrapped.named_parameters() if "body.weight" in name}
-    assert parts_of(wrapped).head == (f"{prefix}head.weight", f"{prefix}head.bias")
+    assert module_parts(wrapped).head == (f"{prefix}head.weight", f"{prefix}head.bias")
 
 
 def test_an_ambiguous_head_must_be_named() -> None:
     listed = r"head=\.\.\.\), out of out \(8 to 3\), stem \(5 to 8\), deep \(8 to 8\)\."
     with pytest.raises(ValueError, match=f"which linear layer of HeadFirst is its head.*{listed}"):
-        parts_of(HeadFirst())
-    assert parts_of(HeadFirst(), head="out").head == ("out.weight", "out.bias")
+        module_parts(HeadFirst())
+    assert module_parts(HeadFirst(), head="out").head == ("out.weight", "out.bias")
     many = nn.ModuleDict({"out": nn.Linear(9, 3)} | {f"l{i}": nn.Linear(9, 9) for i in range(12)})
     with pytest.raises(ValueError, match=r"l8 \(9 to 9\) and 3 more\.$"):
-        parts_of(many)
+        module_parts(many)
 
 
 @pytest.mark.parametrize(
@@ -135,43 +135,43 @@ def test_an_ambiguous_head_must_be_named() -> None:
     ],
 )
 def test_usual_orders_are_not_ambiguous(layers: list[nn.Module]) -> None:
-    assert parts_of(nn.ModuleList(layers)).head == ("2.weight", "2.bias")
+    assert module_parts(nn.ModuleList(layers)).head == ("2.weight", "2.bias")
 
 
 def test_a_tied_heads_weight_is_there_by_its_first_name() -> None:
-    parts = parts_of(TiedHead())
+    parts = module_parts(TiedHead())
     assert parts.head == ("embed.weight", "head.bias")
     assert parts.tied == {"embed.weight"}
     assert parts.all == functionalize(TiedHead())[1].keys()
     assert anil(InnerLoop(lr=0.1, steps=1), parts).inner.adapted == frozenset(parts.head)
-    assert parts_of(TiedHead(head_first=True)).tied == {"head.weight"}
-    assert parts_of(InnerFc()).tied == frozenset()
+    assert module_parts(TiedHead(head_first=True)).tied == {"head.weight"}
+    assert module_parts(InnerFc()).tied == frozenset()
 
 
 def test_a_head_under_two_names_has_one() -> None:
     module = InnerFc()
     module.readout = module.output
-    assert parts_of(module, head="readout").head == ("output.weight", "output.bias")
+    assert module_parts(module, head="readout").head == ("output.weight", "output.bias")
 
 
 def test_all_parameters_of_a_normalised_head_are_its_own() -> None:
     module = nn.Sequential(nn.Linear(5, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 3)))
-    assert set(parts_of(module).head) == {name for name, _ in module.named_parameters() if name.startswith("1.")}
+    assert set(module_parts(module).head) == {name for name, _ in module.named_parameters() if name.startswith("1.")}
     with pytest.raises(ValueError, match=r"needs a weight and a bias.*and has 1\.bias, 1\.param"):
-        protonet(InnerLoop(lr=0.1, steps=0), parts_of(module))
+        protonet(InnerLoop(lr=0.1, steps=0), module_parts(module))
 
 
 @pytest.mark.parametrize("head_first", [False, True])
 def test_prototypes_in_a_tied_head_are_refused(head_first: bool) -> None:
     with pytest.raises(ValueError, match=r"protonet: the head shares .*weight with another layer.*head="):
-        protonet(InnerLoop(lr=0.1, steps=0), parts_of(TiedHead(head_first=head_first)))
+        protonet(InnerLoop(lr=0.1, steps=0), module_parts(TiedHead(head_first=head_first)))
 
 
 @pytest.mark.parametrize(
     ("module", "head"), [(HeadFirst(), "stem"), (HeadFirst(), "deep"), (InnerFc(), "se.fc"), (InnerFc(), "stem")]
 )
 def test_prototypes_in_a_layer_that_is_no_head_are_refused(module: nn.Module, head: str) -> None:
-    algorithm = protonet(InnerLoop(lr=0.1, steps=0), parts_of(module, head=head))
+    algorithm = protonet(InnerLoop(lr=0.1, steps=0), module_parts(module, head=head))
     with pytest.raises(ValueError, match=rf"'{head}\.weight' does not belong to the model's head.*head="):
         algorithm.meta_gradient(*functionalize(module), TASKS)
 
@@ -197,5 +197,5 @@ def test_running_out_of_memory_is_not_the_heads_fault() -> None:
 
 def test_the_right_head_of_any_order_takes_prototypes() -> None:
     for module, head in ((HeadFirst(), "out"), (InnerFc(), None)):
-        algorithm = protonet(InnerLoop(lr=0.1, steps=0), parts_of(module, head=head))
+        algorithm = protonet(InnerLoop(lr=0.1, steps=0), module_parts(module, head=head))
         assert torch.isfinite(algorithm.meta_gradient(*functionalize(module), TASKS).loss)

@@ -16,22 +16,22 @@ from metalearn.core import serialization as files
 
 def test_round_trip(tmp_path: Path) -> None:
     content = {"w": torch.randn(3), "n": 1, "name": "x", "list": [1.5, None]}
-    files.save(content, tmp_path / "sub" / "a.pt")
-    loaded = files.load(tmp_path / "sub" / "a.pt")
+    files.save_checked(content, tmp_path / "sub" / "a.pt")
+    loaded = files.load_checked(tmp_path / "sub" / "a.pt")
     assert torch.equal(loaded.pop("w"), content.pop("w"))  # type: ignore[arg-type]
     assert loaded == content
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
-    files.save({"w": torch.randn(16)}, path)
+    files.save_checked({"w": torch.randn(16)}, path)
     data = path.read_bytes()
     for position in range(0, len(data), 37):
         damaged = bytearray(data)
         damaged[position] ^= 1 << (position % 8)
         path.write_bytes(damaged)
-        with pytest.raises(files.DamagedFileError, match="its SHA-256 differs"):
-            files.load(path)
+        with pytest.raises(files.CorruptFileError, match="its SHA-256 differs"):
+            files.load_checked(path)
 
 
 @pytest.mark.parametrize("writes_before", [0, 1, 2])
@@ -39,7 +39,7 @@ def test_interruption_at_any_moment_leaves_a_readable_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes_before: int
 ) -> None:
     path = tmp_path / "a.pt"
-    files.save({"n": 1}, path)
+    files.save_checked({"n": 1}, path)
     left, replace = [writes_before], os.replace
 
     def cut_off(source: Path, target: Path) -> None:
@@ -50,11 +50,11 @@ def test_interruption_at_any_moment_leaves_a_readable_file(
 
     monkeypatch.setattr(os, "replace", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        files.save({"n": 2}, path)
-    assert files.load(path) == {"n": 2 if writes_before == 2 else 1}
+        files.save_checked({"n": 2}, path)
+    assert files.load_checked(path) == {"n": 2 if writes_before == 2 else 1}
     monkeypatch.undo()
-    files.save({"n": 3}, path)
-    assert files.load(path) == {"n": 3}
+    files.save_checked({"n": 3}, path)
+    assert files.load_checked(path) == {"n": 3}
     assert len((tmp_path / "a.pt.sha256").read_bytes().split()) == 1
 
 
@@ -62,40 +62,40 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.pt"
-    files.save({"n": 1}, path)
+    files.save_checked({"n": 1}, path)
     read, turn = Path.read_bytes, [0]
 
     def read_then_replaced(self: Path) -> bytes:
         data = read(self)
         if self == path and turn[0] == 0:
             turn[0] = 1
-            files.save({"n": 2}, path)
+            files.save_checked({"n": 2}, path)
         return data
 
     monkeypatch.setattr(Path, "read_bytes", read_then_replaced)
-    assert files.load(path) == {"n": 2}
+    assert files.load_checked(path) == {"n": 2}
 
 
 def test_files_can_be_read_by_others_as_far_as_the_umask_allows(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
-        files.write_text(tmp_path / "a", "")
+        files.atomic_write_text(tmp_path / "a", "")
     finally:
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
 
 
 def test_garbage_for_a_digest_is_damage(tmp_path: Path) -> None:
-    files.save({"n": 1}, tmp_path / "a.pt")
+    files.save_checked({"n": 1}, tmp_path / "a.pt")
     (tmp_path / "a.pt.sha256").write_bytes(b"\xff\xfe")
-    with pytest.raises(files.DamagedFileError, match="is damaged"):
-        files.load(tmp_path / "a.pt")
+    with pytest.raises(files.CorruptFileError, match="is damaged"):
+        files.load_checked(tmp_path / "a.pt")
 
 
 def test_file_without_digest_is_refused(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(1)}, tmp_path / "a.pt")
-    with pytest.raises(files.DamagedFileError, match=r"no digest beside it \(a\.pt\.sha256\)"):
-        files.load(tmp_path / "a.pt")
+    with pytest.raises(files.CorruptFileError, match=r"no digest beside it \(a\.pt\.sha256\)"):
+        files.load_checked(tmp_path / "a.pt")
 
 
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
@@ -103,15 +103,15 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[object, ...]:
             return os.system, (f"touch {tmp_path}/ran",)
 
-    files.save({"w": Evil()}, tmp_path / "a.pt")
-    with pytest.raises(files.DamagedFileError, match=r"a\.pt is refused: .* could run code\. Nothing in it was run"):
-        files.load(tmp_path / "a.pt")
+    files.save_checked({"w": Evil()}, tmp_path / "a.pt")
+    with pytest.raises(files.CorruptFileError, match=r"a\.pt is refused: .* could run code\. Nothing in it was run"):
+        files.load_checked(tmp_path / "a.pt")
     assert not (tmp_path / "ran").exists()
 
 
 def test_nonsense_with_a_fitting_digest_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
-    files.save({"a": torch.arange(5), "b": [1.0, "x", None]}, path)
+    files.save_checked({"a": torch.arange(5), "b": [1.0, "x", None]}, path)
     whole, draw = path.read_bytes(), random.Random(0)
     for _ in range(400):
         data = bytearray(whole)
@@ -119,19 +119,19 @@ def test_nonsense_with_a_fitting_digest_is_refused(tmp_path: Path) -> None:
             data[draw.randrange(len(data))] = draw.randrange(256)
         path.write_bytes(data)
         (tmp_path / "a.pt.sha256").write_text(hashlib.sha256(data).hexdigest())
-        with contextlib.suppress(files.DamagedFileError):
-            files.load(path)
+        with contextlib.suppress(files.CorruptFileError):
+            files.load_checked(path)
 
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.json"
-    files.write_text(path, "old")
+    files.atomic_write_text(path, "old")
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        files.write_text(path, "new")
+        files.atomic_write_text(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]

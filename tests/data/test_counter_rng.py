@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from metalearn.data.counter_rng import keys, keys_of_tasks, uniform
+from metalearn.data.counter_rng import random_keys, task_keys, uniform
 
 
 def test_uniform_numbers_fill_the_interval_evenly() -> None:
-    u = uniform(keys_of_tasks(0, "train", 0, 100, "cpu"), 1000, salt=1)
+    u = uniform(task_keys(0, "train", 0, 100, "cpu"), 1000, salt=1)
     assert u.dtype == torch.float64
     counts = torch.histc(u, bins=20, min=0, max=1)
     assert counts.sum() == 100_000, "all are in [0, 1]"
@@ -18,7 +18,7 @@ def test_uniform_numbers_fill_the_interval_evenly() -> None:
 
 
 def test_keys_do_not_depend_on_how_many_are_asked_for() -> None:
-    of_tasks = keys_of_tasks(3, "test", 5, 4, "cpu")
-    assert torch.equal(of_tasks[1:], keys_of_tasks(3, "test", 6, 3, "cpu"))
-    assert torch.equal(keys(of_tasks, 7, salt=2)[:, :3], keys(of_tasks, 3, salt=2))
-    assert not (keys(of_tasks, 7, salt=2) == keys(of_tasks, 7, salt=1)).any()
+    of_tasks = task_keys(3, "test", 5, 4, "cpu")
+    assert torch.equal(of_tasks[1:], task_keys(3, "test", 6, 3, "cpu"))
+    assert torch.equal(random_keys(of_tasks, 7, salt=2)[:, :3], random_keys(of_tasks, 3, salt=2))
+    assert not (random_keys(of_tasks, 7, salt=2) == random_keys(of_tasks, 7, salt=1)).any()

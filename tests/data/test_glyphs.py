@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import torch
 
-from metalearn.data.glyphs import glyphs
+from metalearn.data.glyphs import make_glyphs
 
 
 def test_shape_range_and_seed() -> None:
-    images = glyphs(classes=70, drawings=5)
+    images = make_glyphs(classes=70, drawings=5)
     assert images.shape == (70, 5, 1, 28, 28)
     assert images.dtype == torch.uint8
-    assert torch.equal(images, glyphs(classes=70, drawings=5))
-    assert not torch.equal(images, glyphs(classes=70, drawings=5, seed=1))
+    assert torch.equal(images, make_glyphs(classes=70, drawings=5))
+    assert not torch.equal(images, make_glyphs(classes=70, drawings=5, seed=1))
     ink = images.float().mean(dim=(-2, -1)) / 255
     assert 0.02 < ink.min() < ink.max() < 0.6, "every drawing shows strokes on an empty ground"
 
 
 def test_drawings_of_a_class_are_alike_but_not_equal() -> None:
-    images = glyphs(classes=40, drawings=6).float().flatten(2)
+    images = make_glyphs(classes=40, drawings=6).float().flatten(2)
     centred = torch.nn.functional.normalize(images - images.mean(dim=-1, keepdim=True), dim=-1)
     similarity = torch.einsum("cip,djp->cdij", centred, centred)
     within = similarity.diagonal().permute(2, 0, 1)[:, ~torch.eye(6, dtype=torch.bool)]
@@ -29,6 +29,6 @@ def test_drawings_of_a_class_are_alike_but_not_equal() -> None:
 
 def test_jitter_makes_drawings_differ_more() -> None:
     def spread(jitter: float) -> float:
-        return glyphs(classes=40, jitter=jitter).float().std(dim=1).mean().item()
+        return make_glyphs(classes=40, jitter=jitter).float().std(dim=1).mean().item()
 
     assert spread(0.0) < spread(0.05) < spread(0.15)

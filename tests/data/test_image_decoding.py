@@ -16,18 +16,18 @@ import torch
 import torchvision
 from PIL import Image
 
-from metalearn.config.compose import compose, typed
-from metalearn.config.run_config import relocated, settle_data
+from metalearn.config.compose import compose, to_dataclass
+from metalearn.config.run_config import relocate_data, resolve_data
 from metalearn.config.schema import ImagesConfig, TrainConfig
-from metalearn.config.validation import check
+from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError, DataError
 from metalearn.data import image_decoding as images_module
-from metalearn.data.image_decoding import UnreadableImagesError, image_splits, read_folder
+from metalearn.data.image_decoding import UnreadableImagesError, load_image_splits, read_folder
 from metalearn.data.image_folder import EXTENSIONS, list_classes, list_splits
 from metalearn.data.metadata import cache_dir
 from metalearn.data.sampler import EpisodeSampler, TaskShape
 from metalearn.data.splits import ImageSplits
-from metalearn.training.tasks import samplers
+from metalearn.training.tasks import build_samplers
 
 ORANGE = (255, 128, 0)
 
@@ -57,7 +57,7 @@ def one(path: Path, *, channels: int = 3, size: int = 16) -> torch.Tensor:
 
 
 def splits(root: Path, **settings: Any) -> ImageSplits:
-    return image_splits(root, **{"size": 8, **settings})
+    return load_image_splits(root, **{"size": 8, **settings})
 
 
 # What is read
@@ -543,14 +543,14 @@ def test_counts_that_do_not_fit_are_named() -> None:
 
 def configured(root: Path, *overrides: str) -> TrainConfig:
     settings = ["data=images", f"data.root={root}", "task.ways=2", "task.queries=2", "data.size=28", *overrides]
-    config = typed(compose("train", settings), TrainConfig)
-    check(config)
+    config = to_dataclass(compose("train", settings), TrainConfig)
+    validate_train_config(config)
     return config
 
 
 def test_a_configured_folder_becomes_tasks(tmp_path: Path) -> None:
     root = make(tmp_path / "root", {f"c{i}": 3 + i % 2 for i in range(10)})
-    train, validation, test = samplers(configured(root), torch.device("cpu"))
+    train, validation, test = build_samplers(configured(root), torch.device("cpu"))
     assert train.tasks(0, 3).query_x.shape == (3, 2 * 2, 3, 28, 28)
     assert validation.tasks(0, 3).query_x.shape == test.tasks(0, 3).query_x.shape == (3, 2, 3, 28, 28)
 
@@ -579,7 +579,7 @@ def test_a_configuration_that_does_not_fit_the_folder_is_refused(override: str, 
 
 def test_a_folder_must_be_named() -> None:
     with pytest.raises(ConfigError, match=r"data\.root is required"):
-        typed(compose("train", ["data=images"]), TrainConfig)
+        to_dataclass(compose("train", ["data=images"]), TrainConfig)
 
 
 def test_a_relative_folder_is_kept_as_a_whole_path_and_may_move(
@@ -587,16 +587,16 @@ def test_a_relative_folder_is_kept_as_a_whole_path_and_may_move(
 ) -> None:
     make(tmp_path / "root", {f"c{i}": 3 for i in range(10)})
     monkeypatch.chdir(tmp_path)
-    data = settle_data(configured(Path("root"))).data
+    data = resolve_data(configured(Path("root"))).data
     assert isinstance(data, ImagesConfig)
     assert data.root == str(tmp_path / "root")
-    assert relocated(data, None) == data
-    assert relocated(data, "/elsewhere") == dataclasses.replace(data, root="/elsewhere")
+    assert relocate_data(data, None) == data
+    assert relocate_data(data, "/elsewhere") == dataclasses.replace(data, root="/elsewhere")
 
 
 def test_yaml_and_signature_agree_on_defaults(tmp_path: Path) -> None:
     data = dataclasses.asdict(configured(make(tmp_path / "root", {f"c{i}": 3 for i in range(10)})).data)
-    signature = {name: p.default for name, p in inspect.signature(image_splits).parameters.items()}
+    signature = {name: p.default for name, p in inspect.signature(load_image_splits).parameters.items()}
     for name in ("channels", "seed", "unreadable"):
         assert data[name] == signature[name]
     assert tuple(data["fractions"]) == signature["fractions"]

@@ -10,7 +10,7 @@ import pytest
 
 from metalearn.core.errors import DataError
 from metalearn.data import metadata as catalog
-from metalearn.data.metadata import dataset_in_use, glyph_splits, omniglot_source
+from metalearn.data.metadata import glyph_split_sizes, omniglot_source, resolve_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def test_url_is_torchvisions() -> None:
 
 @pytest.mark.parametrize("classes", [20, 33, 1000])
 def test_glyph_splits_use_every_class(classes: int) -> None:
-    sizes = glyph_splits(classes)
+    sizes = glyph_split_sizes(classes)
     assert sizes.train + sizes.validation + sizes.test == classes
     assert sizes.smallest >= 2
 
@@ -62,11 +62,11 @@ def test_download_fills_an_existing_or_the_default_folder(tmp_path: Path, monkey
 
 
 def test_fallback_where_omniglot_is_nowhere(tmp_path: Path) -> None:
-    assert dataset_in_use("omniglot", str(tmp_path), "glyphs") == "glyphs"
-    assert dataset_in_use("omniglot", str(tmp_path / "typo"), "glyphs") == "glyphs"
-    assert dataset_in_use("glyphs", None, None) == "glyphs"
+    assert resolve_dataset("omniglot", str(tmp_path), "glyphs") == "glyphs"
+    assert resolve_dataset("omniglot", str(tmp_path / "typo"), "glyphs") == "glyphs"
+    assert resolve_dataset("glyphs", None, None) == "glyphs"
 
 
 def test_without_fallback_the_three_ways_out_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"(?s)holds no Omniglot.*Three ways out.*data\.root=.*mkdir.*data\.fallback="):
-        dataset_in_use("omniglot", str(tmp_path), None)
+        resolve_dataset("omniglot", str(tmp_path), None)

@@ -19,7 +19,7 @@ from metalearn.data.splits import with_rotations
 
 
 def test_images_are_white_on_black_in_sorted_order(root: Path) -> None:
-    characters = omniglot.read_characters(str(root))
+    characters = omniglot.load_characters(str(root))
     assert characters.images.shape == (5, 20, 1, 28, 28)
     assert characters.images.dtype == torch.uint8
     assert characters.alphabets == ["A", "A", "B", "C", "D"]
@@ -35,33 +35,33 @@ def test_images_are_white_on_black_in_sorted_order(root: Path) -> None:
 
 
 def test_second_reading_comes_from_the_cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = omniglot.read_characters(str(root)).images
+    first = omniglot.load_characters(str(root)).images
     monkeypatch.setattr(omniglot, "_decode", lambda drawings: pytest.fail("read again"))
-    assert torch.equal(omniglot.read_characters(str(root)).images, first)
+    assert torch.equal(omniglot.load_characters(str(root)).images, first)
 
 
 def test_damaged_cache_is_made_anew(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first = omniglot.read_characters(str(root)).images
+    first = omniglot.load_characters(str(root)).images
     (cached,) = catalog.cache_dir().glob("*.pt")
     data = bytearray(cached.read_bytes())
     data[len(data) // 2] ^= 1
     cached.write_bytes(data)
-    assert torch.equal(omniglot.read_characters(str(root)).images, first)
+    assert torch.equal(omniglot.load_characters(str(root)).images, first)
     assert "is damaged" in caplog.text
 
 
 def test_unwritable_cache_is_no_obstacle(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "a file").touch()
     monkeypatch.setenv("METALEARN_CACHE", str(tmp_path / "a file" / "below"))
-    assert omniglot.read_characters(str(root)).images.shape[0] == 5
+    assert omniglot.load_characters(str(root)).images.shape[0] == 5
 
 
 def test_a_change_after_caching_is_noticed(root: Path) -> None:
-    omniglot.read_characters(str(root))
+    omniglot.load_characters(str(root))
     victim = root / "omniglot-py/images_background/A/c1/0000_07.png"
     victim.write_bytes(victim.read_bytes()[:60])
     with pytest.raises(DataError, match=r"0000_07\.png is damaged"):
-        omniglot.read_characters(str(root))
+        omniglot.load_characters(str(root))
 
 
 def _truncate(base: Path) -> None:
@@ -100,7 +100,7 @@ def _other_format(base: Path) -> None:
 def test_damaged_files_are_named(root: Path, damage: object) -> None:
     damage(root / "omniglot-py")  # type: ignore[operator]
     with pytest.raises(DataError, match=r"images_background/B/c1/0002_05\.png is damaged"):
-        omniglot.read_characters(str(root))
+        omniglot.load_characters(str(root))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_incomplete_folders_are_named(root: Path, missing: str, message: str) ->
     else:
         path.unlink()
     with pytest.raises(DataError, match=message):
-        omniglot.read_characters(str(root))
+        omniglot.load_characters(str(root))
 
 
 def test_stray_files_do_not_matter(root: Path) -> None:
@@ -127,21 +127,21 @@ def test_stray_files_do_not_matter(root: Path) -> None:
     (base / "images_background" / "A" / ".ipynb_checkpoints").mkdir()
     for stray in (".DS_Store", "A/.DS_Store", "A/c1/notes.txt", "A/c1/._0000_03.png", "A/c1/0000_04 (1).png"):
         (base / "images_background" / stray).touch()
-    assert omniglot.read_characters(str(root)).images.shape[0] == 5
+    assert omniglot.load_characters(str(root)).images.shape[0] == 5
 
 
 def test_other_pixels_than_the_published_ones_are_noticed(root: Path) -> None:
     base = root / "omniglot-py" / "images_background"
     shutil.copy(base / "A/c1/0000_03.png", base / "A/c1/0000_04.png")
     with pytest.raises(DataError, match=r"images_background is damaged: .*pixels are not the published ones"):
-        omniglot.read_characters(str(root))
+        omniglot.load_characters(str(root))
 
 
 def test_names_that_do_not_belong_are_noticed(root: Path) -> None:
     folder = root / "omniglot-py" / "images_background" / "A" / "c1"
     (folder / "0000_03.png").rename(folder / "0007_03.png")
     with pytest.raises(DataError, match=r"A/c1 holds 20 drawings and not 20 of one number"):
-        omniglot.read_characters(str(root))
+        omniglot.load_characters(str(root))
 
 
 def test_a_link_to_nowhere_is_named(root: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_link_to_nowhere_is_named(root: Path) -> None:
     file.unlink()
     file.symlink_to(root / "gone")
     with pytest.raises(DataError, match=r"cannot be read: .*0000_03\.png"):
-        omniglot.read_characters(str(root))
+        omniglot.load_characters(str(root))
 
 
 def test_a_pipe_is_not_waited_for(root: Path) -> None:
@@ -157,13 +157,13 @@ def test_a_pipe_is_not_waited_for(root: Path) -> None:
     file.unlink()
     os.mkfifo(file)
     with pytest.raises(DataError, match=r"0000_03\.png is no file"):
-        omniglot.read_characters(str(root))
+        omniglot.load_characters(str(root))
 
 
 def test_a_name_need_not_be_unicode(root: Path) -> None:
     alphabet = root / "omniglot-py" / "images_evaluation" / "D"
     (alphabet / "c1").rename(alphabet / os.fsdecode(b"c1\xff"))
-    assert omniglot.read_characters(str(root)).images.shape[0] == 5
+    assert omniglot.load_characters(str(root)).images.shape[0] == 5
 
 
 def test_rotations_make_new_classes() -> None:
@@ -177,11 +177,11 @@ def test_rotations_make_new_classes() -> None:
 
 def test_unknown_split_is_named() -> None:
     with pytest.raises(ValueError, match=r"split='nope'; it must be one of classic, alphabets"):
-        omniglot.omniglot(split="nope")
+        omniglot.load_omniglot(split="nope")
 
 
 def test_the_real_one(omniglot_root: str) -> None:
-    characters = omniglot.read_characters(omniglot_root)
+    characters = omniglot.load_characters(omniglot_root)
     assert characters.images.shape == (1623, 20, 1, 28, 28)
     assert len(set(characters.alphabets)) == 50
     base = Path(omniglot_root)
@@ -192,11 +192,11 @@ def test_the_real_one(omniglot_root: str) -> None:
     assert characters.images[0, 3].double().mean() == pytest.approx(ink.mean(), rel=0.1)
 
     for split, sizes in catalog.OMNIGLOT_SPLITS.items():
-        splits = omniglot.omniglot(omniglot_root, split=split, rotations=False)
+        splits = omniglot.load_omniglot(omniglot_root, split=split, rotations=False)
         parts = (splits.train, splits.validation, splits.test)
         assert [len(part) for part in parts] == [sizes.train, sizes.validation, sizes.test]
         assert torch.cat(parts).flatten(1).unique(dim=0).shape[0] == 1623, "no class in two parts"
         if split == "alphabets":
             assert torch.equal(splits.test, characters.images[964:])
-    assert len(omniglot.omniglot(omniglot_root).train) == 4400
+    assert len(omniglot.load_omniglot(omniglot_root).train) == 4400
     assert os.listdir(catalog.cache_dir())

@@ -24,19 +24,19 @@ pytestmark = pytest.mark.usefixtures("small_omniglot")
 
 
 def test_archives_without_folders_are_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = omniglot.read_characters(str(root)).images
+    expected = omniglot.load_characters(str(root)).images
     pack(root)
     publish(root, monkeypatch)
-    assert torch.equal(omniglot.read_characters(str(root)).images, expected)
+    assert torch.equal(omniglot.load_characters(str(root)).images, expected)
     assert not list(root.rglob(".unpacking-*"))
 
 
 def test_one_archive_of_two_is_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pack(root)
     publish(root, monkeypatch)
-    omniglot.read_characters(str(root))
+    omniglot.load_characters(str(root))
     shutil.rmtree(root / "omniglot-py" / "images_evaluation")
-    assert omniglot.read_characters(str(root)).images.shape[0] == 5
+    assert omniglot.load_characters(str(root)).images.shape[0] == 5
 
 
 def test_damaged_archive_is_named_and_not_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +45,7 @@ def test_damaged_archive_is_named_and_not_unpacked(root: Path, monkeypatch: pyte
     archive = root / "omniglot-py" / "images_evaluation.zip"
     archive.write_bytes(archive.read_bytes()[:-100])
     with pytest.raises(DataError, match=r"images_evaluation\.zip is damaged: its MD5 is not the published"):
-        omniglot.read_characters(str(root))
+        omniglot.load_characters(str(root))
     assert not (root / "omniglot-py" / "images_evaluation").exists()
 
 
@@ -65,7 +65,7 @@ def test_an_archive_that_reaches_outside_is_not_unpacked(
     with pytest.raises(
         DataError, match=rf"images_evaluation\.zip is not unpacked: its member '{re.escape(repr(name)[1:-1])}'"
     ):
-        omniglot.read_characters(str(root))
+        omniglot.load_characters(str(root))
     assert not (root / "omniglot-py" / "images_evaluation").exists()
     assert not list(root.parent.rglob("made*"))
 
@@ -77,7 +77,7 @@ def test_the_digest_is_compared_before_an_archive_is_opened(root: Path, monkeypa
     archive.write_bytes(archive.read_bytes()[:-1] + b"x")
     monkeypatch.setattr(zipfile, "ZipFile", lambda *_, **__: pytest.fail("opened"))
     with pytest.raises(DataError, match=r"images_background\.zip is damaged"):
-        omniglot.read_characters(str(root))
+        omniglot.load_characters(str(root))
 
 
 def test_torchvision_compares_the_digest_of_a_download_before_unpacking(
@@ -91,7 +91,7 @@ def test_torchvision_compares_the_digest_of_a_download_before_unpacking(
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", wrong)
     monkeypatch.setattr("torchvision.datasets.utils.extract_archive", lambda *_, **__: pytest.fail("unpacked"))
     with pytest.raises(DataError, match=r"could not be brought to .*File not found or corrupted"):
-        omniglot.read_characters(str(tmp_path))
+        omniglot.load_characters(str(tmp_path))
 
 
 def test_interrupted_unpacking_leaves_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_interrupted_unpacking_leaves_nothing(root: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("torchvision.datasets.utils.extract_archive", half)
     with pytest.raises(KeyboardInterrupt):
-        omniglot.read_characters(str(root))
+        omniglot.load_characters(str(root))
     assert sorted(p.name for p in (root / "omniglot-py").iterdir()) == [f"{part}.zip" for part in sorted(PARTS)]
 
 
@@ -121,7 +121,7 @@ def fake_download(root: Path) -> Callable[..., None]:
 def test_download_fills_the_default_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog, "_reachable", lambda: True)
     monkeypatch.setattr("torchvision.datasets.Omniglot", fake_download(root))
-    assert omniglot.read_characters(None).images.shape[0] == 5
+    assert omniglot.load_characters(None).images.shape[0] == 5
     assert sorted(p.name for p in (catalog.cache_dir() / "data" / "omniglot-py").iterdir()) == sorted(PARTS)
 
 
@@ -133,7 +133,7 @@ def test_a_run_that_starts_meanwhile_waits_and_downloads_nothing(
     here = tmp_path / "shared"
     here.mkdir()
     with ThreadPoolExecutor() as pool, FileLock(here / ".omniglot.lock"):
-        waiting = pool.submit(omniglot.read_characters, str(here))
+        waiting = pool.submit(omniglot.load_characters, str(here))
         with pytest.raises(FutureTimeout):
             waiting.result(timeout=0.5)
         shutil.copytree(root / "omniglot-py", here / "omniglot-py")
@@ -148,5 +148,5 @@ def test_failed_download_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch
     monkeypatch.setattr(catalog, "_reachable", lambda: True)
     monkeypatch.setattr("torchvision.datasets.Omniglot", fails)
     with pytest.raises(DataError, match=r"could not be brought to .*File not found or corrupted.*data=glyphs"):
-        omniglot.read_characters(str(tmp_path))
+        omniglot.load_characters(str(tmp_path))
     assert not list(tmp_path.rglob("images_background"))

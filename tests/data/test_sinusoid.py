@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
-from metalearn.config.compose import compose, typed
+from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
-from metalearn.config.validation import check
+from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
 from metalearn.data.sinusoid import SinusoidSampler
 from metalearn.training.experiment import build_model
-from metalearn.training.tasks import samplers
+from metalearn.training.tasks import build_samplers
 
 
 def sampler(*, shots: int = 10, queries: int = 5, seed: int = 0, split: str = "train") -> SinusoidSampler:
@@ -81,11 +81,11 @@ def test_a_set_cannot_be_empty() -> None:
 
 
 def test_the_experiment_is_finns() -> None:
-    config = typed(compose("train", ["experiment=sinusoid"]), TrainConfig)
-    check(config)
+    config = to_dataclass(compose("train", ["experiment=sinusoid"]), TrainConfig)
+    validate_train_config(config)
     assert (config.task.shots, config.task.meta_batch) == (10, 25)
     assert (config.inner.lr, config.inner.steps, config.outer.lr) == (0.01, 1, 1e-3)
-    train, _, test = samplers(config, torch.device("cpu"))
+    train, _, test = build_samplers(config, torch.device("cpu"))
     model = build_model(config, train.example_shape)
     assert [tuple(p.shape) for p in model.parameters()] == [(40, 1), (40,), (40, 40), (40,), (1, 40), (1,)]
     assert model(train.tasks(0, 2).support_x[0]).shape == (10, 1)
@@ -94,4 +94,4 @@ def test_the_experiment_is_finns() -> None:
 
 def test_a_network_for_images_is_refused() -> None:
     with pytest.raises(ConfigError, match="model=conv4: data=sinusoid has numbers for inputs, and no images"):
-        check(typed(compose("train", ["data=sinusoid"]), TrainConfig))
+        validate_train_config(to_dataclass(compose("train", ["data=sinusoid"]), TrainConfig))

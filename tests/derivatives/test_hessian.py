@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metalearn.core.profiling.memory import LiveTensorBytes
+from metalearn.core.profiling.memory import PeakTensorMemory
 from metalearn.derivatives import hessian, hessian_bytes, hvp, nth_derivative, top_eigenvalues
 
 DOUBLE = torch.float64
@@ -45,7 +45,7 @@ def test_more_rows_than_are_taken_at_a_time() -> None:
 @pytest.mark.parametrize("n", [500, 1000])
 def test_estimate_is_what_is_taken(n: int) -> None:
     x = torch.randn(n)
-    with LiveTensorBytes() as live:
+    with PeakTensorMemory() as live:
         hessian(lambda x: torch.tanh(x).pow(2).sum() * x.mean(), x)
     assert hessian_bytes(x) == 2 * n * n * 4
     assert 0.9 < live.peak / hessian_bytes(x) < 1.5

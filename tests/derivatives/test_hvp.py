@@ -166,14 +166,14 @@ def test_activations_are_freed_as_the_reverse_pass_comes_to_them() -> None:
             x = torch.sin(x)
         return x.sum()
 
-    from metalearn.core.profiling.memory import LiveTensorBytes
+    from metalearn.core.profiling.memory import PeakTensorMemory
 
     x = torch.randn(1000, dtype=DOUBLE)
     for product in (
         lambda: hvp(f, x, torch.ones_like(x)),
         lambda: torch.func.jvp(torch.func.grad(f), (x,), (torch.ones_like(x),)),
     ):
-        with LiveTensorBytes() as live:
+        with PeakTensorMemory() as live:
             product()
         held.append(live.peak)
     assert held[0] < 0.6 * held[1]

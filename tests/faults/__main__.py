@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from metalearn.core import serialization as files
-from metalearn.core.profiling.hardware import machine
+from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.training.tracking.console import print_path, print_table, progress_bar
 from tests.conftest import REPO
 from tests.faults.rows import ROWS
@@ -43,10 +43,10 @@ def main() -> int:
             found[row.name] = {"fault": row.fault, "must_hold": row.must_hold, **result}
     report = {
         "command": "python -m tests.faults",
-        "machine": machine(torch.device("cpu")),
+        "machine": describe_hardware(torch.device("cpu")),
         "rows": {row.name: found[row.name] for row in shown},
     }
-    files.write_text(flags.output, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    files.atomic_write_text(flags.output, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     results = [found[row.name] for row in shown]
     table = [[r["fault"], str(r["tries"]), str(r["held"]), f"{r['seconds']:.0f}"] for r in results]
     print_table("Faults", ["fault", "tries", "held", "s"], table)

@@ -77,7 +77,7 @@ def _attempt(i: int, folder: Path, shared: Path) -> None:
     root = make_root(inside / "root")
     with pytest.MonkeyPatch.context() as patch:
         stand_in(patch, inside / "cache")
-        whole = omniglot.read_characters(str(root)).images
+        whole = omniglot.load_characters(str(root)).images
         pack(root)
         publish(root, patch)
         sound = {part: (root / "omniglot-py" / f"{part}.zip").read_bytes() for part in PARTS}
@@ -91,13 +91,13 @@ def _attempt(i: int, folder: Path, shared: Path) -> None:
         assert left in ("none", ".unpacking-killed"), f"{left} was left behind"
         _mend(root, sound)
         publish(root, patch)
-        assert torch.equal(omniglot.read_characters(str(root)).images, whole), "the remedy does not help"
+        assert torch.equal(omniglot.load_characters(str(root)).images, whole), "the remedy does not help"
 
 
 def _refused(root: Path, named: str) -> None:
     said = ""
     try:
-        omniglot.read_characters(str(root))
+        omniglot.load_characters(str(root))
     except DataError as error:
         said = str(error)
     assert said, "it was taken for whole"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from metalearn.training.checkpoints import best_path, load_best, newest_state, state_paths
+from metalearn.training.checkpoints import best_path, load_best, load_latest, state_paths
 from tests.faults.processes import output
 from tests.faults.runs import RUN, STEPS, assert_same, bits, resume, whole
 from tests.faults.suite import Row
@@ -57,13 +57,13 @@ def flip_a_bit(i: int, folder: Path, shared: Path) -> None:
     path.write_bytes(data)
     with said() as lines:
         if path == best_path(run_dir):
-            expected = newest_state(run_dir)
+            expected = load_latest(run_dir)
             assert expected is not None
             like = expected["state"]["params"]
             best = load_best(run_dir, like=like, device=torch.device("cpu"))
             assert bits([best.iteration, best.validation_score, best.params]) == bits(expected["state"]["best"])
         else:
-            assert state_of_file(before) == bits(newest_state(run_dir))
+            assert state_of_file(before) == bits(load_latest(run_dir))
     assert any(str(best_path(run_dir) if "best" in path.name else newest) in line for line in lines), lines
 
 

@@ -12,7 +12,7 @@ import torch
 
 from metalearn.training import loop as outer_loop
 from metalearn.training.checkpoints import state_paths
-from metalearn.training.session import Session
+from metalearn.training.session import TrainContext
 from metalearn.training.state import TrainState
 from tests.faults.processes import finished, output, start
 from tests.faults.runs import RUN, SMALL, train
@@ -25,7 +25,7 @@ def watch_memory(every: int) -> None:
     """Have this process note its resident set and its live tensors after every so many meta-steps."""
     step = outer_loop.meta_step
 
-    def watched(session: Session, state: TrainState) -> bool:
+    def watched(session: TrainContext, state: TrainState) -> bool:
         asked = step(session, state)
         if state.iteration % every == 0:
             gc.collect()

@@ -10,10 +10,10 @@ from unittest import mock
 
 import yaml
 
-from metalearn.config.compose import compose, typed
-from metalearn.config.run_config import settle_data
+from metalearn.config.compose import compose, to_dataclass
+from metalearn.config.run_config import resolve_data
 from metalearn.config.schema import TrainConfig
-from metalearn.config.validation import check, entries
+from metalearn.config.validation import iter_fields, validate_train_config
 from metalearn.core.errors import ConfigError
 from metalearn.data import metadata as catalog
 from tests.faults.fuzz_texts import KEYS, RIGHT, Case
@@ -28,14 +28,14 @@ def hold(case: Case, folder: Path) -> None:
     try:
         with mock.patch.object(catalog, "_reachable", return_value=False):
             composed = compose("train", case.overrides, str(folder) if case.file is not None else None)
-            config = typed(composed, TrainConfig)
-            check(config)
-            settle_data(config)
+            config = to_dataclass(composed, TrainConfig)
+            validate_train_config(config)
+            resolve_data(config)
     except ConfigError as error:
         _must_name_a_place(str(error), case)
         return
     right = dict(override.split("=") for override in case.overrides if override in RIGHT)
-    for name, value, _, kind in entries(config):
+    for name, value, _, kind in iter_fields(config):
         assert _fits(value, kind), f"{name}={value!r} is no {kind}"
         if name in right and set(case.overrides) <= set(RIGHT):
             assert value == yaml.safe_load(right[name]), f"{name}={value!r}, and {right[name]} was asked for"

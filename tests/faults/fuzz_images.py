@@ -180,7 +180,7 @@ def hold(case: Case, folder: Path, shared: Path) -> None:
         if not _damaged(root / "omniglot-py", case):
             return
         try:
-            images = omniglot.read_characters(str(root)).images
+            images = omniglot.load_characters(str(root)).images
         except DataError as error:
             if str(root) not in str(error):
                 raise AssertionError(f"names no place in {root}: {error}") from error
@@ -191,7 +191,7 @@ def hold(case: Case, folder: Path, shared: Path) -> None:
 def _whole(root: Path) -> Tensor:
     if not root.exists():
         make_root(root)
-    return omniglot.read_characters(str(root)).images
+    return omniglot.load_characters(str(root)).images
 
 
 def _damaged(base: Path, case: Case) -> bool:

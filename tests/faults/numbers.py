@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from metalearn.config.compose import compose, typed
+from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import NonFiniteLossError, RunError
 from metalearn.core.types import Episodes, Forward, Params
 from metalearn.training import loop as outer_loop
 from metalearn.training import trainer as training
-from metalearn.training.experiment import Experiment, build
-from metalearn.training.failures import replay
-from metalearn.training.runtime.distributed import Ranks
-from metalearn.training.step import own_tasks
+from metalearn.training.experiment import Experiment, build_experiment
+from metalearn.training.failures import replay_episode
+from metalearn.training.runtime.distributed import DistributedContext
+from metalearn.training.step import local_tasks
 from tests.faults.processes import state_of
 from tests.faults.runs import SMALL, bits, whole
 from tests.faults.suite import Row
@@ -45,23 +45,23 @@ def poison(kind: str, value: float, patch: pytest.MonkeyPatch) -> None:
     """Have one task of one meta-step bring a number that is not finite."""
 
     def build_steep(config: TrainConfig) -> Experiment:
-        experiment = build(config)
+        experiment = build_experiment(config)
         return dataclasses.replace(experiment, forward=steep(experiment.forward, infinite=math.isinf(value)))
 
-    def own_poisoned(experiment: Experiment, iteration: int, ranks: Ranks) -> Episodes:
-        episodes = own_tasks(experiment, iteration, ranks)
+    def own_poisoned(experiment: Experiment, iteration: int, ranks: DistributedContext) -> Episodes:
+        episodes = local_tasks(experiment, iteration, ranks)
         if iteration == _AT:
             x = episodes.support_x if kind == "support" else episodes.query_x
             x[_TASK, 0] = _SIGN if kind == "gradient" else value
         return episodes
 
-    patch.setattr(training, "build", build_steep)
-    patch.setattr(outer_loop, "own_tasks", own_poisoned)
+    patch.setattr(training, "build_experiment", build_steep)
+    patch.setattr(outer_loop, "local_tasks", own_poisoned)
 
 
 def run(folder: Path, *more: str) -> None:
     """Train in this process."""
-    training.train(typed(compose("train", [*SMALL, *more]), TrainConfig), folder)
+    training.train(to_dataclass(compose("train", [*SMALL, *more]), TrainConfig), folder)
 
 
 def not_a_number(i: int, folder: Path, shared: Path) -> None:
@@ -82,7 +82,7 @@ def not_a_number(i: int, folder: Path, shared: Path) -> None:
     (episode,) = (folder / "run" / "nonfinite").glob("*.pt")
     if kind != "gradient":  # which is the patched model's
         with pytest.raises(NonFiniteLossError, match=f"{kind} loss of task 0"):
-            replay(episode)
+            replay_episode(episode)
     run(folder / "run", "run.resume=true")  # without the fault it goes on as if there had been none
     ours, theirs = state_of(folder / "run")["state"], state_of(whole(shared))["state"]
     for name in ("params", "optimizer", "best"):

@@ -17,7 +17,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from metalearn.training.checkpoints import newest_state, state_paths
+from metalearn.training.checkpoints import load_latest, state_paths
 from tests.conftest import REPO
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -99,6 +99,6 @@ def wait_for_state(run_dir: Path, iteration: int, process: ForkServerProcess | s
 
 def state_of(run_dir: Path) -> dict[str, Any]:
     """The newest whole state of a run."""
-    content = newest_state(run_dir)
+    content = load_latest(run_dir)
     assert content is not None, f"{run_dir} holds no state"
     return content

@@ -77,7 +77,7 @@ def assert_same(run_dir: Path, other: Path) -> None:
     ours, theirs = state_of(run_dir)["state"], state_of(other)["state"]
     for name in theirs:
         assert bits(ours[name]) == bits(theirs[name]), f"{name} differs"
-    best = files.load(best_path(run_dir))
+    best = files.load_checked(best_path(run_dir))
     assert bits([best["iteration"], best["validation_accuracy"], best["params"]]) == bits(ours["best"])
     assert timeless(run_dir) == timeless(other)
     assert (run_dir / "test_tasks.json").read_text() == (other / "test_tasks.json").read_text()

@@ -21,22 +21,22 @@ from torch.nn.functional import cross_entropy
 
 import metalearn
 from metalearn import Learner, Params, functionalize
-from metalearn.config.compose import compose, typed
+from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import ConfigError, DataError, MetalearnError, RunError
-from metalearn.data.glyphs import glyphs
+from metalearn.data.glyphs import make_glyphs
 from metalearn.inference.inputs import as_images
 from metalearn.inference.learner import NotAdaptedError, example_shape
 from metalearn.inference.weights_file import digest
 from metalearn.inner import predict
-from metalearn.inner.batch_norm_statistics import statistics_at, under
+from metalearn.inner.batch_norm_statistics import statistics_at, with_fixed_statistics
 from metalearn.models import Conv4
 from metalearn.training.checkpoints import best_path
-from metalearn.training.experiment import build
+from metalearn.training.experiment import build_experiment
 from tests.training.run_folders import SINUSOID, SMALL, trained, untrained
 
-SUPPORT, QUERY = glyphs(classes=7, drawings=4, seed=9).split([2, 2], dim=1)
+SUPPORT, QUERY = make_glyphs(classes=7, drawings=4, seed=9).split([2, 2], dim=1)
 NAMES = ["f", "e", "d", "c", "b", "a", "g"]
 
 
@@ -67,7 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def checkpoint(run: Path) -> Params:
-    params: Params = files.load(best_path(run))["params"]
+    params: Params = files.load_checked(best_path(run))["params"]
     return params
 
 
@@ -135,7 +135,7 @@ def test_kept_statistics_predict_one_by_one(runs: dict[str, Path]) -> None:
     assert statistics is not None
     state = learner._state()
     fast = {name: w[None] for name, w in state.weights.items()}
-    expected = predict(under(learner.forward, statistics), fast, scaled(query())[None])[0].softmax(-1)
+    expected = predict(with_fixed_statistics(learner.forward, statistics), fast, scaled(query())[None])[0].softmax(-1)
     torch.testing.assert_close(together, expected)
 
 
@@ -508,8 +508,8 @@ def test_a_run_loads_without_its_data(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("base", [SMALL, SINUSOID], ids=["glyphs", "sinusoid"])
 def test_shapes_of_inputs_are_those_of_the_data(base: list[str]) -> None:
-    config = typed(compose("train", base), TrainConfig)
-    assert example_shape(config.data) == build(config).train.example_shape
+    config = to_dataclass(compose("train", base), TrainConfig)
+    assert example_shape(config.data) == build_experiment(config).train.example_shape
 
 
 def test_many_queries_are_predicted_in_parts(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

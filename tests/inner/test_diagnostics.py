@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from metalearn import Episodes, InnerLoop, functionalize, meta_gradient
-from metalearn.inner import explained
+from metalearn.inner import explain_torch_errors
 from metalearn.metagrad import ENGINES
 
 X, Y = torch.randn(4, 5), torch.randint(3, (4,))
@@ -75,7 +75,7 @@ def test_what_has_no_derivative_is_named_with_the_remedy(name: str) -> None:
         (slope,) = torch.autograd.grad(function(z.tanh()).square().sum(), z, create_graph=True)
         torch.autograd.grad(slope.square().sum(), z)
 
-    with pytest.raises(ValueError, match=f"(?s){message}") as caught, explained({"x": X}):
+    with pytest.raises(ValueError, match=f"(?s){message}") as caught, explain_torch_errors({"x": X}):
         twice()
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 700
@@ -128,7 +128,7 @@ def test_a_model_of_many_layers_gets_a_short_message() -> None:
     ],
 )
 def test_the_advice_is_about_what_torch_says(words: str, advice: str) -> None:
-    with pytest.raises(ValueError, match=f"{advice}.* Given: x ") as caught, explained({"x": X}):
+    with pytest.raises(ValueError, match=f"{advice}.* Given: x ") as caught, explain_torch_errors({"x": X}):
         torch._check(False, lambda: words)
     kinds = [kind for kind in MISLEADING.split("|") if kind in str(caught.value)]
     assert kinds == ([advice] if advice in MISLEADING else [])
@@ -136,10 +136,10 @@ def test_the_advice_is_about_what_torch_says(words: str, advice: str) -> None:
 
 @pytest.mark.parametrize("words", ["Cannot access data pointer of Tensor that has no storage", "no such operator"])
 def test_without_a_clue_there_is_no_advice(words: str) -> None:
-    with pytest.raises(ValueError, match=rf"is given: {words}\. Given: x \[4, 5\]"), explained({"x": X}):
+    with pytest.raises(ValueError, match=rf"is given: {words}\. Given: x \[4, 5\]"), explain_torch_errors({"x": X}):
         torch._check(False, lambda: words)
 
 
 def test_sparse_inputs_are_told_to_be_dense() -> None:
-    with pytest.raises(ValueError, match=r"x\.to_dense\(\)\. Given"), explained({"x": X.to_sparse()}):
+    with pytest.raises(ValueError, match=r"x\.to_dense\(\)\. Given"), explain_torch_errors({"x": X.to_sparse()}):
         torch._check(False, lambda: "reshape is not implemented for sparse tensors")

@@ -9,26 +9,26 @@ import pytest
 import torch
 
 from metalearn.core.errors import NonFiniteLossError
-from metalearn.inner.diagnostics import losses_unchecked, refuse_nonfinite
+from metalearn.inner.diagnostics import check_losses_finite, defer_loss_checks
 
 LOSSES = [torch.tensor([1.0, math.inf])]
 
 
 def test_unchecked_inside_and_checked_again_outside() -> None:
-    with losses_unchecked():
-        refuse_nonfinite(LOSSES)
-        with losses_unchecked():
-            refuse_nonfinite(LOSSES)
-        refuse_nonfinite(LOSSES)
+    with defer_loss_checks():
+        check_losses_finite(LOSSES)
+        with defer_loss_checks():
+            check_losses_finite(LOSSES)
+        check_losses_finite(LOSSES)
     with pytest.raises(NonFiniteLossError, match="the support loss of task 1 is inf after 0 inner steps"):
-        refuse_nonfinite(LOSSES)
+        check_losses_finite(LOSSES)
 
 
 def test_checked_again_after_an_error() -> None:
-    with pytest.raises(KeyError), losses_unchecked():
+    with pytest.raises(KeyError), defer_loss_checks():
         raise KeyError
     with pytest.raises(NonFiniteLossError):
-        refuse_nonfinite(LOSSES)
+        check_losses_finite(LOSSES)
 
 
 def test_other_threads_are_checked() -> None:
@@ -36,11 +36,11 @@ def test_other_threads_are_checked() -> None:
 
     def check() -> None:
         try:
-            refuse_nonfinite(LOSSES)
+            check_losses_finite(LOSSES)
         except NonFiniteLossError as error:
             refused.append(error)
 
-    with losses_unchecked():
+    with defer_loss_checks():
         other = threading.Thread(target=check)
         other.start()
         other.join()

@@ -26,4 +26,4 @@ def assert_complete(lesson: Lesson, expected: dict[str, Any]) -> None:
     assert [check.what for check in lesson.checks if not check.right] == []
     assert max(len(line) for line in lesson.code.splitlines()) <= 96, "the console breaks longer lines"
     assert '"""' not in lesson.code
-    assert all(figure.axes for figure in lesson.figures.values())
+    assert all(figure.axes for figure in lesson.plots.values())

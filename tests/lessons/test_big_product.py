@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from metalearn.core.profiling.memory import LiveTensorBytes
+from metalearn.core.profiling.memory import PeakTensorMemory
 from metalearn.derivatives import HVP_MODES
 from metalearn.lessons import Lesson, big_product
 from tests.lessons.assertions import assert_complete, computed, zero
@@ -69,14 +69,14 @@ def test_peak_is_a_few_vectors_at_a_tenth_of_a_percent_of_the_size(mode: str) ->
 
 def test_notes_are_the_bars_of_the_picture(lesson: Lesson) -> None:
     noted = [float(found[1]) for note in lesson.notes if (found := re.search(r": ([\d.]+) vectors", note))]
-    (axes,) = lesson.figures["big_product"].axes
+    (axes,) = lesson.plots["big_product"].axes
     bars = [patch.get_width() / 4e7 for patch in axes.patches]  # type: ignore[attr-defined]  # they are rectangles
     assert len(noted) == 3
     assert bars == [1.0, *(pytest.approx(vectors, abs=0.051) for vectors in noted), 1e7]
 
 
 def test_live_bytes_counts_what_is_alive_at_once() -> None:
-    with LiveTensorBytes() as live:
+    with PeakTensorMemory() as live:
         a = torch.zeros(1000)
         b = a + 1  # 8,000 bytes, the peak
         del a
@@ -87,7 +87,7 @@ def test_live_bytes_counts_what_is_alive_at_once() -> None:
 
 
 def test_live_bytes_leaves_out_what_has_no_memory() -> None:
-    with LiveTensorBytes() as live:
+    with PeakTensorMemory() as live:
         zeros = torch._efficientzerotensor(1000)  # forward mode's tangent of a constant
         shape = torch.empty(1000, device="meta")
     assert (zeros.numel(), shape.numel(), live.peak) == (1000, 1000, 0)

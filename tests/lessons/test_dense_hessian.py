@@ -59,7 +59,7 @@ def test_exponent_tells_powers_apart() -> None:
 
 
 def test_the_picture_draws_bytes_and_seconds_against_n(lesson: Lesson) -> None:
-    memory, clock = lesson.figures["dense_hessian"].axes
+    memory, clock = lesson.plots["dense_hessian"].axes
     for axes in (memory, clock):
         assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     batched, row_by_row, product, matrix = (np.asarray(line.get_xydata()) for line in memory.get_lines()[:4])

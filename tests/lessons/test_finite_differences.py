@@ -91,7 +91,7 @@ def test_the_gradient_route_wins_for_second_derivatives(lesson: Lesson) -> None:
 
 
 def test_the_picture_marks_the_best_step_of_each_curve(lesson: Lesson) -> None:
-    for axes in lesson.figures["finite_differences"].axes:
+    for axes in lesson.plots["finite_differences"].axes:
         lines = [np.asarray(line.get_xydata()) for line in axes.get_lines()]
         assert len(lines) == 8
         for curve, mark in zip(lines[::2], lines[1::2], strict=True):

@@ -57,7 +57,7 @@ def test_the_notes_say_what_is_drawn(lesson: Lesson) -> None:
     assert second > first
     drawn = [
         sum(bool(re.search(r"Backward\d$|AccumulateGrad", text.get_text())) for text in axes.texts)
-        for axes in lesson.figures["maml_step"].axes
+        for axes in lesson.plots["maml_step"].axes
     ]
     assert drawn == [first, second]
     assert lesson.notes[2].startswith(f"{second - first} of these")

@@ -69,7 +69,7 @@ def test_the_notes_give_each_mode_in_gradients(lesson: Lesson) -> None:
 
 
 def test_the_picture_shows_the_gradient_along_v_and_its_tangent(lesson: Lesson) -> None:
-    _, along = lesson.figures["hvp"].axes
+    _, along = lesson.plots["hvp"].axes
     curves = [np.asarray(line.get_xydata()) for line in along.get_lines()]
     first, first_tangent, second, second_tangent = curves
     # at t = 1/2, x = (1.25, pi/2 + 1/2): gradient (2.5 cos 1/2, -1.5625 sin 1/2); the tangents are 2 + t and 0 - t

@@ -92,7 +92,7 @@ def test_every_number_is_held(lesson: Lesson) -> None:
 
 
 def test_the_picture_shows_the_term_that_was_measured(lesson: Lesson) -> None:
-    term, gap, cosine = lesson.figures["hessian_term"].axes
+    term, gap, cosine = lesson.plots["hessian_term"].axes
     assert len(term.patches) == len(maml.THETA) == 13
     (points,) = [line for line in term.get_lines() if line.get_marker() == "o"]
     heights = [bar.get_height() for bar in term.patches if hasattr(bar, "get_height")]

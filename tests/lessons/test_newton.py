@@ -98,7 +98,7 @@ def test_curvatures_of_the_notes() -> None:
 
 
 def test_gradient_descent_has_the_same_budget_and_the_best_step(lesson: Lesson) -> None:
-    _, costs = lesson.figures["newton"].axes
+    _, costs = lesson.plots["newton"].axes
     by_newton, by_descent = (np.asarray(line.get_xydata()) for line in costs.get_lines())
     assert by_descent[-1][0] == 10 * by_newton[-1][0]
     same = by_descent[int(by_newton[-1][0]) - 1]

@@ -62,7 +62,7 @@ def test_derivatives_of_known_functions() -> None:
 
 
 def test_the_notes_count_the_nodes_of_the_picture(lesson: Lesson) -> None:
-    (axes,) = lesson.figures["nodes_by_order"].axes
+    (axes,) = lesson.plots["nodes_by_order"].axes
     drawn = [np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()]
     noted = [[int(count) for count in note.rpartition(": ")[2].split(", ")] for note in lesson.notes[:3]]
     assert drawn[:3] == noted

@@ -62,7 +62,7 @@ def test_equation_adds_the_residual_and_both_initial_conditions() -> None:
 
 
 def test_the_solution_holds_the_boundary(lesson: Lesson) -> None:
-    solution, error = lesson.figures["pinn"].axes
+    solution, error = lesson.plots["pinn"].axes
     sine, smooth, kinked = (np.asarray(line.get_xydata()) for line in solution.get_lines())
     assert sine[[0, 500, -1], 0] == pytest.approx([0, np.pi, 2 * np.pi])
     assert smooth[:, 1] == pytest.approx(np.sin(smooth[:, 0]), abs=1e-3)

@@ -65,7 +65,7 @@ def test_training_is_gradient_descent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_picture_has_the_lines_two_over_lr(lesson: Lesson) -> None:
-    loss, sharp = lesson.figures["sharpness"].axes
+    loss, sharp = lesson.plots["sharpness"].axes
     levels = [np.asarray(line.get_ydata()) for line in sharp.get_lines()]
     assert [level[0] for level in levels if len(level) == 2] == [8.0, 5.0]
     below, middle, steep = (level for level in levels if len(level) > 2)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from metalearn import Episodes, Forward, InnerLoop, Params, functionalize
-from metalearn.inner import SGD, Adam, Momentum, PrototypeHead, ZeroContext, with_learned, with_steps
+from metalearn.inner import SGD, Adam, Momentum, PrototypeHead, ZeroContext, with_learned_lrs, with_per_step_params
 from metalearn.models import MLP
 
 HEAD = frozenset({"layers.4.weight", "layers.4.bias"})
@@ -47,7 +47,7 @@ def family(setting: str, **more: Any) -> tuple[Forward, Params, InnerLoop]:
     """A small network in float64, theta with random learned rates and per-step parameters, and its inner loop."""
     forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
     inner = InnerLoop(**{"lr": 0.2, "steps": 3, **SETTINGS[setting], **more})
-    theta = with_learned(with_steps(theta, inner), inner)
+    theta = with_learned_lrs(with_per_step_params(theta, inner), inner)
     return forward, {n: p + 0.05 * torch.randn_like(p) for n, p in theta.items()}, inner
 
 

@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from metalearn import Episodes, Forward, InnerLoop, Params, functionalize
 from metalearn.core.errors import NonFiniteLossError
-from metalearn.core.functional import gradients, relative_error
-from metalearn.core.profiling.memory import LiveTensorBytes
+from metalearn.core.functional import grad_of, relative_error
+from metalearn.core.profiling.memory import PeakTensorMemory
 from metalearn.derivatives import hessian
 from metalearn.inner import adapt, task_losses
 from metalearn.metagrad.implicit import Implicit, conjugate_gradients
@@ -66,8 +66,8 @@ def test_quadratic_is_the_closed_form(case: str) -> None:
     at = {name: p.clone().requires_grad_() for name, p in theta.items()}
     loss = solved(at, episodes, 3.0, **closed)
     assert got.loss.item() == pytest.approx(loss.item(), rel=1e-8), "the inner problem is solved"
-    assert relative_error(got.grads, gradients(loss, at, create_graph=False)) < 1e-8
-    assert got.figures["cg_residual"] < 1e-12, "3 iterations solve 3 equations"
+    assert relative_error(got.grads, grad_of(loss, at, create_graph=False)) < 1e-8
+    assert got.diagnostics["cg_residual"] < 1e-12, "3 iterations solve 3 equations"
 
 
 def system_of_task(
@@ -78,7 +78,7 @@ def system_of_task(
     blocks = hessian(lambda p: cross_entropy(forward(p, episodes.support_x[t]), episodes.support_y[t]), own)
     rows = [torch.cat([blocks[i][j].reshape(own[i].numel(), -1) for j in own], dim=1) for i in own]
     at = {name: w.clone().requires_grad_() for name, w in own.items()}
-    b = gradients(cross_entropy(forward(at, episodes.query_x[t]), episodes.query_y[t]), at, create_graph=False)
+    b = grad_of(cross_entropy(forward(at, episodes.query_x[t]), episodes.query_y[t]), at, create_graph=False)
     h = torch.cat(rows)
     a = (1 + damping) * torch.eye(len(h), dtype=h.dtype) + h / rho
     return a, torch.cat([g.flatten() for g in b.values()])
@@ -102,7 +102,7 @@ def test_equals_the_dense_solve_anywhere(batch_norm: bool, damping: float) -> No
         expected += torch.linalg.solve(a, b) / episodes.tasks
     got = Implicit(cg_steps=40, cg_tolerance=1e-13, damping=damping)(forward, theta, episodes, inner, cross_entropy)
     assert relative_error({"all": flat(got.grads)}, {"all": expected}) < 1e-10
-    assert got.figures["cg_residual_max"] < 1e-12
+    assert got.diagnostics["cg_residual_max"] < 1e-12
 
 
 def test_residual_is_what_it_says() -> None:
@@ -117,13 +117,13 @@ def test_residual_is_what_it_says() -> None:
         expected.append(torch.linalg.vector_norm(b - a @ x) / torch.linalg.vector_norm(b))
     residuals = torch.stack(expected)
     assert residuals.min() > 1e-4, "it was stopped early"
-    figures = engine(forward, theta, episodes, inner, cross_entropy).figures
-    torch.testing.assert_close(figures["cg_residual"], residuals.mean())
-    torch.testing.assert_close(figures["cg_residual_max"], residuals.max())
+    diagnostics = engine(forward, theta, episodes, inner, cross_entropy).diagnostics
+    torch.testing.assert_close(diagnostics["cg_residual"], residuals.mean())
+    torch.testing.assert_close(diagnostics["cg_residual_max"], residuals.max())
     chunked = _in_chunks(engine, forward, theta, episodes, inner, cross_entropy)
-    torch.testing.assert_close(chunked.figures["cg_residual"], residuals.mean())
-    torch.testing.assert_close(chunked.figures["cg_residual_max"], (3 * residuals[:3].max() + residuals[3]) / 4)
-    assert not figures["cg_residual"].requires_grad
+    torch.testing.assert_close(chunked.diagnostics["cg_residual"], residuals.mean())
+    torch.testing.assert_close(chunked.diagnostics["cg_residual_max"], (3 * residuals[:3].max() + residuals[3]) / 4)
+    assert not diagnostics["cg_residual"].requires_grad
 
 
 def test_first_order_drops_the_hessian() -> None:
@@ -132,10 +132,10 @@ def test_first_order_drops_the_hessian() -> None:
     fast = adapt(forward, theta, episodes.support_x, episodes.support_y, inner)
     at = {name: w.requires_grad_() for name, w in fast.items()}
     losses = task_losses(forward, at, episodes.query_x, episodes.query_y, loss=cross_entropy).losses
-    expected = {name: g.sum(dim=0) for name, g in gradients(losses.mean(), at, create_graph=False).items()}
+    expected = {name: g.sum(dim=0) for name, g in grad_of(losses.mean(), at, create_graph=False).items()}
     got = Implicit()(forward, theta, episodes, inner, cross_entropy)
     assert relative_error(got.grads, expected) < 1e-12
-    assert got.figures["cg_residual"] == pytest.approx(0.0)
+    assert got.diagnostics["cg_residual"] == pytest.approx(0.0)
 
 
 def test_result_does_not_depend_on_the_way_there() -> None:
@@ -153,7 +153,7 @@ def test_memory_does_not_grow_with_the_steps() -> None:
     forward, theta = functionalize(MLP(4, 3, hidden=(16,)).double())
     peaks = []
     for steps in (2, 2, 12):  # the first call loads what torch loads once
-        with LiveTensorBytes() as live:
+        with PeakTensorMemory() as live:
             Implicit(cg_steps=2)(forward, theta, vectors(), InnerLoop(0.2, steps, proximal=2.0), cross_entropy)
         peaks.append(live.peak)
     snapshot = 3 * sum(p.numel() * p.element_size() for p in theta.values())
@@ -171,7 +171,7 @@ def test_negative_curvature_from_the_first_direction_gives_first_order() -> None
     got = Implicit(cg_steps=5)(forward, theta, episodes, inner, concave)
     first = Implicit()(forward, theta, episodes, dataclasses.replace(inner, second_order=False), concave)
     assert relative_error(got.grads, first.grads) < 1e-12
-    assert got.figures["cg_residual"] > 1, "and says that this solves nothing"
+    assert got.diagnostics["cg_residual"] > 1, "and says that this solves nothing"
 
 
 def test_negative_curvature_stops_one_task_alone() -> None:

@@ -10,9 +10,9 @@ from torch import nn
 
 from metalearn import InnerLoop, functionalize, meta_gradient
 from metalearn.core.functional import relative_error
-from metalearn.inner import rate_name, with_learned
+from metalearn.inner import lr_key, with_learned_lrs
 from metalearn.metagrad import ENGINES
-from metalearn.metagrad.baselines.offers import NotOfferedError
+from metalearn.metagrad.baselines.offers import UnsupportedSettingError
 from metalearn.models import MLP, Conv4
 from tests.conftest import image_episodes
 from tests.metagrad.models import MODELS
@@ -51,13 +51,13 @@ def test_meta_sgd(model: str, second_order: bool) -> None:
     module, episodes = MODELS[model]().double(), image_episodes()
     forward, theta = functionalize(module)
     inner = InnerLoop(lr=0.1, steps=3, second_order=second_order, learned_lr="parameter")
-    theta = {name: p + 0.05 * torch.rand_like(p) for name, p in with_learned(theta, inner).items()}
+    theta = {name: p + 0.05 * torch.rand_like(p) for name, p in with_learned_lrs(theta, inner).items()}
 
     ours = meta_gradient(forward, theta, episodes, inner).grads
     theirs = learn2learn(module, episodes, inner, params=theta).grads
 
     assert theirs.keys() == theta.keys()
-    rates = [rate_name(name) for name, _ in module.named_parameters()]
+    rates = [lr_key(name) for name, _ in module.named_parameters()]
     assert relative_error({n: theirs[n] for n in rates}, {n: ours[n] for n in rates}) < 1e-9
     assert relative_error(theirs, ours) < 1e-9
 
@@ -71,7 +71,7 @@ def test_anil(model: str, second_order: bool, learned_lr: str | None) -> None:
     module, episodes = MODELS[model]().double(), image_episodes()
     forward, theta = functionalize(module)
     inner = InnerLoop(lr=0.3, steps=3, second_order=second_order, adapted=HEADS[model], learned_lr=learned_lr)
-    theta = with_learned(theta, inner)
+    theta = with_learned_lrs(theta, inner)
 
     ours = meta_gradient(forward, theta, episodes, inner)
     theirs = learn2learn(module, episodes, inner, params=theta)
@@ -105,16 +105,16 @@ def test_what_it_would_do_by_halves_is_refused() -> None:
     from metalearn.metagrad.baselines.learn2learn import meta_gradient as learn2learn
 
     module, episodes = MODELS["mlp"]().double(), image_episodes()
-    with pytest.raises(NotOfferedError, match=r"whole submodules, and layers\.7\.weight is part of one"):
+    with pytest.raises(UnsupportedSettingError, match=r"whole submodules, and layers\.7\.weight is part of one"):
         learn2learn(module, episodes, InnerLoop(0.1, 2, adapted=frozenset({"layers.7.weight"})))
     with pytest.raises(ValueError, match=r"adapted names heads, which params has not"):
         learn2learn(module, episodes, InnerLoop(0.1, 2, adapted=frozenset({"heads"})))
 
     learned = InnerLoop(0.1, 2, learned_lr="parameter")
     module.get_parameter("layers.7.bias").requires_grad_(False)
-    with pytest.raises(NotOfferedError, match=r"learned_lr where parameters are frozen or shared"):
-        learn2learn(module, episodes, learned, params=with_learned(functionalize(module)[1], learned))
+    with pytest.raises(UnsupportedSettingError, match=r"learned_lr where parameters are frozen or shared"):
+        learn2learn(module, episodes, learned, params=with_learned_lrs(functionalize(module)[1], learned))
     shared = nn.Linear(28, 28)
     module = nn.Sequential(shared, nn.Tanh(), shared, nn.Flatten(), nn.Linear(28 * 28, 3)).double()
-    with pytest.raises(NotOfferedError, match=r"learned_lr where parameters are frozen or shared"):
-        learn2learn(module, episodes, learned, params=with_learned(functionalize(module)[1], learned))
+    with pytest.raises(UnsupportedSettingError, match=r"learned_lr where parameters are frozen or shared"):
+        learn2learn(module, episodes, learned, params=with_learned_lrs(functionalize(module)[1], learned))

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient
-from metalearn.core.functional import gradients, relative_error
+from metalearn.core.functional import grad_of, relative_error
 from metalearn.metagrad import ENGINES
 from metalearn.models import Conv4
 from tests.conftest import image_episodes
@@ -61,7 +61,7 @@ def test_inner_gradient_carries_a_graph_exactly_in_second_order(
     seen: list[bool] = []
 
     def spy(loss: Tensor, params: Params, *, create_graph: bool) -> Params:
-        grads = gradients(loss, params, create_graph=create_graph)
+        grads = grad_of(loss, params, create_graph=create_graph)
         seen.extend(g.grad_fn is not None for g in grads.values())
         return grads
 

@@ -11,7 +11,7 @@ from torch.nn.functional import mse_loss
 
 from metalearn import Episodes, InnerLoop, Params, meta_gradient
 from metalearn.core.errors import NonFiniteGradientError
-from metalearn.inner.diagnostics import losses_unchecked
+from metalearn.inner.diagnostics import defer_loss_checks
 from metalearn.metagrad import ENGINES
 
 DOUBLE = torch.float64
@@ -46,7 +46,7 @@ def test_parameter_and_task_are_named(chunk: int | None, engine: str) -> None:
 
 
 def test_who_looks_later_is_not_stopped() -> None:
-    with losses_unchecked():
+    with defer_loss_checks():
         result = meta_gradient(penalised, THETA, tasks(bad=0), InnerLoop(lr=0.01, steps=1), loss=mse_loss)
     assert result.grads["bias"].isnan().any()
 

@@ -13,7 +13,16 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient
 from metalearn.core.functional import relative_error
-from metalearn.inner import SGD, begin, inner_step, model_params, rate_name, state_name, task_losses, with_learned
+from metalearn.inner import (
+    SGD,
+    init_state,
+    inner_step,
+    lr_key,
+    params_at_step,
+    state_key,
+    task_losses,
+    with_learned_lrs,
+)
 from metalearn.metagrad import ENGINES
 from metalearn.models import MLP
 from tests.metagrad.settings import BODY, HEAD, NORM, SETTINGS, family, vectors
@@ -65,21 +74,21 @@ def test_first_order_takes_inner_gradients_for_constants(setting: str) -> None:
     forward, theta, inner = family(setting, second_order=False)
     episodes = vectors()
     at = {name: p.clone().requires_grad_() for name, p in theta.items()}
-    carry = begin(forward, at, episodes.support_x, episodes.support_y, inner)
+    carry = init_state(forward, at, episodes.support_x, episodes.support_y, inner)
     objective = torch.zeros((), dtype=torch.float64)
     for k, weight in enumerate(inner.weights):
         if k:
             constant = {name: w.detach() for name, w in carry.items()}
             own = {n: constant[n].requires_grad_() for n in (inner.adapted or theta) if "::" not in n}
             losses = task_losses(
-                forward, model_params({**constant, **own}, inner, k - 1), episodes.support_x, episodes.support_y,
+                forward, params_at_step({**constant, **own}, inner, k - 1), episodes.support_x, episodes.support_y,
                 loss=cross_entropy,
             ).losses  # fmt: skip
             gs = torch.autograd.grad(losses.sum(), list(own.values()))
-            from metalearn.inner import update
+            from metalearn.inner import apply_update
 
-            carry = update(carry, dict(zip(own, gs, strict=True)), inner, k - 1)
-        fast = model_params(carry, inner, k)
+            carry = apply_update(carry, dict(zip(own, gs, strict=True)), inner, k - 1)
+        fast = params_at_step(carry, inner, k)
         objective = (
             objective
             + weight * task_losses(forward, fast, episodes.query_x, episodes.query_y, loss=cross_entropy).losses.mean()
@@ -106,8 +115,8 @@ def test_adapting_the_head_is_a_rate_of_zero_elsewhere(second_order: bool) -> No
     episodes = vectors()
     anil = InnerLoop(0.2, 3, second_order=second_order, adapted=HEAD)
     masked = dataclasses.replace(anil, adapted=None, learned_lr="parameter")
-    rates = with_learned(theta, masked)
-    rates |= {rate_name(name): torch.zeros_like(theta[name]) for name in BODY}
+    rates = with_learned_lrs(theta, masked)
+    rates |= {lr_key(name): torch.zeros_like(theta[name]) for name in BODY}
     got, expected = meta_gradient(forward, theta, episodes, anil), meta_gradient(forward, rates, episodes, masked)
     assert relative_error(got.grads, {name: expected.grads[name] for name in theta}) < 1e-12
 
@@ -117,7 +126,9 @@ def test_every_step_has_its_own_rate() -> None:
     forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
     episodes, rates = vectors(tasks=1), (0.1, 0.3, 0.2)
     inner = InnerLoop(0.1, 3, learned_lr="layer_and_step")
-    learned = {n: torch.tensor(rates, dtype=p.dtype) if "::" in n else p for n, p in with_learned(theta, inner).items()}
+    learned = {
+        n: torch.tensor(rates, dtype=p.dtype) if "::" in n else p for n, p in with_learned_lrs(theta, inner).items()
+    }
     got = adapt(forward, learned, episodes.support_x, episodes.support_y, inner)
     for rate in rates:
         fast = adapt(forward, theta, episodes.support_x, episodes.support_y, InnerLoop(rate, 1))
@@ -152,7 +163,7 @@ def test_meta_gradient_in_rates_is_the_closed_form() -> None:
     x, y = torch.randn(2, 5, 4, dtype=torch.float64), torch.randn(2, 5, 1, dtype=torch.float64)
     episodes = Episodes(x, y, x.flip(1) + 1, y)
     inner = InnerLoop(0.1, 1, learned_lr="parameter", second_order=False)
-    got = meta_gradient(forward, with_learned(theta, inner), episodes, inner, loss=mse_loss).grads
+    got = meta_gradient(forward, with_learned_lrs(theta, inner), episodes, inner, loss=mse_loss).grads
     total = torch.zeros(1, 4, dtype=torch.float64)
     for t in range(2):
         w, b = theta["weight"], theta["bias"]
@@ -161,7 +172,7 @@ def test_meta_gradient_in_rates_is_the_closed_form() -> None:
         w, b = w - 0.1 * g_w, b - 0.1 * g_b
         q = episodes.query_x[t]
         total -= 2 * ((q @ w.T + b - y[t]) * q).mean(0, keepdim=True) * g_w / 2
-    torch.testing.assert_close(got[rate_name("weight")], total)
+    torch.testing.assert_close(got[lr_key("weight")], total)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -217,7 +228,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"params lacks lr::layers.1.bias, .*with_learned"):
         meta_gradient(forward, theta, vectors(), learned)
     with pytest.raises(ValueError, match=r"params has lr::layers\.1\.bias"):
-        meta_gradient(forward, with_learned(theta, learned), vectors(), InnerLoop(0.2, 3))
+        meta_gradient(forward, with_learned_lrs(theta, learned), vectors(), InnerLoop(0.2, 3))
     with pytest.raises(ValueError, match=r"adapted names heads, which params has not; it has layers.1.weight"):
         meta_gradient(forward, theta, vectors(), InnerLoop(0.2, 3, adapted=frozenset({"heads"})))
 
@@ -225,10 +236,10 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_rates_and_rows_of_another_shape_are_refused() -> None:
     forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
     for made, taken in (("layer", "layer_and_step"), ("parameter", "layer"), ("layer", "parameter")):
-        params = with_learned(theta, InnerLoop(0.2, 3, learned_lr=made))
+        params = with_learned_lrs(theta, InnerLoop(0.2, 3, learned_lr=made))
         with pytest.raises(ValueError, match=rf"has shape .* not that of learned_lr='{taken}'"):
             meta_gradient(forward, params, vectors(), InnerLoop(0.2, 3, learned_lr=taken))
-    params = with_learned(theta, InnerLoop(0.2, 2, learned_lr="layer_and_step"))
+    params = with_learned_lrs(theta, InnerLoop(0.2, 2, learned_lr="layer_and_step"))
     more = InnerLoop(0.2, 5, learned_lr="layer_and_step")
     with pytest.raises(ValueError, match=r"has shape \(2,\)"):
         meta_gradient(forward, params, vectors(), more)
@@ -240,7 +251,7 @@ def test_rates_and_rows_of_another_shape_are_refused() -> None:
 def test_a_step_of_sgd_stays_a_step_of_sgd() -> None:
     forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
     episodes, inner = vectors(), InnerLoop(0.2, 1)
-    carry = begin(forward, theta, episodes.support_x, episodes.support_y, inner)
+    carry = init_state(forward, theta, episodes.support_x, episodes.support_y, inner)
     assert carry.keys() == theta.keys()
     after, _ = inner_step(forward, carry, episodes.support_x, episodes.support_y, inner, loss=cross_entropy, k=0)
     assert after.keys() == theta.keys()
@@ -251,10 +262,10 @@ class TowardsStart:
     """Decay towards a fading copy of the first weights: what is remembered is a function of theta."""
 
     def start(self, fast: Params) -> Params:
-        return {state_name("start", name): w for name, w in fast.items()}
+        return {state_key("start", name): w for name, w in fast.items()}
 
     def __call__(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
-        directions = {name: g + 0.5 * state[state_name("start", name)] for name, g in grads.items()}
+        directions = {name: g + 0.5 * state[state_key("start", name)] for name, g in grads.items()}
         return directions, {name: 0.9 * w for name, w in state.items()}
 
 
@@ -262,8 +273,8 @@ class TimesStart(TowardsStart):
     """A preconditioner that theta decides, and gradients move: linear in neither alone."""
 
     def __call__(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
-        directions = {name: g * state[state_name("start", name)] for name, g in grads.items()}
-        return directions, {state_name("start", n): state[state_name("start", n)] + 0.1 * g for n, g in grads.items()}
+        directions = {name: g * state[state_key("start", name)] for name, g in grads.items()}
+        return directions, {state_key("start", n): state[state_key("start", n)] + 0.1 * g for n, g in grads.items()}
 
 
 class NewConstant(TowardsStart):

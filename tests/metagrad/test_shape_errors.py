@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient, predict
-from metalearn.inner import explained
+from metalearn.inner import explain_torch_errors
 from metalearn.metagrad import ENGINES
 
 X, Y = torch.randn(3, 6, 4), torch.arange(3).repeat(3, 2)
@@ -119,15 +119,18 @@ def test_mistakes_in_a_models_code_pass_unchanged(mistake: Callable[[], object])
     ],
 )
 def test_running_out_of_memory_passes_unchanged(words: str) -> None:
-    with pytest.raises(RuntimeError, match=r"alloc|ALLOC"), explained():
+    with pytest.raises(RuntimeError, match=r"alloc|ALLOC"), explain_torch_errors():
         torch._check(False, lambda: words)
-    with pytest.raises(ValueError, match=r"cannot compute with what it is given: another reason\."), explained():
+    with (
+        pytest.raises(ValueError, match=r"cannot compute with what it is given: another reason\."),
+        explain_torch_errors(),
+    ):
         torch._check(False, lambda: "another reason")
 
 
 def test_a_label_that_a_gpu_stumbled_over_is_explained() -> None:
     # As torch raises it, some operations later and without a place.
-    with pytest.raises(ValueError, match=r"label outside of 0 to N - 1.*again on the CPU"), explained():
+    with pytest.raises(ValueError, match=r"label outside of 0 to N - 1.*again on the CPU"), explain_torch_errors():
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
 

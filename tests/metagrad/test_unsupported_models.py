@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient, predict
 from metalearn.core.errors import NonFiniteLossError
-from metalearn.inner import explained
+from metalearn.inner import explain_torch_errors
 from metalearn.metagrad import ENGINES
 
 
@@ -130,7 +130,7 @@ def test_the_cudnn_message_is_explained() -> None:
     # As torch raises it on a GPU, in _cudnn_rnn_backward's derivative.
     with (
         pytest.raises(ValueError, match=r"cuDNN's kernels .* have no second derivative.*flags\(enabled=False\)"),
-        explained(),
+        explain_torch_errors(),
     ):
         raise RuntimeError(
             "the derivative for '_cudnn_rnn_backward' is not implemented. Double backwards is not supported for CuDNN "
@@ -139,7 +139,7 @@ def test_the_cudnn_message_is_explained() -> None:
 
 
 def test_other_errors_pass_unchanged() -> None:
-    with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes cannot be multiplied$"), explained():
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes cannot be multiplied$"), explain_torch_errors():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 

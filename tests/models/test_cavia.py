@@ -15,7 +15,7 @@ from metalearn import Episodes, InnerLoop, Loss, Params, functionalize, meta_gra
 from metalearn.core.functional import relative_error
 from metalearn.inner import ZeroContext, adapt
 from metalearn.metagrad import ENGINES
-from metalearn.models import MLP, ContextConv4, ContextMLP, Conv4, context_names
+from metalearn.models import MLP, ContextConv4, ContextMLP, Conv4, context_param_names
 from tests.conftest import image_episodes
 
 CONTEXT = frozenset({"context"})
@@ -140,10 +140,10 @@ def test_context_conv4_scales_and_shifts_the_third_block() -> None:
 
 
 def test_context_names() -> None:
-    assert context_names(ContextMLP(1, 1)) == CONTEXT
-    assert context_names(nn.Sequential(nn.Identity(), ContextConv4(3))) == {"1.context"}
+    assert context_param_names(ContextMLP(1, 1)) == CONTEXT
+    assert context_param_names(nn.Sequential(nn.Identity(), ContextConv4(3))) == {"1.context"}
     with pytest.raises(ValueError, match="MLP has no parameter called 'context'; take ContextMLP"):
-        context_names(MLP(4, 2))
+        context_param_names(MLP(4, 2))
 
 
 @pytest.mark.parametrize("make", [lambda n: ContextMLP(1, 1, context=n), lambda n: ContextConv4(3, context=n)])

@@ -19,7 +19,7 @@ from metalearn import (
     functionalize,
     meta_gradient,
 )
-from metalearn.config.compose import compose, typed
+from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import ResNet12Config, TrainConfig
 from metalearn.core.functional import relative_error
 from metalearn.derivatives import (
@@ -120,7 +120,7 @@ def test_conv4_with_max_pooling_keeps_five_pixels_of_mini_imagenet() -> None:
 
 
 def test_a_configured_resnet12_is_built() -> None:
-    config = typed(compose("train", ["data=glyphs", "model=resnet12"]), TrainConfig)
+    config = to_dataclass(compose("train", ["data=glyphs", "model=resnet12"]), TrainConfig)
     assert isinstance(config.model, ResNet12Config)
     assert tuple(config.model.widths) == inspect.signature(ResNet12).parameters["widths"].default
     small = dataclasses.replace(config, model=dataclasses.replace(config.model, widths=list(NARROW)))

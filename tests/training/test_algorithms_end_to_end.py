@@ -12,20 +12,20 @@ from PIL import Image
 
 from metalearn.algorithms import ALGORITHMS
 from metalearn.commands.compare.variants import check_compare
-from metalearn.commands.reproduce.plan import plan
+from metalearn.commands.reproduce.plan import build_rows
 from metalearn.commands.reproduce.published import published
 from metalearn.config.commands_schema import CompareConfig, ReproduceConfig
-from metalearn.config.compose import compose, typed
+from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.output_names import split
 from metalearn.config.schema import TrainConfig
-from metalearn.config.validation import check
+from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError, NonFiniteLossError
 from metalearn.core.functional import relative_error
 from metalearn.metagrad import meta_gradient
 from metalearn.metagrad.baselines.installed import installed_peers
 from metalearn.training import step as outer_step
 from metalearn.training.checkpoints import load_best
-from metalearn.training.experiment import Experiment, build
+from metalearn.training.experiment import Experiment, build_experiment
 from metalearn.training.scores import ACCURACY, MSE
 from metalearn.training.tracking.event_files import read_scalars
 from tests.faults.processes import state_of
@@ -70,7 +70,7 @@ def test_maml_pp_goes_on_as_if_uninterrupted(tmp_path: Path) -> None:
 
 def test_maml_pp_anneals_with_the_training_and_keeps_statistics(tmp_path: Path) -> None:
     overrides = [*tiny("maml_pp"), "algorithm.first_order_share=0.5"]
-    experiment = build(typed(compose("train", overrides), TrainConfig))
+    experiment = build_experiment(to_dataclass(compose("train", overrides), TrainConfig))
     episodes = experiment.train.tasks(0, 2)
     for iteration in (0, 3):
         got = experiment.gradient(experiment.theta, episodes, iteration).grads
@@ -138,18 +138,18 @@ def test_a_rate_that_diverges_beyond_the_test_loses_nothing(tmp_path: Path, capl
 
 
 def test_an_automatic_engine_is_planned_for_the_heaviest_meta_step() -> None:
-    experiment = build(typed(compose("train", [*TINY, "algorithm=maml_pp"]), TrainConfig))
-    heaviest = experiment.algorithm.heaviest
-    assert heaviest.second_order
-    assert heaviest.query_weights is not None
+    experiment = build_experiment(to_dataclass(compose("train", [*TINY, "algorithm=maml_pp"]), TrainConfig))
+    peak_memory_inner = experiment.algorithm.peak_memory_inner
+    assert peak_memory_inner.second_order
+    assert peak_memory_inner.query_weights is not None
     assert not experiment.algorithm.at(0.0).second_order
 
 
 def test_statistics_do_not_depend_on_chunks() -> None:
     found = []
     for chunk in ("null", "1"):
-        config = typed(compose("train", [*TINY, "algorithm=maml_pp", f"inner.task_chunk={chunk}"]), TrainConfig)
-        experiment = build(config)
+        config = to_dataclass(compose("train", [*TINY, "algorithm=maml_pp", f"inner.task_chunk={chunk}"]), TrainConfig)
+        experiment = build_experiment(config)
         found.append(experiment.statistics(experiment.theta, 3))
     assert found[0].keys() == found[1].keys() != set()
     for name, value in found[0].items():
@@ -158,7 +158,7 @@ def test_statistics_do_not_depend_on_chunks() -> None:
 
 def test_processes_agree_on_the_figures_of_an_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the tasks of one of them have failed: their all-reduce is of one size."""
-    experiment = build(typed(compose("train", [*tiny("imaml")]), TrainConfig))
+    experiment = build_experiment(to_dataclass(compose("train", [*tiny("imaml")]), TrainConfig))
     episodes = experiment.train.tasks(0, 2)
     sound = outer_step._own(experiment, experiment.theta, episodes, 0)
 
@@ -167,8 +167,8 @@ def test_processes_agree_on_the_figures_of_an_algorithm(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Experiment, "gradient", failing)
     failed = outer_step._own(experiment, experiment.theta, episodes, 0)
-    assert list(sound.figures) == list(failed.figures)
-    assert "cg_residual" in failed.figures
+    assert list(sound.metrics) == list(failed.metrics)
+    assert "cg_residual" in failed.metrics
 
 
 @pytest.mark.parametrize(
@@ -195,19 +195,19 @@ def test_processes_agree_on_the_figures_of_an_algorithm(monkeypatch: pytest.Monk
 )
 def test_what_does_not_fit_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check(typed(compose("train", overrides), TrainConfig))
+        validate_train_config(to_dataclass(compose("train", overrides), TrainConfig))
 
 
 def test_one_command_compares_all_of_them() -> None:
-    config = typed(compose("compare", ["comparison=algorithms"]), CompareConfig)
+    config = to_dataclass(compose("compare", ["comparison=algorithms"]), CompareConfig)
     variants = [split(text) for text in config.compare.variants]
     assert {v[0] for v in variants} == {f"algorithm={name}" for name in ALGORITHMS}
     for overrides in variants:
-        check(typed(compose("train", overrides), TrainConfig))
+        validate_train_config(to_dataclass(compose("train", overrides), TrainConfig))
 
 
 def test_regression_is_not_compared_by_accuracy() -> None:
-    config = typed(compose("compare", ["experiment=sinusoid"]), CompareConfig)
+    config = to_dataclass(compose("compare", ["experiment=sinusoid"]), CompareConfig)
     with pytest.raises(ConfigError, match="data=sinusoid: a comparison is of accuracies"):
         check_compare(config)
 
@@ -216,7 +216,7 @@ def test_maml_pp_is_a_row_of_the_reproduced_table(tmp_path: Path) -> None:
     config = ReproduceConfig(
         "omniglot_5way_1shot_maml_pp", orders=["second"], seeds=[0], minutes=None, jobs=1, overrides=[], record=False
     )
-    [row] = plan(config, tmp_path)
+    [row] = build_rows(config, tmp_path)
     assert row.jobs[0].config.algorithm.name == "maml_pp"
     assert str(published("maml_pp", "second", 5, 1)) == "99.47% (Antoniou et al. 2019)"
 
@@ -227,4 +227,4 @@ def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("metalearn.metagrad.baselines.backend.installed_peers", none)
     with pytest.raises(ConfigError, match=r"learn2learn.*pip install -r requirements-peers\.txt"):
-        build(typed(compose("train", [*TINY, "algorithm.backend=learn2learn"]), TrainConfig))
+        build_experiment(to_dataclass(compose("train", [*TINY, "algorithm.backend=learn2learn"]), TrainConfig))

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from metalearn import InnerLoop, functionalize
-from metalearn.config.compose import compose, typed
+from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
-from metalearn.config.validation import check
+from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.core.profiling.device_memory import peak_bytes
 from metalearn.core.profiling.memory import MIB, MemoryLimitError
 from metalearn.metagrad import ENGINES
 from metalearn.models import MLP
-from metalearn.training.auto_engine import Problem, plan
+from metalearn.training.auto_engine import MetaStepProblem, choose_engine
 from tests.conftest import image_episodes
 
 AUTO = InnerLoop(lr=0.1, steps=5, engine="auto")
@@ -25,71 +25,71 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def problem() -> Problem:
+def problem() -> MetaStepProblem:
     forward, theta = functionalize(MLP(9, 3, hidden=(16, 16), batch_norm=False))  # activations outweigh the weights
-    return Problem(forward, theta, image_episodes(tasks=6, shots=60, size=3, dtype=torch.float32))
+    return MetaStepProblem(forward, theta, image_episodes(tasks=6, shots=60, size=3, dtype=torch.float32))
 
 
-def peak_mib(problem: Problem, inner: InnerLoop) -> float:
+def peak_mib(problem: MetaStepProblem, inner: InnerLoop) -> float:
     return peak_bytes(lambda: problem.step(inner), CPU) / MIB
 
 
-def test_what_is_chosen_fits(problem: Problem) -> None:
+def test_what_is_chosen_fits(problem: MetaStepProblem) -> None:
     unroll = peak_mib(problem, dataclasses.replace(AUTO, engine="unroll"))
     for share in (1.2, 0.5, 0.2, 0.1):
-        chosen = plan(problem, AUTO, limit_mib=share * unroll)
+        chosen = choose_engine(problem, AUTO, limit_mib=share * unroll)
         assert chosen.engine in ENGINES
         assert peak_mib(problem, chosen) <= share * unroll
         assert dataclasses.replace(chosen, engine="auto", task_chunk=None, snapshot_every=1) == AUTO
 
 
 @pytest.mark.parametrize("fast", ENGINES)
-def test_the_fastest_that_fits_is_chosen(fast: str, problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    def seconds(self: Problem, inner: InnerLoop) -> float:
+def test_the_fastest_that_fits_is_chosen(fast: str, problem: MetaStepProblem, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(self: MetaStepProblem, inner: InnerLoop) -> float:
         return (1.0 if inner.engine == fast else 2.0) + inner.snapshot_every + (inner.task_chunk or 0)
 
-    monkeypatch.setattr(Problem, "seconds", seconds)
-    chosen = plan(problem, AUTO, limit_mib=1000)
+    monkeypatch.setattr(MetaStepProblem, "seconds", seconds)
+    chosen = choose_engine(problem, AUTO, limit_mib=1000)
     assert (chosen.engine, chosen.task_chunk, chosen.snapshot_every) == (fast, None, 1)
     tight = 0.5 * peak_mib(problem, dataclasses.replace(AUTO, engine="unroll"))  # the others take less
-    assert plan(problem, AUTO, limit_mib=tight).engine == (fast if fast != "unroll" else "checkpoint")
+    assert choose_engine(problem, AUTO, limit_mib=tight).engine == (fast if fast != "unroll" else "checkpoint")
 
 
-def test_as_many_tasks_are_taken_as_fit(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Problem, "seconds", lambda self, inner: 10 / (inner.task_chunk or 6))
+def test_as_many_tasks_are_taken_as_fit(problem: MetaStepProblem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MetaStepProblem, "seconds", lambda self, inner: 10 / (inner.task_chunk or 6))
     three = peak_mib(problem, dataclasses.replace(AUTO, engine="checkpoint", task_chunk=3))
-    chosen = plan(problem, AUTO, limit_mib=1.05 * three)
+    chosen = choose_engine(problem, AUTO, limit_mib=1.05 * three)
     assert chosen.task_chunk is not None
     assert chosen.task_chunk >= 3
 
 
-def test_a_chunk_that_was_set_is_kept(problem: Problem) -> None:
-    chosen = plan(problem, dataclasses.replace(AUTO, task_chunk=2), limit_mib=1000)
+def test_a_chunk_that_was_set_is_kept(problem: MetaStepProblem) -> None:
+    chosen = choose_engine(problem, dataclasses.replace(AUTO, task_chunk=2), limit_mib=1000)
     assert chosen.task_chunk == 2
 
 
-def test_nothing_fits(problem: Problem) -> None:
+def test_nothing_fits(problem: MetaStepProblem) -> None:
     with pytest.raises(
         RunError, match=r"no engine fits into 0\.0100 MiB; one task at a time takes .*run\.memory_limit"
     ):
-        plan(problem, AUTO, limit_mib=0.01)
+        choose_engine(problem, AUTO, limit_mib=0.01)
 
 
-def test_what_the_refusal_asks_for_is_enough(problem: Problem) -> None:
+def test_what_the_refusal_asks_for_is_enough(problem: MetaStepProblem) -> None:
     with pytest.raises(RunError) as caught:
-        plan(problem, AUTO, limit_mib=0.01)
+        choose_engine(problem, AUTO, limit_mib=0.01)
     needed = float(str(caught.value).split("takes at least ")[1].split(" MiB")[0])
-    assert plan(problem, AUTO, limit_mib=1.01 * needed).task_chunk == 1
+    assert choose_engine(problem, AUTO, limit_mib=1.01 * needed).task_chunk == 1
     with pytest.raises(RunError, match="no engine fits"):
-        plan(problem, AUTO, limit_mib=0.9 * needed)
+        choose_engine(problem, AUTO, limit_mib=0.9 * needed)
 
 
-def test_random_draws_of_the_run_do_not_move(problem: Problem, caplog: pytest.LogCaptureFixture) -> None:
+def test_random_draws_of_the_run_do_not_move(problem: MetaStepProblem, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     with caplog.at_level(logging.INFO):
-        plan(problem, AUTO, limit_mib=None)
+        choose_engine(problem, AUTO, limit_mib=None)
     assert torch.equal(torch.rand(3), expected)
     assert "inner.engine=auto chose" in caplog.text
 
@@ -101,6 +101,6 @@ def test_a_measurement_stops_at_the_limit() -> None:
 
 
 def test_auto_and_deterministic_exclude_each_other() -> None:
-    config = typed(compose("train", ["data=glyphs", "inner.engine=auto", "run.deterministic=true"]), TrainConfig)
+    config = to_dataclass(compose("train", ["data=glyphs", "inner.engine=auto", "run.deterministic=true"]), TrainConfig)
     with pytest.raises(ConfigError, match=r"inner\.engine=auto with run\.deterministic=true.*name an engine"):
-        check(config)
+        validate_train_config(config)

@@ -15,27 +15,27 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from metalearn.config.compose import compose, typed
-from metalearn.config.run_config import continued, from_yaml
+from metalearn.config.compose import compose, to_dataclass
+from metalearn.config.run_config import load_run_config, resolve_resume
 from metalearn.config.schema import OuterConfig, TrainConfig
-from metalearn.config.validation import check
+from metalearn.config.validation import validate_train_config
 from metalearn.core import serialization as files
-from metalearn.core.errors import ConfigError, FolderTakenError, RunError
+from metalearn.core.errors import ConfigError, RunError, RunExistsError
 from metalearn.training import session
 from metalearn.training.checkpoints import (
     best_path,
     load_best,
-    newest_state,
+    load_latest,
     save_best,
     save_state,
-    settle_best,
     state_path,
     state_paths,
+    sync_best,
 )
-from metalearn.training.evaluate_run import evaluate_together
+from metalearn.training.evaluate_run import evaluate_distributed
 from metalearn.training.evaluation import Evaluation
-from metalearn.training.state import Best, TrainState, learning_rate
-from metalearn.training.step import Update, take
+from metalearn.training.state import BestCheckpoint, TrainState, learning_rate
+from metalearn.training.step import MetaUpdate, apply_update
 from metalearn.training.tracking.event_files import read_scalars
 from metalearn.training.trainer import train
 from tests.faults.processes import state_of
@@ -43,9 +43,9 @@ from tests.faults.runs import SMALL, assert_curves, timeless
 
 
 def run(folder: Path, *more: str) -> None:
-    config = typed(compose("train", [*SMALL, "run.checkpoint_seconds=null", *more]), TrainConfig)
-    check(config)
-    train(continued(config, folder), folder)
+    config = to_dataclass(compose("train", [*SMALL, "run.checkpoint_seconds=null", *more]), TrainConfig)
+    validate_train_config(config)
+    train(resolve_resume(config, folder), folder)
 
 
 @pytest.fixture(scope="module")
@@ -76,31 +76,31 @@ def test_a_state_of_a_branch_that_was_left_goes(tmp_path: Path) -> None:
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
     save_state({"n": 1}, 1, tmp_path)
-    files.save({"format": 99, "state": {}, "meter": {}}, state_path(tmp_path, 1))
+    files.save_checked({"format": 99, "state": {}, "meter": {}}, state_path(tmp_path, 1))
     with pytest.raises(RunError, match="its format is 99, and this version of metalearn reads 1"):
-        newest_state(tmp_path)
+        load_latest(tmp_path)
 
 
 def test_all_damaged_is_no_new_beginning(tmp_path: Path) -> None:
-    assert newest_state(tmp_path) is None
+    assert load_latest(tmp_path) is None
     save_state({"n": 1}, 1, tmp_path)
     state_path(tmp_path, 1).write_bytes(b"")
     with pytest.raises(RunError, match=r"(?s)every checkpoint is damaged.*state-00000001\.pt is damaged"):
-        newest_state(tmp_path)
+        load_latest(tmp_path)
 
 
 def test_best_parameters_follow_the_state(tmp_path: Path) -> None:
-    save_best(Best(20, 0.9, params(2.0)), tmp_path)  # of a branch that was left
-    settle_best(Best(10, 0.8, params(1.0)), tmp_path)
+    save_best(BestCheckpoint(20, 0.9, params(2.0)), tmp_path)  # of a branch that was left
+    sync_best(BestCheckpoint(10, 0.8, params(1.0)), tmp_path)
     best = load_best(tmp_path, like=params(0.0), device=torch.device("cpu"))
     assert (best.iteration, best.validation_score) == (10, 0.8)
     assert torch.equal(best.params["w"], params(1.0)["w"])
-    settle_best(None, tmp_path)
+    sync_best(None, tmp_path)
     assert not best_path(tmp_path).exists()
 
 
 def test_damaged_best_parameters_are_in_the_state_as_well(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    best = Best(10, 0.8, params(1.0))
+    best = BestCheckpoint(10, 0.8, params(1.0))
     save_best(best, tmp_path)
     best_path(tmp_path).write_bytes(b"x")
     with pytest.raises(RunError, match=r"best\.pt is damaged"):
@@ -116,7 +116,7 @@ def test_damaged_best_parameters_are_in_the_state_as_well(tmp_path: Path, caplog
 
 
 def test_another_models_parameters_are_refused(tmp_path: Path) -> None:
-    save_best(Best(10, 0.8, params(1.0)), tmp_path)
+    save_best(BestCheckpoint(10, 0.8, params(1.0)), tmp_path)
     with pytest.raises(RunError, match=r"parameter 'w' is \(2,\) in it and \(3,\)"):
         load_best(tmp_path, like={"w": torch.zeros(3)}, device=torch.device("cpu"))
 
@@ -128,7 +128,7 @@ def outer(**changed: Any) -> OuterConfig:
 def steps(state: TrainState, count: int) -> TrainState:
     for _ in range(count):
         grads = {name: torch.ones_like(p) for name, p in state.params.items()}
-        take(state, Update(grads, {"grad_norm": torch.tensor(1.0)}, stop=False), clip_norm=None)
+        apply_update(state, MetaUpdate(grads, {"grad_norm": torch.tensor(1.0)}, stop=False), clip_norm=None)
     return state
 
 
@@ -187,8 +187,8 @@ def test_more_meta_steps_for_a_finished_run(finished: Path, tmp_path: Path) -> N
     assert timeless(folder)["iterations"] == 32
     earlier = folder / "until-24"
     assert timeless(earlier) == timeless(finished)
-    assert from_yaml(earlier / "config.yaml").outer.iterations == 24
-    assert from_yaml(folder / "config.yaml").outer.iterations == 32
+    assert load_run_config(earlier / "config.yaml").outer.iterations == 24
+    assert load_run_config(folder / "config.yaml").outer.iterations == 32
     assert read_scalars(earlier) == read_scalars(finished)
     assert_curves(folder)
     curves, metrics = read_scalars(folder), json.loads((folder / "metrics.json").read_text())
@@ -215,19 +215,19 @@ def test_a_folder_that_has_lost_its_configuration_is_not_begun_anew(finished: Pa
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     (folder / "config.yaml").unlink()
     (folder / "metrics.json").unlink()
-    with pytest.raises(FolderTakenError, match="its checkpoints"):
+    with pytest.raises(RunExistsError, match="its checkpoints"):
         run(folder, "run.resume=auto")
     assert state_paths(folder) == [folder / path.relative_to(finished) for path in state_paths(finished)]
 
 
 def test_validation_is_no_meta_steps_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate = evaluate_together
+    evaluate = evaluate_distributed
 
     def slow(*args: Any, **more: Any) -> Evaluation:
         time.sleep(0.5)
         return evaluate(*args, **more)
 
-    monkeypatch.setattr(session, "evaluate_together", slow)
+    monkeypatch.setattr(session, "evaluate_distributed", slow)
     run(tmp_path / "run", "outer.iterations=2", "eval.every=2")
     assert state_of(tmp_path / "run")["meter"]["window"]["passed_s"] < 0.25
 

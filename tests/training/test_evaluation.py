@@ -7,22 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from metalearn import Forward, InnerLoop, Params, adapt, functionalize
-from metalearn.core.functional import stack
-from metalearn.data.glyphs import glyphs
+from metalearn.core.functional import expand_over_tasks
+from metalearn.data.glyphs import make_glyphs
 from metalearn.data.sampler import EpisodeSampler, TaskShape
 from metalearn.inner import predict
 from metalearn.models import MLP, Conv4
-from metalearn.training.evaluation import Estimate, evaluate, predict_one_by_one
+from metalearn.training.evaluation import MeanCI, evaluate, predict_nontransductive
 from metalearn.training.scores import accuracy
 from tests.conftest import image_episodes
 
 
 def sampler() -> EpisodeSampler:
-    return EpisodeSampler(glyphs(classes=20), TaskShape(5, 1, 4), seed=0, split="test")
+    return EpisodeSampler(make_glyphs(classes=20), TaskShape(5, 1, 4), seed=0, split="test")
 
 
 def test_interval_is_1_96_standard_errors() -> None:
-    estimate = Estimate.of(torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    estimate = MeanCI.of(torch.tensor([0.0, 1.0, 1.0, 1.0]))
     assert estimate.mean == 0.75
     assert estimate.ci95 == pytest.approx(1.96 * 0.5 / 2)  # standard deviation 0.5, with n - 1
     assert str(estimate) == "75.00% ± 49.00%"
@@ -74,8 +74,8 @@ def test_result_does_not_depend_on_the_batch() -> None:
 def test_one_by_one_is_the_support_set_and_one_query_at_a_time() -> None:
     forward, theta = functionalize(Conv4(3, width=4).double())
     episodes = image_episodes()
-    fast = stack(theta, episodes.tasks)
-    got = predict_one_by_one(forward, fast, episodes)
+    fast = expand_over_tasks(theta, episodes.tasks)
+    got = predict_nontransductive(forward, fast, episodes)
     for t in range(episodes.tasks):
         for q in range(episodes.query_x.shape[1]):
             batch = torch.cat([episodes.support_x[t], episodes.query_x[t, q : q + 1]])
@@ -85,10 +85,10 @@ def test_one_by_one_is_the_support_set_and_one_query_at_a_time() -> None:
 def test_one_by_one_in_small_passes_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     forward, theta = functionalize(Conv4(3, width=4).double())
     episodes = image_episodes()
-    fast = stack(theta, episodes.tasks)
-    whole = predict_one_by_one(forward, fast, episodes)
+    fast = expand_over_tasks(theta, episodes.tasks)
+    whole = predict_nontransductive(forward, fast, episodes)
     monkeypatch.setattr("metalearn.training.evaluation._IMAGES_PER_PASS", 1)
-    torch.testing.assert_close(predict_one_by_one(forward, fast, episodes), whole)
+    torch.testing.assert_close(predict_nontransductive(forward, fast, episodes), whole)
 
 
 def test_protocols_differ_with_batch_norm_and_agree_without() -> None:
@@ -96,8 +96,8 @@ def test_protocols_differ_with_batch_norm_and_agree_without() -> None:
 
     def gap(module: nn.Module) -> float:
         forward, theta = functionalize(module.double())
-        fast = stack(theta, episodes.tasks)
-        alone = predict_one_by_one(forward, fast, episodes)
+        fast = expand_over_tasks(theta, episodes.tasks)
+        alone = predict_nontransductive(forward, fast, episodes)
         together = torch.vmap(forward)(fast, episodes.query_x)
         return (alone - together).abs().max().item()
 

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metalearn.config.compose import compose, typed
+from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
-from metalearn.core.errors import NonFiniteElsewhereError, NonFiniteError, NonFiniteLossError, RunError
+from metalearn.core.errors import NonFiniteError, NonFiniteLossError, RemoteNonFiniteError, RunError
 from metalearn.core.types import Episodes
 from metalearn.metagrad import meta_gradient
 from metalearn.training import loop as outer_loop
 from metalearn.training import step as outer_step
 from metalearn.training import trainer as training
-from metalearn.training.auto_engine import problem_of
+from metalearn.training.auto_engine import first_meta_step
 from metalearn.training.checkpoints import best_path, state_paths
-from metalearn.training.experiment import Experiment, build
-from metalearn.training.failures import FOLDER, MOST_KEPT, blame, replay
-from metalearn.training.out_of_memory import _estimate, explained_out_of_memory
-from metalearn.training.runtime.distributed import Ranks
+from metalearn.training.experiment import Experiment, build_experiment
+from metalearn.training.failures import FOLDER, MAX_DUMPS, locate_nonfinite_gradient, replay_episode
+from metalearn.training.out_of_memory import _estimate, explain_out_of_memory
+from metalearn.training.runtime.distributed import DistributedContext
 from metalearn.training.state import TrainState
-from metalearn.training.step import Update, own_tasks, propose
+from metalearn.training.step import MetaUpdate, compute_update, local_tasks
 from metalearn.training.tracking.event_files import read_scalars
 from metalearn.training.tracking.meter import Meter
 from metalearn.training.trainer import train
@@ -38,17 +38,17 @@ from tests.faults.runs import SMALL, bits, timeless
 
 
 def config(*more: str) -> TrainConfig:
-    return typed(compose("train", [*SMALL, "run.checkpoint_seconds=null", *more]), TrainConfig)
+    return to_dataclass(compose("train", [*SMALL, "run.checkpoint_seconds=null", *more]), TrainConfig)
 
 
 def poison(at: range, patch: pytest.MonkeyPatch) -> None:
-    def poisoned(experiment: Experiment, iteration: int, ranks: Ranks) -> Episodes:
-        episodes = own_tasks(experiment, iteration, ranks)
+    def poisoned(experiment: Experiment, iteration: int, ranks: DistributedContext) -> Episodes:
+        episodes = local_tasks(experiment, iteration, ranks)
         if iteration in at:
             episodes.query_x[1, 0] = math.nan
         return episodes
 
-    patch.setattr(outer_loop, "own_tasks", poisoned)
+    patch.setattr(outer_loop, "local_tasks", poisoned)
 
 
 def test_skipped_meta_steps_are_counted_and_change_nothing(
@@ -95,7 +95,7 @@ def test_a_full_disk_does_not_hide_a_divergence(tmp_path: Path, monkeypatch: pyt
         raise OSError(errno.ENOSPC, "No space left on device")
 
     poison(range(5, 6), monkeypatch)
-    monkeypatch.setattr(outer_loop, "keep_episode", full)
+    monkeypatch.setattr(outer_loop, "dump_episode", full)
     with pytest.raises(RunError, match=r"diverged at meta-step 6: the query loss of task 1"):
         train(config(), tmp_path)
 
@@ -111,30 +111,31 @@ def test_an_episode_is_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     poison(range(1, 2), monkeypatch)
     train(config("run.on_nonfinite=skip", "outer.iterations=2"), tmp_path)
     with pytest.raises(NonFiniteLossError, match="the query loss of task 0 is nan"):
-        replay(tmp_path / FOLDER / "meta-step-00000002.pt")
+        replay_episode(tmp_path / FOLDER / "meta-step-00000002.pt")
     with pytest.raises(RunError, match=r"best\.pt is no episode that was put away"):
-        replay(best_path(tmp_path))
+        replay_episode(best_path(tmp_path))
 
 
 def test_a_loss_that_nobody_has_looked_at_is_blamed_on_its_task() -> None:
-    experiment = build(config())
+    experiment = build_experiment(config())
     state = TrainState.start(experiment.theta, experiment.config.outer)
     episodes = experiment.train.tasks(0, 3)
     episodes.query_x[2].fill_(math.nan)
-    error = blame(experiment, state, episodes, {"w": torch.tensor([math.nan])}, alone=True)
+    error = locate_nonfinite_gradient(experiment, state, episodes, {"w": torch.tensor([math.nan])}, alone=True)
     assert isinstance(error, NonFiniteLossError)
     assert error.task == 2
 
 
 def test_a_gradient_whose_norm_alone_overflows_is_named(tmp_path: Path) -> None:
-    experiment = build(config())
+    experiment = build_experiment(config())
     grads = {"small": torch.ones(2), "large": torch.full((1,), 3e19)}
     state = TrainState.start(experiment.theta, experiment.config.outer)
-    error = blame(experiment, state, experiment.train.tasks(0, 1), grads, alone=True)
+    error = locate_nonfinite_gradient(experiment, state, experiment.train.tasks(0, 1), grads, alone=True)
     assert "the meta-gradient is " in str(error)
     assert "'large'" in str(error)
     assert isinstance(
-        blame(experiment, state, experiment.train.tasks(0, 1), grads, alone=False), NonFiniteElsewhereError
+        locate_nonfinite_gradient(experiment, state, experiment.train.tasks(0, 1), grads, alone=False),
+        RemoteNonFiniteError,
     )
 
 
@@ -146,10 +147,10 @@ def test_a_whole_window_may_be_skipped(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_what_does_not_recover_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(range(2, 1000), monkeypatch)
-    monkeypatch.setattr(outer_loop, "MOST_SKIPPED_IN_A_ROW", 25)
+    monkeypatch.setattr(outer_loop, "MAX_CONSECUTIVE_SKIPS", 25)
     with pytest.raises(RunError, match=r"at meta-step 28: 25 meta-steps in a row were skipped"):
         train(config("run.on_nonfinite=skip", "outer.iterations=100", "eval.every=100"), tmp_path)
-    assert len(list((tmp_path / FOLDER).glob("*.pt"))) == MOST_KEPT
+    assert len(list((tmp_path / FOLDER).glob("*.pt"))) == MAX_DUMPS
 
 
 def test_the_validation_after_a_skipped_meta_step_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,8 +168,8 @@ def test_the_validation_after_a_skipped_meta_step_is_taken(tmp_path: Path, monke
     ],
 )
 def test_out_of_memory_names_what_is_needed_and_the_keys(error: Exception) -> None:
-    experiment = build(config("inner.steps=5"))
-    with pytest.raises(RunError) as raised, explained_out_of_memory(experiment):
+    experiment = build_experiment(config("inner.steps=5"))
+    with pytest.raises(RunError) as raised, explain_out_of_memory(experiment):
         raise error
     message = str(raised.value)
     for words in ("inner.engine=unroll, 3 of 3 tasks at a time", "MiB are free now", "  inner.engine=adjoint   about"):
@@ -179,23 +180,23 @@ def test_out_of_memory_names_what_is_needed_and_the_keys(error: Exception) -> No
 
 
 def test_the_estimate_is_what_a_meta_step_takes() -> None:
-    experiment = build(config("inner.steps=3", "task.meta_batch=8"))
-    measured = problem_of(experiment).peak(experiment.inner, 2**62) / 2**20
+    experiment = build_experiment(config("inner.steps=3", "task.meta_batch=8"))
+    measured = first_meta_step(experiment).peak(experiment.inner, 2**62) / 2**20
     assert _estimate(experiment, experiment.inner, 8) == pytest.approx(measured, rel=0.05)
 
 
 def test_another_error_is_left_as_it_is() -> None:
-    with pytest.raises(RuntimeError, match="shapes cannot"), explained_out_of_memory(build(config())):
+    with pytest.raises(RuntimeError, match="shapes cannot"), explain_out_of_memory(build_experiment(config())):
         raise RuntimeError("shapes cannot be multiplied")
 
 
 def test_memory_that_runs_out_in_a_meta_step_keeps_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_much(experiment: Experiment, state: TrainState, *args: Any, **more: Any) -> Update:
+    def too_much(experiment: Experiment, state: TrainState, *args: Any, **more: Any) -> MetaUpdate:
         if state.iteration == 11:
             torch.empty(2**60)
-        return propose(experiment, state, *args, **more)
+        return compute_update(experiment, state, *args, **more)
 
-    monkeypatch.setattr(outer_loop, "propose", too_much)
+    monkeypatch.setattr(outer_loop, "compute_update", too_much)
     with pytest.raises(RunError, match=r"(?s)Out of memory.*inner\.task_chunk=1.*checkpoint of meta-step 11 is kept"):
         train(config(), tmp_path)
     assert state_of(tmp_path)["state"]["iteration"] == 11
@@ -206,7 +207,7 @@ def test_a_step_that_was_torn_is_not_put_away(tmp_path: Path, monkeypatch: pytes
         state.whole = False
         raise MemoryError
 
-    monkeypatch.setattr(outer_loop, "take", tear)
+    monkeypatch.setattr(outer_loop, "apply_update", tear)
     with pytest.raises(RunError, match="Out of memory"):
         training.train(config(), tmp_path)
     assert not list((tmp_path / "checkpoints").glob("*"))
@@ -215,16 +216,18 @@ def test_a_step_that_was_torn_is_not_put_away(tmp_path: Path, monkeypatch: pytes
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: losses are looked at once a meta-step."""
-    monkeypatch.setattr(outer_step, "checked_late", lambda device: True)
+    monkeypatch.setattr(outer_step, "defers_loss_checks", lambda device: True)
 
 
-def proposed(experiment: Experiment, *, spoil: str | None = None, ranks: Ranks | None = None) -> Update:
+def proposed(
+    experiment: Experiment, *, spoil: str | None = None, ranks: DistributedContext | None = None
+) -> MetaUpdate:
     state = TrainState.start(experiment.theta, experiment.config.outer)
-    ranks = ranks or Ranks()
-    episodes = own_tasks(experiment, 0, ranks)
+    ranks = ranks or DistributedContext()
+    episodes = local_tasks(experiment, 0, ranks)
     if spoil:
         getattr(episodes, spoil)[1, 0] = math.nan
-    return propose(experiment, state, episodes, ranks)
+    return compute_update(experiment, state, episodes, ranks)
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("query", 1), ("support", 0)])
@@ -232,7 +235,7 @@ def test_a_loss_that_is_looked_at_late_is_named_as_well(kind: str, steps: int, l
     with pytest.raises(
         NonFiniteLossError, match=f"the {kind} loss of task 1 is nan after {steps} inner steps"
     ) as raised:
-        proposed(build(config("inner.steps=2") if kind == "support" else config()), spoil=f"{kind}_x")
+        proposed(build_experiment(config("inner.steps=2") if kind == "support" else config()), spoil=f"{kind}_x")
     assert raised.value.task == 1
 
 
@@ -240,7 +243,7 @@ def test_looked_at_late_the_run_is_the_same(tmp_path: Path, monkeypatch: pytest.
     poison(range(3, 6), monkeypatch)
     settings = config("run.on_nonfinite=skip", "outer.clip_norm=1", "outer.iterations=8")
     train(settings, tmp_path / "early")
-    monkeypatch.setattr(outer_step, "checked_late", lambda device: True)
+    monkeypatch.setattr(outer_step, "defers_loss_checks", lambda device: True)
     train(settings, tmp_path / "late")
     assert timeless(tmp_path / "late") == timeless(tmp_path / "early")
     ours, theirs = (state_of(tmp_path / name)["state"] for name in ("late", "early"))
@@ -269,14 +272,14 @@ def test_one_read_back_a_meta_step(second_order: str, inner: str, late: None, mo
         lists.append(self.shape)
         return to_list(self)
 
-    experiment = build(config(f"inner.second_order={second_order}", f"inner.engine={inner}"))
+    experiment = build_experiment(config(f"inner.second_order={second_order}", f"inner.engine={inner}"))
     monkeypatch.setattr(Tensor, "tolist", tolist)
     with ReadBacks() as reads:
         proposed(experiment)
     assert (lists, reads.count) == ([(3,)], 0)
 
 
-class Two(Ranks):
+class Two(DistributedContext):
     """The first of two processes, of which the other has the same values, or losses that are not finite."""
 
     def sum(self, tensors: Any) -> list[Tensor]:
@@ -285,21 +288,21 @@ class Two(Ranks):
 
 
 def test_another_processs_late_failure_is_known_to_all(late: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    experiment = build(config("task.meta_batch=4"))
+    experiment = build_experiment(config("task.meta_batch=4"))
     ranks = Two(0, 2)
     assert not proposed(experiment, ranks=ranks).stop
     object.__setattr__(ranks, "others", torch.tensor([0.0, 1.0]))
     assert proposed(experiment, ranks=ranks).stop
     object.__setattr__(ranks, "others", torch.tensor([1.0, 1.0]))
-    with pytest.raises(NonFiniteElsewhereError) as raised:
+    with pytest.raises(RemoteNonFiniteError) as raised:
         proposed(experiment, ranks=ranks)
-    assert raised.value.asked_to_end
+    assert raised.value.stop_requested
     with pytest.raises(NonFiniteLossError, match="the query loss of task 1 is nan"):
         proposed(experiment, spoil="query_x", ranks=ranks)
 
 
 def test_a_mean_that_overflows_alone_is_an_error(late: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    experiment = build(config())
+    experiment = build_experiment(config())
 
     def overflowing(params: Any, episodes: Episodes, iteration: int) -> Any:
         result = meta_gradient(experiment.forward, params, episodes, experiment.inner)

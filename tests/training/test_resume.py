@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from metalearn.config.compose import compose, typed
-from metalearn.config.run_config import continued, settle_data
-from metalearn.config.run_folder import is_locked, locked
+from metalearn.config.compose import compose, to_dataclass
+from metalearn.config.run_config import resolve_data, resolve_resume
+from metalearn.config.run_folder import folder_lock, is_locked
 from metalearn.config.schema import TrainConfig
 from metalearn.core import serialization as files
-from metalearn.core.errors import FolderTakenError, RunError
+from metalearn.core.errors import RunError, RunExistsError
 from metalearn.data import metadata as catalog
 from metalearn.training import loop as outer_loop
 from metalearn.training import saver
 from metalearn.training import trainer as training
 from metalearn.training.checkpoints import best_path, state_paths
-from metalearn.training.experiment import Experiment, build
+from metalearn.training.experiment import Experiment, build_experiment
 from metalearn.training.random_state import seed_all
-from metalearn.training.session import Session
+from metalearn.training.session import TrainContext
 from metalearn.training.state import TrainState
 from metalearn.training.tracking.event_files import read_scalars
 from metalearn.training.trainer import train
@@ -51,15 +51,15 @@ def _no_download(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, *overrides: str) -> None:
-    config = typed(compose("train", [*SMALL, *overrides]), TrainConfig)
-    train(continued(settle_data(config), folder), folder)
+    config = to_dataclass(compose("train", [*SMALL, *overrides]), TrainConfig)
+    train(resolve_resume(resolve_data(config), folder), folder)
 
 
 def stop_at(iteration: int, patch: pytest.MonkeyPatch) -> None:
     """As if the power went, before that meta-step."""
     step = outer_loop.meta_step
 
-    def stopped(session: Session, state: TrainState) -> bool:
+    def stopped(session: TrainContext, state: TrainState) -> bool:
         if state.iteration == iteration:
             raise SystemExit("power")
         return step(session, state)
@@ -103,7 +103,7 @@ def draws() -> list[float]:
 
 
 def test_random_draws_go_on_where_they_were() -> None:
-    outer = typed(compose("train"), TrainConfig).outer
+    outer = to_dataclass(compose("train"), TrainConfig).outer
     draws()  # an odd number of normal ones: half of a pair waits in the state
     content = TrainState.start({"w": torch.ones(2)}, outer).content()
     expected = draws()
@@ -142,7 +142,7 @@ def test_power_that_goes_between_two_writings(
     run(tmp_path, "run.resume=true")
     assert timeless(tmp_path) == timeless(whole)
     assert_curves(tmp_path)
-    assert bits(files.load(best_path(tmp_path))["params"]) == bits(state_of(tmp_path)["state"]["best"][2])
+    assert bits(files.load_checked(best_path(tmp_path))["params"]) == bits(state_of(tmp_path)["state"]["best"][2])
 
 
 def test_best_parameters_that_were_not_written_are_on_the_way_on(
@@ -156,7 +156,7 @@ def test_best_parameters_that_were_not_written_are_on_the_way_on(
             run(tmp_path)
     assert not best_path(tmp_path).exists()
     run(tmp_path, "run.resume=true")
-    assert files.load(best_path(tmp_path))["iteration"] == state_of(tmp_path)["state"]["best"][0]
+    assert files.load_checked(best_path(tmp_path))["iteration"] == state_of(tmp_path)["state"]["best"][0]
 
 
 def stop(*args: object) -> None:
@@ -184,8 +184,8 @@ def test_time_of_all_processes_counts(tmp_path: Path) -> None:
         with pytest.raises(SystemExit):
             run(tmp_path)
     (path, *_) = state_paths(tmp_path)
-    content = files.load(path)
-    files.save({**content, "total_s": content["total_s"] + 1000}, path)
+    content = files.load_checked(path)
+    files.save_checked({**content, "total_s": content["total_s"] + 1000}, path)
     run(tmp_path, "run.resume=true")
     assert json.loads((tmp_path / "metrics.json").read_text())["time.total_s"] > 1000
 
@@ -205,14 +205,14 @@ def test_another_process_that_began_the_run_meanwhile_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build_while_another_begins(config: TrainConfig) -> Experiment:
-        monkeypatch.setattr(training, "build", build)
+        monkeypatch.setattr(training, "build_experiment", build_experiment)
         with pytest.MonkeyPatch.context() as patch:
             stop_at(15, patch)
             with pytest.raises(SystemExit):
                 run(tmp_path, "inner.lr=0.1")
-        return build(config)
+        return build_experiment(config)
 
-    monkeypatch.setattr(training, "build", build_while_another_begins)
+    monkeypatch.setattr(training, "build_experiment", build_while_another_begins)
     with pytest.raises(RunError, match=r"inner\.lr: 0\.1 in the folder, 0\.4 now"):
         run(tmp_path, "run.resume=auto")
 
@@ -224,7 +224,7 @@ def test_nothing_to_go_on_with(tmp_path: Path) -> None:
 
 
 def test_without_resume_a_folder_is_taken(whole: Path) -> None:
-    with pytest.raises(FolderTakenError, match=r"config\.yaml"):
+    with pytest.raises(RunExistsError, match=r"config\.yaml"):
         run(whole)
 
 
@@ -233,24 +233,24 @@ def test_settled_engine_stays(tmp_path: Path) -> None:
         stop_at(15, patch)
         with pytest.raises(SystemExit):
             run(tmp_path, "inner.engine=checkpoint", "inner.task_chunk=2")
-    config = typed(compose("train", [*SMALL, "inner.engine=auto", "run.resume=auto"]), TrainConfig)
-    kept = continued(config, tmp_path).inner
+    config = to_dataclass(compose("train", [*SMALL, "inner.engine=auto", "run.resume=auto"]), TrainConfig)
+    kept = resolve_resume(config, tmp_path).inner
     assert (kept.engine, kept.task_chunk) == ("checkpoint", 2)
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     assert not is_locked(tmp_path)
-    with locked(tmp_path, wait=False):
+    with folder_lock(tmp_path, wait=False):
         assert is_locked(tmp_path)
-        with pytest.raises(RunError, match="another process is at work"), locked(tmp_path, wait=False):
+        with pytest.raises(RunError, match="another process is at work"), folder_lock(tmp_path, wait=False):
             pass
     assert not is_locked(tmp_path)
 
 
 @pytest.mark.parametrize("value", ["maybe", "1", "null"])
 def test_resume_is_true_false_or_auto(value: str) -> None:
-    from metalearn.config.validation import check
+    from metalearn.config.validation import validate_train_config
     from metalearn.core.errors import ConfigError
 
     with pytest.raises(ConfigError, match=r"run\.resume=.*: must be one of false, true, auto"):
-        check(typed(compose("train", [f"run.resume={value}"]), TrainConfig))
+        validate_train_config(to_dataclass(compose("train", [f"run.resume={value}"]), TrainConfig))

@@ -11,10 +11,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from metalearn.config.compose import CONF, compose, typed
-from metalearn.config.run_config import from_yaml, settle_data
+from metalearn.config.compose import CONF, compose, to_dataclass
+from metalearn.config.run_config import load_run_config, resolve_data
 from metalearn.config.schema import TrainConfig
-from metalearn.config.validation import check
+from metalearn.config.validation import validate_train_config
 from metalearn.core import serialization as files
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.data import metadata as catalog
@@ -22,9 +22,9 @@ from metalearn.metagrad import ENGINES
 from metalearn.training import loop as outer_loop
 from metalearn.training import trainer as training
 from metalearn.training.checkpoints import best_path, load_best
-from metalearn.training.evaluate_run import retest
-from metalearn.training.experiment import build, pick_device
-from metalearn.training.session import Session
+from metalearn.training.evaluate_run import evaluate_run
+from metalearn.training.experiment import build_experiment, resolve_device
+from metalearn.training.session import TrainContext
 from metalearn.training.state import TrainState
 from metalearn.training.trainer import train
 
@@ -50,9 +50,9 @@ def _no_download(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, *overrides: str, base: list[str] = SMALL) -> dict[str, Any]:
-    config = typed(compose("train", [*base, *overrides]), TrainConfig)
-    check(config)
-    settled = settle_data(config)
+    config = to_dataclass(compose("train", [*base, *overrides]), TrainConfig)
+    validate_train_config(config)
+    settled = resolve_data(config)
     train(settled, folder)
     metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     return metrics
@@ -158,7 +158,7 @@ def test_auto_engine_is_settled_before_the_first_step(tmp_path: Path) -> None:
     metrics = run(tmp_path / "run", "inner.engine=auto", "run.memory_limit=2", base=quick())
     assert metrics["engine"] in ENGINES
     assert metrics["memory.peak_mib"] <= 2.5  # the optimiser's step is in it as well
-    kept = from_yaml(tmp_path / "run" / "config.yaml").inner
+    kept = load_run_config(tmp_path / "run" / "config.yaml").inner
     assert (kept.engine, kept.task_chunk) == (metrics["engine"], metrics["task_chunk"]), "evaluate.py finds it settled"
     with pytest.raises(RunError, match=r"no engine fits into 0\.100 MiB"):
         run(tmp_path / "tight", "inner.engine=auto", "run.memory_limit=0.1", base=quick())
@@ -201,7 +201,7 @@ def test_mixed_precision_is_proved_before_the_first_step(tmp_path: Path, monkeyp
 
 def test_config_of_the_run_is_kept(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = finished
-    config = from_yaml(folder / "config.yaml")
+    config = load_run_config(folder / "config.yaml")
     assert config.task.meta_batch == 8
     assert config.model.name == "conv4"
 
@@ -210,7 +210,7 @@ def test_best_checkpoint_is_the_one_reported(finished: tuple[Path, dict[str, Any
     folder, metrics = finished
     shown = [e.value for e in events(folder).Scalars("validation/accuracy")]
     assert metrics["validation.best_accuracy"] == pytest.approx(max(shown))
-    experiment = build(from_yaml(folder / "config.yaml"))
+    experiment = build_experiment(load_run_config(folder / "config.yaml"))
     best = load_best(folder, like=experiment.theta, device=experiment.device)
     assert best.iteration == metrics["validation.best_iteration"]
 
@@ -218,7 +218,7 @@ def test_best_checkpoint_is_the_one_reported(finished: tuple[Path, dict[str, Any
 def test_evaluating_again_gives_the_same_figures(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, metrics = finished
     before = sorted(p.name for p in folder.rglob("*"))
-    retest(from_yaml(folder / "config.yaml"), folder, tmp_path)
+    evaluate_run(load_run_config(folder / "config.yaml"), folder, tmp_path)
     again = json.loads((tmp_path / "metrics.json").read_text())
     for name in (key for key in metrics if key.startswith("test.")):
         assert again[name] == metrics[name], name
@@ -230,7 +230,7 @@ def test_the_same_seed_gives_the_same_run_bit_by_bit(finished: tuple[Path, dict[
     again = run(tmp_path / "again")
     same = {name: value for name, value in metrics.items() if not name.startswith("time.")}
     assert same == {name: value for name, value in again.items() if not name.startswith("time.")}
-    first, second = (files.load(best_path(f))["params"] for f in (folder, tmp_path / "again"))
+    first, second = (files.load_checked(best_path(f))["params"] for f in (folder, tmp_path / "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -241,7 +241,7 @@ def test_order_and_seed_each_change_the_run(finished: tuple[Path, dict[str, Any]
     assert first_order["second_order"] is False
     assert first_order["memory.peak_mib"] < metrics["memory.peak_mib"]
     for other in ("first", "seed"):
-        a, b = (files.load(best_path(f))["params"] for f in (folder, tmp_path / other))
+        a, b = (files.load_checked(best_path(f))["params"] for f in (folder, tmp_path / other))
         assert not torch.equal(a["head.weight"], b["head.weight"])
     assert other_seed["test.accuracy"] > 0.4
 
@@ -257,7 +257,7 @@ def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, dict[str, 
 def test_divergence_stops_with_the_remedy_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"diverged at meta-step \d+: .*outer\.clip_norm=10.*meta-step \d+ is kept"):
         run(tmp_path / "run", "outer.lr=1e30", "eval.every=1", "outer.schedule=constant", "log.every=1")
-    assert files.load(best_path(tmp_path / "run"))["iteration"] >= 1
+    assert files.load_checked(best_path(tmp_path / "run"))["iteration"] >= 1
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
@@ -267,7 +267,7 @@ def test_parameters_that_are_no_longer_finite_are_neither_kept_nor_tested(
     # The last update is what breaks them, so that no loss shows it.
     meta_step = outer_loop.meta_step
 
-    def broken_step(session: Session, state: TrainState) -> bool:
+    def broken_step(session: TrainContext, state: TrainState) -> bool:
         asked = meta_step(session, state)
         if state.iteration == 20:
             state.params["head.bias"].fill_(math.nan)
@@ -276,7 +276,7 @@ def test_parameters_that_are_no_longer_finite_are_neither_kept_nor_tested(
     monkeypatch.setattr(outer_loop, "meta_step", broken_step)
     with pytest.raises(RunError, match=r"at meta-step 20: a parameter is not finite.*meta-step 15 is kept"):
         run(tmp_path / "run", "eval.every=5", "outer.iterations=20")
-    assert files.load(best_path(tmp_path / "run"))["iteration"] <= 15
+    assert files.load_checked(best_path(tmp_path / "run"))["iteration"] <= 15
 
 
 def test_a_refused_run_leaves_the_folder_free(tmp_path: Path) -> None:
@@ -297,9 +297,9 @@ def test_one_iteration(tmp_path: Path) -> None:
 
 def test_gradient_clipping_bounds_the_step(tmp_path: Path) -> None:
     run(tmp_path / "run", "outer.clip_norm=1e-12", "outer.iterations=3", "outer.lr=1e-3")
-    config = from_yaml(tmp_path / "run" / "config.yaml")
-    theta = build(config).theta
-    params = files.load(best_path(tmp_path / "run"))["params"]
+    config = load_run_config(tmp_path / "run" / "config.yaml")
+    theta = build_experiment(config).theta
+    params = files.load_checked(best_path(tmp_path / "run"))["params"]
     # Adam divides by the gradient's size plus 1e-8, so that a gradient of 1e-12 moves nothing by more than 1e-4 lr.
     assert all((params[name] - theta[name]).abs().max() < 1e-6 for name in theta)
 
@@ -329,7 +329,7 @@ def test_every_experiment_runs(name: str, tmp_path: Path) -> None:
 
 def test_device_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match=r"run\.device=cuda:99: PyTorch sees \d+ CUDA devices"):
-        pick_device("cuda:99")
+        resolve_device("cuda:99")
 
 
 @pytest.mark.gpu

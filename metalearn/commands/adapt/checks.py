@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metalearn.config.commands_schema import AdaptConfig
-from metalearn.config.run_config import from_yaml
+from metalearn.config.run_config import load_run_config
 from metalearn.config.schema import SinusoidConfig
 from metalearn.config.validation import check_ranges, run_faults
 from metalearn.core.errors import ConfigError, DataError
-from metalearn.data.image_folder import ImageClass, list_classes, list_images, named
+from metalearn.data.image_folder import ImageClass, list_classes, list_images, preview_names
 
 
 def check_adapt(config: AdaptConfig) -> None:
-    """As ``metalearn.config.validation.check``, for ``conf/adapt.yaml``.
+    """As ``metalearn.config.validation.validate_train_config``, for ``conf/adapt.yaml``.
 
     Raises:
         ConfigError: listing every fault of the keys, or that the run has no classes.
@@ -24,7 +24,7 @@ def check_adapt(config: AdaptConfig) -> None:
     faults = run_faults(config.run.dir, config.run.device) + _combination_faults(config) + _path_faults(config)
     if faults:
         raise ConfigError("\n".join(faults))
-    trained = from_yaml(Path(config.run.dir) / "config.yaml")
+    trained = load_run_config(Path(config.run.dir) / "config.yaml")
     if isinstance(trained.data, SinusoidConfig):
         raise ConfigError(
             f"run.dir={config.run.dir}: this run predicts numbers (data=sinusoid) and no classes of images; in Python, "
@@ -45,9 +45,10 @@ def refuse_unknown(query: Sequence[str], known: Sequence[str], folder: str) -> N
     """
     if unknown := [name for name in query if name not in known]:
         raise DataError(
-            f"query={folder} holds classes that are not among the {len(known)} of the support set: {named(unknown)}. "
-            f"Those are {named(known)}. Add examples of such a class to support, rename it, or put images whose class "
-            "is not known into query itself, without folders."
+            f"query={folder} holds classes that are not among the {len(known)} of the support set: "
+            f"{preview_names(unknown)}. "
+            f"Those are {preview_names(known)}. Add examples of such a class to support, rename it, or put images "
+            "whose class is not known into query itself, without folders."
         )
 
 
@@ -97,4 +98,4 @@ def _query(folder: Path) -> list[str]:
 
 def _refuse_empty(classes: Sequence[ImageClass], folder: Path) -> None:
     if empty := [one.name for one in classes if not one.files]:
-        raise DataError(f"{folder} holds no image in {named(empty)}. Add images there, or remove such classes.")
+        raise DataError(f"{folder} holds no image in {preview_names(empty)}. Add images there, or remove such classes.")

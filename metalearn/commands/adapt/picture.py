@@ -47,7 +47,7 @@ def write_picture(predictions: Predictions, images: Tensor, path: Path) -> None:
         draw.text((left, top + _CELL + 2), label, fill=colour, font=font)
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
-    files.write_bytes(path, buffer.getvalue())
+    files.atomic_write_bytes(path, buffer.getvalue())
 
 
 def _title(predictions: Predictions, drawn: int) -> str:

@@ -55,12 +55,12 @@ class Predictions:
         return list(zip(self.names, predicted, best, true, strict=True))
 
 
-def shown(name: str | Path) -> str:
+def printable_name(name: str | Path) -> str:
     """A file's name, which need not be UTF-8, as text that can be printed and written."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def interval(right: int, count: int) -> tuple[float, float]:
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
     """The 95% interval of a share, by Wilson's score, which also holds for few and for all or none right.
 
         (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
@@ -81,7 +81,7 @@ def interval(right: int, count: int) -> tuple[float, float]:
 
 def accuracy_text(right: Sequence[bool]) -> str:
     """Share of right predictions with its interval."""
-    low, high = interval(sum(right), len(right))
+    low, high = wilson_interval(sum(right), len(right))
     return f"{sum(right) / len(right):.1%} ({sum(right)} of {len(right)}; 95% interval {low:.1%} to {high:.1%})"
 
 
@@ -111,11 +111,19 @@ def write_csv(predictions: Predictions, path: Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "predicted", "probability", "true", *(f"p({name})" for name in predictions.classes)])
     for (name, one, probability, true), row in zip(predictions.rows(), predictions.probabilities.tolist(), strict=True):
-        writer.writerow([_harmless(name), _harmless(one), f"{probability:.6f}", _harmless(true), *map(_six, row)])
-    files.write_text(path, text.getvalue())
+        writer.writerow(
+            [
+                _escape_csv_formula(name),
+                _escape_csv_formula(one),
+                f"{probability:.6f}",
+                _escape_csv_formula(true),
+                *map(_six, row),
+            ]
+        )
+    files.atomic_write_text(path, text.getvalue())
 
 
-def _harmless(text: str) -> str:
+def _escape_csv_formula(text: str) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
 
 

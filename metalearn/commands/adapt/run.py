@@ -9,19 +9,25 @@ from torch import Tensor
 
 from metalearn.commands.adapt.checks import refuse_unknown
 from metalearn.commands.adapt.picture import write_picture
-from metalearn.commands.adapt.predictions import Predictions, accuracy_text, print_predictions, shown, write_csv
+from metalearn.commands.adapt.predictions import (
+    Predictions,
+    accuracy_text,
+    print_predictions,
+    printable_name,
+    write_csv,
+)
 from metalearn.config.commands_schema import AdaptConfig
-from metalearn.config.run_folder import refuse_holding
+from metalearn.config.run_folder import check_no_run_in
 from metalearn.data.image_decoding import FolderImages
-from metalearn.inference.inversion import is_to_invert, turned
+from metalearn.inference.inversion import apply_inversion, should_invert
 from metalearn.inference.learner import Learner, load
-from metalearn.training.tracking.console import print_facts, print_path, progress_bar
+from metalearn.training.tracking.console import print_path, print_summary, progress_bar
 
 WEIGHTS, TABLE, PICTURE = "adapted.safetensors", "predictions.csv", "predictions.png"
 """What is written into the output folder."""
 
 
-def adapt_to_folders(config: AdaptConfig, output_dir: Path) -> None:
+def run_adapt(config: AdaptConfig, output_dir: Path) -> None:
     """Adapt a run to the support folder, or take weights that were; predict the query folder.
 
     Args:
@@ -33,17 +39,17 @@ def adapt_to_folders(config: AdaptConfig, output_dir: Path) -> None:
         RunError: if the checkpoint or the weights cannot be used, or the algorithm not for that many classes.
         FolderTakenError: if the folder holds such files already.
     """
-    refuse_holding(output_dir, (WEIGHTS, TABLE, PICTURE))
+    check_no_run_in(output_dir, (WEIGHTS, TABLE, PICTURE))
     learner = load(config.run.dir, config.run.device)
     support = _read(config.support, learner, config)
     query = _read(config.query, learner, config, may_be_flat=True)
     first = support or query
     assert first is not None, "the configuration was checked"
-    inverted = is_to_invert(config.invert, first.images, learner.config.data)
+    inverted = should_invert(config.invert, first.images, learner.config.data)
     if support is not None:
         assert support.labels is not None, "it is a folder of classes"
         labels = [support.classes[label] for label in support.labels.tolist()]
-        learner.adapt(turned(support.images, inverted), labels, steps=config.steps)
+        learner.adapt(apply_inversion(support.images, inverted), labels, steps=config.steps)
     else:
         learner.restore(str(config.weights))
     if support is not None or config.save is not None:
@@ -56,13 +62,13 @@ def adapt_to_folders(config: AdaptConfig, output_dir: Path) -> None:
         "images": f"{'x'.join(map(str, learner.example_shape))}, {'inverted' if inverted else 'not inverted'}",
     }
     if query is not None:
-        predictions = _predict(learner, query, turned(query.images, inverted), str(config.query))
+        predictions = _predict(learner, query, apply_inversion(query.images, inverted), str(config.query))
         write_csv(predictions, output_dir / TABLE)
-        write_picture(predictions, turned(query.images, inverted), output_dir / PICTURE)
+        write_picture(predictions, apply_inversion(query.images, inverted), output_dir / PICTURE)
         print_predictions(predictions)
         right = predictions.right
         facts["accuracy" if right else "predicted"] = accuracy_text(right) if right else f"{len(query.images)} images"
-    print_facts("Adapted", facts)
+    print_summary("Adapted", facts)
     print_path("Written to", output_dir)
 
 
@@ -89,5 +95,5 @@ def _predict(learner: Learner, query: FolderImages, images: Tensor, folder: str)
     if query.labels is not None:
         truth = [classes.index(query.classes[label]) for label in query.labels.tolist()]
     root = Path(folder).expanduser()
-    names = [shown(path.relative_to(root)) for path in query.paths]
-    return Predictions(names, probabilities, [shown(one) for one in classes], truth)
+    names = [printable_name(path.relative_to(root)) for path in query.paths]
+    return Predictions(names, probabilities, [printable_name(one) for one in classes], truth)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from metalearn.commands.benchmark.engine_settings import SETTINGS as ENGINE_SETTINGS
 from metalearn.commands.benchmark.settings import FLOAT32_SETTINGS, SETTINGS, SWEEPS
 from metalearn.config.commands_schema import BenchmarkConfig
-from metalearn.config.compose import compose, typed
-from metalearn.config.validation import check, entries
+from metalearn.config.compose import compose, to_dataclass
+from metalearn.config.validation import iter_fields, validate_train_config
 from metalearn.core.errors import ConfigError
 
 CONFIGURED = "configured"
@@ -25,22 +25,24 @@ _OF_A_SETTING = ("task.", "inner.", "model.")
 
 
 def check_benchmark(config: BenchmarkConfig) -> None:
-    """As ``check``; and the setting must be one of the kind's, and nothing must be set that it would not heed.
+    """Validate a benchmark's configuration: its training, its setting, and no key that it would not heed.
 
     Raises:
         ConfigError: listing every fault.
     """
-    check(config)
+    validate_train_config(config)
     kind, setting = config.bench.kind, config.bench.setting
     if setting not in SETTINGS_OF[kind]:
         raise ConfigError(f"bench.setting={setting}: bench.kind={kind} has {', '.join(SETTINGS_OF[kind])}")
-    default = {name: value for name, value, _, _ in entries(typed(compose("benchmark"), BenchmarkConfig))}
+    default = {name: value for name, value, _, _ in iter_fields(to_dataclass(compose("benchmark"), BenchmarkConfig))}
     unheeded = [
         f"{name}={value}"
-        for name, value, _, _ in entries(config)
+        for name, value, _, _ in iter_fields(config)
         if name.startswith(_OF_A_SETTING) and value != default.get(name)
     ]
-    never = [f"{name}={value}" for name, value, _, _ in entries(config) if name in _NEVER and value != default[name]]
+    never = [
+        f"{name}={value}" for name, value, _, _ in iter_fields(config) if name in _NEVER and value != default[name]
+    ]
     if never:
         raise ConfigError(f"{', '.join(never)}: a benchmark is of float32, computed step by step; leave it out")
     if setting == CONFIGURED:

@@ -37,7 +37,7 @@ class DisagreementError(RunError):
 
 
 @dataclass(frozen=True)
-class Contender:
+class Method:
     """A way to compute the meta-gradient of a module."""
 
     library: str
@@ -66,7 +66,7 @@ def order_name(second_order: bool) -> str:
     return "second order" if second_order else "first order"
 
 
-def find_peers() -> dict[str, Peer]:
+def available_baselines() -> dict[str, Peer]:
     """The hand-written loop and the libraries that are installed; a warning says which are not."""
     found, missing = installed_peers()
     for name, why in missing.items():
@@ -77,14 +77,14 @@ def find_peers() -> dict[str, Peer]:
     return {BY_HAND: by_hand.meta_gradient, **found}
 
 
-def yardstick(peers: Mapping[str, Peer]) -> str:
+def baseline(peers: Mapping[str, Peer]) -> str:
     """Whose speed others are given in units of: learn2learn, and where that is missing the hand-written loop."""
     return LEARN2LEARN if LEARN2LEARN in peers else BY_HAND
 
 
-def contenders(
+def build_methods(
     inner: InnerLoop, peers: Mapping[str, Peer], *, orders: Iterable[bool] = (True, False)
-) -> list[Contender]:
+) -> list[Method]:
     """Ours, with every engine in second order, as they are all the same in first; then all others; in each order.
 
     Args:
@@ -96,9 +96,9 @@ def contenders(
     for second_order in orders:
         for engine in ENGINES if second_order else ("unroll",):
             ours = replace(inner, second_order=second_order, engine=engine)
-            found.append(Contender(OURS, engine, second_order, partial(_of_module, inner=ours)))
+            found.append(Method(OURS, engine, second_order, partial(_of_module, inner=ours)))
         theirs = replace(inner, second_order=second_order)
-        found += [Contender(name, "", second_order, partial(_of_peer, peer, theirs)) for name, peer in peers.items()]
+        found += [Method(name, "", second_order, partial(_of_peer, peer, theirs)) for name, peer in peers.items()]
     return found
 
 
@@ -110,7 +110,7 @@ def _of_peer(peer: Peer, inner: InnerLoop, module: nn.Module, episodes: Episodes
     return peer(module, episodes, inner)
 
 
-def check_equal(found: Sequence[Contender], module: nn.Module, batches: Sequence[Episodes]) -> dict[str, float]:
+def check_gradients_equal(found: Sequence[Method], module: nn.Module, batches: Sequence[Episodes]) -> dict[str, float]:
     """Refuse to time contenders that do not compute the same thing: in float64, and in the float32 that is timed.
 
     float64 proves the formulas. In float32 an input of ReLU that lies within rounding of its kink may fall on either

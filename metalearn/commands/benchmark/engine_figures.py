@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from metalearn.commands.benchmark.engine_settings import Row
-from metalearn.training.tracking.plot_style import GREY, look
+from metalearn.commands.benchmark.engine_settings import EngineCost
+from metalearn.training.tracking.plot_style import GREY, line_style
 
 # The engines' colours in a comparison's plots, ``compare/cost_plots.py``.
-_COLOURS = {name: look(i).colour for i, name in enumerate(("unroll", "first order", "checkpoint", "adjoint"))}
+_COLOURS = {name: line_style(i).colour for i, name in enumerate(("unroll", "first order", "checkpoint", "adjoint"))}
 _STYLES = {None: "-", 4: "--", 1: ":"}
 
 
-def memory_figure(title: str, rows: Sequence[Row], limit_mib: float) -> Figure:
+def plot_memory(title: str, rows: Sequence[EngineCost], limit_mib: float) -> Figure:
     """Peak memory against the number of inner steps, a line for every engine and chunk."""
     figure = Figure(figsize=(9.0, 5.0), layout="constrained")
     axes = figure.add_subplot()

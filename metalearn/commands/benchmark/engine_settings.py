@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class TaskSetting:
+class TaskSpec:
     """Tasks and a network.
 
     Args:
@@ -35,7 +35,7 @@ class TaskSetting:
 
 
 @dataclass(frozen=True)
-class Setting(TaskSetting):
+class EngineBenchmark(TaskSpec):
     """What the engines are measured on.
 
     Args:
@@ -48,15 +48,15 @@ class Setting(TaskSetting):
 
 
 SETTINGS = (
-    Setting("20way_1shot", 20, 1, 1, 16, 64, (1, 5, 10, 20, 50), (1, 10)),
-    Setting("5way_1shot", 5, 1, 15, 16, 64, (1, 5, 10), (1, 10)),
-    Setting("5way_5shot", 5, 5, 15, 16, 64, (1, 5, 10), (1, 10)),
-    Setting("20way_1shot_wide", 20, 1, 1, 4, 256, (1, 10, 50), (10,)),
+    EngineBenchmark("20way_1shot", 20, 1, 1, 16, 64, (1, 5, 10, 20, 50), (1, 10)),
+    EngineBenchmark("5way_1shot", 5, 1, 15, 16, 64, (1, 5, 10), (1, 10)),
+    EngineBenchmark("5way_5shot", 5, 5, 15, 16, 64, (1, 5, 10), (1, 10)),
+    EngineBenchmark("20way_1shot_wide", 20, 1, 1, 4, 256, (1, 10, 50), (10,)),
 )
 
 
 @dataclass(frozen=True)
-class Row:
+class EngineCost:
     """One engine's cost at one K.
 
     Args:

@@ -16,24 +16,24 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
-from metalearn.commands.benchmark.engine_figures import memory_figure
-from metalearn.commands.benchmark.engine_settings import SETTINGS, Row, Setting
+from metalearn.commands.benchmark.engine_figures import plot_memory
+from metalearn.commands.benchmark.engine_settings import SETTINGS, EngineBenchmark, EngineCost
 from metalearn.commands.benchmark.random_tasks import random_episodes
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
 from metalearn.core.functional import functionalize, relative_error
-from metalearn.core.profiling.allocator import keep_memory
+from metalearn.core.profiling.allocator import configure_malloc
 from metalearn.core.profiling.device_memory import peak_bytes
-from metalearn.core.profiling.hardware import machine
+from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.core.profiling.memory import MIB, MemoryLimitError
-from metalearn.core.profiling.timing import quartiles, ratios, time_in_turns
+from metalearn.core.profiling.timing import quartiles, ratios, time_interleaved
 from metalearn.core.types import Episodes, Params
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import meta_gradient
 from metalearn.models import Conv4
-from metalearn.training.auto_engine import Problem
-from metalearn.training.experiment import pick_device
+from metalearn.training.auto_engine import MetaStepProblem
+from metalearn.training.experiment import resolve_device
 from metalearn.training.tracking.console import print_path, print_table, progress_bar
 
 _CHUNK = 4
@@ -42,7 +42,7 @@ _AGREEMENT = 1e-9  # relative, float64
 _TASKS_COMPARED = 2
 
 
-def variants(setting: Setting, steps: int) -> Iterator[InnerLoop]:
+def variants(setting: EngineBenchmark, steps: int) -> Iterator[InnerLoop]:
     """What is compared at one K: all tasks at once, exact second order in chunks, and one task at a time."""
     base = InnerLoop(lr=0.1, steps=steps)
     for chunk in (None, _CHUNK, _ONE) if setting.tasks > _CHUNK else (None, _ONE):
@@ -62,10 +62,10 @@ def run_engine_table(config: BenchmarkConfig, output_dir: Path) -> None:
         RunError: if two engines disagree.
         ConfigError: if the device is not there.
     """
-    keep_memory()
-    device = pick_device(config.run.device)
+    configure_malloc()
+    device = resolve_device(config.run.device)
     limit = int(config.bench.limit_mib * MIB)
-    report = {"machine": machine(device), "limit_mib": config.bench.limit_mib, "rounds": config.bench.rounds}
+    report = {"machine": describe_hardware(device), "limit_mib": config.bench.limit_mib, "rounds": config.bench.rounds}
     settings = [s for s in SETTINGS if config.bench.setting in ("all", s.name)]
     measured: dict[str, object] = {}
     path = output_dir / "benchmark.json"
@@ -76,26 +76,26 @@ def run_engine_table(config: BenchmarkConfig, output_dir: Path) -> None:
             rows = measure(
                 problem,
                 functools.partial(variants, setting),
-                Grid(setting.name, setting.steps, setting.timed, config.bench.rounds, limit),
+                MeasurementPlan(setting.name, setting.steps, setting.timed, config.bench.rounds, limit),
                 progress,
             )
             measured[setting.name] = {**asdict(setting), "rows": [asdict(row) for row in rows]}
-            files.write_text(path, json.dumps({**report, "settings": measured}, indent=2) + "\n")
-            memory_figure(setting.title, rows, config.bench.limit_mib).savefig(
+            files.atomic_write_text(path, json.dumps({**report, "settings": measured}, indent=2) + "\n")
+            plot_memory(setting.title, rows, config.bench.limit_mib).savefig(
                 output_dir / f"memory-{setting.name}.png", dpi=130
             )
             print_rows(setting, rows, config.bench.limit_mib)
     print_path("Written to", path)
 
 
-def random_problem(setting: Setting, device: torch.device) -> Problem:
+def random_problem(setting: EngineBenchmark, device: torch.device) -> MetaStepProblem:
     """Conv4 at its initial weights, on random images."""
     forward, theta = functionalize(Conv4(setting.ways, width=setting.width).to(device))
-    return Problem(forward, theta, random_episodes(setting, device))
+    return MetaStepProblem(forward, theta, random_episodes(setting, device))
 
 
 @dataclass(frozen=True)
-class Grid:
+class MeasurementPlan:
     """At which numbers of inner steps to measure, and how long.
 
     Args:
@@ -114,14 +114,14 @@ class Grid:
 
 
 def measure(
-    problem: Problem, inners_at: Callable[[int], Iterable[InnerLoop]], grid: Grid, progress: Progress
-) -> list[Row]:
+    problem: MetaStepProblem, inners_at: Callable[[int], Iterable[InnerLoop]], grid: MeasurementPlan, progress: Progress
+) -> list[EngineCost]:
     """A row for each inner loop at each K; the engines are compared with one another before they are timed.
 
     Raises:
         RunError: if two of them disagree.
     """
-    rows: list[Row] = []
+    rows: list[EngineCost] = []
     bar = progress.add_task(grid.name, total=len(grid.steps), note="")
     for done, steps in enumerate(grid.steps):
         inners = list(inners_at(steps))
@@ -130,15 +130,15 @@ def measure(
         if steps in grid.timed:
             fitting = [inner for inner, peak in zip(inners, peaks, strict=True) if peak is not None]
             if steps == grid.timed[-1]:
-                check_agreement(problem, fitting)
-            times = time_in_turns(problem.seconds, [i for i in fitting if i.task_chunk != _ONE], grid.rounds)
+                check_gradients_equal(problem, fitting)
+            times = time_interleaved(problem.seconds, [i for i in fitting if i.task_chunk != _ONE], grid.rounds)
         unroll = next((times[i] for i in times if i.engine == "unroll" and i.second_order and not i.task_chunk), None)
         rows += [_row(inner, peak, times.get(inner), unroll) for inner, peak in zip(inners, peaks, strict=True)]
         progress.update(bar, completed=done + 1)
     return rows
 
 
-def _peak_mib(problem: Problem, inner: InnerLoop, limit: int) -> float | None:
+def _peak_mib(problem: MetaStepProblem, inner: InnerLoop, limit: int) -> float | None:
     """Peak of a meta-gradient. Two chunks show it: the second finds the sum that the first left, as all later do."""
     if inner.task_chunk is not None:
         problem = replace(problem, episodes=problem.episodes.split(2 * inner.task_chunk)[0])
@@ -148,7 +148,7 @@ def _peak_mib(problem: Problem, inner: InnerLoop, limit: int) -> float | None:
         return None
 
 
-def check_agreement(problem: Problem, inners: list[InnerLoop]) -> None:
+def check_gradients_equal(problem: MetaStepProblem, inners: list[InnerLoop]) -> None:
     """Refuse to time engines that do not compute the same thing, in float64, on few tasks and in chunks of one.
 
     Raises:
@@ -167,8 +167,8 @@ def check_agreement(problem: Problem, inners: list[InnerLoop]) -> None:
             raise RunError(f"{inner} differs from {inners[0].engine} by {error:.1e}; nothing was timed.")
 
 
-def _row(inner: InnerLoop, peak: float | None, times: list[float] | None, unroll: list[float] | None) -> Row:
-    row = Row(inner.engine, inner.second_order, inner.task_chunk, inner.snapshot_every, inner.steps, peak)
+def _row(inner: InnerLoop, peak: float | None, times: list[float] | None, unroll: list[float] | None) -> EngineCost:
+    row = EngineCost(inner.engine, inner.second_order, inner.task_chunk, inner.snapshot_every, inner.steps, peak)
     if times is None:
         return row
     low, middle, high = (1000 * t for t in quartiles(times))
@@ -176,9 +176,9 @@ def _row(inner: InnerLoop, peak: float | None, times: list[float] | None, unroll
     return replace(row, median_ms=middle, quartiles_ms=(low, high), ratio_to_unroll=ratio)
 
 
-def print_rows(setting: Setting, rows: list[Row], limit_mib: float) -> None:
+def print_rows(setting: EngineBenchmark, rows: list[EngineCost], limit_mib: float) -> None:
     """Two tables, engines down and K across: MiB, and times in units of ``unroll``'s on all tasks."""
-    by_name: dict[str, dict[int, Row]] = {}
+    by_name: dict[str, dict[int, EngineCost]] = {}
     for row in rows:
         by_name.setdefault(row.name, {})[row.steps] = row
     print_table(
@@ -197,11 +197,11 @@ def print_rows(setting: Setting, rows: list[Row], limit_mib: float) -> None:
     )
 
 
-def _mib(row: Row | None) -> str:
+def _mib(row: EngineCost | None) -> str:
     if row is None:
         return ""
     return "over" if row.peak_mib is None else f"{row.peak_mib:.0f}"
 
 
-def _ratio(row: Row | None) -> str:
+def _ratio(row: EngineCost | None) -> str:
     return f"{row.ratio_to_unroll:.2f}" if row is not None and row.ratio_to_unroll else ""

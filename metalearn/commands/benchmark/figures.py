@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from metalearn.commands.benchmark.contenders import order_name
-from metalearn.commands.benchmark.measure import Figures
-from metalearn.commands.benchmark.slopes import Line
-from metalearn.training.tracking.plot_style import GREY, draw_line, look, name_rows, new_figure, plain
+from metalearn.commands.benchmark.measure import BenchmarkResult
+from metalearn.commands.benchmark.slopes import SweepSeries
+from metalearn.training.tracking.plot_style import GREY, draw_line, escape_mathtext, label_rows, line_style, new_figure
 
 
-def speed_figure(rows_of: Mapping[str, Sequence[Figures]], against: str) -> Figure:
+def plot_speed(rows_of: Mapping[str, Sequence[BenchmarkResult]], against: str) -> Figure:
     """Bars of speed, whiskers from quartile to quartile: a panel for each setting, second order above first.
 
     Args:
@@ -35,21 +35,21 @@ def speed_figure(rows_of: Mapping[str, Sequence[Figures]], against: str) -> Figu
                 row.speed,
                 xerr=[[max(0.0, row.speed - low)], [max(0.0, high - row.speed)]],
                 height=0.6,
-                color=look(libraries.index(row.who)).colour,
+                color=line_style(libraries.index(row.who)).colour,
                 alpha=1.0 if row.second_order else 0.6,
                 error_kw={"linewidth": 0.8, "ecolor": GREY},
             )
             panel.bar_label(bars, fmt=f"{row.speed:.2f}", padding=3, fontsize="small")
         panel.axvline(1, color=GREY, linewidth=0.8)
         first = panel is panels[0]
-        name_rows(panel, [f"{row.who}, {order_name(row.second_order)}" if first else "" for row in rows])
-        panel.set_title(plain(title.replace(", conv4", ",\nconv4")), fontsize="small")
+        label_rows(panel, [f"{row.who}, {order_name(row.second_order)}" if first else "" for row in rows])
+        panel.set_title(escape_mathtext(title.replace(", conv4", ",\nconv4")), fontsize="small")
         panel.set_xlabel(f"speed, {against} = 1")
         panel.margins(x=0.2)  # for the numbers at the ends of the bars
     return figure
 
 
-def sweep_figure(axis: str, lines: Sequence[Line], title: str, note: str) -> Figure:
+def plot_sweep(axis: str, lines: Sequence[SweepSeries], title: str, note: str) -> Figure:
     """Time and peak memory against what is swept, both on logarithmic axes, with slopes in the legends.
 
     Args:
@@ -60,7 +60,7 @@ def sweep_figure(axis: str, lines: Sequence[Line], title: str, note: str) -> Fig
     """
     figure, (time, memory) = new_figure(title, note, panels=2)
     for position, line in enumerate(lines):
-        at = look(position)
+        at = line_style(position)
         draw_line(time, line.values, line.median_ms, at, f"{line.name}: slope {line.slope_ms:.2f}")
         draw_line(memory, line.values, line.peak_mib, at, f"{line.name}: slope {line.slope_mib:.2f}")
     time.set_ylabel("time of a meta-gradient, ms (median)")

@@ -19,19 +19,19 @@ import torch
 from rich.progress import Progress
 from torch import nn
 
-from metalearn.commands.benchmark.contenders import BY_HAND, contenders, order_name
-from metalearn.commands.benchmark.settings import FLOAT32_SETTINGS, StepSetting
+from metalearn.commands.benchmark.contenders import BY_HAND, build_methods, order_name
+from metalearn.commands.benchmark.settings import FLOAT32_SETTINGS, MetaStepSpec
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core import serialization as files
 from metalearn.core.functional import relative_error
-from metalearn.core.profiling.hardware import machine
+from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.data.sampler import TaskShape
 from metalearn.data.splits import ImageSplits
 from metalearn.inner import InnerLoop
 from metalearn.metagrad.baselines import by_hand
 from metalearn.models import Conv4
-from metalearn.training.experiment import pick_device
-from metalearn.training.runtime.precision import computed_in
+from metalearn.training.experiment import resolve_device
+from metalearn.training.runtime.precision import precision_context
 from metalearn.training.tasks import load_data
 from metalearn.training.tracking.console import print_path, print_table, progress_bar
 
@@ -73,30 +73,30 @@ def run_float32_table(config: BenchmarkConfig, output_dir: Path) -> None:
         ConfigError: if the device is not there, or the data set is not made of images.
         DataError: if the data set is missing or damaged.
     """
-    device = pick_device(config.run.device)
+    device = resolve_device(config.run.device)
     splits = load_data(config).to(device)
     seeds = range(config.run.seed, config.run.seed + config.bench.rounds)
     settings = [s for s in FLOAT32_SETTINGS if config.bench.setting in ("all", s.name)]
     report = {
         "command": f"python scripts/benchmark.py bench.kind=float32 bench.setting={config.bench.setting} "
         f"bench.rounds={config.bench.rounds} data={config.data.name}",
-        "machine": machine(device),
+        "machine": describe_hardware(device),
         "dataset": config.data.name,
         "seeds": list(seeds),
     }
     rows: list[Row] = []
     path = output_dir / "benchmark.json"
-    with computed_in("float32", device), progress_bar() as progress:
+    with precision_context("float32", device), progress_bar() as progress:
         for setting in settings:
             found = measure(setting, splits, seeds, progress)
             rows += found
             content = {**report, "settings": [asdict(s) for s in settings], "rows": [asdict(row) for row in rows]}
-            files.write_text(path, json.dumps(content, indent=2) + "\n")
+            files.atomic_write_text(path, json.dumps(content, indent=2) + "\n")
             print_rows(setting, found)
     print_path("Written to", path)
 
 
-def measure(setting: StepSetting, splits: ImageSplits, seeds: Sequence[int], progress: Progress) -> list[Row]:
+def measure(setting: MetaStepSpec, splits: ImageSplits, seeds: Sequence[int], progress: Progress) -> list[Row]:
     """A row for each network, order and contender."""
     rows: list[Row] = []
     bar = progress.add_task(setting.name, total=len(_NETWORKS) * len(seeds), note="")
@@ -114,7 +114,7 @@ def measure(setting: StepSetting, splits: ImageSplits, seeds: Sequence[int], pro
 
 
 def _distances(
-    setting: StepSetting, splits: ImageSplits, seed: int, *, pool: str, biases: bool
+    setting: MetaStepSpec, splits: ImageSplits, seed: int, *, pool: str, biases: bool
 ) -> dict[tuple[bool, str], float]:
     """Of every contender, by its order and name, to the hand-written loop's float64 gradient."""
     torch.manual_seed(seed)
@@ -125,7 +125,7 @@ def _distances(
         add_biases(module)
     module.to(splits.train.device)
     episodes = sampler.batch(0, setting.tasks)
-    found = contenders(InnerLoop(lr=setting.lr, steps=setting.steps), {BY_HAND: by_hand.meta_gradient})
+    found = build_methods(InnerLoop(lr=setting.lr, steps=setting.steps), {BY_HAND: by_hand.meta_gradient})
     exact = {c.second_order: c.gradient(module, episodes, torch.float64) for c in found if c.library == BY_HAND}
     return {
         (c.second_order, c.who): relative_error(c.gradient(module, episodes, torch.float32), exact[c.second_order])
@@ -141,7 +141,7 @@ def add_biases(module: Conv4) -> None:
 
 
 def _row(
-    setting: StepSetting, pool: str, biases: bool, key: tuple[bool, str], found: list[float], *, plain: list[float]
+    setting: MetaStepSpec, pool: str, biases: bool, key: tuple[bool, str], found: list[float], *, plain: list[float]
 ) -> Row:
     second_order, who = key
     median = statistics.median(found)
@@ -150,7 +150,7 @@ def _row(
     return Row(setting.name, pool, biases, second_order, who, median, times_plain, far, tuple(found))
 
 
-def print_rows(setting: StepSetting, rows: Sequence[Row]) -> None:
+def print_rows(setting: MetaStepSpec, rows: Sequence[Row]) -> None:
     """A line for each network and order, a column for each contender."""
     names = list(dict.fromkeys(row.who for row in rows))
     lines: dict[str, dict[str, Row]] = {}

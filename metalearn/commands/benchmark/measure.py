@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 
-from metalearn.commands.benchmark.contenders import OURS, Contender
-from metalearn.core.functional import functionalize, stack
+from metalearn.commands.benchmark.contenders import OURS, Method
+from metalearn.core.functional import expand_over_tasks, functionalize
 from metalearn.core.profiling.device_memory import peak_bytes
-from metalearn.core.profiling.flops import StepFlops, needed_flops
+from metalearn.core.profiling.flops import StepFlops, meta_gradient_flops
 from metalearn.core.profiling.memory import MIB
-from metalearn.core.profiling.timing import quartiles, ratios, seconds, time_in_turns
+from metalearn.core.profiling.timing import quartiles, ratios, seconds, time_interleaved
 from metalearn.core.types import Episodes
 from metalearn.data.sampler import TaskSampler
 from metalearn.inner import InnerLoop, task_losses
@@ -47,15 +47,15 @@ class MetaStep:
 
     def flops(self) -> StepFlops:
         """What it needs."""
-        return needed_flops(self.module, self.episodes, self.inner.steps)
+        return meta_gradient_flops(self.module, self.episodes, self.inner.steps)
 
 
 @dataclass(frozen=True)
-class Figures:
+class BenchmarkResult:
     """A contender's cost of one meta-gradient.
 
     Args:
-        library: of ``Contender``.
+        library: of ``Method``.
         engine: of ours.
         second_order: or first order.
         median_ms: over rounds.
@@ -82,7 +82,7 @@ class Figures:
 
     @property
     def who(self) -> str:
-        """Library and engine, as ``Contender.who``."""
+        """Library and engine, as ``Method.who``."""
         return f"{self.library} {self.engine}".strip()
 
 
@@ -90,7 +90,7 @@ Times = Mapping[str, Sequence[float]]
 """Seconds in each round, by the name of a contender or of a part of a meta-step."""
 
 
-def peaks_mib(step: MetaStep, found: Sequence[Contender]) -> dict[str, float]:
+def peaks_mib(step: MetaStep, found: Sequence[Method]) -> dict[str, float]:
     """Peak memory of every contender by its name, MiB."""
     peaks = {}
     for contender in found:
@@ -102,7 +102,7 @@ def peaks_mib(step: MetaStep, found: Sequence[Contender]) -> dict[str, float]:
 
 def times(
     step: MetaStep,
-    found: Sequence[Contender],
+    found: Sequence[Method],
     rounds: int,
     *,
     parts: Mapping[str, Callable[[], object]] | None = None,
@@ -111,22 +111,22 @@ def times(
     """Every contender, and every part of a meta-step that is given, in turns."""
     calls: dict[str, Callable[[], object]] = {c.name: _call(c, step) for c in found}
     calls |= parts or {}
-    return time_in_turns(lambda name: seconds(calls[name], step.device), list(calls), rounds, on_round=on_round)
+    return time_interleaved(lambda name: seconds(calls[name], step.device), list(calls), rounds, on_round=on_round)
 
 
-def _call(contender: Contender, step: MetaStep) -> Callable[[], object]:
+def _call(contender: Method, step: MetaStep) -> Callable[[], object]:
     return lambda: contender.step(step.module, step.episodes)
 
 
-def figures(
-    found: Sequence[Contender],
+def compute_results(
+    found: Sequence[Method],
     measured: Times,
     peaks: Mapping[str, float],
     flops: StepFlops,
     *,
     against: str,
     matrix_product_peak: float,
-) -> list[Figures]:
+) -> list[BenchmarkResult]:
     """Rates and ratios of what was timed.
 
     Args:
@@ -145,7 +145,7 @@ def figures(
         slow, speed, fast = ratios(yard[contender.second_order], own)
         rate = (flops.second_order if contender.second_order else flops.first_order) / middle
         rows.append(
-            Figures(
+            BenchmarkResult(
                 contender.library,
                 contender.engine,
                 contender.second_order,
@@ -162,7 +162,7 @@ def figures(
     return rows
 
 
-def parts_of(step: MetaStep, sampler: TaskSampler, lr: float) -> dict[str, Callable[[], object]]:
+def step_components(step: MetaStep, sampler: TaskSampler, lr: float) -> dict[str, Callable[[], object]]:
     """What a training's meta-step does beside its gradients, each to be timed by itself.
 
     Args:
@@ -172,7 +172,7 @@ def parts_of(step: MetaStep, sampler: TaskSampler, lr: float) -> dict[str, Calla
     """
     forward, theta = functionalize(step.module)
     tasks, episodes = step.episodes.tasks, step.episodes
-    fast = stack(theta, tasks)
+    fast = expand_over_tasks(theta, tasks)
     batches = itertools.count()
     weights = [p.clone().requires_grad_() for p in theta.values()]
     for weight in weights:
@@ -194,7 +194,7 @@ def parts_of(step: MetaStep, sampler: TaskSampler, lr: float) -> dict[str, Calla
     return dict(zip(_PARTS, (sample, pass_forward, optimise), strict=True))
 
 
-def shares(found: Sequence[Contender], measured: Times) -> dict[str, Any]:
+def time_breakdown(found: Sequence[Method], measured: Times) -> dict[str, Any]:
     """What a second-order meta-step of our ``unroll`` is made of, by differences of medians.
 
     Returns:

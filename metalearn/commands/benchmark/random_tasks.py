@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metalearn.commands.benchmark.engine_settings import TaskSetting
+from metalearn.commands.benchmark.engine_settings import TaskSpec
 from metalearn.core.types import Episodes
 
 
-def random_episodes(setting: TaskSetting, device: torch.device) -> Episodes:
+def random_episodes(setting: TaskSpec, device: torch.device) -> Episodes:
     """A batch ``[T, N * examples, 1, 28, 28]`` in class order, from torch's default generator."""
     labels = torch.arange(setting.ways, device=device)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from metalearn.commands.benchmark.contenders import order_name
-from metalearn.commands.benchmark.measure import DATA, FORWARD, GRADIENT, OPTIMISER, SECOND_ORDER, Figures
+from metalearn.commands.benchmark.measure import DATA, FORWARD, GRADIENT, OPTIMISER, SECOND_ORDER, BenchmarkResult
 from metalearn.training.tracking.console import print_table
 
 _HEADER = ("median ms", "quartiles", "steps/s", "speed", "peak MiB", "GFLOP/s", "% of peak")
 
 
-def print_rows(title: str, rows: Sequence[Figures], matrix_product_gflops: float, against: str) -> None:
+def print_rows(title: str, rows: Sequence[BenchmarkResult], matrix_product_gflops: float, against: str) -> None:
     """A table for each order.
 
     Args:
@@ -29,7 +29,7 @@ def print_rows(title: str, rows: Sequence[Figures], matrix_product_gflops: float
         )
 
 
-def _cells(row: Figures) -> list[str]:
+def _cells(row: BenchmarkResult) -> list[str]:
     return [
         f"{row.median_ms:.1f}",
         "{:.1f} to {:.1f}".format(*row.quartiles_ms),

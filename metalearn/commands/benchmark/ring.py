@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Link:
+class Interconnect:
     """What joins GPUs; both figures are assumptions.
 
     Args:
@@ -23,12 +23,14 @@ class Link:
 
 
 LINKS = (
-    Link("NVLink, 8 GPUs of a node", 8, 300e9, 3e-6),  # 450 GB/s in one direction is what an H100's has nominally
-    Link("InfiniBand, 64 GPUs", 64, 25e9, 10e-6),  # half of 400 Gbit/s for each GPU
+    Interconnect(
+        "NVLink, 8 GPUs of a node", 8, 300e9, 3e-6
+    ),  # 450 GB/s in one direction is what an H100's has nominally
+    Interconnect("InfiniBand, 64 GPUs", 64, 25e9, 10e-6),  # half of 400 Gbit/s for each GPU
 )
 
 
-def all_reduce_s(size: float, link: Link) -> float:
+def all_reduce_s(size: float, link: Interconnect) -> float:
     """Seconds of an all-reduce around a ring: every GPU sends and receives 2 (N - 1) parts of 1/N.
 
         t_allreduce(N) = 2 (N - 1) / N bytes / bandwidth + 2 (N - 1) latency
@@ -44,7 +46,7 @@ def all_reduce_s(size: float, link: Link) -> float:
     return 2 * (n - 1) / n * size / link.bandwidth + 2 * (n - 1) * link.latency
 
 
-def efficiency(compute_s: float, size: float, link: Link) -> float:
+def efficiency(compute_s: float, size: float, link: Interconnect) -> float:
     """Share of a meta-step in which N GPUs compute, each ``compute_s`` seconds on tasks of its own.
 
     efficiency(N) = t_compute / (t_compute + t_allreduce(N))
@@ -52,7 +54,7 @@ def efficiency(compute_s: float, size: float, link: Link) -> float:
     return compute_s / (compute_s + all_reduce_s(size, link))
 
 
-def tasks_per_second(at: float, tasks: int, size: float, link: Link) -> float:
+def tasks_per_second(at: float, tasks: int, size: float, link: Interconnect) -> float:
     """Where the all-reduce starts to matter: tasks a second and GPU beyond which the efficiency is below ``at``.
 
         efficiency = at    where    t_compute = at / (1 - at) t_allreduce(N)

@@ -20,30 +20,38 @@ from metalearn.commands.benchmark.contenders import (
     BATCHES,
     TASKS_COMPARED,
     DisagreementError,
-    check_equal,
-    contenders,
-    find_peers,
+    available_baselines,
+    baseline,
+    build_methods,
+    check_gradients_equal,
     refuse_failed,
-    yardstick,
 )
-from metalearn.commands.benchmark.figures import speed_figure
-from metalearn.commands.benchmark.measure import Figures, MetaStep, figures, parts_of, peaks_mib, shares, times
+from metalearn.commands.benchmark.figures import plot_speed
+from metalearn.commands.benchmark.measure import (
+    BenchmarkResult,
+    MetaStep,
+    compute_results,
+    peaks_mib,
+    step_components,
+    time_breakdown,
+    times,
+)
 from metalearn.commands.benchmark.report import print_rows, print_shares
-from metalearn.commands.benchmark.settings import SETTINGS, StepSetting
+from metalearn.commands.benchmark.settings import SETTINGS, MetaStepSpec
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import ConfigError, NonFiniteError
-from metalearn.core.profiling.allocator import keep_memory
-from metalearn.core.profiling.flops import matrix_product_peak
-from metalearn.core.profiling.hardware import machine
+from metalearn.core.profiling.allocator import configure_malloc
+from metalearn.core.profiling.flops import peak_matmul_flops
+from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.data.sampler import TaskSampler, TaskShape
 from metalearn.data.splits import ImageSplits
 from metalearn.inner import InnerLoop
 from metalearn.metagrad.baselines.installed import Peer
 from metalearn.models import Conv4
-from metalearn.training.experiment import build, build_model, pick_device
+from metalearn.training.experiment import build_experiment, build_model, resolve_device
 from metalearn.training.random_state import seed_all
-from metalearn.training.runtime.precision import computed_in
+from metalearn.training.runtime.precision import precision_context
 from metalearn.training.tasks import load_data
 from metalearn.training.tracking.console import print_path, progress_bar
 
@@ -75,34 +83,34 @@ def run_benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
         ConfigError: if the device is not there, or the data set has too few classes.
         DataError: if the data set is missing or damaged.
     """
-    keep_memory()
-    device = pick_device(config.run.device)
-    peers = find_peers()
-    against = yardstick(peers)
+    configure_malloc()
+    device = resolve_device(config.run.device)
+    peers = available_baselines()
+    against = baseline(peers)
     report: dict[str, Any] = {
-        "machine": machine(device),
+        "machine": describe_hardware(device),
         "dataset": config.data.name,
         "rounds": config.bench.rounds,
         "yardstick": against,
         "settings": {},
     }
     path = output_dir / "benchmark.json"
-    rows: dict[str, list[Figures]] = {}
+    rows: dict[str, list[BenchmarkResult]] = {}
     parts: dict[str, dict[str, float]] = {}
     failed: dict[str, Exception] = {}
-    with computed_in("float32", device), progress_bar() as progress:
+    with precision_context("float32", device), progress_bar() as progress:
         for case in cases(config, device):
             try:
                 measured = measure(case, peers, config, progress)
             except (DisagreementError, NonFiniteError) as error:
                 failed[case.name] = error
                 report["settings"][case.name] = {**case.content, "failed": str(error)}
-                files.write_text(path, json.dumps(report, indent=2) + "\n")
+                files.atomic_write_text(path, json.dumps(report, indent=2) + "\n")
                 continue
             report["settings"][case.name] = {**case.content, **measured, "rows": [asdict(r) for r in measured["rows"]]}
-            files.write_text(path, json.dumps(report, indent=2) + "\n")
+            files.atomic_write_text(path, json.dumps(report, indent=2) + "\n")
             rows[case.title], parts[case.title] = measured["rows"], measured["parts"]["share"]
-            speed_figure(rows, against).savefig(output_dir / "speed.png", dpi=130)
+            plot_speed(rows, against).savefig(output_dir / "speed.png", dpi=130)
             print_rows(case.title, measured["rows"], measured["matrix_product_gflops"], against)
     if parts:
         print_shares(parts)
@@ -122,7 +130,7 @@ def cases(config: BenchmarkConfig, device: torch.device) -> Iterator[Case]:
 
 
 def _configured(config: BenchmarkConfig) -> Case:
-    experiment = build(config)
+    experiment = build_experiment(config)
     seed_all(config.run.seed)
     module = build_model(config, experiment.train.example_shape).to(experiment.device)
     task = config.task
@@ -135,7 +143,7 @@ def _configured(config: BenchmarkConfig) -> Case:
     return Case(CONFIGURED, title, content, step, experiment.train)
 
 
-def _published(config: BenchmarkConfig, setting: StepSetting, splits: ImageSplits) -> Case:
+def _published(config: BenchmarkConfig, setting: MetaStepSpec, splits: ImageSplits) -> Case:
     classes = splits.classes("train")
     if setting.ways > classes:
         raise ConfigError(
@@ -151,25 +159,25 @@ def _published(config: BenchmarkConfig, setting: StepSetting, splits: ImageSplit
 
 
 def measure(case: Case, peers: dict[str, Peer], config: BenchmarkConfig, progress: Progress) -> dict[str, Any]:
-    """Check, then time; the keys of ``benchmark.json``, with ``rows`` as ``Figures``.
+    """Check, then time; the keys of ``benchmark.json``, with ``rows`` as ``BenchmarkResult``.
 
     Raises:
         DisagreementError: if two contenders disagree on the meta-gradient.
     """
     rounds = config.bench.rounds
     bar = progress.add_task(case.name, total=rounds + 1, note="same meta-gradient?")
-    found = contenders(case.step.inner, peers)
+    found = build_methods(case.step.inner, peers)
     draws = [case.sampler.batch(index, TASKS_COMPARED) for index in range(BATCHES)]
-    differences = check_equal(found, case.step.module, draws)
+    differences = check_gradients_equal(found, case.step.module, draws)
     progress.update(bar, note="memory")
     peaks = peaks_mib(case.step, found)
     progress.update(bar, note="")
-    peak = matrix_product_peak(case.step.device)
+    peak = peak_matmul_flops(case.step.device)
     measured = times(
         case.step,
         found,
         rounds,
-        parts=parts_of(case.step, case.sampler, config.outer.lr),
+        parts=step_components(case.step, case.sampler, config.outer.lr),
         on_round=lambda done: progress.update(bar, completed=done),
     )
     flops = case.step.flops()
@@ -177,6 +185,6 @@ def measure(case: Case, peers: dict[str, Peer], config: BenchmarkConfig, progres
         "largest_difference": differences,
         "matrix_product_gflops": peak / 1e9,
         "needed_gflop": {order: count / 1e9 for order, count in flops._asdict().items()},
-        "parts": shares(found, measured),
-        "rows": figures(found, measured, peaks, flops, against=yardstick(peers), matrix_product_peak=peak),
+        "parts": time_breakdown(found, measured),
+        "rows": compute_results(found, measured, peaks, flops, against=baseline(peers), matrix_product_peak=peak),
     }

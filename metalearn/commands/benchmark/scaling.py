@@ -22,20 +22,20 @@ from typing import Any
 
 import torch
 
-from metalearn.commands.benchmark.ring import LINKS, Link, all_reduce_s, efficiency, tasks_per_second
-from metalearn.commands.compare.launch import Children
-from metalearn.config.compose import compose, typed
-from metalearn.config.run_config import settle_data
+from metalearn.commands.benchmark.ring import LINKS, Interconnect, all_reduce_s, efficiency, tasks_per_second
+from metalearn.commands.compare.launch import ProcessPool
+from metalearn.config.compose import compose, to_dataclass
+from metalearn.config.run_config import resolve_data
 from metalearn.config.schema import TrainConfig
-from metalearn.config.validation import check
+from metalearn.config.validation import validate_train_config
 from metalearn.core import serialization as files
 from metalearn.core.errors import MetalearnError, RunError
-from metalearn.core.profiling.hardware import machine
-from metalearn.training.auto_engine import settle_engine
-from metalearn.training.experiment import Experiment, build, training_device
-from metalearn.training.runtime.distributed import Ranks, joined
+from metalearn.core.profiling.hardware import describe_hardware
+from metalearn.training.auto_engine import resolve_auto_engine
+from metalearn.training.experiment import Experiment, build_experiment, training_device
+from metalearn.training.runtime.distributed import DistributedContext, init_distributed
 from metalearn.training.state import TrainState
-from metalearn.training.step import own_tasks, propose, take
+from metalearn.training.step import apply_update, compute_update, local_tasks
 from metalearn.training.tracking.console import print_path, print_table
 
 FILE = "scaling.json"
@@ -46,14 +46,14 @@ _LONGEST_REASON = 600
 
 
 @dataclass(frozen=True)
-class Setting:
+class ProcessLayout:
     """Processes that share a meta-step's tasks, and threads of each."""
 
     processes: int
     threads: int
 
 
-SETTINGS = (Setting(1, 1), Setting(1, 2), Setting(2, 1))
+SETTINGS = (ProcessLayout(1, 1), ProcessLayout(1, 2), ProcessLayout(2, 1))
 
 
 def configuration(overrides: Sequence[str]) -> TrainConfig:
@@ -64,16 +64,16 @@ def configuration(overrides: Sequence[str]) -> TrainConfig:
     """
     given = {override.partition("=")[0] for override in overrides}
     defaults = [f"{key}={value}" for key, value in _DEFAULTS.items() if key not in given]
-    config = typed(compose("train", [*defaults, *overrides]), TrainConfig)
-    check(config)
-    return settle_data(config)
+    config = to_dataclass(compose("train", [*defaults, *overrides]), TrainConfig)
+    validate_train_config(config)
+    return resolve_data(config)
 
 
-def work(config: TrainConfig, threads: int, steps: int, path: Path) -> None:
+def run_worker(config: TrainConfig, threads: int, steps: int, path: Path) -> None:
     """Be one of a setting's processes; the first writes the seconds of a meta-step and of an all-reduce to ``path``."""
     torch.set_num_threads(threads)
-    with joined(training_device(config)) as ranks:
-        experiment = settle_engine(build(config))
+    with init_distributed(training_device(config)) as ranks:
+        experiment = resolve_auto_engine(build_experiment(config))
         with experiment.precision():
             meta_step_s = _meta_step_s(experiment, ranks, steps)
         numbers = sum(p.numel() for p in experiment.theta.values())
@@ -82,24 +82,24 @@ def work(config: TrainConfig, threads: int, steps: int, path: Path) -> None:
             "meta_step_s": meta_step_s,
             "all_reduce_s": _all_reduce_s(gradient, ranks) if ranks.size > 1 else None,
             "gradient_bytes": gradient.nbytes,
-            "machine": machine(experiment.device),
+            "machine": describe_hardware(experiment.device),
         }
         if ranks.first:
-            files.write_text(path, json.dumps(figures))
+            files.atomic_write_text(path, json.dumps(figures))
 
 
-def _meta_step_s(experiment: Experiment, ranks: Ranks, steps: int) -> float:
+def _meta_step_s(experiment: Experiment, ranks: DistributedContext, steps: int) -> float:
     """Mean over meta-steps, each with its tasks and the optimiser's step."""
     state = TrainState.start(experiment.theta, experiment.config.outer)
     for done in range(_WARM_UPS + steps):
         if done == _WARM_UPS:
             started = _together(experiment.device, ranks)
-        update = propose(experiment, state, own_tasks(experiment, state.iteration, ranks), ranks)
-        take(state, update, clip_norm=experiment.config.outer.clip_norm)
+        update = compute_update(experiment, state, local_tasks(experiment, state.iteration, ranks), ranks)
+        apply_update(state, update, clip_norm=experiment.config.outer.clip_norm)
     return (_together(experiment.device, ranks) - started) / steps
 
 
-def _all_reduce_s(gradient: torch.Tensor, ranks: Ranks) -> float:
+def _all_reduce_s(gradient: torch.Tensor, ranks: DistributedContext) -> float:
     def once() -> float:
         started = _together(gradient.device, ranks)
         ranks.sum([gradient])
@@ -108,7 +108,7 @@ def _all_reduce_s(gradient: torch.Tensor, ranks: Ranks) -> float:
     return median([once() for _ in range(_WARM_UPS + _ALL_REDUCES)][_WARM_UPS:])
 
 
-def _together(device: torch.device, ranks: Ranks) -> float:
+def _together(device: torch.device, ranks: DistributedContext) -> float:
     """The time at which every process has come this far."""
     ranks.sum([torch.zeros(1, device=device)])
     if device.type == "cuda":
@@ -116,7 +116,7 @@ def _together(device: torch.device, ranks: Ranks) -> float:
     return time.perf_counter()
 
 
-def command(setting: Setting, overrides: Sequence[str], steps: int, path: Path) -> list[str]:
+def worker_command(setting: ProcessLayout, overrides: Sequence[str], steps: int, path: Path) -> list[str]:
     """What starts a setting's processes."""
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={setting.processes}"]
     launcher = [sys.executable, *(several if setting.processes > 1 else [])]
@@ -124,19 +124,21 @@ def command(setting: Setting, overrides: Sequence[str], steps: int, path: Path) 
     return [*launcher, "-m", "metalearn.commands.benchmark.scaling", str(path), *overrides, *flags]
 
 
-def measure(overrides: Sequence[str], folder: Path, *, rounds: int, steps: int) -> dict[Setting, list[dict[str, Any]]]:
+def measure(
+    overrides: Sequence[str], folder: Path, *, rounds: int, steps: int
+) -> dict[ProcessLayout, list[dict[str, Any]]]:
     """What every setting's first process has written, in each round; the settings take turns.
 
     Raises:
         RunError: if a process fails, with the end of what it said.
     """
-    found: dict[Setting, list[dict[str, Any]]] = {setting: [] for setting in SETTINGS}
-    with Children() as children:
+    found: dict[ProcessLayout, list[dict[str, Any]]] = {setting: [] for setting in SETTINGS}
+    with ProcessPool() as children:
         for _ in range(rounds):
             for setting in SETTINGS:
                 path = folder / f"{setting.processes}x{setting.threads}.json"
                 status, written = children.run(
-                    command(setting, overrides, steps, path),
+                    worker_command(setting, overrides, steps, path),
                     folder / "console.log",
                     threads=setting.threads,
                     watch=lambda piece: None,
@@ -148,7 +150,7 @@ def measure(overrides: Sequence[str], folder: Path, *, rounds: int, steps: int) 
     return found
 
 
-def report(found: dict[Setting, list[dict[str, Any]]], tasks: int) -> dict[str, Any]:
+def report(found: dict[ProcessLayout, list[dict[str, Any]]], tasks: int) -> dict[str, Any]:
     """Medians, ratios to one process of one thread, and the estimates, as ``scaling.json`` holds them.
 
     Args:
@@ -156,8 +158,8 @@ def report(found: dict[Setting, list[dict[str, Any]]], tasks: int) -> dict[str, 
         tasks: T, of a meta-step; the estimates are of as many on each GPU.
     """
     seconds = {setting: median(figures["meta_step_s"] for figures in found[setting]) for setting in found}
-    alone = seconds[Setting(1, 1)]
-    pair = found[Setting(2, 1)]
+    alone = seconds[ProcessLayout(1, 1)]
+    pair = found[ProcessLayout(2, 1)]
     size = pair[0]["gradient_bytes"]
     rows = [
         {
@@ -171,7 +173,7 @@ def report(found: dict[Setting, list[dict[str, Any]]], tasks: int) -> dict[str, 
         for setting, taken in seconds.items()
     ]
     return {
-        "machine": found[Setting(1, 1)][0]["machine"],
+        "machine": found[ProcessLayout(1, 1)][0]["machine"],
         "tasks": tasks,
         "gradient_bytes": size,
         "all_reduce_ms": 1000 * median(figures["all_reduce_s"] for figures in pair),
@@ -180,7 +182,7 @@ def report(found: dict[Setting, list[dict[str, Any]]], tasks: int) -> dict[str, 
     }
 
 
-def _estimate(tasks: int, size: float, link: Link) -> dict[str, Any]:
+def _estimate(tasks: int, size: float, link: Interconnect) -> dict[str, Any]:
     return {
         **asdict(link),
         "all_reduce_ms": 1000 * all_reduce_s(size, link),
@@ -237,14 +239,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config = configuration(asked.overrides)
         if asked.worker_threads:
-            work(config, asked.worker_threads, asked.steps, asked.output_dir)
+            run_worker(config, asked.worker_threads, asked.steps, asked.output_dir)
             return
         path = asked.output_dir / FILE
         if path.exists():
             raise RunError(f"{path} is there already, and is not overwritten; choose another folder.")
         found = measure(asked.overrides, asked.output_dir, rounds=asked.rounds, steps=asked.steps)
         content = {"overrides": asked.overrides, **report(found, config.task.meta_batch)}
-        files.write_text(path, json.dumps(content, indent=2) + "\n")
+        files.atomic_write_text(path, json.dumps(content, indent=2) + "\n")
     except MetalearnError as error:
         sys.exit(str(error))
     show(content)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from metalearn.commands.benchmark.engine_settings import TaskSetting
+from metalearn.commands.benchmark.engine_settings import TaskSpec
 
 
 @dataclass(frozen=True)
-class StepSetting(TaskSetting):
+class MetaStepSpec(TaskSpec):
     """One meta-step.
 
     Args:
@@ -26,17 +26,17 @@ class StepSetting(TaskSetting):
 
 
 SETTINGS = (
-    StepSetting("5way_1shot", 5, 1, 1, 32, 64, steps=1, lr=0.4),
-    StepSetting("20way_1shot", 20, 1, 1, 16, 64, steps=5, lr=0.1),
-    StepSetting("5way_1shot_15queries", 5, 1, 15, 16, 64, steps=5, lr=0.4),
+    MetaStepSpec("5way_1shot", 5, 1, 1, 32, 64, steps=1, lr=0.4),
+    MetaStepSpec("20way_1shot", 20, 1, 1, 16, 64, steps=5, lr=0.1),
+    MetaStepSpec("5way_1shot_15queries", 5, 1, 15, 16, 64, steps=5, lr=0.4),
 )
 """Those of the published table."""
 
 FLOAT32_SETTINGS = (
-    StepSetting("5way_K1", 5, 1, 1, 1, 64, steps=1, lr=0.4),
-    StepSetting("5way_K5", 5, 1, 1, 1, 64, steps=5, lr=0.4),
-    StepSetting("20way_K1", 20, 1, 1, 1, 64, steps=1, lr=0.1),
-    StepSetting("20way_K5", 20, 1, 1, 1, 64, steps=5, lr=0.1),
+    MetaStepSpec("5way_K1", 5, 1, 1, 1, 64, steps=1, lr=0.4),
+    MetaStepSpec("5way_K5", 5, 1, 1, 1, 64, steps=5, lr=0.4),
+    MetaStepSpec("20way_K1", 20, 1, 1, 1, 64, steps=1, lr=0.1),
+    MetaStepSpec("20way_K5", 20, 1, 1, 1, 64, steps=5, lr=0.1),
 )
 """Those at which float32 is held against float64, on one task a draw: of many tasks one is always near a kink."""
 
@@ -46,7 +46,7 @@ class Sweep:
     """Settings that differ in one number.
 
     Args:
-        name: the field of ``StepSetting`` that differs; for files.
+        name: the field of ``MetaStepSpec`` that differs; for files.
         axis: what that is, for plots.
         base: where the other numbers are taken from.
         values: of that field.
@@ -54,20 +54,20 @@ class Sweep:
 
     name: str
     axis: str
-    base: StepSetting
+    base: MetaStepSpec
     values: tuple[int, ...]
 
-    def settings(self) -> list[StepSetting]:
+    def settings(self) -> list[MetaStepSpec]:
         """A setting for each value."""
         return [_with(self.base, self.name, value) for value in self.values]
 
 
-def _with(base: StepSetting, name: str, value: int) -> StepSetting:
+def _with(base: MetaStepSpec, name: str, value: int) -> MetaStepSpec:
     changed: dict[str, int] = {name: value}
     return replace(base, name=f"{name}={value}", **changed)
 
 
-BASE = StepSetting("base", 5, 1, 1, 8, 64, steps=1, lr=0.4)
+BASE = MetaStepSpec("base", 5, 1, 1, 8, 64, steps=1, lr=0.4)
 SWEEPS = (
     Sweep("steps", "inner steps K", BASE, (1, 2, 5, 10)),
     Sweep("tasks", "tasks T of a meta-step", BASE, (4, 8, 16, 32)),

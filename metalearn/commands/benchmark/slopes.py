@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Line:
+class SweepSeries:
     """A contender's cost along a sweep.
 
     Args:

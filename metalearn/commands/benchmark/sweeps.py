@@ -15,29 +15,29 @@ from metalearn.commands.benchmark.contenders import (
     BATCHES,
     OURS,
     TASKS_COMPARED,
-    Contender,
     DisagreementError,
-    check_equal,
-    contenders,
-    find_peers,
+    Method,
+    available_baselines,
+    baseline,
+    build_methods,
+    check_gradients_equal,
     refuse_failed,
-    yardstick,
 )
-from metalearn.commands.benchmark.figures import sweep_figure
+from metalearn.commands.benchmark.figures import plot_sweep
 from metalearn.commands.benchmark.measure import MetaStep, peaks_mib, times
 from metalearn.commands.benchmark.random_tasks import random_episodes
-from metalearn.commands.benchmark.settings import SWEEPS, StepSetting, Sweep
-from metalearn.commands.benchmark.slopes import Line, log_log_slope
+from metalearn.commands.benchmark.settings import SWEEPS, MetaStepSpec, Sweep
+from metalearn.commands.benchmark.slopes import SweepSeries, log_log_slope
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import NonFiniteError
-from metalearn.core.profiling.allocator import keep_memory
-from metalearn.core.profiling.hardware import machine
+from metalearn.core.profiling.allocator import configure_malloc
+from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.core.profiling.timing import quartiles
 from metalearn.inner import InnerLoop
 from metalearn.metagrad.baselines.installed import Peer
 from metalearn.models import Conv4
-from metalearn.training.experiment import pick_device
+from metalearn.training.experiment import resolve_device
 from metalearn.training.tracking.console import print_path, print_table, progress_bar
 
 
@@ -48,12 +48,12 @@ def run_sweeps(config: BenchmarkConfig, output_dir: Path) -> None:
         RunError: if in some sweeps two contenders disagree on the meta-gradient; the others are written by then.
         ConfigError: if the device is not there.
     """
-    keep_memory()
-    device = pick_device(config.run.device)
-    peers = find_peers()
-    report: dict[str, Any] = {"machine": machine(device), "rounds": config.bench.rounds, "sweeps": {}}
+    configure_malloc()
+    device = resolve_device(config.run.device)
+    peers = available_baselines()
+    report: dict[str, Any] = {"machine": describe_hardware(device), "rounds": config.bench.rounds, "sweeps": {}}
     path = output_dir / "benchmark.json"
-    slopes: dict[str, list[Line]] = {}
+    slopes: dict[str, list[SweepSeries]] = {}
     failed: dict[str, Exception] = {}
     with progress_bar() as progress:
         for sweep in SWEEPS:
@@ -65,13 +65,13 @@ def run_sweeps(config: BenchmarkConfig, output_dir: Path) -> None:
             except (DisagreementError, NonFiniteError) as error:
                 failed[sweep.name] = error
                 report["sweeps"][sweep.name] = {**asdict(sweep), "failed": str(error)}
-                files.write_text(path, json.dumps(report, indent=2) + "\n")
+                files.atomic_write_text(path, json.dumps(report, indent=2) + "\n")
                 continue
             slopes[sweep.axis] = lines
             report["sweeps"][sweep.name] = {**asdict(sweep), "lines": [asdict(line) for line in lines]}
-            files.write_text(path, json.dumps(report, indent=2) + "\n")
+            files.atomic_write_text(path, json.dumps(report, indent=2) + "\n")
             note = f"at {sweep.base.title}, but for what is swept"
-            figure = sweep_figure(sweep.axis, lines, f"How cost grows with the {sweep.axis}", note)
+            figure = plot_sweep(sweep.axis, lines, f"How cost grows with the {sweep.axis}", note)
             figure.savefig(output_dir / f"sweep-{sweep.name}.png", dpi=130)
     if slopes:
         print_slopes(slopes)
@@ -79,17 +79,17 @@ def run_sweeps(config: BenchmarkConfig, output_dir: Path) -> None:
     refuse_failed(failed, settings=len(report["sweeps"]))
 
 
-def chosen(inner: InnerLoop, peers: Mapping[str, Peer]) -> list[Contender]:
+def sweep_methods(inner: InnerLoop, peers: Mapping[str, Peer]) -> list[Method]:
     """Our ``unroll`` in both orders, and the yardstick of second order."""
-    found = contenders(inner, peers)
-    against = yardstick(peers)
+    found = build_methods(inner, peers)
+    against = baseline(peers)
     ours = [c for c in found if (c.library, c.engine) == (OURS, "unroll")]
     return ours + [c for c in found if c.library == against and c.second_order]
 
 
 def measure(
     sweep: Sweep, peers: Mapping[str, Peer], rounds: int, device: torch.device, progress: Progress
-) -> list[Line]:
+) -> list[SweepSeries]:
     """A line for each contender; all are compared with one another at the first value.
 
     Raises:
@@ -100,10 +100,10 @@ def measure(
     memory: dict[str, list[float]] = {}
     for done, setting in enumerate(sweep.settings()):
         step = random_step(setting, device)
-        found = chosen(step.inner, peers)
+        found = sweep_methods(step.inner, peers)
         if done == 0:
             few = replace(setting, tasks=TASKS_COMPARED)
-            check_equal(found, step.module, [random_episodes(few, device) for _ in range(BATCHES)])
+            check_gradients_equal(found, step.module, [random_episodes(few, device) for _ in range(BATCHES)])
         for name, peak in peaks_mib(step, found).items():
             memory.setdefault(name, []).append(peak)
         for name, measured in times(step, found, rounds).items():
@@ -112,16 +112,16 @@ def measure(
     return [_line(name, sweep.values, seconds[name], memory[name]) for name in seconds]
 
 
-def random_step(setting: StepSetting, device: torch.device) -> MetaStep:
+def random_step(setting: MetaStepSpec, device: torch.device) -> MetaStep:
     """A meta-step on random images."""
     module = Conv4(setting.ways, width=setting.width).to(device)
     return MetaStep(module, random_episodes(setting, device), InnerLoop(lr=setting.lr, steps=setting.steps))
 
 
-def _line(name: str, values: tuple[int, ...], seconds: list[list[float]], peaks: list[float]) -> Line:
+def _line(name: str, values: tuple[int, ...], seconds: list[list[float]], peaks: list[float]) -> SweepSeries:
     found = [quartiles(times) for times in seconds]
     medians = tuple(1000 * middle for _, middle, _ in found)
-    return Line(
+    return SweepSeries(
         name,
         values,
         median_ms=medians,
@@ -132,7 +132,7 @@ def _line(name: str, values: tuple[int, ...], seconds: list[list[float]], peaks:
     )
 
 
-def print_slopes(lines_of: Mapping[str, list[Line]]) -> None:
+def print_slopes(lines_of: Mapping[str, list[SweepSeries]]) -> None:
     """A row for each sweep and contender: medians at both ends, and the exponents."""
     print_table(
         "How cost grows: p of cost ~ x^p, fitted on a log-log scale",

@@ -8,22 +8,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from metalearn.commands.benchmark.engine_settings import Row
+from metalearn.commands.benchmark.engine_settings import EngineCost
 from metalearn.commands.compare.captions import CAPTIONS
 from metalearn.commands.compare.results import Results
-from metalearn.commands.compare.summary import number
-from metalearn.training.tracking.plot_style import GREY, draw_line, legend_below, look, name_rows, new_figure
+from metalearn.commands.compare.summary import format_number
+from metalearn.training.tracking.plot_style import GREY, draw_line, label_rows, legend_below, line_style, new_figure
 
 # By default second order, which is unroll's, is the first variant and first order the second: the same look everywhere.
-_ENGINE_LOOKS = {name: look(i) for i, name in enumerate(("unroll", "first order", "checkpoint", "adjoint"))}
+_ENGINE_LOOKS = {name: line_style(i) for i, name in enumerate(("unroll", "first order", "checkpoint", "adjoint"))}
 _LEAST_RANGE = 8.0  # of a logarithmic axis, highest to lowest, so that small differences look small
 
 
-def _peak_mib(row: Row) -> float | None:
+def _peak_mib(row: EngineCost) -> float | None:
     return row.peak_mib
 
 
-def _median_ms(row: Row) -> float | None:
+def _median_ms(row: EngineCost) -> float | None:
     return row.median_ms
 
 
@@ -46,12 +46,12 @@ def cost(results: Results) -> Figure | None:
     return figure
 
 
-def _draw_rows(axes: Axes, rows: Sequence[Row], value: Callable[[Row], float | None]) -> None:
+def _draw_rows(axes: Axes, rows: Sequence[EngineCost], value: Callable[[EngineCost], float | None]) -> None:
     for position, name in enumerate(dict.fromkeys(row.name for row in rows)):
         points = [(row.steps, found) for row in rows if row.name == name and (found := value(row)) is not None]
         if points:
             x, y = zip(*sorted(points), strict=True)
-            draw_line(axes, x, y, _ENGINE_LOOKS.get(name, look(position)), name)
+            draw_line(axes, x, y, _ENGINE_LOOKS.get(name, line_style(position)), name)
 
 
 def _scale_logarithmically(axes: Axes, steps: Sequence[int]) -> None:
@@ -66,7 +66,7 @@ def _scale_logarithmically(axes: Axes, steps: Sequence[int]) -> None:
     axes.set_ylim(low / widen, high * widen)
 
 
-def per_run_cost(results: Results) -> Figure | None:
+def plot_per_run_cost(results: Results) -> Figure | None:
     """Milliseconds of a meta-step and peak memory of each variant's runs."""
     variants = results.variants
     if not any(variant.meta_step_ms is not None or variant.peak_mib is not None for variant in variants):
@@ -75,8 +75,8 @@ def per_run_cost(results: Results) -> Figure | None:
     figure, (time, memory) = new_figure(CAPTIONS["per_run_cost"].title, results.title, height=height, panels=2)
     _draw_bars(time, [variant.meta_step_ms for variant in variants])
     _draw_bars(memory, [variant.peak_mib for variant in variants])
-    name_rows(time, [variant.name for variant in variants])
-    name_rows(memory, [""] * len(variants))
+    label_rows(time, [variant.name for variant in variants])
+    label_rows(memory, [""] * len(variants))
     time.set_xlabel("time of a meta-step, ms (median)")
     memory.set_xlabel("peak memory, MiB")
     return figure
@@ -87,5 +87,5 @@ def _draw_bars(axes: Axes, values: Sequence[float | None]) -> None:
         if value is None:
             axes.text(0.01, row, "no figure", transform=axes.get_yaxis_transform(), color=GREY, va="center")
             continue
-        axes.bar_label(axes.barh(row, value, height=0.5, color=look(row).colour), fmt=number, padding=3)
+        axes.bar_label(axes.barh(row, value, height=0.5, color=line_style(row).colour), fmt=format_number, padding=3)
     axes.margins(x=0.18)  # for the numbers at the ends of the bars

@@ -13,33 +13,35 @@ from typing import Any
 
 from rich.progress import Progress
 
-from metalearn.commands.benchmark.engine_settings import Row
-from metalearn.commands.benchmark.engines import Grid, measure
+from metalearn.commands.benchmark.engine_settings import EngineCost
+from metalearn.commands.benchmark.engines import MeasurementPlan, measure
 from metalearn.config.commands_schema import CompareSettings
 from metalearn.config.schema import TrainConfig
 from metalearn.core import serialization as files
-from metalearn.core.profiling.hardware import machine
+from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.core.profiling.memory import MIB
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import ENGINES
-from metalearn.training.auto_engine import Problem
-from metalearn.training.experiment import build, pick_device
+from metalearn.training.auto_engine import MetaStepProblem
+from metalearn.training.experiment import build_experiment, resolve_device
 
 FILE = "cost.json"
 
 
-def cost(config: TrainConfig, settings: CompareSettings, folder: Path, progress: Progress) -> list[Row]:
+def measure_engine_costs(
+    config: TrainConfig, settings: CompareSettings, folder: Path, progress: Progress
+) -> list[EngineCost]:
     """Measure, or read what was measured with the same settings on the same machine before.
 
     Args:
         config: whose tasks, model and inner step size are taken.
         settings: at which K, how often, and up to how much memory.
-        folder: where ``cost.json`` is kept.
+        folder: where ``measure_engine_costs.json`` is kept.
         progress: for a bar.
     """
     steps = sorted({*settings.steps, *([config.inner.steps] if config.inner.steps else [])})
     setting = {
-        "machine": machine(pick_device(config.run.device)),
+        "machine": describe_hardware(resolve_device(config.run.device)),
         "task": asdict(config.task),
         "model": asdict(config.model),
         "precision": config.run.precision,
@@ -50,23 +52,23 @@ def cost(config: TrainConfig, settings: CompareSettings, folder: Path, progress:
     }
     if kept := _kept(folder / FILE, setting):
         return kept
-    experiment = build(config)
-    problem = Problem(experiment.forward, experiment.theta, experiment.train.batch(0, config.task.meta_batch))
-    grid = Grid("memory and time against K", steps, steps, settings.rounds, int(settings.limit_mib * MIB))
+    experiment = build_experiment(config)
+    problem = MetaStepProblem(experiment.forward, experiment.theta, experiment.train.batch(0, config.task.meta_batch))
+    grid = MeasurementPlan("memory and time against K", steps, steps, settings.rounds, int(settings.limit_mib * MIB))
     with experiment.precision():
-        rows = measure(problem, lambda k: inner_loops(config.inner.lr, k), grid, progress)
+        rows = measure(problem, lambda k: compared_inner_loops(config.inner.lr, k), grid, progress)
     content = {**setting, "rows": [asdict(row) for row in rows]}
-    files.write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
+    files.atomic_write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
     return rows
 
 
-def inner_loops(lr: float, steps: int) -> list[InnerLoop]:
+def compared_inner_loops(lr: float, steps: int) -> list[InnerLoop]:
     """First order, which is the same for every engine, and second order by each."""
     base = InnerLoop(lr=lr, steps=steps)
     return [replace(base, second_order=False), *(replace(base, engine=engine) for engine in ENGINES)]
 
 
-def _kept(path: Path, setting: dict[str, Any]) -> list[Row] | None:
+def _kept(path: Path, setting: dict[str, Any]) -> list[EngineCost] | None:
     if not path.exists():
         return None
     content = json.loads(path.read_text())
@@ -74,6 +76,6 @@ def _kept(path: Path, setting: dict[str, Any]) -> list[Row] | None:
     return [_row(row) for row in rows] if content == setting else None
 
 
-def _row(content: dict[str, Any]) -> Row:
+def _row(content: dict[str, Any]) -> EngineCost:
     quartiles = content["quartiles_ms"]
-    return Row(**{**content, "quartiles_ms": tuple(quartiles) if quartiles else None})
+    return EngineCost(**{**content, "quartiles_ms": tuple(quartiles) if quartiles else None})

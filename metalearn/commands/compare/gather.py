@@ -11,21 +11,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metalearn.commands.compare.results import CurvePoint, Difference, RunResult, TimeTo, VariantResult
-from metalearn.commands.compare.statistics import difference, over_seeds, over_tasks
+from metalearn.commands.compare.results import CurvePoint, Difference, RunResult, TimeToAccuracy, VariantResult
+from metalearn.commands.compare.statistics import difference, seed_ci, task_ci
 from metalearn.commands.compare.variants import Job, Variant
 from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import RunError
-from metalearn.training.tracking.event_files import Point, read_scalars
+from metalearn.training.tracking.event_files import ScalarEvent, read_scalars
 
 log = logging.getLogger(__name__)
 
-Scalars = dict[str, list[Point]]
+Scalars = dict[str, list[ScalarEvent]]
 
 _ROUNDING = 1e-6  # event files hold float32
 
 
-def gather(
+def collect_results(
     variants: Sequence[Variant], jobs: Sequence[Job], reasons: Mapping[Path, str], target: float | None
 ) -> tuple[list[VariantResult], float | None]:
     """Every variant's figures, and the target accuracy that their times are about.
@@ -36,7 +36,7 @@ def gather(
         reasons: why some failed, by folder.
         target: validation accuracy; ``None`` for the highest whole percentage that all finished runs reach.
     """
-    runs = {job.folder: run_result(job, reasons.get(job.folder)) for job in jobs}
+    runs = {job.folder: load_run(job, reasons.get(job.folder)) for job in jobs}
     scalars = {folder: _curves(folder) for folder, run in runs.items() if run.state == "finished"}
     drawn = [curves for curves in scalars.values() if curves]
     if target is None and drawn:
@@ -60,7 +60,7 @@ def _curves(folder: Path) -> Scalars:
         return {}
 
 
-def run_result(job: Job, reason: str | None) -> RunResult:
+def load_run(job: Job, reason: str | None) -> RunResult:
     """What became of a run."""
     seed, name = job.config.run.seed, job.folder.name
     path = job.folder / "metrics.json"
@@ -80,20 +80,20 @@ def _with_figures(result: VariantResult, scalars: list[Scalars], target: float |
     per_step_ci95 = zip(*column("test.ci95_per_step"), strict=True)
     return dataclasses.replace(
         result,
-        accuracy=over_seeds(column("test.accuracy"), tasks_ci95),
-        tasks_ci95=over_tasks(tasks_ci95),
-        nontransductive=over_seeds(column("test.accuracy_nontransductive"), column("test.ci95_nontransductive")),
-        per_step=[over_seeds(means, halves) for means, halves in zip(per_step, per_step_ci95, strict=True)],
+        accuracy=seed_ci(column("test.accuracy"), tasks_ci95),
+        tasks_ci95=task_ci(tasks_ci95),
+        nontransductive=seed_ci(column("test.accuracy_nontransductive"), column("test.ci95_nontransductive")),
+        per_step=[seed_ci(means, halves) for means, halves in zip(per_step, per_step_ci95, strict=True)],
         meta_step_ms=statistics.median(column("time.meta_step_ms")),
         peak_mib=max(column("memory.peak_mib")),
         training_s=statistics.fmean(s["time/training_s"][-1].value for s in scalars) if scalars else None,
-        time_to=None if target is None else time_to(scalars, target),
-        curve=curve(scalars, "validation/accuracy"),
-        cosine=curve(scalars, "grad/cosine_first_vs_second"),
+        time_to=None if target is None else time_to_accuracy(scalars, target),
+        curve=aggregate_curve(scalars, "validation/accuracy"),
+        cosine=aggregate_curve(scalars, "grad/cosine_first_vs_second"),
     )
 
 
-def curve(scalars: Sequence[Scalars], tag: str) -> list[CurvePoint]:
+def aggregate_curve(scalars: Sequence[Scalars], tag: str) -> list[CurvePoint]:
     """A tag over seeds, at the meta-steps that all of them have."""
     by_step = [{p.step: p.value for p in s.get(tag, [])} for s in scalars]
     times = [{p.step: p.value for p in s["time/training_s"]} for s in scalars]
@@ -106,7 +106,7 @@ def curve(scalars: Sequence[Scalars], tag: str) -> list[CurvePoint]:
     return points
 
 
-def time_to(scalars: Sequence[Scalars], target: float) -> TimeTo | None:
+def time_to_accuracy(scalars: Sequence[Scalars], target: float) -> TimeToAccuracy | None:
     """When validation first reached the target."""
     reached = []
     for run in scalars:
@@ -117,7 +117,7 @@ def time_to(scalars: Sequence[Scalars], target: float) -> TimeTo | None:
     if not reached:
         return None
     seconds_of_all, steps_of_all = zip(*reached, strict=True)
-    return TimeTo(statistics.median_low(seconds_of_all), statistics.median_low(steps_of_all), len(reached))
+    return TimeToAccuracy(statistics.median_low(seconds_of_all), statistics.median_low(steps_of_all), len(reached))
 
 
 def differences(variants: Sequence[Variant], results: Sequence[VariantResult], folder: Path) -> list[Difference]:

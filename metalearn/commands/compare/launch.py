@@ -22,8 +22,8 @@ from types import TracebackType
 from joblib import Parallel, delayed
 from rich.progress import Progress
 
-from metalearn.commands.compare.variants import TRAIN, Job, as_override
-from metalearn.training.experiment import pick_device
+from metalearn.commands.compare.variants import TRAIN, Job, format_override
+from metalearn.training.experiment import resolve_device
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ _LONGEST_REASON = 600
 def runs_at_a_time(jobs: Sequence[Job], wanted: int | None) -> int:
     """As many as asked for; else one per core on a CPU, and one on a GPU, whose memory and time are measured."""
     if wanted is None:
-        on_gpu = any(pick_device(job.config.run.device).type == "cuda" for job in jobs)
+        on_gpu = any(resolve_device(job.config.run.device).type == "cuda" for job in jobs)
         wanted = 1 if on_gpu else cores()
     return max(1, min(wanted, len(jobs)))
 
@@ -52,14 +52,14 @@ def cores() -> int:
 
 
 @dataclass
-class Children:
+class ProcessPool:
     """Processes that were started and not waited for; a context manager that leaves none behind."""
 
     running: set[subprocess.Popen[bytes]] = field(default_factory=set)
     closing: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __enter__(self) -> Children:
+    def __enter__(self) -> ProcessPool:
         return self
 
     def __exit__(
@@ -135,7 +135,7 @@ def launch(jobs: Sequence[Job], *, at_a_time: int, progress: Progress) -> dict[P
         steps[job.folder] = iteration
         progress.update(bar, completed=sum(steps.values()), note=note)
 
-    with Children() as children:
+    with ProcessPool() as children:
 
         def train(job: Job) -> str | None:
             def watch(piece: str) -> None:
@@ -146,7 +146,7 @@ def launch(jobs: Sequence[Job], *, at_a_time: int, progress: Progress) -> dict[P
             log.info("%s: started", job.folder.name)
             try:
                 status, written = children.run(command, job.folder / CONSOLE, threads=threads, watch=watch)
-                reason = why_failed(status, written, job.folder)
+                reason = failure_reason(status, written, job.folder)
             except OSError as error:  # a full disk, a folder that cannot be made
                 reason = f"{type(error).__name__}: {error}"
             if children.closing:
@@ -159,7 +159,7 @@ def launch(jobs: Sequence[Job], *, at_a_time: int, progress: Progress) -> dict[P
     return {job.folder: reason for job, reason in zip(jobs, reasons, strict=True) if reason}
 
 
-def launch_by_hydra(jobs: Sequence[Job], launcher: Sequence[str], folder: Path) -> dict[Path, str]:
+def launch_with_hydra(jobs: Sequence[Job], launcher: Sequence[str], folder: Path) -> dict[Path, str]:
     """Train through one of Hydra's launchers, all variants at once; as ``launch``.
 
     Args:
@@ -170,7 +170,7 @@ def launch_by_hydra(jobs: Sequence[Job], launcher: Sequence[str], folder: Path) 
     by_variant: dict[str, list[Job]] = {}
     for job in jobs:
         by_variant.setdefault(job.variant, []).append(job)
-    with Children() as children:
+    with ProcessPool() as children:
 
         def train(variant: str) -> tuple[int, str]:
             command = [sys.executable, str(TRAIN), "--multirun", *sweep(by_variant[variant], launcher, folder)]
@@ -181,7 +181,7 @@ def launch_by_hydra(jobs: Sequence[Job], launcher: Sequence[str], folder: Path) 
     reasons = {}
     for name, (status, written) in zip(names, ended, strict=True):
         for job in by_variant[name]:
-            if reason := why_failed(status, written, job.folder):
+            if reason := failure_reason(status, written, job.folder):
                 reasons[job.folder] = f"{name}.log (and what the launcher keeps) says: {reason}"
     return reasons
 
@@ -189,17 +189,17 @@ def launch_by_hydra(jobs: Sequence[Job], launcher: Sequence[str], folder: Path) 
 def sweep(jobs: Sequence[Job], launcher: Sequence[str], folder: Path) -> list[str]:
     """Overrides of ``scripts/train.py --multirun`` that train one variant with several seeds."""
     seeds = ",".join(str(job.config.run.seed) for job in jobs)
-    place = f"hydra.sweep.dir={as_override(str(folder.absolute()))}"
+    place = f"hydra.sweep.dir={format_override(str(folder.absolute()))}"
     name = f"hydra.sweep.subdir='{jobs[0].variant}-seed${{run.seed}}'"
     return [*jobs[0].overrides, f"run.seed={seeds}", "run.resume=auto", place, name, *launcher]
 
 
 def _place(job: Job) -> list[str]:
-    folder = as_override(str(job.folder.absolute()))
+    folder = format_override(str(job.folder.absolute()))
     return [f"run.seed={job.config.run.seed}", "run.resume=auto", f"hydra.run.dir={folder}"]
 
 
-def why_failed(status: int, written: str, folder: Path) -> str | None:
+def failure_reason(status: int, written: str, folder: Path) -> str | None:
     """In words; ``None`` if the run is finished, whatever else happened."""
     if (folder / "metrics.json").exists():
         return None

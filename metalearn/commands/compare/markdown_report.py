@@ -36,7 +36,7 @@ def title(results: Results) -> str:
     return f"{results.title}: {what}"
 
 
-def document(results: Results, folder: Path, plots: Iterable[str]) -> str:
+def render_markdown(results: Results, folder: Path, plots: Iterable[str]) -> str:
     """All of the report; the plots are linked as ``plots/NAME.png``."""
     parts = [f"# {escape(title(results))}", _headline(results), _setup(results)]
     parts += _missing(results)

@@ -9,21 +9,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from metalearn.commands.compare.captions import CAPTIONS
-from metalearn.commands.compare.cost_plots import cost, per_run_cost
+from metalearn.commands.compare.cost_plots import cost, plot_per_run_cost
 from metalearn.commands.compare.results import CurvePoint, Results, VariantResult
-from metalearn.training.evaluation import Estimate
+from metalearn.training.evaluation import MeanCI
 from metalearn.training.tracking.plot_style import (
     GREY,
     NEUTRAL,
-    Look,
+    LineStyle,
     draw_estimate,
     draw_line,
-    in_percent,
-    key,
+    label_rows,
     legend_below,
-    look,
-    name_rows,
+    legend_handle,
+    line_style,
     new_figure,
+    to_percent,
 )
 
 _SIDE_BY_SIDE = 0.3  # of the distance between two inner steps
@@ -35,36 +35,43 @@ _SECONDS_UP_TO, _MINUTES_UP_TO = 300, 3 * 3600
 def plots(results: Results) -> dict[str, Figure]:
     """By name, in the order of the report; one that has no data is left out."""
     draw: dict[str, Callable[[Results], Figure | None]] = {
-        "accuracy": accuracy,
-        "difference": difference,
+        "accuracy": plot_accuracy,
+        "difference": plot_difference,
         "accuracy_per_step": accuracy_per_step,
-        "validation": validation,
-        "per_run_cost": per_run_cost,
+        "validation": plot_validation,
+        "per_run_cost": plot_per_run_cost,
         "cost": cost,
-        "cosine": cosine,
+        "cosine": plot_cosine,
     }
     drawn = {name: function(results) for name, function in draw.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def accuracy(results: Results) -> Figure | None:
+def plot_accuracy(results: Results) -> Figure | None:
     """Test accuracy of each variant by both protocols, with 95% intervals and a dot per seed."""
     if not any(variant.accuracy for variant in results.variants):
         return None
     height = 2.2 + 0.65 * len(results.variants)
     figure, (axes,) = new_figure(CAPTIONS["accuracy"].title, results.title, height=height)
-    name_rows(axes, [variant.name for variant in results.variants])
+    label_rows(axes, [variant.name for variant in results.variants])
     for row, variant in enumerate(results.variants):
         if variant.accuracy is None:
             _say_nothing_finished(axes, row)
             continue
         seeds = _of_seeds(variant, "test.accuracy")
-        draw_estimate(axes, row - 0.1, in_percent(variant.accuracy), seeds, look(row), hollow=False)
+        draw_estimate(axes, row - 0.1, to_percent(variant.accuracy), seeds, line_style(row), hollow=False)
         if variant.nontransductive is not None:
             seeds = _of_seeds(variant, "test.accuracy_nontransductive")
-            draw_estimate(axes, row + 0.1, in_percent(variant.nontransductive), seeds, look(row), hollow=True)
+            draw_estimate(axes, row + 0.1, to_percent(variant.nontransductive), seeds, line_style(row), hollow=True)
     axes.set_xlabel("test accuracy, % (bar: 95% interval)")
-    legend_below(figure, [key("transductive"), key("non-transductive", hollow=True), key("a seed", seed=True)])
+    legend_below(
+        figure,
+        [
+            legend_handle("transductive"),
+            legend_handle("non-transductive", hollow=True),
+            legend_handle("a seed", seed=True),
+        ],
+    )
     return figure
 
 
@@ -77,19 +84,19 @@ def _say_nothing_finished(axes: Axes, row: int) -> None:
     axes.text(0.01, row, "no finished run", transform=axes.get_yaxis_transform(), color=GREY, va="center")
 
 
-def difference(results: Results) -> Figure | None:
+def plot_difference(results: Results) -> Figure | None:
     """Each difference in percentage points, with its 95% interval, a dot per seed, and zero."""
     if not results.differences:
         return None
     height = 2.2 + 0.6 * len(results.differences)
     figure, (axes,) = new_figure(CAPTIONS["difference"].title, results.title, height=height)
-    name_rows(axes, [f"{each.first}\nminus {each.other}" for each in results.differences])
+    label_rows(axes, [f"{each.first}\nminus {each.other}" for each in results.differences])
     for row, each in enumerate(results.differences):
         seeds = [100 * value for value in each.per_seed]
-        draw_estimate(axes, row, in_percent(each.accuracy), seeds, NEUTRAL, hollow=False)
+        draw_estimate(axes, row, to_percent(each.accuracy), seeds, NEUTRAL, hollow=False)
     axes.axvline(0, color=GREY, linewidth=1, zorder=0)
     axes.set_xlabel("test accuracy, percentage points (right of zero: the first named is ahead)")
-    legend_below(figure, [key("mean and 95% interval"), key("a seed", seed=True)])
+    legend_below(figure, [legend_handle("mean and 95% interval"), legend_handle("a seed", seed=True)])
     return figure
 
 
@@ -101,9 +108,9 @@ def accuracy_per_step(results: Results) -> Figure | None:
     figure, (from_none, from_one) = new_figure(CAPTIONS["accuracy_per_step"].title, results.title, panels=2)
     for nth, (i, variant) in enumerate(shown):
         aside = _SIDE_BY_SIDE * (nth - (len(shown) - 1) / 2) / len(shown)
-        percent = [in_percent(estimate) for estimate in variant.per_step]
-        _draw_steps(from_none, percent, aside, look(i), variant.name, first=0)
-        _draw_steps(from_one, percent, aside, look(i), variant.name, first=1)
+        percent = [to_percent(estimate) for estimate in variant.per_step]
+        _draw_steps(from_none, percent, aside, line_style(i), variant.name, first=0)
+        _draw_steps(from_one, percent, aside, line_style(i), variant.name, first=1)
     for axes in (from_none, from_one):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     from_none.set(xlabel="inner steps at test", ylabel="test accuracy, % (bar: 95% interval)")
@@ -112,7 +119,7 @@ def accuracy_per_step(results: Results) -> Figure | None:
     return figure
 
 
-def _draw_steps(axes: Axes, percent: Sequence[Estimate], aside: float, at: Look, name: str, *, first: int) -> None:
+def _draw_steps(axes: Axes, percent: Sequence[MeanCI], aside: float, at: LineStyle, name: str, *, first: int) -> None:
     """From the ``first`` inner step on: the large gain of the first would hide what the later ones add."""
     x = [step + aside for step in range(first, len(percent))]
     means, halves = [each.mean for each in percent[first:]], [each.ci95 for each in percent[first:]]
@@ -120,7 +127,7 @@ def _draw_steps(axes: Axes, percent: Sequence[Estimate], aside: float, at: Look,
     axes.errorbar(x, means, yerr=halves, fmt="none", ecolor=at.colour, elinewidth=1, capsize=2)
 
 
-def validation(results: Results) -> Figure | None:
+def plot_validation(results: Results) -> Figure | None:
     """Validation accuracy against meta-steps and against time."""
     curves = _curves(results, lambda variant: variant.curve)
     if not curves:
@@ -144,7 +151,7 @@ def validation(results: Results) -> Figure | None:
     return figure
 
 
-def cosine(results: Results) -> Figure | None:
+def plot_cosine(results: Results) -> Figure | None:
     """Cosine between the first- and the second-order meta-gradient during training."""
     curves = _curves(results, lambda variant: variant.cosine)
     if not curves:
@@ -168,10 +175,10 @@ def _draw_curves(axes: Axes, curves: _Curves, x_of: Callable[[CurvePoint], float
     for i, name, points in curves:
         x = [x_of(point) for point in points]
         marks = max(1, len(points) // _MARKS_ON_A_CURVE)
-        draw_line(axes, x, [scale * point.mean for point in points], look(i), name, marks=marks)
+        draw_line(axes, x, [scale * point.mean for point in points], line_style(i), name, marks=marks)
         low, high = [scale * point.low for point in points], [scale * point.high for point in points]
         if low != high:
-            axes.fill_between(x, low, high, color=look(i).colour, alpha=0.15, linewidth=0)
+            axes.fill_between(x, low, high, color=line_style(i).colour, alpha=0.15, linewidth=0)
 
 
 def _below_the_end(curves: _Curves, target: float | None) -> float | None:

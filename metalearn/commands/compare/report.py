@@ -13,7 +13,7 @@ import markdown
 import matplotlib
 from matplotlib.figure import Figure
 
-from metalearn.commands.compare.markdown_report import PLOTS, document, title
+from metalearn.commands.compare.markdown_report import PLOTS, render_markdown, title
 from metalearn.commands.compare.plots import plots
 from metalearn.commands.compare.results import Results
 from metalearn.core import serialization as files
@@ -73,12 +73,12 @@ def write_report(results: Results, folder: Path) -> Path:
     drawn = plots(results)
     vectors = {name: _svg(figure) for name, figure in drawn.items()}
     for name, figure in drawn.items():
-        files.write_text(folder / PLOTS / f"{name}.svg", vectors[name])
-        files.write_bytes(folder / PLOTS / f"{name}.png", _png(figure))
-    text = document(results, folder, drawn)
-    files.write_text(folder / "report.md", text)
+        files.atomic_write_text(folder / PLOTS / f"{name}.svg", vectors[name])
+        files.atomic_write_bytes(folder / PLOTS / f"{name}.png", _png(figure))
+    text = render_markdown(results, folder, drawn)
+    files.atomic_write_text(folder / "report.md", text)
     page = folder / "report.html"
-    files.write_text(page, _page(title(results), text, vectors))
+    files.atomic_write_text(page, _page(title(results), text, vectors))
     _remove_stale(folder / PLOTS, drawn)
     return page
 

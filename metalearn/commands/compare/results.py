@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from metalearn.commands.benchmark.engine_settings import Row
-from metalearn.training.evaluation import Estimate
+from metalearn.commands.benchmark.engine_settings import EngineCost
+from metalearn.training.evaluation import MeanCI
 
 
 class CurvePoint(NamedTuple):
@@ -42,7 +42,7 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class TimeTo:
+class TimeToAccuracy:
     """When validation first reached the target: medians over the seeds that did, of two the lower."""
 
     training_s: float
@@ -73,14 +73,14 @@ class VariantResult:
     name: str
     overrides: list[str]
     runs: list[RunResult]
-    accuracy: Estimate | None = None
+    accuracy: MeanCI | None = None
     tasks_ci95: float | None = None
-    nontransductive: Estimate | None = None
-    per_step: list[Estimate] = field(default_factory=list)
+    nontransductive: MeanCI | None = None
+    per_step: list[MeanCI] = field(default_factory=list)
     meta_step_ms: float | None = None
     peak_mib: float | None = None
     training_s: float | None = None
-    time_to: TimeTo | None = None
+    time_to: TimeToAccuracy | None = None
     curve: list[CurvePoint] = field(default_factory=list)
     cosine: list[CurvePoint] = field(default_factory=list)
 
@@ -111,8 +111,8 @@ class Difference:
 
     first: str
     other: str
-    accuracy: Estimate
-    nontransductive: Estimate
+    accuracy: MeanCI
+    nontransductive: MeanCI
     seeds: list[int]
     per_seed: list[float]
     paired: bool = True
@@ -159,7 +159,7 @@ class Results:
     inner_steps: int
     variants: list[VariantResult]
     differences: list[Difference] = field(default_factory=list)
-    cost: list[Row] = field(default_factory=list)
+    cost: list[EngineCost] = field(default_factory=list)
     cost_limit_mib: float = 4096
     cost_machine: dict[str, Any] = field(default_factory=dict)
     runs_at_a_time: int = 1

@@ -14,23 +14,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from metalearn.commands.cli import refuse_taken
-from metalearn.commands.compare.engine_cost import cost
-from metalearn.commands.compare.gather import differences, gather
-from metalearn.commands.compare.launch import launch, launch_by_hydra, runs_at_a_time
+from metalearn.commands.cli import check_output_dir
+from metalearn.commands.compare.engine_cost import measure_engine_costs
+from metalearn.commands.compare.gather import collect_results, differences
+from metalearn.commands.compare.launch import launch, launch_with_hydra, runs_at_a_time
 from metalearn.commands.compare.results import Results, VariantResult
-from metalearn.commands.compare.show import show, write_results
-from metalearn.commands.compare.variants import Job, Variant, find_variants, jobs, settled, shared
+from metalearn.commands.compare.show import print_results, write_results
+from metalearn.commands.compare.variants import Job, Variant, base_variant, jobs, parse_variants, resolve_variant_data
 from metalearn.config.commands_schema import CompareConfig
-from metalearn.config.output_names import RECORD, RESULTS, identity, in_progress, read_record
+from metalearn.config.output_names import COMPARISON_FILE, RESULTS_FILE, comparison_key, read_record, running_twin
 from metalearn.config.overrides import launcher_overrides
-from metalearn.config.run_config import changed, continued, to_yaml
-from metalearn.config.run_folder import locked
+from metalearn.config.run_config import changed_keys, resolve_resume, to_yaml
+from metalearn.config.run_folder import folder_lock
 from metalearn.core import serialization as files
 from metalearn.core.errors import ConfigError, RunError
-from metalearn.core.profiling.hardware import machine
-from metalearn.training.experiment import pick_device
-from metalearn.training.runtime.signals import HANG_UP, sigterm_as_exception
+from metalearn.core.profiling.hardware import describe_hardware
+from metalearn.training.experiment import resolve_device
+from metalearn.training.runtime.signals import SIGHUP, sigterm_as_exception
 from metalearn.training.tracking.console import print_line, print_path, progress_bar
 
 log = logging.getLogger(__name__)
@@ -50,10 +50,10 @@ def run_comparison(config: CompareConfig, folder: Path) -> bool:
         RunError: if the folder holds another comparison or another configuration's run, or another process is at work.
         ConfigError: if a variant's device is not there.
     """
-    base, *variants = settled([shared(config), *find_variants(config)])
+    base, *variants = resolve_variant_data([base_variant(config), *parse_variants(config)])
     check_devices(variants)
     every = jobs(variants, config.compare.seeds, folder)
-    with locked(folder, wait=False), sigterm_as_exception(*HANG_UP):
+    with folder_lock(folder, wait=False), sigterm_as_exception(*SIGHUP):
         claim(config, every, folder)
         print_path("Comparison folder", folder)
         try:
@@ -64,7 +64,7 @@ def run_comparison(config: CompareConfig, folder: Path) -> bool:
             print_line(f"Stopped; {finished} of {len(every)} runs are finished. The same command goes on from here.")
             raise
         write_results(results, every, folder)
-        show(results, folder)
+        print_results(results, folder)
     return results.complete
 
 
@@ -72,7 +72,7 @@ def check_devices(variants: Sequence[Variant]) -> None:
     """Refuse a device that is not there, before anything is written."""
     for variant in variants:
         try:
-            pick_device(variant.config.run.device)
+            resolve_device(variant.config.run.device)
         except ConfigError as error:
             raise ConfigError(f"compare.variants, {' '.join(variant.overrides)!r}: {error}") from error
 
@@ -86,28 +86,28 @@ def claim(config: CompareConfig, every: Sequence[Job], folder: Path) -> None:
         RunError: if it was begun with another configuration of the training, or holds a run with another one.
         FolderTakenError: if it is a run's.
     """
-    path = folder / RECORD
+    path = folder / COMPARISON_FILE
     if path.exists():
         refuse_another(config, folder)
     else:
-        refuse_taken(folder)
+        check_output_dir(folder)
     for job in every:
         resumed = dataclasses.replace(job.config.run, resume="auto")
-        continued(dataclasses.replace(job.config, run=resumed), job.folder)
+        resolve_resume(dataclasses.replace(job.config, run=resumed), job.folder)
     if path.exists():
         log.info("Going on with the comparison in %s", folder)
         asked = {job.folder.name for job in every}
         others = sorted(p.parent.name for p in folder.glob("*/config.yaml") if p.parent.name not in asked)
         if others:
             log.warning("Not asked for now, and left out of the report: %s", ", ".join(others))
-    elif twin := in_progress(folder, asdict(config)):
+    elif twin := running_twin(folder, asdict(config)):
         log.warning("The same comparison is in progress in %s; this is another, in %s", twin, folder)
-    files.write_text(path, to_yaml(config))
+    files.atomic_write_text(path, to_yaml(config))
 
 
 def refuse_another(config: CompareConfig, folder: Path) -> None:
     """Refuse a folder whose comparison trains otherwise; what is compared may change."""
-    every = changed(identity(asdict(config)), identity(read_record(folder)))
+    every = changed_keys(comparison_key(asdict(config)), comparison_key(read_record(folder)))
     if differing := [line for name, line in every.items() if not name.startswith("compare.")]:
         listed = "\n".join(differing)
         raise RunError(
@@ -123,22 +123,22 @@ def train_missing(every: Sequence[Job], at_a_time: int | None, folder: Path) -> 
         log.info("%d of %d runs are finished already", done, len(every))
     if not left:
         return {}
-    reopen(folder)
+    mark_incomplete(folder)
     if launcher := launcher_overrides():
         log.info("%d runs through %s", len(left), launcher[0])
-        return launch_by_hydra(left, launcher, folder)
+        return launch_with_hydra(left, launcher, folder)
     number = runs_at_a_time(left, at_a_time)
     log.info("%d runs, %d at a time", len(left), number)
     with progress_bar() as progress:
         return launch(left, at_a_time=number, progress=progress)
 
 
-def reopen(folder: Path) -> None:
+def mark_incomplete(folder: Path) -> None:
     """Earlier results stay, but are no longer those of the whole comparison."""
-    path = folder / RESULTS
+    path = folder / RESULTS_FILE
     if path.exists():
         content = json.loads(path.read_text())
-        files.write_text(path, json.dumps({**content, "complete": False}, indent=2) + "\n")
+        files.atomic_write_text(path, json.dumps({**content, "complete": False}, indent=2) + "\n")
 
 
 def collect(
@@ -150,12 +150,12 @@ def collect(
     folder: Path,
 ) -> Results:
     """All figures, with the cost of one meta-gradient measured now unless it was before."""
-    found, target = gather(variants, every, reasons, config.compare.target_accuracy)
+    found, target = collect_results(variants, every, reasons, config.compare.target_accuracy)
     with progress_bar() as progress:
-        rows = cost(base.config, config.compare, folder, progress)
+        rows = measure_engine_costs(base.config, config.compare, folder, progress)
     task = base.config.task
-    here = machine(pick_device(base.config.run.device))
-    where, kind = ran_on(found) or (here, "cuda" if "gpu" in here else "cpu-tensors")
+    here = describe_hardware(resolve_device(base.config.run.device))
+    where, kind = hardware_of(found) or (here, "cuda" if "gpu" in here else "cpu-tensors")
     return Results(
         title=f"{base.config.data.name}, {task.ways}-way {task.shots}-shot",
         dataset=base.config.data.name,
@@ -176,7 +176,7 @@ def collect(
     )
 
 
-def ran_on(variants: Sequence[VariantResult]) -> tuple[dict[str, object], str] | None:
+def hardware_of(variants: Sequence[VariantResult]) -> tuple[dict[str, object], str] | None:
     """The machine of the runs, and how their memory was counted; every value, where they differ."""
     metrics = [run.metrics for variant in variants for run in variant.finished]
     if not metrics:

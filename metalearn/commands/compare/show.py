@@ -19,11 +19,11 @@ from metalearn.commands.compare.results import Results
 from metalearn.commands.compare.summary import headline
 from metalearn.commands.compare.tables import variant_rows
 from metalearn.commands.compare.variants import Job
-from metalearn.config.output_names import RESULTS
-from metalearn.config.validation import compared_keys
+from metalearn.config.output_names import RESULTS_FILE
+from metalearn.config.validation import result_keys
 from metalearn.core import serialization as files
 from metalearn.training.tracking.console import print_line, print_path, print_table
-from metalearn.training.tracking.tensorboard import ReportTracker
+from metalearn.training.tracking.tensorboard import ReportLogger
 
 REPORT_RUN = "report"
 """The folder of the report's own event file, a run in TensorBoard."""
@@ -37,12 +37,12 @@ def write_results(results: Results, every: Sequence[Job], folder: Path) -> None:
     write_report(results, folder)
     pictures = {path.stem: np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("plots/*.png"))}
     text = "\n\n".join([*(escape(sentence) for sentence in headline(results)), table(*variant_rows(results))])
-    ReportTracker(folder / REPORT_RUN).report(text, pictures, runs=[compared_keys(job.config) for job in every])
+    ReportLogger(folder / REPORT_RUN).report(text, pictures, runs=[result_keys(job.config) for job in every])
     content = {"complete": results.complete, "torch": str(torch.__version__), **asdict(results)}
-    files.write_text(folder / RESULTS, json.dumps(content, indent=2) + "\n")
+    files.atomic_write_text(folder / RESULTS_FILE, json.dumps(content, indent=2) + "\n")
 
 
-def show(results: Results, folder: Path) -> None:
+def print_results(results: Results, folder: Path) -> None:
     """The table and the headline in the terminal, and where everything lies."""
     header, rows = variant_rows(results)
     if rich.get_console().width < _WIDE:

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 import torch
 from scipy.stats import t
 
-from metalearn.training.evaluation import Estimate
+from metalearn.training.evaluation import MeanCI
 
 
-def over_seeds(means: Sequence[float], tasks_ci95: Sequence[float]) -> Estimate:
+def seed_ci(means: Sequence[float], tasks_ci95: Sequence[float]) -> MeanCI:
     """A mean with its 95% interval.
 
     Args:
@@ -29,17 +29,17 @@ def over_seeds(means: Sequence[float], tasks_ci95: Sequence[float]) -> Estimate:
     """
     n = len(means)
     between = float(t.ppf(0.975, n - 1)) * statistics.stdev(means) / math.sqrt(n) if n > 1 else 0.0
-    return Estimate(statistics.fmean(means), max(between, over_tasks(tasks_ci95)))
+    return MeanCI(statistics.fmean(means), max(between, task_ci(tasks_ci95)))
 
 
-def over_tasks(tasks_ci95: Sequence[float]) -> float:
+def task_ci(tasks_ci95: Sequence[float]) -> float:
     """Half-width of the interval of a mean over seeds, if these were the only seeds."""
     return math.hypot(*tasks_ci95) / len(tasks_ci95)
 
 
 def difference(
     first: Sequence[Sequence[float]], other: Sequence[Sequence[float]], *, paired: bool
-) -> tuple[Estimate, list[float]]:
+) -> tuple[MeanCI, list[float]]:
     """Mean of ``first - other`` with its 95% interval, and the difference of every seed.
 
     Args:
@@ -49,11 +49,11 @@ def difference(
     """
     means = [statistics.fmean(a) - statistics.fmean(b) for a, b in zip(first, other, strict=True)]
     halves = [_half_width(a, b, paired) for a, b in zip(first, other, strict=True)]
-    return over_seeds(means, halves), means
+    return seed_ci(means, halves), means
 
 
 def _half_width(a: Sequence[float], b: Sequence[float], paired: bool) -> float:
     first, other = (torch.tensor(tasks, dtype=torch.float64) for tasks in (a, b))
     if paired:
-        return Estimate.of(first - other).ci95
-    return math.hypot(Estimate.of(first).ci95, Estimate.of(other).ci95)
+        return MeanCI.of(first - other).ci95
+    return math.hypot(MeanCI.of(first).ci95, MeanCI.of(other).ci95)

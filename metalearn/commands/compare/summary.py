@@ -23,13 +23,13 @@ def _who_is_ahead(each: Difference) -> str:
         return f"{each.first} and {each.other} are equal on every test task."
     leader, trailer = (each.first, each.other) if mean >= 0 else (each.other, each.first)
     by = f"{100 * abs(mean):.2f} ± {100 * ci95:.2f} percentage points of test accuracy"
-    over = over_what(len(each.seeds)) + ("" if each.paired else "; they are not tested on the same tasks")
+    over = describe_interval(len(each.seeds)) + ("" if each.paired else "; they are not tested on the same tasks")
     if each.clear:
         return f"{leader} is ahead of {trailer} by {by} (95% interval {over}): the interval excludes zero."
     return f"Between {leader} and {trailer} there is no clear difference, {by} (95% interval {over}): it includes zero."
 
 
-def over_what(seeds: int) -> str:
+def describe_interval(seeds: int) -> str:
     """What an interval is taken over."""
     return f"over {seeds} seeds and their tasks" if seeds > 1 else "over test tasks alone, as there is one seed"
 
@@ -44,12 +44,17 @@ def _cost_of_runs(first: VariantResult, other: VariantResult, *, alone: bool) ->
 
 def _ratio(what: str, own: float | None, its: float | None, unit: str) -> list[str]:
     """Nothing where a figure is missing."""
-    return [f"{number(own / its)} times {what} ({number(own)} against {number(its)} {unit})"] if own and its else []
+    return (
+        [f"{format_number(own / its)} times {what} ({format_number(own)} against {format_number(its)} {unit})"]
+        if own and its
+        else []
+    )
 
 
 def _without_a_difference(variants: list[VariantResult]) -> list[str]:
     sentences = [
-        f"{variant.name} reaches {variant.accuracy} on test tasks (95% interval {over_what(len(variant.finished))})."
+        f"{variant.name} reaches {variant.accuracy} on test tasks "
+        f"(95% interval {describe_interval(len(variant.finished))})."
         for variant in variants
         if variant.accuracy is not None
     ]
@@ -71,8 +76,8 @@ def _cost_of_second_order(results: Results) -> list[str]:
     parts += _ratio("the peak memory", second.peak_mib, first.peak_mib, "MiB")
     if second.peak_mib is None and first.peak_mib:
         limit = results.cost_limit_mib
-        ratio = number(limit / first.peak_mib)
-        parts.append(f"over {ratio} times the peak memory (over {limit:g} against {number(first.peak_mib)} MiB)")
+        ratio = format_number(limit / first.peak_mib)
+        parts.append(f"over {ratio} times the peak memory (over {limit:g} against {format_number(first.peak_mib)} MiB)")
     if not parts:
         return []
     start = f"Measured in turns at K = {results.inner_steps}, one second-order meta-gradient (unroll) takes"
@@ -95,14 +100,14 @@ def _missing_in_short(results: Results) -> list[str]:
     return sentences
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """With three digits, or all before the point."""
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return f"{value:.{digits}f}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """In the unit that suits its length."""
     if seconds < 120:
-        return f"{number(seconds)} s"
+        return f"{format_number(seconds)} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

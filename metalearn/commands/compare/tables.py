@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from metalearn.commands.benchmark.engine_settings import Row
-from metalearn.commands.compare.results import Results, TimeTo, VariantResult
-from metalearn.commands.compare.summary import duration, number
+from metalearn.commands.benchmark.engine_settings import EngineCost
+from metalearn.commands.compare.results import Results, TimeToAccuracy, VariantResult
+from metalearn.commands.compare.summary import format_duration, format_number
 
 Table = tuple[list[str], list[list[str]]]
 _NONE = "-"
@@ -24,9 +24,9 @@ def variant_rows(results: Results) -> Table:
             variant.name,
             _text(variant.accuracy, str),
             _text(variant.nontransductive, str),
-            _text(variant.meta_step_ms, number),
-            _text(variant.peak_mib, number),
-            _text(variant.training_s, duration),
+            _text(variant.meta_step_ms, format_number),
+            _text(variant.peak_mib, format_number),
+            _text(variant.training_s, format_duration),
         ]
         row += [_time_to(variant)] if target is not None else []
         rows.append([*row, f"{len(variant.finished)} of {len(variant.runs)}"])
@@ -34,11 +34,11 @@ def variant_rows(results: Results) -> Table:
 
 
 def _time_to(variant: VariantResult) -> str:
-    found: TimeTo | None = variant.time_to
+    found: TimeToAccuracy | None = variant.time_to
     if found is None:
         return "not reached" if variant.finished else _NONE
     reached = f"{found.seeds} of {len(variant.finished)} seeds"
-    return f"{duration(found.training_s)}, {found.iterations:.0f} steps, {reached}"
+    return f"{format_duration(found.training_s)}, {found.iterations:.0f} steps, {reached}"
 
 
 def per_step_rows(results: Results) -> Table:
@@ -77,16 +77,16 @@ def _points(difference: float) -> str:
 def memory_rows(results: Results) -> Table:
     """Peak MiB of a meta-gradient: engines down, K across."""
     return _cost_rows(
-        results, lambda row: f"over {results.cost_limit_mib:g}" if row.peak_mib is None else number(row.peak_mib)
+        results, lambda row: f"over {results.cost_limit_mib:g}" if row.peak_mib is None else format_number(row.peak_mib)
     )
 
 
 def time_rows(results: Results) -> Table:
     """Milliseconds of a meta-gradient: engines down, K across."""
-    return _cost_rows(results, lambda row: _text(row.median_ms, number))
+    return _cost_rows(results, lambda row: _text(row.median_ms, format_number))
 
 
-def _cost_rows(results: Results, cell: Callable[[Row], str]) -> Table:
+def _cost_rows(results: Results, cell: Callable[[EngineCost], str]) -> Table:
     steps = sorted({row.steps for row in results.cost})
     at = {(row.name, row.steps): cell(row) for row in results.cost}
     names = dict.fromkeys(row.name for row in results.cost)
@@ -104,9 +104,9 @@ def run_rows(results: Results) -> Table:
             run.state,
             _accuracy(run.metrics, "test.accuracy", "test.ci95"),
             _accuracy(run.metrics, "test.accuracy_nontransductive", "test.ci95_nontransductive"),
-            _text(run.metrics.get("time.meta_step_ms"), number),
-            _text(run.metrics.get("memory.peak_mib"), number),
-            _text(run.metrics.get("time.total_s"), duration),
+            _text(run.metrics.get("time.meta_step_ms"), format_number),
+            _text(run.metrics.get("memory.peak_mib"), format_number),
+            _text(run.metrics.get("time.total_s"), format_duration),
         ]
         for variant in results.variants
         for run in variant.runs

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from metalearn.config.commands_schema import CompareConfig
-from metalearn.config.compose import CONF, typed
+from metalearn.config.compose import CONF, to_dataclass
 from metalearn.config.output_names import split, variant_names
-from metalearn.config.overrides import recompose
-from metalearn.config.run_config import settle_data
+from metalearn.config.overrides import recompose_with
+from metalearn.config.run_config import resolve_data
 from metalearn.config.schema import SinusoidConfig, TrainConfig
-from metalearn.config.validation import check, entries
+from metalearn.config.validation import iter_fields, validate_train_config
 from metalearn.core.errors import ConfigError
 
 TRAIN = CONF.parent / "scripts" / "train.py"
@@ -59,7 +59,9 @@ class Job:
         """Every key of the configuration, for ``scripts/train.py``; without its seed."""
         config = self.config
         groups = [f"{group}={getattr(config, group).name}" for group in ("algorithm", "data", "model")]
-        keys = [f"{name}={as_override(value)}" for name, value, _, _ in entries(config) if name not in _GIVEN_APART]
+        keys = [
+            f"{name}={format_override(value)}" for name, value, _, _ in iter_fields(config) if name not in _GIVEN_APART
+        ]
         return groups + keys
 
 
@@ -72,7 +74,7 @@ def check_compare(config: CompareConfig) -> None:
     Raises:
         ConfigError: naming the variant.
     """
-    check(config)
+    validate_train_config(config)
     if isinstance(config.data, SinusoidConfig):
         raise ConfigError("data=sinusoid: a comparison is of accuracies, and regression has none; take other data")
     if len(set(config.compare.seeds)) < len(config.compare.seeds):
@@ -81,10 +83,10 @@ def check_compare(config: CompareConfig) -> None:
         raise ConfigError(f"run.seed={config.run.seed}: a comparison has compare.seeds=[{config.run.seed}] instead")
     if config.run.resume is not False:
         raise ConfigError(f"run.resume={config.run.resume}: a comparison goes on by itself (compare.resume)")
-    find_variants(config)
+    parse_variants(config)
 
 
-def find_variants(config: CompareConfig) -> list[Variant]:
+def parse_variants(config: CompareConfig) -> list[Variant]:
     """The variants, in the order of the configuration.
 
     Raises:
@@ -99,9 +101,9 @@ def find_variants(config: CompareConfig) -> list[Variant]:
     return [dataclasses.replace(variant, name=name) for variant, name in zip(found, names, strict=True)]
 
 
-def shared(config: CompareConfig) -> Variant:
+def base_variant(config: CompareConfig) -> Variant:
     """What all variants start from."""
-    return Variant("shared", [], training_of(config))
+    return Variant("shared", [], to_train_config(config))
 
 
 def _variant(text: str) -> Variant:
@@ -111,29 +113,29 @@ def _variant(text: str) -> Variant:
             key = override.partition("=")[0].lstrip("+~")
             if key.startswith(_NOT_A_VARIANTS):
                 raise ConfigError(f"{override}: this holds for the whole comparison (seeds are compare.seeds)")
-        config = typed(recompose("compare", overrides), CompareConfig)
-        check(config)
+        config = to_dataclass(recompose_with("compare", overrides), CompareConfig)
+        validate_train_config(config)
     except (ConfigError, ValueError) as error:
         raise ConfigError(f"compare.variants, {text!r}: {error}") from error
-    return Variant(text, overrides, training_of(config))
+    return Variant(text, overrides, to_train_config(config))
 
 
-def training_of(config: CompareConfig) -> TrainConfig:
+def to_train_config(config: CompareConfig) -> TrainConfig:
     """The part of a comparison's configuration that a training has."""
     sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
     return TrainConfig(**sections)
 
 
-def settled(variants: list[Variant]) -> list[Variant]:
+def resolve_variant_data(variants: list[Variant]) -> list[Variant]:
     """The variants with the data set that is really used; said once for all that share it."""
     seen: dict[str, TrainConfig] = {}
     result = []
     for variant in variants:
         data = repr(variant.config.data)
         if data not in seen:
-            seen[data] = settle_data(variant.config)
+            seen[data] = resolve_data(variant.config)
         config = dataclasses.replace(variant.config, data=seen[data].data)
-        check(config)
+        validate_train_config(config)
         result.append(dataclasses.replace(variant, config=config))
     return result
 
@@ -151,12 +153,12 @@ def jobs(variants: list[Variant], seeds: list[int], folder: Path) -> list[Job]:
     ]
 
 
-def as_override(value: Any) -> str:
+def format_override(value: Any) -> str:
     """A value in Hydra's grammar."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, list):
-        return f"[{','.join(as_override(v) for v in value)}]"
+        return f"[{','.join(format_override(v) for v in value)}]"
     if isinstance(value, str):
         quoted = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value, count=0)
         return f"'{quoted}'"

@@ -10,9 +10,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from metalearn.commands.compare.statistics import over_seeds, over_tasks
+from metalearn.commands.compare.statistics import seed_ci, task_ci
 from metalearn.commands.compare.variants import Job
-from metalearn.commands.reproduce.plan import Row
+from metalearn.commands.reproduce.plan import TableRow
 from metalearn.commands.reproduce.published import published
 from metalearn.core.errors import RunError
 
@@ -62,7 +62,7 @@ def _identity(job: Job) -> dict[str, Any]:
     }
 
 
-def figures(row: Row, metrics: Sequence[Metrics]) -> dict[str, Any]:
+def figures(row: TableRow, metrics: Sequence[Metrics]) -> dict[str, Any]:
     """A row as it is recorded: accuracies are fractions, intervals half-widths.
 
     Args:
@@ -92,7 +92,7 @@ def figures(row: Row, metrics: Sequence[Metrics]) -> dict[str, Any]:
         "iterations": config.outer.iterations,
         "tasks_per_step": config.task.meta_batch,
         "minutes": statistics.fmean(m["time.total_s"] for m in metrics) / 60,
-        "machine": ran_on(metrics),
+        "machine": hardware_of(metrics),
         "overrides": row.overrides,
         "command": row.command,
         "published": reported and reported._asdict(),
@@ -105,8 +105,8 @@ def estimate(metrics: Sequence[Metrics], mean: str, ci95: str) -> dict[str, Any]
     One seed has the latter alone; of several it is taken where they agree by chance more closely than that.
     """
     halves = [m[ci95] for m in metrics]
-    found = over_seeds([m[mean] for m in metrics], halves)
-    over = "seeds" if found.ci95 > over_tasks(halves) else "tasks"
+    found = seed_ci([m[mean] for m in metrics], halves)
+    over = "seeds" if found.ci95 > task_ci(halves) else "tasks"
     return {"mean": found.mean, "ci95": found.ci95, "over": over}
 
 
@@ -124,7 +124,7 @@ def _run(metrics: Metrics) -> dict[str, Any]:
     }
 
 
-def ran_on(metrics: Sequence[Metrics]) -> dict[str, str]:
+def hardware_of(metrics: Sequence[Metrics]) -> dict[str, str]:
     """The machine of the runs; every value, where they differ."""
     names = dict.fromkeys(name for m in metrics for name in m if name.startswith("machine."))
     return {

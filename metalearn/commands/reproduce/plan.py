@@ -8,12 +8,12 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from metalearn.commands.compare.variants import Job, as_override
+from metalearn.commands.compare.variants import Job, format_override
 from metalearn.config.commands_schema import ReproduceConfig
-from metalearn.config.compose import compose, options, typed
-from metalearn.config.run_config import continued, settle_data
+from metalearn.config.compose import compose, options, to_dataclass
+from metalearn.config.run_config import resolve_data, resolve_resume
 from metalearn.config.schema import OmniglotConfig, TrainConfig
-from metalearn.config.validation import check, check_ranges
+from metalearn.config.validation import check_ranges, validate_train_config
 from metalearn.core.errors import ConfigError, RunError
 
 LEAST_TEST_TASKS = 600
@@ -36,7 +36,7 @@ _SAME_FIGURES = (
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A line of the table.
 
     Args:
@@ -59,7 +59,7 @@ class Row:
     @property
     def command(self) -> str:
         """What reproduces it."""
-        more = [f"overrides={as_override(self.overrides)}"] if self.overrides else []
+        more = [f"overrides={format_override(self.overrides)}"] if self.overrides else []
         seeds = ",".join(map(str, self.seeds))
         asked = [f"row={self.experiment}", f"orders=[{self.order}]", f"seeds=[{seeds}]", *more]
         return shlex.join(["python", "scripts/reproduce.py", *asked])
@@ -87,10 +87,10 @@ def check_reproduce(config: ReproduceConfig) -> None:
         for name, reason in _NOT_AN_OVERRIDE.items():
             if key == name or key.startswith((f"{name}.", f"{name}/")):
                 raise ConfigError(f"overrides, {override!r}: {reason}; leave it out")
-    for row in plan(config, Path()):
+    for row in build_rows(config, Path()):
         training = row.jobs[0].config
         try:
-            check(_without_fallback(training))
+            validate_train_config(_without_fallback(training))
         except ConfigError as error:
             raise ConfigError(f"row={config.row}: {error}") from error
         if config.record:
@@ -123,7 +123,7 @@ def _refuse_to_record(config: ReproduceConfig, training: TrainConfig) -> None:
         )
 
 
-def plan(config: ReproduceConfig, folder: Path) -> list[Row]:
+def build_rows(config: ReproduceConfig, folder: Path) -> list[TableRow]:
     """The rows, in the order of ``orders``.
 
     Args:
@@ -136,8 +136,8 @@ def plan(config: ReproduceConfig, folder: Path) -> list[Row]:
     rows = []
     for order in config.orders:
         name = f"{order}_order"
-        asked = [f"experiment={config.row}", f"inner.second_order={as_override(order == 'second')}"]
-        training = typed(compose("train", [*asked, *config.overrides]), TrainConfig)
+        asked = [f"experiment={config.row}", f"inner.second_order={format_override(order == 'second')}"]
+        training = to_dataclass(compose("train", [*asked, *config.overrides]), TrainConfig)
         jobs = [
             Job(
                 name,
@@ -147,24 +147,24 @@ def plan(config: ReproduceConfig, folder: Path) -> list[Row]:
             for seed in config.seeds
         ]
         said = [override for override in config.overrides if _key(override) != "data.root"]
-        rows.append(Row(config.row, order, said, jobs))
+        rows.append(TableRow(config.row, order, said, jobs))
     return rows
 
 
-def settled(row: Row) -> Row:
+def resolve_row(row: TableRow) -> TableRow:
     """The row with the data set where it lies, and the engine of runs that go on.
 
     Raises:
         RunError: if a folder holds a run with another configuration.
     """
-    data = settle_data(row.jobs[0].config).data
+    data = resolve_data(row.jobs[0].config).data
     jobs = []
     for job in row.jobs:
         training = dataclasses.replace(
             job.config, data=data, run=dataclasses.replace(job.config.run, resume="auto", accept=[])
         )
         try:
-            jobs.append(dataclasses.replace(job, config=continued(training, job.folder)))
+            jobs.append(dataclasses.replace(job, config=resolve_resume(training, job.folder)))
         except RunError as error:
             raise RunError(_without_advice(str(error))) from error
     return dataclasses.replace(row, jobs=jobs)

@@ -18,25 +18,25 @@ from typing import Any
 from metalearn.commands.compare.launch import launch
 from metalearn.commands.compare.variants import Job
 from metalearn.commands.reproduce.gather import figures, read_metrics
-from metalearn.commands.reproduce.plan import Row, plan, settled
+from metalearn.commands.reproduce.plan import TableRow, build_rows, resolve_row
 from metalearn.commands.reproduce.table import (
     BEGIN,
     END,
     FILE,
     between_markers,
-    interval,
+    format_interval,
     read_rows,
     readme_table,
     refuse_fewer_seeds,
-    with_row,
-    with_table,
+    replace_table,
+    upsert_row,
 )
 from metalearn.config.commands_schema import ReproduceConfig
 from metalearn.config.compose import CONF
-from metalearn.config.run_folder import locked
+from metalearn.config.run_folder import folder_lock
 from metalearn.core import serialization as files
 from metalearn.training.checkpoints import state_paths
-from metalearn.training.runtime.signals import HANG_UP, sigterm_as_exception
+from metalearn.training.runtime.signals import SIGHUP, sigterm_as_exception
 from metalearn.training.tracking.console import print_line, print_path, print_table, progress_bar
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ REFERENCE = CONF.parent / "outputs" / "reference" / FILE
 README = CONF.parent / "README.md"
 
 
-class SliceOver(BaseException):
+class TimeLimitReached(BaseException):
     """The time of a slice has run out; no ``Exception``, so that nothing takes it for a run's failure."""
 
 
@@ -66,24 +66,24 @@ def run_reproduction(config: ReproduceConfig, folder: Path) -> int:
         RunError: if a run's folder holds another configuration's, another process is at work on the row, or more
             seeds are recorded of it than are asked for.
     """
-    rows = [settled(row) for row in plan(config, folder)]
+    rows = [resolve_row(row) for row in build_rows(config, folder)]
     every = [job for row in rows for job in row.jobs]
-    with locked(folder / config.row, wait=False), sigterm_as_exception(*HANG_UP):
+    with folder_lock(folder / config.row, wait=False), sigterm_as_exception(*SIGHUP):
         for row in rows:
-            for path in places(folder, record=config.record):
+            for path in output_files(folder, record=config.record):
                 refuse_fewer_seeds(path, row.experiment, row.order, row.seeds)
         print_path("Row folder", folder / config.row)
         try:
             reasons = train_missing(every, config)
-        except SliceOver:
+        except TimeLimitReached:
             print_line(f"The slice of {config.minutes:g} minutes is over.")
             reasons = {}
         except (KeyboardInterrupt, SystemExit):
             show_unfinished(every, {})
             raise
-        measured = [found for row in rows if (found := gathered(row)) is not None]
+        measured = [found for row in rows if (found := collect_row(row)) is not None]
         for found in measured:
-            keep(found, folder, record=config.record)
+            save_row(found, folder, record=config.record)
     show(measured)
     if len(measured) == len(rows):
         return FINISHED
@@ -91,7 +91,7 @@ def run_reproduction(config: ReproduceConfig, folder: Path) -> int:
     return FAILED if reasons else UNFINISHED
 
 
-def places(folder: Path, *, record: bool) -> list[Path]:
+def output_files(folder: Path, *, record: bool) -> list[Path]:
     """The files that a row is written into."""
     return [folder / FILE, *([REFERENCE] if record else [])]
 
@@ -107,19 +107,19 @@ def train_missing(every: Sequence[Job], config: ReproduceConfig) -> Mapping[Path
         log.info("%d of %d runs are finished already", done, len(every))
     if not left:
         return {}
-    with progress_bar() as progress, time_slice(config.minutes):
+    with progress_bar() as progress, time_limit(config.minutes):
         return launch(left, at_a_time=min(config.jobs, len(left)), progress=progress)
 
 
 @contextmanager
-def time_slice(minutes: float | None) -> Iterator[None]:
-    """Raise ``SliceOver`` in the block once so much time has passed; never if ``None``."""
+def time_limit(minutes: float | None) -> Iterator[None]:
+    """Raise ``TimeLimitReached`` in the block once so much time has passed; never if ``None``."""
     if minutes is None:
         yield
         return
 
     def over(number: int, frame: FrameType | None) -> None:
-        raise SliceOver
+        raise TimeLimitReached
 
     before = signal.signal(signal.SIGALRM, over)
     signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
@@ -130,21 +130,21 @@ def time_slice(minutes: float | None) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def gathered(row: Row) -> dict[str, Any] | None:
+def collect_row(row: TableRow) -> dict[str, Any] | None:
     """The row's figures; ``None`` while a run of it is not finished."""
     metrics = [found for job in row.jobs if (found := read_metrics(job)) is not None]
     return figures(row, metrics) if len(metrics) == len(row.jobs) else None
 
 
-def keep(row: Mapping[str, Any], folder: Path, *, record: bool) -> None:
+def save_row(row: Mapping[str, Any], folder: Path, *, record: bool) -> None:
     """Write a row beside the runs and, if it is to be recorded, among the reference figures and into the README.
 
     Raises:
         RunError: if a file holds the row with more seeds.
     """
-    with locked(folder, wait=True):  # another row's reproduction may write at this moment
-        for path in places(folder, record=record):
-            files.write_text(path, with_row(path, row))
+    with folder_lock(folder, wait=True):  # another row's reproduction may write at this moment
+        for path in output_files(folder, record=record):
+            files.atomic_write_text(path, upsert_row(path, row))
             print_path("Figures", path)
         if record:
             write_readme(read_rows(REFERENCE))
@@ -157,7 +157,7 @@ def write_readme(rows: Sequence[Mapping[str, Any]]) -> None:
         print_line(f"{README.name} has no place for the table, which is one {BEGIN} and below it one {END}:\n")
         print_line(content)
         return
-    files.write_text(README, with_table(readme, content))
+    files.atomic_write_text(README, replace_table(readme, content))
     print_path("Table", README)
 
 
@@ -174,8 +174,8 @@ def show(measured: Sequence[Mapping[str, Any]]) -> None:
         lines.append(
             [
                 row["order"],
-                interval(row["accuracy"]),
-                interval(row["nontransductive"]),
+                format_interval(row["accuracy"]),
+                format_interval(row["nontransductive"]),
                 " ".join(map(str, row["seeds"])),
                 "-" if reported is None else f"{reported['accuracy']:.2%} ({reported['source']})",
                 f"{row['minutes']:.1f}",

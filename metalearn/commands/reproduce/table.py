@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from metalearn.commands.reproduce.published import PUBLISHED, SETTINGS, experiment_name, published
-from metalearn.config.compose import compose, typed
+from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import RunError
 
@@ -70,7 +70,7 @@ def refuse_fewer_seeds(path: Path, experiment: str, order: str, seeds: Sequence[
             )
 
 
-def with_row(path: Path, row: Figures) -> str:
+def upsert_row(path: Path, row: Figures) -> str:
     """A file's new content: its rows, with one added, or in the place of its former figures.
 
     Raises:
@@ -99,7 +99,7 @@ def readme_table(rows: Sequence[Figures]) -> str:
 @functools.cache
 def _budget(experiment: str) -> tuple[int, int]:
     """Meta-steps, and tasks in each."""
-    config = typed(compose("train", [f"experiment={experiment}"]), TrainConfig)
+    config = to_dataclass(compose("train", [f"experiment={experiment}"]), TrainConfig)
     return config.outer.iterations, config.task.meta_batch
 
 
@@ -112,9 +112,9 @@ def _cells(row: Figures) -> list[str]:
     return [
         f"{row['ways']}-way {row['shots']}-shot, `{row['experiment']}`",
         row["order"],
-        interval(row["accuracy"]),
+        format_interval(row["accuracy"]),
         str(len(row["seeds"])),
-        interval(row["nontransductive"]),
+        format_interval(row["nontransductive"]),
         "-" if reported is None else f"{round(100 * reported['accuracy'], 2):g}% ({reported['source']})",
         f"{row['iterations']:,} of {row['tasks_per_step']} tasks",
         f"{row['minutes']:.0f}",
@@ -127,7 +127,7 @@ def _not_measured(name: str, algorithm: str, order: str, ways: int, shots: int, 
     return [task, order, NOT_MEASURED, "-", "-", reported, f"{budget[0]:,} of {budget[1]} tasks", "-"]
 
 
-def interval(found: Figures | None) -> str:
+def format_interval(found: Figures | None) -> str:
     """A mean with its 95% interval, and what that is over unless over seeds."""
     if found is None:
         return "-"
@@ -141,7 +141,7 @@ def between_markers(readme: str) -> str | None:
     return readme.partition(BEGIN)[2].partition(END)[0].strip()
 
 
-def with_table(readme: str, content: str) -> str:
+def replace_table(readme: str, content: str) -> str:
     """A README that has both markers, with another table between them."""
     before, _, rest = readme.partition(BEGIN)
     return f"{before}{BEGIN}\n{content}\n{END}{rest.partition(END)[2]}"

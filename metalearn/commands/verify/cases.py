@@ -25,7 +25,7 @@ _TASKS, _WAYS, _EACH, _LR = 3, 3, 4, 0.05
 
 
 @dataclass(frozen=True)
-class Subject:
+class TestModel:
     """A model that the engines are tried on, and how the engines are set.
 
     Args:
@@ -65,19 +65,19 @@ class _Stopped(nn.Module):
 
 
 SUBJECTS = (
-    Subject("conv4", lambda: Conv4(_WAYS, width=4)),
-    Subject("mlp", lambda: MLP(28 * 28, _WAYS, hidden=(16, 8))),
-    Subject("attention", lambda: PatchTransformer(_WAYS, patch=14, width=8, heads=2)),
-    Subject("residual", lambda: ResidualNet(_WAYS, width=4)),
-    Subject("in parts", lambda: Conv4(_WAYS, width=4), task_chunk=2, snapshot_every=2),
-    Subject("dropout", _dropout, snapshot_every=2, random=True),
-    Subject("no_grad", _Stopped, stopped=True),
+    TestModel("conv4", lambda: Conv4(_WAYS, width=4)),
+    TestModel("mlp", lambda: MLP(28 * 28, _WAYS, hidden=(16, 8))),
+    TestModel("attention", lambda: PatchTransformer(_WAYS, patch=14, width=8, heads=2)),
+    TestModel("residual", lambda: ResidualNet(_WAYS, width=4)),
+    TestModel("in parts", lambda: Conv4(_WAYS, width=4), task_chunk=2, snapshot_every=2),
+    TestModel("dropout", _dropout, snapshot_every=2, random=True),
+    TestModel("no_grad", _Stopped, stopped=True),
 )
 """``in parts`` is conv4 in chunks of two tasks, where only every other step's fast weights are kept."""
 
 
 @dataclass(frozen=True)
-class Setting:
+class NumericSetting:
     """Where and in which dtype the engines are tried; ``seed`` is that of parameters, images and dropout."""
 
     dtype: torch.dtype
@@ -89,7 +89,7 @@ class Setting:
 class Case:
     """A subject at one order and one K: a row of the table."""
 
-    subject: Subject
+    subject: TestModel
     second_order: bool
     steps: int
 
@@ -110,18 +110,18 @@ class Case:
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class VerificationProblem:
     """A case with its model and tasks."""
 
     case: Case
-    setting: Setting
+    setting: NumericSetting
     module: nn.Module
     episodes: Episodes
     forward: Forward
     theta: Params
 
     @classmethod
-    def pose(cls, case: Case, setting: Setting) -> Problem:
+    def pose(cls, case: Case, setting: NumericSetting) -> VerificationProblem:
         """Random parameters and images, with labels in class order."""
         torch.manual_seed(setting.seed)
         module = case.subject.module().to(device=setting.device, dtype=setting.dtype)

@@ -21,17 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metalearn.commands.verify.cases import Case, Problem, Setting
-from metalearn.core.functional import gradients, relative_error
+from metalearn.commands.verify.cases import Case, NumericSetting, VerificationProblem
+from metalearn.core.functional import grad_of, relative_error
 from metalearn.core.profiling.threads import one_thread
 from metalearn.core.types import Episodes, MetaGradient, Params
 from metalearn.derivatives.gradcheck import directional
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import ENGINES
-from metalearn.training.runtime.precision import products_on_gpus
+from metalearn.training.runtime.precision import fp32_matmul_precision
 
 Peer = Callable[[nn.Module, Episodes, InnerLoop], MetaGradient]
-Measure = Callable[[Params], float]
+ErrorFn = Callable[[Params], float]
 """The error of a gradient."""
 
 UNROLL, ADAPTED, DIFFERENCES = "unroll", "adapted weights", "differences"
@@ -74,12 +74,12 @@ class Comparison:
         return self.error is not None and self.error <= self.bound
 
 
-def bound(reference: str, dtype: torch.dtype) -> float:
+def tolerance(reference: str, dtype: torch.dtype) -> float:
     """The largest error allowed against a reference."""
     return (_BOUNDS_OF_DIFFERENCES if reference == DIFFERENCES else _BOUNDS)[dtype]
 
 
-def compare(case: Case, setting: Setting, peers: Mapping[str, Peer]) -> list[Comparison]:
+def compare(case: Case, setting: NumericSetting, peers: Mapping[str, Peer]) -> list[Comparison]:
     """Hold every engine against every reference of a case; whatever raises is a comparison that fails.
 
     Args:
@@ -88,10 +88,12 @@ def compare(case: Case, setting: Setting, peers: Mapping[str, Peer]) -> list[Com
         peers: the other libraries that are installed.
     """
     cuda = [setting.device] if setting.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), products_on_gpus("ieee"), one_thread():
-        posed = _attempt(partial(Problem.pose, case, setting))
+    with torch.random.fork_rng(devices=cuda), fp32_matmul_precision("ieee"), one_thread():
+        posed = _attempt(partial(VerificationProblem.pose, case, setting))
         if posed.value is None:
-            return [Comparison(case.name, ALL, ALL, bound(UNROLL, setting.dtype), posed.seconds, None, posed.message)]
+            return [
+                Comparison(case.name, ALL, ALL, tolerance(UNROLL, setting.dtype), posed.seconds, None, posed.message)
+            ]
         problem = posed.value
         measures = {name: _attempt(make) for name, make in references(problem, peers).items()}
         found = []
@@ -100,33 +102,33 @@ def compare(case: Case, setting: Setting, peers: Mapping[str, Peer]) -> list[Com
             got = _attempt(partial(problem.grads, inner))
             for name, measure in measures.items():
                 if name != UNROLL or inner != case.plain:
-                    found.append(_held_against(name, measure, engine, got, problem))
+                    found.append(_compare(name, measure, engine, got, problem))
         return found
 
 
-def references(problem: Problem, peers: Mapping[str, Peer]) -> dict[str, Callable[[], Measure]]:
+def references(problem: VerificationProblem, peers: Mapping[str, Peer]) -> dict[str, Callable[[], ErrorFn]]:
     """What the engines must equal; each is computed once, and then tells the error of any gradient."""
-    found: dict[str, Callable[[], Measure]] = {UNROLL: lambda: _equals(problem.grads(problem.case.plain))}
+    found: dict[str, Callable[[], ErrorFn]] = {UNROLL: lambda: _equals(problem.grads(problem.case.plain))}
     random = problem.case.subject.random
     if not problem.case.second_order:
         found[ADAPTED] = lambda: _equals(query_gradient(problem))
     elif not problem.case.subject.stopped and (not random or problem.setting.dtype == torch.float64):
-        found[DIFFERENCES] = lambda: differences(problem)
+        found[DIFFERENCES] = lambda: central_differences(problem)
     if not random:
         found |= {name: partial(_equals_peer, peer, problem) for name, peer in peers.items()}
     return found
 
 
-def query_gradient(problem: Problem) -> Params:
+def query_gradient(problem: VerificationProblem) -> Params:
     """1/T sum_t dL_query,t at theta_K,t: the first-order meta-gradient."""
     at = {name: w.detach().requires_grad_() for name, w in problem.adapted(problem.theta).items()}
-    grads = gradients(problem.query_loss(at), at, create_graph=False)
+    grads = grad_of(problem.query_loss(at), at, create_graph=False)
     return {name: g.sum(dim=0) for name, g in grads.items()}
 
 
-def differences(problem: Problem) -> Measure:
+def central_differences(problem: VerificationProblem) -> ErrorFn:
     """Central differences of the loss, always in float64: of the problem or of a copy of it."""
-    exact = Problem.pose(problem.case, dataclasses.replace(problem.setting, dtype=torch.float64))
+    exact = VerificationProblem.pose(problem.case, dataclasses.replace(problem.setting, dtype=torch.float64))
     grads = exact.grads(exact.case.plain)
     direction = {name: _along_both(g, torch.randn_like(g)) for name, g in grads.items()}
 
@@ -149,11 +151,11 @@ def _along_both(grad: Tensor, noise: Tensor) -> Tensor:
     return direction
 
 
-def _equals(expected: Params) -> Measure:
+def _equals(expected: Params) -> ErrorFn:
     return lambda got: relative_error(got, expected)
 
 
-def _equals_peer(peer: Peer, problem: Problem) -> Measure:
+def _equals_peer(peer: Peer, problem: VerificationProblem) -> ErrorFn:
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         grads = peer(problem.module, problem.episodes, problem.case.plain).grads
     return _equals(grads)
@@ -180,10 +182,10 @@ def _attempt(compute: Callable[[], T]) -> _Attempt[T]:
     return _Attempt(time.perf_counter() - started, value)
 
 
-def _held_against(
-    name: str, measure: _Attempt[Measure], engine: str, got: _Attempt[Params], problem: Problem
+def _compare(
+    name: str, measure: _Attempt[ErrorFn], engine: str, got: _Attempt[Params], problem: VerificationProblem
 ) -> Comparison:
-    limit, case = bound(name, problem.setting.dtype), problem.case.name
+    limit, case = tolerance(name, problem.setting.dtype), problem.case.name
     if got.value is None or measure.value is None:
         message = got.message or f"the reference raised {measure.message}"
         return Comparison(case, engine, name, limit, got.seconds, message=message)

@@ -15,14 +15,14 @@ import rich
 import torch
 from rich.text import Text
 
-from metalearn.commands.verify.cases import SUBJECTS, Case, Setting
-from metalearn.commands.verify.comparisons import ADAPTED, ALL, DIFFERENCES, UNROLL, Comparison, bound, compare
+from metalearn.commands.verify.cases import SUBJECTS, Case, NumericSetting
+from metalearn.commands.verify.comparisons import ADAPTED, ALL, DIFFERENCES, UNROLL, Comparison, compare, tolerance
 from metalearn.config.commands_schema import VerifyConfig
 from metalearn.core import serialization as files
-from metalearn.core.profiling.hardware import machine
+from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.baselines.installed import NOT_INSTALLED, PEERS, installed_peers
-from metalearn.training.experiment import pick_device
+from metalearn.training.experiment import resolve_device
 from metalearn.training.tracking.console import print_path, print_table, progress_bar
 
 _TRUTH = "truth"
@@ -45,7 +45,7 @@ def run_verification(config: VerifyConfig, output_dir: Path) -> bool:
         ConfigError: if the device is not there.
     """
     started = time.perf_counter()
-    setting = Setting(getattr(torch, config.run.dtype), pick_device(config.run.device), config.run.seed)
+    setting = NumericSetting(getattr(torch, config.run.dtype), resolve_device(config.run.device), config.run.seed)
     peers, missing = installed_peers(PEERS)
     cases = [
         Case(subject, second_order, steps)
@@ -64,17 +64,19 @@ def run_verification(config: VerifyConfig, output_dir: Path) -> bool:
         progress.update(bar, note="")
     path = output_dir / "verify.json"
     comparisons = [comparison for row in found.values() for comparison in row]
-    files.write_text(path, report(comparisons, setting, missing, seconds=time.perf_counter() - started))
+    files.atomic_write_text(path, report(comparisons, setting, missing, seconds=time.perf_counter() - started))
     show(found, setting, missing)
     print_path("Written to", path)
     return all(comparison.holds for comparison in comparisons)
 
 
-def report(comparisons: Sequence[Comparison], setting: Setting, missing: dict[str, str], *, seconds: float) -> str:
+def report(
+    comparisons: Sequence[Comparison], setting: NumericSetting, missing: dict[str, str], *, seconds: float
+) -> str:
     """``verify.json``: where it was, and every comparison."""
     content = {
         "right": all(comparison.holds for comparison in comparisons),
-        "machine": {**machine(setting.device), "threads": 1},
+        "machine": {**describe_hardware(setting.device), "threads": 1},
         "torch": str(torch.__version__),
         "device": str(setting.device),
         "dtype": str(setting.dtype).removeprefix("torch."),
@@ -97,7 +99,7 @@ def _entry(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def show(found: dict[Case, list[Comparison]], setting: Setting, missing: dict[str, str]) -> None:
+def show(found: dict[Case, list[Comparison]], setting: NumericSetting, missing: dict[str, str]) -> None:
     """Print a row a case, the bounds, what failed, and the verdict."""
     columns = [*ENGINES, *PEERS, _TRUTH]
     rows = [
@@ -105,8 +107,8 @@ def show(found: dict[Case, list[Comparison]], setting: Setting, missing: dict[st
         for case, row in found.items()
     ]
     for order, truth in (("1st", ADAPTED), ("2nd", DIFFERENCES)):
-        bounds = {column: f"{bound(UNROLL, setting.dtype):.0e}" for column in columns}
-        bounds |= {_TRUTH: f"{bound(truth, setting.dtype):.0e}"}
+        bounds = {column: f"{tolerance(UNROLL, setting.dtype):.0e}" for column in columns}
+        bounds |= {_TRUTH: f"{tolerance(truth, setting.dtype):.0e}"}
         bounds |= {name: "absent" if why == NOT_INSTALLED else "broken" for name, why in missing.items()}
         rows.append([f"bound, {order}", *bounds.values()])
     title = f"Relative errors of meta-gradients, {str(setting.dtype).removeprefix('torch.')} on {setting.device}"
@@ -120,7 +122,7 @@ def show(found: dict[Case, list[Comparison]], setting: Setting, missing: dict[st
     comparisons = [comparison for row in found.values() for comparison in row]
     for comparison in comparisons:
         if not comparison.holds:
-            console.print(Text(failure(comparison), style="bold red"))
+            console.print(Text(describe_failure(comparison), style="bold red"))
     console.print(Text(verdict(comparisons)))
 
 
@@ -137,7 +139,7 @@ def _belongs(comparison: Comparison, column: str) -> bool:
     return comparison.reference in ((ADAPTED, DIFFERENCES) if column == _TRUTH else (column,))
 
 
-def share(comparison: Comparison) -> float:
+def error_over_tolerance(comparison: Comparison) -> float:
     """The error as a share of its bound; what raised or is NaN is worse than any."""
     error = comparison.error
     return math.inf if error is None or math.isnan(error) else error / comparison.bound
@@ -146,12 +148,12 @@ def share(comparison: Comparison) -> float:
 def _cell(comparisons: Sequence[Comparison]) -> str:
     if not comparisons:
         return "-"
-    worst = max(comparisons, key=share)
+    worst = max(comparisons, key=error_over_tolerance)
     text = "raised" if worst.error is None else f"{worst.error:.0e}" if worst.error else "0"
     return text if worst.holds else f"[bold red]{text}[/]"
 
 
-def failure(comparison: Comparison) -> str:
+def describe_failure(comparison: Comparison) -> str:
     """A comparison that failed, in words."""
     what = "it raised" if comparison.engine == ALL else f"{comparison.engine} against {comparison.reference}"
     if comparison.error is None:
@@ -162,7 +164,11 @@ def failure(comparison: Comparison) -> str:
 def verdict(comparisons: Sequence[Comparison]) -> str:
     """How many comparisons there were, and the worst in relation to its bound."""
     wrong = sum(not comparison.holds for comparison in comparisons)
-    worst = max(comparisons, key=share)
-    size = f"{share(worst):.2g} times its bound" if math.isfinite(share(worst)) else "no number within any bound"
+    worst = max(comparisons, key=error_over_tolerance)
+    size = (
+        f"{error_over_tolerance(worst):.2g} times its bound"
+        if math.isfinite(error_over_tolerance(worst))
+        else "no number within any bound"
+    )
     said = f"{len(comparisons)} comparisons, " + (f"{wrong} FAILED" if wrong else "all within their bounds")
     return f"{said}. The worst: {worst.case}, {worst.engine} against {worst.reference}, at {size}."

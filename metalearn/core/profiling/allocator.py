@@ -15,7 +15,7 @@ _LARGEST_MMAP_THRESHOLD = 32 * 2**20  # glibc takes no larger one
 _PAD = 64 * 2**20
 
 
-def keep_memory() -> bool:
+def configure_malloc() -> bool:
     """Have glibc keep what is freed, for the rest of this process; returns whether it does.
 
     Elsewhere than under glibc nothing is done. What is kept is counted as the process's resident memory.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from metalearn.core.profiling.memory import MIB, LiveTensorBytes, MemoryLimitError
+from metalearn.core.profiling.memory import MIB, MemoryLimitError, PeakTensorMemory
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device, *, limit: int | None = None) -> int:
@@ -21,7 +21,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device, *, limit: int |
         MemoryLimitError: if it takes more than ``limit`` bytes, or runs out of memory.
     """
     if device.type != "cuda":
-        with LiveTensorBytes(limit) as live:
+        with PeakTensorMemory(limit) as live:
             step()
         measured: int = live.peak
         return measured

@@ -44,7 +44,7 @@ class StepFlops(NamedTuple):
     second_order: int
 
 
-def needed_flops(module: nn.Module, episodes: Episodes, steps: int) -> StepFlops:
+def meta_gradient_flops(module: nn.Module, episodes: Episodes, steps: int) -> StepFlops:
     """What K inner steps and their meta-gradient need, whoever computes it.
 
     Args:
@@ -75,7 +75,7 @@ def count_flops(step: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-def matrix_product_peak(device: torch.device, *, size: int | None = None) -> float:
+def peak_matmul_flops(device: torch.device, *, size: int | None = None) -> float:
     """FLOP/s of the fastest of several float32 ``torch.mm`` of square matrices, with all of torch's threads.
 
     Args:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 
-def machine(device: torch.device) -> dict[str, str | int | None]:
+def describe_hardware(device: torch.device) -> dict[str, str | int | None]:
     """Processor, cores, threads and versions; the GPU's name where one is used."""
     description: dict[str, str | int | None] = {
         "cpu": _cpu_name(),

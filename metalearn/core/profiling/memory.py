@@ -17,7 +17,7 @@ class MemoryLimitError(Exception):
     """What is measured does not fit."""
 
 
-class LiveTensorBytes(TorchDispatchMode):
+class PeakTensorMemory(TorchDispatchMode):
     """Counts the bytes of tensors that are alive, among those made while it is entered; ``peak`` is their maximum.
 
     Every operation is seen, in forward and backward passes and below ``vmap``. What a kernel takes and gives back

@@ -26,7 +26,7 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def time_in_turns(
+def time_interleaved(
     seconds_of: Callable[[Key], float],
     keys: Sequence[Key],
     rounds: int,

@@ -17,14 +17,14 @@ from metalearn.core.types import Episodes, Loss, MetaGradient, Params
 from metalearn.inner import InnerLoop
 from metalearn.metagrad.baselines.common import trainable, write
 from metalearn.metagrad.baselines.installed import NOT_INSTALLED, PEERS, installed_peers
-from metalearn.metagrad.baselines.offers import refuse_settings
+from metalearn.metagrad.baselines.offers import check_supported
 
 BACKENDS = tuple(PEERS.values())
 """Names for ``backend``."""
 
 
 @dataclass(frozen=True, eq=False)
-class Backend:
+class BaselineGradient:
     """A meta-gradient from a peer, at any theta. Made by ``backend``.
 
     Args:
@@ -46,7 +46,7 @@ class Backend:
             NotOfferedError: naming the setting of ``inner``.
         """
         offers = sys.modules[self.peer.__module__].OFFERS
-        refuse_settings(self.name, inner, offers=offers)
+        check_supported(self.name, inner, offers=offers)
 
     def __call__(self, params: Params, episodes: Episodes, inner: InnerLoop) -> MetaGradient:
         """The peer's meta-gradient at ``params``, which are not changed and need not require gradients.
@@ -70,7 +70,7 @@ class Backend:
             return self.peer(self.module, episodes, inner, loss=self.loss, params=theta)
 
 
-def backend(name: str, module: nn.Module, *, loss: Loss = cross_entropy) -> Backend:
+def backend(name: str, module: nn.Module, *, loss: Loss = cross_entropy) -> BaselineGradient:
     """A peer to train through, of one model.
 
     Args:
@@ -99,4 +99,4 @@ def backend(name: str, module: nn.Module, *, loss: Loss = cross_entropy) -> Back
             f"algorithm.backend={name}: the library {name} {why}. Install it with `pip install -r "
             "requirements-peers.txt`, or take algorithm.backend=metalearn, which needs none."
         )
-    return Backend(peers[name], copy.deepcopy(module), loss, name)
+    return BaselineGradient(peers[name], copy.deepcopy(module), loss, name)

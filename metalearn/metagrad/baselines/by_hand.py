@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy
 from metalearn.core.types import Episodes, Loss, MetaGradient, Params
 from metalearn.inner import InnerLoop
 from metalearn.metagrad.baselines.common import leaves
-from metalearn.metagrad.baselines.offers import Offers, refuse_settings
-from metalearn.metagrad.baselines.one_by_one import gathered
+from metalearn.metagrad.baselines.offers import SupportedSettings, check_supported
+from metalearn.metagrad.baselines.one_by_one import average_over_tasks
 
-OFFERS: Offers = {}
+SUPPORTED: SupportedSettings = {}
 
 
 def meta_gradient(
@@ -44,7 +44,7 @@ def meta_gradient(
 
     Reference: Finn et al. 2017, arXiv 1703.03400, algorithm 2.
     """
-    refuse_settings("the loop by hand", inner, offers=OFFERS)
+    check_supported("the loop by hand", inner, offers=SUPPORTED)
     theta = leaves(module, params, inner)
     total = [torch.zeros_like(p) for p in theta.values()]
     losses, predictions, support_losses = [], [], []
@@ -64,7 +64,7 @@ def meta_gradient(
             g += task_g
         losses.append(query_loss.detach())
         predictions.append(prediction.detach())
-    return gathered(dict(zip(theta, total, strict=True)), losses, predictions, support_losses)
+    return average_over_tasks(dict(zip(theta, total, strict=True)), losses, predictions, support_losses)
 
 
 def _gradients(loss: Tensor, at: Params, *, create_graph: bool) -> tuple[Tensor, ...]:

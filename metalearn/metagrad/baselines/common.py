@@ -9,7 +9,7 @@ from torch import nn
 
 from metalearn.core.functional import check_params
 from metalearn.core.types import Params
-from metalearn.inner import InnerLoop, check_settings, of_model
+from metalearn.inner import InnerLoop, check_params_match_config, without_state
 
 
 def trainable(module: nn.Module) -> Params:
@@ -32,7 +32,7 @@ def leaves(module: nn.Module, params: Params | None, inner: InnerLoop) -> Params
     own = trainable(module)
     theta = own if params is None else params
     check_params(theta)
-    check_settings(theta, inner)
+    check_params_match_config(theta, inner)
     _refuse_misfits(own, theta)
     return {name: p if p is own.get(name) else p.detach().requires_grad_() for name, p in theta.items()}
 
@@ -68,7 +68,7 @@ def write(module: nn.Module, params: Params) -> None:
 
 
 def _refuse_misfits(own: Params, params: Params) -> None:
-    model = of_model(params)
+    model = without_state(params)
     if model.keys() != own.keys():
         kind, names = ("lacks", own.keys() - model.keys()) if own.keys() - model.keys() else ("has", model.keys() - own)
         raise ValueError(

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from metalearn.core.functional import gradients
+from metalearn.core.functional import grad_of
 from metalearn.core.types import Episodes, Loss, MetaGradient, Params
 from metalearn.inner import SGD, Adam, InnerLoop, Momentum
 from metalearn.metagrad.baselines.common import placed
-from metalearn.metagrad.baselines.offers import Offers, refuse_settings
-from metalearn.metagrad.baselines.one_by_one import gathered
+from metalearn.metagrad.baselines.offers import SupportedSettings, check_supported
+from metalearn.metagrad.baselines.one_by_one import average_over_tasks
 
-OFFERS: Offers = {"rule": (SGD, Momentum, Adam), "weight_decay": None}
+SUPPORTED: SupportedSettings = {"rule": (SGD, Momentum, Adam), "weight_decay": None}
 
 
 def meta_gradient(
@@ -46,7 +46,7 @@ def meta_gradient(
     Reference: Grefenstette et al. 2019, arXiv 1910.01727; its ``examples/maml-omniglot.py``, and for the first order
     https://github.com/facebookresearch/higher/issues/63.
     """
-    refuse_settings("higher", inner, offers=OFFERS)
+    check_supported("higher", inner, offers=SUPPORTED)
     module, theta = placed(module, params, inner)
     # Of the trainable parameters alone: in the first order, higher's step thaws every parameter that it is given.
     optimiser = _optimiser(theta, inner)
@@ -72,11 +72,11 @@ def meta_gradient(
             if not uncut:  # each step cut the graph; theta gets the gradient at the adapted weights
                 adapted = zip(module.named_parameters(), learner.parameters(), strict=True)
                 at = {name: fast for (name, p), fast in adapted if p.requires_grad}
-            for name, g in gradients(query_loss / episodes.tasks, at, create_graph=False).items():
+            for name, g in grad_of(query_loss / episodes.tasks, at, create_graph=False).items():
                 grads[name] += g
         losses.append(query_loss.detach())
         predictions.append(prediction.detach())
-    return gathered(grads, losses, predictions, support_losses)
+    return average_over_tasks(grads, losses, predictions, support_losses)
 
 
 def _optimiser(theta: Params, inner: InnerLoop) -> torch.optim.Optimizer:

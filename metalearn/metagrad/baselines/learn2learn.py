@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from metalearn.core.functional import gradients
+from metalearn.core.functional import grad_of
 from metalearn.core.types import Episodes, Loss, MetaGradient, Params
-from metalearn.inner import InnerLoop, adapted_names, rate_name
+from metalearn.inner import InnerLoop, adapted_param_names, lr_key
 from metalearn.metagrad.baselines.common import placed
-from metalearn.metagrad.baselines.offers import NotOfferedError, Offers, refuse_settings
-from metalearn.metagrad.baselines.one_by_one import gathered
+from metalearn.metagrad.baselines.offers import SupportedSettings, UnsupportedSettingError, check_supported
+from metalearn.metagrad.baselines.one_by_one import average_over_tasks
 
-OFFERS: Offers = {"learned_lr": ("parameter",), "adapted": None}
+SUPPORTED: SupportedSettings = {"learned_lr": ("parameter",), "adapted": None}
 
 
 def meta_gradient(
@@ -51,9 +51,9 @@ def meta_gradient(
     Reference: Arnold et al. 2020, arXiv 2008.12284; its ``examples/vision/maml_omniglot.py`` and
     ``examples/vision/anil_fc100.py``; Li et al. 2017 (Meta-SGD), arXiv 1707.09835.
     """
-    refuse_settings("learn2learn", inner, offers=OFFERS)
+    check_supported("learn2learn", inner, offers=SUPPORTED)
     module, theta = placed(module, params, inner)
-    parts = _whole_submodules(module, adapted_names(theta, inner))
+    parts = _whole_submodules(module, adapted_param_names(theta, inner))
     names = [_within(prefix, name) for prefix, part in parts.items() for name, _ in part.named_parameters()]
     algorithm = _algorithm(parts[""] if "" in parts else nn.ModuleList(parts.values()), theta, names, inner)
     grads = {name: torch.zeros_like(p) for name, p in theta.items()}
@@ -69,11 +69,11 @@ def meta_gradient(
                 learner.adapt(support_loss)
             prediction = _predict(module, learner, names, parts, query_x)
             query_loss = loss(prediction, query_y)
-            for name, g in gradients(query_loss / episodes.tasks, theta, create_graph=False).items():
+            for name, g in grad_of(query_loss / episodes.tasks, theta, create_graph=False).items():
                 grads[name] += g
         losses.append(query_loss.detach())
         predictions.append(prediction.detach())
-    return gathered(grads, losses, predictions, support_losses)
+    return average_over_tasks(grads, losses, predictions, support_losses)
 
 
 def _algorithm(wrapped: nn.Module, theta: Params, names: list[str], inner: InnerLoop) -> MAML | MetaSGD:
@@ -82,10 +82,10 @@ def _algorithm(wrapped: nn.Module, theta: Params, names: list[str], inner: Inner
         return MAML(wrapped, lr=inner.lr, first_order=not inner.second_order, allow_nograd=True)
     if not theta.keys() >= set(names) or len(list(wrapped.named_parameters(remove_duplicate=False))) > len(names):
         # It would stop at the first, and of the second leave one of the places as it was.
-        raise NotOfferedError(
+        raise UnsupportedSettingError(
             "learn2learn", "learned_lr where parameters are frozen or shared", "its MetaSGD takes each once, and all"
         )
-    return MetaSGD(wrapped, first_order=not inner.second_order, lrs=[theta[rate_name(name)] for name in names])
+    return MetaSGD(wrapped, first_order=not inner.second_order, lrs=[theta[lr_key(name)] for name in names])
 
 
 def _whole_submodules(module: nn.Module, adapted: list[str]) -> dict[str, nn.Module]:
@@ -97,7 +97,7 @@ def _whole_submodules(module: nn.Module, adapted: list[str]) -> dict[str, nn.Mod
             parts[prefix] = part
             left -= own
     if left:
-        raise NotOfferedError(
+        raise UnsupportedSettingError(
             "learn2learn",
             f"adapted={{{', '.join(map(repr, sorted(adapted)))}}}",
             f"it adapts whole submodules, and {', '.join(sorted(left))} is part of one",

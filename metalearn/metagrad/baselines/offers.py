@@ -9,14 +9,14 @@ from dataclasses import MISSING, Field, fields
 from metalearn.core.errors import ConfigError
 from metalearn.inner import SGD, InnerLoop
 
-Offers = Mapping[str, Sequence[object] | None]
+SupportedSettings = Mapping[str, Sequence[object] | None]
 """Settings of ``InnerLoop`` that a peer computes, and which of their values: ``None`` for all, of rules the classes."""
 
 _OF_ALL = frozenset({"lr", "steps", "second_order"})
 _WITHOUT_MEANING = frozenset({"engine", "task_chunk", "snapshot_every"})  # how it is computed, and not what
 
 
-class NotOfferedError(ConfigError, ValueError):
+class UnsupportedSettingError(ConfigError, ValueError):
     """An inner loop that another library does not compute."""
 
     def __init__(self, peer: str, wanted: str, offered: str) -> None:
@@ -26,7 +26,7 @@ class NotOfferedError(ConfigError, ValueError):
         )
 
 
-def refuse_settings(name: str, inner: InnerLoop, *, offers: Offers) -> None:
+def check_supported(name: str, inner: InnerLoop, *, offers: SupportedSettings) -> None:
     """Refuse an inner loop of which a peer computes only a part.
 
     A setting that neither the peer nor this module knows is refused unless it has its default value.
@@ -42,10 +42,12 @@ def refuse_settings(name: str, inner: InnerLoop, *, offers: Offers) -> None:
     for setting in fields(InnerLoop):
         value = getattr(inner, setting.name)
         if setting.name not in _OF_ALL | _WITHOUT_MEANING and not _is_offered(setting, value, offers):
-            raise NotOfferedError(name, f"{setting.name}={reprlib.repr(value)}", f"it offers {_in_words(offers)}")
+            raise UnsupportedSettingError(
+                name, f"{setting.name}={reprlib.repr(value)}", f"it offers {_in_words(offers)}"
+            )
 
 
-def _is_offered(setting: Field[object], value: object, offers: Offers) -> bool:
+def _is_offered(setting: Field[object], value: object, offers: SupportedSettings) -> bool:
     if setting.name == "rule":  # by class: one that derives from ours may do anything
         return type(value) in (offers.get("rule") or (SGD,))
     default = setting.default if setting.default_factory is MISSING else setting.default_factory()
@@ -55,7 +57,7 @@ def _is_offered(setting: Field[object], value: object, offers: Offers) -> bool:
     return values is None or value in values
 
 
-def _in_words(offers: Offers) -> str:
+def _in_words(offers: SupportedSettings) -> str:
     beside = [
         setting
         if values is None

@@ -8,7 +8,7 @@ from torch import Tensor
 from metalearn.core.types import MetaGradient, Params
 
 
-def gathered(
+def average_over_tasks(
     grads: Params, losses: list[Tensor], predictions: list[Tensor], support_losses: list[Tensor]
 ) -> MetaGradient:
     """A batch's result from its tasks'.

@@ -10,14 +10,14 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from metalearn.core.functional import gradients
+from metalearn.core.functional import grad_of
 from metalearn.core.types import Episodes, Loss, MetaGradient, Params
 from metalearn.inner import SGD, Adam, InnerLoop, Momentum
 from metalearn.metagrad.baselines.common import leaves
-from metalearn.metagrad.baselines.offers import Offers, refuse_settings
-from metalearn.metagrad.baselines.one_by_one import gathered
+from metalearn.metagrad.baselines.offers import SupportedSettings, check_supported
+from metalearn.metagrad.baselines.one_by_one import average_over_tasks
 
-OFFERS: Offers = {"rule": (SGD, Momentum, Adam), "weight_decay": None}
+SUPPORTED: SupportedSettings = {"rule": (SGD, Momentum, Adam), "weight_decay": None}
 
 
 def meta_gradient(
@@ -49,7 +49,7 @@ def meta_gradient(
 
     Reference: Ren et al. 2023, JMLR 24(367), arXiv 2211.06934; its ``examples/FuncTorch/maml_omniglot_vmap.py``.
     """
-    refuse_settings("TorchOpt", inner, offers=OFFERS)
+    check_supported("TorchOpt", inner, offers=SUPPORTED)
     theta = leaves(module, params, inner)
     grads = {name: torch.zeros_like(p) for name, p in theta.items()}
     losses, predictions, support_losses = [], [], []
@@ -62,16 +62,16 @@ def meta_gradient(
         for _ in range(inner.steps):
             support_loss = loss(functional_call(module, (fast, buffers), support_x), support_y)
             support_losses.append(support_loss.detach())
-            step = gradients(support_loss, fast, create_graph=inner.second_order)
+            step = grad_of(support_loss, fast, create_graph=inner.second_order)
             updates, state = optimiser.update(step, state, params=fast, inplace=False)
             fast = torchopt.apply_updates(fast, updates, inplace=False)
         prediction = functional_call(module, (fast, buffers), query_x)
         query_loss = loss(prediction, query_y)
-        for name, g in gradients(query_loss / episodes.tasks, theta, create_graph=False).items():
+        for name, g in grad_of(query_loss / episodes.tasks, theta, create_graph=False).items():
             grads[name] += g
         losses.append(query_loss.detach())
         predictions.append(prediction.detach())
-    return gathered(grads, losses, predictions, support_losses)
+    return average_over_tasks(grads, losses, predictions, support_losses)
 
 
 def _optimiser(inner: InnerLoop) -> torchopt.base.GradientTransformation:

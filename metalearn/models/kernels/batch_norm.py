@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from metalearn.models.kernels.layout import Kernel, fold, merged, parted, row, unfold
+from metalearn.models.kernels.layout import (
+    Kernel,
+    fold_vmap_dim,
+    merge_tasks_into_channels,
+    per_channel_view,
+    split_tasks_from_channels,
+    unfold_vmap_dim,
+)
 
 _NO_RUNNING = (None, None)
 _OVER = (0, 2, 3)
@@ -41,13 +48,13 @@ def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
 class _Norm(Kernel):
     @staticmethod
     def forward(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Any:
-        images, dtype = merged(x), x.dtype
+        images, dtype = merge_tasks_into_channels(x), x.dtype
         mean, variance = _mean_and_variance(images)
         r = (variance + eps).rsqrt()
         s = gamma.flatten() * r  # in double as well, until it meets the images
         z = _combine((beta.flatten() - mean * s).to(dtype), (images, s.to(dtype)))
         mean, r = (t.to(dtype).view_as(gamma) for t in (mean, r))
-        return parted(z, x.shape[0]).data, mean, r  # no view: layers may write to it
+        return split_tasks_from_channels(z, x.shape[0]).data, mean, r  # no view: layers may write to it
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -67,18 +74,18 @@ class _Norm(Kernel):
         x, gamma = ctx.saved_tensors
         dx, dgamma, dbeta = _zeros_for(((dx, x), (dgamma, gamma), (dbeta, gamma)))
         at = _Images.of(x, gamma, ctx.eps)
-        d, dg, db = merged(dx), dgamma.flatten(), dbeta.flatten()
+        d, dg, db = merge_tasks_into_channels(dx), dgamma.flatten(), dbeta.flatten()
         mean_d = _mean(d)
         along = at.r * (_mean(d * at.x) - mean_d * at.mean)  # <x' dx>
         s = at.gamma * at.r
         by_x = at.r * (dg - s * along)  # of (x - mean)
         out = _combine(db - s * mean_d - by_x * at.mean, (d, s), (at.x, by_x))
-        return parted(out, x.shape[0]), None, None
+        return split_tasks_from_channels(out, x.shape[0]), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        out = _norm(*fold(info, in_dims, args))
-        return tuple(unfold(part, info.batch_size) for part in out), (0, 0, 0)
+        out = _norm(*fold_vmap_dim(info, in_dims, args))
+        return tuple(unfold_vmap_dim(part, info.batch_size) for part in out), (0, 0, 0)
 
 
 class _Gradient(Kernel):
@@ -86,13 +93,16 @@ class _Gradient(Kernel):
 
     @staticmethod
     def forward(g: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, r: Tensor, eps: float) -> Any:
-        at, gm = _Images(merged(x), gamma.flatten(), mean.flatten(), r.flatten()), merged(g)
+        at, gm = (
+            _Images(merge_tasks_into_channels(x), gamma.flatten(), mean.flatten(), r.flatten()),
+            merge_tasks_into_channels(g),
+        )
         to_gamma, to_beta = _sums(gm, at.x, at.mean, at.r)
         number = at.x.numel() / at.x.shape[1]
         s = at.gamma * at.r
         by_x = -s * at.r * to_gamma / number  # of (x - mean)
         to_x = _combine(-s * to_beta / number - by_x * at.mean, (gm, s), (at.x, by_x))
-        return parted(to_x, x.shape[0]), to_gamma.view_as(gamma), to_beta.view_as(gamma)
+        return split_tasks_from_channels(to_x, x.shape[0]), to_gamma.view_as(gamma), to_beta.view_as(gamma)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -104,34 +114,47 @@ class _Gradient(Kernel):
     @staticmethod
     def backward(ctx: Any, v: Tensor, u_gamma: Tensor, u_beta: Tensor) -> Any:
         g, x, gamma, mean, r, to_gamma, to_beta = ctx.saved_tensors
-        gm, vm = merged(g), merged(v)
+        gm, vm = merge_tasks_into_channels(g), merge_tasks_into_channels(v)
         if _is_tracked(g, x, gamma, v):  # a third derivative is taken: mean and r must be seen to depend on x
             at = _Images.of(x, gamma, ctx.eps)
             centred = at.centred()
             means = _Means(_mean(gm), _mean(gm * centred), _mean(vm), _mean(vm * centred), _mean(vm * gm))
         else:
-            at = _Images(merged(x), gamma.flatten(), mean.flatten(), r.flatten())
+            at = _Images(merge_tasks_into_channels(x), gamma.flatten(), mean.flatten(), r.flatten())
             number = at.x.numel() / at.x.shape[1]
             v_x, v_sum = _sums(vm, at.x, at.mean, at.r)
             v_g, _ = _sums(vm, gm, torch.zeros_like(at.r), torch.ones_like(at.r))
             means = _Means(*(m.flatten() / number for m in (to_beta, to_gamma, v_sum, v_x, v_g)))
         parts = _second(at, gm, vm, u_gamma.flatten(), u_beta.flatten(), means)
         tasks = x.shape[0]
-        return parted(parts[0], tasks), parted(parts[1], tasks), parts[2].view_as(gamma), None, None, None
+        return (
+            split_tasks_from_channels(parts[0], tasks),
+            split_tasks_from_channels(parts[1], tasks),
+            parts[2].view_as(gamma),
+            None,
+            None,
+            None,
+        )
 
     @staticmethod
     def jvp(ctx: Any, dg: Tensor | None, dx: Tensor | None, dgamma: Tensor | None, *_: Any) -> Any:
         g, x, gamma = ctx.saved_tensors
         dg, dx, dgamma = _zeros_for(((dg, g), (dx, x), (dgamma, gamma)))
         at = _Images.of(x, gamma, ctx.eps)
-        to_x, b, a = _forward_over_reverse(at, merged(g), merged(dg), merged(dx), dgamma.flatten())
+        to_x, b, a = _forward_over_reverse(
+            at,
+            merge_tasks_into_channels(g),
+            merge_tasks_into_channels(dg),
+            merge_tasks_into_channels(dx),
+            dgamma.flatten(),
+        )
         number = at.x.numel() / at.x.shape[1]
-        return parted(to_x, x.shape[0]), (number * b).view_as(gamma), (number * a).view_as(gamma)
+        return split_tasks_from_channels(to_x, x.shape[0]), (number * b).view_as(gamma), (number * a).view_as(gamma)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        out = _gradient(*fold(info, in_dims, args))
-        return tuple(unfold(part, info.batch_size) for part in out), (0, 0, 0)
+        out = _gradient(*fold_vmap_dim(info, in_dims, args))
+        return tuple(unfold_vmap_dim(part, info.batch_size) for part in out), (0, 0, 0)
 
 
 _norm, _gradient = _Norm.apply, _Gradient.apply
@@ -148,14 +171,14 @@ class _Images(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, gamma: Tensor, eps: float) -> _Images:
         """With mean and r as differentiable functions of x."""
-        images = merged(x)
+        images = merge_tasks_into_channels(x)
         mean = _mean(images)
-        variance = _mean((images - row(mean)).square())
+        variance = _mean((images - per_channel_view(mean)).square())
         return cls(images, gamma.flatten(), mean, (variance + eps).rsqrt())
 
     def centred(self) -> Tensor:
         """X'."""
-        return (self.x - row(self.mean)) * row(self.r)
+        return (self.x - per_channel_view(self.mean)) * per_channel_view(self.r)
 
 
 class _Means(NamedTuple):
@@ -207,9 +230,9 @@ def _forward_over_reverse(
 def _combine(constant: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
     """Constant + sum of tensor * factor; constant and factors per channel."""
     (first, factor), *others = terms
-    out = torch.addcmul(row(constant), first, row(factor))
+    out = torch.addcmul(per_channel_view(constant), first, per_channel_view(factor))
     for tensor, factor in others:
-        out = out.addcmul_(tensor, row(factor))
+        out = out.addcmul_(tensor, per_channel_view(factor))
     return out
 
 

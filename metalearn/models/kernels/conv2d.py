@@ -18,7 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metalearn.models.kernels.layout import Kernel, fold, in_memory_order, merged, parted, unfold
+from metalearn.models.kernels.layout import (
+    Kernel,
+    fold_vmap_dim,
+    merge_tasks_into_channels,
+    split_tasks_from_channels,
+    to_kernel_layout,
+    unfold_vmap_dim,
+)
 
 _SMALL = 128
 """Rows a task up to which one batched matrix product was measured faster than a grouped convolution."""
@@ -79,8 +86,10 @@ class _Conv(_Bilinear):
         tasks = w.shape[0]
         if geometry.is_small(x.shape[1]):
             return _images(_windows(x, geometry) @ _as_matrix(w).mT, x.shape[1], geometry.out).data
-        y = torch.conv2d(merged(x), w.flatten(0, 1), None, geometry.stride, geometry.padding, 1, tasks)
-        return parted(y, tasks).data  # no view: layers may write to it
+        y = torch.conv2d(
+            merge_tasks_into_channels(x), w.flatten(0, 1), None, geometry.stride, geometry.padding, 1, tasks
+        )
+        return split_tasks_from_channels(y, tasks).data  # no view: layers may write to it
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
@@ -96,7 +105,7 @@ class _Conv(_Bilinear):
     def vmap(info: Any, in_dims: Any, x: Tensor, w: Tensor, geometry: Geometry) -> Any:
         if in_dims[1] is None:  # the same weights: more examples
             return _with_more_examples(_conv, info, in_dims[0], x, w, geometry)
-        return unfold(_conv(*fold(info, in_dims, (x, w, geometry))), info.batch_size), 0
+        return unfold_vmap_dim(_conv(*fold_vmap_dim(info, in_dims, (x, w, geometry))), info.batch_size), 0
 
 
 class _ToInput(_Bilinear):
@@ -106,8 +115,8 @@ class _ToInput(_Bilinear):
         if geometry.is_small(examples):
             return _from_windows(_rows(g) @ _as_matrix(w), examples, geometry)
         like = g.new_empty(examples, *geometry.image, tasks * w.shape[2]).permute(0, 3, 1, 2)
-        x = _backward(merged(g), like, w.flatten(0, 1), geometry, tasks, of_input=True)
-        return parted(x, tasks)
+        x = _backward(merge_tasks_into_channels(g), like, w.flatten(0, 1), geometry, tasks, of_input=True)
+        return split_tasks_from_channels(x, tasks)
 
     @staticmethod
     def backward(ctx: Any, x: Tensor) -> Any:
@@ -123,7 +132,7 @@ class _ToInput(_Bilinear):
     def vmap(info: Any, in_dims: Any, g: Tensor, w: Tensor, geometry: Geometry) -> Any:
         if in_dims[1] is None:
             return _with_more_examples(_to_input, info, in_dims[0], g, w, geometry)
-        return unfold(_to_input(*fold(info, in_dims, (g, w, geometry))), info.batch_size), 0
+        return unfold_vmap_dim(_to_input(*fold_vmap_dim(info, in_dims, (g, w, geometry))), info.batch_size), 0
 
 
 class _ToWeight(_Bilinear):
@@ -134,9 +143,9 @@ class _ToWeight(_Bilinear):
             matrix = _rows(g).mT @ _windows(x, geometry)
             return matrix.view(tasks, outputs, *geometry.window, inputs).permute(0, 1, 4, 2, 3)
         like = g.new_empty(tasks * outputs, *geometry.window, inputs).permute(0, 3, 1, 2)
-        w: Tensor = _backward(merged(g), merged(x), like, geometry, tasks, of_input=False).unflatten(
-            0, (tasks, outputs)
-        )
+        w: Tensor = _backward(
+            merge_tasks_into_channels(g), merge_tasks_into_channels(x), like, geometry, tasks, of_input=False
+        ).unflatten(0, (tasks, outputs))
         return w
 
     @staticmethod
@@ -151,7 +160,7 @@ class _ToWeight(_Bilinear):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, g: Tensor, geometry: Geometry) -> Any:
-        return unfold(_to_weight(*fold(info, in_dims, (x, g, geometry))), info.batch_size), 0
+        return unfold_vmap_dim(_to_weight(*fold_vmap_dim(info, in_dims, (x, g, geometry))), info.batch_size), 0
 
 
 _conv, _to_input, _to_weight = _Conv.apply, _ToInput.apply, _ToWeight.apply
@@ -178,7 +187,7 @@ def _rows(y: Tensor) -> Tensor:
 
 def _images(rows: Tensor, examples: int, size: tuple[int, int]) -> Tensor:
     """The reverse."""
-    return in_memory_order(rows.unflatten(1, (examples, *size)).permute(0, 1, 4, 2, 3))
+    return to_kernel_layout(rows.unflatten(1, (examples, *size)).permute(0, 1, 4, 2, 3))
 
 
 def _windows(x: Tensor, geometry: Geometry) -> Tensor:

@@ -38,7 +38,12 @@ def _conv2d(
     groups: int = 1,
 ) -> Any:
     plain = not isinstance(padding, str) and _pair(dilation) == (1, 1) and groups == 1 and input.ndim == 4
-    if not (plain and _takes(input, weight) and input.dtype == weight.dtype and _fits(input, weight, stride, padding)):
+    if not (
+        plain
+        and _supports(input, weight)
+        and input.dtype == weight.dtype
+        and _has_valid_output(input, weight, stride, padding)
+    ):
         return NotImplemented
     both = {"stride": _pair(stride), "padding": _pair(padding)}
     y = convolution(input.unsqueeze(0), weight.unsqueeze(0), **both).squeeze(0)
@@ -61,13 +66,13 @@ def _batch_norm(
     # Weights that all tasks share, or none: torch's own layer is less exact on images that lie as the kernels' do.
     gamma = torch.ones(input.shape[1], dtype=input.dtype, device=input.device) if weight is None else weight
     beta = torch.zeros(input.shape[1], dtype=input.dtype, device=input.device) if bias is None else bias
-    if not _takes(input, input, gamma, beta) or not input.dtype == gamma.dtype == beta.dtype:
+    if not _supports(input, input, gamma, beta) or not input.dtype == gamma.dtype == beta.dtype:
         return NotImplemented
     return batch_norm(input.unsqueeze(0), gamma.unsqueeze(0), beta.unsqueeze(0), eps).squeeze(0)
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Any:  # noqa: A002
-    if inplace or input.ndim != 4 or not _takes(input, input):
+    if inplace or input.ndim != 4 or not _supports(input, input):
         return NotImplemented
     return relu(input.unsqueeze(0)).squeeze(0)
 
@@ -81,7 +86,7 @@ STACKED_LAYERS: dict[Any, Callable[..., Any]] = {
 """By function of torch, one that takes a batch of tasks, or gives ``NotImplemented`` for what it does not take."""
 
 
-def _takes(x: Tensor, *given: Tensor) -> bool:
+def _supports(x: Tensor, *given: Tensor) -> bool:
     """Whether the kernels take it: in single or double precision on a CPU, and any of what is given differs by task."""
     return any(map(is_batchedtensor, given)) and _is_supported(x)
 
@@ -91,13 +96,13 @@ def _is_supported(x: Tensor) -> bool:
     return supported and not torch.is_autocast_enabled("cpu") and not forward_over_forward()
 
 
-def _fits(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> bool:
+def _has_valid_output(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> bool:
     """Whether there is a result; what has none is torch's to refuse."""
     sizes = zip(x.shape[-2:], weight.shape[-2:], _pair(stride), _pair(padding), strict=True)
     return x.shape[0] > 0 and all(step > 0 and pad >= 0 and size + 2 * pad >= k for size, k, step, pad in sizes)
 
 
-def kernels_take(fast: dict[str, Tensor], x: Tensor) -> bool:
+def kernels_support(fast: dict[str, Tensor], x: Tensor) -> bool:
     """Whether the kernels take these stacked parameters and inputs as they are."""
     return _is_supported(x) and all((w.device, w.dtype) == (x.device, x.dtype) for w in fast.values())
 

@@ -2,7 +2,8 @@
 
 Images are ``[T, B, C, H, W]``, B examples a task. In memory they lie as ``[B, H, W, T, C]``, which is a batch of B
 images of T * C channels, channels last: what oneDNN's grouped convolutions and torch's BatchNorm take as it is, one
-group a task. ``merged`` and ``parted`` are the two ways to look at it; neither moves a number that lies so already.
+group a task. ``merge_tasks_into_channels`` and ``split_tasks_from_channels`` are the two views of it; neither copies
+what is laid out so already.
 """
 
 from __future__ import annotations
@@ -15,26 +16,26 @@ from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_
 from torch._functorch.autograd_function import custom_function_call
 
 
-def merged(x: Tensor) -> Tensor:
+def merge_tasks_into_channels(x: Tensor) -> Tensor:
     """``[T, B, C, H, W]`` to ``[B, T * C, H, W]``, channels last; copies what lies otherwise."""
     tasks, examples, channels, height, width = x.shape
     last = x.permute(1, 3, 4, 0, 2).contiguous()
     return last.view(examples, height, width, tasks * channels).permute(0, 3, 1, 2)
 
 
-def parted(x: Tensor, tasks: int) -> Tensor:
+def split_tasks_from_channels(x: Tensor, tasks: int) -> Tensor:
     """``[B, T * C, H, W]``, channels last, to ``[T, B, C, H, W]``."""
     examples, channels, height, width = x.shape
     last = x.permute(0, 2, 3, 1).contiguous()
     return last.view(examples, height, width, tasks, channels // tasks).permute(3, 0, 4, 1, 2)
 
 
-def in_memory_order(x: Tensor) -> Tensor:
+def to_kernel_layout(x: Tensor) -> Tensor:
     """``[T, B, C, H, W]``, lying as it should."""
-    return parted(merged(x), x.shape[0])
+    return split_tasks_from_channels(merge_tasks_into_channels(x), x.shape[0])
 
 
-def fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> list[Any]:
+def fold_vmap_dim(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> list[Any]:
     """The arguments of a kernel under ``vmap``, with the mapped dimension made part of T; others are repeated."""
     return [
         a if not isinstance(a, Tensor) else _lead(a, dim, info.batch_size).flatten(0, 1)
@@ -42,7 +43,7 @@ def fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> l
     ]
 
 
-def unfold(out: Tensor, size: int) -> Tensor:
+def unfold_vmap_dim(out: Tensor, size: int) -> Tensor:
     """The reverse, for a result: ``[size * T, ...]`` to ``[size, T, ...]``."""
     parts: Tensor = out.unflatten(0, (size, -1))
     return parts
@@ -53,7 +54,7 @@ def _lead(x: Tensor, dim: int | None, size: int) -> Tensor:
     return led
 
 
-def row(per_channel: Tensor) -> Tensor:
+def per_channel_view(per_channel: Tensor) -> Tensor:
     """``[T * C]`` shaped to go with ``[B, T * C, H, W]``."""
     return per_channel.view(1, -1, 1, 1)
 

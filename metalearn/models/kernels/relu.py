@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metalearn.models.kernels.layout import Kernel, fold, unfold
+from metalearn.models.kernels.layout import Kernel, fold_vmap_dim, unfold_vmap_dim
 
 
 def relu(x: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class _Relu(Kernel):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor) -> Any:
-        return unfold(_relu(*fold(info, in_dims, (x,))), info.batch_size), 0
+        return unfold_vmap_dim(_relu(*fold_vmap_dim(info, in_dims, (x,))), info.batch_size), 0
 
 
 class _WherePositive(Kernel):
@@ -63,7 +63,7 @@ class _WherePositive(Kernel):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, g: Tensor, y: Tensor) -> Any:
-        return unfold(_where_positive(*fold(info, in_dims, (g, y))), info.batch_size), 0
+        return unfold_vmap_dim(_where_positive(*fold_vmap_dim(info, in_dims, (g, y))), info.batch_size), 0
 
 
 _relu, _where_positive = _Relu.apply, _WherePositive.apply

@@ -24,26 +24,26 @@ from torch import Tensor
 
 from metalearn.core.functional import global_norm, relative_error
 from metalearn.core.types import Episodes, MetaGradient, Params
-from metalearn.inner.diagnostics import losses_unchecked
-from metalearn.metagrad.trajectory import Start
+from metalearn.inner.diagnostics import defer_loss_checks
+from metalearn.metagrad.trajectory import Snapshot
 
 log = logging.getLogger(__name__)
 
 Gradient = Callable[[Params, Episodes], MetaGradient]
 """The meta-gradient at given parameters, of given tasks."""
 
-Record = Callable[[Callable[[], MetaGradient], torch.device], tuple[Callable[[], None], MetaGradient]]
+CaptureFn = Callable[[Callable[[], MetaGradient], torch.device], tuple[Callable[[], None], MetaGradient]]
 """From a computation on tensors that stay where they are to what repeats it, and where its results then are."""
 
 LARGEST_ERROR = 1e-4
 """Between a replay and the same without a graph, as |g - g_ref| / |g_ref|: rounding, where kernels add in any order."""
 
 _WARM_UPS = 3
-_PROOFS = 2
+_NUM_VERIFIED = 2
 """Uses that are held against the same without a graph; the second has other parameters and tasks than the first."""
 
 
-def graphed(eager: Gradient, device: torch.device) -> Gradient:
+def with_cuda_graph(eager: Gradient, device: torch.device) -> Gradient:
     """The meta-gradient by a graph where there is a GPU; else as it was, with a warning.
 
     Args:
@@ -57,7 +57,7 @@ def graphed(eager: Gradient, device: torch.device) -> Gradient:
             device.type,
         )
         return eager
-    return GraphedGradient(eager, device)
+    return CUDAGraphMetaGradient(eager, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,12 +88,12 @@ class _Graph:
         return replace(self.results, loss=self.results.loss.clone(), support_loss=self.results.support_loss.clone())
 
 
-class GraphedGradient:
+class CUDAGraphMetaGradient:
     """A meta-gradient that records itself when it is first used, and is replayed from then on.
 
     The first two uses are held against the same without a graph, whose result they return; a graph that differs is
     never used. Episodes or parameters of other shapes than the first are computed without it. The losses are not
-    checked: see ``losses_unchecked``.
+    checked: see ``defer_loss_checks``.
 
     A graph keeps the memory of its intermediate results, which nothing else can use in between. torch's peak of
     allocated memory counts them while they are recorded, in the first meta-step, and not in replays.
@@ -104,10 +104,10 @@ class GraphedGradient:
         record: makes a graph.
     """
 
-    def __init__(self, eager: Gradient, device: torch.device, *, record: Record | None = None) -> None:
-        self._eager, self._device, self._record = eager, device, record or record_on_gpu
+    def __init__(self, eager: Gradient, device: torch.device, *, record: CaptureFn | None = None) -> None:
+        self._eager, self._device, self._record = eager, device, record or capture
         self._graph: _Graph | None = None
-        self._to_prove = _PROOFS
+        self._to_prove = _NUM_VERIFIED
         self._given_up = False
 
     def __call__(self, params: Params, episodes: Episodes) -> MetaGradient:
@@ -120,14 +120,14 @@ class GraphedGradient:
 
     def _proved(self, params: Params, episodes: Episodes) -> MetaGradient:
         """The meta-gradient without a graph, against which one is held that is recorded if there is none yet."""
-        start = Start.of(0, params)
+        start = Snapshot.of(0, params)
         expected = self._eager(params, episodes)
         if not 0 < global_norm(expected.grads).item() < math.inf:  # nothing to hold against; the next will do
             return expected
         try:
-            with start.random_draws_repeated():
+            with start.replay_rng():
                 self._graph = self._graph or self._recorded(params, episodes)
-            with start.random_draws_repeated():
+            with start.replay_rng():
                 fault = _difference(self._graph(params, episodes), expected)
         except Exception as raised:  # whatever it is, what comes out without a graph is right
             fault = _reason(raised)
@@ -145,7 +145,7 @@ class GraphedGradient:
         return _Graph(_layout(params, episodes), own, tasks, results, replay)
 
 
-def record_on_gpu(compute: Callable[[], MetaGradient], device: torch.device) -> tuple[Callable[[], None], MetaGradient]:
+def capture(compute: Callable[[], MetaGradient], device: torch.device) -> tuple[Callable[[], None], MetaGradient]:
     """Record a computation as torch's documentation asks: warmed up and captured on one stream beside the default one.
 
     Args:
@@ -160,10 +160,10 @@ def record_on_gpu(compute: Callable[[], MetaGradient], device: torch.device) -> 
     """
     low, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
     uncached = torch.autocast("cuda", low, enabled, cache_enabled=False)  # a graph must not read what autocast frees
-    with torch.cuda.device(device), uncached, losses_unchecked():
+    with torch.cuda.device(device), uncached, defer_loss_checks():
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream), _waiting_refused():
+        with torch.cuda.stream(stream), _forbid_sync():
             for _ in range(_WARM_UPS):
                 compute()
         torch.cuda.current_stream(device).wait_stream(stream)
@@ -175,7 +175,7 @@ def record_on_gpu(compute: Callable[[], MetaGradient], device: torch.device) -> 
 
 
 @contextmanager
-def _waiting_refused() -> Iterator[None]:
+def _forbid_sync() -> Iterator[None]:
     """Inside, torch raises where it would wait for the GPU: a capture that such a wait breaks off spoils the generator.
 
     (Dropout then raises "Offset increment outside graph capture" from there on.)

@@ -25,10 +25,10 @@ _TIMEOUT = timedelta(minutes=10)  # for a process that is stuck; one that has di
 _CPU = torch.device("cpu")
 
 
-class LostProcessError(RunError):
+class LostRankError(RunError):
     """Another process of the run is gone, so that nothing can be added up any more."""
 
-    def __init__(self, ranks: Ranks, error: Exception) -> None:
+    def __init__(self, ranks: DistributedContext, error: Exception) -> None:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
         super().__init__(
             f"process {ranks.rank} of {ranks.size}: another process of this run has ended or cannot be reached "
@@ -38,7 +38,7 @@ class LostProcessError(RunError):
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistributedContext:
     """The processes of a run.
 
     Args:
@@ -90,7 +90,7 @@ class Ranks:
             dist.all_gather_object(parts, values.cpu())
         return torch.cat(parts, dim=-1)
 
-    def from_first(self, content: Any) -> Any:
+    def broadcast(self, content: Any) -> Any:
         """What the first process gives, in every process.
 
         Raises:
@@ -103,10 +103,10 @@ class Ranks:
             dist.broadcast_object_list(box, src=0, device=_CPU)
         return box[0]
 
-    def wait_for_first(self) -> None:
+    def wait_for_main(self) -> None:
         """Let the first process come this far, if it still lives."""
-        with suppress(LostProcessError):
-            self.from_first(None)
+        with suppress(LostRankError):
+            self.broadcast(None)
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -115,11 +115,11 @@ class Ranks:
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise LostProcessError(self, error) from None
+            raise LostRankError(self, error) from None
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
+def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
     """This process among those that ``torchrun`` started; alone where it started none.
 
     Args:
@@ -128,8 +128,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     Raises:
         RunError: if the others cannot be reached.
     """
-    if torchrun.size() == 1:
-        yield Ranks()
+    if torchrun.world_size() == 1:
+        yield DistributedContext()
         return
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -143,6 +143,6 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         raise RunError(f"the processes of this run cannot reach each other: {error}") from error
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield DistributedContext(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()

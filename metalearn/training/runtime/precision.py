@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch.nn.functional import cross_entropy
 
-from metalearn.config.validation import no_tf32
+from metalearn.config.validation import tf32_error
 from metalearn.core.errors import ConfigError, NonFiniteError, RunError
 from metalearn.core.functional import relative_error
 from metalearn.core.types import Episodes, Forward, Loss, Params
@@ -48,7 +48,7 @@ _FIRST_WITH_TF32 = (8, 0)  # compute capability of Ampere; older GPUs multiply i
 
 
 @contextmanager
-def computed_in(precision: str, device: torch.device) -> Iterator[None]:
+def precision_context(precision: str, device: torch.device) -> Iterator[None]:
     """Inside, models compute in a precision; what was set before is set again outside.
 
     On GPUs ``float32`` is all of it: torch alone has cuDNN's convolutions in TF32. So is what autocast leaves in
@@ -65,12 +65,12 @@ def computed_in(precision: str, device: torch.device) -> Iterator[None]:
         with autocast:
             yield
         return
-    with products_on_gpus("tf32" if precision == "tf32" else "ieee"), autocast:
+    with fp32_matmul_precision("tf32" if precision == "tf32" else "ieee"), autocast:
         yield
 
 
 @contextmanager
-def products_on_gpus(bits: str) -> Iterator[None]:
+def fp32_matmul_precision(bits: str) -> Iterator[None]:
     """Matrix products and convolutions of float32 in ``"tf32"``, or in all bits (``"ieee"``)."""
     places = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]  # made at run time
     before = [place.fp32_precision for place in places]
@@ -83,16 +83,16 @@ def products_on_gpus(bits: str) -> Iterator[None]:
             place.fp32_precision = value
 
 
-def refuse_missing_tf32(precision: str, device: torch.device) -> None:
+def check_tf32_available(precision: str, device: torch.device) -> None:
     """Refuse to train in TF32 where there is none.
 
     Raises:
         ConfigError: if the device is a CPU, or a GPU from before Ampere.
     """
     if device.type != "cuda":
-        fault = no_tf32(precision, "a CPU" if device.type == "cpu" else str(device))
+        fault = tf32_error(precision, "a CPU" if device.type == "cpu" else str(device))
     elif torch.cuda.get_device_capability(device) < _FIRST_WITH_TF32:
-        fault = no_tf32(precision, torch.cuda.get_device_name(device))
+        fault = tf32_error(precision, torch.cuda.get_device_name(device))
     else:
         return
     if fault:
@@ -150,7 +150,7 @@ def check_precision(
         theta: meta-parameters, in float32.
         episodes: tasks of the run, of which the first two are taken.
         inner: the run's inner loop.
-        precision: of the run, as ``computed_in`` takes it.
+        precision: of the run, as ``precision_context`` takes it.
         loss: one task's mean loss.
         engine: the algorithm's own, if it has one.
 
@@ -223,5 +223,5 @@ def _grads(
 ) -> Params:
     """The meta-gradient in a precision, from the generators' present state."""
     cuda = sorted({p.get_device() for p in theta.values() if p.is_cuda})
-    with torch.random.fork_rng(devices=cuda), computed_in(precision, episodes.query_x.device):
+    with torch.random.fork_rng(devices=cuda), precision_context(precision, episodes.query_x.device):
         return meta_gradient(forward, theta, episodes, inner, loss=loss, engine=engine).grads

@@ -11,19 +11,19 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from metalearn.core.errors import StoppedError
+from metalearn.core.errors import TerminatedError
 
-HANG_UP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
+SIGHUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
 """What a terminal that is closed sends; unknown to Windows."""
 
 _SHOW_CURSOR = "\x1b[?25h"  # which a progress bar hides
 
 
 _swallowed: list[int] = []
-"""A signal whose ``SystemExit`` has got lost, as in an import that catches everything: ``Stop`` obeys it then."""
+"""A signal whose ``SystemExit`` was swallowed, as in an import that catches everything; ``StopRequest`` obeys it."""
 
 
-class Stop:
+class StopRequest:
     """Notes a first SIGTERM or SIGINT, and ends the process at a second; a context manager.
 
     Outside of the main thread, where Python takes no signals, it notes none.
@@ -33,7 +33,7 @@ class Stop:
         self.signal: int | None = None
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> StopRequest:
         self.signal = _swallowed.pop() if _swallowed else None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -58,7 +58,7 @@ class Stop:
             StoppedError: if the process was asked to end.
         """
         if self.signal is not None:
-            raise StoppedError(self.signal)
+            raise TerminatedError(self.signal)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:

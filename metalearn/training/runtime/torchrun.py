@@ -10,20 +10,20 @@ from pathlib import Path
 
 def rank() -> int:
     """Number of this process among all, from 0."""
-    return int(os.environ.get("RANK", "0")) if size() > 1 else 0
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
 def local_rank() -> int:
     """Number of this process among those of this machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if size() > 1 else 0
+    return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
 
 
-def size() -> int:
+def world_size() -> int:
     """Number of processes of this run; 1 where ``torchrun`` did not start it."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
-def report(message: str) -> None:
+def report_error(message: str) -> None:
     """Have ``torchrun`` show the message in its own account of what failed."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # The form that torch.distributed.elastic's ErrorHandler writes.

@@ -26,7 +26,7 @@ def progress_bar(*, shown: bool = True) -> Progress:
     )
 
 
-def print_facts(title: str, rows: Mapping[str, str]) -> None:
+def print_summary(title: str, rows: Mapping[str, str]) -> None:
     """Two columns of names and values."""
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(no_wrap=True)

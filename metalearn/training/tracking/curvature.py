@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from metalearn.core.functional import stack
+from metalearn.core.functional import expand_over_tasks
 from metalearn.core.types import Episodes, Forward, Loss, Params
 from metalearn.derivatives import top_eigenvalues
-from metalearn.inner import InnerLoop, of_model, total_support_loss
+from metalearn.inner import InnerLoop, total_support_loss, without_state
 from metalearn.metagrad.adjoint import adjoint
-from metalearn.metagrad.trajectory import Start
+from metalearn.metagrad.trajectory import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def curvature(
     norms: dict[int, float] = {}
 
     def watch(k: int, lam: Params) -> None:
-        own = [w.flatten(1) for w in of_model(lam).values()]
+        own = [w.flatten(1) for w in without_state(lam).values()]
         per_task = few.tasks * torch.cat(own, dim=1)  # lam is of the mean over tasks
         norms[k] = per_task.norm(dim=1).mean().item()
         if k in (0, inner.steps):
@@ -68,7 +68,7 @@ def curvature(
 
 
 def _flat(grads: Params) -> Tensor:
-    return torch.cat([g.flatten() for g in of_model(grads).values()])
+    return torch.cat([g.flatten() for g in without_state(grads).values()])
 
 
 def _draws_put_back(episodes: Episodes) -> AbstractContextManager[None]:
@@ -85,11 +85,11 @@ def support_eigenvalue(
     x, y = episodes.support_x[:1], episodes.support_y[:1]
     point = {name: p.detach() for name, p in params.items()}
 
-    start = Start.of(0, point)
+    start = Snapshot.of(0, point)
 
     def f(theta: Params) -> Tensor:
-        with start.random_draws_repeated():  # one dropout mask, so that there is one Hessian
-            return total_support_loss(forward, stack(theta, tasks=1), x, y, loss=loss)
+        with start.replay_rng():  # one dropout mask, so that there is one Hessian
+            return total_support_loss(forward, expand_over_tasks(theta, tasks=1), x, y, loss=loss)
 
     tag = "grad/support_top_eigenvalue"
     try:

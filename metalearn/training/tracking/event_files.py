@@ -15,7 +15,7 @@ logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it announces every f
 EVENT_FILES = "events.out.tfevents.*"
 
 
-class Point(NamedTuple):
+class ScalarEvent(NamedTuple):
     """One value of a curve; ``wall_time`` in seconds since 1970."""
 
     step: int
@@ -23,7 +23,7 @@ class Point(NamedTuple):
     value: float
 
 
-def read_scalars(run_dir: Path) -> dict[str, list[Point]]:
+def read_scalars(run_dir: Path) -> dict[str, list[ScalarEvent]]:
     """Every curve of a run by its tag, whole, and in the order of its steps.
 
     A resumed run has several event files. What the earlier wrote after the meta-step from which the run went on counts
@@ -39,14 +39,14 @@ def read_scalars(run_dir: Path) -> dict[str, list[Point]]:
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})  # 0: all; the default is 10,000 a tag
     events.Reload()
     return {
-        tag: _without_repeats([Point(e.step, e.wall_time, e.value) for e in events.Scalars(tag)])
+        tag: _without_repeats([ScalarEvent(e.step, e.wall_time, e.value) for e in events.Scalars(tag)])
         for tag in events.Tags()["scalars"]
     }
 
 
-def _without_repeats(points: list[Point]) -> list[Point]:
+def _without_repeats(points: list[ScalarEvent]) -> list[ScalarEvent]:
     """A later point replaces those at its step and beyond, as in TensorBoard: a final test may be taken twice."""
-    kept: list[Point] = []
+    kept: list[ScalarEvent] = []
     for point in points:
         while kept and kept[-1].step >= point.step:
             kept.pop()

@@ -34,28 +34,28 @@ METRICS = {
 """Tags of the figures that runs are compared by, with the headings of their columns."""
 
 
-def shown(value: Value) -> float | str:
+def to_hparam_value(value: Value) -> float | str:
     """Numbers as they are, all else as it is written on the command line."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, (int, float, str)):
         return value
-    return f"[{', '.join(str(shown(v)) for v in value)}]"
+    return f"[{', '.join(str(to_hparam_value(v)) for v in value)}]"
 
 
-def session(values: Mapping[str, Value]) -> list[Summary]:
+def session_summaries(values: Mapping[str, Value]) -> list[Summary]:
     """That a run was trained with these, and is finished."""
-    _, start, end = torch_hparams({name: shown(value) for name, value in values.items()}, {})
+    _, start, end = torch_hparams({name: to_hparam_value(value) for name, value in values.items()}, {})
     return [start, end]
 
 
-def experiment(runs: Iterable[Mapping[str, Value]]) -> Summary:
+def experiment_summary(runs: Iterable[Mapping[str, Value]]) -> Summary:
     """The columns of a table of runs: the keys that differ or that some lack, if there are any, and the metrics.
 
     With all keys, those alike in every run would push the metrics off the screen; the run's text ``config`` has them.
     No range of values is given: TensorBoard would hide runs outside of it, such as those of another comparison.
     """
-    texts = [{name: shown(value) for name, value in run.items()} for run in runs]
+    texts = [{name: to_hparam_value(value) for name, value in run.items()} for run in runs]
     infos = []
     for name in sorted({name for run in texts for name in run}):
         found = [run.get(name) for run in texts]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metalearn.core.profiling.memory import MIB, LiveTensorBytes
+from metalearn.core.profiling.memory import MIB, PeakTensorMemory
 
 
 class Meter:
@@ -71,7 +71,7 @@ class Meter:
                 raise
             self._timed += 1
             return
-        live = LiveTensorBytes()
+        live = PeakTensorMemory()
         with live:
             yield
         self.peak_bytes = live.peak

@@ -14,7 +14,7 @@ _RIGHT_COLOUR, _WRONG_COLOUR = (0, 158, 115), (213, 94, 0)  # Okabe and Ito's gr
 _MOST_ROWS, _MOST_QUERIES = 20, 8
 
 
-def tasks_picture(episodes: Episodes, predictions: Tensor) -> NDArray[np.uint8]:
+def draw_tasks(episodes: Episodes, predictions: Tensor) -> NDArray[np.uint8]:
     """A batch of tasks side by side, ``[height, width, 3]`` uint8.
 
     A query's frame is green if it was predicted right; otherwise vermilion, with the wrong label on it.

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from metalearn.training.evaluation import Estimate
+from metalearn.training.evaluation import MeanCI
 
 GREY = "#666666"
 _WIDTH, _MARGIN = 9.0, 0.1  # inches
@@ -26,7 +26,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")  # one more than colour
 _DASHES = ((), (5, 2), (6, 2, 1, 2), (1, 1.5), (10, 3), (3, 1, 1, 1, 1, 1), (2, 3), (10, 2, 2, 2, 2, 2))
 
 
-class Look(NamedTuple):
+class LineStyle(NamedTuple):
     """How a line is drawn; ``dashes`` are lengths of ink and of gaps in line widths, none for a solid line."""
 
     colour: str
@@ -34,18 +34,18 @@ class Look(NamedTuple):
     dashes: tuple[float, ...]
 
 
-def look(position: int) -> Look:
+def line_style(position: int) -> LineStyle:
     """That of the variant at a position."""
-    return Look(
+    return LineStyle(
         _COLOURS[position % len(_COLOURS)], _MARKERS[position % len(_MARKERS)], _DASHES[position % len(_DASHES)]
     )
 
 
-NEUTRAL = Look("#444444", "o", ())
+NEUTRAL = LineStyle("#444444", "o", ())
 """Of what belongs to no variant alone."""
 
 
-def plain(text: str) -> str:
+def escape_mathtext(text: str) -> str:
     """Text that matplotlib does not take for a formula."""
     return text.replace("$", r"\$")
 
@@ -53,7 +53,7 @@ def plain(text: str) -> str:
 def new_figure(title: str, note: str, *, height: float = 4.8, panels: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure with panels side by side that share the vertical axis' position, not its scale."""
     figure = Figure(figsize=(_WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=_MARGIN, h_pad=_MARGIN))
-    figure.suptitle(f"{plain(title)}\n{plain(note)}", fontsize="large")
+    figure.suptitle(f"{escape_mathtext(title)}\n{escape_mathtext(note)}", fontsize="large")
     axes = [figure.add_subplot(1, panels, panel + 1) for panel in range(panels)]
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
@@ -62,25 +62,34 @@ def new_figure(title: str, note: str, *, height: float = 4.8, panels: int = 1) -
     return figure, axes
 
 
-def name_rows(axes: Axes, names: Sequence[str]) -> None:
+def label_rows(axes: Axes, names: Sequence[str]) -> None:
     """A row for each name, from top to bottom."""
-    axes.set_yticks(range(len(names)), [plain(name) for name in names])
+    axes.set_yticks(range(len(names)), [escape_mathtext(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
 
 
-def draw_line(axes: Axes, x: Sequence[float], y: Sequence[float], at: Look, name: str, *, marks: int = 1) -> None:
+def draw_line(axes: Axes, x: Sequence[float], y: Sequence[float], at: LineStyle, name: str, *, marks: int = 1) -> None:
     """A line in its look, with a marker on every ``marks``-th point."""
     (line,) = axes.plot(
-        x, y, color=at.colour, marker=at.marker, markersize=5, markevery=marks, linewidth=1.6, label=plain(name)
+        x,
+        y,
+        color=at.colour,
+        marker=at.marker,
+        markersize=5,
+        markevery=marks,
+        linewidth=1.6,
+        label=escape_mathtext(name),
     )
     if at.dashes:
         line.set_dashes(at.dashes)
 
 
-def draw_estimate(axes: Axes, row: float, percent: Estimate, seeds: Sequence[float], at: Look, *, hollow: bool) -> None:
+def draw_estimate(
+    axes: Axes, row: float, percent: MeanCI, seeds: Sequence[float], at: LineStyle, *, hollow: bool
+) -> None:
     """A mean with its interval, and a faint dot per seed beside it."""
     beside = row + (0.13 if hollow else -0.13)
     axes.plot(seeds, [beside] * len(seeds), "o", color=at.colour, alpha=0.35, markersize=4.5, markeredgewidth=0)
@@ -96,7 +105,7 @@ def draw_estimate(axes: Axes, row: float, percent: Estimate, seeds: Sequence[flo
     )
 
 
-def key(label: str, *, hollow: bool = False, seed: bool = False) -> Line2D:
+def legend_handle(label: str, *, hollow: bool = False, seed: bool = False) -> Line2D:
     """An entry of a legend that explains the marks of ``draw_estimate``."""
     return Line2D(
         [],
@@ -130,6 +139,6 @@ def legend_below(figure: Figure, entries: Iterable[Line2D] = ()) -> None:
     )
 
 
-def in_percent(estimate: Estimate) -> Estimate:
+def to_percent(estimate: MeanCI) -> MeanCI:
     """Of a fraction."""
-    return Estimate(100 * estimate.mean, 100 * estimate.ci95)
+    return MeanCI(100 * estimate.mean, 100 * estimate.ci95)

@@ -12,7 +12,7 @@ from metalearn.core.types import Episodes, Params
 from metalearn.data.sinusoid import SinusoidSampler
 from metalearn.inner import adapt, predict
 from metalearn.training.experiment import Experiment
-from metalearn.training.tracking.plot_style import look
+from metalearn.training.tracking.plot_style import line_style
 
 STEPS = (0, 1, 10)
 _TASKS = 4
@@ -45,7 +45,7 @@ def sinusoid_figure(experiment: Experiment, params: Params) -> Figure:
         axes.plot(x, amplitude * torch.sin(x - phase), color="#666666", linewidth=3, alpha=0.5, label="the curve")
         for i, (k, y) in enumerate(zip(STEPS, drawn, strict=True)):
             name = "before" if k == 0 else f"after {k} step{'s' if k > 1 else ''}"
-            axes.plot(x, y[t], color=look(i).colour, dashes=look(i).dashes, label=name)
+            axes.plot(x, y[t], color=line_style(i).colour, dashes=line_style(i).dashes, label=name)
         support = tasks.support_x[t].cpu(), tasks.support_y[t].cpu()
         axes.plot(*support, "o", color="black", markersize=5, label="support")
         axes.set(

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from metalearn.training.evaluation import Estimate, Evaluation
-from metalearn.training.tracking.event_files import EVENT_FILES, Point, read_scalars
-from metalearn.training.tracking.hparams import Value, experiment, session
+from metalearn.training.evaluation import Evaluation, MeanCI
+from metalearn.training.tracking.event_files import EVENT_FILES, ScalarEvent, read_scalars
+from metalearn.training.tracking.hparams import Value, experiment_summary, session_summaries
 
 if TYPE_CHECKING:  # the lab brings all lessons and matplotlib, which no training needs
     from metalearn.lessons import Lesson
@@ -28,7 +28,7 @@ _OF_THE_END = ("test/", "time/median_meta_step_ms")
 _LONGEST_WAIT_S = 10.0
 
 
-def _with_ends(tag: str) -> list[str]:
+def _interval_tags(tag: str) -> list[str]:
     """The tags of an estimate: its mean and the ends of its interval."""
     return [tag, f"{tag}_low", f"{tag}_high"]
 
@@ -38,9 +38,9 @@ def _with_ends(tag: str) -> list[str]:
 LAYOUT: dict[str, dict[str, list[str | list[str]]]] = {
     "Accuracy": {
         "validation accuracy": ["Multiline", ["^validation/accuracy$"]],
-        "validation accuracy, 95% interval": ["Margin", _with_ends("validation/accuracy")],
+        "validation accuracy, 95% interval": ["Margin", _interval_tags("validation/accuracy")],
         "query accuracy in training": ["Multiline", ["^train/query_accuracy$"]],
-        "test accuracy by inner step, 95% interval": ["Margin", _with_ends("test/accuracy_by_inner_step")],
+        "test accuracy by inner step, 95% interval": ["Margin", _interval_tags("test/accuracy_by_inner_step")],
     },
     "Cost": {
         "time of a meta-step, ms": ["Multiline", ["^time/meta_step_ms$"]],
@@ -56,7 +56,7 @@ LAYOUT: dict[str, dict[str, list[str | list[str]]]] = {
 }
 
 
-class Tracker:
+class TensorBoardLogger:
     """Writes a run's event file; a context manager, so that nothing is lost when the run ends early.
 
     Args:
@@ -81,12 +81,12 @@ class Tracker:
         self._run_dir = run_dir
         self._shown: dict[tuple[str, int], float] = {}
         _warn_of_lost_points(run_dir, position or {})
-        copied = _put_aside(run_dir, aside) if aside else {}
+        copied = _archive_event_files(run_dir, aside) if aside else {}
         earlier = resumed_at is not None and any(run_dir.glob(EVENT_FILES))
         if resumed_at is not None and earlier:
             curves = read_scalars(run_dir)
             self._shown = {(tag, p.step): p.value for tag in curves for p in curves[tag] if p.step <= resumed_at}
-            _pass_the_second(run_dir)
+            _wait_for_next_second(run_dir)
         self._tags = {tag for tag, _ in self._shown} | set(copied)
         # Some readers purge only from the second session on: the first must be marked as well.
         self._writer = SummaryWriter(str(run_dir), purge_step=0 if resumed_at is None else resumed_at + 1)
@@ -97,7 +97,7 @@ class Tracker:
             for point in points:
                 self._writer.add_scalar(tag, point.value, point.step, point.wall_time)
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> TensorBoardLogger:
         return self
 
     def __exit__(
@@ -108,7 +108,7 @@ class Tracker:
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
         """Points of several curves at one meta-step."""
         for tag, value in values.items():
-            if self._shown.get((tag, iteration)) != _as_shown(value):
+            if self._shown.get((tag, iteration)) != _as_float32(value):
                 self._writer.add_scalar(tag, value, iteration)
             self._tags.add(tag)
 
@@ -137,9 +137,9 @@ class Tracker:
             steps = len(result.per_step) - 1
             self.scalars({f"test/{name}_nontransductive": result.nontransductive.mean}, steps)
 
-    def _estimate(self, tag: str, estimate: Estimate, step: int) -> None:
+    def _estimate(self, tag: str, estimate: MeanCI, step: int) -> None:
         mean, ci95 = estimate.mean, estimate.ci95
-        self.scalars(dict(zip(_with_ends(tag), (mean, mean - ci95, mean + ci95), strict=True)), step)
+        self.scalars(dict(zip(_interval_tags(tag), (mean, mean - ci95, mean + ci95), strict=True)), step)
 
     def hparams(self, values: Mapping[str, Value], metrics: Mapping[str, float], iteration: int = 0) -> None:
         """Make the run a row of the HParams table; once, at its end.
@@ -149,7 +149,7 @@ class Tracker:
             metrics: by tag, those of ``hparams.METRICS``; one that the run shows already is left alone.
             iteration: meta-steps taken.
         """
-        for summary in session(values):
+        for summary in session_summaries(values):
             self._writer._get_file_writer().add_summary(summary)  # add_hparams would make a run of its own
         self.scalars({tag: value for tag, value in metrics.items() if tag not in self._tags}, iteration)
         self._writer.flush()
@@ -163,7 +163,7 @@ class Tracker:
         self._writer.add_image(tag, picture, iteration, dataformats="HWC")
 
 
-def _as_shown(value: float) -> float:
+def _as_float32(value: float) -> float:
     """As an event file keeps it, in single precision."""
     return float(np.float32(value))
 
@@ -183,7 +183,7 @@ def _warn_of_lost_points(run_dir: Path, position: Mapping[str, int]) -> None:
             )
 
 
-def _put_aside(run_dir: Path, folder: Path) -> dict[str, list[Point]]:
+def _archive_event_files(run_dir: Path, folder: Path) -> dict[str, list[ScalarEvent]]:
     """Move the event files of a finished run, and return its curves but for what its end has shown."""
     files = list(run_dir.glob(EVENT_FILES))
     curves = read_scalars(run_dir) if files else {}
@@ -192,7 +192,7 @@ def _put_aside(run_dir: Path, folder: Path) -> dict[str, list[Point]]:
     return {tag: points for tag, points in curves.items() if not tag.startswith(_OF_THE_END)}
 
 
-def _pass_the_second(run_dir: Path) -> None:
+def _wait_for_next_second(run_dir: Path) -> None:
     """Wait until a new event file's name, which begins with the second, sorts behind all: they are read by name."""
     newest = int(max(path.name for path in run_dir.glob(EVENT_FILES)).split(".")[3])
     if (ahead := newest + 1 - time.time()) > _LONGEST_WAIT_S:
@@ -201,7 +201,7 @@ def _pass_the_second(run_dir: Path) -> None:
         time.sleep(ahead)
 
 
-class ReportTracker:
+class ReportLogger:
     """Writes the event file of a comparison's report, over that of an earlier report.
 
     Args:
@@ -224,13 +224,13 @@ class ReportTracker:
         for path in self._folder.glob(EVENT_FILES):
             path.unlink()
         with SummaryWriter(str(self._folder)) as writer:
-            writer._get_file_writer().add_summary(experiment(runs))
+            writer._get_file_writer().add_summary(experiment_summary(runs))
             writer.add_text("report", text)
             for name, picture in pictures.items():
                 writer.add_image(f"report/{name}", picture, dataformats="HWC")
 
 
-class LessonTracker:
+class LessonLogger:
     """Writes the event file of the lab; close it, as with ``contextlib.closing``."""
 
     def __init__(self, folder: Path) -> None:

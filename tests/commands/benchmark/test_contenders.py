@@ -14,10 +14,10 @@ from metalearn.commands.benchmark.contenders import (
     BY_HAND,
     LEARN2LEARN,
     OURS,
-    Contender,
     DisagreementError,
-    check_equal,
-    contenders,
+    Method,
+    build_methods,
+    check_gradients_equal,
 )
 from metalearn.core.functional import relative_error
 from metalearn.metagrad import ENGINES
@@ -32,7 +32,7 @@ HAND: dict[str, Peer] = {BY_HAND: by_hand.meta_gradient}
 
 
 def test_who_takes_part() -> None:
-    found = contenders(INNER, {**HAND, LEARN2LEARN: by_hand.meta_gradient})
+    found = build_methods(INNER, {**HAND, LEARN2LEARN: by_hand.meta_gradient})
     second = [(OURS, engine, True) for engine in ENGINES] + [(BY_HAND, "", True), (LEARN2LEARN, "", True)]
     first = [(OURS, "unroll", False), (BY_HAND, "", False), (LEARN2LEARN, "", False)]
     assert [(c.library, c.engine, c.second_order) for c in found] == second + first
@@ -41,7 +41,7 @@ def test_who_takes_part() -> None:
 def test_all_agree() -> None:
     peers, _ = installed_peers()
     step = meta_step()
-    differences = check_equal(contenders(step.inner, {**HAND, **peers}), step.module, draws())
+    differences = check_gradients_equal(build_methods(step.inner, {**HAND, **peers}), step.module, draws())
     assert differences["float64"] < 1e-9
     assert 0 < differences["float32"] < 1e-4  # 0 would mean that it was not compared in float32
 
@@ -49,19 +49,19 @@ def test_all_agree() -> None:
 @pytest.mark.parametrize("second_order", [True, False])
 def test_a_wrong_meta_gradient_is_not_timed(second_order: bool) -> None:
     step = meta_step()
-    found = contenders(step.inner, HAND)
+    found = build_methods(step.inner, HAND)
     other = next(c for c in found if c.second_order != second_order)
-    cheat = Contender("cheat", "fast", second_order, other.step)
+    cheat = Method("cheat", "fast", second_order, other.step)
     order = "second order" if second_order else "first order"
     with pytest.raises(
         DisagreementError, match=rf"cheat fast, {order} differs from metalearn unroll, {order} by .* in float64"
     ):
-        check_equal([*found, cheat], step.module, draws())
+        check_gradients_equal([*found, cheat], step.module, draws())
 
 
-def _spoilt_in_float32(spoil: Callable[[Tensor], object], draws_spoilt: int) -> Contender:
+def _spoilt_in_float32(spoil: Callable[[Tensor], object], draws_spoilt: int) -> Method:
     """Right in float64, and in float32 on all draws but the first ones."""
-    right, calls = contenders(INNER, HAND)[0], itertools.count()
+    right, calls = build_methods(INNER, HAND)[0], itertools.count()
 
     def step(module: nn.Module, episodes: Episodes) -> MetaGradient:
         result = right.step(module, episodes)
@@ -69,29 +69,31 @@ def _spoilt_in_float32(spoil: Callable[[Tensor], object], draws_spoilt: int) -> 
             spoil(next(iter(result.grads.values())))
         return result
 
-    return Contender("cheat", "", True, step)
+    return Method("cheat", "", True, step)
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
 def test_what_is_wrong_in_float32_alone_is_not_timed(factor: float) -> None:
     cheat = _spoilt_in_float32(lambda g: g.mul_(factor), draws_spoilt=2)
     with pytest.raises(DisagreementError, match=r"cheat, second order in float32 is .* its own float64 gradient"):
-        check_equal([*contenders(INNER, HAND), cheat], meta_step().module, draws())
+        check_gradients_equal([*build_methods(INNER, HAND), cheat], meta_step().module, draws())
 
 
 def test_a_draw_that_rounding_moves_over_a_kink_is_no_fault() -> None:
     cheat = _spoilt_in_float32(lambda g: g.mul_(1.5), draws_spoilt=1)  # of three
-    assert check_equal([*contenders(INNER, HAND), cheat], meta_step().module, draws())["float32"] < 1e-4
+    assert check_gradients_equal([*build_methods(INNER, HAND), cheat], meta_step().module, draws())["float32"] < 1e-4
 
 
 def test_what_is_not_a_number_in_float64_is_not_timed() -> None:
     def nowhere(module: nn.Module, episodes: Episodes) -> MetaGradient:
-        result = contenders(INNER, HAND)[0].step(module, episodes)
+        result = build_methods(INNER, HAND)[0].step(module, episodes)
         next(iter(result.grads.values())).fill_(float("nan"))
         return result
 
     with pytest.raises(DisagreementError, match=r"cheat, second order differs from .* by inf in float64"):
-        check_equal([*contenders(INNER, HAND), Contender("cheat", "", True, nowhere)], meta_step().module, draws())
+        check_gradients_equal(
+            [*build_methods(INNER, HAND), Method("cheat", "", True, nowhere)], meta_step().module, draws()
+        )
 
 
 @pytest.mark.parametrize("second_order", [True, False])
@@ -101,7 +103,7 @@ def test_the_hand_written_loop_equals_the_engines_and_leaves_the_module_alone(se
     frozen = next(iter(module.parameters())).requires_grad_(False)
     episodes = image_episodes()
     inner = InnerLoop(lr=0.1, steps=steps, second_order=second_order)
-    ours, theirs = (c.step(module, episodes) for c in contenders(inner, HAND, orders=[second_order])[-2:])
+    ours, theirs = (c.step(module, episodes) for c in build_methods(inner, HAND, orders=[second_order])[-2:])
     assert ours.grads.keys() == theirs.grads.keys()
     assert relative_error(theirs.grads, ours.grads) < 1e-12
     assert all(p.grad is None for p in module.parameters())

@@ -12,23 +12,25 @@ from PIL import Image
 from metalearn import metagrad
 from metalearn.commands.benchmark import engines as engine_table
 from metalearn.commands.benchmark.check import check_benchmark
-from metalearn.commands.benchmark.engine_settings import Row, Setting
+from metalearn.commands.benchmark.engine_settings import EngineBenchmark, EngineCost
 from metalearn.commands.benchmark.engines import run_engine_table, variants
 from metalearn.config.commands_schema import BenchmarkConfig
-from metalearn.config.compose import compose, typed
+from metalearn.config.compose import compose, to_dataclass
 from metalearn.core.errors import RunError
 from metalearn.metagrad.unroll import unroll
 
-TINY = Setting("5way_1shot", 3, 1, 1, 5, 4, steps=(1, 4), timed=(4,))
+TINY = EngineBenchmark("5way_1shot", 3, 1, 1, 5, 4, steps=(1, 4), timed=(4,))
 
 
 @pytest.fixture(autouse=True)
 def _memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_table, "keep_memory", lambda: False)  # it would last for the tests that follow
+    monkeypatch.setattr(engine_table, "configure_malloc", lambda: False)  # it would last for the tests that follow
 
 
 def test_every_engine_stands_beside_first_order_on_the_same_tasks() -> None:
-    names = [Row(v.engine, v.second_order, v.task_chunk, v.snapshot_every, 4, 0.0).name for v in variants(TINY, 4)]
+    names = [
+        EngineCost(v.engine, v.second_order, v.task_chunk, v.snapshot_every, 4, 0.0).name for v in variants(TINY, 4)
+    ]
     assert names[:4] == ["first order", "unroll", "checkpoint", "adjoint"]
     assert {f"{n}, 1 task at a time" for n in names[:4]} < set(names)
     assert {"checkpoint, 4 tasks at a time", "adjoint, 4 tasks at a time"} < set(names)
@@ -37,7 +39,7 @@ def test_every_engine_stands_beside_first_order_on_the_same_tasks() -> None:
 
 def config(*overrides: str) -> BenchmarkConfig:
     settings = ["data=glyphs", "bench.kind=engines", "bench.setting=5way_1shot", "bench.rounds=2", *overrides]
-    composed = typed(compose("benchmark", settings), BenchmarkConfig)
+    composed = to_dataclass(compose("benchmark", settings), BenchmarkConfig)
     check_benchmark(composed)
     return composed
 
@@ -46,7 +48,7 @@ def test_file_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(engine_table, "SETTINGS", (TINY,))
     run_engine_table(config("bench.limit_mib=0.9"), tmp_path)
     report = json.loads((tmp_path / "benchmark.json").read_text())
-    rows = [Row(**row) for row in report["settings"]["5way_1shot"]["rows"]]
+    rows = [EngineCost(**row) for row in report["settings"]["5way_1shot"]["rows"]]
     at = {(row.name, row.steps): row for row in rows}
     assert at["unroll", 4].peak_mib is None, "over the limit"
     assert at["unroll", 4].median_ms is None

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from metalearn import InnerLoop
-from metalearn.commands.benchmark.contenders import BY_HAND, contenders
-from metalearn.commands.benchmark.measure import figures, parts_of, shares
+from metalearn.commands.benchmark.contenders import BY_HAND, build_methods
+from metalearn.commands.benchmark.measure import compute_results, step_components, time_breakdown
 from metalearn.commands.benchmark.slopes import log_log_slope
-from metalearn.core.profiling.flops import StepFlops, count_flops, matrix_product_peak, needed_flops
-from metalearn.core.profiling.timing import quartiles, ratios, seconds, time_in_turns
+from metalearn.core.profiling.flops import StepFlops, count_flops, meta_gradient_flops, peak_matmul_flops
+from metalearn.core.profiling.timing import quartiles, ratios, seconds, time_interleaved
 from metalearn.metagrad.baselines import by_hand
 from metalearn.models import MLP, Conv4
 from tests.commands.benchmark.factories import CPU, meta_step
@@ -36,18 +36,18 @@ def test_everyone_takes_one_turn_a_round_and_the_warm_up_is_thrown_away() -> Non
         calls.append(key)
         return len(calls)
 
-    assert time_in_turns(taken, ["a", "b"], 2, warm_up=1, on_round=told.append) == {"a": [3, 5], "b": [4, 6]}
+    assert time_interleaved(taken, ["a", "b"], 2, warm_up=1, on_round=told.append) == {"a": [3, 5], "b": [4, 6]}
     assert calls == ["a", "b"] * 3
     assert told == [1, 2, 3]
     assert seconds(lambda: None, CPU) >= 0
 
 
 def test_speed_rate_and_share_of_the_peak() -> None:
-    found = [c for c in contenders(InnerLoop(lr=0.1, steps=1), HAND) if c.engine in ("unroll", "")]
+    found = [c for c in build_methods(InnerLoop(lr=0.1, steps=1), HAND) if c.engine in ("unroll", "")]
     second, hand, first, hand_first = found
     measured = {second.name: [0.5, 0.25], hand.name: [1.0, 1.0], first.name: [0.2, 0.2], hand_first.name: [0.1, 0.1]}
     peaks = {c.name: 7.0 for c in found}
-    rows = figures(found, measured, peaks, StepFlops(2, 6), against=BY_HAND, matrix_product_peak=64)
+    rows = compute_results(found, measured, peaks, StepFlops(2, 6), against=BY_HAND, matrix_product_peak=64)
     assert [row.speed for row in rows] == [3, 1, 0.5, 1]  # twice and four times as fast: three times at the median
     assert rows[0].speed_quartiles == (2.5, 3.5)
     assert rows[0].median_ms == 375
@@ -58,13 +58,13 @@ def test_speed_rate_and_share_of_the_peak() -> None:
 
 
 def test_shares_are_differences_of_medians() -> None:
-    found = contenders(InnerLoop(lr=0.1, steps=1), {})
+    found = build_methods(InnerLoop(lr=0.1, steps=1), {})
     measured = {c.name: [0.9 if c.second_order else 0.5] * 2 for c in found}
     measured |= {"data": [0.05] * 2, "forward": [0.2] * 2, "optimiser": [0.05] * 2}
-    found_shares = shares(found, measured)["share"]
+    found_shares = time_breakdown(found, measured)["share"]
     expected = {"data": 0.05, "forward": 0.2, "gradient": 0.3, "second-order pass": 0.4, "optimiser": 0.05}
     assert found_shares == pytest.approx(expected)
-    assert shares(found, {**measured, "forward": [0.6, 0.6]})["share"]["gradient"] == 0
+    assert time_breakdown(found, {**measured, "forward": [0.6, 0.6]})["share"]["gradient"] == 0
 
 
 def test_the_parts_of_a_meta_step_run() -> None:
@@ -75,7 +75,7 @@ def test_the_parts_of_a_meta_step_run() -> None:
         def batch(self, index: int, tasks: int) -> None:
             asked.append((index, tasks))
 
-    parts = parts_of(step, Sampler(), lr=0.1)  # type: ignore[arg-type]
+    parts = step_components(step, Sampler(), lr=0.1)  # type: ignore[arg-type]
     before = [p.clone() for p in step.module.parameters()]
     for part in parts.values():
         part()
@@ -100,7 +100,7 @@ def spent(module: nn.Module, steps: int, *, second_order: bool) -> tuple[int, in
     """FLOPs of a hand-written meta-gradient as torch counts them, and what is said to be needed."""
     episodes = image_episodes(dtype=torch.float32)
     inner = InnerLoop(lr=0.1, steps=steps, second_order=second_order)
-    needed = needed_flops(module, episodes, steps)
+    needed = meta_gradient_flops(module, episodes, steps)
     counted = count_flops(partial(by_hand.meta_gradient, module, episodes, inner))
     return counted, needed.second_order if second_order else needed.first_order
 
@@ -129,4 +129,4 @@ def test_strided_convolutions_spend_little_more_than_is_needed() -> None:
 
 
 def test_the_peak_is_a_rate() -> None:
-    assert matrix_product_peak(CPU, size=64) > 0
+    assert peak_matmul_flops(CPU, size=64) > 0

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from metalearn.commands.benchmark import contenders
 from metalearn.commands.benchmark import run as benchmark
-from metalearn.commands.benchmark.contenders import BY_HAND, LEARN2LEARN, DisagreementError, check_equal
+from metalearn.commands.benchmark.contenders import BY_HAND, LEARN2LEARN, DisagreementError, check_gradients_equal
 from metalearn.commands.benchmark.run import run_benchmark
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.data.splits import ImageSplits
@@ -28,8 +28,8 @@ from tests.commands.benchmark.factories import CPU, TINY, config
 def _small_and_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small setting, small matrices, and no line that is broken where a test looks for it."""
     monkeypatch.setattr(benchmark, "SETTINGS", (TINY,))
-    monkeypatch.setattr(benchmark, "matrix_product_peak", lambda _: 1e9)
-    monkeypatch.setattr(benchmark, "keep_memory", lambda: False)  # it would last for the tests that follow
+    monkeypatch.setattr(benchmark, "peak_matmul_flops", lambda _: 1e9)
+    monkeypatch.setattr(benchmark, "configure_malloc", lambda: False)  # it would last for the tests that follow
     monkeypatch.setattr(rich, "_console", Console(width=200))
 
 
@@ -69,9 +69,9 @@ def test_a_setting_that_fails_is_reported_and_the_others_are_timed(
     def refuse_four_ways(found: Any, module: Any, batches: Any) -> Any:
         if module.head.out_features == 4:
             raise DisagreementError("one of them is wrong")
-        return check_equal(found, module, batches)
+        return check_gradients_equal(found, module, batches)
 
-    monkeypatch.setattr(benchmark, "check_equal", refuse_four_ways)
+    monkeypatch.setattr(benchmark, "check_gradients_equal", refuse_four_ways)
     with pytest.raises(RunError, match=r"^1 of 2 settings could not be timed.*\n20way_1shot: one of them is wrong$"):
         written(tmp_path)
     settings = json.loads((tmp_path / "benchmark.json").read_text())["settings"]
@@ -99,7 +99,7 @@ def test_without_other_libraries_ratios_are_to_the_hand_written_loop(
 
 
 def test_learn2learn_is_the_yardstick_where_it_is_installed() -> None:
-    assert contenders.yardstick({BY_HAND: lambda *_: NotImplemented, LEARN2LEARN: lambda *_: NotImplemented}) == (
+    assert contenders.baseline({BY_HAND: lambda *_: NotImplemented, LEARN2LEARN: lambda *_: NotImplemented}) == (
         LEARN2LEARN
     )
 

@@ -11,20 +11,20 @@ import pytest
 import torch
 
 from metalearn.commands.benchmark import scaling
-from metalearn.commands.benchmark.ring import Link, all_reduce_s, efficiency, tasks_per_second
-from metalearn.commands.benchmark.scaling import Setting, command, configuration, main, report, show
-from metalearn.training.experiment import build
-from metalearn.training.runtime.distributed import Ranks
+from metalearn.commands.benchmark.ring import Interconnect, all_reduce_s, efficiency, tasks_per_second
+from metalearn.commands.benchmark.scaling import ProcessLayout, configuration, main, report, show, worker_command
+from metalearn.training.experiment import build_experiment
+from metalearn.training.runtime.distributed import DistributedContext
 
-EIGHT = Link("eight", 8, 100e9, 2e-6)
+EIGHT = Interconnect("eight", 8, 100e9, 2e-6)
 
 
 def test_all_reduce_around_a_ring() -> None:
     # 2 * 7/8 * 400 kB / 100 GB/s = 7 us, and 14 steps of 2 us: 28 us
     assert all_reduce_s(400_000, EIGHT) == pytest.approx(35e-6)
     # Two GPUs: each sends its half and gets the other's sum back, 400 kB in all: 4 us, and 2 steps.
-    assert all_reduce_s(400_000, Link("two", 2, 100e9, 2e-6)) == pytest.approx(8e-6)
-    assert all_reduce_s(400_000, Link("one", 1, 100e9, 2e-6)) == 0
+    assert all_reduce_s(400_000, Interconnect("two", 2, 100e9, 2e-6)) == pytest.approx(8e-6)
+    assert all_reduce_s(400_000, Interconnect("one", 1, 100e9, 2e-6)) == 0
 
 
 def test_efficiency_is_the_share_of_computing() -> None:
@@ -48,9 +48,9 @@ def written(meta_step_s: float, all_reduce_s: float | None = None) -> dict[str, 
 
 
 FOUND = {
-    Setting(1, 1): [written(0.2), written(0.9), written(0.2)],
-    Setting(1, 2): [written(0.16), written(0.16), written(0.1)],
-    Setting(2, 1): [written(0.125, 2e-3), written(0.125, 4e-3), written(0.5, 9e-3)],
+    ProcessLayout(1, 1): [written(0.2), written(0.9), written(0.2)],
+    ProcessLayout(1, 2): [written(0.16), written(0.16), written(0.1)],
+    ProcessLayout(2, 1): [written(0.125, 2e-3), written(0.125, 4e-3), written(0.5, 9e-3)],
 }
 
 
@@ -75,11 +75,11 @@ def test_report_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_two_processes_are_torchruns() -> None:
-    several = command(Setting(2, 1), ["model.width=8"], 5, Path("x.json"))
+    several = worker_command(ProcessLayout(2, 1), ["model.width=8"], 5, Path("x.json"))
     assert several[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     tail = ["-m", "metalearn.commands.benchmark.scaling", "x.json", "model.width=8", "--worker-threads=1", "--steps=5"]
     assert several[5:] == tail
-    assert command(Setting(1, 2), [], 5, Path("x.json"))[:3] == [
+    assert worker_command(ProcessLayout(1, 2), [], 5, Path("x.json"))[:3] == [
         sys.executable,
         "-m",
         "metalearn.commands.benchmark.scaling",
@@ -98,14 +98,14 @@ def test_a_process_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "1x1.json"
     main([str(path), *small, "--worker-threads=1", "--steps=2"])
     found = json.loads(path.read_text())
-    theta = build(configuration(small)).theta
+    theta = build_experiment(configuration(small)).theta
     assert found["gradient_bytes"] == sum(p.nbytes for p in theta.values())
     assert found["meta_step_s"] > 0
     assert found["all_reduce_s"] is None
 
 
 def test_an_all_reduce_is_timed_between_all_processes() -> None:
-    class Counting(Ranks):
+    class Counting(DistributedContext):
         def sum(self, tensors: Any) -> Any:
             sizes.append(tensors[0].numel())
             return tensors
@@ -136,7 +136,7 @@ def test_what_was_measured_before_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_a_process_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys; print('it broke'); sys.exit(3)"
-    monkeypatch.setattr(scaling, "command", lambda *args: [sys.executable, "-c", code])
+    monkeypatch.setattr(scaling, "worker_command", lambda *args: [sys.executable, "-c", code])
     with pytest.raises(SystemExit, match=r"processes=1, threads=1\) ended with status 3: it broke"):
         main([str(tmp_path), "--rounds=1"])
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from metalearn.commands.benchmark import sweeps
-from metalearn.commands.benchmark.contenders import DisagreementError, check_equal
+from metalearn.commands.benchmark.contenders import DisagreementError, check_gradients_equal
 from metalearn.commands.benchmark.settings import SWEEPS, Sweep
 from metalearn.commands.benchmark.sweeps import run_sweeps
 from metalearn.core.errors import RunError
@@ -20,7 +20,7 @@ from tests.commands.benchmark.factories import TINY, config
 
 def test_file_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sweeps, "SWEEPS", (Sweep("tasks", "tasks T", TINY, (1, 2, 4)),))
-    monkeypatch.setattr(sweeps, "keep_memory", lambda: False)
+    monkeypatch.setattr(sweeps, "configure_malloc", lambda: False)
     run_sweeps(config("bench.kind=sweeps"), tmp_path)
     lines = json.loads((tmp_path / "benchmark.json").read_text())["sweeps"]["tasks"]["lines"]
     assert [line["name"] for line in lines[:2]] == ["metalearn unroll, second order", "metalearn unroll, first order"]
@@ -36,14 +36,14 @@ def test_a_sweep_that_fails_is_reported_and_the_others_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweeps, "SWEEPS", (Sweep("width", "w", TINY, (3, 4)), Sweep("tasks", "T", TINY, (1, 2))))
-    monkeypatch.setattr(sweeps, "keep_memory", lambda: False)
+    monkeypatch.setattr(sweeps, "configure_malloc", lambda: False)
 
     def refuse_width_3(found: Any, module: Any, batches: Any) -> Any:
         if module.head.in_features == 3:
             raise DisagreementError("one of them is wrong")
-        return check_equal(found, module, batches)
+        return check_gradients_equal(found, module, batches)
 
-    monkeypatch.setattr(sweeps, "check_equal", refuse_width_3)
+    monkeypatch.setattr(sweeps, "check_gradients_equal", refuse_width_3)
     with pytest.raises(RunError, match=r"^1 of 2 settings could not be timed.*\nwidth: one of them is wrong$"):
         run_sweeps(config("bench.kind=sweeps"), tmp_path)
     report = json.loads((tmp_path / "benchmark.json").read_text())["sweeps"]

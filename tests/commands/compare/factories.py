@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from metalearn.commands.benchmark.engine_settings import Row
-from metalearn.commands.compare.results import CurvePoint, Difference, Results, RunResult, TimeTo, VariantResult
-from metalearn.training.evaluation import Estimate
+from metalearn.commands.benchmark.engine_settings import EngineCost
+from metalearn.commands.compare.results import CurvePoint, Difference, Results, RunResult, TimeToAccuracy, VariantResult
+from metalearn.training.evaluation import MeanCI
 
 SPREAD = (-0.004, 0.001, 0.003)  # of three seeds around their mean, which it leaves where it is
 ITERATIONS = tuple(range(0, 1001, 50))
@@ -43,14 +43,14 @@ def variant(
         name,
         [f"inner.variant={name}"],
         [finished_run(name, seed, accuracy + spread[seed], ms=ms, mib=mib) for seed in range(seeds)],
-        accuracy=Estimate(accuracy, 0.009),
+        accuracy=MeanCI(accuracy, 0.009),
         tasks_ci95=0.005,
-        nontransductive=Estimate(accuracy - 0.04, 0.012),
-        per_step=[Estimate(0.2, 0.004), *(Estimate(accuracy - 0.02 * gap, 0.009) for gap in (2, 1, 0))],
+        nontransductive=MeanCI(accuracy - 0.04, 0.012),
+        per_step=[MeanCI(0.2, 0.004), *(MeanCI(accuracy - 0.02 * gap, 0.009) for gap in (2, 1, 0))],
         meta_step_ms=ms,
         peak_mib=mib,
         training_s=ms,
-        time_to=TimeTo(0.6 * ms, 600, seeds),
+        time_to=TimeToAccuracy(0.6 * ms, 600, seeds),
         curve=curve(accuracy, ms=ms, band=band),
         cosine=[CurvePoint(i, i * ms / 1000, cosine - i / 5000, cosine - 0.2, cosine + 0.01) for i in ITERATIONS],
     )
@@ -63,11 +63,11 @@ def broken_variant(name: str, reason: str = "the loss is not finite") -> Variant
 
 
 def difference(first: VariantResult, other: VariantResult, per_seed: Sequence[float], ci95: float) -> Difference:
-    estimate = Estimate(fmean(per_seed), ci95)
+    estimate = MeanCI(fmean(per_seed), ci95)
     return Difference(first.name, other.name, estimate, estimate, list(range(len(per_seed))), list(per_seed))
 
 
-def cost_rows(limit_at: int | None = None) -> list[Row]:
+def cost_rows(limit_at: int | None = None) -> list[EngineCost]:
     """As measured for 20-way 1-shot; ``unroll`` goes over the limit from one K on."""
     peaks = {
         "first order": (90.0, 90.0, 90.0, 90.0),
@@ -82,7 +82,7 @@ def cost_rows(limit_at: int | None = None) -> list[Row]:
             over = name == "unroll" and limit_at is not None and steps >= limit_at
             ms = None if over else 100.0 * steps * (3.0 if second_order else 1.0)
             engine = name if second_order else "unroll"
-            rows.append(Row(engine, second_order, None, 1, steps, None if over else peak, ms))
+            rows.append(EngineCost(engine, second_order, None, 1, steps, None if over else peak, ms))
     return rows
 
 
@@ -90,7 +90,7 @@ def results(
     variants: Sequence[VariantResult],
     differences: Sequence[Difference] = (),
     *,
-    cost: Sequence[Row] = (),
+    cost: Sequence[EngineCost] = (),
     seeds: int = 3,
     target: float | None = 0.95,
 ) -> Results:

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from metalearn.commands.compare.gather import differences, gather
-from metalearn.commands.compare.results import TimeTo
-from metalearn.commands.compare.variants import Job, Variant, find_variants, jobs
+from metalearn.commands.compare.gather import collect_results, differences
+from metalearn.commands.compare.results import TimeToAccuracy
+from metalearn.commands.compare.variants import Job, Variant, jobs, parse_variants
 from metalearn.config.commands_schema import CompareConfig
-from metalearn.config.compose import compose, typed
+from metalearn.config.compose import compose, to_dataclass
 
 
 def write_run(job: Job, tasks: list[float], validation: list[float], seconds: float) -> None:
@@ -44,7 +44,7 @@ def write_run(job: Job, tasks: list[float], validation: list[float], seconds: fl
 @pytest.fixture
 def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Variant], list[Job]]:
     monkeypatch.setattr(sys, "argv", ["compare.py"])
-    variants = find_variants(typed(compose("compare"), CompareConfig))
+    variants = parse_variants(to_dataclass(compose("compare"), CompareConfig))
     every = jobs(variants, [0, 1], tmp_path)
     second_0, first_0, second_1, first_1 = every
     write_run(second_0, [0.9, 0.8, 1.0], [0.5, 0.8, 0.9], seconds=2.0)
@@ -56,7 +56,7 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Va
 
 def test_figures_of_a_variant(comparison: tuple[list[Variant], list[Job]]) -> None:
     variants, every = comparison
-    (second, first), target = gather(variants, every, {}, None)
+    (second, first), target = collect_results(variants, every, {}, None)
     assert target == 0.76, "all four reach 76% (the last 76.4%), not all 77%"
     assert [run.state for run in second.runs] == ["finished", "finished"]
     assert second.accuracy is not None
@@ -70,7 +70,9 @@ def test_figures_of_a_variant(comparison: tuple[list[Variant], list[Job]]) -> No
     assert [e.mean for e in first.per_step] == pytest.approx([0.2, 0.75])
     assert (second.meta_step_ms, second.peak_mib, second.training_s) == (30.0, 51.0, 9.0)
     assert second.time_to is not None
-    assert second.time_to == TimeTo(4.0, 200, 2), "4 s at 200 for seed 0, 12 s at 300 for seed 1; the lower of two"
+    assert second.time_to == TimeToAccuracy(4.0, 200, 2), (
+        "4 s at 200 for seed 0, 12 s at 300 for seed 1; the lower of two"
+    )
     point = second.curve[1]
     assert (point.iteration, point.training_s) == (200, 6.0)
     assert (point.low, point.mean, point.high) == pytest.approx((0.7, 0.75, 0.8))
@@ -78,17 +80,17 @@ def test_figures_of_a_variant(comparison: tuple[list[Variant], list[Job]]) -> No
 
 
 def test_target_that_was_given(comparison: tuple[list[Variant], list[Job]]) -> None:
-    (second, first), target = gather(*comparison, {}, 0.88)
+    (second, first), target = collect_results(*comparison, {}, 0.88)
     assert target == 0.88
-    assert second.time_to == TimeTo(6.0, 300, 1), "only seed 0 reaches it"
+    assert second.time_to == TimeToAccuracy(6.0, 300, 1), "only seed 0 reaches it"
     assert first.time_to is None
-    (exactly, _), _ = gather(*comparison, {}, 0.9)
-    assert exactly.time_to == TimeTo(6.0, 300, 1), "0.9 is a little less in an event file's float32"
+    (exactly, _), _ = collect_results(*comparison, {}, 0.9)
+    assert exactly.time_to == TimeToAccuracy(6.0, 300, 1), "0.9 is a little less in an event file's float32"
 
 
 def test_differences_are_paired_by_seed(comparison: tuple[list[Variant], list[Job]], tmp_path: Path) -> None:
     variants, every = comparison
-    found, _ = gather(variants, every, {}, None)
+    found, _ = collect_results(variants, every, {}, None)
     (difference,) = differences(variants, found, tmp_path)
     assert (difference.first, difference.other, difference.seeds) == ("second_order", "first_order", [0, 1])
     assert difference.per_seed == pytest.approx([0.1, 0.2])
@@ -102,7 +104,7 @@ def test_one_seed_is_paired_by_task_only_where_the_tasks_are_the_same(
 ) -> None:
     variants, every = comparison
     some = [job for job in every if job.config.run.seed == 0]
-    found, _ = gather(variants, some, {}, None)
+    found, _ = collect_results(variants, some, {}, None)
     (paired,) = differences(variants, found, tmp_path)
     assert paired.accuracy.ci95 == pytest.approx(0.0, abs=1e-9), "every task differs by 0.1"
     assert paired.clear
@@ -118,7 +120,7 @@ def test_failed_and_missing_runs_take_no_others_figures(
     variants, every = comparison
     for job in every[1:]:
         (job.folder / "metrics.json").unlink()
-    found, target = gather(variants, every, {every[1].folder: "RunError: diverged"}, None)
+    found, target = collect_results(variants, every, {every[1].folder: "RunError: diverged"}, None)
     second, first = found
     assert target == 0.9
     assert [(run.state, run.reason) for run in first.runs] == [("failed", "RunError: diverged"), ("unfinished", None)]
@@ -133,6 +135,6 @@ def test_nothing_finished(comparison: tuple[list[Variant], list[Job]]) -> None:
     variants, every = comparison
     for job in every:
         (job.folder / "metrics.json").unlink()
-    found, target = gather(variants, every, {}, None)
+    found, target = collect_results(variants, every, {}, None)
     assert target is None
     assert all(not variant.finished for variant in found)

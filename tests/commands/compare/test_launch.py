@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from metalearn.commands.compare.launch import Children, why_failed
+from metalearn.commands.compare.launch import ProcessPool, failure_reason
 
 
 def python(code: str) -> list[str]:
@@ -19,7 +19,7 @@ def python(code: str) -> list[str]:
 
 def test_output_is_kept_and_watched(tmp_path: Path) -> None:
     seen: list[str] = []
-    with Children() as children:
+    with ProcessPool() as children:
         code = "import os; print('threads', os.environ['OMP_NUM_THREADS'], flush=True); raise SystemExit(3)"
         status, written = children.run(python(code), tmp_path / "a" / "log", threads=2, watch=seen.append)
     assert status == 3
@@ -31,7 +31,7 @@ def test_output_is_kept_and_watched(tmp_path: Path) -> None:
 def test_an_earlier_launchs_output_is_not_taken_for_this_ones(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("RunError: of yesterday\n")
-    with Children() as children:
+    with ProcessPool() as children:
         _, written = children.run(python("print('today')"), log, threads=1, watch=lambda piece: None)
     assert written == "today\n"
     assert log.read_text() == "RunError: of yesterday\ntoday\n"
@@ -44,7 +44,7 @@ def test_no_child_outlives_its_parent(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     before = set(psutil.Process().children())
-    children = Children()
+    children = ProcessPool()
     with pytest.raises(KeyboardInterrupt), children:
         children.run(python(code), tmp_path / "log", threads=1, watch=stop)
     (child,) = children.running
@@ -58,7 +58,7 @@ def test_a_child_that_will_not_end_is_killed(tmp_path: Path, monkeypatch: pytest
     code = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
     )
-    children = Children()
+    children = ProcessPool()
     child = subprocess.Popen(python(code), stdout=subprocess.PIPE)
     assert child.stdout is not None
     assert child.stdout.readline() == b"up\n"
@@ -72,7 +72,7 @@ def test_a_child_that_will_not_end_is_killed(tmp_path: Path, monkeypatch: pytest
 
 
 def test_none_is_started_once_the_others_are_stopped(tmp_path: Path) -> None:
-    children = Children()
+    children = ProcessPool()
     with children:
         pass
     with pytest.raises(ChildProcessError, match="being stopped"):
@@ -103,9 +103,9 @@ def test_none_is_started_once_the_others_are_stopped(tmp_path: Path) -> None:
     ],
 )
 def test_why_a_run_failed(status: int, written: str, reason: str, tmp_path: Path) -> None:
-    assert why_failed(status, written, tmp_path) == reason
+    assert failure_reason(status, written, tmp_path) == reason
 
 
 def test_a_run_with_metrics_is_finished_whatever_else_happened(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text("{}")
-    assert why_failed(-9, "RunError: x", tmp_path) is None
+    assert failure_reason(-9, "RunError: x", tmp_path) is None

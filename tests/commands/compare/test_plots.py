@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from metalearn.commands.benchmark.engine_settings import Row
+from metalearn.commands.benchmark.engine_settings import EngineCost
 from metalearn.commands.compare.captions import CAPTIONS
 from metalearn.commands.compare.plots import plots
 from metalearn.commands.compare.results import Results
-from metalearn.training.tracking.plot_style import look
+from metalearn.training.tracking.plot_style import line_style
 from tests.commands.compare.factories import broken_variant, cost_rows, difference, results, two_orders, variant
 
 LONG_NAMES = [f"engine-adjoint,task_chunk-{i}" for i in range(8)]
@@ -162,7 +162,7 @@ def test_no_limit_is_drawn_where_none_was_reached_and_no_panel_without_figures()
 
 
 def test_small_differences_look_small_on_a_logarithmic_axis() -> None:
-    close = [Row("unroll", False, None, 1, steps, 90.0 + steps, 30.0 + steps) for steps in (1, 2)]
+    close = [EngineCost("unroll", False, None, 1, steps, 90.0 + steps, 30.0 + steps) for steps in (1, 2)]
     figure = plots(dataclasses.replace(two_orders(), cost=close))["cost"]
     for axes in figure.axes:
         low, high = axes.get_ylim()
@@ -184,17 +184,17 @@ def test_cosine() -> None:
 
 
 def test_variants_differ_in_colour_marker_and_dashes() -> None:
-    assert all(len({look(i)[part] for i in range(8)}) == 8 for part in range(3))
-    assert len({look(i) for i in range(24)}) == 24
+    assert all(len({line_style(i)[part] for i in range(8)}) == 8 for part in range(3))
+    assert len({line_style(i) for i in range(24)}) == 24
     (axes,) = plots(results([variant(name) for name in LONG_NAMES]))["cosine"].axes
-    assert [line(axes, name).get_color() for name in LONG_NAMES] == [look(i).colour for i in range(8)]
-    assert [line(axes, name).get_marker() for name in LONG_NAMES] == [look(i).marker for i in range(8)]
+    assert [line(axes, name).get_color() for name in LONG_NAMES] == [line_style(i).colour for i in range(8)]
+    assert [line(axes, name).get_marker() for name in LONG_NAMES] == [line_style(i).marker for i in range(8)]
 
 
 def test_the_look_goes_by_position_also_where_another_variant_has_no_figures() -> None:
     second = variant("second_order")
     figure = plots(results([broken_variant("first_order"), second]))["validation"]
-    assert line(figure.axes[0], "second_order").get_color() == look(1).colour
+    assert line(figure.axes[0], "second_order").get_color() == line_style(1).colour
 
 
 def test_one_seed_has_a_dot_and_no_band() -> None:

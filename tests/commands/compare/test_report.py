@@ -14,9 +14,9 @@ from metalearn.commands.compare.captions import CAPTIONS
 from metalearn.commands.compare.markup import escape
 from metalearn.commands.compare.report import write_report
 from metalearn.commands.compare.results import Results
-from metalearn.commands.compare.summary import duration, headline, number
+from metalearn.commands.compare.summary import format_duration, format_number, headline
 from metalearn.commands.compare.tables import memory_rows, per_step_rows, run_rows, time_rows, variant_rows
-from metalearn.training.evaluation import Estimate
+from metalearn.training.evaluation import MeanCI
 from tests.commands.compare.factories import broken_variant, cost_rows, difference, results, two_orders, variant
 
 NASTY = "<script>alert(1)</script>|a|b\n\n# `c` *d* __e__ [f](http://g) ![h](http://i) ~~j~~ &amp; \\"
@@ -168,7 +168,7 @@ def test_table_of_variants() -> None:
 
 def test_tables_of_steps_costs_and_runs() -> None:
     given = two_orders()
-    short = dataclasses.replace(given.variants[1], per_step=[Estimate(0.2, 0.01), Estimate(0.9, 0.01)])
+    short = dataclasses.replace(given.variants[1], per_step=[MeanCI(0.2, 0.01), MeanCI(0.9, 0.01)])
     _, rows = per_step_rows(dataclasses.replace(given, variants=[given.variants[0], short]))
     assert rows[1] == ["first_order", "20.00% ± 1.00%", "90.00% ± 1.00%", "-", "-"]
     header, memory = memory_rows(dataclasses.replace(given, cost=cost_rows(limit_at=20)))
@@ -275,5 +275,5 @@ def test_several_differences_are_listed(tmp_path: Path) -> None:
 
 
 def test_numbers_and_durations() -> None:
-    assert [number(value) for value in (1234.4, 12.34, 0.567)] == ["1234", "12.3", "0.57"]
-    assert [duration(value) for value in (35, 378, 8640)] == ["35.0 s", "6.3 min", "2.4 h"]
+    assert [format_number(value) for value in (1234.4, 12.34, 0.567)] == ["1234", "12.3", "0.57"]
+    assert [format_duration(value) for value in (35, 378, 8640)] == ["35.0 s", "6.3 min", "2.4 h"]

@@ -7,23 +7,23 @@ import math
 import numpy as np
 import pytest
 
-from metalearn.commands.compare.statistics import difference, over_seeds, over_tasks
+from metalearn.commands.compare.statistics import difference, seed_ci, task_ci
 
 
 def test_students_t_with_three_seeds() -> None:
     # means 0.90, 0.92, 0.94: s = 0.02, t(0.975, 2) = 4.302653 (any table), half-width 4.302653 * 0.02 / sqrt(3)
-    estimate = over_seeds([0.90, 0.92, 0.94], [0.01, 0.01, 0.01])
+    estimate = seed_ci([0.90, 0.92, 0.94], [0.01, 0.01, 0.01])
     assert estimate.mean == pytest.approx(0.92)
     assert estimate.ci95 == pytest.approx(4.302653 * 0.02 / math.sqrt(3), rel=1e-6)
 
 
 def test_one_seed_has_the_interval_over_its_tasks() -> None:
-    estimate = over_seeds([0.9], [0.01])
+    estimate = seed_ci([0.9], [0.01])
     assert (estimate.mean, estimate.ci95) == (0.9, 0.01)
 
 
 def test_seeds_that_agree_by_chance_do_not_hide_the_tasks_scatter() -> None:
-    assert over_seeds([0.9, 0.9, 0.9], [0.03, 0.03, 0.03]).ci95 == pytest.approx(0.03 / math.sqrt(3))
+    assert seed_ci([0.9, 0.9, 0.9], [0.03, 0.03, 0.03]).ci95 == pytest.approx(0.03 / math.sqrt(3))
     tasks = [0.4, 0.6, 0.2, 0.8]
     estimate, _ = difference([tasks, tasks], [list(reversed(tasks)), list(reversed(tasks))], paired=True)
     assert estimate.mean == 0
@@ -31,8 +31,8 @@ def test_seeds_that_agree_by_chance_do_not_hide_the_tasks_scatter() -> None:
 
 
 def test_interval_over_tasks_alone_shrinks_with_the_seeds() -> None:
-    assert over_tasks([0.03]) == pytest.approx(0.03)
-    assert over_tasks([0.03] * 4) == pytest.approx(0.015)
+    assert task_ci([0.03]) == pytest.approx(0.03)
+    assert task_ci([0.03] * 4) == pytest.approx(0.015)
 
 
 def test_pairing_takes_the_tasks_difficulty_out() -> None:

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 from metalearn.commands.compare.launch import sweep
-from metalearn.commands.compare.variants import as_override, check_compare, find_variants, jobs
+from metalearn.commands.compare.variants import check_compare, format_override, jobs, parse_variants
 from metalearn.config.commands_schema import CompareConfig
-from metalearn.config.compose import compose, typed
-from metalearn.config.output_names import comparison_folder, in_progress, variant_names
-from metalearn.config.run_folder import locked
+from metalearn.config.compose import compose, to_dataclass
+from metalearn.config.output_names import comparison_dir_name, running_twin, variant_names
+from metalearn.config.run_folder import folder_lock
 from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import ConfigError
 
 
 def config(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> CompareConfig:
     monkeypatch.setattr(sys, "argv", ["compare.py", *overrides])
-    return typed(compose("compare", overrides), CompareConfig)
+    return to_dataclass(compose("compare", overrides), CompareConfig)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_long_names_fit_into_a_folder_and_stay_apart() -> None:
 
 def test_variants_have_the_shared_configuration_and_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = config(monkeypatch, "task.ways=7", "compare.variants=['task.shots=2','inner.engine=adjoint task.ways=6']")
-    two_shots, adjoint = find_variants(shared)
+    two_shots, adjoint = parse_variants(shared)
     assert (two_shots.name, two_shots.config.task.ways, two_shots.config.task.shots) == ("shots-2", 7, 2)
     assert two_shots.config.eval.queries == 2, "what depends on a key follows it"
     assert (adjoint.config.inner.engine, adjoint.config.task.ways) == ("adjoint", 6)
@@ -70,16 +70,16 @@ def test_a_run_is_told_every_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         "compare.seeds=[3,5]",
         "compare.variants=['task.ways=3']",
     )
-    found = find_variants(shared)
+    found = parse_variants(shared)
     first, second = jobs(found, shared.compare.seeds, tmp_path)
     assert [job.folder.name for job in (first, second)] == ["ways-3-seed3", "ways-3-seed5"]
-    as_train = typed(compose("train", [*second.overrides, "run.seed=5"]), TrainConfig)
+    as_train = to_dataclass(compose("train", [*second.overrides, "run.seed=5"]), TrainConfig)
     assert as_train == second.config
 
 
 def test_pairs_come_early(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shared = config(monkeypatch)
-    names = [job.folder.name for job in jobs(find_variants(shared), [0, 1], tmp_path)]
+    names = [job.folder.name for job in jobs(parse_variants(shared), [0, 1], tmp_path)]
     assert names == ["second_order-seed0", "first_order-seed0", "second_order-seed1", "first_order-seed1"]
 
 
@@ -110,7 +110,7 @@ def test_what_cannot_be_run_is_refused(overrides: list[str], message: str, monke
 def test_values_survive_hydras_grammar(value: object) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    (parsed,) = OverridesParser.create().parse_overrides([f"key={as_override(value)}"])
+    (parsed,) = OverridesParser.create().parse_overrides([f"key={format_override(value)}"])
     read = parsed.value()
     assert str(read) == str(value)
     assert isinstance(value, str) or read == value
@@ -122,7 +122,7 @@ def test_sweep_through_a_launcher_composes(monkeypatch: pytest.MonkeyPatch, tmp_
         pytest.skip("pip install hydra-submitit-launcher")
     shared = config(monkeypatch, "compare.variants=['inner.steps=2']")
     launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=600"]
-    overrides = sweep(jobs(find_variants(shared), [0, 4], tmp_path), launcher, tmp_path)
+    overrides = sweep(jobs(parse_variants(shared), [0, 4], tmp_path), launcher, tmp_path)
     assert "run.seed=0,4" in overrides
     one = [o.replace("0,4", "4") for o in overrides]
     composed = compose("train", one, return_hydra_config=True)
@@ -136,22 +136,22 @@ def test_sweep_through_a_launcher_composes(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_unfinished_comparison_of_the_same_configuration_is_found(tmp_path: Path) -> None:
     settings: dict[str, object] = {"variants": ["inner.steps=1"], "jobs": 1, "resume": True}
     wanted: dict[str, dict[str, object]] = {"inner": {"lr": 0.4}, "compare": settings}
-    new = comparison_folder(tmp_path, wanted, "now")
+    new = comparison_dir_name(tmp_path, wanted, "now")
     assert new == "steps-1-now"
     (tmp_path / "steps-1-then").mkdir()
     record = tmp_path / "steps-1-then" / "comparison.yaml"
     record.write_text("inner: {lr: 0.4}\ncompare: {variants: [inner.steps=1], jobs: 2, resume: false}\n")
-    assert comparison_folder(tmp_path, wanted, "now") == "steps-1-then"
-    assert comparison_folder(tmp_path, {**wanted, "inner": {"lr": 0.5}}, "now") == new
-    assert comparison_folder(tmp_path, {**wanted, "compare": {**settings, "resume": False}}, "now") == new
+    assert comparison_dir_name(tmp_path, wanted, "now") == "steps-1-then"
+    assert comparison_dir_name(tmp_path, {**wanted, "inner": {"lr": 0.5}}, "now") == new
+    assert comparison_dir_name(tmp_path, {**wanted, "compare": {**settings, "resume": False}}, "now") == new
     moved = {**wanted, "data": {"root": "/elsewhere"}}
-    assert comparison_folder(tmp_path, moved, "now") == "steps-1-then", "where the data lies is no difference"
+    assert comparison_dir_name(tmp_path, moved, "now") == "steps-1-then", "where the data lies is no difference"
     results = tmp_path / "steps-1-then" / "results.json"
     results.write_text('{"complete": false}')
-    assert comparison_folder(tmp_path, wanted, "now") == "steps-1-then", "a run failed, or was added"
-    with locked(tmp_path / "steps-1-then", wait=False):
-        assert comparison_folder(tmp_path, wanted, "now") == new, "another process is at work there"
-        assert in_progress(tmp_path / new, wanted) == tmp_path / "steps-1-then"
-    assert in_progress(tmp_path / new, wanted) is None
+    assert comparison_dir_name(tmp_path, wanted, "now") == "steps-1-then", "a run failed, or was added"
+    with folder_lock(tmp_path / "steps-1-then", wait=False):
+        assert comparison_dir_name(tmp_path, wanted, "now") == new, "another process is at work there"
+        assert running_twin(tmp_path / new, wanted) == tmp_path / "steps-1-then"
+    assert running_twin(tmp_path / new, wanted) is None
     results.write_text('{"complete": true}')
-    assert comparison_folder(tmp_path, wanted, "now") == new, "that one is finished"
+    assert comparison_dir_name(tmp_path, wanted, "now") == new, "that one is finished"

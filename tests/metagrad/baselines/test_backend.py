@@ -14,9 +14,9 @@ from metalearn import InnerLoop, functionalize, meta_gradient
 from metalearn.commands.verify.attention import PatchTransformer
 from metalearn.core.errors import ConfigError
 from metalearn.core.functional import relative_error
-from metalearn.inner import Adam, with_learned
+from metalearn.inner import Adam, with_learned_lrs
 from metalearn.metagrad.baselines.backend import BACKENDS, backend
-from metalearn.metagrad.baselines.offers import NotOfferedError
+from metalearn.metagrad.baselines.offers import UnsupportedSettingError
 from tests.conftest import image_episodes
 from tests.metagrad.baselines.libraries import LIBRARIES, peer_at
 from tests.metagrad.baselines.test_settings import assert_equal, mlp, smooth
@@ -73,7 +73,7 @@ def test_rates_are_learned_through_learn2learn(second_order: bool) -> None:
     module, episodes = mlp(), vectors()
     forward, theta = functionalize(module)
     inner = InnerLoop(0.2, 3, second_order=second_order, learned_lr="parameter")
-    theta = {n: p + 0.02 * torch.randn_like(p) for n, p in with_learned(theta, inner).items()}
+    theta = {n: p + 0.02 * torch.randn_like(p) for n, p in with_learned_lrs(theta, inner).items()}
     values = {n: p.clone() for n, p in theta.items()}
     assert_equal(backend("learn2learn", module)(theta, episodes, inner), meta_gradient(forward, theta, episodes, inner))
     assert all(torch.equal(p, values[n]) and not p.requires_grad for n, p in theta.items())
@@ -117,7 +117,7 @@ def test_what_is_not_offered_is_refused(name: str) -> None:
     peer_at(name)
     module = mlp()
     theta = functionalize(module)[1]
-    with pytest.raises(NotOfferedError, match=r"does not offer clip_norm=1\.0"):
+    with pytest.raises(UnsupportedSettingError, match=r"does not offer clip_norm=1\.0"):
         backend(name, module)(theta, vectors(), InnerLoop(0.2, 2, clip_norm=1.0))
     with pytest.raises(ValueError, match=r"params\['layers\.1\.weight'\] is float32"):
         backend(name, module)({n: p.float() for n, p in theta.items()}, vectors(), InnerLoop(0.2, 2))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from metalearn import Episodes, InnerLoop, MetaGradient, Params, functionalize, meta_gradient
 from metalearn.core.functional import relative_error
-from metalearn.inner import SGD, Adam, Momentum, with_learned
-from metalearn.metagrad.baselines.offers import NotOfferedError, refuse_settings
+from metalearn.inner import SGD, Adam, Momentum, with_learned_lrs
+from metalearn.metagrad.baselines.offers import UnsupportedSettingError, check_supported
 from metalearn.models import MLP
 from tests.metagrad.baselines.libraries import LIBRARIES, PeerAt, peer_at
 from tests.metagrad.settings import BODY, HEAD, SETTINGS, family, vectors
@@ -67,7 +67,7 @@ def test_a_setting_is_equal_or_refused(name: str, setting: str, second_order: bo
         other_order = dataclasses.replace(inner, second_order=not second_order)
         assert relative_error(peer(mlp(), episodes, other_order, params=theta).grads, ours.grads) > 1e-3
     else:
-        with pytest.raises(NotOfferedError, match=r"does not offer \w+=.*; it offers plain gradient steps"):
+        with pytest.raises(UnsupportedSettingError, match=r"does not offer \w+=.*; it offers plain gradient steps"):
             peer(mlp(), episodes, inner, params=theta)
 
 
@@ -145,15 +145,15 @@ class Heavier(Momentum):
 @pytest.mark.parametrize("name", OFFERED)
 def test_a_rule_of_ones_own_is_refused(name: str, rule: SGD | Momentum) -> None:
     peer = peer_at(name)
-    with pytest.raises(NotOfferedError, match=rf"does not offer rule={type(rule).__name__}\("):
+    with pytest.raises(UnsupportedSettingError, match=rf"does not offer rule={type(rule).__name__}\("):
         peer(mlp(), vectors(), InnerLoop(0.2, 3, rule=rule))
 
 
 def test_a_refusal_says_what_is_offered() -> None:
     offers = {"rule": (SGD, Momentum), "learned_lr": ("parameter",), "adapted": None}
-    refuse_settings("theirs", InnerLoop(0.2, 3, rule=Momentum(), learned_lr="parameter", adapted=HEAD), offers=offers)
-    with pytest.raises(NotOfferedError) as raised:
-        refuse_settings("theirs", InnerLoop(0.2, 3, learned_lr="layer"), offers=offers)
+    check_supported("theirs", InnerLoop(0.2, 3, rule=Momentum(), learned_lr="parameter", adapted=HEAD), offers=offers)
+    with pytest.raises(UnsupportedSettingError) as raised:
+        check_supported("theirs", InnerLoop(0.2, 3, learned_lr="layer"), offers=offers)
     assert str(raised.value) == (
         "theirs does not offer learned_lr='layer'; it offers plain gradient steps and rule=SGD or Momentum and "
         "learned_lr='parameter' and adapted. Leave it out, or take metalearn's own engines "
@@ -165,7 +165,7 @@ def test_every_setting_is_computed_refused_or_without_meaning() -> None:
     """A setting that InnerLoop gets tomorrow is refused until a peer says that it offers it."""
     offers = {"rule": (SGD,)}
     elsewhere = {"second_order": False, "engine": "adjoint", "task_chunk": 2, "snapshot_every": 2}
-    refuse_settings("theirs", InnerLoop(0.3, 5, **elsewhere), offers=offers)  # type: ignore[arg-type]
+    check_supported("theirs", InnerLoop(0.3, 5, **elsewhere), offers=offers)  # type: ignore[arg-type]
     refused = {
         "rule": Adam(),
         "learned_lr": "layer",
@@ -179,8 +179,8 @@ def test_every_setting_is_computed_refused_or_without_meaning() -> None:
     }
     assert refused.keys() | elsewhere.keys() | {"lr", "steps"} == {f.name for f in dataclasses.fields(InnerLoop)}
     for setting, value in refused.items():
-        with pytest.raises(NotOfferedError, match=f"theirs does not offer {setting}="):
-            refuse_settings("theirs", InnerLoop(0.2, 1, **{setting: value}), offers=offers)  # type: ignore[arg-type]
+        with pytest.raises(UnsupportedSettingError, match=f"theirs does not offer {setting}="):
+            check_supported("theirs", InnerLoop(0.2, 1, **{setting: value}), offers=offers)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", OFFERED)
@@ -197,6 +197,6 @@ def test_a_theta_that_is_not_the_modules_is_refused(name: str) -> None:
         peer(module, episodes, inner, params={**theta, "layers.4.weight": head.float()})
     with pytest.raises(ValueError, match=r"is float64 \[1, 6\] on cpu, and the module's is float64 \[3, 6\] on cpu"):
         peer(module, episodes, inner, params={**theta, "layers.4.weight": head[:1]})
-    rates = with_learned({**theta, "layers.4.weight": head}, InnerLoop(0.2, 2, learned_lr="layer"))
+    rates = with_learned_lrs({**theta, "layers.4.weight": head}, InnerLoop(0.2, 2, learned_lr="layer"))
     with pytest.raises(ValueError, match=r"params has lr::layers"):
         peer(module, episodes, inner, params=rates)

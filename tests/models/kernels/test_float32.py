@@ -16,7 +16,7 @@ from torch.func import vmap
 from metalearn import Episodes, InnerLoop, functionalize, meta_gradient
 from metalearn.core.functional import relative_error
 from metalearn.core.operations import CorrectedOperations
-from metalearn.data.glyphs import glyphs
+from metalearn.data.glyphs import make_glyphs
 from metalearn.data.sampler import EpisodeSampler, TaskShape
 from metalearn.metagrad.baselines import by_hand
 from metalearn.models import Conv4
@@ -108,7 +108,7 @@ def test_a_layer_without_weights_of_each_task_is_as_exact(shared: str) -> None:
 
 @cache
 def _classes() -> Tensor:
-    return glyphs(classes=40)
+    return make_glyphs(classes=40)
 
 
 def _distance_to_float64(seed: int) -> float:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from metalearn import Episodes, InnerLoop, MetaGradient, Params, functionalize, meta_gradient
-from metalearn.config.compose import compose, typed
+from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
 from metalearn.core.functional import relative_error
-from metalearn.inner.diagnostics import losses_unchecked
-from metalearn.training.experiment import build
-from metalearn.training.runtime.cuda_graph import LARGEST_ERROR, GraphedGradient, graphed, record_on_gpu
+from metalearn.inner.diagnostics import defer_loss_checks
+from metalearn.training.experiment import build_experiment
+from metalearn.training.runtime.cuda_graph import LARGEST_ERROR, CUDAGraphMetaGradient, capture, with_cuda_graph
 from metalearn.training.trainer import train
 from tests.conftest import image_episodes
 from tests.faults.processes import state_of
@@ -81,7 +81,7 @@ def assert_equal(got: MetaGradient, expected: MetaGradient) -> None:
 def test_a_replay_is_of_what_is_asked_for(model: Any) -> None:
     eager, theta = model
     recorder = Recorder()
-    gradient = GraphedGradient(eager, CPU, record=recorder)
+    gradient = CUDAGraphMetaGradient(eager, CPU, record=recorder)
     for step in range(5):
         params, episodes = moved(theta, 0.01 * step), batch()
         assert_equal(gradient(params, episodes), eager(params, episodes))
@@ -90,7 +90,7 @@ def test_a_replay_is_of_what_is_asked_for(model: Any) -> None:
 
 def test_the_parameters_may_change_in_place(model: Any) -> None:
     eager, theta = model
-    gradient = GraphedGradient(eager, CPU, record=Recorder())
+    gradient = CUDAGraphMetaGradient(eager, CPU, record=Recorder())
     for _ in range(4):
         episodes = batch()
         assert_equal(gradient(theta, episodes), eager(theta, episodes))
@@ -99,7 +99,7 @@ def test_the_parameters_may_change_in_place(model: Any) -> None:
 
 def test_losses_outlive_the_next_call_and_gradients_do_not(model: Any) -> None:
     eager, theta = model
-    gradient = GraphedGradient(eager, CPU, record=Recorder())
+    gradient = CUDAGraphMetaGradient(eager, CPU, record=Recorder())
     for _ in range(2):
         gradient(theta, batch())
     first = gradient(theta, batch())
@@ -113,7 +113,7 @@ def test_losses_outlive_the_next_call_and_gradients_do_not(model: Any) -> None:
 def test_other_shapes_are_computed_without_it(model: Any) -> None:
     eager, theta = model
     recorder = Recorder()
-    gradient = GraphedGradient(eager, CPU, record=recorder)
+    gradient = CUDAGraphMetaGradient(eager, CPU, record=recorder)
     for shape in ({}, {}, {"tasks": 2}, {"queries": 3}, {}):
         episodes = batch(**shape)
         assert_equal(gradient(theta, episodes), eager(theta, episodes))
@@ -138,7 +138,7 @@ SPOILT: dict[str, tuple[Recorder, int, str]] = {
 def test_a_wrong_replay_is_noticed_and_never_used(what: str, model: Any, caplog: pytest.LogCaptureFixture) -> None:
     eager, theta = model
     recorder, replays, message = SPOILT[what]
-    gradient = GraphedGradient(eager, CPU, record=recorder)
+    gradient = CUDAGraphMetaGradient(eager, CPU, record=recorder)
     for _ in range(4):
         episodes = batch()
         assert_equal(gradient(theta, episodes), eager(theta, episodes))
@@ -173,7 +173,7 @@ def test_what_cannot_be_recorded_is_computed_without(
     record: Any, reason: str, model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     eager, theta = model
-    gradient = GraphedGradient(eager, CPU, record=record)
+    gradient = CUDAGraphMetaGradient(eager, CPU, record=record)
     for _ in range(3):
         episodes = batch()
         assert_equal(gradient(theta, episodes), eager(theta, episodes))
@@ -184,10 +184,10 @@ def test_what_cannot_be_recorded_is_computed_without(
 def test_nothing_is_held_against_numbers_that_are_not_finite(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     eager, theta = model
     recorder = Recorder()
-    gradient = GraphedGradient(eager, CPU, record=recorder)
+    gradient = CUDAGraphMetaGradient(eager, CPU, record=recorder)
     spoilt = batch()
     spoilt.query_x[0, 0] = math.nan
-    with losses_unchecked():
+    with defer_loss_checks():
         assert not gradient(theta, spoilt).loss.isfinite()
         assert recorder.recorded == 0
         for _ in range(3):
@@ -208,7 +208,7 @@ def test_random_draws_are_those_of_one_meta_gradient() -> None:
     recorder = Recorder()
     torch.manual_seed(3)
     expected = [eager(theta, episodes).grads["1.weight"] for _ in range(4)]
-    gradient = GraphedGradient(eager, CPU, record=recorder)
+    gradient = CUDAGraphMetaGradient(eager, CPU, record=recorder)
     torch.manual_seed(3)
     for one in expected:
         assert torch.equal(gradient(theta, episodes).grads["1.weight"], one)
@@ -216,12 +216,12 @@ def test_random_draws_are_those_of_one_meta_gradient() -> None:
 
 
 def config(*more: str) -> TrainConfig:
-    return typed(compose("train", [*SMALL, "run.checkpoint_seconds=null", *more]), TrainConfig)
+    return to_dataclass(compose("train", [*SMALL, "run.checkpoint_seconds=null", *more]), TrainConfig)
 
 
 def test_without_a_gpu_it_says_so_and_is_what_it_was(caplog: pytest.LogCaptureFixture, model: Any) -> None:
     eager, _ = model
-    assert graphed(eager, CPU) is eager
+    assert with_cuda_graph(eager, CPU) is eager
     assert "run.cuda_graph=true: there is no GPU in use (run.device is cpu)" in caplog.text
 
 
@@ -236,7 +236,7 @@ def test_training_on_a_cpu_is_bitwise_the_same(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_each_engine_of_an_experiment_has_its_own() -> None:
-    experiment = build(config())
+    experiment = build_experiment(config())
     algorithm = dataclasses.replace(experiment.algorithm, inner=dataclasses.replace(experiment.inner, steps=0))
     other = dataclasses.replace(experiment, algorithm=algorithm)
     episodes = experiment.train.tasks(0, 2)
@@ -261,19 +261,19 @@ class Branches(nn.Module):
 def test_on_a_gpu_the_graph_is_the_meta_gradient(caplog: pytest.LogCaptureFixture) -> None:
     small = [override for override in SMALL if not override.startswith(("model", "run.device"))]
     overrides = [*small, "model.width=16", "run.device=cuda"]
-    experiment = build(typed(compose("train", overrides), TrainConfig))
+    experiment = build_experiment(to_dataclass(compose("train", overrides), TrainConfig))
     records = 0
 
     def counted(compute: Callable[[], MetaGradient], device: torch.device) -> Any:
         nonlocal records
         records += 1
-        return record_on_gpu(compute, device)
+        return capture(compute, device)
 
     def eager(params: Params, episodes: Episodes) -> MetaGradient:
         return meta_gradient(experiment.forward, params, episodes, experiment.inner)
 
-    gradient = GraphedGradient(eager, experiment.device, record=counted)
-    with experiment.precision(), losses_unchecked():
+    gradient = CUDAGraphMetaGradient(eager, experiment.device, record=counted)
+    with experiment.precision(), defer_loss_checks():
         for step in range(5):
             params, episodes = moved(experiment.theta, 0.01 * step), experiment.train.tasks(8 * step, 8)
             got, expected = gradient(params, episodes), eager(params, episodes)
@@ -291,8 +291,8 @@ def test_on_a_gpu_a_model_that_reads_back_is_computed_without(caplog: pytest.Log
     def eager(params: Params, episodes: Episodes) -> MetaGradient:
         return meta_gradient(forward, params, episodes, INNER)
 
-    gradient = GraphedGradient(eager, on_gpu.query_x.device)
-    with losses_unchecked():
+    gradient = CUDAGraphMetaGradient(eager, on_gpu.query_x.device)
+    with defer_loss_checks():
         for _ in range(3):
             got, expected = gradient(theta, on_gpu), eager(theta, on_gpu)
             assert relative_error(got.grads, expected.grads) <= LARGEST_ERROR

@@ -18,18 +18,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from metalearn.config.compose import compose, typed
+from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
 from metalearn.core.types import Episodes
 from metalearn.training import loop as outer_loop
 from metalearn.training.experiment import Experiment
-from metalearn.training.runtime.distributed import Ranks
-from metalearn.training.session import Session
+from metalearn.training.runtime.distributed import DistributedContext
+from metalearn.training.session import TrainContext
 from metalearn.training.state import TrainState
-from metalearn.training.step import own_tasks
-from metalearn.training.trainer import refuse_another_start
+from metalearn.training.step import local_tasks
+from metalearn.training.trainer import check_same_config
 from tests.conftest import REPO
 from tests.faults.processes import finished, output, start, state_of
 from tests.faults.runs import RUN, SMALL, assert_curves, timeless, whole
@@ -38,16 +38,16 @@ from tests.faults.runs import RUN, SMALL, assert_curves, timeless, whole
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_every_task_is_one_processs(size: int) -> None:
     for count in (7, 8, 16):
-        shares = [Ranks(rank, size).share(count) for rank in range(size)]
+        shares = [DistributedContext(rank, size).share(count) for rank in range(size)]
         assert [task for share in shares for task in share] == list(range(count))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_alone_nothing_is_sent() -> None:
-    alone = Ranks()
+    alone = DistributedContext()
     tensors = [torch.ones(2), torch.zeros(())]
     assert all(a is b for a, b in zip(alone.sum(tensors), tensors, strict=True))
-    assert alone.from_first("x") == "x"
+    assert alone.broadcast("x") == "x"
     assert alone.join(tensors[0]) is tensors[0]
 
 
@@ -159,7 +159,7 @@ def be_asked_to_end() -> None:
     """Have this process asked at its fifth meta-step."""
     step = outer_loop.meta_step
 
-    def asked(session: Session, state: TrainState) -> bool:
+    def asked(session: TrainContext, state: TrainState) -> bool:
         if state.iteration == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(session, state)
@@ -175,13 +175,13 @@ def test_all_stop_after_the_same_meta_step(tmp_path: Path) -> None:
 
 def save_slowly() -> None:
     """Have this process's saves last, as on a slow disk."""
-    save = files.save
+    save = files.save_checked
 
     def slow(content: Any, path: Path) -> None:
         time.sleep(0.5)
         save(content, path)
 
-    pytest.MonkeyPatch().setattr(files, "save", slow)
+    pytest.MonkeyPatch().setattr(files, "save_checked", slow)
 
 
 def test_processes_that_are_all_asked_to_end_wait_for_the_first_to_save(tmp_path: Path) -> None:
@@ -205,15 +205,15 @@ def test_processes_that_are_all_asked_to_end_wait_for_the_first_to_save(tmp_path
 def be_asked_and_meet_a_nan() -> None:
     """Both, in one meta-step."""
     meet_a_nan()
-    own = outer_loop.own_tasks  # type: ignore[attr-defined]
+    own = outer_loop.local_tasks  # type: ignore[attr-defined]
 
-    def asked(experiment: Experiment, iteration: int, ranks: Ranks) -> Episodes:
+    def asked(experiment: Experiment, iteration: int, ranks: DistributedContext) -> Episodes:
         if iteration == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         episodes: Episodes = own(experiment, iteration, ranks)
         return episodes
 
-    pytest.MonkeyPatch().setattr(outer_loop, "own_tasks", asked)
+    pytest.MonkeyPatch().setattr(outer_loop, "local_tasks", asked)
 
 
 def test_a_meta_step_that_is_skipped_still_says_who_was_asked_to_end(tmp_path: Path) -> None:
@@ -222,25 +222,25 @@ def test_a_meta_step_that_is_skipped_still_says_who_was_asked_to_end(tmp_path: P
 
 
 def test_processes_with_other_data_are_refused() -> None:
-    config = typed(compose("train", SMALL), TrainConfig)
-    refuse_another_start(config, config, Ranks(1, 2))
+    config = to_dataclass(compose("train", SMALL), TrainConfig)
+    check_same_config(config, config, DistributedContext(1, 2))
     auto = dataclasses.replace(config, inner=dataclasses.replace(config.inner, engine="auto"))
-    refuse_another_start(auto, config, Ranks(1, 2))
-    other = typed(compose("train", [*SMALL, "data.jitter=0.3"]), TrainConfig)
+    check_same_config(auto, config, DistributedContext(1, 2))
+    other = to_dataclass(compose("train", [*SMALL, "data.jitter=0.3"]), TrainConfig)
     with pytest.raises(RunError, match=r"(?s)process 1 would train on something else.*data\.jitter: 0\.3 here"):
-        refuse_another_start(other, config, Ranks(1, 2))
+        check_same_config(other, config, DistributedContext(1, 2))
 
 
 def meet_a_nan() -> None:
     """Have this process's tasks be none, at its third meta-step."""
 
-    def poisoned(experiment: Experiment, iteration: int, ranks: Ranks) -> Episodes:
-        episodes = own_tasks(experiment, iteration, ranks)
+    def poisoned(experiment: Experiment, iteration: int, ranks: DistributedContext) -> Episodes:
+        episodes = local_tasks(experiment, iteration, ranks)
         if iteration == 2:
             episodes.query_x[0, 0] = math.nan
         return episodes
 
-    pytest.MonkeyPatch().setattr(outer_loop, "own_tasks", poisoned)
+    pytest.MonkeyPatch().setattr(outer_loop, "local_tasks", poisoned)
 
 
 def test_what_one_process_meets_stops_all(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from metalearn import Episodes, InnerLoop, MetaGradient, Params, functionalize, meta_gradient
-from metalearn.config.compose import compose, typed
+from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
-from metalearn.config.validation import check as check_config
+from metalearn.config.validation import validate_train_config as check_config
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.core.functional import relative_error
 from metalearn.core.types import Forward, Loss
@@ -19,7 +19,12 @@ from metalearn.metagrad import ENGINES, Engine
 from metalearn.metagrad.unroll import unroll
 from metalearn.models import Conv4
 from metalearn.training.experiment import training_device
-from metalearn.training.runtime.precision import PrecisionReport, check_precision, computed_in, refuse_missing_tf32
+from metalearn.training.runtime.precision import (
+    PrecisionReport,
+    check_precision,
+    check_tf32_available,
+    precision_context,
+)
 from tests.conftest import image_episodes
 from tests.metagrad.models import MODELS
 
@@ -222,13 +227,13 @@ def places() -> list[str]:
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")  # the flags can be set without
 def test_gpus_multiply_as_it_says(precision: str, inside: str) -> None:
     before = places()
-    with computed_in(precision, torch.device("cuda")):
+    with precision_context(precision, torch.device("cuda")):
         assert places() == [inside, inside]
-        with computed_in("float32", torch.device("cuda")):
+        with precision_context("float32", torch.device("cuda")):
             assert places() == ["ieee", "ieee"], "the reference is in all bits"
         assert places() == [inside, inside]
     assert places() == before
-    with pytest.raises(KeyError), computed_in(precision, torch.device("cuda")):
+    with pytest.raises(KeyError), precision_context(precision, torch.device("cuda")):
         raise KeyError
     assert places() == before
 
@@ -236,13 +241,13 @@ def test_gpus_multiply_as_it_says(precision: str, inside: str) -> None:
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 def test_cpus_are_left_as_they_are(precision: str) -> None:
     before = places()
-    with computed_in(precision, torch.device("cpu")):
+    with precision_context(precision, torch.device("cpu")):
         assert places() == before
         assert torch.is_autocast_enabled("cpu") == (precision == "bfloat16")
 
 
 def tf32(*more: str) -> TrainConfig:
-    return typed(compose("train", ["data=glyphs", "run.precision=tf32", *more]), TrainConfig)
+    return to_dataclass(compose("train", ["data=glyphs", "run.precision=tf32", *more]), TrainConfig)
 
 
 def test_tf32_is_refused_for_a_cpu_by_the_configuration() -> None:
@@ -262,12 +267,12 @@ def test_tf32_is_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     for capability in ((7, 5), (8, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        refuse_missing_tf32("float32", torch.device("cuda"))
+        check_tf32_available("float32", torch.device("cuda"))
         if capability < (8, 0):
             with pytest.raises(ConfigError, match=r"run\.device is Tesla V100"):
-                refuse_missing_tf32("tf32", torch.device("cuda"))
+                check_tf32_available("tf32", torch.device("cuda"))
         else:
-            refuse_missing_tf32("tf32", torch.device("cuda"))
+            check_tf32_available("tf32", torch.device("cuda"))
 
 
 @pytest.mark.gpu

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from metalearn.config.run_folder import locked
-from metalearn.core.errors import StoppedError
+from metalearn.config.run_folder import folder_lock
+from metalearn.core.errors import TerminatedError
 from metalearn.training import loop as outer_loop
 from metalearn.training import session
-from metalearn.training.evaluate_run import evaluate_together
+from metalearn.training.evaluate_run import evaluate_distributed
 from metalearn.training.evaluation import Evaluation
-from metalearn.training.runtime.signals import HANG_UP, Stop, sigterm_as_exception
+from metalearn.training.runtime.signals import SIGHUP, StopRequest, sigterm_as_exception
 from tests.faults.processes import finished, output, start, state_of
 from tests.faults.runs import RUN, SMALL, assert_same, resume, whole
 
@@ -26,12 +26,12 @@ from tests.faults.runs import RUN, SMALL, assert_same, resume, whole
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_first_signal_is_noted_and_handlers_are_put_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with Stop() as stop:
+    with StopRequest() as stop:
         assert not stop.asked
         stop.refuse_to_go_on()
         os.kill(os.getpid(), number)
         assert stop.asked
-        with pytest.raises(StoppedError, match=f"Stopped by {number.name}") as stopped:
+        with pytest.raises(TerminatedError, match=f"Stopped by {number.name}") as stopped:
             stop.refuse_to_go_on()
         assert stopped.value.signal == number
     assert signal.getsignal(number) is before
@@ -41,7 +41,7 @@ def test_outside_of_the_main_thread_nothing_is_caught() -> None:
     seen: list[bool] = []
 
     def elsewhere() -> None:
-        with Stop() as stop, sigterm_as_exception():
+        with StopRequest() as stop, sigterm_as_exception():
             seen.append(stop.asked)
 
     thread = threading.Thread(target=elsewhere)
@@ -53,11 +53,11 @@ def test_outside_of_the_main_thread_nothing_is_caught() -> None:
 def test_sigterm_as_exception_runs_what_must_be_run() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have told the tests to ignore it
     try:
-        with pytest.raises(SystemExit) as ended, sigterm_as_exception(*HANG_UP):
+        with pytest.raises(SystemExit) as ended, sigterm_as_exception(*SIGHUP):
             os.kill(os.getpid(), signal.SIGHUP)
         assert ended.value.code == 128 + signal.SIGHUP
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with sigterm_as_exception(*HANG_UP):
+        with sigterm_as_exception(*SIGHUP):
             os.kill(os.getpid(), signal.SIGHUP)  # stays ignored
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -67,9 +67,9 @@ def test_an_exit_that_is_swallowed_is_obeyed_later() -> None:
     with sigterm_as_exception():
         with contextlib.suppress(SystemExit):  # as some import might
             os.kill(os.getpid(), signal.SIGTERM)
-        with Stop() as stop:
+        with StopRequest() as stop:
             assert stop.signal == signal.SIGTERM
-    with Stop() as stop:
+    with StopRequest() as stop:
         assert not stop.asked
 
 
@@ -84,9 +84,9 @@ def ask_for_the_end_in(what: str) -> None:
     def asked(*args: Any, test: bool, **more: Any) -> Evaluation:
         if test is (what == "test"):
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate_together(*args, test=test, **more)
+        return evaluate_distributed(*args, test=test, **more)
 
-    pytest.MonkeyPatch().setattr(session, "evaluate_together", asked)
+    pytest.MonkeyPatch().setattr(session, "evaluate_distributed", asked)
 
 
 @pytest.mark.parametrize(("what", "iteration"), [("validation", 8), ("test", 24)])
@@ -103,7 +103,7 @@ def test_validation_and_test_are_taken_again(what: str, iteration: int, uninterr
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_waiting_for_another_process_ends_at_once(number: int, code: int, tmp_path: Path) -> None:
-    with locked(tmp_path / RUN, wait=False):
+    with folder_lock(tmp_path / RUN, wait=False):
         process = start([*SMALL, f"hydra.run.dir={RUN}", "run.resume=auto"], tmp_path)
         while "waiting for it to end" not in " ".join((tmp_path / "output.txt").read_text().split()):
             assert process.exitcode is None
@@ -122,7 +122,7 @@ def ask_twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 
-    pytest.MonkeyPatch().setattr(outer_loop, "propose", slow)
+    pytest.MonkeyPatch().setattr(outer_loop, "compute_update", slow)
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:

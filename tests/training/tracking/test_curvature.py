@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from metalearn import Episodes, Forward, InnerLoop, Params, functionalize, meta_gradient
-from metalearn.core.functional import stack
+from metalearn.core.functional import expand_over_tasks
 from metalearn.derivatives import hessian, top_eigenvalues
 from metalearn.inner import total_support_loss
 from metalearn.training.tracking.curvature import curvature, support_eigenvalue
@@ -51,7 +51,7 @@ def test_eigenvalue_is_of_one_dropout_mask() -> None:
 
     def same_mask(params: Params) -> Tensor:
         torch.manual_seed(4)
-        return total_support_loss(forward, stack(params, 1), x, y, loss=cross_entropy)
+        return total_support_loss(forward, expand_over_tasks(params, 1), x, y, loss=cross_entropy)
 
     dense = top_eigenvalues(same_mask, theta, mode="reverse_over_reverse")  # 15 numbers: by the dense matrix
     torch.manual_seed(4)

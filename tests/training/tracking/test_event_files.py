@@ -9,8 +9,8 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from metalearn.core.errors import RunError
-from metalearn.training.tracking.event_files import EVENT_FILES, Point, read_scalars
-from metalearn.training.tracking.tensorboard import Tracker
+from metalearn.training.tracking.event_files import EVENT_FILES, ScalarEvent, read_scalars
+from metalearn.training.tracking.tensorboard import TensorBoardLogger
 
 
 def test_every_point_comes_back(tmp_path: Path) -> None:
@@ -23,20 +23,20 @@ def test_every_point_comes_back(tmp_path: Path) -> None:
     assert set(scalars) == {"a", "b/c"}
     assert [(p.step, p.value) for p in scalars["a"]] == [(step, step / 4) for step in range(12_000)]
     (point,) = scalars["b/c"]
-    assert point == Point(7, point.wall_time, -1.5)
+    assert point == ScalarEvent(7, point.wall_time, -1.5)
     assert before - 1 <= point.wall_time <= time.time() + 1
 
 
 def test_folders_below_are_other_runs(tmp_path: Path) -> None:
     for folder, value in ((tmp_path, 1.0), (tmp_path / "evaluations" / "a", 2.0)):
-        with Tracker(folder, config="") as tracker:
+        with TensorBoardLogger(folder, config="") as tracker:
             tracker.scalars({"x": value}, 3)
     assert [(p.step, p.value) for p in read_scalars(tmp_path)["x"]] == [(3, 1.0)]
 
 
 def test_a_test_taken_again_counts_once(tmp_path: Path) -> None:
     for resumed_at, values in ((None, (0.2, 0.7, 0.8)), (40, (0.3, 0.6, 0.9))):
-        with Tracker(tmp_path, config="", resumed_at=resumed_at) as tracker:
+        with TensorBoardLogger(tmp_path, config="", resumed_at=resumed_at) as tracker:
             for step, value in enumerate(values):
                 tracker.scalars({"test/accuracy_by_inner_step": value}, step)
     assert len(list(tmp_path.glob(EVENT_FILES))) == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from metalearn.training.tracking.pictures import _RIGHT_COLOUR, _WRONG_COLOUR, tasks_picture
+from metalearn.training.tracking.pictures import _RIGHT_COLOUR, _WRONG_COLOUR, draw_tasks
 from tests.conftest import image_episodes
 
 
@@ -16,13 +16,13 @@ def count(picture: np.ndarray, colour: tuple[int, int, int]) -> int:  # type: ig
 def test_frames_tell_right_from_wrong() -> None:
     episodes = image_episodes(tasks=2, ways=3, queries=2)
     right = torch.nn.functional.one_hot(episodes.query_y, 3).double()
-    all_right = tasks_picture(episodes, right)
+    all_right = draw_tasks(episodes, right)
     assert all_right.dtype == np.uint8
     assert all_right.shape[2] == 3
     assert count(all_right, _WRONG_COLOUR) == 0
     one_wrong = right.clone()
     one_wrong[1, 0] = torch.tensor([0.0, 1.0, 0.0])
-    picture = tasks_picture(episodes, one_wrong)
+    picture = draw_tasks(episodes, one_wrong)
     half = picture.shape[1] // 2
     assert count(picture[:, :half], _WRONG_COLOUR) == 0
     assert count(picture[:, half:], _WRONG_COLOUR) > 100
@@ -38,6 +38,6 @@ def test_colour_images_and_many_classes_fit() -> None:
         episodes.query_x.expand(-1, -1, 3, -1, -1),
         episodes.query_y,
     )
-    picture = tasks_picture(rgb, torch.zeros(1, 300, 30))
+    picture = draw_tasks(rgb, torch.zeros(1, 300, 30))
     assert picture.shape[0] < 1500
     assert picture.shape[1] < 800

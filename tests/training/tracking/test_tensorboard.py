@@ -22,8 +22,8 @@ from tensorboard.plugins.hparams.backend_context import Context
 
 from metalearn.training.evaluation import Evaluation
 from metalearn.training.tracking.event_files import EVENT_FILES, read_scalars
-from metalearn.training.tracking.hparams import METRICS, Value, shown
-from metalearn.training.tracking.tensorboard import LAYOUT, ReportTracker, Tracker
+from metalearn.training.tracking.hparams import METRICS, Value, to_hparam_value
+from metalearn.training.tracking.tensorboard import LAYOUT, ReportLogger, TensorBoardLogger
 
 PICTURE = np.full((4, 6, 3), 200, dtype=np.uint8)
 
@@ -45,12 +45,12 @@ def evaluation(*accuracies: float) -> Evaluation:
 
 def test_a_resumed_run_has_every_point_once(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with Tracker(run, config="a: 1\n") as tracker:
+    with TensorBoardLogger(run, config="a: 1\n") as tracker:
         for step in range(1, 51):
             tracker.scalars({"x": step, "rare": step} if step % 20 == 0 else {"x": step}, step)
     (first,) = run.glob(EVENT_FILES)
     first.write_bytes(first.read_bytes()[:-7])  # it was cut in the middle of a record
-    with Tracker(run, config="a: 1\n", resumed_at=30) as tracker:
+    with TensorBoardLogger(run, config="a: 1\n", resumed_at=30) as tracker:
         for step in range(31, 61):
             tracker.scalars({"x": 1000 + step}, step)
     assert len(list(run.glob(EVENT_FILES))) == 2
@@ -65,7 +65,7 @@ def test_a_resumed_run_has_every_point_once(tmp_path: Path) -> None:
 
 def test_config_and_layout_are_written_once(tmp_path: Path) -> None:
     for resumed_at in (None, 0, 30):
-        with Tracker(tmp_path, config="a: 1\n", resumed_at=resumed_at) as tracker:
+        with TensorBoardLogger(tmp_path, config="a: 1\n", resumed_at=resumed_at) as tracker:
             tracker.scalars({"x": 1.0}, (resumed_at or 0) + 1)
     events = accumulated(tmp_path)
     for tag in ("config/text_summary", "custom_scalars__config__"):
@@ -76,19 +76,19 @@ def test_config_and_layout_are_written_once(tmp_path: Path) -> None:
 def test_files_of_one_second_are_read_in_their_order(tmp_path: Path) -> None:
     """Their names end with a number that counts on from 9 to 10, which sorts before it."""
     for n in range(12):
-        with Tracker(tmp_path / str(n), config=""):
+        with TensorBoardLogger(tmp_path / str(n), config=""):
             pass
-    with Tracker(tmp_path / "run", config="") as tracker:
+    with TensorBoardLogger(tmp_path / "run", config="") as tracker:
         tracker.scalars({"x": 1.0}, 1)
     (name,) = (path.name for path in (tmp_path / "run").glob(EVENT_FILES))
-    with Tracker(tmp_path / "run", config="", resumed_at=1):
+    with TensorBoardLogger(tmp_path / "run", config="", resumed_at=1):
         pass
     (later,) = {path.name for path in (tmp_path / "run").glob(EVENT_FILES)} - {name}
     assert later.split(".")[3] > name.split(".")[3]
 
 
 def test_the_test_is_shown(tmp_path: Path) -> None:
-    with Tracker(tmp_path, config="") as tracker:
+    with TensorBoardLogger(tmp_path, config="") as tracker:
         tracker.test(evaluation(0.2, 0.7, 0.75), 400)
     curves = read_scalars(tmp_path)
     points = {tag: {p.step: round(p.value, 6) for p in curve} for tag, curve in curves.items()}
@@ -102,7 +102,7 @@ def test_the_test_is_shown(tmp_path: Path) -> None:
 
 
 def write_run(folder: Path, values: dict[str, Value], *, test: float) -> None:
-    with Tracker(folder, config="") as tracker:
+    with TensorBoardLogger(folder, config="") as tracker:
         for step in (10, 20):
             tracker.scalars({"memory/peak_mib": 50.0 + step, "time/meta_step_ms": 5.0, "train/grad_norm": 1.0}, step)
         tracker.test(evaluation(0.2, test), 20)
@@ -148,7 +148,7 @@ def test_hparams_shows_every_key_of_every_run(report: bool, tmp_path: Path) -> N
     write_run(tmp_path / "second_order-seed0", CONV, test=0.75)
     write_run(tmp_path / "mlp-seed0", MLP, test=0.5)
     if report:
-        ReportTracker(tmp_path / "report").report("", {}, runs=[CONV, MLP])
+        ReportLogger(tmp_path / "report").report("", {}, runs=[CONV, MLP])
     table = HParams(tmp_path)
     assert set(table.rows) == {"second_order-seed0", "mlp-seed0"}, "no extra run, and the report is none"
     if report:
@@ -178,7 +178,7 @@ def test_hparams_shows_every_key_of_every_run(report: bool, tmp_path: Path) -> N
 
 def test_columns_fit_other_runs_as_well(tmp_path: Path) -> None:
     write_run(tmp_path / "a", CONV, test=0.75)
-    ReportTracker(tmp_path / "report").report("", {}, runs=[CONV, MLP])
+    ReportLogger(tmp_path / "report").report("", {}, runs=[CONV, MLP])
     infos = HParams(tmp_path).experiment.hparam_infos
     types = {info.name: info.type for info in infos}
     assert types["model.width"] == api_pb2.DATA_TYPE_FLOAT64
@@ -188,13 +188,13 @@ def test_columns_fit_other_runs_as_well(tmp_path: Path) -> None:
 
 def test_runs_that_are_all_alike_show_every_key(tmp_path: Path) -> None:
     write_run(tmp_path / "a", CONV, test=0.75)
-    ReportTracker(tmp_path / "report").report("", {}, runs=[CONV])
+    ReportLogger(tmp_path / "report").report("", {}, runs=[CONV])
     assert HParams(tmp_path).columns == sorted(CONV)
 
 
 def test_metrics_do_not_double_a_curve(tmp_path: Path) -> None:
     write_run(tmp_path / "run", CONV, test=0.75)
-    with Tracker(tmp_path / "run", config="", resumed_at=20) as tracker:  # cut after the last meta-step
+    with TensorBoardLogger(tmp_path / "run", config="", resumed_at=20) as tracker:  # cut after the last meta-step
         tracker.hparams(CONV, {"memory/peak_mib": 70.0}, 20)
     points = {tag: [e.step for e in accumulated(tmp_path / "run").Scalars(tag)] for tag in METRICS}
     assert points == {"test/accuracy": [20], "memory/peak_mib": [10, 20], "time/median_meta_step_ms": [20]}
@@ -202,7 +202,7 @@ def test_metrics_do_not_double_a_curve(tmp_path: Path) -> None:
 
 
 def test_values_are_shown_as_they_are_written() -> None:
-    values = [shown(value) for value in (True, False, None, 3, 0.4, "conv4", [1, None, True], [])]
+    values = [to_hparam_value(value) for value in (True, False, None, 3, 0.4, "conv4", [1, None, True], [])]
     assert values == ["true", "false", "null", 3, 0.4, "conv4", "[1, null, true]", "[]"]
 
 
@@ -248,7 +248,7 @@ def test_every_chart_takes_the_curves_that_it_is_about() -> None:
 
 
 def test_a_report_replaces_the_one_before(tmp_path: Path) -> None:
-    tracker = ReportTracker(tmp_path / "report")
+    tracker = ReportLogger(tmp_path / "report")
     tracker.report("| old |\n|---|", {"accuracy": PICTURE, "gone": PICTURE}, runs=[CONV])
     tracker.report("| new |\n|---|", {"accuracy": PICTURE}, runs=[CONV, MLP])
     (_,) = (tmp_path / "report").glob(EVENT_FILES)
