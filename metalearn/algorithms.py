@@ -41,7 +41,7 @@ class Algorithm:
         inner: the inner loop in training.
         engine: a meta-gradient of its own; ``None`` takes the one that ``inner.engine`` names.
         annealing: how the inner loop changes as training goes on.
-        tracks_norm_statistics: whether BatchNorm's statistics of every inner step are kept, to predict queries one by one.
+        tracks_norm_statistics: whether BatchNorm's statistics of every step are kept, to predict queries one by one.
         diagnostics: names of the scalars that the engine has to say of itself (``MetaGradient.diagnostics``).
     """
 
