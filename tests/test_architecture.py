@@ -87,6 +87,36 @@ def test_every_room_has_a_place_in_the_order() -> None:
         assert below <= set(order[: order.index(room)]), f"{room} may import a room that does not stand before it"
 
 
+COMMANDS: dict[str, set[str]] = {
+    "cli": set(),
+    "processes": set(),
+    "adapt": set(),
+    "gradients": set(),
+    "verify": set(),
+    "benchmark": set(),
+    "compare": {"benchmark"},
+    "reproduce": {"benchmark", "compare"},
+}
+"""The rooms in ``commands/``, and which commands each may import besides ``cli`` and ``processes``."""
+
+
+@pytest.mark.parametrize("room", COMMANDS)
+def test_commands_import_one_another_in_order(room: str) -> None:
+    folder = REPO / "metalearn" / "commands"
+    allowed = {room, *COMMANDS[room]} | (set() if room in ("cli", "processes") else {"cli", "processes"})
+    for path in [*(folder / room).rglob("*.py"), *folder.glob(f"{room}.py")]:
+        for name in imported(path):
+            if name.startswith("metalearn.commands."):
+                assert name.split(".")[2] in allowed, f"{path.relative_to(REPO)} imports {name}"
+
+
+def test_every_command_has_a_place_in_the_order() -> None:
+    commands = {p.relative_to(REPO / "metalearn/commands").parts[0] for p in FILES if "commands" in p.parts}
+    assert {name.removesuffix(".py") for name in commands} - {"__init__"} == set(COMMANDS)
+    order = list(COMMANDS)
+    assert all(below <= set(order[: order.index(room)]) for room, below in COMMANDS.items())
+
+
 def test_public_surface_is_what_is_listed() -> None:
     for name in metalearn.__all__:
         assert getattr(metalearn, name) is not None

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from metalearn.commands.benchmark.ring import LINKS, Interconnect, all_reduce_s, efficiency, tasks_per_second
-from metalearn.commands.compare.launch import ProcessPool
+from metalearn.commands.processes import ProcessPool
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.run_config import resolve_data
 from metalearn.config.schema import TrainConfig
@@ -141,7 +141,7 @@ def measure(
                     worker_command(setting, overrides, steps, path),
                     folder / "console.log",
                     threads=setting.threads,
-                    watch=lambda piece: None,
+                    callback=lambda piece: None,
                 )
                 if status:
                     raise RunError(f"{setting} ended with status {status}: {written.strip()[-_LONGEST_REASON:]}")

@@ -10,19 +10,15 @@ import logging
 import os
 import re
 import signal
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 from joblib import Parallel, delayed
 from rich.progress import Progress
 
 from metalearn.commands.compare.variants import TRAIN, Job, format_override
+from metalearn.commands.processes import ProcessPool
 from metalearn.training.experiment import resolve_device
 
 log = logging.getLogger(__name__)
@@ -30,8 +26,6 @@ log = logging.getLogger(__name__)
 CONSOLE = "console.log"
 """What a run wrote to its terminal, in its folder."""
 
-_POLL_S = 0.5
-_GRACE_S = 20.0  # for a child to end after SIGTERM
 _VALIDATED = re.compile(r"(\d+)/\d+  validation accuracy (\S+)")
 _ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b(?! ignored)", re.MULTILINE)
 _HYDRAS_ADVICE = "Set the environment variable HYDRA_FULL_ERROR"
@@ -51,76 +45,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@dataclass
-class ProcessPool:
-    """Processes that were started and not waited for; a context manager that leaves none behind."""
-
-    running: set[subprocess.Popen[bytes]] = field(default_factory=set)
-    closing: bool = False
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __enter__(self) -> ProcessPool:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self.lock:
-            self.closing = True  # a thread that waits for its turn starts no more
-            left = list(self.running)
-        for child in left:
-            child.terminate()
-        try:
-            end = time.monotonic() + _GRACE_S
-            for child in left:
-                child.wait(max(0.0, end - time.monotonic()))
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # deaf, or the user is in a hurry
-            for child in left:
-                child.kill()
-                child.wait()
-
-    def run(
-        self, command: Sequence[str], console: Path, *, threads: int | None, watch: Callable[[str], None]
-    ) -> tuple[int, str]:
-        """Run a command to its end; its output is appended to a file, and shown to ``watch`` piece by piece.
-
-        Returns:
-            Its exit status, and what it wrote.
-        """
-        console.parent.mkdir(parents=True, exist_ok=True)
-        limit = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-        environment = {**limit, **os.environ, "COLUMNS": "160", "PYTHONUNBUFFERED": "1"}
-        written = ""
-        with console.open("ab") as sink, console.open("r", errors="replace") as source:
-            source.seek(0, os.SEEK_END)
-            with self.lock:
-                if self.closing:
-                    raise ChildProcessError("the comparison is being stopped")
-                # In a session of its own, so that Ctrl-C reaches it once, through ``__exit__``: a second signal would
-                # end it before it has put its state away.
-                child = subprocess.Popen(
-                    command, stdout=sink, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-                )
-                self.running.add(child)
-            while True:
-                ended = _ended(child)
-                if piece := source.read():
-                    written += piece
-                    watch(piece)
-                if ended:
-                    break
-            self.running.discard(child)
-        return child.returncode, written
-
-
-def _ended(child: subprocess.Popen[bytes]) -> bool:
-    try:
-        child.wait(_POLL_S)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
 def launch(jobs: Sequence[Job], *, at_a_time: int, progress: Progress) -> dict[Path, str]:
     """Train on this machine, some runs at a time.
 
@@ -138,14 +62,14 @@ def launch(jobs: Sequence[Job], *, at_a_time: int, progress: Progress) -> dict[P
     with ProcessPool() as children:
 
         def train(job: Job) -> str | None:
-            def watch(piece: str) -> None:
+            def show_progress(piece: str) -> None:
                 for iteration, accuracy in _VALIDATED.findall(piece):
                     show(job, int(iteration), f"{job.folder.name}: validation {accuracy}")
 
             command = [sys.executable, str(TRAIN), *job.overrides, *_place(job)]
             log.info("%s: started", job.folder.name)
             try:
-                status, written = children.run(command, job.folder / CONSOLE, threads=threads, watch=watch)
+                status, written = children.run(command, job.folder / CONSOLE, threads=threads, callback=show_progress)
                 reason = failure_reason(status, written, job.folder)
             except OSError as error:  # a full disk, a folder that cannot be made
                 reason = f"{type(error).__name__}: {error}"
@@ -174,7 +98,7 @@ def launch_with_hydra(jobs: Sequence[Job], launcher: Sequence[str], folder: Path
 
         def train(variant: str) -> tuple[int, str]:
             command = [sys.executable, str(TRAIN), "--multirun", *sweep(by_variant[variant], launcher, folder)]
-            return children.run(command, folder / f"{variant}.log", threads=None, watch=lambda piece: None)
+            return children.run(command, folder / f"{variant}.log", threads=None, callback=lambda piece: None)
 
         names = list(by_variant)
         ended = Parallel(n_jobs=len(names), backend="threading")(delayed(train)(name) for name in names)

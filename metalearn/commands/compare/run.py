@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from metalearn.commands.cli import check_output_dir
 from metalearn.commands.compare.engine_cost import measure_engine_costs
 from metalearn.commands.compare.gather import collect_results, differences
 from metalearn.commands.compare.launch import launch, launch_with_hydra, runs_at_a_time
@@ -22,10 +21,17 @@ from metalearn.commands.compare.results import Results, VariantResult
 from metalearn.commands.compare.show import print_results, write_results
 from metalearn.commands.compare.variants import Job, Variant, base_variant, jobs, parse_variants, resolve_variant_data
 from metalearn.config.commands_schema import CompareConfig
-from metalearn.config.output_names import COMPARISON_FILE, RESULTS_FILE, comparison_key, read_record, running_twin
+from metalearn.config.output_names import (
+    COMPARISON_FILE,
+    RESULTS_FILE,
+    RUN_FILES,
+    comparison_key,
+    read_record,
+    running_twin,
+)
 from metalearn.config.overrides import launcher_overrides
 from metalearn.config.run_config import changed_keys, resolve_resume, to_yaml
-from metalearn.config.run_folder import folder_lock
+from metalearn.config.run_folder import check_no_run_in, folder_lock
 from metalearn.core import serialization as files
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.core.profiling.hardware import describe_hardware
@@ -90,7 +96,7 @@ def claim(config: CompareConfig, every: Sequence[Job], folder: Path) -> None:
     if path.exists():
         refuse_another(config, folder)
     else:
-        check_output_dir(folder)
+        check_no_run_in(folder, RUN_FILES)
     for job in every:
         resumed = dataclasses.replace(job.config.run, resume="auto")
         resolve_resume(dataclasses.replace(job.config, run=resumed), job.folder)
