@@ -1,4 +1,4 @@
-"""``scripts/compare.py`` as a user types it: whole, interrupted, with a variant that fails, and twice at once."""
+"""``scripts/compare.py`` as a user types it: complete, interrupted, with a failing variant, and twice at once."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_comparison_reports_and_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_comparison_reports_and_resumes(tmp_path: Path) -> None:
     done = command("compare.py", *SMALL, "hydra.run.dir=mine", cwd=tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
     folder = tmp_path / "mine"
@@ -82,7 +82,7 @@ def test_comparison_reports_and_goes_on_where_it_was(tmp_path: Path) -> None:
     other = command("compare.py", *SMALL, "inner.lr=0.1", "hydra.run.dir=mine", cwd=tmp_path)
     assert other.returncode == 2
     assert "inner.lr: 0.4 in the folder, 0.1 now" in other.stderr
-    assert results(folder)["complete"], "a refusal changes nothing"
+    assert results(folder)["complete"], "an error changes nothing"
     few = command("compare.py", *SMALL, "hydra.run.dir=mine", cwd=tmp_path)
     assert "left out of the report: first_order-seed1, second_order-seed1" in " ".join(few.stdout.split())
     onto = command("compare.py", *SMALL, "hydra.run.dir=mine/first_order-seed0", cwd=tmp_path)
@@ -91,7 +91,7 @@ def test_comparison_reports_and_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_interrupted_comparison_goes_on(sent: signal.Signals, tmp_path: Path) -> None:
+def test_comparison_resumes_when_interrupted(sent: signal.Signals, tmp_path: Path) -> None:
     long = [o for o in SMALL if "iterations" not in o and "jobs" not in o] + ["outer.iterations=40", "compare.jobs=1"]
     process = start(*long, cwd=tmp_path)
     deadline = time.monotonic() + 120
@@ -119,15 +119,15 @@ def test_interrupted_comparison_goes_on(sent: signal.Signals, tmp_path: Path) ->
     assert results(folder)["complete"]
 
     fresh = command("compare.py", *long, "--cfg", "hydra", cwd=tmp_path)
-    assert folder.name not in fresh.stdout, "a finished comparison is not gone on with"
+    assert folder.name not in fresh.stdout, "a finished comparison is not resumed"
 
 
 def kill_children(folder: Path) -> None:
-    """A run that was started by a killed comparison may live on: here the whole machine goes down."""
+    """Kill the runs of a killed comparison, which may survive it, as if the whole machine went down."""
     subprocess.run(["pkill", "-9", "-f", str(folder)], check=False)
 
 
-def test_variant_that_fails_takes_no_other_with_it(tmp_path: Path) -> None:
+def test_other_variants_finish_when_one_fails(tmp_path: Path) -> None:
     variants = "compare.variants=['inner.second_order=true','inner.lr=1e30']"
     done = command("compare.py", *SMALL, variants, "hydra.run.dir=mine", cwd=tmp_path)
     assert done.returncode == 1, done.stderr + done.stdout
@@ -149,10 +149,10 @@ def test_variant_that_fails_takes_no_other_with_it(tmp_path: Path) -> None:
     run.rename(tmp_path / "mine" / "second_order,pool-max-seed0")
     mixed = command("compare.py", *SMALL, same_name, "hydra.run.dir=mine", cwd=tmp_path)
     assert mixed.returncode == 2, mixed.stdout
-    assert "model.pool: stride in the folder, max now" in mixed.stderr, "another run's figures are not taken"
+    assert "model.pool: stride in the folder, max now" in mixed.stderr, "another run's metrics are not used"
 
 
-def test_two_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
+def test_concurrent_comparisons_use_different_folders(tmp_path: Path) -> None:
     processes = [start(*SMALL, cwd=tmp_path) for _ in range(2)]
     for process in processes:
         said, _ = process.communicate(timeout=300)
@@ -171,7 +171,7 @@ def test_two_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> Non
         (["data.root=/nonexistent", "data.fallback=null"], "data.root=/nonexistent: there is no such folder"),
     ],
 )
-def test_refusals_make_no_folder(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_no_folder_is_created_when_config_is_wrong(arguments: list[str], message: str, tmp_path: Path) -> None:
     refused = command("compare.py", *arguments, cwd=tmp_path)
     assert refused.returncode == 2, refused.stdout
     assert message in refused.stderr

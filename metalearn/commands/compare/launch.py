@@ -1,7 +1,7 @@
-"""Runs of a comparison as processes of their own: one that dies takes no other with it.
+"""Train the runs of a comparison in child processes: if one crashes, the others go on.
 
-On this machine joblib keeps a number of them going; with one of Hydra's launchers (``hydra/launcher=submitit_slurm``)
-every variant is a ``scripts/train.py --multirun`` over the seeds, and the launcher sends its jobs wherever it does.
+On this machine joblib keeps a number of them running. With one of Hydra's launchers (``hydra/launcher=submitit_slurm``)
+every variant is a ``scripts/train.py --multirun`` over the seeds, and the launcher submits its jobs.
 """
 
 from __future__ import annotations
@@ -17,31 +17,35 @@ from pathlib import Path
 from joblib import Parallel, delayed
 from rich.progress import Progress
 
-from metalearn.commands.compare.variants import TRAIN, Job, format_override
+from metalearn.commands.compare.variants import Job, format_override
 from metalearn.commands.processes import ProcessPool
+from metalearn.config.compose import CONF
 from metalearn.training.experiment import resolve_device
 
 log = logging.getLogger(__name__)
 
+TRAIN = (sys.executable, str(CONF.parent / "scripts" / "train.py"))
+"""The command that trains one run, without its overrides."""
+
 CONSOLE = "console.log"
-"""What a run wrote to its terminal, in its folder."""
+"""The file in a run's folder that holds its terminal output."""
 
 _VALIDATED = re.compile(r"(\d+)/\d+  validation accuracy (\S+)")
 _ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b(?! ignored)", re.MULTILINE)
-_HYDRAS_ADVICE = "Set the environment variable HYDRA_FULL_ERROR"
-_LONGEST_REASON = 600
+_HYDRA_HINT = "Set the environment variable HYDRA_FULL_ERROR"
+_MAX_REASON_LENGTH = 600
 
 
-def runs_at_a_time(jobs: Sequence[Job], wanted: int | None) -> int:
-    """As many as asked for; else one per core on a CPU, and one on a GPU, whose memory and time are measured."""
-    if wanted is None:
+def runs_at_a_time(jobs: Sequence[Job], requested: int | None) -> int:
+    """Return the number requested; by default one per core, but one on a GPU, whose memory and time are measured."""
+    if requested is None:
         on_gpu = any(resolve_device(job.config.run.device).type == "cuda" for job in jobs)
-        wanted = 1 if on_gpu else cores()
-    return max(1, min(wanted, len(jobs)))
+        requested = 1 if on_gpu else _num_cores()
+    return max(1, min(requested, len(jobs)))
 
 
-def cores() -> int:
-    """Those that this process may use."""
+def _num_cores() -> int:
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -51,7 +55,7 @@ def launch(jobs: Sequence[Job], *, at_a_time: int, progress: Progress) -> dict[P
     Returns:
         Why runs failed, by their folder.
     """
-    threads = max(1, cores() // at_a_time)
+    threads = max(1, _num_cores() // at_a_time)
     bar = progress.add_task("meta-training", total=sum(job.config.outer.iterations for job in jobs), note="")
     steps = dict.fromkeys([job.folder for job in jobs], 0)
 
@@ -59,21 +63,24 @@ def launch(jobs: Sequence[Job], *, at_a_time: int, progress: Progress) -> dict[P
         steps[job.folder] = iteration
         progress.update(bar, completed=sum(steps.values()), note=note)
 
-    with ProcessPool() as children:
+    with ProcessPool() as pool:
 
         def train(job: Job) -> str | None:
-            def show_progress(piece: str) -> None:
-                for iteration, accuracy in _VALIDATED.findall(piece):
+            def show_progress(output: str) -> None:
+                for iteration, accuracy in _VALIDATED.findall(output):
                     show(job, int(iteration), f"{job.folder.name}: validation {accuracy}")
 
-            command = [sys.executable, str(TRAIN), *job.overrides, *_place(job)]
+            folder = format_override(str(job.folder.absolute()))
+            command = [*job.overrides, f"run.seed={job.config.run.seed}", "run.resume=auto", f"hydra.run.dir={folder}"]
             log.info("%s: started", job.folder.name)
             try:
-                status, written = children.run(command, job.folder / CONSOLE, threads=threads, callback=show_progress)
-                reason = failure_reason(status, written, job.folder)
-            except OSError as error:  # a full disk, a folder that cannot be made
+                status, output = pool.run(
+                    [*TRAIN, *command], job.folder / CONSOLE, threads=threads, callback=show_progress
+                )
+                reason = failure_reason(status, output, job.folder)
+            except OSError as error:  # a full disk, a folder that cannot be created
                 reason = f"{type(error).__name__}: {error}"
-            if children.closing:
+            if pool.closing:
                 return reason
             log.info("%s: %s", job.folder.name, f"FAILED, {reason}" if reason else "finished")
             show(job, job.config.outer.iterations, "")
@@ -84,56 +91,53 @@ def launch(jobs: Sequence[Job], *, at_a_time: int, progress: Progress) -> dict[P
 
 
 def launch_with_hydra(jobs: Sequence[Job], launcher: Sequence[str], folder: Path) -> dict[Path, str]:
-    """Train through one of Hydra's launchers, all variants at once; as ``launch``.
+    """Train through one of Hydra's launchers, all variants at once.
 
     Args:
-        jobs: all runs, or those that are left.
-        launcher: overrides that choose and set the launcher.
-        folder: the comparison's.
+        jobs: runs to train.
+        launcher: overrides that choose and configure the launcher.
+        folder: of the comparison.
+
+    Returns:
+        Why runs failed, by their folder.
     """
     by_variant: dict[str, list[Job]] = {}
     for job in jobs:
         by_variant.setdefault(job.variant, []).append(job)
-    with ProcessPool() as children:
+    with ProcessPool() as pool:
 
         def train(variant: str) -> tuple[int, str]:
-            command = [sys.executable, str(TRAIN), "--multirun", *sweep(by_variant[variant], launcher, folder)]
-            return children.run(command, folder / f"{variant}.log", threads=None, callback=lambda piece: None)
+            command = [*TRAIN, "--multirun", *sweep(by_variant[variant], launcher, folder)]
+            return pool.run(command, folder / f"{variant}.log", threads=None, callback=lambda output: None)
 
         names = list(by_variant)
         ended = Parallel(n_jobs=len(names), backend="threading")(delayed(train)(name) for name in names)
     reasons = {}
-    for name, (status, written) in zip(names, ended, strict=True):
+    for name, (status, output) in zip(names, ended, strict=True):
         for job in by_variant[name]:
-            if reason := failure_reason(status, written, job.folder):
-                reasons[job.folder] = f"{name}.log (and what the launcher keeps) says: {reason}"
+            if reason := failure_reason(status, output, job.folder):
+                reasons[job.folder] = f"{name}.log (and the logs of the launcher) says: {reason}"
     return reasons
 
 
 def sweep(jobs: Sequence[Job], launcher: Sequence[str], folder: Path) -> list[str]:
-    """Overrides of ``scripts/train.py --multirun`` that train one variant with several seeds."""
+    """Return the overrides of ``--multirun`` that train one variant with several seeds."""
     seeds = ",".join(str(job.config.run.seed) for job in jobs)
-    place = f"hydra.sweep.dir={format_override(str(folder.absolute()))}"
+    parent = f"hydra.sweep.dir={format_override(str(folder.absolute()))}"
     name = f"hydra.sweep.subdir='{jobs[0].variant}-seed${{run.seed}}'"
-    return [*jobs[0].overrides, f"run.seed={seeds}", "run.resume=auto", place, name, *launcher]
+    return [*jobs[0].overrides, f"run.seed={seeds}", "run.resume=auto", parent, name, *launcher]
 
 
-def _place(job: Job) -> list[str]:
-    folder = format_override(str(job.folder.absolute()))
-    return [f"run.seed={job.config.run.seed}", "run.resume=auto", f"hydra.run.dir={folder}"]
-
-
-def failure_reason(status: int, written: str, folder: Path) -> str | None:
-    """In words; ``None`` if the run is finished, whatever else happened."""
+def failure_reason(status: int, output: str, folder: Path) -> str | None:
+    """Return why a run failed: its last error; ``None`` if it has written its metrics."""
     if (folder / "metrics.json").exists():
         return None
     if status < 0:
         name = signal.Signals(-status).name
-        memory = "; the system kills so when memory runs out" if name == "SIGKILL" else ""
-        return f"ended by {name}{memory}"
-    written = written.partition(_HYDRAS_ADVICE)[0]
-    errors = list(_ERROR.finditer(written))
-    if errors:
-        return written[errors[-1].start() :].strip()[:_LONGEST_REASON]
-    last = written.strip().splitlines()[-1:] or ["it wrote nothing"]
-    return f"exit status {status}: {last[0]}"[:_LONGEST_REASON]
+        hint = "; the system does this when memory runs out" if name == "SIGKILL" else ""
+        return f"ended by {name}{hint}"
+    output = output.partition(_HYDRA_HINT)[0]
+    if errors := list(_ERROR.finditer(output)):
+        return output[errors[-1].start() :].strip()[:_MAX_REASON_LENGTH]
+    last = output.strip().splitlines()[-1:] or ["it wrote nothing"]
+    return f"exit status {status}: {last[0]}"[:_MAX_REASON_LENGTH]

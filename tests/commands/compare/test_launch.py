@@ -25,7 +25,7 @@ from metalearn.commands.compare.launch import failure_reason
         (1, "ConfigError: old\nValueError: new", "ValueError: new"),
         (1, "RunError: real\nException ignored in: <x>\n", "RunError: real\nException ignored in: <x>"),
         (1, "OSError: full\n\nSet the environment variable HYDRA_FULL_ERROR=1 for ...\n", "OSError: full"),
-        (-9, "fine so far", "ended by SIGKILL; the system kills so when memory runs out"),
+        (-9, "fine so far", "ended by SIGKILL; the system does this when memory runs out"),
         (-15, "", "ended by SIGTERM"),
         (3, "one\nlast words\n", "exit status 3: last words"),
         (0, "", "exit status 0: it wrote nothing"),

@@ -1,4 +1,4 @@
-"""The plots of a comparison: every number that is drawn is one of the results, and what is missing is left out."""
+"""The plots of a comparison draw the results, and leave out what is missing."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from metalearn.commands.benchmark.engine_settings import EngineCost
-from metalearn.commands.compare.captions import CAPTIONS
-from metalearn.commands.compare.plots import plots
+from metalearn.commands.compare.plots import PLOTS, plots
 from metalearn.commands.compare.results import Results
 from metalearn.training.tracking.plot_style import line_style
 from tests.commands.compare.factories import broken_variant, cost_rows, difference, results, two_orders, variant
@@ -39,7 +38,7 @@ def y_of(drawn: Line2D) -> list[float]:
 
 
 def estimates(axes: Axes) -> list[tuple[float, float]]:
-    """Means and half-widths of horizontal intervals, in the order in which they were drawn."""
+    """Return means and half-widths of horizontal intervals, in the order in which they were drawn."""
     found = []
     for container in axes.containers:
         assert isinstance(container, ErrorbarContainer)
@@ -66,16 +65,16 @@ def tick_labels(labels: Sequence[Any]) -> list[str]:
     return [label.get_text() for label in labels]
 
 
-def test_every_plot_is_there_and_has_a_caption() -> None:
+def test_every_plot_is_drawn_with_its_title() -> None:
     drawn = plots(two_orders())
-    assert list(drawn) == list(CAPTIONS)
+    assert list(drawn) == list(PLOTS)
     for name, figure in drawn.items():
-        assert figure.get_suptitle() == f"{CAPTIONS[name].title}\n" + figure.get_suptitle().split("\n")[1]
+        assert figure.get_suptitle() == f"{PLOTS[name].title}\n" + figure.get_suptitle().split("\n")[1]
         assert "omniglot, 5-way 1-shot" in figure.get_suptitle()
         assert all(axes.get_xlabel() for axes in figure.axes)
 
 
-def test_accuracy_by_both_protocols_with_intervals_and_seeds() -> None:
+def test_accuracy_by_both_protocols() -> None:
     (axes,) = plots(two_orders())["accuracy"].axes
     assert estimates(axes) == [pytest.approx(pair) for pair in [(98.0, 0.9), (94.0, 1.2), (96.8, 0.9), (92.8, 1.2)]], (
         "transductive and non-transductive of the first variant, then of the second"
@@ -85,7 +84,7 @@ def test_accuracy_by_both_protocols_with_intervals_and_seeds() -> None:
     assert tick_labels(axes.get_yticklabels()) == ["second_order", "first_order"]
 
 
-def test_accuracy_after_each_inner_step() -> None:
+def test_accuracy_per_inner_step() -> None:
     from_none, from_one = plots(two_orders())["accuracy_per_step"].axes
     assert y_of(line(from_none, "first_order")) == pytest.approx([20.0, 92.8, 94.8, 96.8])
     assert y_of(line(from_one, "first_order")) == pytest.approx([92.8, 94.8, 96.8])
@@ -112,7 +111,7 @@ def test_validation_against_steps_and_time() -> None:
 
 
 @pytest.mark.parametrize(("factor", "unit", "last"), [(20.0, "min", 16.0), (1000.0, "h", 48 / 3.6)])
-def test_long_trainings_are_drawn_in_longer_units(factor: float, unit: str, last: float) -> None:
+def test_time_unit_when_training_is_long(factor: float, unit: str, last: float) -> None:
     slow = variant("slow", ms=48.0)
     slow = dataclasses.replace(
         slow, curve=[point._replace(training_s=factor * point.training_s) for point in slow.curve]
@@ -122,7 +121,7 @@ def test_long_trainings_are_drawn_in_longer_units(factor: float, unit: str, last
     assert x_of(line(by_time, "slow"))[-1] == pytest.approx(last)
 
 
-def test_the_end_of_training_takes_up_half_of_the_axis_and_the_target_is_in_view() -> None:
+def test_validation_axis_shows_end_of_training_and_target() -> None:
     by_step, _ = plots(dataclasses.replace(two_orders(), target_accuracy=0.999))["validation"].axes
     low, high = by_step.get_ylim()
     ends = [y_of(line(by_step, name))[10] for name in ("first_order", "second_order")]
@@ -140,7 +139,7 @@ def test_differences_in_percentage_points() -> None:
     assert "percentage points" in axes.get_xlabel()
 
 
-def test_cost_against_inner_steps_ends_at_the_limit() -> None:
+def test_cost_ends_at_the_limit() -> None:
     figure = plots(dataclasses.replace(two_orders(), cost=cost_rows(limit_at=10), cost_limit_mib=1000))["cost"]
     memory, time = figure.axes
     assert x_of(line(memory, "unroll")) == [1, 5]
@@ -153,7 +152,7 @@ def test_cost_against_inner_steps_ends_at_the_limit() -> None:
     assert memory.get_xscale() == memory.get_yscale() == "log"
 
 
-def test_no_limit_is_drawn_where_none_was_reached_and_no_panel_without_figures() -> None:
+def test_cost_has_no_limit_or_panel_without_data() -> None:
     untimed = [dataclasses.replace(row, median_ms=None) for row in cost_rows()]
     figure = plots(dataclasses.replace(two_orders(), cost=untimed))["cost"]
     (memory,) = figure.axes
@@ -161,7 +160,7 @@ def test_no_limit_is_drawn_where_none_was_reached_and_no_panel_without_figures()
     assert legend_texts(figure) == ["first order", "unroll", "checkpoint", "adjoint"]
 
 
-def test_small_differences_look_small_on_a_logarithmic_axis() -> None:
+def test_cost_axis_spans_a_minimal_range() -> None:
     close = [EngineCost("unroll", False, None, 1, steps, 90.0 + steps, 30.0 + steps) for steps in (1, 2)]
     figure = plots(dataclasses.replace(two_orders(), cost=close))["cost"]
     for axes in figure.axes:
@@ -170,7 +169,7 @@ def test_small_differences_look_small_on_a_logarithmic_axis() -> None:
         assert len([tick for tick in axes.get_yticks() if low <= tick <= high]) >= 2
 
 
-def test_cost_of_the_runs() -> None:
+def test_per_run_cost() -> None:
     time, memory = plots(two_orders())["per_run_cost"].axes
     assert widths(time) == [48, 24]
     assert widths(memory) == [54, 36]
@@ -191,13 +190,13 @@ def test_variants_differ_in_colour_marker_and_dashes() -> None:
     assert [line(axes, name).get_marker() for name in LONG_NAMES] == [line_style(i).marker for i in range(8)]
 
 
-def test_the_look_goes_by_position_also_where_another_variant_has_no_figures() -> None:
+def test_style_follows_position_when_another_variant_is_empty() -> None:
     second = variant("second_order")
     figure = plots(results([broken_variant("first_order"), second]))["validation"]
     assert line(figure.axes[0], "second_order").get_color() == line_style(1).colour
 
 
-def test_one_seed_has_a_dot_and_no_band() -> None:
+def test_one_seed_has_no_band() -> None:
     drawn = plots(two_orders((0.012,)))
     assert faint_dots(drawn["difference"].axes[0]) == [pytest.approx([1.2])]
     assert not drawn["validation"].axes[0].collections
@@ -205,7 +204,7 @@ def test_one_seed_has_a_dot_and_no_band() -> None:
     assert "band" in plots(two_orders())["validation"].get_suptitle()
 
 
-def test_a_variant_without_figures_is_named_as_such() -> None:
+def test_unfinished_variant_is_labelled() -> None:
     drawn = plots(results([variant("second_order"), broken_variant("first_order")]))
     assert "difference" not in drawn
     assert [text.get_text() for text in drawn["accuracy"].axes[0].texts] == ["no finished run"]
@@ -213,7 +212,7 @@ def test_a_variant_without_figures_is_named_as_such() -> None:
     assert len(drawn["per_run_cost"].axes[0].patches) == 1
 
 
-def test_nothing_finished_gives_no_plot() -> None:
+def test_no_plot_when_nothing_is_finished() -> None:
     assert plots(results([broken_variant("second_order")])) == {}
 
 
@@ -224,7 +223,7 @@ def many() -> Results:
 
 
 @pytest.mark.parametrize("given", [many(), two_orders((0.01,)), results([variant("no $\\formula$")])])
-def test_nothing_is_cut_off_or_hidden(given: Results) -> None:
+def test_nothing_is_cut_off_or_overlaps(given: Results) -> None:
     for name, figure in plots(given).items():
         figure.savefig(io.BytesIO(), format="png", dpi=50)
         width, height = figure.get_size_inches()
