@@ -268,8 +268,8 @@ PLOTS = {
     "validation": Plot(
         "Validation accuracy during training",
         f"{_BAND} Left against meta-steps, right against the time spent in them. The thin horizontal line is the "
-        "target of the time to target. The vertical axis may begin above the start of training, so that its end can "
-        "be read.",
+        "accuracy that the time to target refers to. The vertical axis may begin above the start of training, so that "
+        "its end can be read.",
         plot_validation,
     ),
     "per_run_cost": Plot(
