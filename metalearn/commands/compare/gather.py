@@ -49,6 +49,14 @@ def collect_results(
     return results, target
 
 
+def hardware_of(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the machine of some runs; where they differ, all values."""
+    names = dict.fromkeys(name for m in metrics for name in m if name.startswith("machine."))
+    return {
+        name.removeprefix("machine."): " / ".join(dict.fromkeys(str(m.get(name)) for m in metrics)) for name in names
+    }
+
+
 def _read_curves(folder: Path) -> Scalars:
     """Return a run's curves; none where its event file is missing, as in archived results."""
     try:

@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from metalearn.commands.compare.engine_cost import measure_engine_costs
-from metalearn.commands.compare.gather import collect_results, differences
+from metalearn.commands.compare.gather import collect_results, differences, hardware_of
 from metalearn.commands.compare.launch import launch, launch_with_hydra, runs_at_a_time
 from metalearn.commands.compare.report import print_results, write_results
-from metalearn.commands.compare.results import Results, VariantResult
+from metalearn.commands.compare.results import Results
 from metalearn.commands.compare.variants import (
     Job,
     Variant,
@@ -162,14 +162,15 @@ def collect(
     with progress_bar() as progress:
         costs = measure_engine_costs(shared, config.compare, folder, progress)
     here = describe_hardware(resolve_device(shared.run.device))
-    machine, memory_kind = hardware_of(found) or (here, "cuda" if "gpu" in here else "cpu-tensors")
+    metrics = [run.metrics for variant in found for run in variant.finished]
+    memory_kinds = dict.fromkeys(m["memory.kind"] for m in metrics) or ["cuda" if "gpu" in here else "cpu-tensors"]
     return Results(
         title=f"{shared.data.name}, {shared.task.ways}-way {shared.task.shots}-shot",
         dataset=shared.data.name,
         command=shlex.join(["python", *sys.argv]),
         config=to_yaml(config),
-        machine=machine,
-        memory_kind=memory_kind,
+        machine=dict(hardware_of(metrics) or here),
+        memory_kind=" / ".join(memory_kinds),
         iterations=shared.outer.iterations,
         seeds=list(config.compare.seeds),
         target_accuracy=target,
@@ -181,14 +182,3 @@ def collect(
         cost_machine=dict(here),
         runs_at_a_time=1 if launcher_overrides() else runs_at_a_time(every, config.compare.jobs),
     )
-
-
-def hardware_of(variants: Sequence[VariantResult]) -> tuple[dict[str, object], str] | None:
-    """Return the machine of the runs, and how their memory was counted; where runs differ, all values."""
-    metrics = [run.metrics for variant in variants for run in variant.finished]
-    if not metrics:
-        return None
-    names = [name for name in metrics[0] if name.startswith("machine.")]
-    values = {name: list(dict.fromkeys(str(m.get(name)) for m in metrics)) for name in [*names, "memory.kind"]}
-    joined: dict[str, object] = {name.removeprefix("machine."): " / ".join(found) for name, found in values.items()}
-    return joined, str(joined.pop("memory.kind"))

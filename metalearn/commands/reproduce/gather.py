@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from metalearn.commands.compare.gather import hardware_of
 from metalearn.commands.compare.statistics import seed_ci, task_ci
 from metalearn.commands.compare.variants import Job
 from metalearn.commands.reproduce.plan import TableRow, published
@@ -112,11 +113,3 @@ def estimate(metrics: Sequence[Metrics], mean: str, ci95: str) -> dict[str, Any]
     halves = [m[ci95] for m in metrics]
     found = seed_ci([m[mean] for m in metrics], halves)
     return {"mean": found.mean, "ci95": found.ci95, "over": "seeds" if found.ci95 > task_ci(halves) else "tasks"}
-
-
-def hardware_of(metrics: Sequence[Metrics]) -> dict[str, str]:
-    """Return the machine of the runs; where runs differ, all values."""
-    names = dict.fromkeys(name for m in metrics for name in m if name.startswith("machine."))
-    return {
-        name.removeprefix("machine."): " / ".join(dict.fromkeys(str(m.get(name)) for m in metrics)) for name in names
-    }

@@ -18,7 +18,8 @@ import metalearn
 from metalearn.training.evaluation import MeanCI
 
 GREY = "#666666"
-_STYLE = matplotlib.rc_params_from_file(Path(metalearn.__file__).with_name("metalearn.mplstyle"), False, False)
+_FILE = Path(metalearn.__file__).with_name("metalearn.mplstyle")
+_STYLE = matplotlib.rc_params_from_file(_FILE, use_default_template=False)
 _COLOURS = _STYLE["axes.prop_cycle"].by_key()["color"]
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")  # one more than colours: the ninth line differs from the first
 _DASHES = ((), (5, 2), (6, 2, 1, 2), (1, 1.5), (10, 3), (3, 1, 1, 1, 1, 1), (2, 3), (10, 2, 2, 2, 2, 2))

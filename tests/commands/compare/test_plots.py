@@ -24,6 +24,13 @@ from tests.commands.compare.factories import broken_variant, cost_rows, differen
 LONG_NAMES = [f"engine-adjoint,task_chunk-{i}" for i in range(8)]
 
 
+def draw(name: str, given: Results) -> Figure:
+    """Draw one plot alone."""
+    figure = PLOTS[name].draw(given, PLOTS[name].title)
+    assert figure is not None
+    return figure
+
+
 def line(axes: Axes, label: str) -> Line2D:
     (found,) = (each for each in axes.lines if each.get_label() == label)
     return found
@@ -75,7 +82,7 @@ def test_every_plot_is_drawn_with_its_title() -> None:
 
 
 def test_accuracy_by_both_protocols() -> None:
-    (axes,) = plots(two_orders())["accuracy"].axes
+    (axes,) = draw("accuracy", two_orders()).axes
     assert estimates(axes) == [pytest.approx(pair) for pair in [(98.0, 0.9), (94.0, 1.2), (96.8, 0.9), (92.8, 1.2)]], (
         "transductive and non-transductive of the first variant, then of the second"
     )
@@ -85,7 +92,7 @@ def test_accuracy_by_both_protocols() -> None:
 
 
 def test_accuracy_per_inner_step() -> None:
-    from_none, from_one = plots(two_orders())["accuracy_per_step"].axes
+    from_none, from_one = draw("accuracy_per_step", two_orders()).axes
     assert y_of(line(from_none, "first_order")) == pytest.approx([20.0, 92.8, 94.8, 96.8])
     assert y_of(line(from_one, "first_order")) == pytest.approx([92.8, 94.8, 96.8])
     assert x_of(line(from_none, "first_order")) == pytest.approx([0, 1, 2, 3], abs=0.2), "side by side, near the step"
@@ -97,7 +104,7 @@ def test_accuracy_per_inner_step() -> None:
 
 def test_validation_against_steps_and_time() -> None:
     given = two_orders()
-    by_step, by_time = plots(given)["validation"].axes
+    by_step, by_time = draw("validation", given).axes
     for each in given.variants:
         assert x_of(line(by_step, each.name)) == [point.iteration for point in each.curve]
         assert x_of(line(by_time, each.name)) == pytest.approx([point.training_s for point in each.curve])
@@ -116,13 +123,13 @@ def test_time_unit_when_training_is_long(factor: float, unit: str, last: float) 
     slow = dataclasses.replace(
         slow, curve=[point._replace(training_s=factor * point.training_s) for point in slow.curve]
     )
-    _, by_time = plots(results([slow]))["validation"].axes
+    _, by_time = draw("validation", results([slow])).axes
     assert by_time.get_xlabel() == f"training time, {unit}"
     assert x_of(line(by_time, "slow"))[-1] == pytest.approx(last)
 
 
 def test_validation_axis_shows_end_of_training_and_target() -> None:
-    by_step, _ = plots(dataclasses.replace(two_orders(), target_accuracy=0.999))["validation"].axes
+    by_step, _ = draw("validation", dataclasses.replace(two_orders(), target_accuracy=0.999)).axes
     low, high = by_step.get_ylim()
     ends = [y_of(line(by_step, name))[10] for name in ("first_order", "second_order")]
     assert 20 < low < min(ends) - 0.35 * (high - low)
@@ -130,7 +137,7 @@ def test_validation_axis_shows_end_of_training_and_target() -> None:
 
 
 def test_differences_in_percentage_points() -> None:
-    figure = plots(two_orders((0.010, 0.012, 0.014), ci95=0.005))["difference"]
+    figure = draw("difference", two_orders((0.010, 0.012, 0.014), ci95=0.005))
     (axes,) = figure.axes
     assert estimates(axes) == [pytest.approx((1.2, 0.5))]
     assert faint_dots(axes) == [pytest.approx([1.0, 1.2, 1.4])]
@@ -140,7 +147,7 @@ def test_differences_in_percentage_points() -> None:
 
 
 def test_cost_ends_at_the_limit() -> None:
-    figure = plots(dataclasses.replace(two_orders(), cost=cost_rows(limit_at=10), cost_limit_mib=1000))["cost"]
+    figure = draw("cost", dataclasses.replace(two_orders(), cost=cost_rows(limit_at=10), cost_limit_mib=1000))
     memory, time = figure.axes
     assert x_of(line(memory, "unroll")) == [1, 5]
     assert y_of(line(memory, "unroll")) == [274, 800]
@@ -154,7 +161,7 @@ def test_cost_ends_at_the_limit() -> None:
 
 def test_cost_has_no_limit_or_panel_without_data() -> None:
     untimed = [dataclasses.replace(row, median_ms=None) for row in cost_rows()]
-    figure = plots(dataclasses.replace(two_orders(), cost=untimed))["cost"]
+    figure = draw("cost", dataclasses.replace(two_orders(), cost=untimed))
     (memory,) = figure.axes
     assert memory.get_ylabel() == "peak memory, MiB"
     assert legend_texts(figure) == ["first order", "unroll", "checkpoint", "adjoint"]
@@ -162,7 +169,7 @@ def test_cost_has_no_limit_or_panel_without_data() -> None:
 
 def test_cost_axis_spans_a_minimal_range() -> None:
     close = [EngineCost("unroll", False, None, 1, steps, 90.0 + steps, 30.0 + steps) for steps in (1, 2)]
-    figure = plots(dataclasses.replace(two_orders(), cost=close))["cost"]
+    figure = draw("cost", dataclasses.replace(two_orders(), cost=close))
     for axes in figure.axes:
         low, high = axes.get_ylim()
         assert high / low > 7.9
@@ -170,7 +177,7 @@ def test_cost_axis_spans_a_minimal_range() -> None:
 
 
 def test_per_run_cost() -> None:
-    time, memory = plots(two_orders())["per_run_cost"].axes
+    time, memory = draw("per_run_cost", two_orders()).axes
     assert widths(time) == [48, 24]
     assert widths(memory) == [54, 36]
     assert [text.get_text() for text in time.texts] == ["48.0", "24.0"]
@@ -178,21 +185,21 @@ def test_per_run_cost() -> None:
 
 def test_cosine() -> None:
     given = two_orders()
-    (axes,) = plots(given)["cosine"].axes
+    (axes,) = draw("cosine", given).axes
     assert y_of(line(axes, "first_order")) == [point.mean for point in given.variants[1].cosine]
 
 
 def test_variants_differ_in_colour_marker_and_dashes() -> None:
     assert all(len({line_style(i)[part] for i in range(8)}) == 8 for part in range(3))
     assert len({line_style(i) for i in range(24)}) == 24
-    (axes,) = plots(results([variant(name) for name in LONG_NAMES]))["cosine"].axes
+    (axes,) = draw("cosine", results([variant(name) for name in LONG_NAMES])).axes
     assert [line(axes, name).get_color() for name in LONG_NAMES] == [line_style(i).colour for i in range(8)]
     assert [line(axes, name).get_marker() for name in LONG_NAMES] == [line_style(i).marker for i in range(8)]
 
 
 def test_style_follows_position_when_another_variant_is_empty() -> None:
     second = variant("second_order")
-    figure = plots(results([broken_variant("first_order"), second]))["validation"]
+    figure = draw("validation", results([broken_variant("first_order"), second]))
     assert line(figure.axes[0], "second_order").get_color() == line_style(1).colour
 
 
@@ -201,7 +208,7 @@ def test_one_seed_has_no_band() -> None:
     assert faint_dots(drawn["difference"].axes[0]) == [pytest.approx([1.2])]
     assert not drawn["validation"].axes[0].collections
     assert "one seed" in drawn["validation"].get_suptitle()
-    assert "band" in plots(two_orders())["validation"].get_suptitle()
+    assert "band" in draw("validation", two_orders()).get_suptitle()
 
 
 def test_unfinished_variant_is_labelled() -> None:

@@ -66,30 +66,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_headline_names_leader_when_difference_is_significant() -> None:
-    first, *_ = headline(two_orders((0.010, 0.012, 0.014), ci95=0.005))
-    assert first == (
-        "second_order is ahead of first_order by 1.20 ± 0.50 percentage points of test accuracy "
-        "(95% interval over 3 seeds and their tasks): the interval excludes zero."
-    )
-
-
-def test_headline_names_other_variant_when_it_leads() -> None:
-    first, *_ = headline(two_orders((-0.010, -0.012, -0.014), ci95=0.005))
-    assert first.startswith("first_order is ahead of second_order by 1.20 ± 0.50 percentage points")
-
-
-def test_headline_says_so_when_difference_is_not_significant() -> None:
-    first, *_ = headline(two_orders((0.003,), ci95=0.005))
-    assert first == (
-        "There is no significant difference between second_order and first_order: 0.30 ± 0.50 percentage points of "
-        "test accuracy (95% interval over the test tasks only, as there is one seed), which includes zero."
-    )
-
-
-def test_headline_says_equal_when_every_task_is_equal() -> None:
-    first, *_ = headline(two_orders((0.0, 0.0), ci95=0.0))
-    assert first == "second_order and first_order are equal on every test task."
+@pytest.mark.parametrize(
+    ("per_seed", "ci95", "sentence"),
+    [
+        (
+            (0.010, 0.012, 0.014),
+            0.005,
+            "second_order is ahead of first_order by 1.20 ± 0.50 percentage points of test accuracy "
+            "(95% interval over 3 seeds and their tasks): the interval excludes zero.",
+        ),
+        (
+            (-0.010, -0.014),
+            0.005,
+            "first_order is ahead of second_order by 1.20 ± 0.50 percentage points of test accuracy "
+            "(95% interval over 2 seeds and their tasks): the interval excludes zero.",
+        ),
+        (
+            (0.003,),
+            0.005,
+            "There is no significant difference between second_order and first_order: 0.30 ± 0.50 percentage points of "
+            "test accuracy (95% interval over the test tasks only, as there is one seed), which includes zero.",
+        ),
+        ((0.0, 0.0), 0.0, "second_order and first_order are equal on every test task."),
+    ],
+)
+def test_headline_begins_with_the_difference(per_seed: tuple[float, ...], ci95: float, sentence: str) -> None:
+    assert headline(two_orders(per_seed, ci95))[0] == sentence
 
 
 def test_headline_mentions_different_tasks_when_unpaired() -> None:
