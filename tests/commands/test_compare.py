@@ -56,9 +56,9 @@ def test_comparison_reports_and_resumes(tmp_path: Path) -> None:
     done = command("compare.py", *SMALL, "hydra.run.dir=mine", cwd=tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
     folder = tmp_path / "mine"
-    said = " ".join(done.stdout.split())
-    assert "second_order" in said
-    assert "percentage points" in said
+    output = " ".join(done.stdout.split())
+    assert "second_order" in output
+    assert "percentage points" in output
     written = {path.name for path in folder.iterdir()}
     assert {"report.md", "report.html", "results.json", "cost.json", "plots", "report"} <= written
     content = results(folder)
@@ -138,9 +138,9 @@ def test_other_variants_finish_when_one_fails(tmp_path: Path) -> None:
     assert "diverged" in bad["runs"][0]["reason"]
     assert "HYDRA" not in bad["runs"][0]["reason"]
     assert not content["complete"]
-    said = " ".join(done.stdout.split())
-    assert "failed" in said
-    assert "diverged" in said
+    output = " ".join(done.stdout.split())
+    assert "failed" in output
+    assert "diverged" in output
     for report in ("report.md", "report.html"):
         assert "diverged" in (tmp_path / "mine" / report).read_text()
 
@@ -155,8 +155,8 @@ def test_other_variants_finish_when_one_fails(tmp_path: Path) -> None:
 def test_concurrent_comparisons_use_different_folders(tmp_path: Path) -> None:
     processes = [start(*SMALL, cwd=tmp_path) for _ in range(2)]
     for process in processes:
-        said, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, said
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
     folders = list(tmp_path.glob("outputs/comparisons/*/*"))
     assert len(folders) == 2
     for folder in folders:
@@ -172,8 +172,8 @@ def test_concurrent_comparisons_use_different_folders(tmp_path: Path) -> None:
     ],
 )
 def test_no_folder_is_created_when_config_is_wrong(arguments: list[str], message: str, tmp_path: Path) -> None:
-    refused = command("compare.py", *arguments, cwd=tmp_path)
-    assert refused.returncode == 2, refused.stdout
-    assert message in refused.stderr
-    assert "Traceback" not in refused.stderr + refused.stdout
+    result = command("compare.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 2, result.stdout
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
     assert not list(tmp_path.iterdir())

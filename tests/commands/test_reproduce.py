@@ -224,9 +224,9 @@ def test_table_is_printed_when_readme_has_no_markers(recorded: Path, capsys: pyt
         (recorded / "README.md").write_text(readme)
         run.write_readme([])
         assert (recorded / "README.md").read_text() == readme
-        said = capsys.readouterr().out
-        assert "README.md has no place for the table" in said
-        assert readme_table([]) in said
+        output = capsys.readouterr().out
+        assert "README.md has no place for the table" in output
+        assert readme_table([]) in output
 
 
 def test_replace_table_replaces_the_former() -> None:
@@ -252,11 +252,11 @@ def test_only_finished_orders_are_saved_at_time_limit(
     assert run_reproduction(config, recorded / "rows") == UNFINISHED
     (row,) = read_rows(recorded / "rows" / "omniglot.json")
     assert row["order"] == "first"
-    said = capsys.readouterr().out
-    assert "The time limit of 7 minutes is reached." in said
-    assert "second_order-seed0: 4321 of 15000 meta-steps" in said
-    assert "3 of 6 runs are finished. The same command resumes here:" in said
-    assert f"python scripts/reproduce.py row={ROW} minutes=7" in said
+    output = capsys.readouterr().out
+    assert "The time limit of 7 minutes is reached." in output
+    assert "second_order-seed0: 4321 of 15000 meta-steps" in output
+    assert "3 of 6 runs are finished. The same command resumes here:" in output
+    assert f"python scripts/reproduce.py row={ROW} minutes=7" in output
 
 
 @pytest.mark.parametrize(

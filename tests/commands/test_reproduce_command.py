@@ -37,8 +37,8 @@ SMALL = (
 def test_same_command_resumes_after_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     small = ",".join(f"'{override}'" for override in SMALL)
-    asked = ["row=omniglot_5way_1shot_cpu", "seeds=[5]", "minutes=1", f"overrides=[{small}]"]
-    config = to_dataclass(compose("reproduce", asked), ReproduceConfig)
+    overrides = ["row=omniglot_5way_1shot_cpu", "seeds=[5]", "minutes=1", f"overrides=[{small}]"]
+    config = to_dataclass(compose("reproduce", overrides), ReproduceConfig)
     check_reproduce(config)
     folder = tmp_path / "omniglot_5way_1shot_cpu" / "second_order-seed5"
 
@@ -78,8 +78,8 @@ def test_same_command_resumes_after_time_limit(tmp_path: Path, monkeypatch: pyte
 
 
 def test_no_folder_is_created_when_row_is_unknown(tmp_path: Path) -> None:
-    refused = command("reproduce.py", "row=nope", cwd=tmp_path)
-    assert refused.returncode == 2, refused.stdout
-    assert "row=nope: there is no such experiment. The rows are omniglot_20way_1shot" in refused.stderr
-    assert "Traceback" not in refused.stderr + refused.stdout
+    result = command("reproduce.py", "row=nope", cwd=tmp_path)
+    assert result.returncode == 2, result.stdout
+    assert "row=nope: there is no such experiment. The rows are omniglot_20way_1shot" in result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
     assert not list(tmp_path.iterdir())

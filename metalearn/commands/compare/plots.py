@@ -93,12 +93,12 @@ def plot_difference(results: Results, title: str) -> Figure | None:
 
 def plot_accuracy_per_step(results: Results, title: str) -> Figure | None:
     """Plot test accuracy after 0, 1, ... inner steps, and again from step 1 on, as the first step dwarfs the others."""
-    shown = [(i, variant) for i, variant in enumerate(results.variants) if variant.per_step]
-    if not shown:
+    drawn = [(i, variant) for i, variant in enumerate(results.variants) if variant.per_step]
+    if not drawn:
         return None
     figure, panels = new_figure(title, results.title, panels=2)
-    for nth, (i, variant) in enumerate(shown):
-        offset = _STEP_OFFSET * (nth - (len(shown) - 1) / 2) / len(shown)
+    for nth, (i, variant) in enumerate(drawn):
+        offset = _STEP_OFFSET * (nth - (len(drawn) - 1) / 2) / len(drawn)
         percent = [to_percent(estimate) for estimate in variant.per_step]
         for first, axes in enumerate(panels):
             x = [step + offset for step in range(first, len(percent))]

@@ -12,7 +12,7 @@ def headline(results: Results) -> list[str]:
     for each in results.differences:
         sentences.append(_describe_difference(each))
         first, other = by_name[each.first], by_name[each.other]
-        # Times of runs that shared the machine say little: it is not known what ran beside each.
+        # Times of runs that shared the machine are no evidence: it is unknown which ran at the same time.
         exclusive = results.runs_at_a_time == 1
         ratios = _ratio("the time per meta-step", first.meta_step_ms, other.meta_step_ms, "ms") if exclusive else []
         ratios += _ratio("the peak memory", first.peak_mib, other.peak_mib, "MiB")

@@ -36,8 +36,10 @@ def write_run(job: Job, tasks: list[float], validation: list[float], seconds: fl
         writer.add_scalar("time/training_s", seconds * i, 100 * i)
         writer.add_scalar("grad/cosine_first_vs_second", 0.5 + 0.1 * i, 100 * i)
     writer.close()
-    alone = [value - 0.1 for value in tasks]
-    (job.folder / "test_tasks.json").write_text(json.dumps({"accuracy": tasks, "accuracy_nontransductive": alone}))
+    nontransductive = [value - 0.1 for value in tasks]
+    (job.folder / "test_tasks.json").write_text(
+        json.dumps({"accuracy": tasks, "accuracy_nontransductive": nontransductive})
+    )
     (job.folder / "metrics.json").write_text(json.dumps(metrics))
 
 
