@@ -59,7 +59,7 @@ def launch(jobs: Sequence[Job], *, at_a_time: int, progress: Progress) -> dict[P
     bar = progress.add_task("meta-training", total=sum(job.config.outer.iterations for job in jobs), note="")
     steps = dict.fromkeys([job.folder for job in jobs], 0)
 
-    def show(job: Job, iteration: int, note: str) -> None:
+    def update_bar(job: Job, iteration: int, note: str) -> None:
         steps[job.folder] = iteration
         progress.update(bar, completed=sum(steps.values()), note=note)
 
@@ -68,7 +68,7 @@ def launch(jobs: Sequence[Job], *, at_a_time: int, progress: Progress) -> dict[P
         def train(job: Job) -> str | None:
             def show_progress(output: str) -> None:
                 for iteration, accuracy in _VALIDATED.findall(output):
-                    show(job, int(iteration), f"{job.folder.name}: validation {accuracy}")
+                    update_bar(job, int(iteration), f"{job.folder.name}: validation {accuracy}")
 
             folder = format_override(str(job.folder.absolute()))
             command = [*job.overrides, f"run.seed={job.config.run.seed}", "run.resume=auto", f"hydra.run.dir={folder}"]
@@ -83,7 +83,7 @@ def launch(jobs: Sequence[Job], *, at_a_time: int, progress: Progress) -> dict[P
             if pool.closing:
                 return reason
             log.info("%s: %s", job.folder.name, f"FAILED, {reason}" if reason else "finished")
-            show(job, job.config.outer.iterations, "")
+            update_bar(job, job.config.outer.iterations, "")
             return reason
 
         reasons = Parallel(n_jobs=at_a_time, backend="threading", batch_size=1)(delayed(train)(job) for job in jobs)

@@ -19,7 +19,7 @@ from PIL import Image
 from metalearn.commands.compare.markdown_report import HTML, render_markdown, render_summary, title
 from metalearn.commands.compare.plots import plots
 from metalearn.commands.compare.results import Results
-from metalearn.commands.compare.summary import headline
+from metalearn.commands.compare.summary import headline, missing_runs
 from metalearn.commands.compare.tables import variant_rows
 from metalearn.commands.compare.variants import Job
 from metalearn.config.output_names import RESULTS_FILE
@@ -90,7 +90,7 @@ def print_results(results: Results, folder: Path) -> None:
     print_table(f"{results.title}, {results.iterations} meta-steps, seeds {results.seeds}", header, rows)
     for sentence in headline(results):
         print_line(sentence)
-    for run in (run for variant in results.variants for run in variant.failed):
+    for _, run in missing_runs(results, "failed"):
         print_line(f"{run.folder} failed: {run.reason}")
     if not results.complete:
         print_line("Not every run is finished. The same command tries those again, and trains no other.")

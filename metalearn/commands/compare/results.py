@@ -89,11 +89,6 @@ class VariantResult:
         """Runs that have metrics."""
         return [run for run in self.runs if run.state == "finished"]
 
-    @property
-    def failed(self) -> list[RunResult]:
-        """Runs that stopped with an error."""
-        return [run for run in self.runs if run.state == "failed"]
-
 
 @dataclass(frozen=True)
 class Difference:

@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib.style
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ from matplotlib.patches import Rectangle
 from metalearn.commands.benchmark.engine_settings import EngineCost
 from metalearn.commands.compare.plots import PLOTS, plots
 from metalearn.commands.compare.results import Results
-from metalearn.training.tracking.plot_style import line_style
+from metalearn.training.tracking.plot_style import line_style, new_figure
 from tests.commands.compare.factories import broken_variant, cost_rows, difference, results, two_orders, variant
 
 LONG_NAMES = [f"engine-adjoint,task_chunk-{i}" for i in range(8)]
@@ -187,6 +188,15 @@ def test_cosine() -> None:
     given = two_orders()
     (axes,) = draw("cosine", given).axes
     assert y_of(line(axes, "first_order")) == [point.mean for point in given.variants[1].cosine]
+
+
+def test_style_applies_to_new_figures_only() -> None:
+    before = dict(matplotlib.rcParams)
+    _, (axes,) = new_figure("title", "note")
+    assert not axes.spines["top"].get_visible()
+    assert dict(matplotlib.rcParams) == before
+    with matplotlib.style.context("metalearn.metalearn"):
+        assert matplotlib.rcParams["axes.spines.top"] is False, "the same file, found by name"
 
 
 def test_variants_differ_in_colour_marker_and_dashes() -> None:
