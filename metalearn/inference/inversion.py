@@ -44,7 +44,7 @@ def should_invert(choice: bool | str, images: Tensor, data: DataConfig) -> bool:
 
 
 def border_brightness(images: Tensor) -> Tensor:
-    """Return the mean brightness of the outermost pixels, ``[images]`` in [0, 1], of uint8 images ``[images, C, H, W]``."""
+    """Return the mean brightness of the outermost pixels, ``[images]`` in [0, 1], of uint8 ``[images, C, H, W]``."""
     inside = torch.zeros(images.shape[-2:], dtype=torch.bool)
     inside[1:-1, 1:-1] = True
     return images[..., ~inside].flatten(1).double().mean(dim=1) / 255
