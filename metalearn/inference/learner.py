@@ -145,11 +145,11 @@ class Learner:
             raise DataError(f"{folder}: the run predicts numbers (data={self.config.data.name}), not images.")
         channels, size, _ = self.example_shape
         try:
-            found = read_folder(folder, size=size, channels=channels, unreadable=on_unreadable, may_be_flat=may_be_flat)
-        except UnreadableImagesError as error:  # it names the key of train.py; here it is a keyword of its own
+            read = read_folder(folder, size=size, channels=channels, unreadable=on_unreadable, may_be_flat=may_be_flat)
+        except UnreadableImagesError as error:  # names the key of train.py
             raise UnreadableImagesError(re.sub(r"\bdata\.(?=(on_)?unreadable)", "", str(error))) from None
-        inverted = should_invert(invert, found.images, self.config.data)
-        return found._replace(images=apply_inversion(found.images, inverted))
+        inverted = should_invert(invert, read.images, self.config.data)
+        return read._replace(images=apply_inversion(read.images, inverted))
 
     def adapt(self, images: Examples, labels: Examples | Iterable[Any], *, steps: int | None = None) -> Learner:
         """Adapt the checkpoint to these classes by the run's algorithm, replacing any earlier classes.
@@ -282,19 +282,18 @@ class Learner:
             RunError: if the file is missing or damaged, or of another run; then with the differences.
         """
         source = Path(path).expanduser()
-        found = read_weights(source, self._origin)
+        saved = read_weights(source, self._origin)
         model = {name: p for name, p in self.theta.items() if not is_norm_statistic(name)}
-        like = meta_params_at_step(model, self.algorithm.inner, found.steps)
+        like = meta_params_at_step(model, self.algorithm.inner, saved.steps)
         if self.head and not self.is_regression:  # as many outputs as classes
-            like |= {name: like[name].new_empty(len(found.classes), *like[name].shape[1:]) for name in self.head}
+            like |= {name: like[name].new_empty(len(saved.classes), *like[name].shape[1:]) for name in self.head}
         try:
-            check_same_shapes(found.weights, like)
+            check_same_shapes(saved.weights, like)
         except RunError as error:
             raise RunError(f"{source}: {error}") from None
-        weights = {name: w.to(self.device) for name, w in found.weights.items()}
-        self._adapted = AdaptedModel(
-            weights, found.support_x.to(self.device), found.classes, found.steps
-        ).contiguous_copy()
+        weights = {name: w.to(self.device) for name, w in saved.weights.items()}
+        support_x = saved.support_x.to(self.device)
+        self._adapted = AdaptedModel(weights, support_x, saved.classes, saved.steps).contiguous_copy()
         return self
 
     def _state(self) -> AdaptedModel:
@@ -305,9 +304,9 @@ class Learner:
     def _inputs(self, images: Examples) -> Tensor:
         if self.is_regression:
             return as_numbers("inputs", images)
-        found = as_images(images, self.example_shape)
-        warn_if_inverted(found, self.config.data)
-        return found
+        x = as_images(images, self.example_shape)
+        warn_if_inverted(x, self.config.data)
+        return x
 
     @torch.no_grad()
     def _outputs(

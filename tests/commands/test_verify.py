@@ -128,7 +128,7 @@ def test_wrong_engine_fails_in_its_row(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(verification, "PEERS", {})  # the engines alone must suffice
+    monkeypatch.setattr(verification, "PEERS", {})  # without other libraries
     monkeypatch.setitem(ENGINES, wrong, engine)
     right, report = verify_mlp(tmp_path, monkeypatch)
     assert not right

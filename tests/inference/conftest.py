@@ -24,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One of each algorithm, with a checkpoint that was not trained."""
+    """Untrained checkpoints of other algorithms, by name."""
     folder = tmp_path_factory.mktemp("runs")
     names = ["anil", "boil", "meta_sgd", "reptile", "maml_pp", "imaml", "protonet", "cavia"]
     return {name: untrained(folder / name, f"algorithm={name}") for name in names}

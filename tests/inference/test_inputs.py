@@ -86,7 +86,7 @@ def test_adapt_raises_and_keeps_state_when_input_is_invalid(images: Any, labels:
     before = learner.predict_proba(query())
     with pytest.raises(DataError, match=message):
         learner.adapt(images, list(labels))
-    assert torch.equal(learner.predict_proba(query()), before), "what it had learned it still knows"
+    assert torch.equal(learner.predict_proba(query()), before), "the adapted state is unchanged"
 
 
 def test_adapt_raises_when_labels_are_one_string(run: Path) -> None:

@@ -41,20 +41,21 @@ def test_maml_equals_hand_written_loop(run: Path) -> None:
             for p, g in zip(module.parameters(), grads, strict=True):
                 p.sub_(learner.config.inner.lr * g)
     with torch.no_grad():
-        alone = torch.stack([module(torch.cat([x, one[None]]))[-1] for one in scaled(query())]).softmax(dim=-1)
-        together = module(scaled(query())).softmax(dim=-1)
-    torch.testing.assert_close(learner.predict_proba(query()), alone, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(learner.predict_proba(query(), transductive=True), together, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(alone, together, atol=1e-3), "the two differ, so that each was looked at"
+        logits = torch.stack([module(torch.cat([x, one[None]]))[-1] for one in scaled(query())])
+        nontransductive = logits.softmax(dim=-1)
+        transductive = module(scaled(query())).softmax(dim=-1)
+    torch.testing.assert_close(learner.predict_proba(query()), nontransductive, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(learner.predict_proba(query(), transductive=True), transductive, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(nontransductive, transductive, atol=1e-3), "the two must differ for this test"
     assert learner.classes_ == ["b", "c", "d", "e", "f"]
-    assert learner.predict(query()) == [learner.classes_[i] for i in alone.argmax(dim=-1)]
+    assert learner.predict(query()) == [learner.classes_[i] for i in nontransductive.argmax(dim=-1)]
     truth = [name for name in NAMES[:5] for _ in range(2)]
     right = sum(p == t for p, t in zip(learner.predict(query()), truth, strict=True))
     assert learner.score(query(), truth) == pytest.approx(right / 10)
 
 
 def prototype_logits(run: Path, ways: int) -> Tensor:
-    """-|f(x) - c_n|^2 by the definition, classes in sorted order, each query in a batch of the support set and it."""
+    """Return -|f(x) - c_n|^2 for sorted classes, with each query in a batch of the support set and itself."""
     module = network(checkpoint(run))
     module.head = nn.Identity()  # type: ignore[assignment]
     images, labels = support(ways)
@@ -75,14 +76,14 @@ def test_protonet_predicts_nearest_class_mean(ways: int, runs: dict[str, Path]) 
 
 def test_running_statistics_are_used_when_tracked(runs: dict[str, Path]) -> None:
     learner = metalearn.load(runs["maml_pp"], "cpu").adapt(*support())
-    together, alone = learner.predict_proba(query()), learner.predict_proba(query()[:1])
-    torch.testing.assert_close(together[:1], alone)
+    batch, single = learner.predict_proba(query()), learner.predict_proba(query()[:1])
+    torch.testing.assert_close(batch[:1], single)
     statistics = statistics_at(checkpoint(runs["maml_pp"]), learner.steps_)
     assert statistics is not None
     state = learner._state()
     fast = {name: w[None] for name, w in state.weights.items()}
     expected = predict(with_fixed_statistics(learner.forward, statistics), fast, scaled(query())[None])[0].softmax(-1)
-    torch.testing.assert_close(together, expected)
+    torch.testing.assert_close(batch, expected)
 
 
 def test_steps_override_eval_steps(run: Path) -> None:

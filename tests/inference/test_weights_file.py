@@ -97,11 +97,11 @@ def test_restore_raises_when_file_is_damaged(saved: Path, run: Path, tmp_path: P
 
 
 def write_modified(saved: Path, path: Path, tensors: Params | None = None, **other: str) -> Path:
-    """The file with other metadata (or weights) that agree with themselves."""
+    """Write the file with other metadata or weights, and the SHA-256 of its new content."""
     with safetensors.safe_open(saved, framework="pt") as file:
-        kept, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118
-    kept |= tensors or {}
-    path.write_bytes(safetensors.torch.save(kept, {**metadata, "content.sha256": tensor_digest(kept), **other}))
+        weights, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118
+    weights |= tensors or {}
+    path.write_bytes(safetensors.torch.save(weights, {**metadata, "content.sha256": tensor_digest(weights), **other}))
     return path
 
 

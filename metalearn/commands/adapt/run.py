@@ -74,10 +74,7 @@ def run_adapt(config: AdaptConfig, output_dir: Path) -> None:
         write_picture(predictions, images, output_dir / PICTURE)
         print_predictions(predictions)
         correct = predictions.correct
-        if correct is None:
-            facts["predicted"] = f"{len(query.images)} images"
-        else:
-            facts["accuracy"] = format_accuracy(correct)
+        facts["accuracy" if correct else "predicted"] = format_accuracy(correct) if correct else f"{len(images)} images"
     print_summary("Adapted", facts)
     print_path("Written to", output_dir)
 

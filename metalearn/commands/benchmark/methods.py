@@ -68,13 +68,13 @@ def order_name(second_order: bool) -> str:
 
 def available_baselines() -> dict[str, Peer]:
     """Return the hand-written loop and the installed libraries; warn about those that are missing."""
-    found, missing = installed_peers()
+    peers, missing = installed_peers()
     for name, reason in missing.items():
         log.warning(
             "%s is left out: %s. To compare with it, install it with `pip install -r requirements-peers.txt`.",
             *(name, reason),
         )
-    return {BY_HAND: by_hand.meta_gradient, **found}
+    return {BY_HAND: by_hand.meta_gradient, **peers}
 
 
 def baseline(peers: Mapping[str, Peer]) -> str:

@@ -130,7 +130,7 @@ def measure_layouts(
     Raises:
         RunError: if a process fails, with the end of its output.
     """
-    found: dict[ProcessLayout, list[dict[str, Any]]] = {layout: [] for layout in LAYOUTS}
+    measurements: dict[ProcessLayout, list[dict[str, Any]]] = {layout: [] for layout in LAYOUTS}
     with ProcessPool() as children:
         for _ in range(rounds):
             for layout in LAYOUTS:
@@ -143,26 +143,26 @@ def measure_layouts(
                 )
                 if status:
                     raise RunError(f"{layout} ended with status {status}: {written.strip()[-_MAX_ERROR_LENGTH:]}")
-                found[layout].append(json.loads(path.read_text()))
+                measurements[layout].append(json.loads(path.read_text()))
                 path.unlink()
-    return found
+    return measurements
 
 
-def summarize(found: dict[ProcessLayout, list[dict[str, Any]]], tasks: int) -> dict[str, Any]:
+def summarize(measurements: dict[ProcessLayout, list[dict[str, Any]]], tasks: int) -> dict[str, Any]:
     """Return the content of ``scaling.json``: medians, and ratios to one process with one thread.
 
     Args:
-        found: measurements of each round by layout.
+        measurements: measurements of each round by layout.
         tasks: T, tasks of a meta-step.
     """
-    seconds = {layout: median(measured["meta_step_s"] for measured in found[layout]) for layout in found}
+    seconds = {layout: median(measured["meta_step_s"] for measured in measurements[layout]) for layout in measurements}
     single = seconds[ProcessLayout(1, 1)]
-    pair = found[ProcessLayout(2, 1)]
+    pair = measurements[ProcessLayout(2, 1)]
     rows = [
         {
             **asdict(layout),
             "meta_step_ms": 1000 * taken,
-            "rounds_ms": [1000 * measured["meta_step_s"] for measured in found[layout]],
+            "rounds_ms": [1000 * measured["meta_step_s"] for measured in measurements[layout]],
             "meta_steps_per_s": 1 / taken,
             "speed_up": single / taken,
             "efficiency": single / taken / (layout.processes * layout.threads),
@@ -170,7 +170,7 @@ def summarize(found: dict[ProcessLayout, list[dict[str, Any]]], tasks: int) -> d
         for layout, taken in seconds.items()
     ]
     return {
-        "machine": found[ProcessLayout(1, 1)][0]["machine"],
+        "machine": measurements[ProcessLayout(1, 1)][0]["machine"],
         "tasks": tasks,
         "gradient_bytes": pair[0]["gradient_bytes"],
         "all_reduce_ms": 1000 * median(measured["all_reduce_s"] for measured in pair),
@@ -223,8 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path = args.output_dir / FILE
         if path.exists():
             raise RunError(f"{path} exists already, and is not overwritten; choose another folder.")
-        found = measure_layouts(args.overrides, args.output_dir, rounds=args.rounds, steps=args.steps)
-        content = {"overrides": args.overrides, **summarize(found, config.task.meta_batch)}
+        measurements = measure_layouts(args.overrides, args.output_dir, rounds=args.rounds, steps=args.steps)
+        content = {"overrides": args.overrides, **summarize(measurements, config.task.meta_batch)}
         files.atomic_write_text(path, json.dumps(content, indent=2) + "\n")
     except MetalearnError as error:
         sys.exit(str(error))

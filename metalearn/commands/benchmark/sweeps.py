@@ -114,13 +114,13 @@ def measure_sweep(
 
 
 def _series(name: str, values: tuple[int, ...], seconds: list[list[float]], peaks: list[float]) -> SweepSeries:
-    found = [quartiles(times) for times in seconds]
-    medians = tuple(1000 * middle for _, middle, _ in found)
+    quartiles_at = [quartiles(rounds) for rounds in seconds]
+    medians = tuple(1000 * middle for _, middle, _ in quartiles_at)
     return SweepSeries(
         name,
         values,
         median_ms=medians,
-        quartiles_ms=tuple((1000 * low, 1000 * high) for low, _, high in found),
+        quartiles_ms=tuple((1000 * low, 1000 * high) for low, _, high in quartiles_at),
         peak_mib=tuple(peaks),
         slope_ms=log_log_slope(values, medians),
         slope_mib=log_log_slope(values, peaks),

@@ -95,28 +95,28 @@ def compare(case: Case, setting: NumericSetting, peers: Mapping[str, Peer]) -> l
             return [Comparison(case.name, ALL, ALL, limit, created.seconds, message=created.message)]
         problem = created.value
         measures = {name: _attempt(make) for name, make in references(problem, peers).items()}
-        found = []
+        comparisons = []
         for engine in ENGINES:
             inner = case.inner(engine)
             result = _attempt(partial(problem.grads, inner))
             for name, measure in measures.items():
                 if name != UNROLL or inner != case.reference_inner:  # not unroll with itself
-                    found.append(_compare(name, measure, engine, result, problem))
-        return found
+                    comparisons.append(_compare(name, measure, engine, result, problem))
+        return comparisons
 
 
 def references(problem: VerificationProblem, peers: Mapping[str, Peer]) -> dict[str, Callable[[], ErrorFn]]:
     """Return functions that each compute a reference once and return the error function against it."""
     case, setting = problem.case, problem.setting
-    found: dict[str, Callable[[], ErrorFn]] = {UNROLL: lambda: _error_against(problem.grads(case.reference_inner))}
+    makers: dict[str, Callable[[], ErrorFn]] = {UNROLL: lambda: _error_against(problem.grads(case.reference_inner))}
     is_stochastic = case.model.is_stochastic
     if not case.second_order:
-        found[ADAPTED] = lambda: _error_against(query_gradient(problem))
+        makers[ADAPTED] = lambda: _error_against(query_gradient(problem))
     elif not case.model.stops_gradient and (not is_stochastic or setting.dtype == torch.float64):
-        found[DIFFERENCES] = lambda: central_differences(problem)
+        makers[DIFFERENCES] = lambda: central_differences(problem)
     if not is_stochastic:
-        found |= {name: partial(_error_against_peer, peer, problem) for name, peer in peers.items()}
-    return found
+        makers |= {name: partial(_error_against_peer, peer, problem) for name, peer in peers.items()}
+    return makers
 
 
 def query_gradient(problem: VerificationProblem) -> Params:

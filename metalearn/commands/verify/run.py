@@ -52,19 +52,19 @@ def run_verification(config: VerifyConfig, output_dir: Path) -> bool:
         for second_order in (False, True)
         for steps in dict.fromkeys(config.verify.steps)
     ]
-    found: dict[Case, list[Comparison]] = {}
+    results: dict[Case, list[Comparison]] = {}
     logging.getLogger("metalearn.metagrad.adjoint").setLevel(logging.ERROR)  # the fallback for no_grad is intended
     with progress_bar() as progress:
         bar = progress.add_task("cases", total=len(cases), note="")
         for case in cases:
             progress.update(bar, note=case.name)
-            found[case] = compare(case, setting, peers)
+            results[case] = compare(case, setting, peers)
             progress.advance(bar)
         progress.update(bar, note="")
     path = output_dir / "verify.json"
-    comparisons = [comparison for row in found.values() for comparison in row]
+    comparisons = [comparison for row in results.values() for comparison in row]
     files.atomic_write_text(path, to_json(comparisons, setting, missing, seconds=time.perf_counter() - started))
-    print_results(found, setting, missing)
+    print_results(results, setting, missing)
     print_path("Written to", path)
     return all(comparison.passed for comparison in comparisons)
 
@@ -92,11 +92,11 @@ def to_json(
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
-def print_results(found: dict[Case, list[Comparison]], setting: NumericSetting, missing: dict[str, str]) -> None:
+def print_results(results: dict[Case, list[Comparison]], setting: NumericSetting, missing: dict[str, str]) -> None:
     """Print a row for each case, the tolerances, the failures, and the verdict."""
     columns = [*ENGINES, *PEERS, _TRUTH]
     rows = []
-    for case, row in found.items():
+    for case, row in results.items():
         label = f"{case.model.name} {'2nd' if case.second_order else '1st'} {case.steps}"
         rows.append([label, *(_worst_error([c for c in row if _is_in_column(c, column)]) for column in columns)])
     for order, truth in (("1st", ADAPTED), ("2nd", DIFFERENCES)):
@@ -113,7 +113,7 @@ def print_results(found: dict[Case, list[Comparison]], setting: NumericSetting, 
     console.print(Text(_LEGEND, style="dim"))
     for name, why in missing.items():
         console.print(Text(f"{name}: {why}, so nothing is compared with it; see requirements-peers.txt"))
-    comparisons = [comparison for row in found.values() for comparison in row]
+    comparisons = [comparison for row in results.values() for comparison in row]
     for comparison in comparisons:
         if not comparison.passed:
             console.print(Text(describe_failure(comparison), style="bold red"))
@@ -144,10 +144,10 @@ def error_over_tolerance(comparison: Comparison) -> float:
 
 def describe_failure(comparison: Comparison) -> str:
     """Return a sentence about a failed comparison."""
-    what = "it raised" if comparison.engine == ALL else f"{comparison.engine} against {comparison.reference}"
+    subject = "it raised" if comparison.engine == ALL else f"{comparison.engine} against {comparison.reference}"
     if comparison.error is None:
-        return f"FAILED {comparison.case}: {what}: {comparison.message}"
-    return f"FAILED {comparison.case}: {what}: error {comparison.error:.2g}, bound {comparison.tolerance:.0e}"
+        return f"FAILED {comparison.case}: {subject}: {comparison.message}"
+    return f"FAILED {comparison.case}: {subject}: error {comparison.error:.2g}, bound {comparison.tolerance:.0e}"
 
 
 def verdict(comparisons: Sequence[Comparison]) -> str:
