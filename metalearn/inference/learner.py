@@ -146,7 +146,7 @@ class Learner:
         channels, size, _ = self.example_shape
         try:
             read = read_folder(folder, size=size, channels=channels, unreadable=on_unreadable, may_be_flat=may_be_flat)
-        except UnreadableImagesError as error:  # names the key of train.py
+        except UnreadableImagesError as error:  # its message names the key of train.py
             raise UnreadableImagesError(re.sub(r"\bdata\.(?=(on_)?unreadable)", "", str(error))) from None
         inverted = should_invert(invert, read.images, self.config.data)
         return read._replace(images=apply_inversion(read.images, inverted))
@@ -194,7 +194,8 @@ class Learner:
         self._adapted = AdaptedModel(weights, x, classes, inner.steps).contiguous_copy()
         return self
 
-    fit = adapt  # the name that scikit-learn users expect
+    fit = adapt
+    """``adapt`` under the name that scikit-learn users expect."""
 
     def predict(self, images: Examples, *, transductive: bool = False) -> list[Any]:
         """Return the most probable label of each image; for a regression a float for each input.
