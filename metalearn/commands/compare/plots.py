@@ -13,6 +13,7 @@ from metalearn.commands.benchmark.engine_settings import EngineCost
 from metalearn.commands.compare.results import CurvePoint, Results, VariantResult
 from metalearn.commands.compare.summary import format_number
 from metalearn.training.tracking.plot_style import (
+    ENGINE_STYLES,
     GREY,
     NEUTRAL,
     draw_estimate,
@@ -23,7 +24,7 @@ from metalearn.training.tracking.plot_style import (
     line_style,
     metalearn_style,
     new_figure,
-    scale_logarithmically,
+    set_log_axes,
     to_percent,
 )
 
@@ -39,9 +40,6 @@ _MARKS_ON_A_CURVE = 8
 _MIN_ACCURACY_RANGE = 0.02  # so that noise is not blown up
 _MIN_LOG_RANGE = 8.0  # highest to lowest on a logarithmic axis, so that small differences look small
 _SECONDS_UP_TO, _MINUTES_UP_TO = 300, 3 * 3600
-
-# By default the first variant is second order, as unroll computes it, and the second first order: the same styles.
-_ENGINE_STYLES = {name: line_style(i) for i, name in enumerate(("unroll", "first order", "checkpoint", "adjoint"))}
 
 
 @metalearn_style()
@@ -201,12 +199,12 @@ def plot_cost(results: Results, title: str) -> Figure | None:
             points = [(row.steps, value) for row in rows if row.name == name and (value := of(row)) is not None]
             if points:
                 x, y = zip(*sorted(points), strict=True)
-                draw_line(axes, x, y, _ENGINE_STYLES.get(name, line_style(position)), name)
+                draw_line(axes, x, y, ENGINE_STYLES.get(name, line_style(position)), name)
         if "memory" in label and any(row.peak_mib is None for row in rows):
             limit = results.cost_limit_mib
             axes.axhline(limit, color=GREY, linewidth=0.8, label=f"limit of memory, {limit:g} MiB")
         axes.set_ylabel(label)
-        scale_logarithmically(axes, "inner steps K", sorted({row.steps for row in rows}))
+        set_log_axes(axes, "inner steps K", sorted({row.steps for row in rows}))
         low, high = axes.get_ylim()
         widen = max(1.0, _MIN_LOG_RANGE * low / high) ** 0.5
         axes.set_ylim(low / widen, high * widen)

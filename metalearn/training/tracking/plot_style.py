@@ -53,6 +53,10 @@ def line_style(position: int) -> LineStyle:
     )
 
 
+# By default the first variant of a comparison is second order, as unroll computes it, and the second first order.
+ENGINE_STYLES = {name: line_style(i) for i, name in enumerate(("unroll", "first order", "checkpoint", "adjoint"))}
+
+
 def escape_mathtext(text: str) -> str:
     """Escape dollar signs, so that matplotlib does not read the text as a formula."""
     return text.replace("$", r"\$")
@@ -78,7 +82,7 @@ def label_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def scale_logarithmically(axes: Axes, xlabel: str, ticks: Sequence[int]) -> None:
+def set_log_axes(axes: Axes, xlabel: str, ticks: Sequence[int]) -> None:
     """Make both axes logarithmic, with ticks at the values on the horizontal one and at 1, 2, 5, ... on the other."""
     axes.set(xscale="log", yscale="log", xlabel=xlabel)
     axes.set_xticks(ticks, [str(value) for value in ticks])
