@@ -46,6 +46,7 @@ ONLY_IN = {
     "torchopt": {"metagrad/baselines/torchopt.py"},
     "scipy": {"derivatives/eigenvalues.py", "commands/compare/statistics.py"},
     "joblib": {"commands/compare/launch.py"},
+    "jinja2": {"commands/compare/markdown_report.py", "commands/reproduce/table.py"},
     "markdown": {"commands/compare/report.py"},
     "safetensors": {"inference/weights_file.py"},
 }
@@ -85,6 +86,36 @@ def test_every_room_has_a_place_in_the_order() -> None:
     order = list(MAY_IMPORT)
     for room, below in MAY_IMPORT.items():
         assert below <= set(order[: order.index(room)]), f"{room} may import a room that does not stand before it"
+
+
+COMMANDS: dict[str, set[str]] = {
+    "cli": set(),
+    "processes": set(),
+    "adapt": set(),
+    "gradients": set(),
+    "verify": set(),
+    "benchmark": set(),
+    "compare": {"benchmark"},
+    "reproduce": {"benchmark", "compare"},
+}
+"""The rooms in ``commands/``, and which commands each may import besides ``cli`` and ``processes``."""
+
+
+@pytest.mark.parametrize("room", COMMANDS)
+def test_commands_import_one_another_in_order(room: str) -> None:
+    folder = REPO / "metalearn" / "commands"
+    allowed = {room, *COMMANDS[room]} | (set() if room in ("cli", "processes") else {"cli", "processes"})
+    for path in [*(folder / room).rglob("*.py"), *folder.glob(f"{room}.py")]:
+        for name in imported(path):
+            if name.startswith("metalearn.commands."):
+                assert name.split(".")[2] in allowed, f"{path.relative_to(REPO)} imports {name}"
+
+
+def test_every_command_has_a_place_in_the_order() -> None:
+    commands = {p.relative_to(REPO / "metalearn/commands").parts[0] for p in FILES if "commands" in p.parts}
+    assert {name.removesuffix(".py") for name in commands} - {"__init__"} == set(COMMANDS)
+    order = list(COMMANDS)
+    assert all(below <= set(order[: order.index(room)]) for room, below in COMMANDS.items())
 
 
 def test_public_surface_is_what_is_listed() -> None:

@@ -27,21 +27,12 @@ from omegaconf import DictConfig
 
 from metalearn.config.compose import CONF, Config, compose, group_defaults, to_dataclass
 from metalearn.config.messages import help_text
-from metalearn.config.output_names import COMPARISON_FILE
+from metalearn.config.output_names import RUN_FILES
 from metalearn.config.overrides import requested_jobs
-from metalearn.config.run_folder import TRAINING_FILES, check_no_run_in
+from metalearn.config.run_folder import check_no_run_in
 from metalearn.core.errors import ConfigError, MetalearnError, RunError, TerminatedError
 from metalearn.training.runtime import torchrun
 from metalearn.training.runtime.signals import sigterm_as_exception
-
-RUN_FILES = (
-    *TRAINING_FILES,
-    "benchmark.json",
-    "lessons.json",
-    "verify.json",
-    COMPARISON_FILE,
-)
-"""By these a folder is known to hold a run; nothing is written there again."""
 
 
 def command(
@@ -89,7 +80,7 @@ def command(
                 checked = to_dataclass(config, kind)
                 check(checked)
                 if not may_continue(checked):
-                    check_output_dir(output_dir)
+                    check_no_run_in(output_dir, RUN_FILES)
                 function(checked, output_dir)
 
         return command
@@ -116,15 +107,6 @@ def _checked(
             _check_writable(folder)
         jobs.append(job)
     return jobs
-
-
-def check_output_dir(output_dir: Path) -> None:
-    """Refuse a folder that holds a run.
-
-    Raises:
-        FolderTakenError: naming the file by which it is known.
-    """
-    check_no_run_in(output_dir, RUN_FILES)
 
 
 def _check_is_folder(overrides: Sequence[str]) -> None:

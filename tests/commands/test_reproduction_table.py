@@ -1,4 +1,4 @@
-"""The README's table of reproduced rows is the one that the committed figures make."""
+"""The README's table of reproduced rows equals that of the committed results."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from metalearn.commands.reproduce.table import BEGIN, between_markers, read_rows
 from tests.conftest import REPO
 
 
-def test_the_table_of_reproduced_rows_is_the_committed_one() -> None:
+def test_readme_table_equals_committed_results() -> None:
     assert REPO / "README.md" == README
     readme = README.read_text()
     assert BEGIN in readme
     assert between_markers(readme) == readme_table(read_rows(REFERENCE))
 
 
-def test_recorded_rows_keep_to_the_protocol() -> None:
+def test_recorded_rows_follow_the_protocol() -> None:
     if not REFERENCE.exists():
         pytest.skip("no row is recorded: python scripts/reproduce.py row=… record=true")
     for row in read_rows(REFERENCE):

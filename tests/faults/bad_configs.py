@@ -60,7 +60,7 @@ _ON_THE_COMMAND_LINE = [
     Case("train", ("outer.lr= 1=2",), r"outer\.lr= 1=2: [\s\S]*Write KEY=VALUE without spaces"),
     Case("evaluate", (), r"run\.dir is required"),
     Case("evaluate", ("run.dir=.", "eval.episodes=1"), r"eval\.episodes=1: must be a whole number, at least 2"),
-    Case("compare", ("compare.seeds=[1,1]",), r"compare\.seeds=\[1, 1\]: a seed stands there twice"),
+    Case("compare", ("compare.seeds=[1,1]",), r"compare\.seeds=\[1, 1\]: a seed is listed twice"),
     Case(
         "compare",
         ("compare.variants=['inner.stps=1']",),

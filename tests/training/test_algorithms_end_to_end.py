@@ -12,8 +12,7 @@ from PIL import Image
 
 from metalearn.algorithms import ALGORITHMS
 from metalearn.commands.compare.variants import check_compare
-from metalearn.commands.reproduce.plan import build_rows
-from metalearn.commands.reproduce.published import published
+from metalearn.commands.reproduce.plan import build_rows, published
 from metalearn.config.commands_schema import CompareConfig, ReproduceConfig
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.output_names import split

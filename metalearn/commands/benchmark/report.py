@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from metalearn.commands.benchmark.engine_settings import EngineBenchmark, EngineCost
 from metalearn.commands.benchmark.measure import (
@@ -24,12 +22,19 @@ from metalearn.commands.benchmark.measure import (
 from metalearn.commands.benchmark.methods import order_name
 from metalearn.core import serialization as files
 from metalearn.training.tracking.console import print_table
-from metalearn.training.tracking.plot_style import GREY, draw_line, escape_mathtext, label_rows, line_style, new_figure
+from metalearn.training.tracking.plot_style import (
+    ENGINE_STYLES,
+    GREY,
+    draw_line,
+    escape_mathtext,
+    label_rows,
+    line_style,
+    new_figure,
+    set_log_axes,
+)
 
 _HEADER = ("median ms", "quartiles", "steps/s", "speed", "peak MiB", "GFLOP/s", "% of peak")
-# The engines' colours and the chunks' line styles, as in the plots of a comparison.
-_COLOURS = {name: line_style(i).colour for i, name in enumerate(("unroll", "first order", "checkpoint", "adjoint"))}
-_STYLES = {None: "-", 4: "--", 1: ":"}
+_CHUNK_STYLES = {None: "-", 4: "--", 1: ":"}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -170,18 +175,9 @@ def plot_sweep(axis: str, lines: Sequence[SweepSeries], title: str, note: str) -
     time.set_ylabel("time of a meta-gradient, ms (median)")
     memory.set_ylabel("peak memory, MiB")
     for panel in (time, memory):
-        _set_log_axes(panel, axis, lines[0].values)
+        set_log_axes(panel, axis, lines[0].values)
         panel.legend(fontsize="small", frameon=False)
     return figure
-
-
-def _set_log_axes(axes: Axes, axis: str, values: Sequence[int]) -> None:
-    axes.set(xscale="log", yscale="log", xlabel=axis)
-    axes.set_xticks(values, [str(value) for value in values])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def plot_memory(title: str, rows: Sequence[EngineCost], limit_mib: float) -> Figure:
@@ -194,14 +190,14 @@ def plot_memory(title: str, rows: Sequence[EngineCost], limit_mib: float) -> Fig
         if not points:
             continue
         first = points[0]
-        colour = _COLOURS[first.engine if first.second_order else "first order"]
+        colour = ENGINE_STYLES[first.engine if first.second_order else "first order"].colour
         axes.plot(
             [row.steps for row in points],
             [row.peak_mib or 0.0 for row in points],
             marker="x" if first.snapshot_every > 1 else "o",
             markersize=5,
             color=colour,
-            linestyle=_STYLES.get(first.task_chunk, "-."),
+            linestyle=_CHUNK_STYLES.get(first.task_chunk, "-."),
             label=name if first.task_chunk else f"{name}, all tasks",
         )
     if any(row.peak_mib is None for row in rows):

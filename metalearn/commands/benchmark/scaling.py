@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from metalearn.commands.compare.launch import ProcessPool
+from metalearn.commands.processes import ProcessPool
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.run_config import resolve_data
 from metalearn.config.schema import TrainConfig
@@ -139,7 +139,7 @@ def measure_layouts(
                     worker_command(layout, overrides, steps, path),
                     folder / "console.log",
                     threads=layout.threads,
-                    watch=lambda piece: None,
+                    callback=lambda piece: None,
                 )
                 if status:
                     raise RunError(f"{layout} ended with status {status}: {written.strip()[-_MAX_ERROR_LENGTH:]}")
