@@ -29,8 +29,7 @@ from rich.text import Text
 
 from metalearn.config.commands_schema import GradientsConfig
 from metalearn.core import serialization as files
-from metalearn.core.profiling.hardware import describe_hardware
-from metalearn.core.profiling.threads import one_thread
+from metalearn.core.profiling.hardware import describe_hardware, one_thread
 from metalearn.lessons import LESSONS, Check, Lesson
 from metalearn.training.tracking.console import print_path, print_table, progress_bar
 from metalearn.training.tracking.tensorboard import LessonLogger

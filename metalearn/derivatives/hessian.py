@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from metalearn.core.operations import CorrectedOperations, refuse
+from metalearn.core.operations import CorrectedOperations, unsupported
 from metalearn.derivatives.inputs import Point, ScalarFunction, as_input, as_scalar_function
 from metalearn.derivatives.singular import check_finite, is_finite
 
@@ -62,7 +62,9 @@ def _of_rows(f: ScalarFunction) -> ScalarFunction:
     """``f``, refused where ``torch.vmap`` over the rows takes a derivative wrongly."""
 
     def watched(x: Any) -> Tensor:
-        with CorrectedOperations({"masked_select": refuse("its Hessian is wrong under torch.vmap; index by x[mask]")}):
+        with CorrectedOperations(
+            {"masked_select": unsupported("its Hessian is wrong under torch.vmap; index by x[mask]")}
+        ):
             return as_scalar_function(f)(x)
 
     return watched

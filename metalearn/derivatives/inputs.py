@@ -19,9 +19,9 @@ from metalearn.core.functional import check_not_inference_mode
 from metalearn.core.graph_checks import forbid_activation_checkpointing
 from metalearn.core.operations import (
     FORWARD_MODE,
-    KEEPS_STATISTICS,
     NESTED,
     NESTED_TWICE,
+    RUNNING_STATISTICS_ERROR,
     STATELESS,
     CorrectedOperations,
 )
@@ -108,7 +108,7 @@ def check_direction(name: str, x: Any, v: Any) -> Any:
 
 def _add_(func: Any, counter: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(counter, Tensor) and counter.ndim == 0 and not counter.is_floating_point():
-        raise ValueError(KEEPS_STATISTICS)  # BatchNorm counts its batches before it is called
+        raise ValueError(RUNNING_STATISTICS_ERROR)  # BatchNorm counts its batches before it is called
     return func(counter, *args, **kwargs)
 
 

@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from metalearn.core.profiling.threads import one_thread
+from metalearn.core.profiling.hardware import one_thread
 from metalearn.core.types import Params
 from metalearn.data.glyphs import make_glyphs
 from metalearn.derivatives import ScalarFunction, gradient, hessian, top_eigenvalues

@@ -61,8 +61,8 @@ class Conv4(nn.Module):
         logits: Tensor = self.head(self.features(x).mean(dim=(-2, -1)))
         return logits
 
-    def is_plain(self) -> bool:
-        """Whether the layers are still those that were built here, as ``forward_of_tasks`` takes them to be."""
+    def supports_batched_forward(self) -> bool:
+        """Whether the layers are still those that were built here, as ``batched_forward`` takes them to be."""
         return (
             _is(self.head, nn.Linear) and self.head.bias is not None and all(map(self._is_plain_block, self.features))
         )
@@ -89,7 +89,7 @@ class Conv4(nn.Module):
             and all((p.kernel_size, p.stride, p.padding, p.ceil_mode) == (2, 2, 0, False) for p in pool)
         )
 
-    def forward_of_tasks(self, params: Params, x: Tensor) -> Tensor:
+    def batched_forward(self, params: Params, x: Tensor) -> Tensor:
         """Logits ``[T, examples, ways]`` of T tasks, each under its own parameters: what ``vmap`` makes, faster.
 
         Args:

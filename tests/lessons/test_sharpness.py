@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from metalearn.core.profiling.threads import one_thread
+from metalearn.core.profiling.hardware import one_thread
 from metalearn.lessons import Lesson, sharpness
 from tests.lessons.assertions import assert_complete, computed, zero
 

@@ -14,9 +14,8 @@ from torch.optim import Adam
 
 from metalearn.commands.benchmark.contenders import OURS, Method
 from metalearn.core.functional import expand_over_tasks, functionalize
-from metalearn.core.profiling.device_memory import peak_bytes
 from metalearn.core.profiling.flops import StepFlops, meta_gradient_flops
-from metalearn.core.profiling.memory import MIB
+from metalearn.core.profiling.memory import MIB, peak_bytes
 from metalearn.core.profiling.timing import quartiles, ratios, seconds, time_interleaved
 from metalearn.core.types import Episodes
 from metalearn.data.sampler import TaskSampler

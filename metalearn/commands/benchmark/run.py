@@ -41,9 +41,8 @@ from metalearn.commands.benchmark.settings import SETTINGS, MetaStepSpec
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import ConfigError, NonFiniteError
-from metalearn.core.profiling.allocator import configure_malloc
 from metalearn.core.profiling.flops import peak_matmul_flops
-from metalearn.core.profiling.hardware import describe_hardware
+from metalearn.core.profiling.hardware import configure_malloc, describe_hardware
 from metalearn.data.sampler import TaskSampler, TaskShape
 from metalearn.data.splits import ImageSplits
 from metalearn.inner import InnerLoop

@@ -31,8 +31,7 @@ from metalearn.commands.benchmark.slopes import SweepSeries, log_log_slope
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import NonFiniteError
-from metalearn.core.profiling.allocator import configure_malloc
-from metalearn.core.profiling.hardware import describe_hardware
+from metalearn.core.profiling.hardware import configure_malloc, describe_hardware
 from metalearn.core.profiling.timing import quartiles
 from metalearn.inner import InnerLoop
 from metalearn.metagrad.baselines.installed import Peer

@@ -6,7 +6,7 @@ kernels of this folder, where they can. They give the same numbers up to roundin
 which one may be in forward mode.
 
 ``convolution``, ``batch_norm`` and ``relu`` are there to be called as well: a class that defines
-``forward_of_tasks(params, x)``, predictions of T tasks at once, is spared ``vmap``, which takes longer than a small
+``batched_forward(params, x)``, predictions of T tasks at once, is spared ``vmap``, which takes longer than a small
 layer (see ``functionalize``).
 
 Not on GPUs, where this has not been measured.

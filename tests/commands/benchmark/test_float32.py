@@ -40,6 +40,6 @@ def test_every_engine_stands_beside_the_plain_loop(
 def test_biases_are_taken_layer_by_layer() -> None:
     module = Conv4(3, width=4, pool="max")
     add_biases(module)
-    assert not module.is_plain()
+    assert not module.supports_batched_forward()
     assert module(torch.zeros(6, 1, 28, 28)).shape == (6, 3)
     assert len([name for name, _ in module.named_parameters() if name.endswith(".0.bias")]) == 4
