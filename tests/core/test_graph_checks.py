@@ -30,17 +30,17 @@ class Cube(torch.autograd.Function):
         ctx.save_for_backward(x)
         return x**3
 
-    backward = staticmethod(once_differentiable(cube_backward))
+    backward = staticmethod(once_differentiable(cube_backward))  # type: ignore[assignment]
 
 
 class WrappedCube(Cube):
-    forward = staticmethod(torch.amp.custom_fwd(Cube.forward, device_type="cpu"))  # type: ignore[assignment]
+    forward = staticmethod(torch.amp.custom_fwd(Cube.forward, device_type="cpu"))
     backward = staticmethod(torch.amp.custom_bwd(Cube.backward, device_type="cpu"))
 
 
 class NumpyCube(Cube):
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Tensor:
         return torch.from_numpy(cube_backward(ctx, g).detach().numpy())
 
 
@@ -59,7 +59,7 @@ class BatchedCube(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(inputs[0])
 
-    backward = staticmethod(once_differentiable(cube_backward))
+    backward = staticmethod(once_differentiable(cube_backward))  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -83,7 +83,8 @@ def peak_bytes(step: Callable[[], object], device: torch.device, *, limit: int |
         MemoryLimitError: if it takes more than ``limit`` bytes, or runs out of memory.
     """
     if device.type != "cuda":
-        with PeakTensorMemory(limit) as live:
+        live = PeakTensorMemory(limit)
+        with live:
             step()
         return live.peak
     torch.cuda.synchronize(device)
