@@ -185,7 +185,7 @@ class Learner:
             raise DataError(f"{folder}: the run predicts numbers (data={self.config.data.name}), and no images.")
         channels, size, _ = self.example_shape
         try:
-            found = read_folder(folder, size=size, channels=channels, unreadable=unreadable, may_be_flat=may_be_flat)
+            found = read_folder(folder, size=size, channels=channels, on_unreadable=unreadable, may_be_flat=may_be_flat)
         except UnreadableImagesError as error:  # it names the key by which a training passes them over
             raise UnreadableImagesError(str(error).replace("data.unreadable", "unreadable")) from None
         inverted = should_invert(invert, found.images, self.config.data)
