@@ -306,37 +306,14 @@ _NOT_DIFFERENTIABLE = unsupported(
     "torch's forward-mode formula for it cannot be differentiated, and gives wrong numbers"
 )
 
-NESTED: dict[str, Handler] = {
-    **FORWARD_MODE,
-    **dict.fromkeys(
-        (
-            "_batch_norm_with_update",
-            "_native_batch_norm_legit",
-            "_linalg_det",
-            "_linalg_slogdet",
-            "_linalg_solve_ex",
-            "_safe_softmax",
-            "batch_norm",
-            "cumprod",
-            "cumprod_",
-            "det",
-            "eigh",
-            "householder_product",
-            "instance_norm",
-            "layer_norm",
-            "logcumsumexp",
-            "logdet",
-            "native_batch_norm",
-            "native_layer_norm",
-            "orgqr",
-            "slogdet",
-            "solve",
-            "solve_ex",
-            "tensorsolve",
-        ),
-        _NOT_DIFFERENTIABLE,
-    ),
-}
+_NOT_TWICE_IN_FORWARD_MODE = (
+    *("batch_norm", "_batch_norm_with_update", "_native_batch_norm_legit", "native_batch_norm", "instance_norm"),
+    *("layer_norm", "native_layer_norm", "cumprod", "cumprod_", "logcumsumexp", "_safe_softmax"),
+    *("det", "_linalg_det", "logdet", "slogdet", "_linalg_slogdet", "solve", "solve_ex", "_linalg_solve_ex"),
+    *("tensorsolve", "eigh", "householder_product", "orgqr"),
+)
+
+NESTED: dict[str, Handler] = {**FORWARD_MODE, **dict.fromkeys(_NOT_TWICE_IN_FORWARD_MODE, _NOT_DIFFERENTIABLE)}
 """Used where a forward-mode formula is differentiated."""
 
 THIRD_ORDER: dict[str, Handler] = dict.fromkeys(

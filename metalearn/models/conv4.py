@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,8 @@ class Conv4(nn.Module):
         kinds = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, *([nn.MaxPool2d] if self._max_pool else [])]
         if type(block) is not nn.Sequential or [type(layer) for layer in block] != kinds:
             return False
-        conv, norm, relu, *pool = list(block.children())
+        layers: list[Any] = list(block.children())
+        conv, norm, relu, *pool = layers
         expected = {
             "kernel_size": (3, 3),
             "stride": self._stride,

@@ -1,4 +1,4 @@
-"""No pass changes a module; unsupported modules raise by name; the function can be pickled and copied."""
+"""No pass changes a module, and its function can be pickled and copied."""
 
 from __future__ import annotations
 
@@ -13,28 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from metalearn import Episodes, InnerLoop, functionalize, meta_gradient
+from metalearn import InnerLoop, functionalize, meta_gradient
 from metalearn.core.functional import ModuleForward
 from metalearn.models import Conv4
-
-X = torch.randn(4, 5)
-TASKS = Episodes(torch.randn(2, 4, 5), torch.randint(3, (2, 4)), torch.randn(2, 3, 5), torch.randint(3, (2, 3)))
-
-
-def chain(*layers: nn.Module) -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 5), *layers, nn.Linear(5, 3))
-
-
-class Net(nn.Module):
-    """A common base: two layers of 5 units and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
-        return logits
+from tests.core.networks import TASKS, Net, X, chain
 
 
 class TwoNames(Net):
@@ -259,87 +241,6 @@ def test_attributes_set_in_forward_are_kept() -> None:
     forward, theta = functionalize(module)
     forward({**theta, "a.weight": torch.ones(5, 5)}, X)
     assert module.penalty == 25
-
-
-class TwoArguments(Net):
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x * mask)
-
-
-def hooked(register: Callable[[Net], object]) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        module = Net()
-        register(module)
-        return module
-
-    return build
-
-
-def ignore(*args: object) -> None:
-    """Do nothing."""
-
-
-def quantised() -> nn.Module:
-    layer = torch.ao.nn.quantized.dynamic.Linear(5, 5) if torch.backends.quantized.supported_engines else None
-    return chain(layer) if layer is not None else pytest.skip("this torch has no quantised layers")
-
-
-REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "DataParallel": (lambda: nn.DataParallel(Net()), r"the module \(DataParallel\).*model\.module, unwrapped"),
-    "inner DataParallel": (lambda: chain(nn.DataParallel(nn.Linear(5, 5))), r"layer '1' \(DataParallel\)"),
-    "script": (lambda: torch.jit.script(chain()), r"the module itself, before it is scripted"),
-    "trace": (lambda: torch.jit.trace(chain(), X), r"the module itself, before it is scripted"),
-    "inner script": (lambda: chain(torch.jit.script(nn.Linear(5, 5))), r"layer '1' .*before it is scripted"),
-    "sparse bag": (lambda: chain(nn.EmbeddingBag(9, 5, sparse=True)), r"layer '1' \(EmbeddingBag\).*sparse=False"),
-    "max_norm": (lambda: chain(nn.Embedding(9, 5, max_norm=1.0)), r"layer '1' \(Embedding\).*max_norm=1\.0.*without"),
-    "lazy": (lambda: chain(nn.LazyLinear(5)), r"parameter '1\.weight' has no shape yet.*one batch.*model\(x\)"),
-    "quantised": (quantised, r"layer '1' \(Linear\) is quantised"),
-    "full backward hook": (hooked(lambda m: m.a.register_full_backward_hook(ignore)), r"layer 'a' .*gradient hook"),
-    "backward pre-hook": (hooked(lambda m: m.b.register_full_backward_pre_hook(ignore)), r"layer 'b' .*gradient hook"),
-    "hook of a parameter": (hooked(lambda m: m.a.weight.register_hook(ignore)), r"'a\.weight' has a gradient hook"),
-    "hook after accumulation": (
-        hooked(lambda m: m.a.bias.register_post_accumulate_grad_hook(ignore)),
-        r"parameter 'a\.bias' has a gradient hook, which is never called.*\.remove\(\)",
-    ),
-    "BatchNorm in training": (lambda: chain(nn.BatchNorm1d(5)), r"layer '1'.*track_running_stats=False"),
-}
-
-
-@pytest.mark.filterwarnings("ignore")  # of torch's own deprecations
-@pytest.mark.parametrize("name", REFUSED)
-def test_unsupported_module_raises(name: str) -> None:
-    build, message = REFUSED[name]
-    with pytest.raises(ValueError, match=f"^functionalize: .*{message}"):
-        functionalize(build())
-
-
-def test_frozen_embedding_may_have_sparse_gradients() -> None:
-    frozen = nn.Embedding(9, 5, sparse=True).requires_grad_(False)
-    forward, theta = functionalize(nn.Sequential(frozen, nn.Linear(5, 3)))
-    words, labels = torch.randint(9, (2, 4)), torch.randint(3, (2, 4))
-    meta_gradient(forward, theta, Episodes(words, labels, words, labels), InnerLoop(lr=0.1, steps=1))
-
-
-@pytest.mark.parametrize("module", [TwoArguments(), nn.Bilinear(5, 5, 3), nn.MultiheadAttention(5, 1)])
-def test_forward_with_several_arguments_raises(module: nn.Module) -> None:
-    with pytest.raises(TypeError, match=rf"{type(module).__name__}\.forward\(.*does not take one tensor.*Wrap it"):
-        functionalize(module)
-
-
-def test_forward_hook_is_called() -> None:
-    calls: list[object] = []
-    forward, theta = functionalize(hooked(lambda m: m.a.register_forward_hook(lambda *args: calls.append(0)))())
-    forward(theta, X)
-    assert calls
-
-
-def test_train_mode_set_later_raises() -> None:
-    module = chain(nn.BatchNorm1d(5)).eval()
-    forward, theta = functionalize(module)
-    meta_gradient(forward, theta, TASKS, InnerLoop(lr=0.1, steps=1))
-    module.train()  # as a training loop does at the top of each epoch
-    with pytest.raises(ValueError, match=r"layer '1' \(BatchNorm1d\).*track_running_stats=False.*model\.eval\(\)"):
-        meta_gradient(forward, theta, TASKS, InnerLoop(lr=0.1, steps=1))
 
 
 @pytest.mark.parametrize("send", [lambda f: pickle.loads(pickle.dumps(f)), copy.deepcopy])

@@ -20,11 +20,9 @@ from torch.autograd import forward_ad
 
 from metalearn.models.kernels.layout import (
     Kernel,
-    fold_vmap_dim,
     merge_tasks_into_channels,
     per_channel_view,
     split_tasks_from_channels,
-    unfold_vmap_dim,
 )
 
 _NO_RUNNING = (None, None)
@@ -80,11 +78,6 @@ class _BatchNorm(Kernel):
         by_x = at.r * (dg - s * along)  # of (x - mean)
         out = _combine(db - s * mean_d - by_x * at.mean, (d, s), (at.x, by_x))
         return split_tasks_from_channels(out, x.shape[0]), None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        out = _batch_norm(*fold_vmap_dim(info, in_dims, args))
-        return tuple(unfold_vmap_dim(part, info.batch_size) for part in out), (0, 0, 0)
 
 
 class _BatchNormBackward(Kernel):
@@ -149,11 +142,6 @@ class _BatchNormBackward(Kernel):
         )
         number = at.x.numel() / at.x.shape[1]
         return split_tasks_from_channels(to_x, x.shape[0]), (number * b).view_as(gamma), (number * a).view_as(gamma)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        out = _batch_norm_backward(*fold_vmap_dim(info, in_dims, args))
-        return tuple(unfold_vmap_dim(part, info.batch_size) for part in out), (0, 0, 0)
 
 
 _batch_norm, _batch_norm_backward = _BatchNorm.apply, _BatchNormBackward.apply

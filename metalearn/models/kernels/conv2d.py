@@ -20,11 +20,9 @@ from torch import Tensor
 
 from metalearn.models.kernels.layout import (
     Kernel,
-    fold_vmap_dim,
     merge_tasks_into_channels,
     split_tasks_from_channels,
     to_kernel_layout,
-    unfold_vmap_dim,
 )
 
 _MAX_MATMUL_ROWS = 128
@@ -79,8 +77,30 @@ class _Bilinear(Kernel):
         ctx.save_for_backward(a, b)
         ctx.save_for_forward(a, b)
 
+    @classmethod
+    def jvp(cls, ctx: Any, da: Tensor | None, db: Tensor | None, _: None) -> Any:
+        """Return da b + a db, for the tangents that are not ``None``."""
+        a, b = ctx.saved_tensors
+        terms = [(da, b)] if da is not None else []
+        terms += [(a, db)] if db is not None else []
+        values = [cls.apply(*pair, ctx.geometry) for pair in terms]
+        return sum(values[1:], values[0]) if values else None
 
-class _Conv(_Bilinear):
+
+class _WithWeight(_Bilinear):
+    """Base of the products of images with a weight."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        """Treat the mapped images as more examples if they share the weight."""
+        if in_dims[1] is not None:
+            return super().vmap(info, in_dims, *args)
+        images, weight, geometry = args
+        out = cls.apply(images.movedim(in_dims[0], 1).flatten(1, 2), weight, geometry)  # from [T, V, B, ...]
+        return out.unflatten(1, (info.batch_size, -1)), 1
+
+
+class _Conv(_WithWeight):
     @staticmethod
     def forward(x: Tensor, w: Tensor, geometry: ConvGeometry) -> Tensor:
         tasks = w.shape[0]
@@ -101,18 +121,8 @@ class _Conv(_Bilinear):
             None,
         )
 
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dw: Tensor | None, _: None) -> Any:
-        return _product_rule(_conv, ctx, dx, dw)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, w: Tensor, geometry: ConvGeometry) -> Any:
-        if in_dims[1] is None:  # the same weights: more examples
-            return _vmap_over_examples(_conv, info, in_dims[0], x, w, geometry)
-        return unfold_vmap_dim(_conv(*fold_vmap_dim(info, in_dims, (x, w, geometry))), info.batch_size), 0
-
-
-class _ConvInputGrad(_Bilinear):
+class _ConvInputGrad(_WithWeight):
     @staticmethod
     def forward(g: Tensor, w: Tensor, geometry: ConvGeometry) -> Tensor:
         tasks, examples = g.shape[:2]
@@ -127,16 +137,6 @@ class _ConvInputGrad(_Bilinear):
         g, w = ctx.saved_tensors
         geometry, (first, second, _) = ctx.geometry, ctx.needs_input_grad
         return _conv(x, w, geometry) if first else None, _conv_weight_grad(x, g, geometry) if second else None, None
-
-    @staticmethod
-    def jvp(ctx: Any, dg: Tensor | None, dw: Tensor | None, _: None) -> Any:
-        return _product_rule(_conv_input_grad, ctx, dg, dw)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, g: Tensor, w: Tensor, geometry: ConvGeometry) -> Any:
-        if in_dims[1] is None:
-            return _vmap_over_examples(_conv_input_grad, info, in_dims[0], g, w, geometry)
-        return unfold_vmap_dim(_conv_input_grad(*fold_vmap_dim(info, in_dims, (g, w, geometry))), info.batch_size), 0
 
 
 class _ConvWeightGrad(_Bilinear):
@@ -157,14 +157,6 @@ class _ConvWeightGrad(_Bilinear):
         x, g = ctx.saved_tensors
         geometry, (first, second, _) = ctx.geometry, ctx.needs_input_grad
         return _conv_input_grad(g, w, geometry) if first else None, _conv(x, w, geometry) if second else None, None
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dg: Tensor | None, _: None) -> Any:
-        return _product_rule(_conv_weight_grad, ctx, dx, dg)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, g: Tensor, geometry: ConvGeometry) -> Any:
-        return unfold_vmap_dim(_conv_weight_grad(*fold_vmap_dim(info, in_dims, (x, g, geometry))), info.batch_size), 0
 
 
 _conv, _conv_input_grad, _conv_weight_grad = _Conv.apply, _ConvInputGrad.apply, _ConvWeightGrad.apply
@@ -220,18 +212,3 @@ def _col2im(rows: Tensor, examples: int, geometry: ConvGeometry) -> Tensor:
             padded[:, i : i + down * out_height : down, j : j + across * out_width : across] += patches[..., i, j]
     inside = padded[:, top : top + height, side : side + width].contiguous()
     return inside.permute(3, 0, 4, 1, 2)
-
-
-def _vmap_over_examples(product: Any, info: Any, dim: int, x: Tensor, w: Tensor, geometry: ConvGeometry) -> Any:
-    tasks_first = x.movedim(dim, 1)  # [T, V, B, ...]
-    out = product(tasks_first.flatten(1, 2), w, geometry)
-    return out.unflatten(1, (info.batch_size, -1)), 1
-
-
-def _product_rule(product: Any, ctx: Any, da: Tensor | None, db: Tensor | None) -> Tensor | None:
-    """Return da b + a db, for the tangents that are not ``None``."""
-    a, b = ctx.saved_tensors
-    terms = [(da, b)] if da is not None else []
-    terms += [(a, db)] if db is not None else []
-    values: list[Tensor] = [product(*pair, ctx.geometry) for pair in terms]
-    return sum(values[1:], values[0]) if values else None

@@ -35,25 +35,6 @@ def to_kernel_layout(x: Tensor) -> Tensor:
     return split_tasks_from_channels(merge_tasks_into_channels(x), x.shape[0])
 
 
-def fold_vmap_dim(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> list[Any]:
-    """Merge the mapped dimension of a kernel's arguments under ``vmap`` into T; repeat unmapped arguments."""
-    return [
-        a if not isinstance(a, Tensor) else _move_to_front(a, dim, info.batch_size).flatten(0, 1)
-        for a, dim in zip(args, in_dims, strict=True)
-    ]
-
-
-def unfold_vmap_dim(out: Tensor, size: int) -> Tensor:
-    """Split a result ``[size * T, ...]`` into ``[size, T, ...]``."""
-    parts: Tensor = out.unflatten(0, (size, -1))
-    return parts
-
-
-def _move_to_front(x: Tensor, dim: int | None, size: int) -> Tensor:
-    front: Tensor = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return front
-
-
 def per_channel_view(per_channel: Tensor) -> Tensor:
     """View ``[T * C]`` for broadcasting with ``[B, T * C, H, W]``."""
     return per_channel.view(1, -1, 1, 1)
@@ -99,3 +80,15 @@ class Kernel(torch.autograd.Function):
         if any(isinstance(a, Tensor) and is_legacy_batchedtensor(a) for a in args):
             raise NotImplementedError(f"{cls.__name__}: is_grads_batched=True is not offered; loop, or use torch.func")
         return cls._plain_autograd.apply(*args)
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        """Call the kernel with the mapped dimension merged into T; arguments that are not mapped are repeated."""
+        size, folded = info.batch_size, list(args)
+        for i, (a, dim) in enumerate(zip(args, in_dims, strict=True)):
+            if isinstance(a, Tensor):
+                folded[i] = (a.expand(size, *a.shape) if dim is None else a.movedim(dim, 0)).flatten(0, 1)
+        out = cls.apply(*folded)
+        if isinstance(out, tuple):
+            return tuple(part.unflatten(0, (size, -1)) for part in out), (0,) * len(out)
+        return out.unflatten(0, (size, -1)), 0

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metalearn.models.kernels.layout import Kernel, fold_vmap_dim, unfold_vmap_dim
+from metalearn.models.kernels.layout import Kernel
 
 
 def relu(x: Tensor) -> Tensor:
@@ -34,10 +34,6 @@ class _ReLU(Kernel):
     def jvp(ctx: Any, dx: Tensor) -> Any:
         return _relu_backward(dx, ctx.saved_tensors[0])
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor) -> Any:
-        return unfold_vmap_dim(_relu(*fold_vmap_dim(info, in_dims, (x,))), info.batch_size), 0
-
 
 class _ReLUBackward(Kernel):
     """The gradient g where y is positive, else 0: linear in g, and constant in y almost everywhere."""
@@ -60,10 +56,6 @@ class _ReLUBackward(Kernel):
     def jvp(ctx: Any, dg: Tensor | None, dy: Tensor | None) -> Any:
         y = ctx.saved_tensors[0]
         return torch.zeros_like(y) if dg is None else _relu_backward(dg, y)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, g: Tensor, y: Tensor) -> Any:
-        return unfold_vmap_dim(_relu_backward(*fold_vmap_dim(info, in_dims, (g, y))), info.batch_size), 0
 
 
 _relu, _relu_backward = _ReLU.apply, _ReLUBackward.apply
