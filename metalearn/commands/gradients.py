@@ -61,7 +61,7 @@ class LessonResult:
     @property
     def right(self) -> bool:
         """The verdict."""
-        return self.lesson is not None and self.lesson.right
+        return self.lesson is not None and self.lesson.passed
 
     def file(self, figure: str) -> str:
         """Name of a picture's file."""
@@ -146,12 +146,12 @@ def report(outcomes: list[LessonResult], *, complete: bool = True) -> str:
 
 def _entry(check: Check) -> dict[str, Any]:
     return {
-        "what": check.what,
+        "what": check.name,
         "computed": _for_json(check.computed),
         "expected": _for_json(check.expected),
         "tolerance": check.tolerance,
         "source": check.source,
-        "right": check.right,
+        "right": check.passed,
     }
 
 
@@ -175,7 +175,7 @@ def print_lesson(outcome: LessonResult, output_dir: Path) -> None:
     table.add_column("expected", max_width=28)
     table.add_column("verdict")
     for check in lesson.checks:
-        table.add_row(Text(check.what), *(Text(cell) for cell in _cells(check)), _verdict(check.right))
+        table.add_row(Text(check.name), *(Text(cell) for cell in _cells(check)), _verdict(check.passed))
     console.print(table)
     for note in lesson.notes:
         console.print(Padding(f"- {escape(note)}", (0, 2)), highlight=False)
@@ -186,13 +186,13 @@ def print_lesson(outcome: LessonResult, output_dir: Path) -> None:
 
 def _cells(check: Check) -> tuple[str, str]:
     """What was computed, and what it must be, with the tolerance and where it comes from if that is no formula."""
-    digits = 8 if check.right else 17  # a wrong number may differ late
+    digits = 8 if check.passed else 17  # a wrong number may differ late
     expected = _shown(check.expected, digits)
     if check.tolerance and not isinstance(check.expected, str):
         expected += f" ± {check.tolerance:.1g}"
     if check.source != "analytic":
         expected += f" ({check.source})"
-    is_rounding = check.right and check.expected == 0 and check.tolerance > 0
+    is_rounding = check.passed and check.expected == 0 and check.tolerance > 0
     return _shown(check.computed, 2 if is_rounding else digits), expected
 
 
@@ -213,7 +213,7 @@ def print_summary(outcomes: list[LessonResult], output_dir: Path) -> None:
     for outcome in outcomes:
         checks = outcome.lesson.checks if outcome.lesson else []
         verdict = "raised" if outcome.lesson is None else "right" if outcome.right else "WRONG"
-        right = sum(check.right for check in checks)
+        right = sum(check.passed for check in checks)
         rows.append([outcome.name, f"{right} / {len(checks)}", f"{outcome.seconds:.1f}", verdict])
     print_table("Lessons", ["lesson", "checks right / all", "seconds", "verdict"], rows)
     for outcome in outcomes:

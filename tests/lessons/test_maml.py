@@ -1,4 +1,4 @@
-"""Every number of the lesson ``maml``; the network's Hessian term also against differences in numpy."""
+"""The numbers of the lesson ``maml``; the network's Hessian term also against differences in numpy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from metalearn.lessons import Lesson, maml
-from tests.lessons.assertions import assert_complete, computed, zero
+from tests.lessons.assertions import assert_checks, zero
 
 Vector = NDArray[np.float64]
 
@@ -32,11 +32,6 @@ EXPECTED: dict[str, Any] = {
     "K = 3: gap / alpha at alpha = 1e-5, against 3 |H g| / |g|": "by differences, below",
     "K = 3: power of alpha that the gap grows with": pytest.approx(1, abs=0.01),
 }
-
-
-@pytest.fixture(scope="module")
-def lesson() -> Lesson:
-    return maml.lesson()
 
 
 def gradient(theta: Vector, x: Vector, y: Vector) -> Vector:
@@ -75,23 +70,15 @@ def gap_per_alpha() -> float:
     return float(3 * np.linalg.norm(hessian_times(g)) / np.linalg.norm(g))
 
 
-@pytest.mark.parametrize("what", [what for what in EXPECTED if EXPECTED[what] != "by differences, below"])
-def test_number(what: str, lesson: Lesson) -> None:
-    assert computed(lesson, what) == EXPECTED[what]
+def test_checks(lesson: Lesson) -> None:
+    by_differences = {
+        "length of the Hessian term, second - first": pytest.approx(hessian_term(), rel=1e-7),
+        "K = 3: gap / alpha at alpha = 1e-5, against 3 |H g| / |g|": pytest.approx(gap_per_alpha(), rel=1e-3),
+    }
+    assert_checks(lesson, EXPECTED | by_differences)
 
 
-def test_numbers_of_the_network_against_numpy(lesson: Lesson) -> None:
-    term = computed(lesson, "length of the Hessian term, second - first")
-    assert term == pytest.approx(hessian_term(), rel=1e-7)
-    limit = computed(lesson, "K = 3: gap / alpha at alpha = 1e-5, against 3 |H g| / |g|")
-    assert limit == pytest.approx(gap_per_alpha(), rel=1e-3)
-
-
-def test_every_number_is_held(lesson: Lesson) -> None:
-    assert_complete(lesson, EXPECTED)
-
-
-def test_the_picture_shows_the_term_that_was_measured(lesson: Lesson) -> None:
+def test_plot_shows_the_hessian_term(lesson: Lesson) -> None:
     term, gap, cosine = lesson.plots["hessian_term"].axes
     assert len(term.patches) == len(maml.THETA) == 13
     (points,) = [line for line in term.get_lines() if line.get_marker() == "o"]

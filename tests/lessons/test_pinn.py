@@ -1,4 +1,4 @@
-"""Every number of the lesson ``pinn``."""
+"""The numbers of the lesson ``pinn``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from metalearn.lessons import Lesson, pinn
-from tests.lessons.assertions import assert_complete, computed, zero
+from tests.lessons.assertions import assert_checks, zero
 
 EXPECTED: dict[str, Any] = {
     "tanh: largest |u - sin x| on [0, 2 pi]": zero(1e-3),
@@ -21,18 +21,8 @@ EXPECTED: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def lesson() -> Lesson:
-    return pinn.lesson()
-
-
-@pytest.mark.parametrize("what", EXPECTED)
-def test_number(what: str, lesson: Lesson) -> None:
-    assert computed(lesson, what) == EXPECTED[what]
-
-
-def test_every_number_is_held(lesson: Lesson) -> None:
-    assert_complete(lesson, EXPECTED)
+def test_checks(lesson: Lesson) -> None:
+    assert_checks(lesson, EXPECTED)
 
 
 def one_unit() -> dict[str, torch.Tensor]:
