@@ -10,7 +10,7 @@ OUT_OF_MEMORY = r"(?i)out of memory|not enough memory|can('t|not) allocate memor
 
 
 class MetalearnError(Exception):
-    """Base of the errors whose message says what was wrong, and what to do."""
+    """Base of the errors whose message says what is wrong and what to do."""
 
 
 class ConfigError(MetalearnError):

@@ -54,8 +54,8 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
     """
     check_module(module)
     check_signature(module)
-    own = vars(type(module))
-    if "forward_of_tasks" in own and "batched_forward" not in own:
+    defined = vars(type(module))
+    if "forward_of_tasks" in defined and "batched_forward" not in defined:
         warnings.warn(
             f"{type(module).__name__}: forward_of_tasks and is_plain are called batched_forward and "
             "supports_batched_forward now",
@@ -65,8 +65,8 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
     params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
     if not params:
         raise ValueError(
-            f"functionalize: {type(module).__name__} has no trainable parameter. Set requires_grad=True on what the "
-            "inner loop is to adapt."
+            f"functionalize: {type(module).__name__} has no trainable parameter. Set requires_grad=True on the "
+            "parameters to adapt."
         )
     return ModuleForward(module), params
 
@@ -98,7 +98,7 @@ class ModuleForward:
         if not isinstance(prediction, Tensor):
             raise TypeError(
                 f"functionalize: {kind} returns {type(prediction).__name__} and must return one tensor of "
-                "predictions; wrap it in a module that picks it out."
+                "predictions; wrap it in a module that selects it."
             )
         return prediction
 
@@ -114,9 +114,9 @@ class ModuleForward:
         if written:
             _WARNED[self.module] = True
             log.warning(
-                "%s writes to its buffer '%s' in a forward pass. Tasks would share it, so that every pass writes to a "
-                "copy: the buffer stays as it is, and model.eval() uses it so. With spectral_norm, call model.eval() "
-                "first, and go on with its power iteration in between: model.train()(x).",
+                "%s writes to its buffer '%s' in a forward pass. As tasks would share it, every pass writes to a copy: "
+                "the buffer keeps its value, which model.eval() uses. With spectral_norm, call model.eval() first, and "
+                "continue its power iteration in between: model.train()(x).",
                 type(self.module).__name__,
                 written[0],
             )
@@ -124,9 +124,9 @@ class ModuleForward:
     @property
     def batched_forward(self) -> Callable[[Params, Tensor], Tensor | None] | None:
         """Predictions of all tasks at once, if the module's class defines them; ``None`` where they do not apply."""
-        own = vars(type(self.module))
-        has_batched = "batched_forward" in own or "forward_of_tasks" in own
-        return self._batched_forward if has_batched and "forward" in own else None
+        defined = vars(type(self.module))
+        has_batched = "batched_forward" in defined or "forward_of_tasks" in defined
+        return self._batched_forward if has_batched and "forward" in defined else None
 
     def _batched_forward(self, fast: Params, x: Tensor) -> Tensor | None:
         module: Any = self.module
@@ -142,14 +142,14 @@ class ModuleForward:
 
     def _replacements(self, params: Params) -> dict[int, Tensor]:
         """Return the tensor that replaces each of the module's tensors during a pass, by the id of the latter."""
-        own: dict[str, Tensor] = dict(self.module.named_buffers(remove_duplicate=False))
-        own |= self.module.named_parameters(remove_duplicate=False)
-        if unknown := params.keys() - own.keys():
+        tensors: dict[str, Tensor] = dict(self.module.named_buffers(remove_duplicate=False))
+        tensors |= self.module.named_parameters(remove_duplicate=False)
+        if unknown := params.keys() - tensors.keys():
             raise ValueError(
-                f"params names {', '.join(map(repr, unknown))}, which {type(self.module).__name__} has not; it has "
-                f"{', '.join(sorted(own))}."
+                f"params names {', '.join(map(repr, unknown))}, which {type(self.module).__name__} does not have; it "
+                f"has {', '.join(sorted(tensors))}."
             )
-        values = {id(own[name]): p for name, p in params.items()}
+        values = {id(tensors[name]): p for name, p in params.items()}
         if len(values) < len(params):
             raise ValueError(
                 f"params has two of {', '.join(params)} that are one tensor of {type(self.module).__name__}; give it "

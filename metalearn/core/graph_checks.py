@@ -32,7 +32,7 @@ def forbid_activation_checkpointing() -> Iterator[None]:
 
 
 ACTIVATION_CHECKPOINT_ERROR = (
-    "torch.utils.checkpoint (or another saved-tensor hook) inside of a model runs its layers again on the way back, "
+    "torch.utils.checkpoint (or another saved-tensor hook) inside a model runs its layers again in the backward pass, "
     "when they no longer have the parameters that they were called with, so that the gradient would be wrong. Call the "
     "layers without it; InnerLoop(engine='checkpoint') and task_chunk save memory instead."
 )

@@ -10,8 +10,8 @@ from torch.nn.parameter import is_lazy
 
 _RUNNING_STATISTICS = (nn.modules.batchnorm._NormBase,)  # BatchNorm1d..3d, SyncBatchNorm, InstanceNorm1d..3d
 _HOOK_ERROR = (
-    "has a gradient hook, which is never called, as gradients are taken of tensors that stand in for the module's. "
-    "Remove it (the handle's .remove()); what it looks at is in the gradients that metalearn returns."
+    "has a gradient hook, which is never called, as gradients are taken of tensors that replace the module's. "
+    "Remove it (the handle's .remove()), and inspect the gradients that metalearn returns."
 )
 
 
@@ -25,20 +25,20 @@ def check_module(module: nn.Module) -> None:
         if error := _layer_error(layer):
             place = f"layer '{name}'" if name else "the module"
             raise ValueError(f"functionalize: {place} ({type(layer).__name__}) {error}")
-        for own, p in layer._parameters.items():
+        for p_name, p in layer._parameters.items():
             if p is not None and (error := _parameter_error(p)):
-                raise ValueError(f"functionalize: parameter '{f'{name}.{own}' if name else own}' {error}")
+                raise ValueError(f"functionalize: parameter '{f'{name}.{p_name}' if name else p_name}' {error}")
 
 
 def check_signature(module: nn.Module) -> None:
     """Check that a module takes one tensor.
 
     Raises:
-        TypeError: with what it takes.
+        TypeError: naming its signature.
     """
     try:
         signature = inspect.signature(module.forward)
-    except (TypeError, ValueError):  # of a function that Python cannot look into
+    except (TypeError, ValueError):  # of a builtin function
         return
     try:
         signature.bind(None)

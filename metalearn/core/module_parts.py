@@ -51,7 +51,7 @@ def module_parts(module: nn.Module, *, head: str | None = None) -> ModuleParts:
     """Find the head, the normalisation and the context parameters of a module by the types of its layers.
 
     Args:
-        module: any.
+        module: any module.
         head: name of its head; ``None`` takes the last linear layer in the child called ``head``, ``heads``, ``fc`` or
             ``classifier`` (``fc``, ``classifier.6``; not ``block.fc``), or without one the linear layer declared last.
 

@@ -54,7 +54,7 @@ def load_checked(path: Path) -> Any:
         data = path.read_bytes()
         if not digest.exists():
             raise CorruptFileError(
-                f"{path} has no digest beside it ({digest.name}): its writing was interrupted, or it lies elsewhere."
+                f"{path} has no digest file ({digest.name}): writing it was interrupted, or it is elsewhere."
             )
         if hashlib.sha256(data).hexdigest().encode() in digest.read_bytes().split():
             return _load_weights_only(data, path)

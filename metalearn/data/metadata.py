@@ -18,7 +18,7 @@ OMNIGLOT_PARTS = {"images_background": 964, "images_evaluation": 659}
 """The two folders of Omniglot and their numbers of classes (Lake et al. 2015)."""
 
 OMNIGLOT_URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
-"""Where torchvision downloads from; a test holds the two equal."""
+"""URL that torchvision downloads from."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def resolve_dataset(name: str, root: str | None, fallback: str | None) -> str:
     """Return the data set to train on: ``name``, or ``fallback`` if Omniglot is unavailable.
 
     Raises:
-        DataError: if Omniglot cannot be had and there is no fallback; the message names the three ways out.
+        DataError: if Omniglot is unavailable and there is no fallback; the message names three remedies.
     """
     if name != "omniglot":
         return name

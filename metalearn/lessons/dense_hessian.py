@@ -81,7 +81,7 @@ def lesson() -> Lesson:
         title="The dense Hessian and what it takes",
         claim=_CLAIM,
         code=source_of(quartic, batched, row_by_row, one_product),
-        checks=[*_entries(), *_growth(measured), _refusal()],
+        checks=[*_entries(), *_growth(measured), _memory_error()],
         notes=_notes(measured),
         plots={"dense_hessian": _plot(measured)},
     )
@@ -149,7 +149,7 @@ def _growth(measured: dict[str, list[Measured]]) -> list[Check]:
     ]
 
 
-def _refusal() -> Check:
+def _memory_error() -> Check:
     """Check that n = 10^6 raises: the matrix has 4 TB, and needs twice that while it is computed."""
     named = "MemoryError that names hvp"
     try:

@@ -150,8 +150,8 @@ def _costs() -> list[str]:
         f"tanh network of {n:,} parameters, 1,024 examples: gradient in {1000 * seconds:.0f} ms and {peak / 1e6:.1f} MB"
     ]
     for mode in HVP_MODES:
-        took, held = cost(lambda mode=mode: hvp(loss, theta, v, mode=mode))  # type: ignore[misc]
-        notes.append(f"{mode}: {took / seconds:.1f} times a gradient's time, {held / peak:.2f} times its peak memory")
+        took, used = cost(lambda mode=mode: hvp(loss, theta, v, mode=mode))  # type: ignore[misc]
+        notes.append(f"{mode}: {took / seconds:.1f} times a gradient's time, {used / peak:.2f} times its peak memory")
     return notes
 
 

@@ -28,7 +28,7 @@ def test_params_are_copies() -> None:
 
 
 class Scaled(nn.Module):
-    """A frozen layer, a buffer and a trainable layer."""
+    """A module of a frozen layer, a buffer and a trainable layer."""
 
     scale: Tensor
 
@@ -53,7 +53,7 @@ def test_frozen_parameters_and_buffers_are_constants() -> None:
 
 
 class Counting(nn.Module):
-    """Writes to a buffer in its forward pass."""
+    """A module that writes to a buffer in its forward pass."""
 
     calls: Tensor
 
@@ -108,7 +108,7 @@ def test_module_without_trainable_parameters_raises() -> None:
 
 
 class Pair(nn.Linear):
-    """Returns two tensors."""
+    """A layer that returns two tensors."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return super().forward(x), x
@@ -122,7 +122,7 @@ def test_forward_raises_when_module_returns_a_tuple() -> None:
 
 def test_forward_raises_on_unknown_names() -> None:
     forward, theta = functionalize(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"params names 'wieght', which Linear has not; it has bias, weight"):
+    with pytest.raises(ValueError, match=r"params names 'wieght', which Linear does not have; it has bias, weight"):
         forward({"wieght": theta["weight"], "bias": theta["bias"]}, torch.zeros(1, 2))
     forward({"bias": theta["bias"]}, torch.zeros(1, 2))  # the module's own weight is a constant then
 

@@ -92,7 +92,7 @@ def test_load_checked_raises_on_garbage_digest(tmp_path: Path) -> None:
 
 def test_load_checked_raises_without_digest(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(1)}, tmp_path / "a.pt")
-    with pytest.raises(files.CorruptFileError, match=r"no digest beside it \(a\.pt\.sha256\)"):
+    with pytest.raises(files.CorruptFileError, match=r"no digest file \(a\.pt\.sha256\)"):
         files.load_checked(tmp_path / "a.pt")
 
 

@@ -35,7 +35,7 @@ EXPECTED: dict[str, Any] = {
 
 
 def gradient(theta: Vector, x: Vector, y: Vector) -> Vector:
-    """Of the mean squared error of the tanh network with 4 hidden units, by hand."""
+    """Return the gradient of the mean squared error of the tanh network with 4 hidden units, by hand."""
     w1, b1, w2, b2 = theta[:4], theta[4:8], theta[8:12], theta[12]
     h = np.tanh(x[:, None] * w1 + b1)
     residual = 2 * (h @ w2 + b2 - y) / len(x)
@@ -50,21 +50,21 @@ def support_and_query() -> tuple[Vector, Vector, Vector, Vector, Vector]:
 
 
 def hessian_times(v: Vector) -> Vector:
-    """H v of the support loss at theta, from central differences of the gradient by hand."""
+    """Return H v of the support loss at theta, from central differences of the gradient by hand."""
     theta, x, y, _, _ = support_and_query()
     h = 1e-5
     return (gradient(theta + h * v, x, y) - gradient(theta - h * v, x, y)) / (2 * h)
 
 
 def hessian_term() -> float:
-    """|alpha H dL_query(theta')|."""
+    """Return |alpha H dL_query(theta')|."""
     theta, x, y, query_x, query_y = support_and_query()
     g = gradient(theta - 0.1 * gradient(theta, x, y), query_x, query_y)
     return float(np.linalg.norm(0.1 * hessian_times(g)))
 
 
 def gap_per_alpha() -> float:
-    """3 |H g| / |g|, where every H_k and g tend to those at theta as alpha tends to 0."""
+    """Return 3 |H g| / |g|, as every H_k and g tend to those at theta when alpha tends to 0."""
     theta, _, _, query_x, query_y = support_and_query()
     g = gradient(theta, query_x, query_y)
     return float(3 * np.linalg.norm(hessian_times(g)) / np.linalg.norm(g))

@@ -76,7 +76,7 @@ def test_newton_cg_counts_costs() -> None:
     assert path[-1].norm == 0
 
 
-def test_curvatures_of_the_notes() -> None:
+def test_curvatures_in_the_notes() -> None:
     # at (1, ..., 1): 1200 x_i^2 - 400 x_i+1 + 2 = 802 first, 200 last, 1002 between; -400 x_i beside it
     h = np.diag([802.0, *[1002.0] * 8, 200.0]) + np.diag([-400.0] * 9, 1) + np.diag([-400.0] * 9, -1)
     values = np.linalg.eigvalsh(h)
@@ -87,7 +87,7 @@ def test_curvatures_of_the_notes() -> None:
     np.testing.assert_allclose(found.numpy(), h, atol=1e-9)
 
 
-def test_gradient_descent_has_the_same_budget_and_the_best_step(lesson: Lesson) -> None:
+def test_gradient_descent_uses_the_same_budget_and_its_best_step(lesson: Lesson) -> None:
     _, costs = lesson.plots["newton"].axes
     by_newton, by_descent = (np.asarray(line.get_xydata()) for line in costs.get_lines())
     assert by_descent[-1][0] == 10 * by_newton[-1][0]

@@ -51,7 +51,7 @@ def test_derivatives_of_known_functions() -> None:
     assert [d.item() for d in nth_order.nested(nth_order.twelfth_power, 2.0, 2)] == [4096.0, 24_576.0, 135_168.0]
 
 
-def test_the_notes_count_the_nodes_of_the_picture(lesson: Lesson) -> None:
+def test_notes_equal_the_plotted_counts(lesson: Lesson) -> None:
     (axes,) = lesson.plots["nodes_by_order"].axes
     drawn = [np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()]
     noted = [[int(count) for count in note.rpartition(": ")[2].split(", ")] for note in lesson.notes[:3]]

@@ -64,7 +64,7 @@ def test_meta_gradient_equals_cavia(case: str, second_order: bool) -> None:
     module, episodes = make().double(), draw()
     expected = cavia(module, episodes, loss, lr=0.7, steps=2, second_order=second_order)
     forward, theta = functionalize(module)
-    theta["context"] = torch.randn_like(theta["context"])  # which no task begins with
+    theta["context"] = torch.randn_like(theta["context"])  # no task starts from it
     inner = InnerLoop(0.7, 2, second_order=second_order, adapted=CONTEXT, start=ZeroContext(CONTEXT))
     for engine in ENGINES:
         other = dataclasses.replace(inner, engine=engine, task_chunk=2)
@@ -134,7 +134,7 @@ def test_context_conv4_scales_and_shifts_the_third_block() -> None:
     with torch.no_grad():
         wanted = torch.tensor([-2.0, -1.0, 1.0, 2.0, 0.5, 0.5, -0.5, -0.5]).double() - module.film.bias
         module.context.copy_(torch.linalg.pinv(module.film.weight) @ wanted)
-    assert (module.film(module.context)[:2] < 0).all(), "so that to pool before it is not to pool after it"
+    assert (module.film(module.context)[:2] < 0).all(), "pooling before FiLM differs from pooling after it"
     x = torch.rand(6, 1, 28, 28, dtype=torch.float64)
     torch.testing.assert_close(module(x), film_by_hand(module, x))
 
