@@ -1,4 +1,4 @@
-"""Keeping freed memory between meta-steps."""
+"""The allocator's settings and the number of threads."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from metalearn.core.profiling.hardware import configure_malloc
+from metalearn.core.profiling.hardware import configure_malloc, one_thread
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
@@ -44,3 +45,10 @@ def test_configure_malloc_does_nothing_without_glibc(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(ctypes, "CDLL", None)
     assert configure_malloc() is False
+
+
+def test_one_thread_restores_threads() -> None:
+    before = torch.get_num_threads()
+    with one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before

@@ -73,3 +73,10 @@ def test_task_chunk_bounds_memory() -> None:
         return live.peak
 
     assert peak(2) < 0.5 * peak(None)
+
+
+def test_peak_memory_ignores_tensors_without_memory() -> None:
+    with PeakTensorMemory() as live:
+        zeros = torch._efficientzerotensor(1000)  # forward mode's tangent of a constant
+        shape = torch.empty(1000, device="meta")
+    assert (zeros.numel(), shape.numel(), live.peak) == (1000, 1000, 0)

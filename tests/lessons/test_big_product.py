@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from metalearn.core.profiling.memory import PeakTensorMemory
 from metalearn.derivatives import HVP_MODES
 from metalearn.lessons import Lesson, big_product
 from tests.lessons.assertions import assert_checks, zero
@@ -63,21 +62,3 @@ def test_notes_equal_the_bars_of_the_plot(lesson: Lesson) -> None:
     bars = [patch.get_width() / 4e7 for patch in axes.patches]  # type: ignore[attr-defined]  # they are rectangles
     assert len(noted) == 3
     assert bars == [1.0, *(pytest.approx(vectors, abs=0.051) for vectors in noted), 1e7]
-
-
-def test_peak_memory_counts_live_tensors() -> None:
-    with PeakTensorMemory() as live:
-        a = torch.zeros(1000)
-        b = a + 1  # 8,000 bytes, the peak
-        del a
-        c = b.view(10, 100)  # the same memory
-        c.mul_(2)
-    assert live.peak == 8000
-    assert torch.equal(c, b.view(10, 100))
-
-
-def test_peak_memory_ignores_tensors_without_memory() -> None:
-    with PeakTensorMemory() as live:
-        zeros = torch._efficientzerotensor(1000)  # forward mode's tangent of a constant
-        shape = torch.empty(1000, device="meta")
-    assert (zeros.numel(), shape.numel(), live.peak) == (1000, 1000, 0)

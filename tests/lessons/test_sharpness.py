@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from metalearn.core.profiling.hardware import one_thread
 from metalearn.lessons import Lesson, sharpness
 from tests.lessons.assertions import assert_checks, zero
 
@@ -63,10 +62,3 @@ def test_plot_has_the_lines_two_over_lr(lesson: Lesson) -> None:
     assert below[-1] > 5
     assert len(loss.get_lines()) == 3
     assert loss.get_yscale() == "log"
-
-
-def test_one_thread_restores_threads() -> None:
-    before = torch.get_num_threads()
-    with one_thread():
-        assert torch.get_num_threads() == 1
-    assert torch.get_num_threads() == before
