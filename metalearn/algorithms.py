@@ -162,12 +162,12 @@ def maml_pp(
     """
     if learned_lr:
         inner = dataclasses.replace(inner, learned_lr="layer_and_step")
-    if per_step_affine and parts.norms:
-        inner = dataclasses.replace(inner, per_step=parts.norms, adapted=parts.all - parts.norms)
+    if per_step_affine and parts.norm_params:
+        inner = dataclasses.replace(inner, per_step=parts.norm_params, adapted=parts.all_params - parts.norm_params)
 
     is_annealed = multi_step_share > 0 or first_order_share > 0
     annealing = partial(_annealed, multi_step_share=multi_step_share, first_order_share=first_order_share)
-    statistics = per_step_statistics and bool(parts.norms)
+    statistics = per_step_statistics and bool(parts.norm_params)
     return Algorithm(
         "maml_pp", inner, annealing=annealing if is_annealed else _unchanged, tracks_norm_statistics=statistics
     )
@@ -237,11 +237,13 @@ def cavia(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
     Raises:
         ValueError: if the model has no parameter called ``context``.
     """
-    if not parts.context:
+    if not parts.context_params:
         raise ValueError(
             "cavia: the model has no parameter called 'context'; take ContextMLP or ContextConv4 (model.context=100)."
         )
-    return Algorithm("cavia", dataclasses.replace(inner, adapted=parts.context, start=ZeroContext(parts.context)))
+    return Algorithm(
+        "cavia", dataclasses.replace(inner, adapted=parts.context_params, start=ZeroContext(parts.context_params))
+    )
 
 
 def protonet(inner: InnerLoop, parts: ModuleParts) -> Algorithm:

@@ -37,12 +37,12 @@ def conv4() -> Conv4:
 def test_parts_are_found_by_their_layers() -> None:
     parts = module_parts(conv4())
     assert parts.head == ("head.weight", "head.bias")
-    assert parts.norms == {f"features.{i}.1.{name}" for i in range(4) for name in ("weight", "bias")}
-    assert parts.body == parts.all - set(parts.head)
-    assert module_parts(ContextConv4(3, width=4, context=5)).context == {"context"}
+    assert parts.norm_params == {f"features.{i}.1.{name}" for i in range(4) for name in ("weight", "bias")}
+    assert parts.body == parts.all_params - set(parts.head)
+    assert module_parts(ContextConv4(3, width=4, context=5)).context_params == {"context"}
     frozen = conv4()
     frozen.get_parameter("features.0.1.weight").requires_grad_(False)
-    assert "features.0.1.weight" not in module_parts(frozen).norms
+    assert "features.0.1.weight" not in module_parts(frozen).norm_params
     assert module_parts(nn.Linear(3, 2)).head == ("weight", "bias")
     out_of_order = nn.ModuleDict({"head": nn.Linear(8, 3), "body": nn.Linear(4, 8)})
     assert module_parts(out_of_order).head == ("head.weight", "head.bias")
@@ -90,8 +90,8 @@ def test_maml_pp_is_its_parts() -> None:
     _, params = functionalize(module)
     whole = maml_pp(INNER, parts, multi_step_share=0.2, first_order_share=0.5)
     theta = whole.init(params)
-    assert all(theta[name].shape == (4, 4) for name in parts.norms), "K + 1 rows of 4 channels"
-    assert {name for name in theta if "::" in name} == {f"lr::{name}" for name in parts.all - parts.norms}
+    assert all(theta[name].shape == (4, 4) for name in parts.norm_params), "K + 1 rows of 4 channels"
+    assert {name for name in theta if "::" in name} == {f"lr::{name}" for name in parts.all_params - parts.norm_params}
     assert theta["lr::head.weight"].tolist() == pytest.approx([0.1] * 3)
     orders = [whole.at(progress).second_order for progress in (0.0, 0.49, 0.5, 1.0)]
     assert orders == [False, False, True, True]

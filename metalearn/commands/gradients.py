@@ -29,8 +29,7 @@ from rich.text import Text
 
 from metalearn.config.commands_schema import GradientsConfig
 from metalearn.core import serialization as files
-from metalearn.core.profiling.hardware import describe_hardware
-from metalearn.core.profiling.threads import one_thread
+from metalearn.core.profiling.hardware import describe_hardware, one_thread
 from metalearn.lessons import LESSONS, Check, Lesson
 from metalearn.training.tracking.console import print_path, print_table, progress_bar
 from metalearn.training.tracking.tensorboard import LessonLogger
@@ -61,7 +60,7 @@ class LessonResult:
     @property
     def passed(self) -> bool:
         """True if the lesson ran and all its checks passed."""
-        return self.lesson is not None and self.lesson.right
+        return self.lesson is not None and self.lesson.passed
 
     @property
     def files(self) -> dict[str, str]:
@@ -152,12 +151,12 @@ def _check_entry(check: Check) -> dict[str, Any]:
         for value in (check.computed, check.expected)
     )
     return {
-        "what": check.what,
+        "what": check.name,
         "computed": computed,
         "expected": expected,
         "tolerance": check.tolerance,
         "source": check.source,
-        "right": check.right,
+        "right": check.passed,
     }
 
 
@@ -176,7 +175,7 @@ def print_lesson(result: LessonResult, output_dir: Path) -> None:
     table.add_column("expected", max_width=28)
     table.add_column("verdict")
     for check in lesson.checks:
-        table.add_row(Text(check.what), *(Text(cell) for cell in _format_check(check)), _verdict(check.right))
+        table.add_row(Text(check.name), *(Text(cell) for cell in _format_check(check)), _verdict(check.passed))
     console.print(table)
     for note in lesson.notes:
         console.print(Padding(f"- {escape(note)}", (0, 2)), highlight=False)
@@ -187,13 +186,13 @@ def print_lesson(result: LessonResult, output_dir: Path) -> None:
 
 def _format_check(check: Check) -> tuple[str, str]:
     """Return the computed and the expected value, the latter with its tolerance and, if not analytic, its source."""
-    digits = 8 if check.right else 17  # a wrong number may differ late
+    digits = 8 if check.passed else 17  # a wrong number may differ late
     expected = _format_value(check.expected, digits)
     if check.tolerance and not isinstance(check.expected, str):
         expected += f" ± {check.tolerance:.1g}"
     if check.source != "analytic":
         expected += f" ({check.source})"
-    is_rounding = check.right and check.expected == 0 and check.tolerance > 0
+    is_rounding = check.passed and check.expected == 0 and check.tolerance > 0
     return _format_value(check.computed, 2 if is_rounding else digits), expected
 
 
@@ -214,7 +213,7 @@ def print_summary(results: list[LessonResult], output_dir: Path) -> None:
     for result in results:
         checks = result.lesson.checks if result.lesson else []
         verdict = "raised" if result.lesson is None else _verdict(result.passed).plain
-        rows.append([result.name, f"{sum(c.right for c in checks)} / {len(checks)}", f"{result.seconds:.1f}", verdict])
+        rows.append([result.name, f"{sum(c.passed for c in checks)} / {len(checks)}", f"{result.seconds:.1f}", verdict])
     print_table("Lessons", ["lesson", "checks right / all", "seconds", "verdict"], rows)
     console = rich.get_console()
     for result in results:

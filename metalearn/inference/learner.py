@@ -145,7 +145,9 @@ class Learner:
             raise DataError(f"{folder}: the run predicts numbers (data={self.config.data.name}), not images.")
         channels, size, _ = self.example_shape
         try:
-            read = read_folder(folder, size=size, channels=channels, unreadable=on_unreadable, may_be_flat=may_be_flat)
+            read = read_folder(
+                folder, size=size, channels=channels, on_unreadable=on_unreadable, may_be_flat=may_be_flat
+            )
         except UnreadableImagesError as error:  # its message names the key of train.py
             raise UnreadableImagesError(re.sub(r"\bdata\.(?=(on_)?unreadable)", "", str(error))) from None
         inverted = should_invert(invert, read.images, self.config.data)

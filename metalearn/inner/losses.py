@@ -62,11 +62,11 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
 
 def _at_once(forward: Forward, fast: Params, x: Tensor) -> Tensor | None:
     """Every task's predictions without ``vmap``, where the model offers them and the kernels take its tensors."""
-    of_tasks: Callable[[Params, Tensor], Tensor | None] | None = getattr(forward, "of_tasks", None)
-    if not (of_tasks and x.ndim == 5 and kernels_support(fast, x)):
+    batched: Callable[[Params, Tensor], Tensor | None] | None = getattr(forward, "batched_forward", None)
+    if not (batched and x.ndim == 5 and kernels_support(fast, x)):
         return None
     with differentiable_layers():
-        return of_tasks(fast, x)
+        return batched(fast, x)
 
 
 def task_predictions(forward: Forward, fast: Params, x: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from metalearn.core.errors import RunError
-from metalearn.core.profiling.device_memory import peak_bytes
-from metalearn.core.profiling.memory import MIB, MemoryLimitError
+from metalearn.core.profiling.memory import MIB, MemoryLimitError, peak_bytes
 from metalearn.core.types import Episodes, Forward, Loss, Params
 from metalearn.derivatives import available_memory
 from metalearn.inner import InnerLoop

@@ -17,7 +17,7 @@ from metalearn.config.run_folder import folder_lock
 from metalearn.config.schema import TrainConfig
 from metalearn.config.validation import result_keys
 from metalearn.core.errors import ConfigError, RunError
-from metalearn.core.profiling.allocator import configure_malloc
+from metalearn.core.profiling.hardware import configure_malloc
 from metalearn.training.auto_engine import resolve_auto_engine
 from metalearn.training.evaluation import Evaluation
 from metalearn.training.experiment import Experiment, build_experiment, training_device, with_inner_config

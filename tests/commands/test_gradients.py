@@ -78,7 +78,7 @@ def test_lesson_writes_plots_events_and_report(tmp_path: Path, capsys: pytest.Ca
     assert report["right"] is entry["right"] is True
     assert 0 < entry["seconds"] < 60
     assert entry["figures"] == ["create_graph-relu_and_tanh.png"]
-    assert [check["what"] for check in entry["checks"]] == [check.what for check in create_graph.lesson().checks]
+    assert [check["what"] for check in entry["checks"]] == [check.name for check in create_graph.lesson().checks]
     assert entry["checks"][2] == {
         "what": "d2y/dx2 of x^2, create_graph=False",
         "computed": "RuntimeError",

@@ -33,7 +33,7 @@ OMNIGLOT_EXPERIMENTS = [name for name in EXPERIMENTS if name.startswith("omniglo
 @pytest.fixture(autouse=True)
 def _no_omniglot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("METALEARN_DATA", raising=False)
-    monkeypatch.setattr(catalog, "_reachable", lambda: False)
+    monkeypatch.setattr(catalog, "_has_network", lambda: False)
 
 
 def checked(*overrides: str, config_dir: Path | None = None) -> TrainConfig:

@@ -16,7 +16,7 @@ from metalearn.data import metadata as catalog
 @pytest.fixture(autouse=True)
 def _no_omniglot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("METALEARN_DATA", raising=False)
-    monkeypatch.setattr(catalog, "_reachable", lambda: False)
+    monkeypatch.setattr(catalog, "_has_network", lambda: False)
 
 
 def checked(*overrides: str, config_dir: Path | None = None) -> None:

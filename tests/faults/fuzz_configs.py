@@ -26,7 +26,7 @@ def hold(case: Case, folder: Path) -> None:
         (folder / "experiment").mkdir()
         (folder / "experiment" / "mine.yaml").write_bytes(case.file)
     try:
-        with mock.patch.object(catalog, "_reachable", return_value=False):
+        with mock.patch.object(catalog, "_has_network", return_value=False):
             composed = compose("train", case.overrides, str(folder) if case.file is not None else None)
             config = to_dataclass(composed, TrainConfig)
             validate_train_config(config)

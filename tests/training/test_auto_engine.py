@@ -13,8 +13,7 @@ from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError, RunError
-from metalearn.core.profiling.device_memory import peak_bytes
-from metalearn.core.profiling.memory import MIB, MemoryLimitError
+from metalearn.core.profiling.memory import MIB, MemoryLimitError, peak_bytes
 from metalearn.metagrad import ENGINES
 from metalearn.models import MLP
 from metalearn.training.auto_engine import MetaStepProblem, choose_engine

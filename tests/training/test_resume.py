@@ -47,7 +47,7 @@ SMALL = [
 
 @pytest.fixture(autouse=True)
 def _no_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "_reachable", lambda: False)
+    monkeypatch.setattr(catalog, "_has_network", lambda: False)
 
 
 def run(folder: Path, *overrides: str) -> None:

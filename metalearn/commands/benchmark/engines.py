@@ -21,10 +21,8 @@ from metalearn.commands.benchmark.report import plot_memory, print_engine_costs,
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core.errors import RunError
 from metalearn.core.functional import functionalize, relative_error
-from metalearn.core.profiling.allocator import configure_malloc
-from metalearn.core.profiling.device_memory import peak_bytes
-from metalearn.core.profiling.hardware import describe_hardware
-from metalearn.core.profiling.memory import MIB, MemoryLimitError
+from metalearn.core.profiling.hardware import configure_malloc, describe_hardware
+from metalearn.core.profiling.memory import MIB, MemoryLimitError, peak_bytes
 from metalearn.core.profiling.timing import quartiles, ratios, time_interleaved
 from metalearn.core.types import Episodes, Params
 from metalearn.inner import InnerLoop

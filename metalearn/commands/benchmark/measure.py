@@ -18,9 +18,8 @@ from metalearn.commands.benchmark.engine_settings import TaskSpec
 from metalearn.commands.benchmark.methods import OURS, Method
 from metalearn.commands.benchmark.settings import MetaStepSpec
 from metalearn.core.functional import expand_over_tasks, functionalize
-from metalearn.core.profiling.device_memory import peak_bytes
 from metalearn.core.profiling.flops import StepFlops
-from metalearn.core.profiling.memory import MIB
+from metalearn.core.profiling.memory import MIB, peak_bytes
 from metalearn.core.profiling.timing import quartiles, ratios, seconds, time_interleaved
 from metalearn.core.types import Episodes
 from metalearn.data.sampler import TaskSampler

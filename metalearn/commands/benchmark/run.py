@@ -38,9 +38,8 @@ from metalearn.commands.benchmark.report import plot_speed, print_results, print
 from metalearn.commands.benchmark.settings import CONFIGURED, LIBRARY_SETTINGS, MetaStepSpec
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core.errors import ConfigError, NonFiniteError
-from metalearn.core.profiling.allocator import configure_malloc
 from metalearn.core.profiling.flops import meta_gradient_flops, peak_matmul_flops
-from metalearn.core.profiling.hardware import describe_hardware
+from metalearn.core.profiling.hardware import configure_malloc, describe_hardware
 from metalearn.data.sampler import TaskSampler, TaskShape
 from metalearn.data.splits import ImageSplits
 from metalearn.inner import InnerLoop

@@ -34,8 +34,7 @@ from metalearn.commands.benchmark.report import plot_sweep, print_slopes, write_
 from metalearn.commands.benchmark.settings import SWEEPS, Sweep
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core.errors import NonFiniteError
-from metalearn.core.profiling.allocator import configure_malloc
-from metalearn.core.profiling.hardware import describe_hardware
+from metalearn.core.profiling.hardware import configure_malloc, describe_hardware
 from metalearn.core.profiling.timing import quartiles
 from metalearn.inner import InnerLoop
 from metalearn.metagrad.baselines.installed import Peer

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metalearn.commands.verify.cases import Case, NumericSetting, VerificationProblem
 from metalearn.core.functional import grad_of, relative_error
-from metalearn.core.profiling.threads import one_thread
+from metalearn.core.profiling.hardware import one_thread
 from metalearn.core.types import Episodes, MetaGradient, Params
 from metalearn.derivatives.gradcheck import directional
 from metalearn.inner import InnerLoop

@@ -242,8 +242,8 @@ class LessonLogger:
         self._writer.add_scalar(f"{name}/seconds", seconds)
         for check in lesson.checks:
             if not (isinstance(check.computed, str) or isinstance(check.expected, str)):
-                self._writer.add_scalar(f"{name}/{check.what}", check.computed)
-                self._writer.add_scalar(f"{name}/{check.what} (expected)", check.expected)
+                self._writer.add_scalar(f"{name}/{check.name}", check.computed)
+                self._writer.add_scalar(f"{name}/{check.name} (expected)", check.expected)
         for figure, picture in pictures.items():
             self._writer.add_image(f"{name}/{figure}", picture, dataformats="HWC")
         self._writer.flush()

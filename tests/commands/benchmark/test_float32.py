@@ -40,6 +40,6 @@ def test_table_has_every_engine_and_the_plain_loop(
 def test_conv4_with_biases_is_not_batched_as_a_whole() -> None:
     module = Conv4(3, width=4, pool="max")
     add_biases(module)
-    assert not module.is_plain()
+    assert not module.supports_batched_forward()
     assert module(torch.zeros(6, 1, 28, 28)).shape == (6, 3)
     assert len([name for name, _ in module.named_parameters() if name.endswith(".0.bias")]) == 4

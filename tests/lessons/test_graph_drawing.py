@@ -6,21 +6,21 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from metalearn.lessons.autograd_graph import depth, draw, inputs, is_leaf, name_of, nodes, paths
-from metalearn.lessons.outcomes import leaf
+from metalearn.lessons.graph_drawing import depth, draw, inputs, is_leaf, name_of, nodes, paths
+from metalearn.lessons.lesson import leaf
 
 
 def names(output: Tensor) -> list[str]:
     return [name_of(node) for node in nodes(output)]
 
 
-def test_a_tensor_without_a_graph() -> None:
+def test_tensor_without_graph_has_no_nodes() -> None:
     x = leaf(3.0)
     for constant in (torch.ones(()), (x * x).detach()):
         assert (nodes(constant), paths(constant), depth(constant)) == ([], 0, 0)
 
 
-def test_every_operation_has_one_node_and_every_leaf_one() -> None:
+def test_nodes_depth_and_paths() -> None:
     # x y + sin(x y): the product is shared, so four operations' nodes less none twice, and two leaves.
     x, y = leaf(2.0), leaf(3.0)
     product = x * y
@@ -31,7 +31,7 @@ def test_every_operation_has_one_node_and_every_leaf_one() -> None:
     assert sum(is_leaf(node) for node in nodes(output)) == 2
 
 
-def test_inputs_come_after_what_uses_them() -> None:
+def test_nodes_are_in_topological_order() -> None:
     x = leaf(2.0)
     y = x * x
     found = nodes(y * torch.exp(y) + x)
@@ -44,7 +44,7 @@ def test_constants_have_no_node() -> None:
     assert names(torch.ones(()) * x) == ["MulBackward0", "AccumulateGrad"]
 
 
-def test_nodes_without_a_part() -> None:
+def test_nodes_without_a_subgraph() -> None:
     x, y = leaf(2.0), leaf(3.0)
     left, right = torch.sin(x), torch.exp(y)
     output = left + right
@@ -53,7 +53,7 @@ def test_nodes_without_a_part() -> None:
     assert [name_of(node) for node in rest] == ["AddBackward0", "SinBackward0", "AccumulateGrad"]
 
 
-def test_a_graph_deeper_than_pythons_stack() -> None:
+def test_graph_deeper_than_the_stack() -> None:
     x = leaf(1.0)
     y = x
     for _ in range(5000):
@@ -61,7 +61,7 @@ def test_a_graph_deeper_than_pythons_stack() -> None:
     assert (len(nodes(y)), paths(y), depth(y)) == (5001, 1, 5001)
 
 
-def test_drawing_puts_every_node_in_a_place_of_its_own() -> None:
+def test_draw_places_nodes_apart() -> None:
     x = leaf(2.0)
     y = torch.exp(x) * torch.sin(x)
     axes = Figure().add_subplot()

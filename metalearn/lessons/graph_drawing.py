@@ -1,8 +1,8 @@
-"""The graph that autograd differentiates: its nodes, counted and drawn.
+"""Count and draw the nodes of the graph that autograd differentiates.
 
-A node is the backward formula of one operation. ``tensor.grad_fn`` is the last operation's; its ``next_functions`` lead
-to those of its inputs, and so on down to ``AccumulateGrad``, which stands for a leaf that requires a gradient. Inputs
-that need no gradient have no node.
+A node is the backward formula of one operation. ``tensor.grad_fn`` is that of the last operation; its
+``next_functions`` lead to those of its inputs, and so on down to ``AccumulateGrad``, the node of a leaf that requires a
+gradient. Inputs that need no gradient have no node.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from matplotlib.text import Text
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from metalearn.lessons.figures import BLUE, VERMILION
+from metalearn.lessons.lesson import BLUE, VERMILION
 
 LEAF = "AccumulateGrad"
 
 
 def inputs(node: Node) -> list[Node]:
-    """The nodes of a node's inputs, without those that need no gradient."""
+    """Return the nodes of a node's inputs that need a gradient."""
     return [child for child, _ in node.next_functions if child is not None]
 
 
 def nodes(output: Tensor, *, without: Collection[Node] = ()) -> list[Node]:
-    """Every node that is reachable from the output, once each and inputs last (a topological order).
+    """Return every node reachable from the output, once each and inputs last (a topological order).
 
     Args:
-        output: none are found where it has no graph.
-        without: nodes that are not entered.
+        output: without a graph it has no nodes.
+        without: nodes to skip.
     """
     found: list[Node] = []
     seen: set[Node] = set(without)
     stack: list[tuple[Node, bool]] = [(output.grad_fn, False)] if output.grad_fn is not None else []
-    while stack:  # depth first, by hand: a graph may be deeper than Python's stack
+    while stack:  # depth first without recursion, as a graph may be deeper than Python's stack
         node, inputs_done = stack.pop()
         if inputs_done:
             found.append(node)
@@ -46,7 +46,7 @@ def nodes(output: Tensor, *, without: Collection[Node] = ()) -> list[Node]:
 
 
 def paths(output: Tensor) -> int:
-    """The number of ways from the output to a leaf; the chain rule has a term for each."""
+    """Count the paths from the output to a leaf; the chain rule has a term for each."""
     ways: dict[Node, int] = {}
     for node in reversed(nodes(output)):
         ways[node] = sum(ways[child] for child in inputs(node)) if inputs(node) else int(is_leaf(node))
@@ -54,17 +54,17 @@ def paths(output: Tensor) -> int:
 
 
 def depth(output: Tensor) -> int:
-    """The number of nodes on the longest way from the output to a leaf."""
+    """Count the nodes on the longest path from the output to a leaf."""
     return 1 + max(_rows(nodes(output)).values(), default=-1)
 
 
 def is_leaf(node: Node) -> bool:
-    """Whether the node stands for a leaf that requires a gradient."""
+    """Return whether the node is a leaf that requires a gradient."""
     return name_of(node) == LEAF
 
 
 def name_of(node: Node) -> str:
-    """The node's class as ``print(tensor.grad_fn)`` shows it, without its namespace."""
+    """Return the node's class as ``print(tensor.grad_fn)`` shows it, without its namespace."""
     return str(node.name()).rpartition("::")[2]
 
 
@@ -77,15 +77,15 @@ def draw(
     added: Collection[Node] = (),
     rows: int | None = None,
 ) -> None:
-    """Draw a graph: the output on top, every arrow from an operation to its inputs, as the backward pass runs.
+    """Draw a graph with the output on top; every arrow goes from an operation to its inputs, as the backward pass does.
 
     Args:
-        axes: where.
-        output: whose graph.
-        title: above the picture.
-        notes: a line beside some nodes.
-        added: nodes in a colour of their own, and on the right of the others that they branch from.
-        rows: height of the picture in rows, so that neighbours share a scale; ``None`` is what the graph needs.
+        axes: to draw on.
+        output: of the graph.
+        title: above the plot.
+        notes: text to the right of some nodes.
+        added: nodes in another colour, to the right of those that they branch from.
+        rows: height in rows, so that panels share a scale; ``None`` for the height of the graph.
     """
     places = _layout(nodes(output), added)
     boxes = {node: _box(axes, place, name_of(node), node in added) for node, place in places.items()}
@@ -125,7 +125,7 @@ def _colour(is_added: bool) -> str:
 
 
 def _layout(order: Sequence[Node], added: Collection[Node]) -> dict[Node, tuple[float, float]]:
-    """A place for every node: a row for its longest way from the output, a column near those that lead to it."""
+    """Place every node: in the row of its longest path from the output, and a column near its parents."""
     aside = () if order[0] in added else added
     rows = _rows(order)
     parents: dict[Node, list[Node]] = {node: [] for node in order}
@@ -145,7 +145,7 @@ def _layout(order: Sequence[Node], added: Collection[Node]) -> dict[Node, tuple[
 
 
 def _rows(order: Sequence[Node]) -> dict[Node, int]:
-    """The longest way from the output to each node."""
+    """Return the length of the longest path from the output to each node."""
     rows = dict.fromkeys(order, 0)
     for node in order:
         for child in inputs(node):

@@ -1,4 +1,4 @@
-"""Every number of the lesson ``orders``."""
+"""The numbers of the lesson ``orders``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metalearn.lessons import Lesson, orders
-from tests.lessons.assertions import assert_complete, computed, zero
+from metalearn.lessons import Lesson, nth_order
+from tests.lessons.assertions import assert_checks, zero
 
 EXPECTED: dict[str, Any] = {
     "x^3 at 2, derivative 1": 12.0,  # 3 x^2
@@ -36,32 +36,22 @@ EXPECTED: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def lesson() -> Lesson:
-    return orders.lesson()
-
-
-@pytest.mark.parametrize("what", EXPECTED)
-def test_number(what: str, lesson: Lesson) -> None:
-    assert computed(lesson, what) == EXPECTED[what]
-
-
-def test_every_number_is_held(lesson: Lesson) -> None:
-    assert_complete(lesson, EXPECTED)
+def test_checks(lesson: Lesson) -> None:
+    assert_checks(lesson, EXPECTED)
 
 
 def test_derivatives_of_known_functions() -> None:
     # f = e^x sin x, f' = e^x (sin x + cos x), f'' = 2 e^x cos x, f'''' = -4 f. x^12 at 2: 12 * 2^11, 12 * 11 * 2^10.
-    value, first, second, _, fourth = (d.item() for d in orders.nested(orders.spiral, 0.7, 4))
+    value, first, second, _, fourth = (d.item() for d in nth_order.nested(nth_order.spiral, 0.7, 4))
     exponential, sine, cosine = math.exp(0.7), math.sin(0.7), math.cos(0.7)
     assert value == pytest.approx(exponential * sine, rel=1e-14)
     assert first == pytest.approx(exponential * (sine + cosine), rel=1e-14)
     assert second == pytest.approx(2 * exponential * cosine, rel=1e-14)
     assert fourth == pytest.approx(-4 * value, rel=1e-14)
-    assert [d.item() for d in orders.nested(orders.twelfth_power, 2.0, 2)] == [4096.0, 24_576.0, 135_168.0]
+    assert [d.item() for d in nth_order.nested(nth_order.twelfth_power, 2.0, 2)] == [4096.0, 24_576.0, 135_168.0]
 
 
-def test_the_notes_count_the_nodes_of_the_picture(lesson: Lesson) -> None:
+def test_notes_equal_the_plotted_counts(lesson: Lesson) -> None:
     (axes,) = lesson.plots["nodes_by_order"].axes
     drawn = [np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()]
     noted = [[int(count) for count in note.rpartition(": ")[2].split(", ")] for note in lesson.notes[:3]]

@@ -1,4 +1,4 @@
-"""Derivatives of any order by asking again, and what each order costs.
+"""Derivatives of any order by repeated differentiation, and the cost of each order.
 
 y, dy/dx, d2y/dx2, ... :  every autograd.grad(..., create_graph=True) differentiates the graph of the last one
 """
@@ -15,30 +15,39 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from metalearn.derivatives import nth_derivative
-from metalearn.lessons.autograd_graph import nodes
-from metalearn.lessons.figures import BLUE, GREEN, GREY, VERMILION, panels
-from metalearn.lessons.lesson import Check, Lesson, source_of
-from metalearn.lessons.outcomes import leaf, value_or_error
+from metalearn.lessons.graph_drawing import nodes
+from metalearn.lessons.lesson import (
+    BLUE,
+    GREEN,
+    GREY,
+    VERMILION,
+    Check,
+    Lesson,
+    leaf,
+    panels,
+    source_of,
+    value_or_error,
+)
 
 _CLAIM = """\
 A gradient taken with create_graph=True is a tensor like any other, so its gradient can be taken too, to any order: \
-x^3 at 2 has 12, 12, 6 and 0. Each call decides about its own result alone: the second gradient can be \
-differentiated only if the second call, too, was made with create_graph=True.
+x^3 at 2 has 12, 12, 6 and 0. Each call decides only about its own result: the second gradient can be differentiated \
+only if the second call, too, was made with create_graph=True.
 
 Where the derivatives end depends on how the function is written. x**3 gives its fourth derivative as a 0 without a \
 graph and raises at the fifth; x * x * x gives its third, 6, without a graph and raises at the fourth. \
 metalearn.derivatives.nth_derivative gives zeros in both cases.
 
-A derivative's graph holds the graphs that it came from, and like terms are not merged. For e^x sin x, a product of \
-two, the nodes more than double with every order, where n + 1 different terms would do; for sin x they stay as they \
-are."""
+A derivative's graph contains the graphs that it came from, and like terms are not merged. For e^x sin x, a product of \
+two, the nodes more than double with every order, although n + 1 different terms would suffice; for sin x their number \
+stays the same."""
 
 _AT = 0.7
 _ORDERS = 9
 
 
 def nested(f: Callable[[Tensor], Tensor], at: float, order: int) -> list[Tensor]:
-    """A function and its derivatives up to an order, by reverse mode through reverse mode."""
+    """Return a function and its derivatives up to an order, by nested reverse mode."""
     x = leaf(at)
     derivatives = [f(x)]
     for _ in range(order):
@@ -48,7 +57,7 @@ def nested(f: Callable[[Tensor], Tensor], at: float, order: int) -> list[Tensor]
 
 
 def differentiable(*, first: bool, second: bool) -> tuple[bool, bool | None]:
-    """Whether the first and the second derivative of x^3 carry a graph; None where there is no second."""
+    """Return whether the first and second derivative of x^3 carry a graph; None if there is no second."""
     x = leaf(2.0)
     (dy,) = torch.autograd.grad(x**3, x, create_graph=first)
     if not dy.requires_grad:
@@ -58,22 +67,22 @@ def differentiable(*, first: bool, second: bool) -> tuple[bool, bool | None]:
 
 
 def power(x: Tensor) -> Tensor:
-    """x^3 as one operation."""
+    """Compute x^3 as one operation."""
     return x**3
 
 
 def product(x: Tensor) -> Tensor:
-    """x^3 as two operations."""
+    """Compute x^3 as two operations."""
     return x * x * x
 
 
 def twelfth_power(x: Tensor) -> Tensor:
-    """x^12; its n-th derivative is 12! / (12 - n)! x^(12 - n)."""
+    """Compute x^12; its n-th derivative is 12! / (12 - n)! x^(12 - n)."""
     return x**12
 
 
 def spiral(x: Tensor) -> Tensor:
-    """e^x sin x; its n-th derivative is 2^(n/2) e^x sin(x + n pi/4)."""
+    """Compute e^x sin x; its n-th derivative is 2^(n/2) e^x sin(x + n pi/4)."""
     return torch.exp(x) * torch.sin(x)
 
 
@@ -98,28 +107,22 @@ _COUNTED: dict[str, Callable[[Tensor], Tensor]] = {"e^x sin x": spiral, "tanh x"
 
 def _cube() -> list[Check]:
     values = [d.item() for d in nested(power, 2.0, 4)]
-    without, kept, dropped = (
+    neither, both, first_only = (
         differentiable(first=a, second=b) for a, b in ((False, False), (True, True), (True, False))
     )
+    fifth, fourth = value_or_error(lambda: nested(power, 2.0, 5)[5]), value_or_error(lambda: nested(product, 2.0, 4)[4])
     two = torch.tensor(2.0, dtype=torch.float64)
     return [
         *(
             Check(f"x^3 at 2, derivative {n}", values[n], known)
             for n, known in ((1, 12.0), (2, 12.0), (3, 6.0), (4, 0.0))
         ),
-        Check("first derivative has a graph, create_graph=True", str(kept[0]), "True"),
-        Check("first derivative has a graph, create_graph=False", str(without[0]), "False"),
-        Check("second derivative has a graph, create_graph=True", str(kept[1]), "True"),
-        Check("second derivative has a graph, create_graph=False", str(dropped[1]), "False"),
-        Check(
-            "x**3, derivative 5", value_or_error(lambda: nested(power, 2.0, 5)[5]), "RuntimeError", source="observed"
-        ),
-        Check(
-            "x * x * x, derivative 4",
-            value_or_error(lambda: nested(product, 2.0, 4)[4]),
-            "RuntimeError",
-            source="observed",
-        ),
+        Check("first derivative has a graph, create_graph=True", str(both[0]), "True"),
+        Check("first derivative has a graph, create_graph=False", str(neither[0]), "False"),
+        Check("second derivative has a graph, create_graph=True", str(both[1]), "True"),
+        Check("second derivative has a graph, create_graph=False", str(first_only[1]), "False"),
+        Check("x**3, derivative 5", fifth, "RuntimeError", source="observed"),
+        Check("x * x * x, derivative 4", fourth, "RuntimeError", source="observed"),
         Check("x * x * x, derivative 4 by nth_derivative", nth_derivative(product, two, 4).item(), 0.0),
     ]
 
