@@ -91,7 +91,7 @@ def _statistics(config: TrainConfig, algorithm: Algorithm, forward: Forward, par
     device, ways, score = next(iter(params.values())).device, config.task.ways, build_metric(config)
     x = torch.zeros(1, ways, *example_shape(config.data), device=device)
     y = torch.zeros(1, ways, 1, device=device) if _is_regression(config) else torch.arange(ways, device=device)[None]
-    tasks, inner = Episodes(x, y, x, y), algorithm.testing(config.inner.steps)
+    tasks, inner = Episodes(x, y, x, y), algorithm.eval_inner(config.inner.steps)
     return collect_norm_statistics(forward, algorithm.init(params), tasks, inner, loss=score.loss)
 
 
@@ -215,7 +215,7 @@ class Learner:
         steps = self.config.inner.eval_steps if steps is None else steps
         classes: tuple[Any, ...] = ()
         if self.is_regression:
-            inner, y = self.algorithm.testing(steps), as_numbers("targets", labels)
+            inner, y = self.algorithm.eval_inner(steps), as_numbers("targets", labels)
             if len(y) != len(x):
                 raise DataError(f"{len(y)} targets for {len(x)} inputs; give one target an input.")
         else:
@@ -347,7 +347,7 @@ class Learner:
     def _inner(self, ways: int, steps: int) -> InnerLoop:
         """The inner loop of a task of that many classes."""
         return inner_for_ways(
-            self.algorithm.testing(steps),
+            self.algorithm.eval_inner(steps),
             ways,
             trained=self.config.task.ways,
             algorithm=self.algorithm.name,

@@ -5,7 +5,7 @@
 (Zintgraf et al. 2019, arXiv 1810.03642, algorithm 1.) The inner loop is plain, with two settings:
 
     names = context_names(module)
-    InnerLoop(lr=1.0, steps=2, adapted=names, start=ZeroContext(names))
+    InnerLoop(lr=1.0, steps=2, adapted_params=names, initializer=ZeroContext(names))
 """
 
 from __future__ import annotations
