@@ -26,7 +26,7 @@ from metalearn.config.validation import validate_verify_config
 from metalearn.core.errors import ConfigError
 from metalearn.core.types import Forward, Loss
 from metalearn.metagrad import ENGINES, Engine
-from metalearn.metagrad.baselines.installed import PEERS, installed_peers
+from metalearn.metagrad.baselines.common import PEERS, installed_peers
 from metalearn.metagrad.unroll import unroll
 from tests.commands.test_commands import command
 from tests.conftest import REPO
@@ -252,7 +252,7 @@ def test_refused(override: str, message: str) -> None:
 BROKEN = """
 import runpy, sys
 from metalearn.metagrad import ENGINES
-from metalearn.metagrad.baselines.installed import PEERS, installed_peers
+from metalearn.metagrad.baselines.common import PEERS, installed_peers
 from metalearn.runs import verification
 from tests.commands.test_verify import MLP_ALONE, first_order
 verification.SUBJECTS, verification.PEERS = MLP_ALONE, {}

@@ -35,7 +35,7 @@ from metalearn.core.profiling.allocator import configure_malloc
 from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.core.profiling.timing import quartiles
 from metalearn.inner import InnerLoop
-from metalearn.metagrad.baselines.installed import Peer
+from metalearn.metagrad.baselines.common import Peer
 from metalearn.models import Conv4
 from metalearn.training.experiment import resolve_device
 from metalearn.training.tracking.console import print_path, print_table, progress_bar

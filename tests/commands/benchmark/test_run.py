@@ -20,7 +20,7 @@ from metalearn.commands.benchmark.run import run_benchmark
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.data.splits import ImageSplits
 from metalearn.metagrad import ENGINES
-from metalearn.metagrad.baselines.installed import PEERS, installed_peers
+from metalearn.metagrad.baselines.common import PEERS, installed_peers
 from tests.commands.benchmark.factories import CPU, TINY, config
 
 
@@ -99,9 +99,9 @@ def test_without_other_libraries_ratios_are_to_the_hand_written_loop(
 
 
 def test_learn2learn_is_the_yardstick_where_it_is_installed() -> None:
-    assert contenders.baseline({BY_HAND: lambda *_: NotImplemented, LEARN2LEARN: lambda *_: NotImplemented}) == (
-        LEARN2LEARN
-    )
+    assert contenders.baseline(
+        {BY_HAND: lambda *_, **__: NotImplemented, LEARN2LEARN: lambda *_, **__: NotImplemented}
+    ) == (LEARN2LEARN)
 
 
 def test_too_few_classes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
