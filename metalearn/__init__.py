@@ -3,8 +3,7 @@
     >>> forward, theta = functionalize(model)
     >>> result = meta_gradient(forward, theta, episodes, InnerLoop(lr=0.4, steps=1, second_order=True))
 
-Names are imported when they are first used, so that what needs no torch (checking a configuration) need not wait
-for it.
+Names are imported on first use, so that checking a configuration need not wait for torch.
 """
 
 from __future__ import annotations

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,15 +50,6 @@ def image_episodes(
         query_x=torch.rand(tasks, ways * queries, 1, size, size, dtype=dtype),
         query_y=labels.repeat_interleave(queries).repeat(tasks, 1),
     )
-
-
-@pytest.fixture
-def learn2learn_installed() -> None:
-    """Skips where learn2learn is missing; on CI that is a failure."""
-    if importlib.util.find_spec("learn2learn") is None:
-        if os.environ.get("CI") and sys.version_info >= (3, 11):
-            pytest.fail("learn2learn is not installed on CI, so nothing is compared with it")
-        pytest.skip("learn2learn is not installed: pip install -r requirements-peers.txt")
 
 
 @pytest.fixture

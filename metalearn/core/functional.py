@@ -281,7 +281,7 @@ def grad_of(loss: Tensor, params: Params, *, create_graph: bool) -> Params:
         raise ValueError(
             f"the loss depends on no parameter of {', '.join(list(params)[:5])}{', ...' if len(params) > 5 else ''}: "
             "nothing that was computed from them reaches it through autograd. Look for .detach(), .item(), argmax or "
-            "torch.no_grad() in the model or in the loss, or for what InnerLoop's adapted leaves out."
+            "torch.no_grad() in the model or in the loss, or for what InnerLoop's adapted_params leaves out."
         )
     return {
         name: torch.zeros_like(p, requires_grad=False) if g is None else g

@@ -177,13 +177,13 @@ class Learner:
         steps = self.config.inner.eval_steps if steps is None else steps
         classes: tuple[Any, ...] = ()
         if self.is_regression:
-            inner, y = self.algorithm.testing(steps), as_targets(labels, len(x))
+            inner, y = self.algorithm.eval_inner(steps), as_targets(labels, len(x))
         else:
             label_list = as_labels(labels, len(x))
             classes = unique_classes(label_list)
             y = class_indices(label_list, classes)
             inner = inner_for_ways(
-                self.algorithm.testing(steps),
+                self.algorithm.eval_inner(steps),
                 len(classes),
                 trained=self.config.task.ways,
                 algorithm=self.algorithm.name,

@@ -57,5 +57,5 @@ def _norm_statistics_like(config: TrainConfig, algorithm: Algorithm, forward: Fo
     x = torch.zeros(1, ways, *example_shape(config.data), device=device)
     is_regression = isinstance(config.data, SinusoidConfig)
     y = torch.zeros(1, ways, 1, device=device) if is_regression else torch.arange(ways, device=device)[None]
-    tasks, inner = Episodes(x, y, x, y), algorithm.testing(config.inner.steps)
+    tasks, inner = Episodes(x, y, x, y), algorithm.eval_inner(config.inner.steps)
     return collect_norm_statistics(forward, algorithm.init(params), tasks, inner, loss=score.loss)

@@ -35,7 +35,7 @@ class PrototypeInitializer:
 
     def __call__(self, forward: Forward, fast: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """Return ``fast`` with the new head."""
-        first = params_at_step(fast, InnerLoop(lr=1.0, steps=0, per_step=self.per_step), 0)
+        first = params_at_step(fast, InnerLoop(lr=1.0, steps=0, per_step_params=self.per_step), 0)
         made = self.head(forward, first, support_x, support_y)
         return {**fast, **{name: made[name] for name in (self.head.weight, self.head.bias)}}
 
@@ -60,7 +60,7 @@ def inner_for_ways(inner: InnerLoop, ways: int, *, trained: int, algorithm: str,
             f"{ways} classes, and the run was trained for task.ways={trained}: {why}. Give {trained} classes, train "
             f"with task.ways={ways}, or use another algorithm, such as maml or protonet."
         )
-    if inner.start is None:  # ProtoNet builds its head so for any number of classes
+    if inner.initializer is None:  # ProtoNet builds its head so for any number of classes
         log.warning(
             "The run was trained for %d classes, and these are %d: the head was built from the classes' mean "
             "embeddings (prototypes), and %d inner steps follow.",
@@ -68,16 +68,16 @@ def inner_for_ways(inner: InnerLoop, ways: int, *, trained: int, algorithm: str,
         )
     weight, bias = head
     return dataclasses.replace(
-        inner, start=PrototypeInitializer(PrototypeHead(weight, bias, ways=ways), inner.per_step)
+        inner, initializer=PrototypeInitializer(PrototypeHead(weight, bias, ways=ways), inner.per_step_params)
     )
 
 
 def _why_ways_fixed(inner: InnerLoop, algorithm: str, head: Sequence[str]) -> str | None:
     """Return why the number of classes cannot change; ``None`` if it can."""
-    if inner.start is not None and not isinstance(inner.start, PrototypeHead):
+    if inner.initializer is not None and not isinstance(inner.initializer, PrototypeHead):
         return f"the head of algorithm={algorithm} is shared by all tasks and never adapted, so it has no other size"
     if len(head) != 2:
         return "the model has no linear head with a bias, which could be built for other classes"
-    if inner.learned_lr == "parameter" and (inner.adapted is None or inner.adapted & set(head)):
+    if inner.learned_lr == "parameter" and (inner.adapted_params is None or inner.adapted_params & set(head)):
         return f"algorithm={algorithm} has learned a step size for every entry of its head, and none for another head"
     return None

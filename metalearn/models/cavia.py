@@ -5,7 +5,7 @@
 (Zintgraf et al. 2019, arXiv 1810.03642, algorithm 1.) The inner loop needs two settings:
 
     names = module_parts(module).context_params
-    InnerLoop(lr=1.0, steps=2, adapted=names, start=ZeroContext(names))
+    InnerLoop(lr=1.0, steps=2, adapted_params=names, initializer=ZeroContext(names))
 """
 
 from __future__ import annotations

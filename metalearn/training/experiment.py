@@ -76,7 +76,7 @@ class Experiment:
     @property
     def eval_inner(self) -> InnerLoop:
         """The inner loop in validation and test; never differentiated."""
-        return self.algorithm.testing(self.config.inner.eval_steps)
+        return self.algorithm.eval_inner(self.config.inner.eval_steps)
 
     @property
     def eval_batch(self) -> int:
@@ -115,7 +115,7 @@ class Experiment:
             ConfigError: naming it, and how to install it, or what it lacks.
         """
         if self._backend:
-            self._backend.refuse(self.inner)
+            self._backend.check_supported(self.inner)
 
     @cached_property
     def _backend(self) -> BaselineGradient | None:
@@ -130,7 +130,7 @@ class Experiment:
             return {}
         tasks = self.config.task.meta_batch
         first = max(iteration - _BATCHES_OF_STATISTICS, 0)
-        inner, totals = self.algorithm.testing(self.inner.steps), Params()
+        inner, totals = self.algorithm.eval_inner(self.inner.steps), Params()
         chunks = [c for n in range(first, max(iteration, 1)) for c in self.train.batch(n, tasks).split(self.eval_batch)]
         for chunk in chunks:
             share = chunk.tasks / sum(c.tasks for c in chunks)

@@ -26,7 +26,7 @@ from metalearn.config.validation import validate_verify_config
 from metalearn.core.errors import ConfigError
 from metalearn.core.types import Forward, Loss
 from metalearn.metagrad import ENGINES, Engine
-from metalearn.metagrad.baselines.installed import PEERS, installed_peers
+from metalearn.metagrad.baselines.common import PEERS, installed_peers
 from metalearn.metagrad.unroll import unroll
 from tests.commands.test_commands import command
 from tests.conftest import REPO
@@ -252,7 +252,7 @@ def test_config_raises_when_invalid(override: str, message: str) -> None:
 PROGRAM = """
 import runpy, sys
 from metalearn.metagrad import ENGINES
-from metalearn.metagrad.baselines.installed import PEERS, installed_peers
+from metalearn.metagrad.baselines.common import PEERS, installed_peers
 from metalearn.commands.verify import run as verification
 from tests.commands.test_verify import MLP_ONLY, first_order
 verification.MODEL_CASES, verification.PEERS = MLP_ONLY, {}

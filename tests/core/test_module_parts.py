@@ -143,7 +143,7 @@ def test_tied_head_weight_has_its_first_name() -> None:
     assert parts.head == ("embed.weight", "head.bias")
     assert parts.tied == {"embed.weight"}
     assert parts.all_params == functionalize(TiedHead())[1].keys()
-    assert anil(InnerLoop(lr=0.1, steps=1), parts).inner.adapted == frozenset(parts.head)
+    assert anil(InnerLoop(lr=0.1, steps=1), parts).inner.adapted_params == frozenset(parts.head)
     assert module_parts(TiedHead(head_first=True)).tied == {"head.weight"}
     assert module_parts(InnerFc()).tied == frozenset()
 

@@ -1,4 +1,4 @@
-"""Small networks that the tests of the meta-gradient share."""
+"""Small networks for tests of the meta-gradient."""
 
 from __future__ import annotations
 

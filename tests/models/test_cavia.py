@@ -65,7 +65,7 @@ def test_meta_gradient_equals_cavia(case: str, second_order: bool) -> None:
     expected = cavia(module, episodes, loss, lr=0.7, steps=2, second_order=second_order)
     forward, theta = functionalize(module)
     theta["context"] = torch.randn_like(theta["context"])  # no task starts from it
-    inner = InnerLoop(0.7, 2, second_order=second_order, adapted=CONTEXT, start=ZeroContext(CONTEXT))
+    inner = InnerLoop(0.7, 2, second_order=second_order, adapted_params=CONTEXT, initializer=ZeroContext(CONTEXT))
     for engine in ENGINES:
         other = dataclasses.replace(inner, engine=engine, task_chunk=2)
         got = meta_gradient(forward, theta, episodes, other, loss=loss).grads
@@ -85,7 +85,7 @@ def test_only_the_context_is_adapted(case: str) -> None:
     make, draw, loss = CASES[case]
     forward, theta = functionalize(make().double())
     episodes = draw()
-    inner = InnerLoop(0.7, 2, adapted=CONTEXT, start=ZeroContext(CONTEXT))
+    inner = InnerLoop(0.7, 2, adapted_params=CONTEXT, initializer=ZeroContext(CONTEXT))
     fast = adapt(forward, theta, episodes.support_x, episodes.support_y, inner, loss=loss)
     for name, p in theta.items():
         same = torch.equal(fast[name], p.expand_as(fast[name]))

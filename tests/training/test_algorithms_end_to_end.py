@@ -21,7 +21,7 @@ from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError, NonFiniteLossError
 from metalearn.core.functional import relative_error
 from metalearn.metagrad import meta_gradient
-from metalearn.metagrad.baselines.installed import installed_peers
+from metalearn.metagrad.baselines.common import installed_peers
 from metalearn.training import step as outer_step
 from metalearn.training.checkpoints import load_best
 from metalearn.training.experiment import Experiment, build_experiment
@@ -73,7 +73,7 @@ def test_maml_pp_anneals_with_the_training_and_keeps_statistics(tmp_path: Path) 
     episodes = experiment.train.tasks(0, 2)
     for iteration in (0, 3):
         got = experiment.gradient(experiment.theta, episodes, iteration).grads
-        inner = experiment.algorithm.at(iteration / 4)
+        inner = experiment.algorithm.inner_at(iteration / 4)
         assert inner.second_order == (iteration == 3)
         expected = meta_gradient(experiment.forward, experiment.theta, episodes, inner).grads
         assert relative_error(got, expected) < 1e-6
@@ -141,7 +141,7 @@ def test_an_automatic_engine_is_planned_for_the_heaviest_meta_step() -> None:
     peak_memory_inner = experiment.algorithm.peak_memory_inner
     assert peak_memory_inner.second_order
     assert peak_memory_inner.query_weights is not None
-    assert not experiment.algorithm.at(0.0).second_order
+    assert not experiment.algorithm.inner_at(0.0).second_order
 
 
 def test_statistics_do_not_depend_on_chunks() -> None:

@@ -19,7 +19,7 @@ from metalearn.core.types import Episodes, MetaGradient, Params
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import ENGINES, meta_gradient
 from metalearn.metagrad.baselines import by_hand
-from metalearn.metagrad.baselines.installed import Peer, installed_peers
+from metalearn.metagrad.baselines.common import Peer, installed_peers
 
 log = logging.getLogger(__name__)
 

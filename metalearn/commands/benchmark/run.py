@@ -43,7 +43,7 @@ from metalearn.core.profiling.hardware import configure_malloc, describe_hardwar
 from metalearn.data.sampler import TaskSampler, TaskShape
 from metalearn.data.splits import ImageSplits
 from metalearn.inner import InnerLoop
-from metalearn.metagrad.baselines.installed import Peer
+from metalearn.metagrad.baselines.common import Peer
 from metalearn.models import Conv4
 from metalearn.training.experiment import build_experiment, build_model, resolve_device
 from metalearn.training.random_state import seed_all

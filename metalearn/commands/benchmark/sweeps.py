@@ -37,7 +37,7 @@ from metalearn.core.errors import NonFiniteError
 from metalearn.core.profiling.hardware import configure_malloc, describe_hardware
 from metalearn.core.profiling.timing import quartiles
 from metalearn.inner import InnerLoop
-from metalearn.metagrad.baselines.installed import Peer
+from metalearn.metagrad.baselines.common import Peer
 from metalearn.training.experiment import resolve_device
 from metalearn.training.tracking.console import print_path, progress_bar
 

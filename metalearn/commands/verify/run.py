@@ -20,7 +20,7 @@ from metalearn.config.commands_schema import VerifyConfig
 from metalearn.core import serialization as files
 from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.metagrad import ENGINES
-from metalearn.metagrad.baselines.installed import NOT_INSTALLED, PEERS, installed_peers
+from metalearn.metagrad.baselines.common import NOT_INSTALLED, PEERS, installed_peers
 from metalearn.training.experiment import resolve_device
 from metalearn.training.tracking.console import print_path, print_table, progress_bar
 

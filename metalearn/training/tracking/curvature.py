@@ -54,8 +54,8 @@ def curvature(
 
     second = dataclasses.replace(inner, second_order=True)
     with _draws_put_back(few):
-        exact = adjoint(forward, params, few, second, loss, watch=watch)
-    if inner.plain and inner.start is None:
+        exact = adjoint(forward, params, few, second, loss, callback=watch)
+    if inner.is_plain_sgd and inner.initializer is None:
         cosine = cosine_similarity(sums[inner.steps], sums[0], dim=0).item()
     else:  # lam_K is not the first order's gradient
         with _draws_put_back(few):

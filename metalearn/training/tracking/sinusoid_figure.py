@@ -25,7 +25,7 @@ def functions(experiment: Experiment, params: Params, tasks: Episodes, steps: Se
     x = torch.linspace(-5, 5, _POINTS, device=experiment.device).view(1, -1, 1).expand(tasks.tasks, -1, 1)
     found = []
     for k in steps:
-        inner = experiment.algorithm.testing(k)
+        inner = experiment.algorithm.eval_inner(k)
         fast = adapt(experiment.forward, params, tasks.support_x, tasks.support_y, inner, loss=experiment.score.loss)
         found.append(predict(experiment.forward, fast, x).squeeze(-1).cpu())
     return found

@@ -22,7 +22,7 @@ from metalearn.commands.benchmark.methods import (
 from metalearn.core.functional import relative_error
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.baselines import by_hand
-from metalearn.metagrad.baselines.installed import Peer, installed_peers
+from metalearn.metagrad.baselines.common import Peer, installed_peers
 from tests.commands.benchmark.factories import tiny_batches, tiny_step
 from tests.conftest import image_episodes
 from tests.metagrad.models import MODELS

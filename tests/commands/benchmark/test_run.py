@@ -20,7 +20,7 @@ from metalearn.commands.benchmark.run import run_benchmark
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.data.splits import ImageSplits
 from metalearn.metagrad import ENGINES
-from metalearn.metagrad.baselines.installed import PEERS, installed_peers
+from metalearn.metagrad.baselines.common import PEERS, Peer, installed_peers
 from tests.commands.benchmark.factories import CPU, TINY, config
 
 
@@ -97,9 +97,8 @@ def test_baseline_is_hand_written_loop_when_no_library_is_installed(
 
 
 def test_baseline_is_learn2learn_when_installed() -> None:
-    assert methods.baseline({BY_HAND: lambda *_: NotImplemented, LEARN2LEARN: lambda *_: NotImplemented}) == (
-        LEARN2LEARN
-    )
+    both: dict[str, Peer] = dict.fromkeys((BY_HAND, LEARN2LEARN), lambda *_, **__: NotImplemented)
+    assert methods.baseline(both) == LEARN2LEARN
 
 
 def test_case_raises_when_data_has_too_few_classes(monkeypatch: pytest.MonkeyPatch) -> None:
