@@ -33,8 +33,7 @@ def _omniglot_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in the place of the repository."""
-    monkeypatch.setattr(run, "REFERENCE", tmp_path / "reference" / "omniglot.json")
-    monkeypatch.setattr(run, "README", tmp_path / "README.md")
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     return tmp_path
 
@@ -147,7 +146,7 @@ def test_figures_are_over_seeds_and_recorded(recorded: Path) -> None:
     config = asked("orders=[second,first]", "record=true")
     finish(config, recorded / "rows")
     assert run_reproduction(config, recorded / "rows") == FINISHED
-    second, first = read_rows(recorded / "reference" / "omniglot.json")
+    second, first = read_rows(recorded / run.REFERENCE)
     assert read_rows(recorded / "rows" / "omniglot.json") == [second, first]
     assert (second["experiment"], second["algorithm"], second["order"], first["order"]) == (
         ROW,
@@ -191,13 +190,13 @@ def test_one_seed_has_the_interval_over_its_tasks(recorded: Path) -> None:
     config = asked("seeds=[0]", "record=true")
     finish(config, recorded / "rows")
     run_reproduction(config, recorded / "rows")
-    (row,) = read_rows(recorded / "reference" / "omniglot.json")
+    (row,) = read_rows(recorded / run.REFERENCE)
     assert row["accuracy"] == {"mean": 0.98, "ci95": 0.001, "over": "tasks"}
     assert "| 98.00% ± 0.10% (over tasks) | 1 |" in (recorded / "README.md").read_text()
 
 
 def test_a_row_is_never_replaced_by_one_of_fewer_seeds(recorded: Path) -> None:
-    reference = recorded / "reference" / "omniglot.json"
+    reference = recorded / run.REFERENCE
     (recorded / "README.md").write_text("no markers\n")
     two = asked("seeds=[0,1]", "record=true")
     finish(two, recorded / "rows")
@@ -228,6 +227,10 @@ def test_without_markers_the_table_is_printed(recorded: Path, capsys: pytest.Cap
         said = capsys.readouterr().out
         assert "README.md has no place for the table" in said
         assert readme_table([]) in said
+    (recorded / "README.md").unlink()
+    run.write_readme([])
+    assert not (recorded / "README.md").exists()
+    assert readme_table([]) in capsys.readouterr().out
 
 
 def test_a_table_takes_the_place_of_the_former() -> None:

@@ -31,8 +31,8 @@ from metalearn.commands.reproduce.table import (
     replace_table,
     upsert_row,
 )
+from metalearn.commands.shell import invocation
 from metalearn.config.commands_schema import ReproduceConfig
-from metalearn.config.compose import CONF
 from metalearn.config.run_folder import folder_lock
 from metalearn.core import serialization as files
 from metalearn.training.checkpoints import state_paths
@@ -44,8 +44,9 @@ log = logging.getLogger(__name__)
 FINISHED, FAILED, UNFINISHED = 0, 1, 75
 """Exit codes; the last is ``EX_TEMPFAIL`` of ``sysexits.h``: try again."""
 
-REFERENCE = CONF.parent / "outputs" / "reference" / FILE
-README = CONF.parent / "README.md"
+REFERENCE = Path("outputs/reference") / FILE
+README = Path("README.md")
+"""What ``record=true`` brings up to date, below the current directory: a checkout."""
 
 
 class TimeLimitReached(BaseException):
@@ -152,7 +153,7 @@ def save_row(row: Mapping[str, Any], folder: Path, *, record: bool) -> None:
 
 def write_readme(rows: Sequence[Mapping[str, Any]]) -> None:
     """Bring the README's table up to date, or print it where its place is not marked."""
-    content, readme = readme_table(rows), README.read_text()
+    content, readme = readme_table(rows), README.read_text() if README.exists() else ""
     if between_markers(readme) is None:
         print_line(f"{README.name} has no place for the table, which is one {BEGIN} and below it one {END}:\n")
         print_line(content)
@@ -193,7 +194,7 @@ def show_unfinished(every: Sequence[Job], reasons: Mapping[Path, str]) -> None:
         elif states := state_paths(job.folder):
             print_line(f"{job.folder.name}: {_iteration(states[0])} of {job.config.outer.iterations} meta-steps")
     print_line(f"{len(every) - len(left)} of {len(every)} runs are finished. The same command goes on from here:")
-    print_line(f"  {shlex.join(['python', *sys.argv])}")
+    print_line(f"  {shlex.join([*invocation('reproduce'), *sys.argv[1:]])}")
 
 
 def _iteration(state: Path) -> int:
