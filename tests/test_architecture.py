@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": MATHEMATICS | {"config", "algorithms", "lessons"},
     "inference": MATHEMATICS | {"config", "algorithms", "training"},
     "commands": MATHEMATICS | {"config", "algorithms", "lessons", "training", "inference"},
+    "__main__": {"commands"},
 }
 """The rooms from the ground up: each imports only rooms that stand before it."""
 ONLY_IN = {

@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -142,7 +141,7 @@ def launch(jobs: Sequence[Job], *, at_a_time: int, progress: Progress) -> dict[P
                 for iteration, accuracy in _VALIDATED.findall(piece):
                     show(job, int(iteration), f"{job.folder.name}: validation {accuracy}")
 
-            command = [sys.executable, str(TRAIN), *job.overrides, *_place(job)]
+            command = [*TRAIN, *job.overrides, *_place(job)]
             log.info("%s: started", job.folder.name)
             try:
                 status, written = children.run(command, job.folder / CONSOLE, threads=threads, watch=watch)
@@ -173,7 +172,7 @@ def launch_with_hydra(jobs: Sequence[Job], launcher: Sequence[str], folder: Path
     with ProcessPool() as children:
 
         def train(variant: str) -> tuple[int, str]:
-            command = [sys.executable, str(TRAIN), "--multirun", *sweep(by_variant[variant], launcher, folder)]
+            command = [*TRAIN, "--multirun", *sweep(by_variant[variant], launcher, folder)]
             return children.run(command, folder / f"{variant}.log", threads=None, watch=lambda piece: None)
 
         names = list(by_variant)

@@ -21,6 +21,7 @@ from metalearn.commands.compare.launch import launch, launch_with_hydra, runs_at
 from metalearn.commands.compare.results import Results, VariantResult
 from metalearn.commands.compare.show import print_results, write_results
 from metalearn.commands.compare.variants import Job, Variant, base_variant, jobs, parse_variants, resolve_variant_data
+from metalearn.commands.shell import invocation
 from metalearn.config.commands_schema import CompareConfig
 from metalearn.config.output_names import COMPARISON_FILE, RESULTS_FILE, comparison_key, read_record, running_twin
 from metalearn.config.overrides import launcher_overrides
@@ -159,7 +160,7 @@ def collect(
     return Results(
         title=f"{base.config.data.name}, {task.ways}-way {task.shots}-shot",
         dataset=base.config.data.name,
-        command=shlex.join(["python", *sys.argv]),
+        command=shlex.join([*invocation("compare"), *sys.argv[1:]]),
         config=to_yaml(config),
         machine=where,
         memory_kind=kind,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from metalearn.config.commands_schema import CompareConfig
-from metalearn.config.compose import CONF, to_dataclass
+from metalearn.config.compose import to_dataclass
 from metalearn.config.output_names import split, variant_names
 from metalearn.config.overrides import recompose_with
 from metalearn.config.run_config import resolve_data
@@ -21,7 +22,8 @@ from metalearn.config.schema import SinusoidConfig, TrainConfig
 from metalearn.config.validation import iter_fields, validate_train_config
 from metalearn.core.errors import ConfigError
 
-TRAIN = CONF.parent / "scripts" / "train.py"
+TRAIN = (sys.executable, "-m", "metalearn", "train")
+"""The command of a run's process; from an installed package there are no scripts."""
 _NOT_A_VARIANTS = ("run.seed", "run.resume", "compare", "hydra")
 
 

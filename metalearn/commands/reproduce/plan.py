@@ -10,7 +10,7 @@ from pathlib import Path
 
 from metalearn.commands.compare.variants import Job, format_override
 from metalearn.config.commands_schema import ReproduceConfig
-from metalearn.config.compose import compose, options, to_dataclass
+from metalearn.config.compose import compose, options, to_dataclass, user_conf_dir
 from metalearn.config.run_config import resolve_data, resolve_resume
 from metalearn.config.schema import OmniglotConfig, TrainConfig
 from metalearn.config.validation import check_ranges, validate_train_config
@@ -72,7 +72,7 @@ def check_reproduce(config: ReproduceConfig) -> None:
         ConfigError: naming the key, the value and what to do.
     """
     check_ranges(config)
-    known = options("experiment")
+    known = options("experiment", user_conf_dir())
     if config.row not in known:
         near = "".join(f"Did you mean {name}? " for name in difflib.get_close_matches(config.row, known, n=1))
         raise ConfigError(
