@@ -24,6 +24,7 @@ import torch
 
 from metalearn.commands.benchmark.ring import LINKS, Interconnect, all_reduce_s, efficiency, tasks_per_second
 from metalearn.commands.compare.launch import ProcessPool
+from metalearn.commands.shell import exit_when_stdout_closes
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.run_config import resolve_data
 from metalearn.config.schema import TrainConfig
@@ -254,4 +255,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_when_stdout_closes():
+        main()
