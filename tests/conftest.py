@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,27 @@ import torch
 from metalearn import Episodes
 
 REPO = Path(__file__).parents[1]
+MATHEMATICS = ("core", "derivatives", "models", "inner", "metagrad", "test_algorithms.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run the mathematics first; each worker of pytest-xdist begins with a stretch of its own, all of equal length."""
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    mathematics: dict[Path, list[pytest.Item]] = {}
+    others = []
+    for item in items:
+        if item.path.relative_to(REPO / "tests").parts[0] in MATHEMATICS:
+            mathematics.setdefault(item.path, []).append(item)
+        else:
+            others.append(item)
+    stretches: list[list[pytest.Item]] = [[] for _ in range(workers)]
+    for file in mathematics.values():
+        min(stretches, key=len).extend(file)
+    for number, stretch in enumerate(stretches):
+        room = len(items) * (number + 1) // workers - sum(map(len, stretches[: number + 1]))
+        stretch += others[: max(room, 0)]
+        del others[: max(room, 0)]
+    items[:] = itertools.chain(*stretches, others)
 
 
 @pytest.fixture(autouse=True, scope="session")

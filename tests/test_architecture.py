@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": MATHEMATICS | {"config", "algorithms", "lessons"},
     "inference": MATHEMATICS | {"config", "algorithms", "training"},
     "commands": MATHEMATICS | {"config", "algorithms", "lessons", "training", "inference"},
+    "__main__": {"commands"},
 }
 """The rooms from the ground up: each imports only rooms that stand before it."""
 ONLY_IN = {
@@ -124,6 +125,34 @@ def test_public_surface_is_what_is_listed() -> None:
     assert set(metalearn.__all__) <= set(dir(metalearn))
     with pytest.raises(AttributeError, match=r"no attribute 'nope'; it offers SGD, Adam"):
         metalearn.nope  # noqa: B018  # the access is what is tested
+
+
+TORCH_ALONE = """
+import importlib, pkgutil, sys
+ALLOWED = {"torch", "numpy", "metalearn", *sys.stdlib_module_names}
+
+class Forbid:
+    def find_spec(self, name, path=None, target=None):
+        frame = sys._getframe(1)
+        while frame.f_globals["__name__"].startswith("importlib"):
+            frame = frame.f_back
+        importer = frame.f_globals["__name__"]
+        assert not importer.startswith("metalearn") or name.split(".")[0] in ALLOWED, f"{importer} imports {name}"
+
+sys.meta_path.insert(0, Forbid())
+room = importlib.import_module(f"metalearn.{sys.argv[1]}")
+for module in pkgutil.walk_packages(getattr(room, "__path__", []), f"{room.__name__}."):
+    if module.name.rpartition(".")[2] not in ("higher", "learn2learn", "torchopt"):  # imported where one is chosen
+        importlib.import_module(module.name)
+"""
+
+
+@pytest.mark.parametrize("room", ["core", "derivatives", "models", "inner", "metagrad", "algorithms"])
+def test_mathematics_imports_torch_alone(room: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TORCH_ALONE, room], cwd=REPO, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("script", sorted((REPO / "scripts").glob("*.py")), ids=lambda p: p.stem)

@@ -13,6 +13,7 @@ import argparse
 import errno
 import functools
 import logging
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,8 @@ from hydra._internal.utils import get_args_parser  # Hydra's own parser: no publ
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from metalearn.config.compose import CONF, Config, compose, group_defaults, to_dataclass
+from metalearn.commands.shell import exit_when_stdout_closes, invocation
+from metalearn.config.compose import CONF, Config, compose, group_defaults, to_dataclass, user_conf_dir
 from metalearn.config.messages import help_text
 from metalearn.config.output_names import RUN_FILES
 from metalearn.config.overrides import requested_jobs
@@ -55,14 +57,17 @@ def command(
 
     def decorate(function: Callable[[Config, Path], None]) -> Callable[[], None]:
         @functools.wraps(function)
+        @exit_when_stdout_closes()
         def command() -> None:
             flags = get_args_parser().parse_args()
+            _search_user_conf_dir(flags)
             try:
                 if torchrun.world_size() > 1 and (follow is None or flags.multirun):
                     raise ConfigError(_ONE_TRAINING)
                 if flags.help:
                     config = compose(name)
-                    print(help_text(config, sys.argv[0], function.__doc__ or "", group_defaults(name, config)))
+                    start = shlex.join(invocation(name))
+                    print(help_text(config, start, function.__doc__ or "", group_defaults(name, config)))
                     return
                 jobs = _checked(name, flags, kind, check, may_continue)
             except MetalearnError as error:
@@ -86,6 +91,13 @@ def command(
         return command
 
     return decorate
+
+
+def _search_user_conf_dir(flags: argparse.Namespace) -> None:
+    """Search ``conf/`` in the current directory as if it were the ``--config-dir``."""
+    if not flags.config_dir and (folder := user_conf_dir(flags.overrides)):
+        flags.config_dir = folder
+        sys.argv.insert(1, f"--config-dir={folder}")
 
 
 def _checked(
@@ -131,7 +143,9 @@ def _check_writable(folder: str) -> None:
         ) from None
 
 
-_ONE_TRAINING = "torchrun starts several processes of one training: python scripts/train.py, without --multirun"
+_ONE_TRAINING = (
+    "torchrun starts several processes of one training: give it scripts/train.py or -m metalearn train, no --multirun"
+)
 _NOTHING_TO_RESUME = (
     "run.resume with --multirun: the folders of a sweep are named by the time, so that there would be nothing to go on "
     "with. Name folders that stay the same: hydra.sweep.dir=DIR 'hydra.sweep.subdir=seed${run.seed}', with every key "

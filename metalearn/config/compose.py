@@ -29,7 +29,8 @@ _REFUSALS = (
 )
 """What Hydra and OmegaConf raise for input that they cannot take; not all of it is of their own classes."""
 
-CONF = Path(__file__).parents[2] / "conf"
+CONF = next(p for p in (Path(__file__).parents[1] / "conf", Path(__file__).parents[2] / "conf") if p.is_dir())
+"""The shipped configuration: inside the package where that was installed, at the top level of a checkout."""
 
 Config = TypeVar("Config")
 
@@ -64,6 +65,7 @@ def compose(
         ConfigError: naming the key, the value and what is allowed.
     """
     register_schemas()
+    config_dir = config_dir or user_conf_dir(overrides)
     for group in GROUPS:
         if f"{group}=null" in overrides:
             raise ConfigError(f"{group}=null: choose one of {', '.join(options(group))}")
@@ -78,6 +80,17 @@ def compose(
         raise ConfigError(format_hydra_error(error, overrides, places)) from error
     finally:
         GlobalHydra.instance().hydra = running
+
+
+def user_conf_dir(overrides: Sequence[str] = ()) -> str | None:
+    """Return the user's ``conf/`` in the current directory, which adds groups and experiments.
+
+    Returns:
+        ``None`` if there is none, or if the overrides say where to search.
+    """
+    folder = Path("conf").absolute()
+    told = any(override.lstrip("+").startswith("hydra.searchpath=") for override in overrides)
+    return None if told or not folder.is_dir() or folder.samefile(CONF) else str(folder)
 
 
 def searchpath_override(config_dir: str | None) -> list[str]:
@@ -95,9 +108,10 @@ def group_defaults(name: str, config: DictConfig) -> dict[str, DictConfig]:
     return {choice: compose(name, [choice])[choice.partition("=")[0]] for choice in choices}
 
 
-def options(group: str) -> list[str]:
-    """Names of a group's options."""
-    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+def options(group: str, config_dir: str | None = None) -> list[str]:
+    """Return the names of a group's options, with those that ``config_dir`` adds."""
+    folders = [CONF, *([Path(config_dir)] if config_dir else [])]
+    return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
 
 
 def to_dataclass(config: DictConfig, kind: type[Config]) -> Config:

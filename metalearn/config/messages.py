@@ -27,14 +27,14 @@ def help_text(config: DictConfig, script: str, description: str, options: Mappin
 
     Args:
         config: composed, without overrides.
-        script: path of the command.
+        script: the words that start the command.
         description: what it does.
         options: sections of the groups' options, by ``GROUP=OPTION``; a group without one is a plain section.
     """
     lines = [
         inspect.cleandoc(description),
         "",
-        f"usage: python {script} [KEY=VALUE ...] [GROUP=OPTION ...] [--cfg job] [--multirun] [--hydra-help]",
+        f"usage: {script} [KEY=VALUE ...] [GROUP=OPTION ...] [--cfg job] [--multirun] [--hydra-help]",
         "",
         "Keys, with their defaults:",
     ]

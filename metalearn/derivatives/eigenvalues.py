@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -56,6 +55,8 @@ def top_eigenvalues(
     start = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).numpy()
     if not product(start).any():
         return torch.zeros(k, dtype=torch.float64)  # f is linear here; Lanczos cannot start from zeros
+    from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh  # the mathematics imports torch alone
+
     operator = LinearOperator((n, n), matvec=product, dtype=start.dtype)
     try:
         values = eigsh(operator, k=k, which="LA", tol=tol, v0=start, return_eigenvectors=False)

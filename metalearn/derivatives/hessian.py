@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
@@ -86,6 +85,8 @@ def available_memory(device: torch.device) -> int:
     """Return the bytes that are free now: on the GPU, or in main memory without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    import psutil  # the mathematics imports torch alone
+
     available: int = psutil.virtual_memory().available
     return available
 

@@ -32,8 +32,7 @@ def _omniglot_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Use a temporary folder instead of the repository."""
-    monkeypatch.setattr(run, "REFERENCE", tmp_path / "reference" / "omniglot.json")
-    monkeypatch.setattr(run, "README", tmp_path / "README.md")
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     return tmp_path
 
@@ -146,7 +145,7 @@ def test_results_are_over_seeds_and_recorded(recorded: Path) -> None:
     config = configuration("orders=[second,first]", "record=true")
     finish(config, recorded / "rows")
     assert run_reproduction(config, recorded / "rows") == FINISHED
-    second, first = read_rows(recorded / "reference" / "omniglot.json")
+    second, first = read_rows(recorded / run.REFERENCE)
     assert read_rows(recorded / "rows" / "omniglot.json") == [second, first]
     assert (second["experiment"], second["algorithm"], second["order"], first["order"]) == (
         ROW,
@@ -190,13 +189,13 @@ def test_interval_is_over_tasks_when_one_seed(recorded: Path) -> None:
     config = configuration("seeds=[0]", "record=true")
     finish(config, recorded / "rows")
     run_reproduction(config, recorded / "rows")
-    (row,) = read_rows(recorded / "reference" / "omniglot.json")
+    (row,) = read_rows(recorded / run.REFERENCE)
     assert row["accuracy"] == {"mean": 0.98, "ci95": 0.001, "over": "tasks"}
     assert "| 98.00% ± 0.10% (over tasks) | 1 |" in (recorded / "README.md").read_text()
 
 
 def test_row_is_not_replaced_when_it_has_more_seeds(recorded: Path) -> None:
-    reference = recorded / "reference" / "omniglot.json"
+    reference = recorded / run.REFERENCE
     (recorded / "README.md").write_text("no markers\n")
     two = configuration("seeds=[0,1]", "record=true")
     finish(two, recorded / "rows")
@@ -227,6 +226,10 @@ def test_table_is_printed_when_readme_has_no_markers(recorded: Path, capsys: pyt
         output = capsys.readouterr().out
         assert "README.md has no place for the table" in output
         assert readme_table([]) in output
+    (recorded / "README.md").unlink()
+    run.write_readme([])
+    assert not (recorded / "README.md").exists()
+    assert readme_table([]) in capsys.readouterr().out
 
 
 def test_replace_table_replaces_the_former() -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from metalearn.commands.processes import ProcessPool
+from metalearn.commands.shell import exit_when_stdout_closes
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.run_config import resolve_data
 from metalearn.config.schema import TrainConfig
@@ -233,4 +234,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_when_stdout_closes():
+        main()

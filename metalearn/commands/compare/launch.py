@@ -19,12 +19,11 @@ from rich.progress import Progress
 
 from metalearn.commands.compare.variants import Job, format_override
 from metalearn.commands.processes import ProcessPool
-from metalearn.config.compose import CONF
 from metalearn.training.experiment import resolve_device
 
 log = logging.getLogger(__name__)
 
-TRAIN = (sys.executable, str(CONF.parent / "scripts" / "train.py"))
+TRAIN = (sys.executable, "-m", "metalearn", "train")
 """The command that trains one run, without its overrides."""
 
 CONSOLE = "console.log"

@@ -27,6 +27,7 @@ from metalearn.commands.compare.variants import (
     resolve_variant_data,
     to_train_config,
 )
+from metalearn.commands.shell import invocation
 from metalearn.config.commands_schema import CompareConfig
 from metalearn.config.output_names import (
     COMPARISON_FILE,
@@ -167,7 +168,7 @@ def collect(
     return Results(
         title=f"{shared.data.name}, {shared.task.ways}-way {shared.task.shots}-shot",
         dataset=shared.data.name,
-        command=shlex.join(["python", *sys.argv]),
+        command=shlex.join([*invocation("compare"), *sys.argv[1:]]),
         config=to_yaml(config),
         machine=dict(hardware_of(metrics) or here),
         memory_kind=" / ".join(memory_kinds),

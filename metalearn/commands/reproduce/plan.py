@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from metalearn.commands.compare.variants import Job, format_override, replace_in, replace_section
 from metalearn.config.commands_schema import ReproduceConfig
-from metalearn.config.compose import compose, options, to_dataclass
+from metalearn.config.compose import compose, options, to_dataclass, user_conf_dir
 from metalearn.config.run_config import resolve_data, resolve_resume
 from metalearn.config.schema import OmniglotConfig, TrainConfig
 from metalearn.config.validation import check_ranges, validate_train_config
@@ -112,7 +112,7 @@ def check_reproduce(config: ReproduceConfig) -> None:
         ConfigError: naming the key, the value and what to do.
     """
     check_ranges(config)
-    experiments = options("experiment")
+    experiments = options("experiment", user_conf_dir())
     if config.row not in experiments:
         similar = difflib.get_close_matches(config.row, experiments, n=1)
         hint = "".join(f"Did you mean {name}? " for name in similar)

@@ -32,8 +32,8 @@ from metalearn.commands.reproduce.table import (
     replace_table,
     upsert_row,
 )
+from metalearn.commands.shell import invocation
 from metalearn.config.commands_schema import ReproduceConfig
-from metalearn.config.compose import CONF
 from metalearn.config.run_folder import folder_lock
 from metalearn.core import serialization as files
 from metalearn.training.checkpoints import state_paths
@@ -45,8 +45,9 @@ log = logging.getLogger(__name__)
 FINISHED, FAILED, UNFINISHED = 0, 1, 75
 """Exit codes; the last is ``EX_TEMPFAIL`` of ``sysexits.h``: try again."""
 
-REFERENCE = CONF.parent / "outputs" / "reference" / FILE
-README = CONF.parent / "README.md"
+REFERENCE = Path("outputs/reference") / FILE
+README = Path("README.md")
+"""What ``record=true`` brings up to date, below the current directory: a checkout."""
 
 
 class TimeLimitReached(BaseException):
@@ -154,7 +155,7 @@ def save_row(row: Mapping[str, Any], folder: Path, *, record: bool) -> None:
 
 def write_readme(rows: Sequence[Mapping[str, Any]]) -> None:
     """Update the README's table, or print it if its place is not marked."""
-    table, readme = readme_table(rows), README.read_text()
+    table, readme = readme_table(rows), README.read_text() if README.exists() else ""
     if between_markers(readme) is None:
         print_line(f"{README.name} has no place for the table, which is one {BEGIN} and below it one {END}:\n")
         print_line(table)
@@ -191,4 +192,4 @@ def print_unfinished(every: Sequence[Job], reasons: Mapping[Path, str]) -> None:
             iteration = int(states[0].stem.rpartition("-")[2])
             print_line(f"{job.folder.name}: {iteration} of {job.config.outer.iterations} meta-steps")
     print_line(f"{len(every) - len(left)} of {len(every)} runs are finished. The same command resumes here:")
-    print_line(f"  {shlex.join(['python', *sys.argv])}")
+    print_line(f"  {shlex.join([*invocation('reproduce'), *sys.argv[1:]])}")
