@@ -33,7 +33,7 @@ from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.core.profiling.threads import one_thread
 from metalearn.lessons import LESSONS, Check, Lesson
 from metalearn.training.tracking.console import print_path, print_table, progress_bar
-from metalearn.training.tracking.tensorboard import LessonLogger
+from metalearn.training.tracking.tensorboard import EventWriter
 
 DPI = 120
 """Of the pictures."""
@@ -118,7 +118,7 @@ def save_lesson(outcome: LessonResult, output_dir: Path, tracker: LessonLogger) 
     for figure, pixels in outcome.pictures.items():
         Image.fromarray(pixels).save(output_dir / outcome.file(figure))
     if outcome.lesson is not None:
-        tracker.lesson(outcome.name, outcome.lesson, outcome.pictures, seconds=outcome.seconds)
+        tracker.log_lesson(outcome.name, outcome.lesson, outcome.pictures, seconds=outcome.seconds)
 
 
 def report(outcomes: list[LessonResult], *, complete: bool = True) -> str:
@@ -224,3 +224,20 @@ def print_summary(outcomes: list[LessonResult], output_dir: Path) -> None:
     rich.get_console().print(
         f"TensorBoard: tensorboard --logdir {output_dir}", soft_wrap=True, highlight=False, markup=False
     )
+
+
+class LessonLogger(EventWriter):
+    """Writes the event file of the lessons."""
+
+    def log_lesson(self, name: str, lesson: Lesson, pictures: dict[str, NDArray[np.uint8]], *, seconds: float) -> None:
+        """Log claim, code and pictures, and every number with its expected value as scalars at step 0."""
+        self.log_text(name, f"{lesson.claim}\n\n```python\n{lesson.code}\n```")
+        self.log_scalars({f"{name}/seconds": seconds})
+        for check in lesson.checks:
+            if not (isinstance(check.computed, str) or isinstance(check.expected, str)):
+                self.log_scalars(
+                    {f"{name}/{check.what}": check.computed, f"{name}/{check.what} (expected)": check.expected}
+                )
+        for figure, picture in pictures.items():
+            self.log_image(f"{name}/{figure}", picture)
+        self.flush()

@@ -286,7 +286,7 @@ class Learner:
                 raise DataError(f"{len(y)} targets for {len(outputs)} inputs; give one target an input.")
         else:
             y = class_indices(as_labels(labels, len(outputs)), self.classes_)
-        return build_metric(self.config).of(outputs[None], y[None]).item()
+        return build_metric(self.config).per_task(outputs[None], y[None]).item()
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write what was adapted as one safetensors file; ``restore`` of the same run predicts the same bits again.

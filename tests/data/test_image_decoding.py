@@ -27,7 +27,7 @@ from metalearn.data.image_folder import EXTENSIONS, list_classes, list_splits
 from metalearn.data.metadata import cache_dir
 from metalearn.data.sampler import EpisodeSampler, TaskShape
 from metalearn.data.splits import ImageSplits
-from metalearn.training.tasks import build_samplers
+from metalearn.training.experiment import build_samplers
 
 ORANGE = (255, 128, 0)
 

@@ -6,17 +6,22 @@ import base64
 import html
 import io
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 
 import markdown
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from metalearn.commands.compare.markdown_report import PLOTS, render_markdown, title
 from metalearn.commands.compare.plots import plots
 from metalearn.commands.compare.results import Results
 from metalearn.core import serialization as files
+from metalearn.training.tracking.event_files import EVENT_FILES
+from metalearn.training.tracking.tensorboard import EventWriter, Value, experiment_summary
 
 _DPI = 150
 # User text cannot hold a tag: it is escaped.
@@ -112,3 +117,31 @@ def _remove_stale(folder: Path, drawn: dict[str, Figure]) -> None:
     for path in [*folder.glob("*.png"), *folder.glob("*.svg")]:
         if path.stem not in drawn:
             path.unlink()
+
+
+class ReportLogger(EventWriter):
+    """Writes the event file of a comparison's report, over that of an earlier report.
+
+    Args:
+        folder: of the report, next to those of the runs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        for path in folder.glob(EVENT_FILES):
+            path.unlink()
+        super().__init__(folder)
+
+    def log_report(
+        self, markdown: str, images: Mapping[str, NDArray[np.uint8]], *, runs: Sequence[Mapping[str, Value]]
+    ) -> None:
+        """Log the report, and the columns of the HParams table.
+
+        Args:
+            markdown: of the report.
+            images: ``[height, width, 3]`` by name.
+            runs: dotted keys of every run's configuration.
+        """
+        self.add_summary(experiment_summary(runs))
+        self.log_text("report", markdown)
+        for name, image in images.items():
+            self.log_image(f"report/{name}", image)

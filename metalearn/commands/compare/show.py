@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from metalearn.commands.compare.markup import escape, table
-from metalearn.commands.compare.report import write_report
+from metalearn.commands.compare.report import ReportLogger, write_report
 from metalearn.commands.compare.results import Results
 from metalearn.commands.compare.summary import headline
 from metalearn.commands.compare.tables import variant_rows
@@ -23,7 +23,6 @@ from metalearn.config.output_names import RESULTS_FILE
 from metalearn.config.validation import result_keys
 from metalearn.core import serialization as files
 from metalearn.training.tracking.console import print_line, print_path, print_table
-from metalearn.training.tracking.tensorboard import ReportLogger
 
 REPORT_RUN = "report"
 """The folder of the report's own event file, a run in TensorBoard."""
@@ -37,7 +36,8 @@ def write_results(results: Results, every: Sequence[Job], folder: Path) -> None:
     write_report(results, folder)
     pictures = {path.stem: np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("plots/*.png"))}
     text = "\n\n".join([*(escape(sentence) for sentence in headline(results)), table(*variant_rows(results))])
-    ReportLogger(folder / REPORT_RUN).report(text, pictures, runs=[result_keys(job.config) for job in every])
+    with ReportLogger(folder / REPORT_RUN) as tensorboard:
+        tensorboard.log_report(text, pictures, runs=[result_keys(job.config) for job in every])
     content = {"complete": results.complete, "torch": str(torch.__version__), **asdict(results)}
     files.atomic_write_text(folder / RESULTS_FILE, json.dumps(content, indent=2) + "\n")
 

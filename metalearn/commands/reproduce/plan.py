@@ -24,7 +24,7 @@ _NOT_AN_OVERRIDE = {
     "inner.second_order": "orders= says which orders",
     "run.seed": "seeds= says which seeds",
     "run.resume": "a reproduction goes on by itself",
-    "run.accept": "a row's runs have one configuration",
+    "run.init_from": "a row's runs are trained from the start",
     "data.fallback": "a published row is never taken on other data unasked; data=glyphs asks for it",
     "hydra": "folders are named by row, order and seed, below hydra.run.dir",
 }
@@ -160,9 +160,7 @@ def resolve_row(row: TableRow) -> TableRow:
     data = resolve_data(row.jobs[0].config).data
     jobs = []
     for job in row.jobs:
-        training = dataclasses.replace(
-            job.config, data=data, run=dataclasses.replace(job.config.run, resume="auto", accept=[])
-        )
+        training = dataclasses.replace(job.config, data=data, run=dataclasses.replace(job.config.run, resume="auto"))
         try:
             jobs.append(dataclasses.replace(job, config=resolve_resume(training, job.folder)))
         except RunError as error:
