@@ -39,8 +39,8 @@ ONLY_IN = {
         "config/overrides.py",
         "config/schema.py",
     },
-    "tensorboard": {"training/tracking/hparams.py", "training/tracking/event_files.py"},
-    "torch.utils.tensorboard": {"training/tracking/hparams.py", "training/tracking/tensorboard.py"},
+    "tensorboard": {"training/tracking/tensorboard.py", "training/tracking/event_files.py"},
+    "torch.utils.tensorboard": {"training/tracking/tensorboard.py"},
     "torch.distributed": {"training/runtime/distributed.py"},
     "learn2learn": {"metagrad/baselines/learn2learn.py"},
     "higher": {"metagrad/baselines/higher.py"},
@@ -51,6 +51,26 @@ ONLY_IN = {
     "markdown": {"commands/compare/report.py"},
     "safetensors": {"inference/weights_file.py"},
 }
+LAYERS: dict[str, list[set[str]]] = {
+    "training": [
+        {"runtime"},
+        {"evaluation", "state"},
+        {"experiment"},
+        {"tracking"},
+        {"auto_engine", "checkpoints"},
+        {"failures", "evaluate_run", "resume"},
+        {"step"},
+        {"loop"},
+        {"trainer"},
+    ],
+    "training.runtime": [{"torchrun", "signals", "precision", "cuda_graph"}, {"distributed"}],
+    "training.tracking": [
+        {"console", "curvature", "event_files", "meter", "plot_style"},
+        {"tensorboard"},
+        {"images"},
+    ],
+}
+"""Layers inside rooms, from the ground up: a module imports only modules of its room that are in a layer below."""
 FILES = sorted((REPO / "metalearn").rglob("*.py"))
 
 
@@ -90,6 +110,7 @@ def test_every_room_has_a_place_in_the_order() -> None:
 
 
 COMMANDS: dict[str, set[str]] = {
+    "shell": set(),
     "cli": set(),
     "processes": set(),
     "adapt": set(),
@@ -98,14 +119,16 @@ COMMANDS: dict[str, set[str]] = {
     "benchmark": set(),
     "compare": {"benchmark"},
     "reproduce": {"benchmark", "compare"},
+    "main": {"adapt", "benchmark", "compare", "gradients", "reproduce", "verify"},
 }
-"""The rooms in ``commands/``, and which commands each may import besides ``cli`` and ``processes``."""
+"""The rooms in ``commands/``, and which commands each may import besides ``SHARED``."""
+SHARED = ["shell", "cli", "processes"]
 
 
 @pytest.mark.parametrize("room", COMMANDS)
 def test_commands_import_one_another_in_order(room: str) -> None:
     folder = REPO / "metalearn" / "commands"
-    allowed = {room, *COMMANDS[room]} | (set() if room in ("cli", "processes") else {"cli", "processes"})
+    allowed = {room, *COMMANDS[room], *(SHARED[: SHARED.index(room)] if room in SHARED else SHARED)}
     for path in [*(folder / room).rglob("*.py"), *folder.glob(f"{room}.py")]:
         for name in imported(path):
             if name.startswith("metalearn.commands."):
@@ -117,6 +140,19 @@ def test_every_command_has_a_place_in_the_order() -> None:
     assert {name.removesuffix(".py") for name in commands} - {"__init__"} == set(COMMANDS)
     order = list(COMMANDS)
     assert all(below <= set(order[: order.index(room)]) for room, below in COMMANDS.items())
+
+
+@pytest.mark.parametrize("room", LAYERS)
+def test_imports_inside_a_room_point_downward(room: str) -> None:
+    folder = REPO / "metalearn" / room.replace(".", "/")
+    level = {module: i for i, layer in enumerate(LAYERS[room]) for module in layer}
+    assert set(level) == {p.stem for p in folder.iterdir() if not p.name.startswith("__")}
+    for path in folder.rglob("*.py"):
+        module = path.relative_to(folder).parts[0].removesuffix(".py")
+        for name in imported(path):
+            other = name.removeprefix(f"metalearn.{room}.").split(".")[0]
+            if name.startswith(f"metalearn.{room}.") and other != module:
+                assert level[other] < level[module], f"{path.relative_to(REPO)} imports {name}"
 
 
 def test_public_surface_is_what_is_listed() -> None:

@@ -32,7 +32,7 @@ from metalearn.core import serialization as files
 from metalearn.core.profiling.hardware import describe_hardware, one_thread
 from metalearn.lessons import LESSONS, Check, Lesson
 from metalearn.training.tracking.console import print_path, print_table, progress_bar
-from metalearn.training.tracking.tensorboard import LessonLogger
+from metalearn.training.tracking.tensorboard import EventWriter
 
 DPI = 120
 
@@ -118,7 +118,7 @@ def save_lesson(result: LessonResult, output_dir: Path, logger: LessonLogger) ->
     for plot, file in result.files.items():
         Image.fromarray(result.images[plot]).save(output_dir / file)
     if result.lesson is not None:
-        logger.lesson(result.name, result.lesson, result.images, seconds=result.seconds)
+        logger.log_lesson(result.name, result.lesson, result.images, seconds=result.seconds)
 
 
 def to_json(results: list[LessonResult], *, complete: bool = True) -> str:
@@ -221,3 +221,20 @@ def print_summary(results: list[LessonResult], output_dir: Path) -> None:
             console.print(Text(f"{result.name} raised {result.error}", style="bold red"))
     print_path("Written to", output_dir / "lessons.json")
     console.print(f"TensorBoard: tensorboard --logdir {output_dir}", soft_wrap=True, highlight=False, markup=False)
+
+
+class LessonLogger(EventWriter):
+    """Writes the event file of the lessons."""
+
+    def log_lesson(self, name: str, lesson: Lesson, pictures: dict[str, NDArray[np.uint8]], *, seconds: float) -> None:
+        """Log claim, code and pictures, and every number with its expected value as scalars at step 0."""
+        self.log_text(name, f"{lesson.claim}\n\n```python\n{lesson.code}\n```")
+        self.log_scalars({f"{name}/seconds": seconds})
+        for check in lesson.checks:
+            if not (isinstance(check.computed, str) or isinstance(check.expected, str)):
+                self.log_scalars(
+                    {f"{name}/{check.name}": check.computed, f"{name}/{check.name} (expected)": check.expected}
+                )
+        for figure, picture in pictures.items():
+            self.log_image(f"{name}/{figure}", picture)
+        self.flush()

@@ -35,7 +35,7 @@ _ADDED_LATER = (
     "model.context",
     "algorithm.backend",
     "run.resume",
-    "run.accept",
+    "run.init_from",
     "run.checkpoint_seconds",
     "run.on_nonfinite",
     "run.precision",
@@ -69,6 +69,8 @@ def parse_run_config(text: str, path: Path) -> schema.TrainConfig:
         raw = OmegaConf.create(text)
         assert isinstance(raw, DictConfig), "it is no mapping of keys"
         assert "data" in raw, "it is empty, or not whole"
+        if isinstance(raw.get("run"), DictConfig):
+            raw.run.pop("accept", None)  # of older runs
         base = OmegaConf.structured(schema.TrainConfig)
         for group in ("data", "model", "algorithm"):
             base[group] = OmegaConf.structured(SCHEMAS[raw[group].name])
@@ -106,6 +108,9 @@ def resolve_data(config: Trained) -> Trained:
     Raises:
         ConfigError: if the task does not fit the fallback.
     """
+    if config.run.init_from is not None:
+        source = str(Path(config.run.init_from).expanduser().absolute())
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, init_from=source))
     data = config.data
     if isinstance(data, schema.ImagesConfig):
         place = str(Path(data.root).expanduser().absolute())
@@ -134,8 +139,7 @@ def resolve_resume(config: schema.TrainConfig, run_dir: Path) -> schema.TrainCon
     """The configuration of a run that may go on in its folder: ``inner.engine=auto`` stays what it was settled to.
 
     Raises:
-        RunError: if there is nothing to go on with, or if keys differ from those that it was begun with and are not
-            in ``run.accept``.
+        RunError: if there is nothing to go on with, or if keys differ from those that it was begun with.
     """
     path = run_dir / "config.yaml"
     if config.run.resume is False or not (path.exists() or config.run.resume is True):
@@ -149,13 +153,12 @@ def resolve_resume(config: schema.TrainConfig, run_dir: Path) -> schema.TrainCon
     if config.inner.engine == "auto":
         kept = {name: getattr(recorded.inner, name) for name in ("engine", "task_chunk", "snapshot_every")}
         config = dataclasses.replace(config, inner=dataclasses.replace(config.inner, **kept))
-    refused = {name: line for name, line in diff_configs(config, recorded).items() if name not in config.run.accept}
-    if refused:
+    if changed := diff_configs(config, recorded):
         raise RunError(
             f"{run_dir} holds a run with another configuration, which would be mixed with this one:\n"
-            + "\n".join(refused.values())
-            + "\nGo on with the same values, take another folder, or accept what is meant to change: "
-            + f"'run.accept=[{','.join([*config.run.accept, *refused])}]'."
+            + "\n".join(changed.values())
+            + "\nGo on with the same values, or start a new run from this one's best parameters, in another folder: "
+            + f"run.init_from={run_dir}."
         )
     return config
 

@@ -247,9 +247,7 @@ class RunConfig:
         "true: go on with the run in hydra.run.dir; auto: if there is one, else start it",
         choices=("false", "true", "auto"),
     )
-    accept: list[str] = key(
-        "keys that may have another value than the run that is resumed was begun with", may_be_empty=True
-    )
+    init_from: str | None = key("folder of another run, from whose best parameters this one starts")
     checkpoint_seconds: float | None = key(
         "seconds between checkpoints, beside one at each validation; 0: after every step; null: no others",
         at_least=0,

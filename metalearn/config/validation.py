@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ def iter_fields(config: object, prefix: str = "") -> Iterator[tuple[str, Any, da
 
 
 _NOT_COMPARED = (
-    *("run.resume", "run.accept", "run.checkpoint_seconds", "run.on_nonfinite", "run.cuda_graph"),
+    *("run.resume", "run.checkpoint_seconds", "run.on_nonfinite", "run.cuda_graph"),
     "data.root",
 )
 
@@ -112,7 +111,7 @@ def validate_train_config(config: TrainConfig, *, trains: bool = True) -> None:
         if type(getattr(config, group)) is base
     ]
     _refuse(faults)
-    faults = _faults(config) + _device_faults(config.run.device) + _accept_faults(config)
+    faults = _faults(config) + _device_faults(config.run.device)
     if trains and config.run.device == "cpu" and (fault := tf32_error(config.run.precision, "a CPU")):
         faults.append(fault)
     if config.inner.engine == "auto" and config.run.deterministic:
@@ -189,19 +188,6 @@ def _device_faults(device: str) -> list[str]:
     if re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]*))?", device):
         return []
     return [f"run.device={device}: must be auto, cpu, cuda or cuda:N"]
-
-
-def _accept_faults(config: TrainConfig) -> list[str]:
-    known = result_keys(config)
-    accept = config.run.accept
-    if accept and config.run.resume is False:
-        return [f"run.accept={accept}: only a run that is resumed has values to differ from; set run.resume=true too"]
-    return [
-        f"run.accept={name}: there is no such key that a run is compared by"
-        + "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, known, n=1))
-        for name in accept
-        if name not in known
-    ]
 
 
 def _refuse(faults: list[str]) -> None:

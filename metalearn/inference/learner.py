@@ -255,7 +255,7 @@ class Learner:
             y = as_targets(labels, len(outputs))
         else:
             y = class_indices(as_labels(labels, len(outputs)), self.classes_)
-        return build_metric(self.config).of(outputs[None], y[None]).item()
+        return build_metric(self.config).per_task(outputs[None], y[None]).item()
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Save the adapted weights as a safetensors file; after ``restore`` predictions are bitwise the same.

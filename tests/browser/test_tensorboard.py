@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metalearn.training.tracking.hparams import METRICS
-from metalearn.training.tracking.tensorboard import LAYOUT
+from metalearn.training.tracking.tensorboard import LAYOUT, METRICS
 from tests.browser.comparison import INNER_STEPS, RUNS, VARIANTS
 from tests.browser.conftest import PATIENCE_S, WIDTH, wait_for
 

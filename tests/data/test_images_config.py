@@ -15,7 +15,7 @@ from metalearn.config.schema import ImagesConfig, TrainConfig
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
 from metalearn.data.image_decoding import load_image_splits
-from metalearn.training.tasks import build_samplers
+from metalearn.training.experiment import build_samplers
 from tests.data.factories import make_classes
 
 

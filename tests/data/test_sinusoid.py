@@ -12,8 +12,7 @@ from metalearn.config.schema import TrainConfig
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
 from metalearn.data.sinusoid import SinusoidSampler
-from metalearn.training.experiment import build_model
-from metalearn.training.tasks import build_samplers
+from metalearn.training.experiment import build_model, build_samplers
 
 
 def sampler(*, shots: int = 10, queries: int = 5, seed: int = 0, split: str = "train") -> SinusoidSampler:

@@ -10,9 +10,10 @@ from typing import Any
 import psutil
 import torch
 
+from metalearn.core.types import Episodes
 from metalearn.training import loop as outer_loop
 from metalearn.training.checkpoints import state_paths
-from metalearn.training.session import TrainContext
+from metalearn.training.loop import TrainContext
 from metalearn.training.state import TrainState
 from tests.faults.processes import finished, output, start
 from tests.faults.runs import RUN, SMALL, train
@@ -23,10 +24,10 @@ _GROWTH = 0.01
 
 def watch_memory(every: int) -> None:
     """Have this process note its resident set and its live tensors after every so many meta-steps."""
-    step = outer_loop.meta_step
+    log_step = outer_loop.log_step
 
-    def watched(session: TrainContext, state: TrainState) -> bool:
-        asked = step(session, state)
+    def watched(context: TrainContext, state: TrainState, episodes: Episodes, lr: float) -> None:
+        log_step(context, state, episodes, lr)
         if state.iteration % every == 0:
             gc.collect()
             tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
@@ -38,9 +39,8 @@ def watch_memory(every: int) -> None:
             }
             with Path("memory.jsonl").open("a") as file:
                 file.write(json.dumps(figures) + "\n")
-        return asked
 
-    outer_loop.meta_step = watched
+    outer_loop.log_step = watched
 
 
 def train_for_long(i: int, folder: Path, shared: Path) -> dict[str, float]:

@@ -29,9 +29,8 @@ from metalearn.data.splits import ImageSplits
 from metalearn.inner import InnerLoop
 from metalearn.metagrad.baselines import by_hand
 from metalearn.models import Conv4
-from metalearn.training.experiment import resolve_device
+from metalearn.training.experiment import load_data, resolve_device
 from metalearn.training.runtime.precision import precision_context
-from metalearn.training.tasks import load_data
 from metalearn.training.tracking.console import print_path, print_table, progress_bar
 
 _FAR = 1e-3

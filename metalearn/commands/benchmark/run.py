@@ -45,10 +45,9 @@ from metalearn.data.splits import ImageSplits
 from metalearn.inner import InnerLoop
 from metalearn.metagrad.baselines.common import Peer
 from metalearn.models import Conv4
-from metalearn.training.experiment import build_experiment, build_model, resolve_device
-from metalearn.training.random_state import seed_all
+from metalearn.training.experiment import build_experiment, build_model, load_data, resolve_device
 from metalearn.training.runtime.precision import precision_context
-from metalearn.training.tasks import load_data
+from metalearn.training.state import seed_all
 from metalearn.training.tracking.console import print_path, progress_bar
 
 

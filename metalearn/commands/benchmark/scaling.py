@@ -83,13 +83,13 @@ def run_worker(config: TrainConfig, threads: int, steps: int, path: Path) -> Non
             "gradient_bytes": gradient.nbytes,
             "machine": describe_hardware(experiment.device),
         }
-        if ranks.first:
+        if ranks.is_main:
             files.atomic_write_text(path, json.dumps(measured))
 
 
 def _meta_step_s(experiment: Experiment, ranks: DistributedContext, steps: int) -> float:
     """Return the mean time of a meta-step, with sampling and the optimiser."""
-    state = TrainState.start(experiment.theta, experiment.config.outer)
+    state = TrainState.create(experiment.theta, experiment.config.outer)
     for done in range(_WARM_UPS + steps):
         if done == _WARM_UPS:
             started = _synchronized_time(experiment.device, ranks)
@@ -101,7 +101,7 @@ def _meta_step_s(experiment: Experiment, ranks: DistributedContext, steps: int) 
 def _all_reduce_s(gradient: torch.Tensor, ranks: DistributedContext) -> float:
     def once() -> float:
         started = _synchronized_time(gradient.device, ranks)
-        ranks.sum([gradient])
+        ranks.all_reduce_sum([gradient])
         return time.perf_counter() - started
 
     return median([once() for _ in range(_WARM_UPS + _ALL_REDUCES)][_WARM_UPS:])
@@ -109,7 +109,7 @@ def _all_reduce_s(gradient: torch.Tensor, ranks: DistributedContext) -> float:
 
 def _synchronized_time(device: torch.device, ranks: DistributedContext) -> float:
     """Return the time at which every process has reached this point."""
-    ranks.sum([torch.zeros(1, device=device)])
+    ranks.all_reduce_sum([torch.zeros(1, device=device)])
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

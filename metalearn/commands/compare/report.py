@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import markdown
 import numpy as np
 import rich
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from metalearn.commands.compare.markdown_report import HTML, render_markdown, render_summary, title
@@ -26,8 +27,9 @@ from metalearn.config.output_names import RESULTS_FILE
 from metalearn.config.validation import result_keys
 from metalearn.core import serialization as files
 from metalearn.training.tracking.console import print_line, print_path, print_table
+from metalearn.training.tracking.event_files import EVENT_FILES
 from metalearn.training.tracking.plot_style import metalearn_style
-from metalearn.training.tracking.tensorboard import ReportLogger
+from metalearn.training.tracking.tensorboard import EventWriter, Value, experiment_summary
 
 REPORT_RUN = "report"
 """The folder of the report's own event file, a run in TensorBoard."""
@@ -74,7 +76,7 @@ def write_results(results: Results, every: Sequence[Job], folder: Path) -> None:
         path.stem: np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob(f"{_PLOTS_DIR}/*.png"))
     }
     runs = [result_keys(job.config) for job in every]
-    ReportLogger(folder / REPORT_RUN).report(render_summary(results), pictures, runs=runs)
+    ReportLogger(folder / REPORT_RUN).log_report(render_summary(results), pictures, runs=runs)
     content = {"complete": results.complete, "torch": str(torch.__version__), **asdict(results)}
     files.atomic_write_text(folder / RESULTS_FILE, json.dumps(content, indent=2) + "\n")
 
@@ -96,3 +98,31 @@ def print_results(results: Results, folder: Path) -> None:
         print_line("Not every run is finished. The same command tries those again, and trains no other.")
     print_path("Report", folder / "report.html")
     print_line(f"TensorBoard: tensorboard --logdir {shlex.quote(str(folder))}")
+
+
+class ReportLogger(EventWriter):
+    """Writes the event file of a comparison's report, over that of an earlier report.
+
+    Args:
+        folder: of the report, next to those of the runs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        for path in folder.glob(EVENT_FILES):
+            path.unlink()
+        super().__init__(folder)
+
+    def log_report(
+        self, markdown: str, images: Mapping[str, NDArray[np.uint8]], *, runs: Sequence[Mapping[str, Value]]
+    ) -> None:
+        """Log the report, and the columns of the HParams table.
+
+        Args:
+            markdown: of the report.
+            images: ``[height, width, 3]`` by name.
+            runs: dotted keys of every run's configuration.
+        """
+        self.add_summary(experiment_summary(runs))
+        self.log_text("report", markdown)
+        for name, image in images.items():
+            self.log_image(f"report/{name}", image)
