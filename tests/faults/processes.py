@@ -1,7 +1,4 @@
-"""The commands in processes that can be killed, forked from one that has imported torch already.
-
-A new interpreter would spend seconds on imports, for every one of some hundred attempts.
-"""
+"""Commands in processes that can be killed, forked from one that has imported torch already, which takes seconds."""
 
 from __future__ import annotations
 
@@ -35,12 +32,8 @@ def start(
 ) -> ForkServerProcess:
     """Start ``scripts/train.py`` with these arguments in a folder; its output goes to ``output.txt`` there.
 
-    Args:
-        arguments: of the command line.
-        folder: the working directory.
-        before: a function of the module's level, called with ``given`` first in the process, to bring a fault about.
-        given: its arguments.
-        environment: added to that of the process.
+    ``before(*given)``, a function at the top level of a module, is called first in the process, to bring a fault about;
+    ``environment`` is added to that of the process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "output.txt").touch()
@@ -50,7 +43,7 @@ def start(
 
 
 def finished(process: ForkServerProcess, *, longest_s: float = _LONGEST_S) -> int:
-    """Wait for it; its exit code, or the negative number of the signal that ended it."""
+    """Wait for a process and return its exit code, or the negative number of the signal that ended it."""
     process.join(longest_s)
     if process.exitcode is None:
         process.kill()
@@ -59,7 +52,7 @@ def finished(process: ForkServerProcess, *, longest_s: float = _LONGEST_S) -> in
 
 
 def output(folder: Path) -> str:
-    """What the latest command in a folder has written to its terminal."""
+    """Return what the latest command in a folder has printed."""
     return (folder / "output.txt").read_text()
 
 
@@ -88,7 +81,7 @@ def _command(
 
 
 def wait_for_state(run_dir: Path, iteration: int, process: ForkServerProcess | subprocess.Popen[str]) -> None:
-    """Wait until a run has put away its state after that many meta-steps."""
+    """Wait until a run has saved its state after that many meta-steps."""
     until = time.monotonic() + _LONGEST_S
     while not any(int(path.stem.removeprefix("state-")) >= iteration for path in state_paths(run_dir)):
         ended = process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
@@ -98,7 +91,7 @@ def wait_for_state(run_dir: Path, iteration: int, process: ForkServerProcess | s
 
 
 def state_of(run_dir: Path) -> dict[str, Any]:
-    """The newest whole state of a run."""
+    """Load the newest undamaged state of a run."""
     content = load_latest(run_dir)
     assert content is not None, f"{run_dir} holds no state"
     return content

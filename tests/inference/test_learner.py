@@ -50,9 +50,6 @@ def query(ways: int = 5) -> Tensor:
     return images
 
 
-pytestmark = pytest.mark.usefixtures("cache_of_the_module")
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(tmp_path_factory.mktemp("runs") / "maml")

@@ -32,7 +32,7 @@ from metalearn.training.step import local_tasks
 from metalearn.training.trainer import check_same_config
 from tests.conftest import REPO
 from tests.faults.processes import finished, output, start, state_of
-from tests.faults.runs import RUN, SMALL, assert_curves, timeless, whole
+from tests.faults.runs import RUN, SMALL, assert_curves, timeless
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -148,11 +148,11 @@ def test_the_first_process_alone_writes(by_two: Path) -> None:
     assert timeless(by_two)["iterations"] == 24
 
 
-def test_one_process_ends_where_two_do(by_two: Path, tmp_path: Path) -> None:
-    ours, theirs = state_of(by_two)["state"], state_of(whole(tmp_path))["state"]
+def test_one_process_ends_where_two_do(by_two: Path, uninterrupted_run: Path) -> None:
+    ours, theirs = state_of(by_two)["state"], state_of(uninterrupted_run)["state"]
     for name, p in theirs["params"].items():
         torch.testing.assert_close(ours["params"][name], p, rtol=1e-3, atol=1e-4)
-    assert timeless(by_two)["test.accuracy"] == pytest.approx(timeless(whole(tmp_path))["test.accuracy"])
+    assert timeless(by_two)["test.accuracy"] == pytest.approx(timeless(uninterrupted_run)["test.accuracy"])
 
 
 def be_asked_to_end() -> None:

@@ -20,7 +20,7 @@ from metalearn.training.evaluate_run import evaluate_distributed
 from metalearn.training.evaluation import Evaluation
 from metalearn.training.runtime.signals import SIGHUP, StopRequest, sigterm_as_exception
 from tests.faults.processes import finished, output, start, state_of
-from tests.faults.runs import RUN, SMALL, assert_same, resume, whole
+from tests.faults.runs import RUN, SMALL, assert_same, resume
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -73,11 +73,6 @@ def test_an_exit_that_is_swallowed_is_obeyed_later() -> None:
         assert not stop.asked
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return whole(tmp_path_factory.mktemp("shared"))
-
-
 def ask_for_the_end_in(what: str) -> None:
     """Have this process signal itself while it validates, or tests, for the first time."""
 
@@ -90,7 +85,9 @@ def ask_for_the_end_in(what: str) -> None:
 
 
 @pytest.mark.parametrize(("what", "iteration"), [("validation", 8), ("test", 24)])
-def test_validation_and_test_are_taken_again(what: str, iteration: int, uninterrupted: Path, tmp_path: Path) -> None:
+def test_validation_and_test_are_taken_again(
+    what: str, iteration: int, uninterrupted_run: Path, tmp_path: Path
+) -> None:
     process = start([*SMALL, f"hydra.run.dir={RUN}"], tmp_path / "a", before=ask_for_the_end_in, given=(what,))
     assert finished(process) == 143, output(tmp_path / "a")
     state = state_of(tmp_path / "a" / RUN)["state"]
@@ -98,7 +95,7 @@ def test_validation_and_test_are_taken_again(what: str, iteration: int, uninterr
     assert state["validated"] == (0 if what == "validation" else iteration)
     assert f"checkpoint of meta-step {iteration} is kept" in " ".join(output(tmp_path / "a").split())
     assert not (tmp_path / "a" / RUN / "metrics.json").exists()
-    assert_same(resume(tmp_path / "a"), uninterrupted)
+    assert_same(resume(tmp_path / "a"), uninterrupted_run)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
