@@ -53,14 +53,17 @@ class FaultsReport:
         )
         row["tries"] += cases
         row["held"] += cases if report.passed else 0
-        row["seconds"] = round(row["seconds"] + report.duration, 1)
+        row["seconds"] += report.duration
         if report.failed:
-            row["failures"].append(f"[{case} {report.longreprtext[-500:]}")
+            error = [line[1:].strip() for line in report.longreprtext.splitlines() if line.startswith("E ")]
+            row["failures"].append(f"[{case} {' '.join(error)[:500]}")
         for measure, value in recorded.items():
             measured = row.setdefault("measured", {})
             measured[measure] = max(value, measured.get(measure, value))
 
     def pytest_sessionfinish(self) -> None:
+        for row in self.rows.values():
+            row["seconds"] = round(row["seconds"], 1)
         before = json.loads(self.path.read_text())["rows"] if self.path.exists() else {}
         machine = describe_hardware(torch.device("cpu"))
         report = {"command": "make faults", "machine": machine, "rows": {**before, **self.rows}}
