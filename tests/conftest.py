@@ -1,4 +1,4 @@
-"""Fixtures of all tests: seeds, one thread, a cache, small episodes in float64, and optional inputs."""
+"""Fixtures of all tests: seeds, one thread, a cache, and what not every machine has."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from metalearn import Episodes
-
-REPO = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -33,25 +29,6 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("METALEARN_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-def image_episodes(
-    *,
-    tasks: int = 3,
-    ways: int = 3,
-    shots: int = 1,
-    queries: int = 2,
-    size: int = 28,
-    dtype: torch.dtype = torch.float64,
-) -> Episodes:
-    """Draw random images, with labels in class order."""
-    labels = torch.arange(ways)
-    return Episodes(
-        support_x=torch.rand(tasks, ways * shots, 1, size, size, dtype=dtype),
-        support_y=labels.repeat_interleave(shots).repeat(tasks, 1),
-        query_x=torch.rand(tasks, ways * queries, 1, size, size, dtype=dtype),
-        query_y=labels.repeat_interleave(queries).repeat(tasks, 1),
-    )
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from metalearn import Episodes, InnerLoop, functionalize, meta_gradient
 from metalearn.algorithms import ALGORITHMS
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
-from tests.conftest import REPO
+from tests.paths import REPO
 
 PATH = REPO / "README.md"
 README = PATH.read_text()

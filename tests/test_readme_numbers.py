@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from metalearn.commands.compare.statistics import seed_ci
-from tests.conftest import REPO
+from tests.paths import REPO
 
 REFERENCE = REPO / "outputs" / "reference"
 README = (REPO / "README.md").read_text()

@@ -29,7 +29,7 @@ from metalearn.metagrad import ENGINES, Engine
 from metalearn.metagrad.baselines.installed import PEERS, installed_peers
 from metalearn.metagrad.unroll import unroll
 from tests.commands.test_commands import command
-from tests.conftest import REPO
+from tests.paths import REPO
 
 MLP_ALONE = tuple(subject for subject in SUBJECTS if subject.name == "mlp")
 ON_CPU = torch.device("cpu")

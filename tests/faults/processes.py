@@ -15,43 +15,43 @@ from pathlib import Path
 from typing import Any
 
 from metalearn.training.checkpoints import load_latest, state_paths
-from tests.conftest import REPO
+from tests.paths import REPO
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["metalearn.training.trainer", "tests.faults.runs"])
 _LONGEST_S = 120.0
 
 
-def start(
+def start_training(
     arguments: list[str],
     folder: Path,
     *,
     before: Callable[..., None] | None = None,
-    given: tuple[Any, ...] = (),
+    args: tuple[Any, ...] = (),
     environment: Mapping[str, str] | None = None,
 ) -> ForkServerProcess:
     """Start ``scripts/train.py`` with these arguments in a folder; its output goes to ``output.txt`` there.
 
-    ``before(*given)``, a function at the top level of a module, is called first in the process, to bring a fault about;
+    ``before(*args)``, a function at the top level of a module, is called first in the process, to bring a fault about;
     ``environment`` is added to that of the process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "output.txt").touch()
-    process = _CONTEXT.Process(target=_command, args=(arguments, folder, before, given, dict(environment or {})))
+    process = _CONTEXT.Process(target=_command, args=(arguments, folder, before, args, dict(environment or {})))
     process.start()
     return process
 
 
-def finished(process: ForkServerProcess, *, longest_s: float = _LONGEST_S) -> int:
+def wait_for_exit(process: ForkServerProcess, *, timeout_s: float = _LONGEST_S) -> int:
     """Wait for a process and return its exit code, or the negative number of the signal that ended it."""
-    process.join(longest_s)
+    process.join(timeout_s)
     if process.exitcode is None:
         process.kill()
-        raise AssertionError(f"still at work after {longest_s:.0f} s")
+        raise AssertionError(f"still at work after {timeout_s:.0f} s")
     return process.exitcode
 
 
-def output(folder: Path) -> str:
+def read_output(folder: Path) -> str:
     """Return what the latest command in a folder has printed."""
     return (folder / "output.txt").read_text()
 
@@ -60,7 +60,7 @@ def _command(
     arguments: list[str],
     folder: Path,
     before: Callable[..., None] | None,
-    given: tuple[Any, ...],
+    args: tuple[Any, ...],
     environment: dict[str, str],
 ) -> None:
     import torch
@@ -74,13 +74,13 @@ def _command(
     os.environ.update(environment)
     torch.set_num_threads(1)
     if before is not None:
-        before(*given)
+        before(*args)
     script = str(REPO / "scripts" / "train.py")
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 
 
-def wait_for_state(run_dir: Path, iteration: int, process: ForkServerProcess | subprocess.Popen[str]) -> None:
+def wait_for_checkpoint(run_dir: Path, iteration: int, process: ForkServerProcess | subprocess.Popen[str]) -> None:
     """Wait until a run has saved its state after that many meta-steps."""
     until = time.monotonic() + _LONGEST_S
     while not any(int(path.stem.removeprefix("state-")) >= iteration for path in state_paths(run_dir)):
@@ -90,7 +90,7 @@ def wait_for_state(run_dir: Path, iteration: int, process: ForkServerProcess | s
         time.sleep(0.002)
 
 
-def state_of(run_dir: Path) -> dict[str, Any]:
+def load_state(run_dir: Path) -> dict[str, Any]:
     """Load the newest undamaged state of a run."""
     content = load_latest(run_dir)
     assert content is not None, f"{run_dir} holds no state"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO
 from tests.faults.cases import cases
+from tests.paths import REPO
 
 RUN = """
 import os, runpy, sys

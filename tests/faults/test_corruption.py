@@ -16,8 +16,16 @@ import torch
 from metalearn.training.checkpoints import best_path, load_best, load_latest, state_paths
 from metalearn.training.tracking.event_files import EVENT_FILES
 from tests.faults.cases import cases
-from tests.faults.processes import output, state_of
-from tests.faults.runs import RUN, STEPS, assert_curves, assert_same, bits, resume, train_and_kill
+from tests.faults.processes import load_state, read_output
+from tests.faults.runs import (
+    RUN,
+    STEPS,
+    assert_runs_equal,
+    assert_steps_increase,
+    resume,
+    tensors_to_bytes,
+    train_and_kill,
+)
 
 CPU = torch.device("cpu")
 
@@ -55,9 +63,11 @@ def test_flipped_bit(seed: int, finished_run: Path, caplog: pytest.LogCaptureFix
     if path == best_path(finished_run):
         expected = latest["state"]
         best = load_best(finished_run, like=expected["params"], device=CPU)
-        assert bits([best.iteration, best.validation_score, best.params]) == bits(expected["best"])
+        assert tensors_to_bytes([best.iteration, best.validation_score, best.params]) == tensors_to_bytes(
+            expected["best"]
+        )
     else:
-        assert bits(latest) == bits(torch.load(before, weights_only=True))
+        assert tensors_to_bytes(latest) == tensors_to_bytes(torch.load(before, weights_only=True))
     assert named in caplog.text
 
 
@@ -66,11 +76,11 @@ def test_flipped_bit(seed: int, finished_run: Path, caplog: pytest.LogCaptureFix
 def test_cut_checkpoint(percent: int, untested_run: Path, tmp_path: Path, uninterrupted_run: Path) -> None:
     newest = state_paths(untested_run)[0]
     os.truncate(newest, newest.stat().st_size * percent // 100)
-    assert_same(resume(tmp_path), uninterrupted_run)
-    said = " ".join(output(tmp_path).split())
+    assert_runs_equal(resume(tmp_path), uninterrupted_run)
+    said = " ".join(read_output(tmp_path).split())
     assert "is damaged" in said
     assert f"The one before it is taken: state-{STEPS - 1:08}.pt" in said
-    assert f"Going on from meta-step {STEPS - 1}" in output(tmp_path)
+    assert f"Going on from meta-step {STEPS - 1}" in read_output(tmp_path)
 
 
 class Bomb:
@@ -101,8 +111,8 @@ def test_malicious_pickle(
     if place == "best parameters":
         load_best(untested_run, like=torch.load(newest, weights_only=True)["state"]["params"], device=CPU)
         assert any("is refused" in line and "could run code" in line for line in caplog.messages)
-    assert_same(resume(tmp_path), uninterrupted_run)
-    assert place == "best parameters" or "is refused" in output(tmp_path)
+    assert_runs_equal(resume(tmp_path), uninterrupted_run)
+    assert place == "best parameters" or "is refused" in read_output(tmp_path)
     assert not mark.exists()
 
 
@@ -111,9 +121,9 @@ def test_malicious_pickle(
 def test_cut_event_file(percent: int, tmp_path: Path, uninterrupted_run: Path) -> None:
     run_dir = train_and_kill(tmp_path, after=8)
     (events,) = run_dir.glob(EVENT_FILES)
-    os.truncate(events, state_of(run_dir)["event_files"][events.name] * percent // 100)
+    os.truncate(events, load_state(run_dir)["event_files"][events.name] * percent // 100)
     resume(tmp_path)
-    assert_curves(run_dir)
-    assert "its curves lack points that were shown before" in " ".join(output(tmp_path).split())
-    ours, theirs = state_of(run_dir)["state"], state_of(uninterrupted_run)["state"]
+    assert_steps_increase(run_dir)
+    assert "its curves lack points that were shown before" in " ".join(read_output(tmp_path).split())
+    ours, theirs = load_state(run_dir)["state"], load_state(uninterrupted_run)["state"]
     assert ours["iteration"] == theirs["iteration"]

@@ -14,8 +14,8 @@ import pytest
 
 from metalearn.core import serialization as files
 from tests.faults.cases import cases
-from tests.faults.processes import finished, output, start, state_of
-from tests.faults.runs import RUN, SMALL, SMALL_RUN, STEPS, assert_same, resume
+from tests.faults.processes import load_state, read_output, start_training, wait_for_exit
+from tests.faults.runs import RUN, SMALL, SMALL_RUN, STEPS, assert_runs_equal, resume
 
 
 def wait_until(moment: float) -> None:
@@ -28,9 +28,9 @@ def test_runs_started_together(tmp_path: Path) -> None:
     small = [o for o in SMALL if not o.startswith(("outer.iterations", "eval.every"))]
     moment = time.time() + 1.5
     arguments = [*small, "outer.iterations=1", "eval.every=1", "hydra.run.dir=../outputs/${run_name:}"]
-    processes = [start(arguments, tmp_path / str(n), before=wait_until, given=(moment,)) for n in range(10)]
+    processes = [start_training(arguments, tmp_path / str(n), before=wait_until, args=(moment,)) for n in range(10)]
     for n, process in enumerate(processes):
-        assert finished(process) == 0, output(tmp_path / str(n))
+        assert wait_for_exit(process) == 0, read_output(tmp_path / str(n))
     assert len(list((tmp_path / "outputs").glob("*/*/metrics.json"))) == 10
 
 
@@ -70,20 +70,20 @@ def nearly_full_disk(folder: Path) -> Iterator[bool]:
 @pytest.mark.parametrize("number", cases([errno.ENOSPC, errno.EDQUOT, errno.EROFS, None], quick=[1, 3]))
 def test_write_error(number: int | None, tmp_path: Path, uninterrupted_run: Path) -> None:
     if number is None:  # nothing can be written from the start
-        assert finished(start([*SMALL, "hydra.run.dir=/proc/run"], tmp_path)) == 2
-        assert "hydra.run.dir=/proc/run" in output(tmp_path)
-        assert "Traceback" not in output(tmp_path)
+        assert wait_for_exit(start_training([*SMALL, "hydra.run.dir=/proc/run"], tmp_path)) == 2
+        assert "hydra.run.dir=/proc/run" in read_output(tmp_path)
+        assert "Traceback" not in read_output(tmp_path)
         return
     run_dir = tmp_path / RUN
     run_dir.mkdir()
     with nearly_full_disk(run_dir) if number == errno.ENOSPC else nullcontext(False) as mounted:
-        process = start(SMALL_RUN, tmp_path, before=None if mounted else fail_writing, given=(number, 80))
-        assert finished(process) == 2, output(tmp_path)
-        said = output(tmp_path)
+        process = start_training(SMALL_RUN, tmp_path, before=None if mounted else fail_writing, args=(number, 80))
+        assert wait_for_exit(process) == 2, read_output(tmp_path)
+        said = read_output(tmp_path)
         assert os.strerror(number) in said, said
         assert ("hydra.run.dir=PATH" if number == errno.EROFS else "run.resume=true") in said, said
         assert "Traceback" not in said, said
-        assert 0 < state_of(run_dir)["state"]["iteration"] < STEPS
+        assert 0 < load_state(run_dir)["state"]["iteration"] < STEPS
         if mounted:
             (run_dir / "ballast").unlink()
-        assert_same(resume(tmp_path), uninterrupted_run)
+        assert_runs_equal(resume(tmp_path), uninterrupted_run)

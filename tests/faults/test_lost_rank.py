@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import REPO
 from tests.faults.cases import cases
-from tests.faults.processes import state_of, wait_for_state
-from tests.faults.runs import RUN, SMALL_RUN, STEPS, assert_curves, assert_same
+from tests.faults.processes import load_state, wait_for_checkpoint
+from tests.faults.runs import RUN, SMALL_RUN, STEPS, assert_runs_equal, assert_steps_increase
+from tests.paths import REPO
 
 ENDS_IN_S = 60.0
 
@@ -67,7 +67,7 @@ def test_killed_rank(case: tuple[int, int], tmp_path: Path, uninterrupted_pair: 
     victim = 1 - seed % 2
     run = torchrun(2, tmp_path)
     try:
-        wait_for_state(tmp_path / RUN, random.Random(seed).randrange(1, STEPS), run)
+        wait_for_checkpoint(tmp_path / RUN, random.Random(seed).randrange(1, STEPS), run)
         os.kill(pid_of(victim, run.pid), signal.SIGKILL)
         assert run.wait(ENDS_IN_S) != 0  # or subprocess.TimeoutExpired
     finally:
@@ -78,10 +78,10 @@ def test_killed_rank(case: tuple[int, int], tmp_path: Path, uninterrupted_pair: 
     assert "run.resume=true" in said
     run_dir = train_with(processes, tmp_path, "run.resume=true")
     if processes == 2:
-        assert_same(run_dir, uninterrupted_pair)
+        assert_runs_equal(run_dir, uninterrupted_pair)
         return
-    assert_curves(run_dir)
-    ours, theirs = state_of(run_dir)["state"], state_of(uninterrupted_pair)["state"]
+    assert_steps_increase(run_dir)
+    ours, theirs = load_state(run_dir)["state"], load_state(uninterrupted_pair)["state"]
     assert ours["iteration"] == theirs["iteration"]
     for name, p in theirs["params"].items():  # sums over tasks are rounded differently
         torch.testing.assert_close(ours["params"][name], p, rtol=1e-3, atol=1e-4)

@@ -22,8 +22,8 @@ from metalearn.training.failures import replay_episode
 from metalearn.training.runtime.distributed import DistributedContext
 from metalearn.training.step import local_tasks
 from tests.faults.cases import cases
-from tests.faults.processes import state_of
-from tests.faults.runs import SMALL, bits
+from tests.faults.processes import load_state
+from tests.faults.runs import SMALL, tensors_to_bytes
 
 STEP, TASK = 13, 2  # meta-steps before the fault, and the task of the batch that has it
 MARKER = 9.0  # a pixel value that no image has
@@ -83,7 +83,7 @@ def test_nonfinite_number(fault: tuple[str, float], tmp_path: Path, uninterrupte
     named = (f"meta-step {STEP + 1}:", f"of task {TASK} is", PLACES[kind], "smaller inner.lr", "run.on_nonfinite=skip")
     for words in (*named, f"checkpoint of meta-step {STEP} is kept"):
         assert words in message, message
-    state = state_of(tmp_path / "run")["state"]
+    state = load_state(tmp_path / "run")["state"]
     assert state["iteration"] == STEP
     assert all(torch.isfinite(p).all() for p in state["params"].values())
     (episode,) = (tmp_path / "run" / "nonfinite").glob("*.pt")
@@ -91,6 +91,6 @@ def test_nonfinite_number(fault: tuple[str, float], tmp_path: Path, uninterrupte
         with pytest.raises(NonFiniteLossError, match=f"{kind} loss of task 0"):
             replay_episode(episode)
     run(tmp_path / "run", "run.resume=true")  # without the fault it ends as the uninterrupted run
-    ours, theirs = state_of(tmp_path / "run")["state"], state_of(uninterrupted_run)["state"]
+    ours, theirs = load_state(tmp_path / "run")["state"], load_state(uninterrupted_run)["state"]
     for name in ("params", "optimizer", "best"):
-        assert bits(ours[name]) == bits(theirs[name]), name
+        assert tensors_to_bytes(ours[name]) == tensors_to_bytes(theirs[name]), name

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from tests.conftest import REPO
+from tests.paths import REPO
 
 REPORT = json.loads((REPO / "outputs" / "reference" / "faults.json").read_text())["rows"]
 README = (REPO / "README.md").read_text()

@@ -16,7 +16,7 @@ from metalearn.training import loop as outer_loop
 from metalearn.training.checkpoints import state_paths
 from metalearn.training.session import TrainContext
 from metalearn.training.state import TrainState
-from tests.faults.processes import finished, output, start
+from tests.faults.processes import read_output, start_training, wait_for_exit
 from tests.faults.runs import RUN, SMALL_RUN, train
 
 
@@ -45,8 +45,8 @@ def record_memory(every: int) -> None:
 def growth_of_memory(folder: Path, *, steps: int, every: int) -> dict[str, float]:
     """Train for so many meta-steps and return by which share memory grew after the second measurement."""
     more = [f"outer.iterations={steps}", f"eval.every={every}", "log.every=10", "run.checkpoint_seconds=5"]
-    process = start([*SMALL_RUN, *more], folder, before=record_memory, given=(every,))
-    assert finished(process, longest_s=900) == 0, output(folder)
+    process = start_training([*SMALL_RUN, *more], folder, before=record_memory, args=(every,))
+    assert wait_for_exit(process, timeout_s=900) == 0, read_output(folder)
     usage: list[dict[str, Any]] = [json.loads(line) for line in (folder / "memory.jsonl").read_text().splitlines()]
     first, *later = usage[1:]
     return {
@@ -83,7 +83,7 @@ def test_long_interval_saves_at_validations_only(tmp_path: Path) -> None:
 def test_checkpoint_cost(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     # The default training at a sixth of its length.
     more = ["data=glyphs", "outer.iterations=1200", "eval.episodes=100", f"hydra.run.dir={RUN}"]
-    assert finished(start(more, tmp_path), longest_s=900) == 0, output(tmp_path)
+    assert wait_for_exit(start_training(more, tmp_path), timeout_s=900) == 0, read_output(tmp_path)
     metrics = json.loads((tmp_path / RUN / "metrics.json").read_text())
     share = metrics["time.checkpoint_s"] / metrics["time.training_s"]
     record_property("share_of_training_time", share)

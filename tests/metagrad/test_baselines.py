@@ -8,7 +8,7 @@ from torch import nn
 
 from metalearn import InnerLoop, functionalize, meta_gradient
 from metalearn.core.functional import relative_error
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 from tests.metagrad.baselines.libraries import LIBRARIES, PeerAt, peer_at
 from tests.metagrad.models import MODELS
 

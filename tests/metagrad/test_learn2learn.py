@@ -14,7 +14,7 @@ from metalearn.inner import lr_key, with_learned_lrs
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.baselines.offers import UnsupportedSettingError
 from metalearn.models import MLP, Conv4
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 from tests.metagrad.models import MODELS
 
 pytestmark = pytest.mark.usefixtures("learn2learn_installed")

@@ -28,8 +28,8 @@ from metalearn.training.checkpoints import load_best
 from metalearn.training.experiment import Experiment, build_experiment
 from metalearn.training.scores import ACCURACY, MSE
 from metalearn.training.tracking.event_files import read_scalars
-from tests.faults.processes import state_of
-from tests.faults.runs import bits
+from tests.faults.processes import load_state
+from tests.faults.runs import tensors_to_bytes
 from tests.training.test_resume import stop_at
 from tests.training.test_training import run
 
@@ -65,7 +65,9 @@ def test_maml_pp_goes_on_as_if_uninterrupted(tmp_path: Path) -> None:
         with pytest.raises(SystemExit):
             run(tmp_path / "halves", base=tiny("maml_pp"))
     run(tmp_path / "halves", "run.resume=true", base=tiny("maml_pp"))
-    assert bits(state_of(tmp_path / "whole")["state"]) == bits(state_of(tmp_path / "halves")["state"])
+    assert tensors_to_bytes(load_state(tmp_path / "whole")["state"]) == tensors_to_bytes(
+        load_state(tmp_path / "halves")["state"]
+    )
 
 
 def test_maml_pp_anneals_with_the_training_and_keeps_statistics(tmp_path: Path) -> None:

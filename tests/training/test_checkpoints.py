@@ -38,8 +38,8 @@ from metalearn.training.state import BestCheckpoint, TrainState, learning_rate
 from metalearn.training.step import MetaUpdate, apply_update
 from metalearn.training.tracking.event_files import read_scalars
 from metalearn.training.trainer import train
-from tests.faults.processes import state_of
-from tests.faults.runs import SMALL, assert_curves, timeless
+from tests.faults.processes import load_state
+from tests.faults.runs import SMALL, assert_steps_increase, metrics_without_times
 
 
 def run(folder: Path, *more: str) -> None:
@@ -184,13 +184,13 @@ def test_a_gpus_state_goes_on_here_with_the_bits_of_a_cpu() -> None:
 def test_more_meta_steps_for_a_finished_run(finished: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     run(folder, "outer.iterations=32", "run.resume=true", "run.accept=[outer.iterations]")
-    assert timeless(folder)["iterations"] == 32
+    assert metrics_without_times(folder)["iterations"] == 32
     earlier = folder / "until-24"
-    assert timeless(earlier) == timeless(finished)
+    assert metrics_without_times(earlier) == metrics_without_times(finished)
     assert load_run_config(earlier / "config.yaml").outer.iterations == 24
     assert load_run_config(folder / "config.yaml").outer.iterations == 32
     assert read_scalars(earlier) == read_scalars(finished)
-    assert_curves(folder)
+    assert_steps_increase(folder)
     curves, metrics = read_scalars(folder), json.loads((folder / "metrics.json").read_text())
     assert [p.value for p in curves["test/accuracy"]] == [pytest.approx(metrics["test.accuracy"])]
     shown = [p.value for p in curves["time/median_meta_step_ms"]]
@@ -205,10 +205,10 @@ def test_more_meta_steps_for_a_finished_run(finished: Path, tmp_path: Path) -> N
 def test_a_change_that_validation_depends_on_lets_no_earlier_accuracy_win(finished: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     run(folder, "eval.queries=2", "run.resume=true", "run.accept=[eval.queries]")
-    content = state_of(folder)
+    content = load_state(folder)
     assert content["state"]["best"][0] == 24, "the only validation with two queries"
     kept = load_best(folder / "until-24", like=content["state"]["params"], device=torch.device("cpu"))
-    assert kept.iteration == timeless(finished)["validation.best_iteration"]
+    assert kept.iteration == metrics_without_times(finished)["validation.best_iteration"]
 
 
 def test_a_folder_that_has_lost_its_configuration_is_not_begun_anew(finished: Path, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_validation_is_no_meta_steps_time(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(session, "evaluate_distributed", slow)
     run(tmp_path / "run", "outer.iterations=2", "eval.every=2")
-    assert state_of(tmp_path / "run")["meter"]["window"]["passed_s"] < 0.25
+    assert load_state(tmp_path / "run")["meter"]["window"]["passed_s"] < 0.25
 
 
 def test_orphans_of_a_kill_are_removed(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from metalearn.inner import predict
 from metalearn.models import MLP, Conv4
 from metalearn.training.evaluation import MeanCI, evaluate, predict_nontransductive
 from metalearn.training.scores import accuracy
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 
 
 def sampler() -> EpisodeSampler:

@@ -33,8 +33,8 @@ from metalearn.training.step import MetaUpdate, compute_update, local_tasks
 from metalearn.training.tracking.event_files import read_scalars
 from metalearn.training.tracking.meter import Meter
 from metalearn.training.trainer import train
-from tests.faults.processes import state_of
-from tests.faults.runs import SMALL, bits, timeless
+from tests.faults.processes import load_state
+from tests.faults.runs import SMALL, metrics_without_times, tensors_to_bytes
 
 
 def config(*more: str) -> TrainConfig:
@@ -57,12 +57,12 @@ def test_skipped_meta_steps_are_counted_and_change_nothing(
     poison(range(3, 6), monkeypatch)
     with caplog.at_level(logging.WARNING):
         train(config("run.on_nonfinite=skip"), tmp_path)
-    assert timeless(tmp_path)["iterations.skipped"] == 3
-    assert timeless(tmp_path)["iterations"] == 24
+    assert metrics_without_times(tmp_path)["iterations.skipped"] == 3
+    assert metrics_without_times(tmp_path)["iterations"] == 24
     assert {(p.step, p.value) for p in read_scalars(tmp_path)["train/skipped"]} >= {(n, 3.0) for n in range(6, 25, 3)}
     assert "Meta-step 4 is skipped: the query loss of task 1 is nan" in caplog.text
     assert sorted(p.name for p in (tmp_path / FOLDER).glob("*.pt")) == [f"meta-step-{n:08}.pt" for n in (4, 5, 6)]
-    assert state_of(tmp_path)["state"]["optimizer"]["state"][0]["step"] == 21
+    assert load_state(tmp_path)["state"]["optimizer"]["state"][0]["step"] == 21
 
 
 def test_a_look_at_what_is_not_finite_does_not_end_the_run(
@@ -199,7 +199,7 @@ def test_memory_that_runs_out_in_a_meta_step_keeps_the_state(tmp_path: Path, mon
     monkeypatch.setattr(outer_loop, "compute_update", too_much)
     with pytest.raises(RunError, match=r"(?s)Out of memory.*inner\.task_chunk=1.*checkpoint of meta-step 11 is kept"):
         train(config(), tmp_path)
-    assert state_of(tmp_path)["state"]["iteration"] == 11
+    assert load_state(tmp_path)["state"]["iteration"] == 11
 
 
 def test_a_step_that_was_torn_is_not_put_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,9 +245,9 @@ def test_looked_at_late_the_run_is_the_same(tmp_path: Path, monkeypatch: pytest.
     train(settings, tmp_path / "early")
     monkeypatch.setattr(outer_step, "defers_loss_checks", lambda device: True)
     train(settings, tmp_path / "late")
-    assert timeless(tmp_path / "late") == timeless(tmp_path / "early")
-    ours, theirs = (state_of(tmp_path / name)["state"] for name in ("late", "early"))
-    assert bits(ours) == bits(theirs)
+    assert metrics_without_times(tmp_path / "late") == metrics_without_times(tmp_path / "early")
+    ours, theirs = (load_state(tmp_path / name)["state"] for name in ("late", "early"))
+    assert tensors_to_bytes(ours) == tensors_to_bytes(theirs)
     assert len(list((tmp_path / "late" / FOLDER).glob("*.pt"))) == 3
 
 

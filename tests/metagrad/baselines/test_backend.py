@@ -17,7 +17,7 @@ from metalearn.core.functional import relative_error
 from metalearn.inner import Adam, with_learned_lrs
 from metalearn.metagrad.baselines.backend import BACKENDS, backend
 from metalearn.metagrad.baselines.offers import UnsupportedSettingError
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 from tests.metagrad.baselines.libraries import LIBRARIES, peer_at
 from tests.metagrad.baselines.test_settings import assert_equal, mlp, smooth
 from tests.metagrad.settings import vectors
