@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
     from metalearn.data.collate import batches
     from metalearn.derivatives import gradcheck
-    from metalearn.inference.learner import Learner, load
+    from metalearn.inference.learner import Learner
+    from metalearn.inference.loading import load
     from metalearn.inner import (
         SGD,
         Adam,
@@ -83,7 +84,7 @@ _HOMES = {
     "adapt": "inner",
     "batches": "data.collate",
     "functionalize": "core.functional",
-    "load": "inference.learner",
+    "load": "inference.loading",
     "meta_gradient": "metagrad",
     "module_parts": "core.module_parts",
     "predict": "inner",

@@ -6,7 +6,7 @@ of any training with ``bench.setting=configured`` and that training's keys.
 
 from pathlib import Path
 
-from metalearn.commands.benchmark.check import check_benchmark
+from metalearn.commands.benchmark.settings import check_benchmark
 from metalearn.commands.cli import command
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.config.run_config import resolve_data

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from metalearn.commands.verify.attention import PatchTransformer
-from metalearn.commands.verify.residual import ResidualNet
+from metalearn.commands.verify.cases import PatchTransformer, ResidualNet
 from metalearn.models import MLP, Conv4
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from metalearn import InnerLoop, functionalize, meta_gradient
-from metalearn.commands.verify.attention import PatchTransformer
+from metalearn.commands.verify.cases import PatchTransformer
 from metalearn.core.errors import ConfigError
 from metalearn.core.functional import relative_error
 from metalearn.inner import Adam, with_learned_lrs

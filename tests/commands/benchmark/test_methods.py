@@ -1,4 +1,4 @@
-"""All contenders compute the same, and one that does not is never timed."""
+"""All methods compute the same gradient; a method that does not is never timed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metalearn import Episodes, InnerLoop, MetaGradient
-from metalearn.commands.benchmark.contenders import (
+from metalearn.commands.benchmark.methods import (
     BY_HAND,
     LEARN2LEARN,
     OURS,
@@ -23,7 +23,7 @@ from metalearn.core.functional import relative_error
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.baselines import by_hand
 from metalearn.metagrad.baselines.installed import Peer, installed_peers
-from tests.commands.benchmark.factories import draws, meta_step
+from tests.commands.benchmark.factories import tiny_batches, tiny_step
 from tests.factories import image_episodes
 from tests.metagrad.models import MODELS
 
@@ -31,24 +31,24 @@ INNER = InnerLoop(lr=0.1, steps=2)
 HAND: dict[str, Peer] = {BY_HAND: by_hand.meta_gradient}
 
 
-def test_who_takes_part() -> None:
+def test_methods_are_engines_and_peers_in_both_orders() -> None:
     found = build_methods(INNER, {**HAND, LEARN2LEARN: by_hand.meta_gradient})
     second = [(OURS, engine, True) for engine in ENGINES] + [(BY_HAND, "", True), (LEARN2LEARN, "", True)]
     first = [(OURS, "unroll", False), (BY_HAND, "", False), (LEARN2LEARN, "", False)]
     assert [(c.library, c.engine, c.second_order) for c in found] == second + first
 
 
-def test_all_agree() -> None:
+def test_methods_agree() -> None:
     peers, _ = installed_peers()
-    step = meta_step()
-    differences = check_gradients_equal(build_methods(step.inner, {**HAND, **peers}), step.module, draws())
+    step = tiny_step()
+    differences = check_gradients_equal(build_methods(step.inner, {**HAND, **peers}), step.module, tiny_batches())
     assert differences["float64"] < 1e-9
-    assert 0 < differences["float32"] < 1e-4  # 0 would mean that it was not compared in float32
+    assert 0 < differences["float32"] < 1e-4  # 0 would mean that float32 was not compared
 
 
 @pytest.mark.parametrize("second_order", [True, False])
-def test_a_wrong_meta_gradient_is_not_timed(second_order: bool) -> None:
-    step = meta_step()
+def test_check_raises_when_a_gradient_is_wrong(second_order: bool) -> None:
+    step = tiny_step()
     found = build_methods(step.inner, HAND)
     other = next(c for c in found if c.second_order != second_order)
     cheat = Method("cheat", "fast", second_order, other.step)
@@ -56,49 +56,52 @@ def test_a_wrong_meta_gradient_is_not_timed(second_order: bool) -> None:
     with pytest.raises(
         DisagreementError, match=rf"cheat fast, {order} differs from metalearn unroll, {order} by .* in float64"
     ):
-        check_gradients_equal([*found, cheat], step.module, draws())
+        check_gradients_equal([*found, cheat], step.module, tiny_batches())
 
 
-def _spoilt_in_float32(spoil: Callable[[Tensor], object], draws_spoilt: int) -> Method:
-    """Right in float64, and in float32 on all draws but the first ones."""
-    right, calls = build_methods(INNER, HAND)[0], itertools.count()
+def _wrong_in_float32(corrupt: Callable[[Tensor], object], wrong_batches: int) -> Method:
+    """Return a method that is wrong in float32 on the first batches only."""
+    correct, calls = build_methods(INNER, HAND)[0], itertools.count()
 
     def step(module: nn.Module, episodes: Episodes) -> MetaGradient:
-        result = right.step(module, episodes)
-        if episodes.query_x.dtype == torch.float32 and next(calls) < draws_spoilt:
-            spoil(next(iter(result.grads.values())))
+        result = correct.step(module, episodes)
+        if episodes.query_x.dtype == torch.float32 and next(calls) < wrong_batches:
+            corrupt(next(iter(result.grads.values())))
         return result
 
     return Method("cheat", "", True, step)
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
-def test_what_is_wrong_in_float32_alone_is_not_timed(factor: float) -> None:
-    cheat = _spoilt_in_float32(lambda g: g.mul_(factor), draws_spoilt=2)
+def test_check_raises_when_only_float32_is_wrong(factor: float) -> None:
+    cheat = _wrong_in_float32(lambda g: g.mul_(factor), wrong_batches=2)
     with pytest.raises(DisagreementError, match=r"cheat, second order in float32 is .* its own float64 gradient"):
-        check_gradients_equal([*build_methods(INNER, HAND), cheat], meta_step().module, draws())
+        check_gradients_equal([*build_methods(INNER, HAND), cheat], tiny_step().module, tiny_batches())
 
 
-def test_a_draw_that_rounding_moves_over_a_kink_is_no_fault() -> None:
-    cheat = _spoilt_in_float32(lambda g: g.mul_(1.5), draws_spoilt=1)  # of three
-    assert check_gradients_equal([*build_methods(INNER, HAND), cheat], meta_step().module, draws())["float32"] < 1e-4
+def test_check_passes_when_one_batch_is_at_a_kink() -> None:
+    cheat = _wrong_in_float32(lambda g: g.mul_(1.5), wrong_batches=1)  # of three
+    assert (
+        check_gradients_equal([*build_methods(INNER, HAND), cheat], tiny_step().module, tiny_batches())["float32"]
+        < 1e-4
+    )
 
 
-def test_what_is_not_a_number_in_float64_is_not_timed() -> None:
-    def nowhere(module: nn.Module, episodes: Episodes) -> MetaGradient:
+def test_check_raises_when_float64_is_nan() -> None:
+    def nan_step(module: nn.Module, episodes: Episodes) -> MetaGradient:
         result = build_methods(INNER, HAND)[0].step(module, episodes)
         next(iter(result.grads.values())).fill_(float("nan"))
         return result
 
     with pytest.raises(DisagreementError, match=r"cheat, second order differs from .* by inf in float64"):
         check_gradients_equal(
-            [*build_methods(INNER, HAND), Method("cheat", "", True, nowhere)], meta_step().module, draws()
+            [*build_methods(INNER, HAND), Method("cheat", "", True, nan_step)], tiny_step().module, tiny_batches()
         )
 
 
 @pytest.mark.parametrize("second_order", [True, False])
 @pytest.mark.parametrize("steps", [0, 2])
-def test_the_hand_written_loop_equals_the_engines_and_leaves_the_module_alone(second_order: bool, steps: int) -> None:
+def test_hand_written_loop_equals_engines_and_keeps_the_module(second_order: bool, steps: int) -> None:
     module = MODELS["mlp"]().double()
     frozen = next(iter(module.parameters())).requires_grad_(False)
     episodes = image_episodes()
