@@ -25,7 +25,7 @@ from metalearn.inner.batch_norm_statistics import (
     with_fixed_statistics,
 )
 from metalearn.models import MLP, ContextConv4, Conv4
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 
 INNER = InnerLoop(0.1, 3)
 

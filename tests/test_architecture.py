@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import metalearn
-from tests.conftest import REPO
+from tests.paths import REPO
 
 MATHEMATICS = {"core", "models", "data", "derivatives", "inner", "metagrad"}
 MAY_IMPORT: dict[str, set[str]] = {

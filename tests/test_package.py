@@ -19,7 +19,7 @@ from metalearn.commands.reproduce.plan import check_reproduce
 from metalearn.config.commands_schema import ReproduceConfig
 from metalearn.config.compose import compose, to_dataclass, user_conf_dir
 from metalearn.core.errors import ConfigError
-from tests.conftest import REPO
+from tests.paths import REPO
 
 SMALL = ["data=glyphs", "data.classes=50", "model.width=8", "task.meta_batch=4", "outer.iterations=2", "eval.every=2"]
 SMALL += ["eval.validation_episodes=4", "eval.episodes=8"]

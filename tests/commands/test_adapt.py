@@ -36,9 +36,6 @@ DRAWINGS = 255 - make_glyphs(classes=7, drawings=4, seed=9)[:, :, 0]  # dark ink
 NAMES = ["=cmd()", "[b]", "c c", "d", "é", "f", "g"]
 
 
-pytestmark = pytest.mark.usefixtures("cache_of_the_module")
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return untrained(tmp_path_factory.mktemp("runs") / "maml")

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.commands.test_commands import command, environment_of_its_own
-from tests.conftest import REPO
+from tests.paths import REPO
 
 SMALL = [
     "data=glyphs",

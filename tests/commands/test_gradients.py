@@ -25,7 +25,7 @@ from metalearn.config.validation import validate_gradients_config
 from metalearn.core.errors import ConfigError
 from metalearn.lessons import LESSONS, Check, Lesson, create_graph
 from tests.commands.test_commands import command
-from tests.conftest import REPO
+from tests.paths import REPO
 
 
 def right() -> Lesson:

@@ -6,7 +6,7 @@ import pytest
 
 from metalearn.commands.reproduce.run import README, REFERENCE
 from metalearn.commands.reproduce.table import BEGIN, between_markers, read_rows, readme_table
-from tests.conftest import REPO
+from tests.paths import REPO
 
 
 def test_readme_table_equals_committed_results() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from metalearn.commands.shell import invocation
-from tests.conftest import REPO
+from tests.paths import REPO
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from metalearn.metagrad import ENGINES, Engine
 from metalearn.metagrad.baselines.common import PEERS, installed_peers
 from metalearn.metagrad.unroll import unroll
 from tests.commands.test_commands import command
-from tests.conftest import REPO
+from tests.paths import REPO
 
 MLP_ONLY = tuple(model for model in MODEL_CASES if model.name == "mlp")
 CPU = torch.device("cpu")

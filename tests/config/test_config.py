@@ -24,7 +24,7 @@ from metalearn.data import metadata as catalog
 from metalearn.data.glyphs import make_glyphs
 from metalearn.metagrad import ENGINES
 from metalearn.models import MLP, Conv4
-from tests.conftest import REPO
+from tests.paths import REPO
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 OMNIGLOT_EXPERIMENTS = [name for name in EXPERIMENTS if name.startswith("omniglot") and "maml_pp" not in name]

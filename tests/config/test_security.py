@@ -18,7 +18,7 @@ from metalearn.config.compose import compose
 from metalearn.config.overrides import requested_jobs
 from metalearn.core import serialization as files
 from metalearn.core.errors import ConfigError
-from tests.conftest import REPO
+from tests.paths import REPO
 
 SOURCES = sorted([*(REPO / "metalearn").rglob("*.py"), *(REPO / "scripts").glob("*.py")])
 UNSAFE_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "code", "ctypes", "pty"}

@@ -8,7 +8,7 @@ from torch import nn
 from metalearn import Episodes, InnerLoop, functionalize, meta_gradient
 from metalearn.core.profiling.memory import PeakTensorMemory
 from metalearn.models import Conv4
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 
 
 def test_peak_counts_live_tensors() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from metalearn import Episodes
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 
 X, Y = torch.zeros(2, 5, 3), torch.zeros(2, 5).long()
 

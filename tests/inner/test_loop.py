@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from metalearn import InnerLoop, adapt, functionalize
 from metalearn.models import Conv4
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 
 
 def test_adapt_equals_sgd_on_each_task() -> None:

@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from metalearn import InnerLoop, adapt, functionalize, predict
 from metalearn.inner import Adam, Momentum, PrototypeHead, ZeroContext
 from metalearn.models import MLP, Conv4
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 from tests.metagrad.settings import vectors
 
 RULES: dict[str, tuple[dict[str, Any], Callable[[Iterable[Tensor]], torch.optim.Optimizer]]] = {

@@ -18,7 +18,7 @@ from metalearn.derivatives.hvp import value_and_hvp
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.adjoint import _warn_once, adjoint
 from metalearn.models import Conv4
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 from tests.metagrad.models import MODELS
 
 OTHERS = [engine for engine in ENGINES if engine != "unroll"]

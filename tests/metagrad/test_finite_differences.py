@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from metalearn import InnerLoop, Params, adapt, functionalize, meta_gradient
 from metalearn.inner import task_losses
 from metalearn.metagrad import ENGINES
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 from tests.metagrad.models import MODELS
 
 

@@ -12,7 +12,7 @@ from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gr
 from metalearn.core.functional import grad_of, relative_error
 from metalearn.metagrad import ENGINES
 from metalearn.models import Conv4
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 from tests.metagrad.models import MODELS
 
 

@@ -16,7 +16,7 @@ from metalearn.core.functional import relative_error
 from metalearn.inner import ZeroContext, adapt
 from metalearn.metagrad import ENGINES
 from metalearn.models import ContextConv4, ContextMLP, Conv4
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 
 CONTEXT = frozenset({"context"})
 

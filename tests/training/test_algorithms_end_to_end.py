@@ -27,8 +27,8 @@ from metalearn.training.checkpoints import load_best
 from metalearn.training.evaluation import ACCURACY, MSE
 from metalearn.training.experiment import Experiment, build_experiment
 from metalearn.training.tracking.event_files import read_scalars
-from tests.faults.processes import state_of
-from tests.faults.runs import bits
+from tests.faults.processes import load_state
+from tests.faults.runs import tensors_to_bytes
 from tests.training.run_folders import run, run_interrupted
 
 TINY = [
@@ -60,7 +60,9 @@ def test_maml_pp_resumes_bitwise_equal(tmp_path: Path) -> None:
     run(tmp_path / "whole", *tiny("maml_pp"))
     run_interrupted(tmp_path / "halves", 3, *tiny("maml_pp"))
     run(tmp_path / "halves", *tiny("maml_pp"), "run.resume=true")
-    assert bits(state_of(tmp_path / "whole")["state"]) == bits(state_of(tmp_path / "halves")["state"])
+    assert tensors_to_bytes(load_state(tmp_path / "whole")["state"]) == tensors_to_bytes(
+        load_state(tmp_path / "halves")["state"]
+    )
 
 
 def test_maml_pp_anneals_and_tracks_statistics(tmp_path: Path) -> None:

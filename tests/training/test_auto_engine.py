@@ -17,7 +17,7 @@ from metalearn.core.profiling.memory import MIB, MemoryLimitError, peak_bytes
 from metalearn.metagrad import ENGINES
 from metalearn.models import MLP
 from metalearn.training.auto_engine import MetaStepProblem, choose_engine
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 
 AUTO = InnerLoop(lr=0.1, steps=5, engine="auto")
 CPU = torch.device("cpu")

@@ -32,7 +32,7 @@ from metalearn.training.evaluate_run import evaluate_distributed
 from metalearn.training.evaluation import Evaluation
 from metalearn.training.state import BestCheckpoint, TrainState, learning_rate
 from metalearn.training.step import MetaUpdate, apply_update
-from tests.faults.processes import state_of
+from tests.faults.processes import load_state
 from tests.faults.runs import SMALL
 from tests.training.run_folders import run
 
@@ -190,7 +190,7 @@ def test_meta_step_time_excludes_validation(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(loop, "evaluate_distributed", slow)
     run(tmp_path / "run", *AT_VALIDATIONS, "outer.iterations=2", "eval.every=2")
-    assert state_of(tmp_path / "run")["meter"]["window"]["passed_s"] < 0.25
+    assert load_state(tmp_path / "run")["meter"]["window"]["passed_s"] < 0.25
 
 
 def test_digests_without_a_state_are_removed(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from metalearn.data.sampler import EpisodeSampler, TaskShape
 from metalearn.inner import predict
 from metalearn.models import MLP, Conv4
 from metalearn.training.evaluation import MeanCI, accuracy, evaluate, predict_nontransductive
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 
 
 def sampler() -> EpisodeSampler:

@@ -37,8 +37,8 @@ from metalearn.training.step import MetaUpdate, compute_update, local_tasks
 from metalearn.training.tracking.event_files import read_scalars
 from metalearn.training.tracking.meter import Meter
 from metalearn.training.trainer import train
-from tests.faults.processes import state_of
-from tests.faults.runs import SMALL, bits, timeless
+from tests.faults.processes import load_state
+from tests.faults.runs import SMALL, metrics_without_times, tensors_to_bytes
 
 
 def config(*more: str) -> TrainConfig:
@@ -61,12 +61,12 @@ def test_skipped_meta_steps_are_counted_and_change_nothing(
     poison(range(3, 6), monkeypatch)
     with caplog.at_level(logging.WARNING):
         train(config("run.on_nonfinite=skip"), tmp_path)
-    assert timeless(tmp_path)["iterations.skipped"] == 3
-    assert timeless(tmp_path)["iterations"] == 24
+    assert metrics_without_times(tmp_path)["iterations.skipped"] == 3
+    assert metrics_without_times(tmp_path)["iterations"] == 24
     assert {(p.step, p.value) for p in read_scalars(tmp_path)["train/skipped"]} >= {(n, 3.0) for n in range(6, 25, 3)}
     assert "Meta-step 4 is skipped: the query loss of task 1 is nan" in caplog.text
     assert sorted(p.name for p in (tmp_path / FOLDER).glob("*.pt")) == [f"meta-step-{n:08}.pt" for n in (4, 5, 6)]
-    assert state_of(tmp_path)["state"]["optimizer"]["state"][0]["step"] == 21
+    assert load_state(tmp_path)["state"]["optimizer"]["state"][0]["step"] == 21
 
 
 def test_nonfinite_diagnostics_do_not_stop_the_training(
@@ -203,7 +203,7 @@ def test_out_of_memory_in_a_meta_step_saves_the_state(tmp_path: Path, monkeypatc
     monkeypatch.setattr(loop, "compute_update", too_much)
     with pytest.raises(RunError, match=r"(?s)Out of memory.*inner\.task_chunk=1.*checkpoint of meta-step 11 is kept"):
         train(config(), tmp_path)
-    assert state_of(tmp_path)["state"]["iteration"] == 11
+    assert load_state(tmp_path)["state"]["iteration"] == 11
 
 
 def test_inconsistent_state_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,9 +249,9 @@ def test_deferred_checks_give_the_same_run(tmp_path: Path, monkeypatch: pytest.M
     train(settings, tmp_path / "at once")
     monkeypatch.setattr(step, "defers_loss_checks", lambda device: True)
     train(settings, tmp_path / "deferred")
-    assert timeless(tmp_path / "deferred") == timeless(tmp_path / "at once")
-    ours, theirs = (state_of(tmp_path / name)["state"] for name in ("deferred", "at once"))
-    assert bits(ours) == bits(theirs)
+    assert metrics_without_times(tmp_path / "deferred") == metrics_without_times(tmp_path / "at once")
+    ours, theirs = (load_state(tmp_path / name)["state"] for name in ("deferred", "at once"))
+    assert tensors_to_bytes(ours) == tensors_to_bytes(theirs)
     assert len(list((tmp_path / "deferred" / FOLDER).glob("*.pt"))) == 3
 
 

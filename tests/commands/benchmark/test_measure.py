@@ -16,7 +16,7 @@ from metalearn.core.profiling.timing import quartiles, ratios, seconds, time_int
 from metalearn.metagrad.baselines import by_hand
 from metalearn.models import MLP, Conv4
 from tests.commands.benchmark.factories import CPU, tiny_step
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 
 HAND = {BY_HAND: by_hand.meta_gradient}
 

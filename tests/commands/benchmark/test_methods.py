@@ -24,7 +24,7 @@ from metalearn.metagrad import ENGINES
 from metalearn.metagrad.baselines import by_hand
 from metalearn.metagrad.baselines.common import Peer, installed_peers
 from tests.commands.benchmark.factories import tiny_batches, tiny_step
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 from tests.metagrad.models import MODELS
 
 INNER = InnerLoop(lr=0.1, steps=2)

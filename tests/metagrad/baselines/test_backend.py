@@ -17,7 +17,7 @@ from metalearn.core.functional import relative_error
 from metalearn.inner import Adam, with_learned_lrs
 from metalearn.metagrad.baselines.backend import BACKENDS, backend
 from metalearn.metagrad.baselines.common import UnsupportedSettingError
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 from tests.metagrad.baselines.libraries import LIBRARIES, assert_equal, load_library, mlp, smooth
 from tests.metagrad.settings import vectors
 

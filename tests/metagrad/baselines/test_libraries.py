@@ -13,7 +13,7 @@ from metalearn.core.functional import relative_error
 from metalearn.inner import lr_key, with_learned_lrs
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.baselines.common import Peer, UnsupportedSettingError
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 from tests.metagrad.baselines.libraries import LIBRARIES, load_library
 from tests.metagrad.models import MODELS
 

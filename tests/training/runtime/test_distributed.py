@@ -30,9 +30,9 @@ from metalearn.training.runtime.distributed import DistributedContext
 from metalearn.training.step import local_tasks
 from metalearn.training.tracking.event_files import read_scalars
 from metalearn.training.trainer import check_same_config
-from tests.conftest import REPO
-from tests.faults.processes import finished, output, start, state_of
-from tests.faults.runs import RUN, SMALL, assert_curves, timeless, whole
+from tests.faults.processes import load_state, read_output, start_training, wait_for_exit
+from tests.faults.runs import RUN, SMALL, assert_steps_increase, metrics_without_times
+from tests.paths import REPO
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -106,7 +106,7 @@ def train_together(
     """Train with several processes, ``before`` called in the last; each writes its output into its own folder."""
     port = free_port()
     processes = [
-        start(
+        start_training(
             [*SMALL, f"hydra.run.dir={folder / RUN}", *more],
             folder / str(rank),
             environment=environment(rank, size, port),
@@ -114,14 +114,14 @@ def train_together(
         )
         for rank in range(size)
     ]
-    found = tuple(finished(process) for process in processes)
-    assert found == (codes or (0,) * size), "\n".join(output(folder / str(rank)) for rank in range(size))
+    found = tuple(wait_for_exit(process) for process in processes)
+    assert found == (codes or (0,) * size), "\n".join(read_output(folder / str(rank)) for rank in range(size))
     return folder / RUN
 
 
 def gradient_of_the_first_step(run_dir: Path) -> dict[int, Tensor]:
     """Return ten times Adam's first moment after one meta-step, which is the meta-gradient."""
-    moments = state_of(run_dir)["state"]["optimizer"]["state"]
+    moments = load_state(run_dir)["state"]["optimizer"]["state"]
     return {i: 10 * m["exp_avg"] for i, m in moments.items()}
 
 
@@ -145,17 +145,19 @@ def test_two_processes_compute_the_gradient_of_one(tmp_path: Path) -> None:
 
 def test_only_the_main_process_writes(by_two: Path) -> None:
     assert {p.name for p in (by_two.parent / "1").iterdir()} == {"output.txt"}
-    assert output(by_two.parent / "1") == ""
-    assert_curves(by_two)
-    assert timeless(by_two)["processes"] == 2
-    assert timeless(by_two)["iterations"] == 24
+    assert read_output(by_two.parent / "1") == ""
+    assert_steps_increase(by_two)
+    assert metrics_without_times(by_two)["processes"] == 2
+    assert metrics_without_times(by_two)["iterations"] == 24
 
 
-def test_two_processes_end_where_one_does(by_two: Path, tmp_path: Path) -> None:
-    ours, theirs = state_of(by_two)["state"], state_of(whole(tmp_path))["state"]
+def test_two_processes_end_where_one_does(by_two: Path, uninterrupted_run: Path) -> None:
+    ours, theirs = load_state(by_two)["state"], load_state(uninterrupted_run)["state"]
     for name, p in theirs["params"].items():
         torch.testing.assert_close(ours["params"][name], p, rtol=1e-3, atol=1e-4)
-    assert timeless(by_two)["test.accuracy"] == pytest.approx(timeless(whole(tmp_path))["test.accuracy"])
+    assert metrics_without_times(by_two)["test.accuracy"] == pytest.approx(
+        metrics_without_times(uninterrupted_run)["test.accuracy"]
+    )
 
 
 def signal_itself_at(iteration: int) -> None:
@@ -173,8 +175,8 @@ def signal_itself_at(iteration: int) -> None:
 
 def test_all_processes_stop_after_the_same_meta_step(tmp_path: Path) -> None:
     run_dir = train_together(2, tmp_path, before=partial(signal_itself_at, 4), codes=(143, 143))
-    assert state_of(run_dir)["state"]["iteration"] == 5
-    assert "checkpoint of meta-step 5 is kept" in " ".join(output(tmp_path / "0").split())
+    assert load_state(run_dir)["state"]["iteration"] == 5
+    assert "checkpoint of meta-step 5 is kept" in " ".join(read_output(tmp_path / "0").split())
 
 
 def save_slowly() -> None:
@@ -193,17 +195,19 @@ def test_workers_wait_for_the_main_process_to_save(tmp_path: Path) -> None:
     port = free_port()
     every_60_s = [o for o in SMALL if not o.startswith("run.checkpoint")] + ["run.checkpoint_seconds=60"]
     more = ["outer.iterations=100000", "eval.every=100000", "log.every=1", f"hydra.run.dir={tmp_path / RUN}"]
-    first = start([*every_60_s, *more], tmp_path / "0", environment=environment(0, 2, port), before=save_slowly)
-    second = start([*every_60_s, *more], tmp_path / "1", environment=environment(1, 2, port))
+    first = start_training(
+        [*every_60_s, *more], tmp_path / "0", environment=environment(0, 2, port), before=save_slowly
+    )
+    second = start_training([*every_60_s, *more], tmp_path / "1", environment=environment(1, 2, port))
     until = time.monotonic() + 60
     while sum(p.stat().st_size for p in (tmp_path / RUN).glob("events*")) < 20_000:  # some ten meta-steps
         assert time.monotonic() < until
         time.sleep(0.05)
     for process in (first, second):
         os.kill(process.pid or 0, signal.SIGTERM)
-    assert finished(second) == 143, output(tmp_path / "1")
-    assert state_of(tmp_path / RUN)["state"]["iteration"] > 0, "it was saved before the second ended"
-    assert finished(first) == 143, output(tmp_path / "0")
+    assert wait_for_exit(second) == 143, read_output(tmp_path / "1")
+    assert load_state(tmp_path / RUN)["state"]["iteration"] > 0, "it was saved before the second ended"
+    assert wait_for_exit(first) == 143, read_output(tmp_path / "0")
 
 
 def signal_itself_and_meet_a_nan() -> None:
@@ -216,7 +220,7 @@ def test_skipped_meta_step_still_shares_the_stop_request(tmp_path: Path) -> None
     run_dir = train_together(
         2, tmp_path, "run.on_nonfinite=skip", before=signal_itself_and_meet_a_nan, codes=(143, 143)
     )
-    assert state_of(run_dir)["state"]["iteration"] == 3
+    assert load_state(run_dir)["state"]["iteration"] == 3
 
 
 def test_check_same_config_raises_for_other_data() -> None:
@@ -243,40 +247,41 @@ def meet_a_nan() -> None:
 
 def test_nan_of_one_process_stops_all(tmp_path: Path) -> None:
     run_dir = train_together(2, tmp_path, before=meet_a_nan, codes=(2, 2))
-    assert "another process has found a loss or a gradient" in " ".join(output(tmp_path / "0").split())
-    assert "[process 1] DivergedError: Training has diverged at meta-step 3: the query loss of task 1" in output(
+    assert "another process has found a loss or a gradient" in " ".join(read_output(tmp_path / "0").split())
+    assert "[process 1] DivergedError: Training has diverged at meta-step 3: the query loss of task 1" in read_output(
         tmp_path / "1"
     )
-    assert state_of(run_dir)["state"]["iteration"] == 2
+    assert load_state(run_dir)["state"]["iteration"] == 2
 
 
 def test_nan_of_one_process_is_skipped_by_all(tmp_path: Path) -> None:
     run_dir = train_together(2, tmp_path, "run.on_nonfinite=skip", before=meet_a_nan)
-    assert timeless(run_dir)["iterations.skipped"] == 1
+    assert metrics_without_times(run_dir)["iterations.skipped"] == 1
 
 
-def test_init_from_is_read_by_the_main_process(tmp_path: Path) -> None:
-    source = whole(tmp_path / "source")
-    run_dir = train_together(2, tmp_path, f"run.init_from={source}", "outer.iterations=8")
+def test_init_from_is_read_by_the_main_process(tmp_path: Path, uninterrupted_run: Path) -> None:
+    run_dir = train_together(2, tmp_path, f"run.init_from={uninterrupted_run}", "outer.iterations=8")
     (first, *_) = read_scalars(run_dir)["validation/accuracy"]
     assert first.step == 0
-    assert first.value == pytest.approx(timeless(source)["validation.best_accuracy"]), "on the same tasks"
-    alone = train_together(1, tmp_path / "alone", f"run.init_from={source}", "outer.iterations=8")
-    for name, p in state_of(alone)["state"]["params"].items():
-        torch.testing.assert_close(state_of(run_dir)["state"]["params"][name], p, rtol=1e-3, atol=1e-4)
+    assert first.value == pytest.approx(metrics_without_times(uninterrupted_run)["validation.best_accuracy"]), (
+        "on the same tasks"
+    )
+    alone = train_together(1, tmp_path / "alone", f"run.init_from={uninterrupted_run}", "outer.iterations=8")
+    for name, p in load_state(alone)["state"]["params"].items():
+        torch.testing.assert_close(load_state(run_dir)["state"]["params"][name], p, rtol=1e-3, atol=1e-4)
 
 
 def test_more_processes_than_tasks_raise(tmp_path: Path) -> None:
     port = free_port()
-    process = start(
+    process = start_training(
         [*SMALL, "task.meta_batch=1", f"hydra.run.dir={RUN}"], tmp_path, environment=environment(0, 2, port)
     )
-    other = start([*SMALL, "task.meta_batch=1"], tmp_path / "1", environment=environment(1, 2, port))
-    assert (finished(process), finished(other)) == (2, 2)
-    assert "task.meta_batch=1: 2 processes share these tasks" in output(tmp_path)
+    other = start_training([*SMALL, "task.meta_batch=1"], tmp_path / "1", environment=environment(1, 2, port))
+    assert (wait_for_exit(process), wait_for_exit(other)) == (2, 2)
+    assert "task.meta_batch=1: 2 processes share these tasks" in read_output(tmp_path)
 
 
 def test_multirun_with_torchrun_raises(tmp_path: Path) -> None:
-    process = start(["--multirun", *SMALL], tmp_path, environment=environment(0, 2, 1))
-    assert finished(process) == 2
-    assert "without --multirun" in output(tmp_path)
+    process = start_training(["--multirun", *SMALL], tmp_path, environment=environment(0, 2, 1))
+    assert wait_for_exit(process) == 2
+    assert "without --multirun" in read_output(tmp_path)

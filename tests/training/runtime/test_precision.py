@@ -25,7 +25,7 @@ from metalearn.training.runtime.precision import (
     check_tf32_available,
     precision_context,
 )
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 from tests.metagrad.models import MODELS
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from metalearn.training.tracking.images import _CORRECT_COLOUR, _WRONG_COLOUR, draw_tasks
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 
 
 def count(picture: np.ndarray, colour: tuple[int, int, int]) -> int:  # type: ignore[type-arg]

@@ -1,32 +1,45 @@
-"""Random overrides and experiment files: sensible ones, ones that mean something to Hydra or YAML, and any."""
+"""Random overrides and experiment files: the values that they ask for, or an error that says where the mistake is."""
 
 from __future__ import annotations
 
+import re
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
 import yaml
 from hypothesis import strategies as st
 
+from metalearn.config.compose import compose, to_dataclass
+from metalearn.config.run_config import resolve_data
+from metalearn.config.schema import TrainConfig
+from metalearn.config.validation import iter_fields, validate_train_config
+from metalearn.core.errors import ConfigError
+from metalearn.data import metadata as catalog
+from tests.faults.cases import cases, check_random_cases
 
-def _words(text: str) -> list[str]:
+
+def words(text: str) -> list[str]:
     return text.split()
 
 
-KEYS = _words("""
+KEYS = words("""
 task task.ways task.shots task.queries inner inner.lr inner.steps inner.second_order inner.engine inner.task_chunk
 outer outer.lr outer.schedule outer.clip_norm eval eval.queries eval.episodes data data.name data.root data.fallback
 data.split data.rotations data.classes data.jitter model model.name model.width model.hidden model.batch_norm algorithm
 run run.seed run.device run.resume run.precision run.memory_limit log log.every log.images experiment
 inner.second_ordr nope inner.lr.deep
 """)
-RIGHT = _words("""
+RIGHT = words("""
 task.ways=20 task.shots=5 inner.lr=0.1 inner.steps=0 inner.second_order=false inner.engine=adjoint run.seed=7
 inner.task_chunk=2 outer.clip_norm=10 outer.schedule=constant eval.queries=1 run.device=cpu run.precision=bfloat16
 log.images=false log.every=1
 """)
-"""Overrides that are right, together as well."""
-VALUES = _words(r"""
+"""Valid overrides, also all together."""
+VALUES = words(r"""
 0 1 5 -1 1.5 1e400 1e-400 nan -inf 999999999999999999999999999999 0x1F 1_000 007 1e3 +5 true maybe null ??? '' ""
 ' " auto '~nobody_by_this_name/x' / . /etc/passwd/x omniglot glyphs conv4 mlp maml omniglot_5way_1shot ünï 日本 😀 \ a=b
 a:b # @ %s { } [ ] ( $ ${ ~ * &a [1,2] [] [[1]] [a,1] {a:1} {} {1:2} 1,2 choice(1,2) range(1,3) glob(*) int(x)
@@ -34,7 +47,7 @@ ${task.ways} ${task.shots} ${nope} ${inner} ${oc.env:HOME} ${oc.env:NOT_SET_ANYW
 ${nope:1} ${oc.decode:'['} ${.} ${..} ${a${b}}
 """)
 VALUES += ["", "a b", "a\nb", "\t", "\0", "\udc80", "x" * 300, "!!int x"]
-ODD_FORMS = _words("""
+ODD_FORMS = words("""
 +{k}={v} ++{k}={v} ~{k} ~{k}={v} {k} {k}= {k}={v}={v} {k}@x={v} {k}.a={v} {k}[0]={v} {k}:{v} --{k}={v}
 +{k}@_global_={v} {k}='{v}'
 """)
@@ -74,36 +87,36 @@ FILES = [
 
 @dataclass(frozen=True)
 class Case:
-    """Overrides, and what ``experiment/mine.yaml`` holds if there is one, which they name then."""
+    """Overrides, and the bytes of ``experiment/mine.yaml`` if they name it."""
 
     overrides: tuple[str, ...]
     file: bytes | None
 
 
-def _values() -> st.SearchStrategy[str]:
+def values() -> st.SearchStrategy[str]:
     some = st.sampled_from(VALUES)
     return st.one_of(some, some, some, st.integers().map(str), st.floats().map(str), st.text(max_size=20))
 
 
-def _overrides() -> st.SearchStrategy[str]:
+def overrides() -> st.SearchStrategy[str]:
     return st.builds(
         lambda key, form, value: form.replace("{k}", key).replace("{v}", value),
         st.sampled_from(KEYS),
         st.sampled_from(["{k}={v}"] * 10 + ODD_FORMS),
-        _values(),
+        values(),
     )
 
 
-def _files() -> st.SearchStrategy[bytes]:
+def files() -> st.SearchStrategy[bytes]:
     scalar = st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(), st.dates(), st.binary(max_size=4), _values()
+        st.none(), st.booleans(), st.integers(), st.floats(), st.dates(), st.binary(max_size=4), values()
     )
     node = st.recursive(
         scalar,
         lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(st.text(max_size=3), inner, max_size=2)),
         max_leaves=4,
     )
-    tree = st.lists(st.tuples(st.sampled_from(KEYS), node), min_size=1, max_size=3).map(_tree)
+    tree = st.lists(st.tuples(st.sampled_from(KEYS), node), min_size=1, max_size=3).map(nested)
     dumped = st.one_of(tree, tree, tree, node).map(lambda content: yaml.dump(content, allow_unicode=True))
     body = st.one_of(dumped, dumped, dumped, st.sampled_from(FILES))
     text = st.builds(lambda head, body: (head + body).encode(errors="surrogateescape"), st.sampled_from(HEADS), body)
@@ -111,7 +124,7 @@ def _files() -> st.SearchStrategy[bytes]:
     return st.sampled_from([text] * 9 + [other]).flatmap(lambda kind: kind)
 
 
-def _tree(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def nested(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for key, value in pairs:
         section, _, name = key.partition(".")
@@ -120,15 +133,67 @@ def _tree(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
-def cases() -> st.SearchStrategy[Case]:
-    """Overrides that are right but for some, and sometimes with a file of one's own."""
-    right, any_ = st.sampled_from(RIGHT), _overrides()
+def configs() -> st.SearchStrategy[Case]:
+    """Mostly valid overrides with a few random ones, sometimes with an experiment file."""
+    right, random = st.sampled_from(RIGHT), overrides()
     some = st.one_of(
-        st.lists(st.sampled_from([right] * 9 + [any_]).flatmap(lambda kind: kind), min_size=1, max_size=4),
-        st.lists(any_, min_size=1, max_size=2),
+        st.lists(st.sampled_from([right] * 9 + [random]).flatmap(lambda kind: kind), min_size=1, max_size=4),
+        st.lists(random, min_size=1, max_size=2),
     )
     return st.builds(
         lambda overrides, file: Case((*overrides, *(["experiment=mine"] if file is not None else [])), file),
         some,
-        st.one_of(st.none(), st.none(), _files()),
+        st.one_of(st.none(), st.none(), files()),
     )
+
+
+def check_config(case: Case, folder: Path) -> None:
+    """Compose and check: valid values of the right types, or a ``ConfigError`` that names a key or the file."""
+    shutil.rmtree(folder / "experiment", ignore_errors=True)
+    if case.file is not None:
+        (folder / "experiment").mkdir()
+        (folder / "experiment" / "mine.yaml").write_bytes(case.file)
+    try:
+        with mock.patch.object(catalog, "_reachable", return_value=False):
+            composed = compose("train", case.overrides, str(folder) if case.file is not None else None)
+            config = to_dataclass(composed, TrainConfig)
+            validate_train_config(config)
+            resolve_data(config)
+    except ConfigError as error:
+        assert_names_a_key(str(error), case)
+        return
+    right = dict(override.split("=") for override in case.overrides if override in RIGHT)
+    for name, value, _, kind in iter_fields(config):
+        assert has_type(value, kind), f"{name}={value!r} is no {kind}"
+        if name in right and set(case.overrides) <= set(RIGHT):
+            assert value == yaml.safe_load(right[name]), f"{name}={value!r}, and {right[name]} was asked for"
+
+
+def assert_names_a_key(message: str, case: Case) -> None:
+    keys = {key for key in KEYS if any(key in override for override in case.overrides)}
+    if case.file is not None:
+        keys |= {"mine", "YAML", *KEYS}
+    parts = {part for key in keys for part in (key, key.partition(".")[0], key.rpartition(".")[2])}
+    if not any(part in message for part in parts) and not (case.file and re.match(r"\S+[=:]", message)):
+        raise AssertionError(f"{message}\nnames none of {sorted(parts)}")
+
+
+def has_type(value: Any, kind: Any) -> bool:
+    if kind == bool | str:
+        return isinstance(value, (bool, str))
+    for base in (bool, int, float, str):
+        if kind == base | None and value is None:
+            return True
+        if kind in (base, base | None):
+            return type(value) is base
+    return isinstance(value, list) and all(has_type(v, kind.__args__[0]) for v in value)
+
+
+@pytest.mark.fault(
+    "overrides and experiment files at random",
+    "what was asked for, of the right types, or a `ConfigError` that names the key or the file",
+    cases=20,
+)
+@pytest.mark.parametrize("number", cases(range(15), quick=[0]))
+def test_random_configs(number: int, tmp_path: Path) -> None:
+    check_random_cases(configs(), lambda case: check_config(case, tmp_path), n=20, number=number)

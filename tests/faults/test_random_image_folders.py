@@ -1,4 +1,4 @@
-"""A folder of drawings with random damage: the tensor of the undamaged one, or a ``DataError`` that names the place."""
+"""A folder of drawings with random damage: the images of the intact one, or a ``DataError`` that names the folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import struct
-import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,50 +15,50 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor
 
 from metalearn.core.errors import DataError
 from metalearn.data import omniglot
 from tests.data.conftest import make_root, stand_in
+from tests.faults.cases import cases, check_random_cases
 
 Damage = Callable[[Path, int], object]
-"""What is done to one path, with a number at random."""
+"""``damage(path, n)`` damages one path in a way that depends on the number."""
 
 
-def _flip(file: Path, n: int) -> None:
+def flip_bit(file: Path, n: int) -> None:
     data = bytearray(file.read_bytes())
     data[n // 8 % len(data)] ^= 1 << n % 8
     file.write_bytes(data)
 
 
-def _header(file: Path, n: int) -> None:
-    """Another width and height, of up to 2^31, with a checksum that is right."""
+def change_size_in_header(file: Path, n: int) -> None:
+    """Write another width and height, up to 2^31, with a valid checksum."""
     data = bytearray(file.read_bytes())
     data[16:24] = struct.pack(">II", *(((1, 20_000), (9_000, 12_000), (2**31 - 1, 2**31 - 1), (0, 0))[n % 4]))
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     file.write_bytes(data)
 
 
-def _linked(to: str) -> Damage:
+def replace_by_link(to: str) -> Damage:
     def damage(path: Path, n: int) -> None:
         target = path.parent / to if to else path
-        _remove(path, n)
+        remove(path, n)
         path.symlink_to(target)
 
     return damage
 
 
-def _moved_and_linked(path: Path, n: int) -> None:
+def move_and_link(path: Path, n: int) -> None:
     elsewhere = path.with_name(".moved")
     path.rename(elsewhere)
     path.symlink_to(elsewhere)
 
 
-def _remove(path: Path, n: int) -> None:
+def remove(path: Path, n: int) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _exchanged(path: Path, n: int) -> None:
+def exchange(path: Path, n: int) -> None:
     path.lstat()  # there must be one
     others = sorted(other for other in path.parent.iterdir() if other.is_dir() == path.is_dir())
     other, aside = others[n % len(others)], path.with_name("aside")
@@ -69,7 +68,7 @@ def _exchanged(path: Path, n: int) -> None:
         aside.rename(other)
 
 
-def _converted(mode: str) -> Damage:
+def convert(mode: str) -> Damage:
     def damage(file: Path, n: int) -> None:
         with Image.open(file) as image:
             other = image.convert(mode)
@@ -78,19 +77,19 @@ def _converted(mode: str) -> Damage:
     return damage
 
 
-def _as_folder(file: Path, n: int) -> None:
+def replace_by_folder(file: Path, n: int) -> None:
     file.unlink()
     file.mkdir()
 
 
-def _as_pipe(file: Path, n: int) -> None:
+def replace_by_pipe(file: Path, n: int) -> None:
     file.unlink()
     os.mkfifo(file)
 
 
-def _copied(path: Path, n: int) -> None:
-    copy = path.with_name(NAMES[n % len(NAMES)])
-    shutil.copytree(path, copy) if path.is_dir() else shutil.copy2(path, copy)
+def copy(path: Path, n: int) -> None:
+    target = path.with_name(NAMES[n % len(NAMES)])
+    shutil.copytree(path, target) if path.is_dir() else shutil.copy2(path, target)
 
 
 NAMES = [
@@ -106,30 +105,30 @@ NAMES = [
     "n" * 250,
 ]
 OF_FILES: dict[str, Damage] = {
-    "flipped": _flip,
+    "flipped": flip_bit,
     "shortened": lambda file, n: file.write_bytes(file.read_bytes()[: n % 200]),
     "noise": lambda file, n: file.write_bytes(random.Random(n).randbytes(n % 500)),
     "text": lambda file, n: file.write_text("<html>404</html>\n"),
     "longer": lambda file, n: file.write_bytes(file.read_bytes() + b"\0" * (n % 99)),
-    "another header": _header,
+    "another header": change_size_in_header,
     "another size": lambda file, n: Image.new("1", (n % 300 + 1, 105)).save(file),
     "empty drawing": lambda file, n: Image.new("1", (105, 105)).save(file),
     "a JPEG": lambda file, n: Image.new("L", (105, 105)).save(file, format="JPEG"),
-    "grey": _converted("L"),
-    "coloured": _converted("RGBA"),
-    "palette": _converted("P"),
-    "a folder": _as_folder,
-    "a pipe": _as_pipe,
+    "grey": convert("L"),
+    "coloured": convert("RGBA"),
+    "palette": convert("P"),
+    "a folder": replace_by_folder,
+    "a pipe": replace_by_pipe,
 }
 OF_BOTH: dict[str, Damage] = {
-    "removed": _remove,
+    "removed": remove,
     "renamed": lambda path, n: path.rename(path.with_name(NAMES[n % len(NAMES)])),
-    "copied": _copied,
-    "exchanged": _exchanged,
-    "a link to nowhere": _linked("nowhere"),
-    "a link to itself": _linked(""),
-    "a link to its folder": _linked("."),
-    "moved and linked": _moved_and_linked,
+    "copied": copy,
+    "exchanged": exchange,
+    "a link to nowhere": replace_by_link("nowhere"),
+    "a link to itself": replace_by_link(""),
+    "a link to its folder": replace_by_link("."),
+    "moved and linked": move_and_link,
     "closed": lambda path, n: path.chmod(0),
     "touched": lambda path, n: os.utime(path, (n, n)),
 }
@@ -157,8 +156,8 @@ class Case:
     cached: bool
 
 
-def cases() -> st.SearchStrategy[Case]:
-    """One to three damages."""
+def damaged_folders() -> st.SearchStrategy[Case]:
+    """Draw one to three damages."""
     number = st.integers(0, 10**6)
     of_files = st.tuples(st.sampled_from([*OF_FILES, *OF_BOTH]), st.sampled_from(FILES), number)
     of_folders = st.tuples(st.sampled_from([*OF_FOLDERS, *OF_BOTH]), st.sampled_from(FOLDERS), number)
@@ -166,39 +165,41 @@ def cases() -> st.SearchStrategy[Case]:
     return st.builds(Case, damages=damages.map(tuple), cached=st.booleans())
 
 
-def hold(case: Case, folder: Path, shared: Path) -> None:
-    """The same tensor, or a ``DataError`` that names the folder."""
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of the sizes that headers claim
-        stand_in(patch, shared / "cache of drawings")
-        whole = _whole(shared / "drawings")
-        root = folder / "root"
-        shutil.rmtree(root, ignore_errors=True)
-        shutil.copytree(shared / "drawings", root)
-        if not case.cached:
-            patch.setenv("METALEARN_CACHE", str(root / "cache"))
-        if not _damaged(root / "omniglot-py", case):
-            return
-        try:
-            images = omniglot.load_characters(str(root)).images
-        except DataError as error:
-            if str(root) not in str(error):
-                raise AssertionError(f"names no place in {root}: {error}") from error
-            return
-        assert torch.equal(images, whole)
-
-
-def _whole(root: Path) -> Tensor:
-    if not root.exists():
-        make_root(root)
-    return omniglot.load_characters(str(root)).images
-
-
-def _damaged(base: Path, case: Case) -> bool:
-    """Whether there is such a case: one damage may leave nothing for the next."""
+def damage_folder(base: Path, case: Case) -> bool:
+    """Return whether all damages could be done: one may leave nothing for the next."""
     try:
         for name, place, n in case.damages:
             (OF_FILES | OF_BOTH | OF_FOLDERS)[name](base / place, n)
     except (OSError, shutil.Error):
         return False
     return True
+
+
+@pytest.mark.fault(
+    "a folder of images with up to three damages at random: in files, links, names and folders",
+    "the same images, or a `DataError` that names the folder",
+    cases=20,
+)
+@pytest.mark.parametrize("number", cases(range(10), quick=[0]))
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of the sizes that headers claim
+def test_random_image_folders(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, tmp_path / "cache")
+    intact = make_root(tmp_path / "intact")
+    images = omniglot.load_characters(str(intact)).images
+    root = tmp_path / "root"
+
+    def check(case: Case) -> None:
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(intact, root)
+        monkeypatch.setenv("METALEARN_CACHE", str((tmp_path if case.cached else root) / "cache"))
+        if not damage_folder(root / "omniglot-py", case):
+            return
+        try:
+            loaded = omniglot.load_characters(str(root)).images
+        except DataError as error:
+            if str(root) not in str(error):
+                raise AssertionError(f"names no place in {root}: {error}") from error
+        else:
+            assert torch.equal(loaded, images)
+
+    check_random_cases(damaged_folders(), check, n=20, number=number)
