@@ -109,3 +109,11 @@ def test_resume_raises_without_the_same_init_from(source: Path, tmp_path: Path) 
     run(tmp_path, *AT_VALIDATIONS, f"run.init_from={source}", "outer.iterations=1")
     with pytest.raises(RunError, match=r"run\.init_from: .* in the folder, None now"):
         run(tmp_path, *AT_VALIDATIONS, "outer.iterations=1", "run.resume=true")
+
+
+def test_run_from_before_init_from_can_be_resumed(source: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "run"))
+    path = folder / "config.yaml"
+    assert "  init_from: null\n" in path.read_text()
+    path.write_text(path.read_text().replace("  init_from: null\n", "  accept: []\n"))
+    run(folder, *AT_VALIDATIONS, "run.resume=true")
