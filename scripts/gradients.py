@@ -8,10 +8,9 @@ from pathlib import Path
 
 from metalearn.commands.cli import command
 from metalearn.config.commands_schema import GradientsConfig
-from metalearn.config.validation import validate_gradients_config
 
 
-@command("gradients", GradientsConfig, validate_gradients_config)
+@command("gradients", GradientsConfig)
 def gradients(config: GradientsConfig, output_dir: Path) -> None:
     """Run the lessons on second-order gradients, and hold every number against its analytic value.
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from metalearn.commands.cli import command
 from metalearn.config.commands_schema import VerifyConfig
-from metalearn.config.validation import validate_verify_config
 
 
-@command("verify", VerifyConfig, validate_verify_config)
+@command("verify", VerifyConfig)
 def verify(config: VerifyConfig, output_dir: Path) -> None:
     """Prove every engine right on this machine: against unroll, finite differences, learn2learn, higher and TorchOpt.
 

@@ -173,7 +173,7 @@ def test_what_does_not_fit_the_model_is_refused() -> None:
 
 
 def test_imaml_pulls_to_theta() -> None:
-    algorithm = imaml(INNER, module_parts(conv4()), strength=3.0)
+    algorithm = imaml(INNER, module_parts(conv4()), proximal_weight=3.0)
     assert algorithm.inner.proximal == 3.0
     assert algorithm.testing(2).proximal == 3.0, "tasks of the test are adapted as those of training"
 

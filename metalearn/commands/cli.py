@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
-from hydra._internal.utils import get_args_parser  # Hydra's own parser: no public way to read its flags
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from metalearn.config.compose import CONF, Config, compose, group_defaults, to_dataclass
 from metalearn.config.messages import help_text
 from metalearn.config.output_names import COMPARISON_FILE
-from metalearn.config.overrides import requested_jobs
+from metalearn.config.overrides import parse_flags, requested_jobs
+from metalearn.config.renamed_keys import rename_overrides
 from metalearn.config.run_folder import TRAINING_FILES, check_no_run_in
 from metalearn.core.errors import ConfigError, MetalearnError, RunError, TerminatedError
 from metalearn.training.runtime import torchrun
@@ -47,7 +47,7 @@ RUN_FILES = (
 def command(
     name: str,
     kind: type[Config],
-    check: Callable[[Config], None],
+    check: Callable[[Config], None] = lambda config: None,
     *,
     may_continue: Callable[[Config], bool] = lambda config: False,
     follow: Callable[[Config], None] | None = None,
@@ -65,13 +65,13 @@ def command(
     def decorate(function: Callable[[Config, Path], None]) -> Callable[[], None]:
         @functools.wraps(function)
         def command() -> None:
-            flags = get_args_parser().parse_args()
+            sys.argv[1:] = rename_overrides(name, sys.argv[1:])
+            flags = parse_flags()
             try:
                 if torchrun.world_size() > 1 and (follow is None or flags.multirun):
                     raise ConfigError(_ONE_TRAINING)
                 if flags.help:
-                    config = compose(name)
-                    print(help_text(config, sys.argv[0], function.__doc__ or "", group_defaults(name, config)))
+                    print(help_text(compose(name), kind, sys.argv[0], function.__doc__ or "", group_defaults(name)))
                     return
                 jobs = _checked(name, flags, kind, check, may_continue)
             except MetalearnError as error:
@@ -86,7 +86,7 @@ def command(
         def job(config: DictConfig) -> None:
             output_dir = Path(HydraConfig.get().runtime.output_dir)
             with _report_errors(f"what was written so far lies in {output_dir}"):
-                checked = to_dataclass(config, kind)
+                checked = to_dataclass(config, kind, HydraConfig.get().overrides.task)
                 check(checked)
                 if not may_continue(checked):
                     check_output_dir(output_dir)
@@ -107,7 +107,7 @@ def _checked(
     """The configuration of every job, before any begins; none where Hydra is asked for something else."""
     jobs = []
     for overrides, config, folder in requested_jobs(name, flags):
-        job = to_dataclass(config, kind)
+        job = to_dataclass(config, kind, overrides, flags.config_dir)
         check(job)
         _check_is_folder(overrides)
         if flags.multirun and may_continue(job) and not any("hydra.sweep.subdir=" in o for o in overrides):

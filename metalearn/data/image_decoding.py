@@ -201,9 +201,9 @@ def _report(paths: Sequence[Path], unreadable: Mapping[int, str], choice: str) -
     what = f"{len(unreadable)} of {len(paths)} images cannot be read"
     if choice == "stop":
         raise UnreadableImagesError(
-            "\n".join([f"{what}:", *lines, "Replace or remove them, or pass them over with data.unreadable=skip."])
+            "\n".join([f"{what}:", *lines, "Replace or remove them, or pass them over with data.on_unreadable=skip."])
         )
-    log.warning("%s", "\n".join([f"{what} and are passed over (data.unreadable=skip):", *lines]))
+    log.warning("%s", "\n".join([f"{what} and are passed over (data.on_unreadable=skip):", *lines]))
 
 
 def _cached(root: Path, paths: Sequence[Path], form: _ImageFormat) -> _DecodeResult:

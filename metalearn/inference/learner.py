@@ -22,8 +22,7 @@ from torch import Tensor
 
 from metalearn.algorithms import Algorithm
 from metalearn.config.run_config import load_run_config
-from metalearn.config.schema import DataConfig, ImagesConfig, SinusoidConfig, TrainConfig
-from metalearn.config.validation import result_keys
+from metalearn.config.schema import DataConfig, ImagesConfig, SinusoidConfig, TrainConfig, result_keys
 from metalearn.core.errors import ConfigError, DataError, MetalearnError, RunError
 from metalearn.core.functional import expand_over_tasks, functionalize
 from metalearn.core.module_parts import module_parts
@@ -187,7 +186,7 @@ class Learner:
         try:
             found = read_folder(folder, size=size, channels=channels, unreadable=unreadable, may_be_flat=may_be_flat)
         except UnreadableImagesError as error:  # it names the key by which a training passes them over
-            raise UnreadableImagesError(str(error).replace("data.unreadable", "unreadable")) from None
+            raise UnreadableImagesError(str(error).replace("data.on_unreadable", "unreadable")) from None
         inverted = should_invert(invert, found.images, self.config.data)
         return found._replace(images=apply_inversion(found.images, inverted))
 

@@ -70,16 +70,19 @@ def resolve_auto_engine(experiment: Experiment) -> Experiment:
     """The experiment with the engine that ``inner.engine=auto`` stands for, also in its configuration.
 
     Raises:
-        RunError: if nothing fits into ``run.memory_limit``.
+        RunError: if nothing fits into ``run.memory_limit_mib``.
     """
     if experiment.inner.engine != "auto":
         return experiment
     config = experiment.config
     problem = first_meta_step(experiment)
     with experiment.precision():
-        inner = choose_engine(problem, experiment.algorithm.peak_memory_inner, limit_mib=config.run.memory_limit)
+        inner = choose_engine(problem, experiment.algorithm.peak_memory_inner, limit_mib=config.run.memory_limit_mib)
     settled = replace(
-        config.inner, engine=inner.engine, task_chunk=inner.task_chunk, snapshot_every=inner.snapshot_every
+        config.inner,
+        engine=inner.engine,  # type: ignore[arg-type]  # a str in the library
+        task_chunk=inner.task_chunk,
+        checkpoint_every=inner.snapshot_every,
     )
     return with_inner_config(experiment, settled)
 
@@ -173,6 +176,6 @@ def _does_not_fit_error(problem: MetaStepProblem, inner: InnerLoop, limit: int) 
     needed = min(two.peak(replace(sparse, engine=engine), 2**62) for engine in ENGINES)
     return (
         f"inner.engine=auto: no engine fits into {limit / MIB:#.3g} MiB; one task at a time takes at least "
-        f"{1.01 * needed / MIB:#.3g} MiB. Raise run.memory_limit, or take fewer examples (task.ways, task.shots, "
+        f"{1.01 * needed / MIB:#.3g} MiB. Raise run.memory_limit_mib, or take fewer examples (task.ways, task.shots, "
         "task.queries), a narrower model or inner.second_order=false."
     )

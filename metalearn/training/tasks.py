@@ -55,7 +55,7 @@ def load_data(config: TrainConfig) -> ImageSplits:
             channels=data.channels,
             fractions=data.fractions,
             seed=data.seed,
-            unreadable=data.unreadable,
+            unreadable=data.on_unreadable,
             ways=config.task.ways,
             needed=config.images_per_class(),
         )

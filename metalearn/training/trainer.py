@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 from metalearn.config.run_config import changed_keys, to_yaml
 from metalearn.config.run_folder import folder_lock
-from metalearn.config.schema import TrainConfig
-from metalearn.config.validation import result_keys
+from metalearn.config.schema import TrainConfig, result_keys
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.core.profiling.allocator import configure_malloc
 from metalearn.training.auto_engine import resolve_auto_engine
@@ -170,7 +169,7 @@ def _train_main(
         ) as tracker,
         progress_bar() as progress,
     ):
-        saver = Checkpointer(run_dir, config_yaml, meter, tracker, config.run.checkpoint_seconds, began)
+        saver = Checkpointer(run_dir, config_yaml, meter, tracker, config.run.checkpoint_every_s, began)
         session = TrainContext(experiment, run_dir, meter, stop, progress, ranks, saver)
         with save_on_exit(session, state):
             train_loop(session, state)

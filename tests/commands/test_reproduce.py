@@ -40,7 +40,7 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def asked(*overrides: str) -> ReproduceConfig:
-    config = to_dataclass(compose("reproduce", [f"row={ROW}", *overrides]), ReproduceConfig)
+    config = to_dataclass(compose("reproduce", [f"experiment_name={ROW}", *overrides]), ReproduceConfig)
     check_reproduce(config)
     return config
 
@@ -78,28 +78,34 @@ def finish(config: ReproduceConfig, folder: Path, **changed: Any) -> None:
     ("overrides", "message"),
     [
         (
-            ["row=omniglot_5way_1sht"],
-            r"row=omniglot_5way_1sht: .*Did you mean omniglot_5way_1shot.*The rows are omniglot_",
+            ["experiment_name=omniglot_5way_1sht"],
+            r"experiment_name=omniglot_5way_1sht: .*Did you mean omniglot_5way_1shot.*The rows are omniglot_",
         ),
-        (["row=../train"], r"row=\.\./train: there is no such experiment"),
+        (["experiment_name=../train"], r"experiment_name=\.\./train: there is no such experiment"),
         (["orders=[third]"], r"orders=\['third'\]: must be one of second, first"),
         (["orders=[first,first]"], r"orders=\[first,first\]: first stands there twice"),
         (["seeds=[]"], r"seeds=\[\]: must be one or more whole numbers"),
         (["seeds=[0,1,0]"], r"seeds=\[0,1,0\]: 0 stands there twice; leave one out"),
-        (["minutes=0"], r"minutes=0\.0: must be a number above 0"),
+        (["time_limit_minutes=0"], r"time_limit_minutes=0: must be a number above 0"),
         (["jobs=0"], r"jobs=0: must be a whole number, at least 1"),
         (["overrides=['run.seed=3']"], r"overrides, 'run\.seed=3': seeds= says which seeds; leave it out"),
         (["overrides=['+hydra.run.dir=x']"], r"overrides, '\+hydra\.run\.dir=x': folders are named by row"),
         (["overrides=['data.fallback=glyphs']"], r"never taken on other data unasked; data=glyphs asks for it"),
         (["overrides=['inner.second_ordr=true']"], r"Did you mean inner\.second_order\?"),
-        (["overrides=['inner.steps=-1']"], rf"row={ROW}: inner\.steps=-1: must be a whole number"),
+        (["overrides=['inner.steps=-1']"], rf"experiment_name={ROW}: inner\.steps=-1: must be a whole number"),
         (["overrides=['algorithm=maml++']"], r"maml\+\+"),
-        (["overrides=['data.root=/nonexistent']"], rf"row={ROW}: data\.root=/nonexistent: there is no such folder"),
         (
-            ["record=true", "overrides=['outer.lr=0.1']"],
-            r"record=true with overrides=\['outer\.lr=0\.1'\]: .*own in conf/",
+            ["overrides=['data.root=/nonexistent']"],
+            rf"{ROW}: data\.root=/nonexistent: there is no such folder",
         ),
-        (["record=true", "overrides=['data=glyphs']"], r"record=true with overrides=\['data=glyphs'\]"),
+        (
+            ["update_reference=true", "overrides=['outer.lr=0.1']"],
+            r"update_reference=true with overrides=\['outer\.lr=0\.1'\]: .*own in conf/",
+        ),
+        (
+            ["update_reference=true", "overrides=['data=glyphs']"],
+            r"=true with overrides=\['data=glyphs'\]",
+        ),
     ],
 )
 def test_refused_with_the_value_and_what_to_do(overrides: list[str], message: str) -> None:
@@ -108,12 +114,12 @@ def test_refused_with_the_value_and_what_to_do(overrides: list[str], message: st
 
 
 def test_how_a_row_is_computed_may_differ_where_it_is_recorded(tmp_path: Path) -> None:
-    config = asked("record=true", f"overrides=['inner.engine=adjoint','data.root={tmp_path}/data']")
+    config = asked("update_reference=true", f"overrides=['inner.engine=adjoint','data.root={tmp_path}/data']")
     (row,) = build_rows(config, tmp_path)
     assert row.jobs[0].config.inner.engine == "adjoint"
     assert row.overrides == ["inner.engine=adjoint"], "where the data lies is nobody's business"
     assert row.command == (
-        f"python scripts/reproduce.py row={ROW} 'orders=[second]' 'seeds=[0,1,2]' "
+        f"python scripts/reproduce.py experiment_name={ROW} 'orders=[second]' 'seeds=[0,1,2]' "
         """'overrides=['"'"'inner.engine=adjoint'"'"']'"""
     )
 
@@ -144,7 +150,7 @@ def test_published_figures() -> None:
 
 
 def test_figures_are_over_seeds_and_recorded(recorded: Path) -> None:
-    config = asked("orders=[second,first]", "record=true")
+    config = asked("orders=[second,first]", "update_reference=true")
     finish(config, recorded / "rows")
     assert run_reproduction(config, recorded / "rows") == FINISHED
     second, first = read_rows(recorded / "reference" / "omniglot.json")
@@ -188,7 +194,7 @@ def test_figures_are_over_seeds_and_recorded(recorded: Path) -> None:
 
 
 def test_one_seed_has_the_interval_over_its_tasks(recorded: Path) -> None:
-    config = asked("seeds=[0]", "record=true")
+    config = asked("seeds=[0]", "update_reference=true")
     finish(config, recorded / "rows")
     run_reproduction(config, recorded / "rows")
     (row,) = read_rows(recorded / "reference" / "omniglot.json")
@@ -199,7 +205,7 @@ def test_one_seed_has_the_interval_over_its_tasks(recorded: Path) -> None:
 def test_a_row_is_never_replaced_by_one_of_fewer_seeds(recorded: Path) -> None:
     reference = recorded / "reference" / "omniglot.json"
     (recorded / "README.md").write_text("no markers\n")
-    two = asked("seeds=[0,1]", "record=true")
+    two = asked("seeds=[0,1]", "update_reference=true")
     finish(two, recorded / "rows")
     run_reproduction(two, recorded / "rows")
     (row,) = read_rows(reference)
@@ -209,9 +215,9 @@ def test_a_row_is_never_replaced_by_one_of_fewer_seeds(recorded: Path) -> None:
     with pytest.raises(
         RunError, match=rf"seeds=\[0\]: .*omniglot\.json holds {ROW}, second order, with more seeds, \[0, 1\]"
     ):
-        run_reproduction(asked("seeds=[0]", "record=true"), recorded / "rows")
+        run_reproduction(asked("seeds=[0]", "update_reference=true"), recorded / "rows")
     assert reference.read_text() == before
-    three = asked("record=true")
+    three = asked("update_reference=true")
     finish(three, recorded / "rows")
     run_reproduction(three, recorded / "rows")
     kept, row = read_rows(reference)
@@ -240,7 +246,7 @@ def test_only_an_order_that_is_whole_is_gathered(
     recorded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finish(asked("orders=[first]"), recorded / "rows")
-    config = asked("orders=[second,first]", "minutes=7")
+    config = asked("orders=[second,first]", "time_limit_minutes=7")
 
     def over(*arguments: Any, **settings: Any) -> None:
         raise TimeLimitReached
@@ -249,7 +255,7 @@ def test_only_an_order_that_is_whole_is_gathered(
     state = recorded / "rows" / ROW / "second_order-seed0" / "checkpoints" / "state-00004321.pt"
     state.parent.mkdir(parents=True)
     state.touch()
-    monkeypatch.setattr("sys.argv", ["scripts/reproduce.py", f"row={ROW}", "minutes=7"])
+    monkeypatch.setattr("sys.argv", ["scripts/reproduce.py", f"experiment_name={ROW}", "time_limit_minutes=7"])
     assert run_reproduction(config, recorded / "rows") == UNFINISHED
     (row,) = read_rows(recorded / "rows" / "omniglot.json")
     assert row["order"] == "first"
@@ -257,7 +263,7 @@ def test_only_an_order_that_is_whole_is_gathered(
     assert "The slice of 7 minutes is over." in said
     assert "second_order-seed0: 4321 of 15000 meta-steps" in said
     assert "3 of 6 runs are finished. The same command goes on from here:" in said
-    assert f"python scripts/reproduce.py row={ROW} minutes=7" in said
+    assert f"python scripts/reproduce.py experiment_name={ROW} time_limit_minutes=7" in said
 
 
 @pytest.mark.parametrize(

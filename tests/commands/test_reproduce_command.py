@@ -37,7 +37,7 @@ SMALL = (
 def test_a_slice_ends_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     small = ",".join(f"'{override}'" for override in SMALL)
-    asked = ["row=omniglot_5way_1shot_cpu", "seeds=[5]", "minutes=1", f"overrides=[{small}]"]
+    asked = ["experiment_name=omniglot_5way_1shot_cpu", "seeds=[5]", "time_limit_minutes=1", f"overrides=[{small}]"]
     config = to_dataclass(compose("reproduce", asked), ReproduceConfig)
     check_reproduce(config)
     folder = tmp_path / "omniglot_5way_1shot_cpu" / "second_order-seed5"
@@ -78,8 +78,8 @@ def test_a_slice_ends_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: 
 
 
 def test_a_refusal_makes_no_folder(tmp_path: Path) -> None:
-    refused = command("reproduce.py", "row=nope", cwd=tmp_path)
+    refused = command("reproduce.py", "experiment_name=nope", cwd=tmp_path)
     assert refused.returncode == 2, refused.stdout
-    assert "row=nope: there is no such experiment. The rows are omniglot_20way_1shot" in refused.stderr
+    assert "experiment_name=nope: there is no such experiment. The rows are omniglot_20way_1shot" in refused.stderr
     assert "Traceback" not in refused.stderr + refused.stdout
     assert not list(tmp_path.iterdir())

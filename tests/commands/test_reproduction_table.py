@@ -18,7 +18,7 @@ def test_the_table_of_reproduced_rows_is_the_committed_one() -> None:
 
 def test_recorded_rows_keep_to_the_protocol() -> None:
     if not REFERENCE.exists():
-        pytest.skip("no row is recorded: python scripts/reproduce.py row=… record=true")
+        pytest.skip("no row is recorded: python scripts/reproduce.py experiment_name=… update_reference=true")
     for row in read_rows(REFERENCE):
         assert row["dataset"] == "omniglot"
         assert row["test_tasks"] >= 600

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from hydra._internal.utils import get_args_parser
 
 from metalearn.config.compose import compose
-from metalearn.config.overrides import requested_jobs
+from metalearn.config.overrides import parse_flags, requested_jobs
 from metalearn.core import serialization as files
 from metalearn.core.errors import ConfigError
 from tests.conftest import REPO
@@ -143,7 +142,7 @@ def test_a_checkpoint_runs_nothing(tmp_path: Path) -> None:
 
 
 def asked(*arguments: str, name: str = "gradients") -> None:
-    flags = get_args_parser().parse_args(list(arguments))
+    flags = parse_flags(list(arguments))
     assert isinstance(flags, Namespace)
     list(requested_jobs(name, flags))
 

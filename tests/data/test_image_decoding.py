@@ -565,7 +565,7 @@ def test_a_configured_folder_becomes_tasks(tmp_path: Path) -> None:
         ("data.fractions=[0.5,0.4,0.2]", "must be three shares that add up to 1"),
         ("data.fractions=[1.5,0.4,0.2]", r"data\.fractions=\[1\.5, 0\.4, 0\.2\]: must be one or more numbers"),
         ("data.channels=2", r"data\.channels=2: must be 1 \(grey\) or 3"),
-        ("data.unreadable=maybe", r"data\.unreadable=maybe: must be one of stop, skip"),
+        ("data.on_unreadable=maybe", r"data\.on_unreadable=maybe: must be one of stop, skip"),
         ("data.root=/nowhere", "/nowhere: there is no such folder"),
         ("model=resnet12 data.size=15", r"data\.size=15: model=resnet12 halves images 4 times and needs at least 16"),
         ("model.pool=max data.size=15", r"data\.size=15: model=conv4 halves images 4 times"),
@@ -597,7 +597,8 @@ def test_a_relative_folder_is_kept_as_a_whole_path_and_may_move(
 def test_yaml_and_signature_agree_on_defaults(tmp_path: Path) -> None:
     data = dataclasses.asdict(configured(make(tmp_path / "root", {f"c{i}": 3 for i in range(10)})).data)
     signature = {name: p.default for name, p in inspect.signature(load_image_splits).parameters.items()}
-    for name in ("channels", "seed", "unreadable"):
+    for name in ("channels", "seed"):
         assert data[name] == signature[name]
+    assert data["on_unreadable"] == signature["unreadable"]
     assert tuple(data["fractions"]) == signature["fractions"]
     assert compose("train", ["data=images"]).data.size == signature["size"]

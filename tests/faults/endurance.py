@@ -47,7 +47,7 @@ def train_for_long(i: int, folder: Path, shared: Path) -> dict[str, float]:
     """10,000 meta-steps of a small model, watched from the 2,000th; or 400, from the 200th."""
     steps = (10_000, 400)[i]
     every = steps // (10, 4)[i]
-    more = [f"outer.iterations={steps}", f"eval.every={every}", "log.every=10", "run.checkpoint_seconds=5"]
+    more = [f"outer.iterations={steps}", f"eval.every={every}", "log.every=10", "run.checkpoint_every_s=5"]
     process = start([*SMALL, *more, f"hydra.run.dir={RUN}"], folder, before=watch_memory, given=(every,))
     assert finished(process, longest_s=900) == 0, output(folder)
     seen: list[dict[str, Any]] = [json.loads(line) for line in (folder / "memory.jsonl").read_text().splitlines()]
@@ -64,7 +64,7 @@ def train_for_long(i: int, folder: Path, shared: Path) -> dict[str, float]:
 def pay_for_checkpoints(i: int, folder: Path, shared: Path) -> dict[str, float]:
     """The default training at a sixth of its length, with its default interval; or the small one with a long one."""
     if i == 1:  # nothing is saved but at validations, and the test tells by the meta-steps that were
-        run_dir = train(folder, "run.checkpoint_seconds=1000")
+        run_dir = train(folder, "run.checkpoint_every_s=1000")
         assert [p.stem for p in state_paths(run_dir)] == ["state-00000024", "state-00000016"]
         return {}
     more = ["data=glyphs", "outer.iterations=1200", "eval.episodes=100", f"hydra.run.dir={RUN}"]

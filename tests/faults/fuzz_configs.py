@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import shutil
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from unittest import mock
 
 import yaml
 
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.run_config import resolve_data
-from metalearn.config.schema import TrainConfig
-from metalearn.config.validation import iter_fields, validate_train_config
+from metalearn.config.schema import TrainConfig, iter_fields
+from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
 from metalearn.data import metadata as catalog
 from tests.faults.fuzz_texts import KEYS, RIGHT, Case
@@ -35,7 +36,9 @@ def hold(case: Case, folder: Path) -> None:
         _must_name_a_place(str(error), case)
         return
     right = dict(override.split("=") for override in case.overrides if override in RIGHT)
-    for name, value, _, kind in iter_fields(config):
+    for name, value in iter_fields(config):
+        section, _, key = name.partition(".")
+        kind = get_type_hints(type(getattr(config, section)))[key]
         assert _fits(value, kind), f"{name}={value!r} is no {kind}"
         if name in right and set(case.overrides) <= set(RIGHT):
             assert value == yaml.safe_load(right[name]), f"{name}={value!r}, and {right[name]} was asked for"
@@ -51,11 +54,11 @@ def _must_name_a_place(said: str, case: Case) -> None:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    if kind == bool | str:
-        return isinstance(value, (bool, str))
-    for base in (bool, int, float, str):
-        if kind == base | None and value is None:
-            return True
-        if kind in (base, base | None):
-            return type(value) is base
-    return isinstance(value, list) and all(_fits(v, kind.__args__[0]) for v in value)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, each) for each in arguments)
+    if origin is Literal:
+        return any(value == each and type(value) is type(each) for each in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(v, arguments[0]) for v in value)
+    return type(value) is kind

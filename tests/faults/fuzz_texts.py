@@ -17,7 +17,7 @@ KEYS = _words("""
 task task.ways task.shots task.queries inner inner.lr inner.steps inner.second_order inner.engine inner.task_chunk
 outer outer.lr outer.schedule outer.clip_norm eval eval.queries eval.episodes data data.name data.root data.fallback
 data.split data.rotations data.classes data.jitter model model.name model.width model.hidden model.batch_norm algorithm
-run run.seed run.device run.resume run.precision run.memory_limit log log.every log.images experiment
+run run.seed run.device run.resume run.precision run.memory_limit_mib log log.every log.images experiment
 inner.second_ordr nope inner.lr.deep
 """)
 RIGHT = _words("""

@@ -65,7 +65,7 @@ def kill_during_a_save(i: int, folder: Path, shared: Path) -> None:
 def ask_to_end(i: int, folder: Path, shared: Path) -> None:
     """SIGTERM and SIGINT in turn."""
     number, code = ((signal.SIGTERM, 143), (signal.SIGINT, 130))[i % 2]
-    process = start([*SMALL, "run.checkpoint_seconds=null", f"hydra.run.dir={RUN}"], folder)
+    process = start([*SMALL, "run.checkpoint_every_s=null", f"hydra.run.dir={RUN}"], folder)
     wait_for_state(folder / RUN, 8, process)  # the first validation's: no other is saved unasked
     os.kill(process.pid or 0, number)
     assert finished(process) == code, output(folder)

@@ -70,7 +70,7 @@ def test_a_chunk_that_was_set_is_kept(problem: MetaStepProblem) -> None:
 
 def test_nothing_fits(problem: MetaStepProblem) -> None:
     with pytest.raises(
-        RunError, match=r"no engine fits into 0\.0100 MiB; one task at a time takes .*run\.memory_limit"
+        RunError, match=r"no engine fits into 0\.0100 MiB; one task at a time takes .*run\.memory_limit_mib"
     ):
         choose_engine(problem, AUTO, limit_mib=0.01)
 

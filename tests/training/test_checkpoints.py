@@ -43,7 +43,7 @@ from tests.faults.runs import SMALL, assert_curves, timeless
 
 
 def run(folder: Path, *more: str) -> None:
-    config = to_dataclass(compose("train", [*SMALL, "run.checkpoint_seconds=null", *more]), TrainConfig)
+    config = to_dataclass(compose("train", [*SMALL, "run.checkpoint_every_s=null", *more]), TrainConfig)
     validate_train_config(config)
     train(resolve_resume(config, folder), folder)
 
@@ -256,7 +256,7 @@ def test_another_model_cannot_be_accepted(finished: Path) -> None:
     [
         (["run.accept=[inner.lr]"], r"run\.accept=\['inner\.lr'\]: only a run that is resumed"),
         (["run.resume=true", "run.accept=[inner.lrr]"], r"run\.accept=inner\.lrr: .*did you mean inner\.lr\?"),
-        (["run.checkpoint_seconds=-1"], r"run\.checkpoint_seconds=-1\.0: must be a number, at least 0 or null"),
+        (["run.checkpoint_every_s=-1"], r"run\.checkpoint_every_s=-1: must be a number, at least 0 or null"),
         (["run.on_nonfinite=ignore"], r"run\.on_nonfinite=ignore: must be one of stop, skip"),
     ],
 )
@@ -266,4 +266,4 @@ def test_refused_settings(overrides: list[str], message: str, tmp_path: Path) ->
 
 
 def test_settings_that_change_no_figure_may_differ(finished: Path) -> None:
-    run(finished, "run.resume=true", "run.on_nonfinite=skip", "run.checkpoint_seconds=5")
+    run(finished, "run.resume=true", "run.on_nonfinite=skip", "run.checkpoint_every_s=5")

@@ -146,7 +146,7 @@ def test_another_engine_takes_the_same_steps(engine: str, tmp_path: Path) -> Non
     runs = {}
     for name, overrides in {
         "unroll": [],
-        engine: [f"inner.engine={engine}", "inner.task_chunk=3", "inner.snapshot_every=2"],
+        engine: [f"inner.engine={engine}", "inner.task_chunk=3", "inner.checkpoint_every=2"],
     }.items():
         metrics = run(tmp_path / name, *overrides, base=base)
         assert metrics["engine"] == name
@@ -155,13 +155,13 @@ def test_another_engine_takes_the_same_steps(engine: str, tmp_path: Path) -> Non
 
 
 def test_auto_engine_is_settled_before_the_first_step(tmp_path: Path) -> None:
-    metrics = run(tmp_path / "run", "inner.engine=auto", "run.memory_limit=2", base=quick())
+    metrics = run(tmp_path / "run", "inner.engine=auto", "run.memory_limit_mib=2", base=quick())
     assert metrics["engine"] in ENGINES
     assert metrics["memory.peak_mib"] <= 2.5  # the optimiser's step is in it as well
     kept = load_run_config(tmp_path / "run" / "config.yaml").inner
     assert (kept.engine, kept.task_chunk) == (metrics["engine"], metrics["task_chunk"]), "evaluate.py finds it settled"
     with pytest.raises(RunError, match=r"no engine fits into 0\.100 MiB"):
-        run(tmp_path / "tight", "inner.engine=auto", "run.memory_limit=0.1", base=quick())
+        run(tmp_path / "tight", "inner.engine=auto", "run.memory_limit_mib=0.1", base=quick())
 
 
 def test_curvature_is_logged_when_asked(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from metalearn.config.commands_schema import AdaptConfig
 from metalearn.config.run_config import load_run_config
 from metalearn.config.schema import SinusoidConfig
-from metalearn.config.validation import check_ranges, run_faults
+from metalearn.config.validation import run_dir_errors
 from metalearn.core.errors import ConfigError, DataError
 from metalearn.data.image_folder import ImageClass, list_classes, list_images, preview_names
 
@@ -20,8 +20,7 @@ def check_adapt(config: AdaptConfig) -> None:
         ConfigError: listing every fault of the keys, or that the run has no classes.
         DataError: if a folder is not laid out as it must be, naming the class or the file.
     """
-    check_ranges(config)
-    faults = run_faults(config.run.dir, config.run.device) + _combination_faults(config) + _path_faults(config)
+    faults = run_dir_errors(config.run.dir) + _combination_faults(config) + _path_faults(config)
     if faults:
         raise ConfigError("\n".join(faults))
     trained = load_run_config(Path(config.run.dir) / "config.yaml")

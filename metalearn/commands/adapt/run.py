@@ -77,7 +77,7 @@ def _read(
 ) -> FolderImages | None:
     if folder is None:
         return None
-    return learner.read(folder, unreadable=config.unreadable, invert=False, may_be_flat=may_be_flat)
+    return learner.read(folder, unreadable=config.on_unreadable, invert=False, may_be_flat=may_be_flat)
 
 
 def _save(learner: Learner, path: Path) -> None:

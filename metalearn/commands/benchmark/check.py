@@ -6,7 +6,8 @@ from metalearn.commands.benchmark.engine_settings import SETTINGS as ENGINE_SETT
 from metalearn.commands.benchmark.settings import FLOAT32_SETTINGS, SETTINGS, SWEEPS
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.config.compose import compose, to_dataclass
-from metalearn.config.validation import iter_fields, validate_train_config
+from metalearn.config.schema import iter_fields
+from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
 
 CONFIGURED = "configured"
@@ -34,15 +35,13 @@ def check_benchmark(config: BenchmarkConfig) -> None:
     kind, setting = config.bench.kind, config.bench.setting
     if setting not in SETTINGS_OF[kind]:
         raise ConfigError(f"bench.setting={setting}: bench.kind={kind} has {', '.join(SETTINGS_OF[kind])}")
-    default = {name: value for name, value, _, _ in iter_fields(to_dataclass(compose("benchmark"), BenchmarkConfig))}
+    default = dict(iter_fields(to_dataclass(compose("benchmark"), BenchmarkConfig)))
     unheeded = [
         f"{name}={value}"
-        for name, value, _, _ in iter_fields(config)
+        for name, value in iter_fields(config)
         if name.startswith(_OF_A_SETTING) and value != default.get(name)
     ]
-    never = [
-        f"{name}={value}" for name, value, _, _ in iter_fields(config) if name in _NEVER and value != default[name]
-    ]
+    never = [f"{name}={value}" for name, value in iter_fields(config) if name in _NEVER and value != default[name]]
     if never:
         raise ConfigError(f"{', '.join(never)}: a benchmark is of float32, computed step by step; leave it out")
     if setting == CONFIGURED:

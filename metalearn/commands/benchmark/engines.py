@@ -64,8 +64,12 @@ def run_engine_table(config: BenchmarkConfig, output_dir: Path) -> None:
     """
     configure_malloc()
     device = resolve_device(config.run.device)
-    limit = int(config.bench.limit_mib * MIB)
-    report = {"machine": describe_hardware(device), "limit_mib": config.bench.limit_mib, "rounds": config.bench.rounds}
+    limit = int(config.bench.memory_limit_mib * MIB)
+    report = {
+        "machine": describe_hardware(device),
+        "limit_mib": config.bench.memory_limit_mib,
+        "rounds": config.bench.repeats,
+    }
     settings = [s for s in SETTINGS if config.bench.setting in ("all", s.name)]
     measured: dict[str, object] = {}
     path = output_dir / "benchmark.json"
@@ -76,15 +80,15 @@ def run_engine_table(config: BenchmarkConfig, output_dir: Path) -> None:
             rows = measure(
                 problem,
                 functools.partial(variants, setting),
-                MeasurementPlan(setting.name, setting.steps, setting.timed, config.bench.rounds, limit),
+                MeasurementPlan(setting.name, setting.steps, setting.timed, config.bench.repeats, limit),
                 progress,
             )
             measured[setting.name] = {**asdict(setting), "rows": [asdict(row) for row in rows]}
             files.atomic_write_text(path, json.dumps({**report, "settings": measured}, indent=2) + "\n")
-            plot_memory(setting.title, rows, config.bench.limit_mib).savefig(
+            plot_memory(setting.title, rows, config.bench.memory_limit_mib).savefig(
                 output_dir / f"memory-{setting.name}.png", dpi=130
             )
-            print_rows(setting, rows, config.bench.limit_mib)
+            print_rows(setting, rows, config.bench.memory_limit_mib)
     print_path("Written to", path)
 
 

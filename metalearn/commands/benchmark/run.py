@@ -90,7 +90,7 @@ def run_benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
     report: dict[str, Any] = {
         "machine": describe_hardware(device),
         "dataset": config.data.name,
-        "rounds": config.bench.rounds,
+        "rounds": config.bench.repeats,
         "yardstick": against,
         "settings": {},
     }
@@ -164,7 +164,7 @@ def measure(case: Case, peers: dict[str, Peer], config: BenchmarkConfig, progres
     Raises:
         DisagreementError: if two contenders disagree on the meta-gradient.
     """
-    rounds = config.bench.rounds
+    rounds = config.bench.repeats
     bar = progress.add_task(case.name, total=rounds + 1, note="same meta-gradient?")
     found = build_methods(case.step.inner, peers)
     draws = [case.sampler.batch(index, TASKS_COMPARED) for index in range(BATCHES)]

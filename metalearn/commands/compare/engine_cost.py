@@ -47,14 +47,16 @@ def measure_engine_costs(
         "precision": config.run.precision,
         "lr": config.inner.lr,
         "steps": steps,
-        "rounds": settings.rounds,
-        "limit_mib": settings.limit_mib,
+        "rounds": settings.repeats,
+        "limit_mib": settings.memory_limit_mib,
     }
     if kept := _kept(folder / FILE, setting):
         return kept
     experiment = build_experiment(config)
     problem = MetaStepProblem(experiment.forward, experiment.theta, experiment.train.batch(0, config.task.meta_batch))
-    grid = MeasurementPlan("memory and time against K", steps, steps, settings.rounds, int(settings.limit_mib * MIB))
+    grid = MeasurementPlan(
+        "memory and time against K", steps, steps, settings.repeats, int(settings.memory_limit_mib * MIB)
+    )
     with experiment.precision():
         rows = measure(problem, lambda k: compared_inner_loops(config.inner.lr, k), grid, progress)
     content = {**setting, "rows": [asdict(row) for row in rows]}

@@ -17,8 +17,8 @@ from metalearn.config.compose import CONF, to_dataclass
 from metalearn.config.output_names import split, variant_names
 from metalearn.config.overrides import recompose_with
 from metalearn.config.run_config import resolve_data
-from metalearn.config.schema import SinusoidConfig, TrainConfig
-from metalearn.config.validation import iter_fields, validate_train_config
+from metalearn.config.schema import SinusoidConfig, TrainConfig, iter_fields
+from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
 
 TRAIN = CONF.parent / "scripts" / "train.py"
@@ -59,9 +59,7 @@ class Job:
         """Every key of the configuration, for ``scripts/train.py``; without its seed."""
         config = self.config
         groups = [f"{group}={getattr(config, group).name}" for group in ("algorithm", "data", "model")]
-        keys = [
-            f"{name}={format_override(value)}" for name, value, _, _ in iter_fields(config) if name not in _GIVEN_APART
-        ]
+        keys = [f"{name}={format_override(value)}" for name, value in iter_fields(config) if name not in _GIVEN_APART]
         return groups + keys
 
 

@@ -13,24 +13,24 @@ from metalearn.config.commands_schema import ReproduceConfig
 from metalearn.config.compose import compose, options, to_dataclass
 from metalearn.config.run_config import resolve_data, resolve_resume
 from metalearn.config.schema import OmniglotConfig, TrainConfig
-from metalearn.config.validation import check_ranges, validate_train_config
+from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError, RunError
 
 LEAST_TEST_TASKS = 600
 """Over which an accuracy must be a mean to be recorded."""
 
 _NOT_AN_OVERRIDE = {
-    "experiment": "row= names the experiment",
+    "experiment": "experiment_name= names the experiment",
     "inner.second_order": "orders= says which orders",
     "run.seed": "seeds= says which seeds",
     "run.resume": "a reproduction goes on by itself",
-    "run.accept": "a row's runs have one configuration",
+    "run.init_from": "a row's runs start from random parameters",
     "data.fallback": "a published row is never taken on other data unasked; data=glyphs asks for it",
     "hydra": "folders are named by row, order and seed, below hydra.run.dir",
 }
 _SAME_FIGURES = (
-    *("run.device", "run.checkpoint_seconds", "run.on_nonfinite", "run.deterministic", "run.memory_limit"),
-    *("run.cuda_graph", "inner.engine", "inner.task_chunk", "inner.snapshot_every", "data.root", "log."),
+    *("run.device", "run.checkpoint_every_s", "run.on_nonfinite", "run.deterministic", "run.memory_limit_mib"),
+    *("run.cuda_graph", "inner.engine", "inner.task_chunk", "inner.checkpoint_every", "data.root", "log."),
 )
 """Beginnings of keys that may be overridden in a row that is recorded: they change how it is computed, not what."""
 
@@ -61,7 +61,7 @@ class TableRow:
         """What reproduces it."""
         more = [f"overrides={format_override(self.overrides)}"] if self.overrides else []
         seeds = ",".join(map(str, self.seeds))
-        asked = [f"row={self.experiment}", f"orders=[{self.order}]", f"seeds=[{seeds}]", *more]
+        asked = [f"experiment_name={self.experiment}", f"orders=[{self.order}]", f"seeds=[{seeds}]", *more]
         return shlex.join(["python", "scripts/reproduce.py", *asked])
 
 
@@ -71,15 +71,19 @@ def check_reproduce(config: ReproduceConfig) -> None:
     Raises:
         ConfigError: naming the key, the value and what to do.
     """
-    check_ranges(config)
     known = options("experiment")
-    if config.row not in known:
-        near = "".join(f"Did you mean {name}? " for name in difflib.get_close_matches(config.row, known, n=1))
-        raise ConfigError(
-            f"row={config.row}: there is no such experiment. {near}The rows are {', '.join(known)}; a file in "
-            "conf/experiment/ adds one"
+    if config.experiment_name not in known:
+        near = "".join(
+            f"Did you mean {name}? " for name in difflib.get_close_matches(config.experiment_name, known, n=1)
         )
-    for name, values in (("orders", config.orders), ("seeds", [str(seed) for seed in config.seeds])):
+        raise ConfigError(
+            f"experiment_name={config.experiment_name}: there is no such experiment. {near}The rows are "
+            f"{', '.join(known)}; a file in conf/experiment/ adds one"
+        )
+    for name, values in (
+        ("orders", [str(order) for order in config.orders]),
+        ("seeds", [str(seed) for seed in config.seeds]),
+    ):
         if twice := [value for value in values if values.count(value) > 1]:
             raise ConfigError(f"{name}=[{','.join(values)}]: {twice[0]} stands there twice; leave one out")
     for override in config.overrides:
@@ -92,8 +96,8 @@ def check_reproduce(config: ReproduceConfig) -> None:
         try:
             validate_train_config(_without_fallback(training))
         except ConfigError as error:
-            raise ConfigError(f"row={config.row}: {error}") from error
-        if config.record:
+            raise ConfigError(f"experiment_name={config.experiment_name}: {error}") from error
+        if config.update_reference:
             _refuse_to_record(config, training)
 
 
@@ -111,14 +115,16 @@ def _without_fallback(config: TrainConfig) -> TrainConfig:
 def _refuse_to_record(config: ReproduceConfig, training: TrainConfig) -> None:
     if other := [o for o in config.overrides if not _key(o).startswith(_SAME_FIGURES)]:
         raise ConfigError(
-            f"record=true with overrides={other}: this is another setting than {config.row}, and would be recorded "
-            "under its name; put it into a file of its own in conf/experiment/, and take that as row"
+            f"update_reference=true with overrides={other}: this is another setting than {config.experiment_name}, and "
+            "would be recorded under its name; put it into a file of its own in conf/experiment/, and name that one"
         )
     if training.data.name != "omniglot":
-        raise ConfigError(f"record=true with data={training.data.name}: the table holds figures on Omniglot alone")
+        raise ConfigError(
+            f"update_reference=true with data={training.data.name}: the table holds figures on Omniglot alone"
+        )
     if training.eval.episodes < LEAST_TEST_TASKS:
         raise ConfigError(
-            f"record=true with eval.episodes={training.eval.episodes}: a recorded row is tested on at least "
+            f"update_reference=true with eval.episodes={training.eval.episodes}: a recorded row is tested on at least "
             f"{LEAST_TEST_TASKS} tasks"
         )
 
@@ -136,18 +142,18 @@ def build_rows(config: ReproduceConfig, folder: Path) -> list[TableRow]:
     rows = []
     for order in config.orders:
         name = f"{order}_order"
-        asked = [f"experiment={config.row}", f"inner.second_order={format_override(order == 'second')}"]
+        asked = [f"experiment={config.experiment_name}", f"inner.second_order={format_override(order == 'second')}"]
         training = to_dataclass(compose("train", [*asked, *config.overrides]), TrainConfig)
         jobs = [
             Job(
                 name,
-                folder / config.row / f"{name}-seed{seed}",
+                folder / config.experiment_name / f"{name}-seed{seed}",
                 dataclasses.replace(training, run=dataclasses.replace(training.run, seed=seed)),
             )
             for seed in config.seeds
         ]
         said = [override for override in config.overrides if _key(override) != "data.root"]
-        rows.append(TableRow(config.row, order, said, jobs))
+        rows.append(TableRow(config.experiment_name, order, said, jobs))
     return rows
 
 
@@ -160,9 +166,7 @@ def resolve_row(row: TableRow) -> TableRow:
     data = resolve_data(row.jobs[0].config).data
     jobs = []
     for job in row.jobs:
-        training = dataclasses.replace(
-            job.config, data=data, run=dataclasses.replace(job.config.run, resume="auto", accept=[])
-        )
+        training = dataclasses.replace(job.config, data=data, run=dataclasses.replace(job.config.run, resume="auto"))
         try:
             jobs.append(dataclasses.replace(job, config=resolve_resume(training, job.folder)))
         except RunError as error:
@@ -172,5 +176,7 @@ def resolve_row(row: TableRow) -> TableRow:
 
 def _without_advice(message: str) -> str:
     """A training may accept other values; a row has one configuration."""
-    before, found, _ = message.partition("\nGo on with the same values")
-    return f"{before}\nGo on with the same values, or take another folder with hydra.run.dir=PATH." if found else before
+    before, found, _ = message.partition("\nResume with the same values")
+    return (
+        f"{before}\nResume with the same values, or choose another folder with hydra.run.dir=PATH." if found else before
+    )

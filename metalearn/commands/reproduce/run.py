@@ -68,22 +68,22 @@ def run_reproduction(config: ReproduceConfig, folder: Path) -> int:
     """
     rows = [resolve_row(row) for row in build_rows(config, folder)]
     every = [job for row in rows for job in row.jobs]
-    with folder_lock(folder / config.row, wait=False), sigterm_as_exception(*SIGHUP):
+    with folder_lock(folder / config.experiment_name, wait=False), sigterm_as_exception(*SIGHUP):
         for row in rows:
-            for path in output_files(folder, record=config.record):
+            for path in output_files(folder, record=config.update_reference):
                 refuse_fewer_seeds(path, row.experiment, row.order, row.seeds)
-        print_path("Row folder", folder / config.row)
+        print_path("Row folder", folder / config.experiment_name)
         try:
             reasons = train_missing(every, config)
         except TimeLimitReached:
-            print_line(f"The slice of {config.minutes:g} minutes is over.")
+            print_line(f"The slice of {config.time_limit_minutes:g} minutes is over.")
             reasons = {}
         except (KeyboardInterrupt, SystemExit):
             show_unfinished(every, {})
             raise
         measured = [found for row in rows if (found := collect_row(row)) is not None]
         for found in measured:
-            save_row(found, folder, record=config.record)
+            save_row(found, folder, record=config.update_reference)
     show(measured)
     if len(measured) == len(rows):
         return FINISHED
@@ -107,7 +107,7 @@ def train_missing(every: Sequence[Job], config: ReproduceConfig) -> Mapping[Path
         log.info("%d of %d runs are finished already", done, len(every))
     if not left:
         return {}
-    with progress_bar() as progress, time_limit(config.minutes):
+    with progress_bar() as progress, time_limit(config.time_limit_minutes):
         return launch(left, at_a_time=min(config.jobs, len(left)), progress=progress)
 
 

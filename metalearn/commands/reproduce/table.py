@@ -20,7 +20,7 @@ BEGIN, END = "<!-- reproduction -->", "<!-- /reproduction -->"
 """Between these stands the table in the README."""
 
 HEADER = (
-    "task, `row=`",
+    "task, `experiment_name=`",
     "order",
     "accuracy, mean of seeds ± 95%",
     "seeds",

@@ -38,7 +38,7 @@ def test_every_engine_stands_beside_first_order_on_the_same_tasks() -> None:
 
 
 def config(*overrides: str) -> BenchmarkConfig:
-    settings = ["data=glyphs", "bench.kind=engines", "bench.setting=5way_1shot", "bench.rounds=2", *overrides]
+    settings = ["data=glyphs", "bench.kind=engines", "bench.setting=5way_1shot", "bench.repeats=2", *overrides]
     composed = to_dataclass(compose("benchmark", settings), BenchmarkConfig)
     check_benchmark(composed)
     return composed
@@ -46,7 +46,7 @@ def config(*overrides: str) -> BenchmarkConfig:
 
 def test_file_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(engine_table, "SETTINGS", (TINY,))
-    run_engine_table(config("bench.limit_mib=0.9"), tmp_path)
+    run_engine_table(config("bench.memory_limit_mib=0.9"), tmp_path)
     report = json.loads((tmp_path / "benchmark.json").read_text())
     rows = [EngineCost(**row) for row in report["settings"]["5way_1shot"]["rows"]]
     at = {(row.name, row.steps): row for row in rows}

@@ -216,7 +216,7 @@ def test_random_draws_are_those_of_one_meta_gradient() -> None:
 
 
 def config(*more: str) -> TrainConfig:
-    return to_dataclass(compose("train", [*SMALL, "run.checkpoint_seconds=null", *more]), TrainConfig)
+    return to_dataclass(compose("train", [*SMALL, "run.checkpoint_every_s=null", *more]), TrainConfig)
 
 
 def test_without_a_gpu_it_says_so_and_is_what_it_was(caplog: pytest.LogCaptureFixture, model: Any) -> None:

@@ -187,7 +187,7 @@ def save_slowly() -> None:
 def test_processes_that_are_all_asked_to_end_wait_for_the_first_to_save(tmp_path: Path) -> None:
     """As Slurm and systemd ask; and as torchrun does, that ends the others when one has ended."""
     port = free_port()
-    every_60_s = [o for o in SMALL if not o.startswith("run.checkpoint")] + ["run.checkpoint_seconds=60"]
+    every_60_s = [o for o in SMALL if not o.startswith("run.checkpoint")] + ["run.checkpoint_every_s=60"]
     more = ["outer.iterations=100000", "eval.every=100000", "log.every=1", f"hydra.run.dir={tmp_path / RUN}"]
     first = start([*every_60_s, *more], tmp_path / "0", environment=environment(0, 2, port), before=save_slowly)
     second = start([*every_60_s, *more], tmp_path / "1", environment=environment(1, 2, port))
