@@ -11,28 +11,15 @@ from typing_extensions import Doc
 from metalearn.config.schema import Count, Device, Episodes, OnError, Positive, Section, Seed, Steps, TrainConfig
 
 Lesson = Literal[
-    "all",
-    "create_graph",
-    "backward",
-    "orders",
-    "graph",
-    "hvp",
-    "dense_hessian",
-    "finite_differences",
-    "big_product",
-    "newton",
-    "sharpness",
-    "pinn",
-    "maml",
-]
+    "all", "create_graph", "backward", "orders", "graph", "hvp", "dense_hessian", "finite_differences", "big_product",
+    "newton", "sharpness", "pinn", "maml",
+]  # fmt: skip
 LESSONS = get_args(Lesson)[1:]
 """Names for ``lesson`` in teaching order; a test holds them equal to ``metalearn.lessons.LESSONS``."""
 
 BenchSetting = Literal[
-    "all", "configured", "5way_1shot", "20way_1shot", "5way_1shot_15queries",
-    "5way_5shot", "20way_1shot_wide",
-    "5way_K1", "5way_K5", "20way_K1", "20way_K5",
-    "steps", "tasks", "ways", "width",
+    "all", "configured", "5way_1shot", "20way_1shot", "5way_1shot_15queries", "5way_5shot", "20way_1shot_wide",
+    "5way_K1", "5way_K5", "20way_K1", "20way_K5", "steps", "tasks", "ways", "width",
 ]  # fmt: skip
 BENCH_SETTINGS = get_args(BenchSetting)
 """Names for ``bench.setting``; a test holds them equal to what ``commands/benchmark`` allows for each kind."""

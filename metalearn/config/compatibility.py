@@ -1,8 +1,9 @@
-"""Checks over several keys of a training. Each rule yields messages; none needs data or torch."""
+"""Checks over several keys of a training. None needs torch, or data that is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from metalearn.config.schema import (
     Conv4Config,
@@ -17,8 +18,89 @@ from metalearn.core.errors import DataError
 from metalearn.data.image_folder import check_split_sizes, list_splits
 from metalearn.data.metadata import DRAWINGS_PER_CLASS
 
-_BY_BACKENDS = {"learn2learn": ("maml", "anil", "meta_sgd"), "higher": ("maml",), "torchopt": ("maml",)}
-Rule = Callable[[TrainConfig], Iterator[str]]
+_TF32 = (
+    "run.precision=tf32: TF32 is how NVIDIA GPUs since Ampere multiply, and run.device is {}; take "
+    "run.precision=float32 (or bfloat16), or such a GPU"
+)
+_CONFLICTS: tuple[tuple[Callable[[TrainConfig], object], str], ...] = (
+    (
+        lambda c: c.inner.engine == "auto" and c.run.deterministic,
+        "inner.engine=auto with run.deterministic=true: auto chooses by measured times, which differ from run to run; "
+        "name an engine",
+    ),
+    (
+        lambda c: c.run.memory_limit_mib is not None and c.inner.engine != "auto",
+        "run.memory_limit_mib={c.run.memory_limit_mib:g}: only inner.engine=auto heeds it; set that, or leave it out",
+    ),
+    (
+        lambda c: c.inner.checkpoint_every > 1 and c.inner.engine == "unroll",
+        "inner.checkpoint_every={c.inner.checkpoint_every}: inner.engine=unroll keeps graphs and no checkpoints; take "
+        "checkpoint, adjoint or auto, or leave it",
+    ),
+    (
+        lambda c: isinstance(c.data, SinusoidConfig) and not isinstance(c.model, MLPConfig),
+        "model={c.model.name}: data=sinusoid has numbers for inputs, and no images; take model=mlp",
+    ),
+    (
+        lambda c: c.inner.optimizer != "sgd" and c.inner.steps == c.inner.eval_steps == 0,
+        "inner.optimizer={c.inner.optimizer} with inner.steps=0 and inner.eval_steps=0: no step is taken by it",
+    ),
+    (
+        lambda c: c.algorithm.name == "cavia" and not _context(c),
+        "algorithm=cavia with model={c.model.name}: it adapts context parameters, of which the model has none; take "
+        "model=conv4 or mlp with model.context=100",
+    ),
+    (
+        lambda c: c.algorithm.name != "cavia" and _context(c),
+        "model.context={c.model.context}: only algorithm=cavia adapts context parameters; leave it at 0",
+    ),
+    (
+        lambda c: c.algorithm.name == "protonet" and isinstance(c.data, SinusoidConfig),
+        "algorithm=protonet with data=sinusoid: prototypes are of classes, and numbers have none",
+    ),
+    (
+        lambda c: c.algorithm.name in ("reptile", "imaml") and c.inner.steps == 0,
+        "inner.steps=0 with algorithm={c.algorithm.name}: it learns from where the steps lead; take 1 or more",
+    ),
+    (
+        lambda c: c.algorithm.name == "reptile" and c.inner.second_order,
+        "inner.second_order=true with algorithm=reptile: it has no second order; leave it at false",
+    ),
+    (
+        lambda c: _without_batch_norm(c) and isinstance(c.algorithm, MAMLPPConfig) and c.algorithm.per_step_affine,
+        "algorithm.per_step_affine=true with model.batch_norm=false: the model has no BatchNorm; set it to false",
+    ),
+    (
+        lambda c: _without_batch_norm(c) and isinstance(c.algorithm, MAMLPPConfig) and c.algorithm.per_step_statistics,
+        "algorithm.per_step_statistics=true with model.batch_norm=false: the model has no BatchNorm; set it to false",
+    ),
+    (
+        lambda c: c.run.cuda_graph and c.algorithm.name == "imaml",
+        "run.cuda_graph=true with algorithm=imaml: a graph repeats one computation, and this one stops where its "
+        "residual is small",
+    ),
+    (
+        lambda c: (
+            c.run.cuda_graph
+            and isinstance(c.algorithm, MAMLPPConfig)
+            and (c.algorithm.multi_step_share > 0 or c.algorithm.first_order_share > 0)
+        ),
+        "run.cuda_graph=true with algorithm=maml_pp: a graph repeats one computation, and this one changes as the "
+        "training goes on (algorithm.multi_step_share=0 algorithm.first_order_share=0 keep it)",
+    ),
+    (lambda c: c.run.device == "cpu" and c.run.precision == "tf32", _TF32.format("a CPU")),
+)
+"""Combinations of keys that cannot be trained with, and why; ``c`` is the configuration. Testing needs no TF32."""
+_ALGORITHMS_OF_BACKENDS = {"learn2learn": ("maml", "anil", "meta_sgd"), "higher": ("maml",), "torchopt": ("maml",)}
+_NO_ENGINE: dict[str, object] = {"inner.engine": "unroll", "inner.checkpoint_every": 1}
+_NOT_IN_BACKENDS: dict[str, object] = {
+    "inner.clip_norm": None,
+    "run.cuda_graph": False,
+    "run.precision": "float32",
+    "inner.engine": "unroll",
+    "inner.task_chunk": None,
+}
+_NOT_IN_LEARN2LEARN: dict[str, object] = {"inner.optimizer": "sgd", "inner.weight_decay": 0}
 
 
 def find_conflicts(config: TrainConfig, *, trains: bool = True, partial: bool = False) -> list[str]:
@@ -27,12 +109,17 @@ def find_conflicts(config: TrainConfig, *, trains: bool = True, partial: bool = 
     Args:
         config: a training's.
         trains: as in ``validate_train_config``.
-        partial: keys that are not valid are absent; a rule that needs one of them is left out.
+        partial: keys that are not valid are absent; a check that needs one of them is left out.
     """
     messages: list[str] = []
-    for rule in (*_RULES, _tf32_needs_a_gpu) if trains else _RULES:
+    table = _CONFLICTS if trains else _CONFLICTS[:-1]
+    checks: tuple[Any, ...] = (*table, _ways, _drawings, _image_size, _image_folder, _engine, _backend)
+    for check in checks:
         try:
-            messages += rule(config)
+            if callable(check):
+                messages += check(config)
+            elif check[0](config):
+                messages.append(check[1].format(c=config))
         except AttributeError:
             if not partial:
                 raise
@@ -41,50 +128,24 @@ def find_conflicts(config: TrainConfig, *, trains: bool = True, partial: bool = 
 
 def tf32_error(precision: str, device: str) -> str | None:
     """Return why this precision needs another device than one without TF32; ``None`` if it does not."""
-    if precision != "tf32":
-        return None
-    return (
-        f"run.precision=tf32: TF32 is how NVIDIA GPUs since Ampere multiply, and run.device is {device}; take "
-        "run.precision=float32 (or bfloat16), or such a GPU"
-    )
+    return _TF32.format(device) if precision == "tf32" else None
 
 
-def _tf32_needs_a_gpu(config: TrainConfig) -> Iterator[str]:
-    if config.run.device == "cpu" and (message := tf32_error(config.run.precision, "a CPU")):
-        yield message
+def _context(config: TrainConfig) -> int:
+    return 0 if isinstance(config.model, ResNet12Config) else config.model.context
 
 
-def _auto_engine_is_not_deterministic(config: TrainConfig) -> Iterator[str]:
-    if config.inner.engine == "auto" and config.run.deterministic:
-        yield (
-            "inner.engine=auto with run.deterministic=true: auto chooses by measured times, which differ from run to "
-            "run; name an engine"
-        )
+def _without_batch_norm(config: TrainConfig) -> bool:
+    return isinstance(config.model, MLPConfig) and (not config.model.batch_norm or config.model.context > 0)
 
 
-def _memory_limit_needs_auto(config: TrainConfig) -> Iterator[str]:
-    if config.run.memory_limit_mib is not None and config.inner.engine != "auto":
-        yield (
-            f"run.memory_limit_mib={config.run.memory_limit_mib:g}: only inner.engine=auto heeds it; set that, or "
-            "leave it out"
-        )
-
-
-def _unroll_keeps_no_checkpoints(config: TrainConfig) -> Iterator[str]:
-    if config.inner.checkpoint_every > 1 and config.inner.engine == "unroll":
-        yield (
-            f"inner.checkpoint_every={config.inner.checkpoint_every}: inner.engine=unroll keeps graphs and no "
-            "checkpoints; take checkpoint, adjoint or auto, or leave it"
-        )
-
-
-def _ways_fit_the_classes(config: TrainConfig) -> Iterator[str]:
+def _ways(config: TrainConfig) -> Iterator[str]:
     ways, data = config.task.ways, config.data
     if not isinstance(data, (ImagesConfig, SinusoidConfig)) and ways > (found := data.smallest_split())[0]:
         yield f"task.ways={ways}: at most {found[0]}, the smallest part {found[1]}"
 
 
-def _examples_fit_the_drawings(config: TrainConfig) -> Iterator[str]:
+def _drawings(config: TrainConfig) -> Iterator[str]:
     if isinstance(config.data, (ImagesConfig, SinusoidConfig)):
         return
     task, queries = config.task, max(config.task.queries, config.eval.queries)
@@ -96,7 +157,7 @@ def _examples_fit_the_drawings(config: TrainConfig) -> Iterator[str]:
         )
 
 
-def _images_fit_the_model(config: TrainConfig) -> Iterator[str]:
+def _image_size(config: TrainConfig) -> Iterator[str]:
     """Check the size of images after pooling."""
     model, least = config.model, 1
     if isinstance(model, ResNet12Config):
@@ -110,7 +171,7 @@ def _images_fit_the_model(config: TrainConfig) -> Iterator[str]:
         )
 
 
-def _tasks_fit_the_folder(config: TrainConfig) -> Iterator[str]:
+def _image_folder(config: TrainConfig) -> Iterator[str]:
     """List a folder of images; none is read."""
     data = config.data
     if isinstance(data, ImagesConfig):
@@ -122,87 +183,22 @@ def _tasks_fit_the_folder(config: TrainConfig) -> Iterator[str]:
             yield str(error)
 
 
-def _sinusoids_need_an_mlp(config: TrainConfig) -> Iterator[str]:
-    if isinstance(config.data, SinusoidConfig) and not isinstance(config.model, MLPConfig):
-        yield f"model={config.model.name}: data=sinusoid has numbers for inputs, and no images; take model=mlp"
-
-
-def _optimizer_takes_steps(config: TrainConfig) -> Iterator[str]:
-    inner = config.inner
-    if inner.optimizer != "sgd" and inner.steps == inner.eval_steps == 0:
-        yield f"inner.optimizer={inner.optimizer} with inner.steps=0 and inner.eval_steps=0: it takes no step"
-
-
-def _context_belongs_to_cavia(config: TrainConfig) -> Iterator[str]:
-    name, model = config.algorithm.name, config.model
-    context = 0 if isinstance(model, ResNet12Config) else model.context
-    if name == "cavia" and not context:
-        yield (
-            f"algorithm=cavia with model={model.name}: it adapts context parameters, of which the model has none; take "
-            "model=conv4 or mlp with model.context=100"
-        )
-    if name != "cavia" and context:
-        yield f"model.context={context}: only algorithm=cavia adapts context parameters; leave it at 0"
-
-
-def _protonet_needs_classes(config: TrainConfig) -> Iterator[str]:
-    if config.algorithm.name == "protonet" and isinstance(config.data, SinusoidConfig):
-        yield "algorithm=protonet with data=sinusoid: prototypes are of classes, and numbers have none"
-
-
-def _needs_steps(config: TrainConfig) -> Iterator[str]:
-    name = config.algorithm.name
-    if name in ("reptile", "imaml") and config.inner.steps == 0:
-        yield f"inner.steps=0 with algorithm={name}: it learns from where the steps lead; take 1 or more"
-
-
-def _reptile_is_first_order(config: TrainConfig) -> Iterator[str]:
-    if config.algorithm.name == "reptile" and config.inner.second_order:
-        yield "inner.second_order=true with algorithm=reptile: it has no second order; leave it at false"
-
-
-def _has_no_engine(config: TrainConfig) -> Iterator[str]:
-    name = config.algorithm.name
-    if name in ("reptile", "imaml"):
+def _engine(config: TrainConfig) -> Iterator[str]:
+    if (name := config.algorithm.name) in ("reptile", "imaml"):
         yield from _only(config, f"algorithm={name}: it has a gradient of its own", _NO_ENGINE)
 
 
-def _per_step_norm_needs_batch_norm(config: TrainConfig) -> Iterator[str]:
-    algorithm, model = config.algorithm, config.model
-    if not isinstance(algorithm, MAMLPPConfig) or not isinstance(model, MLPConfig):
-        return
-    if not model.batch_norm or model.context:
-        for key in ("per_step_affine", "per_step_statistics"):
-            if getattr(algorithm, key):
-                yield f"algorithm.{key}=true with model.batch_norm=false: the model has no BatchNorm; set it to false"
-
-
-def _cuda_graph_repeats_one_computation(config: TrainConfig) -> Iterator[str]:
-    algorithm, why = config.algorithm, ""
-    if algorithm.name == "imaml":
-        why = "stops where its residual is small"
-    elif isinstance(algorithm, MAMLPPConfig) and (algorithm.multi_step_share > 0 or algorithm.first_order_share > 0):
-        why = "changes as the training goes on (algorithm.multi_step_share=0 algorithm.first_order_share=0 keep it)"
-    if why and config.run.cuda_graph:
-        yield (
-            f"run.cuda_graph=true with algorithm={algorithm.name}: a graph repeats one computation, and this one {why}"
-        )
-
-
-def _backend_offers_the_algorithm(config: TrainConfig) -> Iterator[str]:
+def _backend(config: TrainConfig) -> Iterator[str]:
     name, backend = config.algorithm.name, config.algorithm.backend
-    if backend != "metalearn" and name not in _BY_BACKENDS[backend]:
+    if backend == "metalearn":
+        return
+    if name not in _ALGORITHMS_OF_BACKENDS[backend]:
         yield (
             f"algorithm.backend={backend} with algorithm={name}: {backend} is trained with for comparison, on "
-            f"{', '.join(_BY_BACKENDS[backend])}; take algorithm.backend=metalearn"
+            f"{', '.join(_ALGORITHMS_OF_BACKENDS[backend])}; take algorithm.backend=metalearn"
         )
-
-
-def _backend_offers_the_settings(config: TrainConfig) -> Iterator[str]:
-    backend = config.algorithm.backend
-    if backend != "metalearn":
-        settings = _NOT_IN_BACKENDS | (_NOT_IN_LEARN2LEARN if backend == "learn2learn" else {})
-        yield from _only(config, f"algorithm.backend={backend}: {backend} has no such thing", settings)
+    settings = _NOT_IN_BACKENDS | (_NOT_IN_LEARN2LEARN if backend == "learn2learn" else {})
+    yield from _only(config, f"algorithm.backend={backend}: {backend} has no such thing", settings)
 
 
 def _only(config: TrainConfig, reason: str, settings: dict[str, object]) -> Iterator[str]:
@@ -211,34 +207,3 @@ def _only(config: TrainConfig, reason: str, settings: dict[str, object]) -> Iter
         section, _, name = key.partition(".")
         if (value := getattr(getattr(config, section), name)) != only:
             yield f"{key}={value} with {reason}; leave it at {'null' if only is None else str(only).lower()}"
-
-
-_NO_ENGINE: dict[str, object] = {"inner.engine": "unroll", "inner.checkpoint_every": 1}
-_NOT_IN_BACKENDS: dict[str, object] = {
-    "inner.clip_norm": None,
-    "run.cuda_graph": False,
-    "run.precision": "float32",
-    "inner.engine": "unroll",
-    "inner.task_chunk": None,
-}
-_NOT_IN_LEARN2LEARN: dict[str, object] = {"inner.optimizer": "sgd", "inner.weight_decay": 0}
-_RULES: tuple[Rule, ...] = (
-    _auto_engine_is_not_deterministic,
-    _memory_limit_needs_auto,
-    _unroll_keeps_no_checkpoints,
-    _ways_fit_the_classes,
-    _examples_fit_the_drawings,
-    _images_fit_the_model,
-    _tasks_fit_the_folder,
-    _sinusoids_need_an_mlp,
-    _optimizer_takes_steps,
-    _context_belongs_to_cavia,
-    _protonet_needs_classes,
-    _needs_steps,
-    _reptile_is_first_order,
-    _has_no_engine,
-    _per_step_norm_needs_batch_norm,
-    _cuda_graph_repeats_one_computation,
-    _backend_offers_the_algorithm,
-    _backend_offers_the_settings,
-)

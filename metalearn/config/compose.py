@@ -162,7 +162,7 @@ def register_resolvers() -> None:
 
 
 def timestamp() -> str:
-    """The time of day to the microsecond, so that runs started together have folders of their own."""
+    """Return the time of day to the microsecond, so that runs that start together have different folders."""
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
 
 

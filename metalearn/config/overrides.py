@@ -55,14 +55,8 @@ def requested_jobs(name: str, flags: argparse.Namespace) -> Iterator[tuple[list[
     """
     register_resolvers()
     parsed = _parsed(flags.overrides)
-    check_flags(
-        rerun=flags.experimental_rerun,
-        config_path=flags.config_path,
-        config_name=flags.config_name,
-        config_dir=flags.config_dir,
-        searchpath=[p for o in parsed if o.key_or_group == "hydra.searchpath" for p in _as_list(o.value())],
-        shipped=[file.stem for file in CONF.glob("*.yaml")],
-    )
+    searchpath = [p for o in parsed if o.key_or_group == "hydra.searchpath" for p in _as_list(o.value())]
+    check_flags(vars(flags), searchpath, [file.stem for file in CONF.glob("*.yaml")])
     if flags.info or flags.shell_completion:  # these configure no loggers, and call nothing
         return
     lines = [str(o.input_line) for o in parsed]

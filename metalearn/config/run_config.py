@@ -27,24 +27,10 @@ log = logging.getLogger(__name__)
 Trained = TypeVar("Trained", bound=schema.TrainConfig)
 
 _KEYS_WITH_LATE_DEFAULTS = (
-    "inner.checkpoint_every",
-    "inner.optimizer",
-    "inner.momentum",
-    "inner.betas",
-    "inner.eps",
-    "inner.weight_decay",
-    "inner.clip_norm",
-    "model.context",
-    "algorithm.backend",
-    "run.resume",
-    "run.init_from",
-    "run.checkpoint_every_s",
-    "run.on_nonfinite",
-    "run.precision",
-    "run.cuda_graph",
-    "run.memory_limit_mib",
-    "log.curvature_every",
-    "log.eigenvalue_every",
+    *("inner.checkpoint_every", "inner.optimizer", "inner.momentum", "inner.betas", "inner.eps"),
+    *("inner.weight_decay", "inner.clip_norm", "model.context", "algorithm.backend", "run.resume", "run.init_from"),
+    *("run.checkpoint_every_s", "run.on_nonfinite", "run.precision", "run.cuda_graph", "run.memory_limit_mib"),
+    *("log.curvature_every", "log.eigenvalue_every"),
 )
 """Keys that the files of older runs lack; those were trained as the defaults say."""
 

@@ -188,7 +188,7 @@ def test_processes_agree_on_the_figures_of_an_algorithm(monkeypatch: pytest.Monk
             ["algorithm.backend=learn2learn", "inner.optimizer=adam"],
             "inner.optimizer=adam with algorithm.backend",
         ),
-        (["algorithm=protonet", "inner.optimizer=adam"], "it takes no step"),
+        (["algorithm=protonet", "inner.optimizer=adam"], "no step is taken by it"),
         (["algorithm=reptile", "inner.second_order=true"], "inner.second_order=true with algorithm=reptile"),
         (["algorithm=imaml", "inner.engine=auto"], "inner.engine=auto with algorithm=imaml"),
         (["algorithm=maml_pp", "model=mlp", "model.batch_norm=false"], "algorithm.per_step_affine=true with model.ba"),
