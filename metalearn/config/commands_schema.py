@@ -5,10 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import Field, StrictFloat, StrictInt
 from typing_extensions import Doc
 
-from metalearn.config.schema import Count, Device, Episodes, OnError, Positive, Section, Seed, Steps, TrainConfig
+from metalearn.config.schema import (
+    Bool,
+    Count,
+    Device,
+    Episodes,
+    OnError,
+    Positive,
+    Section,
+    Seed,
+    Steps,
+    Text,
+    TrainConfig,
+)
 
 Lesson = Literal[
     "all", "create_graph", "backward", "orders", "graph", "hvp", "dense_hessian", "finite_differences", "big_product",
@@ -57,7 +69,7 @@ class BenchmarkConfig(TrainConfig):
 class EvaluateRunConfig(Section):
     """Which run, and where to test it."""
 
-    dir: Annotated[StrictStr, Doc("folder of the run to test")]
+    dir: Annotated[Text, Doc("folder of the run to test")]
     device: Annotated[Device | None, Doc("null: as the run was trained")]
 
 
@@ -73,9 +85,7 @@ class EvaluateEvalConfig(Section):
 class EvaluateDataConfig(Section):
     """Where the data lies now."""
 
-    root: Annotated[
-        StrictStr | None, Doc("folder that holds omniglot-py/; null: the run's own, or METALEARN_DATA if that is gone")
-    ]
+    root: Annotated[Text | None, Doc("holds omniglot-py/; null: as in the run, or METALEARN_DATA if that is gone")]
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,7 @@ class EvaluateConfig(Section):
 class AdaptRunConfig(Section):
     """Which run, and where to compute."""
 
-    dir: Annotated[StrictStr, Doc("folder of the run whose best checkpoint is adapted; nothing is written there")]
+    dir: Annotated[Text, Doc("folder of the run whose best checkpoint is adapted; nothing is written there")]
     device: Annotated[Device, Doc("auto: the GPU if there is one")]
 
 
@@ -100,23 +110,19 @@ class AdaptConfig(Section):
     """``conf/adapt.yaml``."""
 
     run: AdaptRunConfig
-    support: Annotated[StrictStr | None, Doc("folder with one folder a class, one image or more in each, to adapt to")]
-    query: Annotated[
-        StrictStr | None, Doc("images to predict: a folder of them, or of classes; null: none, only adapt and save")
-    ]
-    weights: Annotated[StrictStr | None, Doc("adapted weights that were saved before, in the place of support")]
+    support: Annotated[Text | None, Doc("folder with one folder a class, one image or more in each, to adapt to")]
+    query: Annotated[Text | None, Doc("images to predict, or folders of classes; null: only adapt and save")]
+    weights: Annotated[Text | None, Doc("adapted weights that were saved before, in the place of support")]
     steps: Annotated[Steps | None, Doc("inner steps; null: the run's inner.eval_steps")]
     invert: Annotated[
-        StrictBool | Literal["auto"],
+        Bool | Literal["auto"],
         Doc(
             "exchange black and white, as of dark ink on paper for a run of light ink on black; auto: "
             "where the images' borders are light and those of the run's data (Omniglot, glyphs) dark"
         ),
     ]
     on_unreadable: Annotated[OnError, Doc("files that cannot be read: stop, or skip with a warning")]
-    save: Annotated[
-        StrictStr | None, Doc("file for the adapted weights; null: adapted.safetensors in the output folder")
-    ]
+    save: Annotated[Text | None, Doc("file for the adapted weights; null: adapted.safetensors in the output folder")]
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,7 @@ class CompareSettings(Section):
     """What is compared, and how."""
 
     variants: Annotated[
-        list[StrictStr], Field(min_length=1), Doc("what to compare, each a list of overrides with spaces between them")
+        list[Text], Field(min_length=1), Doc("what to compare, each a list of overrides with spaces between them")
     ]
     seeds: Annotated[list[Seed], Field(min_length=1), Doc("values of run.seed; every variant is trained with each")]
     jobs: Annotated[Count | None, Doc("runs at a time on this machine; null: one per core, or one on a GPU")]
@@ -170,9 +176,7 @@ class CompareSettings(Section):
     ]
     repeats: Annotated[Repeats, Doc("times that every engine is timed, in turns")]
     memory_limit_mib: Annotated[Positive, Doc("MiB at which a measurement of memory is stopped")]
-    resume: Annotated[
-        StrictBool, Doc("resume an unfinished comparison of the same configuration; false: start another")
-    ]
+    resume: Annotated[Bool, Doc("resume an unfinished comparison of this configuration; false: start another")]
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ class CompareConfig(TrainConfig):
 class ReproduceConfig(Section):
     """``conf/reproduce.yaml``."""
 
-    experiment_name: Annotated[StrictStr, Doc("the experiment to reproduce, a file in conf/experiment/")]
+    experiment_name: Annotated[Text, Doc("the experiment to reproduce, a file in conf/experiment/")]
     orders: Annotated[
         list[Literal["second", "first"]], Field(min_length=1), Doc("second: MAML; first: its first-order approximation")
     ]
@@ -196,7 +200,5 @@ class ReproduceConfig(Section):
         Doc("when to stop; the same command resumes; null: when all is finished"),
     ]
     jobs: Annotated[Count, Doc("runs at a time on this machine")]
-    overrides: Annotated[list[StrictStr], Doc("more keys of scripts/train.py, for every run")]
-    update_reference: Annotated[
-        StrictBool, Doc("also write the results to outputs/reference/omniglot.json and the README's table")
-    ]
+    overrides: Annotated[list[Text], Doc("more keys of scripts/train.py, for every run")]
+    update_reference: Annotated[Bool, Doc("also write results to outputs/reference/omniglot.json and the README")]

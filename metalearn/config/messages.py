@@ -108,43 +108,50 @@ def format_errors(
     for each in error.errors(include_url=False):
         section, *inside = map(str, each["loc"])
         node: Any = plain.get(section)
-        hint, known = hints(kind).get(section), list(hints(kind))
-        classes = section_classes(hint)
+        classes = section_classes(hints(kind).get(section))
+        if len(classes) > 1 and inside:
+            del inside[0]  # pydantic puts the option before the key
         if each["type"] == "union_tag_invalid":
-            inside = ["name"]
-        elif len(classes) > 1 and inside:  # pydantic puts the option before the key
-            del inside[0]
-        key, value = section, node
-        if classes and inside:
-            owner = section_class(kind, section, node.get("name")) or classes[0]
-            key, value, hint = f"{section}.{inside[0]}", node.get(inside[0]), hints(owner).get(inside[0])
-            known = list(hints(owner))
-            others = [c for c in classes if c is not owner and set(hints(c)) == set(node)]
-            if others and set(hints(owner)) != set(node):
-                key, value, each["type"] = f"{section}.name", node["name"], "option_replaced"
-        shown = f"{key}={format_value(value)}"
-        if each["type"] == "option_replaced":
-            text = f"{shown}: the other keys are not of this option. Choose it as a whole, {section}={value}"
-        elif each["type"] == "union_tag_invalid":
-            text = f"{shown}: must be {_options(classes)}; choose with {section}=NAME"
-        elif each["type"] == "missing":
-            text = f"{key} is required: {description(hint)}"
-            if len(classes) > 1 and not inside:
-                text = f"{key} is required: choose with {key}=NAME {_options(classes)}"
-            elif classes and not inside:
-                text = f"{key} is required: a section with the keys {', '.join(hints(classes[0]))}"
-        elif each["type"] == "unexpected_keyword_argument":
-            text = f"{shown}: there is no such key{file_of(key)}. {_nearest(key, kind, known)}"
-        elif classes and not inside:
-            text = (
-                f"{shown}: must be a section, with the keys {', '.join(sorted({k for c in classes for k in hints(c)}))}"
-            )
-        elif each["type"] == "value_error":
-            text = f"{shown}: {each['ctx']['error']}{file_of(key)}"
+            key = f"{section}.name"
+            text = f"{key}={node['name']}: must be {_options(classes)}; choose with {section}=NAME"
+        elif not classes:
+            key, text = section, _format_key_error(each, section, node, kind, kind, file_of)
+        elif not inside:
+            key, text = section, _format_section_error(each["type"], section, node, classes)
+        elif (owner := _owner(classes, kind, section, node)) is None:
+            key, name = f"{section}.name", node["name"]
+            text = f"{key}={name}: the other keys are not of this option. Choose it as a whole, {section}={name}"
         else:
-            text = f"{shown}: must be {describe_allowed(hint)}{file_of(key)} ({description(hint)})"
+            key = f"{section}.{inside[0]}"
+            text = _format_key_error(each, key, node.get(inside[0]), owner, kind, file_of)
         messages.setdefault(key, text)
     return messages
+
+
+def _owner(classes: Sequence[type], kind: type, section: str, node: Mapping[str, Any]) -> type | None:
+    """Return the class of a section; ``None`` if its keys are those of another option than its name says."""
+    owner = section_class(kind, section, node.get("name")) or classes[0]
+    fitting = [c for c in classes if set(hints(c)) == set(node)]
+    return None if fitting and owner not in fitting else owner
+
+
+def _format_section_error(error: str, section: str, node: Any, classes: Sequence[type]) -> str:
+    keys = ", ".join(dict.fromkeys(key for c in classes for key in hints(c)))
+    if error != "missing":
+        return f"{section}={format_value(node)}: must be a section, with the keys {keys}"
+    how = f"choose with {section}=NAME {_options(classes)}" if len(classes) > 1 else f"a section with the keys {keys}"
+    return f"{section} is required: {how}"
+
+
+def _format_key_error(error: Any, key: str, value: Any, owner: type, kind: type, file_of: Callable[[str], str]) -> str:
+    shown, hint = f"{key}={format_value(value)}", hints(owner).get(key.rpartition(".")[2])
+    if error["type"] == "missing":
+        return f"{key} is required: {description(hint)}"
+    if error["type"] == "unexpected_keyword_argument":
+        return f"{shown}: there is no such key{file_of(key)}. {_nearest(key, kind, list(hints(owner)))}"
+    if error["type"] == "value_error":
+        return f"{shown}: {error['ctx']['error']}{file_of(key)}"
+    return f"{shown}: must be {describe_allowed(hint)}{file_of(key)} ({description(hint)})"
 
 
 def _options(classes: Sequence[type]) -> str:

@@ -28,6 +28,8 @@ PLAIN_ALGORITHMS = get_args(PlainAlgorithm)
 LARGEST_SEED = 2**63 - 1
 """The largest int64."""
 
+Bool = StrictBool
+Text = StrictStr
 Seed = Annotated[StrictInt, Field(ge=0, le=LARGEST_SEED)]
 Count = Annotated[StrictInt, Field(ge=1)]
 Steps = Annotated[StrictInt, Field(ge=0)]
@@ -37,7 +39,7 @@ NonNegative = Annotated[StrictFloat, Field(ge=0)]
 Share = Annotated[StrictFloat, Field(ge=0, le=1)]
 Momentum = Annotated[StrictFloat, Field(ge=0, lt=1)]
 Device = Annotated[
-    StrictStr, Field(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]*))?)$", examples=["auto", "cpu", "cuda", "cuda:N"])
+    Text, Field(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]*))?)$", examples=["auto", "cpu", "cuda", "cuda:N"])
 ]
 OnError = Literal["stop", "skip"]
 
@@ -72,15 +74,11 @@ class InnerConfig(Section):
     lr: Annotated[Positive, Doc("step size of the inner gradient descent")]
     steps: Annotated[Steps, Doc("inner steps in training")]
     eval_steps: Annotated[Steps, Doc("inner steps in validation and test; may differ from inner.steps")]
-    second_order: Annotated[
-        StrictBool, Doc("differentiate through the inner gradients (MAML); false: first-order MAML")
-    ]
-    engine: Annotated[
-        Engine, Doc("how the meta-gradient is computed; auto: the fastest that fits run.memory_limit_mib")
-    ]
+    second_order: Annotated[Bool, Doc("differentiate through the inner gradients (MAML); false: first-order MAML")]
+    engine: Annotated[Engine, Doc("computes the meta-gradient; auto: the fastest that fits run.memory_limit_mib")]
     task_chunk: Annotated[Count | None, Doc("tasks per pass, to save memory; null: all at once")]
     checkpoint_every: Annotated[
-        Count, Doc("checkpoint and adjoint keep every s-th step's weights, and recompute the others")
+        Count, Doc("checkpoint and adjoint keep every s-th step's weights, and recompute others")
     ]
     optimizer: Annotated[
         Literal["sgd", "momentum", "nesterov", "adam"], Doc("update rule of the inner loop; all are differentiated")
@@ -120,7 +118,7 @@ class EvalConfig(Section):
 class DataConfig(Section):
     """Base of the options of ``data``."""
 
-    name: Annotated[StrictStr, Doc("the data set")]
+    name: Annotated[Text, Doc("the data set")]
 
     def smallest_split(self) -> tuple[int, str]:
         """Return the number of classes in the smallest split, and its description."""
@@ -132,12 +130,12 @@ class OmniglotConfig(DataConfig):
     """``conf/data/omniglot.yaml``."""
 
     name: Annotated[Literal["omniglot"], Doc("the data set")]
-    root: Annotated[StrictStr | None, Doc("folder that holds omniglot-py/; null: the user's cache, filled by download")]
+    root: Annotated[Text | None, Doc("folder that holds omniglot-py/; null: the user's cache, filled by download")]
     fallback: Annotated[Literal["glyphs"] | None, Doc("what to train on where Omniglot is not available; null: stop")]
     split: Annotated[
         Literal["classic", "alphabets"], Doc("classic: 1100/100/423 random classes; alphabets: whole ones")
     ]
-    rotations: Annotated[StrictBool, Doc("rotate training classes by multiples of 90 degrees into new ones")]
+    rotations: Annotated[Bool, Doc("rotate training classes by multiples of 90 degrees into new ones")]
 
     def smallest_split(self) -> tuple[int, str]:  # noqa: D102
         return OMNIGLOT_SPLITS[self.split].smallest, f"of Omniglot's {self.split} split"
@@ -162,7 +160,7 @@ class ImagesConfig(DataConfig):
     """``conf/data/images.yaml``."""
 
     name: Annotated[Literal["images"], Doc("the data set")]
-    root: Annotated[StrictStr, Doc("folder that holds one folder a class, or train/, val/ and test/ with these")]
+    root: Annotated[Text, Doc("folder that holds one folder a class, or train/, val/ and test/ with these")]
     size: Annotated[Count, Doc("height and width that images are cropped and resized to, in pixels")]
     channels: Annotated[Literal[1, 3], Doc("1: grey; 3: colour")]
     fractions: Annotated[
@@ -196,7 +194,7 @@ AnyData = OmniglotConfig | GlyphsConfig | ImagesConfig | SinusoidConfig
 class ModelConfig(Section):
     """Base of the options of ``model``."""
 
-    name: Annotated[StrictStr, Doc("the network")]
+    name: Annotated[Text, Doc("the network")]
 
 
 ContextSize = Annotated[Steps, Doc("context parameters, which algorithm=cavia adapts; 0: none")]
@@ -218,7 +216,7 @@ class MLPConfig(ModelConfig):
 
     name: Annotated[Literal["mlp"], Doc("the network")]
     hidden: Annotated[list[Count], Field(min_length=1), Doc("width of each hidden layer")]
-    batch_norm: Annotated[StrictBool, Doc("BatchNorm before each ReLU")]
+    batch_norm: Annotated[Bool, Doc("BatchNorm before each ReLU")]
     context: ContextSize
 
 
@@ -237,7 +235,7 @@ AnyModel = Conv4Config | MLPConfig | ResNet12Config
 class AlgorithmConfig(Section):
     """Base of the options of ``algorithm``."""
 
-    name: Annotated[StrictStr, Doc("the meta-learner")]
+    name: Annotated[Text, Doc("the meta-learner")]
     backend: Annotated[
         Literal["metalearn", "learn2learn", "higher", "torchopt"],
         Doc("library that computes the meta-gradient; the others are for comparison"),
@@ -256,16 +254,12 @@ class MAMLPPConfig(AlgorithmConfig):
     """``conf/algorithm/maml_pp.yaml``; outer.schedule=cosine is the sixth of its parts."""
 
     name: Annotated[Literal["maml_pp"], Doc("the meta-learner")]
-    learned_lr: Annotated[StrictBool, Doc("learn a step size for every parameter tensor and inner step (LSLR)")]
-    multi_step_share: Annotated[
-        Share, Doc("share of training in which the query loss after every step counts (MSL); 0: none")
-    ]
-    first_order_share: Annotated[
-        Share, Doc("share of training that is first order, before the second begins (DA); 0: none")
-    ]
-    per_step_affine: Annotated[StrictBool, Doc("BatchNorm's scale and shift for every inner step, not adapted (BNWB)")]
+    learned_lr: Annotated[Bool, Doc("learn a step size for every parameter tensor and inner step (LSLR)")]
+    multi_step_share: Annotated[Share, Doc("share of training with the query loss after every step (MSL); 0: none")]
+    first_order_share: Annotated[Share, Doc("share of training, from its start, that is first order (DA); 0: none")]
+    per_step_affine: Annotated[Bool, Doc("BatchNorm's scale and shift for every inner step, not adapted (BNWB)")]
     per_step_statistics: Annotated[
-        StrictBool, Doc("BatchNorm's statistics for every inner step, to predict queries one by one (BNRS)")
+        Bool, Doc("BatchNorm's statistics for every inner step, to predict queries singly (BNRS)")
     ]
 
 
@@ -288,20 +282,15 @@ class RunConfig(Section):
 
     seed: Annotated[Seed, Doc("of the initial parameters and of every task")]
     device: Annotated[Device, Doc("auto: the GPU if there is one")]
-    resume: Annotated[
-        StrictBool | Literal["auto"], Doc("true: resume the run in hydra.run.dir; auto: if there is one, else start it")
-    ]
-    init_from: Annotated[
-        StrictStr | None, Doc("folder of a run whose best parameters this new run starts from; null: random parameters")
-    ]
+    resume: Annotated[Bool | Literal["auto"], Doc("true: resume the run in hydra.run.dir; auto: if there is one")]
+    init_from: Annotated[Text | None, Doc("folder of a run from whose best parameters to start; null: random ones")]
     checkpoint_every_s: Annotated[
-        NonNegative | None,
-        Doc("seconds between checkpoints, beside one at each validation; 0: after every step; null: none"),
+        NonNegative | None, Doc("seconds between checkpoints, beside those at validations; 0: every step; null: none")
     ]
     on_nonfinite: Annotated[
-        OnError, Doc("a loss or gradient that is NaN or infinite: stop, or skip that meta-step and count it")
+        OnError, Doc("a loss or gradient that is NaN or infinite: stop, or skip and count the meta-step")
     ]
-    deterministic: Annotated[StrictBool, Doc("forbid operations that are not reproducible bit by bit")]
+    deterministic: Annotated[Bool, Doc("forbid operations that are not reproducible bit by bit")]
     precision: Annotated[
         Literal["float32", "tf32", "bfloat16"],
         Doc(
@@ -309,9 +298,7 @@ class RunConfig(Section):
             "(GPUs only) and bfloat16 (autocast): checked against float32 at the start"
         ),
     ]
-    cuda_graph: Annotated[
-        StrictBool, Doc("replay the meta-gradient as one CUDA graph; where that fails, warn and go on without")
-    ]
+    cuda_graph: Annotated[Bool, Doc("replay the meta-gradient as one CUDA graph; where that fails, warn and go on")]
     memory_limit_mib: Annotated[Positive | None, Doc("MiB that inner.engine=auto may take; null: most of what is free")]
 
 
@@ -320,13 +307,12 @@ class LogConfig(Section):
     """What TensorBoard shows, and how often."""
 
     every: Annotated[Count, Doc("meta-steps between points in TensorBoard; scalars are means over them")]
-    images: Annotated[StrictBool, Doc("a grid of support and query images with predictions, at each validation")]
+    images: Annotated[Bool, Doc("a grid of support and query images with predictions, at each validation")]
     curvature_every: Annotated[
-        Count | None,
-        Doc("meta-steps between measurements of the second-order term (see grad/ in the README); null: never"),
+        Count | None, Doc("meta-steps between points of the second-order term (grad/ in the README); null: never")
     ]
     eigenvalue_every: Annotated[
-        Count | None, Doc("meta-steps between estimates of the support loss's largest eigenvalue (costly); null: never")
+        Count | None, Doc("meta-steps between estimates of the support loss's top eigenvalue (costly); null: never")
     ]
 
 

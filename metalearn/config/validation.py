@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from metalearn.config.commands_schema import EvaluateConfig
 from metalearn.config.compatibility import find_conflicts
-from metalearn.config.messages import format_errors, hints, section_class, section_classes
+from metalearn.config.messages import format_errors, hints, section_class
 from metalearn.config.output_names import COMPARISON_FILE
 from metalearn.config.schema import OmniglotConfig, TrainConfig
 from metalearn.core.errors import ConfigError, DataError
@@ -62,7 +62,7 @@ def _valid_part(plain: Mapping[str, Any], kind: Any, invalid: Mapping[str, str])
     config: TrainConfig = object.__new__(kind)
     for section in hints(kind):
         node = plain.get(section)
-        if section in invalid or not isinstance(node, dict) or not section_classes(hints(kind)[section]):
+        if {section, f"{section}.name"} & invalid.keys() or not isinstance(node, dict):
             continue
         if (owner := section_class(kind, section, node.get("name"))) is not None:
             part: Any = object.__new__(owner)
