@@ -60,10 +60,9 @@ def requested_jobs(name: str, flags: argparse.Namespace) -> Iterator[tuple[list[
     if flags.info or flags.shell_completion:  # these configure no loggers, and call nothing
         return
     lines = [str(o.input_line) for o in parsed]
-    own = compose(
-        name, [o for o in lines if re.match(r"\+*hydra[./](launcher|sweeper)\b", o)], return_hydra_config=True
-    )
-    chosen = {section: _plain(own)["hydra"][section] for section in CLI_ONLY_SECTIONS}
+    on_command_line = [line for line in lines if re.match(r"\+*hydra[./](launcher|sweeper)\b", line)]
+    alone = _plain(compose("gradients", on_command_line, return_hydra_config=True))  # the smallest primary file
+    chosen = {section: alone["hydra"][section] for section in CLI_ONLY_SECTIONS}
 
     def safe(overrides: list[str]) -> tuple[DictConfig, str]:
         config = compose(flags.config_name or name, overrides, flags.config_dir, return_hydra_config=True)

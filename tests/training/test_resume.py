@@ -218,7 +218,7 @@ def test_another_process_that_began_the_run_meanwhile_is_noticed(
 
 
 def test_nothing_to_go_on_with(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"holds no run to go on with.*run\.resume=auto"):
+    with pytest.raises(RunError, match=r"holds no run to resume.*run\.resume=auto"):
         run(tmp_path / "none", "run.resume=true")
     assert not (tmp_path / "none").exists()
 
