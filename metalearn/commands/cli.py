@@ -71,7 +71,11 @@ def command(
                 if torchrun.world_size() > 1 and (follow is None or flags.multirun):
                     raise ConfigError(_ONE_TRAINING)
                 if flags.help:
-                    print(help_text(compose(name), kind, sys.argv[0], function.__doc__ or "", group_defaults(name)))
+                    print(
+                        help_text(
+                            compose(name), kind, f"python {sys.argv[0]}", function.__doc__ or "", group_defaults(name)
+                        )
+                    )
                     return
                 jobs = _checked(name, flags, kind, check, may_continue)
             except MetalearnError as error:

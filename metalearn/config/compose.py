@@ -30,7 +30,8 @@ _REFUSALS = (
 )
 """What Hydra and OmegaConf raise for input that they cannot take; not all of it is of their own classes."""
 
-CONF = Path(__file__).parents[2] / "conf"
+CONF = next(p for p in (Path(__file__).parents[1] / "conf", Path(__file__).parents[2] / "conf") if p.is_dir())
+"""The shipped configuration: inside the package where that was installed, at the top level of a checkout."""
 
 Config = TypeVar("Config")
 
@@ -57,6 +58,7 @@ def compose(
     """
     register_resolvers()
     overrides = rename_overrides(name, overrides)
+    config_dir = config_dir or user_conf_dir(overrides)
     for group in GROUPS:
         if f"{group}=null" in overrides:
             raise ConfigError(f"{group}=null: choose one of {', '.join(options(group))}")
@@ -70,6 +72,17 @@ def compose(
         raise ConfigError(format_hydra_error(error, overrides)) from error
     finally:
         GlobalHydra.instance().hydra = running
+
+
+def user_conf_dir(overrides: Sequence[str] = ()) -> str | None:
+    """Return the user's ``conf/`` in the current directory, which adds groups and experiments.
+
+    Returns:
+        ``None`` if there is none, or if the overrides say where to search.
+    """
+    folder = Path("conf").absolute()
+    told = any(override.lstrip("+").startswith("hydra.searchpath=") for override in overrides)
+    return None if told or not folder.is_dir() or folder.samefile(CONF) else str(folder)
 
 
 def _allow_unknown(override: str, folders: Sequence[Path]) -> str:
@@ -100,9 +113,9 @@ def group_defaults(name: str) -> dict[str, DictConfig]:
     return {choice: compose(name, [choice])[choice.partition("=")[0]] for choice in choices}
 
 
-def options(group: str) -> list[str]:
-    """Return the names of a group's options."""
-    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+def options(group: str, config_dir: str | None = None) -> list[str]:
+    """Return the names of a group's options, with those that ``config_dir`` adds."""
+    return sorted({file.stem for folder in search_folders((), config_dir) for file in (folder / group).glob("*.yaml")})
 
 
 def to_dataclass(
@@ -129,7 +142,7 @@ def to_dataclass(
         section, _, name = key.partition(".")
         if isinstance(plain.get(section), dict) and name in plain[section]:
             errors[key] = f"{key}={plain[section].pop(name)}: this key was removed; {instead}"
-    folders = search_folders(overrides, config_dir)
+    folders = search_folders(overrides, config_dir or user_conf_dir(overrides))
     return from_dict(plain, kind, errors, lambda key: file_setting(key, overrides, folders))
 
 

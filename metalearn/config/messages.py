@@ -195,11 +195,11 @@ def help_text(config: DictConfig, kind: type, script: str, about: str, options: 
     Args:
         config: composed, without overrides.
         kind: its schema.
-        script: path of the command.
+        script: the words that start the command.
         about: what it does.
         options: sections of the groups' options, by ``GROUP=OPTION``.
     """
-    usage = f"usage: python {script} [KEY=VALUE ...] [GROUP=OPTION ...] [--cfg job] [--multirun] [--hydra-help]"
+    usage = f"usage: {script} [KEY=VALUE ...] [GROUP=OPTION ...] [--cfg job] [--multirun] [--hydra-help]"
     lines = [inspect.cleandoc(about), "", usage, "", "Keys, with their defaults:"]
     plain: Any = OmegaConf.to_container(config, resolve=False)
     sections = {name: classes for name, hint in hints(kind).items() if (classes := section_classes(hint))}

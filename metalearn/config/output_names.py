@@ -13,12 +13,14 @@ from typing import Any
 import yaml
 
 from metalearn.config.renamed_keys import rename_keys
-from metalearn.config.run_folder import is_locked
+from metalearn.config.run_folder import TRAINING_FILES, is_locked
 
 COMPARISON_FILE = "comparison.yaml"
 """The file that makes a folder a comparison's: its configuration."""
 RESULTS_FILE = "results.json"
 """The file that a comparison writes when all of its runs have ended."""
+RUN_FILES = (*TRAINING_FILES, "benchmark.json", "lessons.json", "verify.json", COMPARISON_FILE)
+"""A folder with one of these holds the output of a command, and no other command writes there."""
 
 _MAY_DIFFER = {"compare.jobs", "compare.resume", "data.root"}
 _LONGEST = 100  # characters of a name; file systems allow 255 bytes

@@ -86,6 +86,9 @@ def resolve_data(config: Trained) -> Trained:
     Raises:
         ConfigError: if the task does not fit the fallback.
     """
+    if config.run.init_from is not None:
+        source = str(Path(config.run.init_from).expanduser().absolute())
+        config = replace(config, run=replace(config.run, init_from=source))
     data = config.data
     if isinstance(data, schema.ImagesConfig):
         return replace(config, data=replace(data, root=str(Path(data.root).expanduser().absolute())))

@@ -71,7 +71,9 @@ def test_four_classic_experiments_exist() -> None:
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_help_explains_every_key(name: str) -> None:
     kind: Any = SCHEMAS[name]
-    text = re.sub(r"\s+", " ", help_text(compose(name), kind, f"scripts/{name}.py", "Does it.", group_defaults(name)))
+    text = re.sub(
+        r"\s+", " ", help_text(compose(name), kind, f"python scripts/{name}.py", "Does it.", group_defaults(name))
+    )
     keys = {key: hint for key, hint in hints(kind).items() if not section_classes(hint)}
     keys |= {
         f"{section}.{key}": hint
