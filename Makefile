@@ -26,7 +26,7 @@ test: lint
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 faults: $(VENV)/.dev
-	$(BIN)/python -m tests.faults $(ARGS)
+	$(BIN)/python -m pytest tests/faults -m fault --faults-report outputs/reference/faults.json $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -3,8 +3,7 @@
     >>> forward, theta = functionalize(model)
     >>> result = meta_gradient(forward, theta, episodes, InnerLoop(lr=0.4, steps=1, second_order=True))
 
-Names are imported when they are first used, so that what needs no torch (checking a configuration) need not wait
-for it.
+Names are imported on first use, so that checking a configuration need not wait for torch.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
     from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
     from metalearn.data.collate import batches
     from metalearn.derivatives import gradcheck
-    from metalearn.inference.learner import Learner, load
+    from metalearn.inference.learner import Learner
+    from metalearn.inference.loading import load
     from metalearn.inner import (
         SGD,
         Adam,
@@ -83,7 +83,7 @@ _HOMES = {
     "adapt": "inner",
     "batches": "data.collate",
     "functionalize": "core.functional",
-    "load": "inference.learner",
+    "load": "inference.loading",
     "meta_gradient": "metagrad",
     "module_parts": "core.module_parts",
     "predict": "inner",

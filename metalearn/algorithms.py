@@ -1,10 +1,10 @@
-"""Named algorithms: each a composition of an update rule, a mask, an objective and an engine, with paper and equation.
+"""Named algorithms: each composes an update rule, a mask of parameters, an objective and an engine.
 
-    algorithm = anil(InnerLoop(lr=0.4, steps=5), parts_of(module))
+    algorithm = anil(InnerLoop(lr=0.4, steps=5), module_parts(module))
     theta = algorithm.init(params)
     result = algorithm.meta_gradient(forward, theta, episodes)
 
-One of your own is a function that returns an ``Algorithm``. Only Reptile and iMAML bring a gradient of their own.
+A new one is a function that returns an ``Algorithm``. Only Reptile and iMAML have their own gradient.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from functools import partial
 from torch.nn.functional import cross_entropy
 
 from metalearn import metagrad
+from metalearn.core.deprecation import renamed
 from metalearn.core.module_parts import ModuleParts
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
 from metalearn.inner import InnerLoop, PrototypeHead, ZeroContext, with_learned_lrs, with_per_step_params
@@ -25,24 +26,32 @@ from metalearn.metagrad.implicit import Implicit
 from metalearn.metagrad.reptile import reptile as reptile_gradient
 
 Annealing = Callable[[InnerLoop, float], InnerLoop]
-"""The inner loop when that share of the training is over, from 0 to 1."""
+"""The inner loop at a training progress in [0, 1]."""
 
 
 def _unchanged(inner: InnerLoop, progress: float) -> InnerLoop:
     return inner
 
 
+@renamed(
+    at="inner_at",
+    testing="eval_inner",
+    heaviest="peak_memory_inner",
+    keeps_statistics="tracks_norm_statistics",
+    figures="diagnostics",
+    anneals="is_annealed",
+)
 @dataclass(frozen=True)
 class Algorithm:
-    """What is meta-learned, and by which gradient.
+    """The parameters and settings that are meta-learned, and their gradient.
 
     Args:
         name: as papers call it.
         inner: the inner loop in training.
-        engine: a meta-gradient of its own; ``None`` takes the one that ``inner.engine`` names.
-        annealing: how the inner loop changes as training goes on.
-        tracks_norm_statistics: whether BatchNorm's statistics of every step are kept, to predict queries one by one.
-        diagnostics: names of the scalars that the engine has to say of itself (``MetaGradient.diagnostics``).
+        engine: replaces the one that ``inner.engine`` names; ``None`` takes that.
+        annealing: how the inner loop changes in the course of training.
+        tracks_norm_statistics: whether BatchNorm's statistics of every step are kept for non-transductive prediction.
+        diagnostics: names of the scalars in the engine's ``MetaGradient.diagnostics``.
     """
 
     name: str
@@ -54,24 +63,24 @@ class Algorithm:
 
     @property
     def is_annealed(self) -> bool:
-        """Whether the inner loop changes as training goes on."""
+        """Whether the inner loop changes in the course of training."""
         return self.annealing is not _unchanged
 
     def init(self, params: Params) -> Params:
-        """Theta: the model's parameters, with every step's own and the learned step sizes."""
+        """Return theta: the model's parameters, with per-step values and learned step sizes."""
         return with_learned_lrs(with_per_step_params(params, self.inner), self.inner)
 
-    def at(self, progress: float) -> InnerLoop:
-        """The inner loop when that share of the training is over."""
+    def inner_at(self, progress: float) -> InnerLoop:
+        """Return the inner loop at a training progress in [0, 1]."""
         return self.annealing(self.inner, progress)
 
     @property
     def peak_memory_inner(self) -> InnerLoop:
-        """That of the meta-step which takes the most memory: the second order, and all query losses that ever count."""
-        return dataclasses.replace(self.at(0.0), second_order=self.inner.second_order)
+        """The inner loop that takes the most memory in training: in second order, with all query losses."""
+        return dataclasses.replace(self.inner_at(0.0), second_order=self.inner.second_order)
 
-    def testing(self, steps: int) -> InnerLoop:
-        """The inner loop of a task to be predicted, which nobody differentiates."""
+    def eval_inner(self, steps: int) -> InnerLoop:
+        """Return the inner loop for evaluation; it is never differentiated."""
         return dataclasses.replace(self.inner, steps=steps, second_order=False, query_weights=None)
 
     def meta_gradient(
@@ -83,14 +92,16 @@ class Algorithm:
         loss: Loss = cross_entropy,
         progress: float = 1.0,
     ) -> MetaGradient:
-        """As ``metalearn.meta_gradient``, when that share of the training is over: by default all of it, so that a loop
-        of one's own passes ``progress=step / steps`` for what is_annealed (MAML++).
+        """Compute ``metalearn.meta_gradient`` at a training progress in [0, 1].
+
+        In a hand-written training loop pass ``progress=step / steps`` for annealed algorithms (MAML++).
         """
-        return metagrad.meta_gradient(forward, theta, episodes, self.at(progress), loss=loss, engine=self.engine)
+        inner = self.inner_at(progress)
+        return metagrad.meta_gradient(forward, theta, episodes, inner, loss=loss, engine=self.engine)
 
 
 def maml(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
-    """Model-agnostic meta-learning, in either order: all parameters are adapted, from a learned beginning.
+    """Build model-agnostic meta-learning: all parameters are adapted, from a learned initialization.
 
         theta_{k+1} = theta_k - alpha dL_support(theta_k),    min over theta of L_query(theta_K)
 
@@ -100,18 +111,18 @@ def maml(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
 
 
 def anil(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
-    """Almost no inner loop: the head alone is adapted, its features are shared by all tasks.
+    """Build ANIL (almost no inner loop): the head alone is adapted, and all tasks share the features.
 
     Raghu et al. 2020, arXiv 1909.09157, section 4.
 
     Raises:
         ValueError: if the model has no linear head.
     """
-    return Algorithm("anil", dataclasses.replace(inner, adapted=frozenset(_head("anil", parts))))
+    return Algorithm("anil", dataclasses.replace(inner, adapted_params=frozenset(_head("anil", parts))))
 
 
 def boil(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
-    """Body only in the inner loop: all but the head is adapted, so that features change with the task.
+    """Build BOIL (body only in the inner loop): all but the head is adapted, so that features change with the task.
 
     Oh et al. 2021, arXiv 2008.08882, section 3.
 
@@ -121,15 +132,15 @@ def boil(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
     _head("boil", parts)
     if not parts.body:
         raise ValueError("boil: the model is its head alone, so that there is no body to adapt; take maml.")
-    return Algorithm("boil", dataclasses.replace(inner, adapted=parts.body))
+    return Algorithm("boil", dataclasses.replace(inner, adapted_params=parts.body))
 
 
 def meta_sgd(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
-    """A learned step size for every entry of every parameter, which may turn negative.
+    """Build Meta-SGD: a learned step size for every entry of every parameter, which may become negative.
 
         theta_{k+1} = theta_k - alpha * dL_support(theta_k),    min over theta and alpha
 
-    Li et al. 2017, arXiv 1707.09835, section 3. They begin at random step sizes; here all begin at ``inner.lr``.
+    Li et al. 2017, arXiv 1707.09835, section 3. They start from random step sizes; here all start from ``inner.lr``.
     """
     return Algorithm("meta_sgd", dataclasses.replace(inner, learned_lr="parameter"))
 
@@ -144,30 +155,31 @@ def maml_pp(
     per_step_affine: bool = True,
     per_step_statistics: bool = True,
 ) -> Algorithm:
-    """How to train your MAML: five repairs, each of which can be left out. (The sixth, a cosine schedule of the outer
-    step size, is the meta-optimiser's.)
+    """Build MAML++: five improvements, each optional. (The sixth, a cosine schedule, is the meta-optimizer's.)
 
     Antoniou, Edwards & Storkey 2019, arXiv 1810.09502, section 4. As in their code, BatchNorm's scale and shift are not
-    adapted where every step has its own. The two shares are ours: the paper counts epochs.
+    adapted if they are per step. The two shares replace the paper's numbers of epochs.
 
     Args:
-        inner: with its step size, which learned ones begin at.
+        inner: with the initial value of learned step sizes.
         parts: of the model.
         learned_lr: LSLR, a step size for every parameter tensor and step.
-        multi_step_share: MSL, the query loss after every step counts: for this share of the training with
-            weights that move from equal ones to the last step's alone. 0: the last step's loss from the beginning.
+        multi_step_share: MSL, the query loss after every step counts: for this share of the training, with
+            weights that move from equal ones to the last step's alone. 0: the last step's loss from the start.
         first_order_share: DA, the first order for this share of the training, then the second. 0: none.
         per_step_affine: BNWB, BatchNorm's scale and shift for every step.
-        per_step_statistics: BNRS, BatchNorm's statistics for every step, by which a query is predicted without others.
+        per_step_statistics: BNRS, BatchNorm's statistics for every step, for non-transductive prediction.
     """
     if learned_lr:
         inner = dataclasses.replace(inner, learned_lr="layer_and_step")
-    if per_step_affine and parts.norms:
-        inner = dataclasses.replace(inner, per_step=parts.norms, adapted=parts.all - parts.norms)
+    if per_step_affine and parts.norm_params:
+        inner = dataclasses.replace(
+            inner, per_step_params=parts.norm_params, adapted_params=parts.all_params - parts.norm_params
+        )
 
     is_annealed = multi_step_share > 0 or first_order_share > 0
     annealing = partial(_annealed, multi_step_share=multi_step_share, first_order_share=first_order_share)
-    statistics = per_step_statistics and bool(parts.norms)
+    statistics = per_step_statistics and bool(parts.norm_params)
     return Algorithm(
         "maml_pp", inner, annealing=annealing if is_annealed else _unchanged, tracks_norm_statistics=statistics
     )
@@ -183,11 +195,11 @@ def _annealed(inner: InnerLoop, progress: float, *, multi_step_share: float, fir
 
 
 def multi_step_weights(steps: int, progress: float) -> tuple[float, ...]:
-    """w_0, ..., w_K of the query losses: from 1/K for each step to nearly all for the last.
+    """Return w_0, ..., w_K of the query losses: from 1/K for each step to nearly all for the last.
 
         w_k = max((1 - progress) / K, 0.03 / K) for 0 < k < K,    w_K = 1 - the sum of the others
 
-    As the authors' code has it (arXiv 1810.09502, section 4, "annealed weighting").
+    As in the authors' code (arXiv 1810.09502, section 4, "annealed weighting").
 
     Example:
         >>> multi_step_weights(2, 0.0)
@@ -198,9 +210,9 @@ def multi_step_weights(steps: int, progress: float) -> tuple[float, ...]:
 
 
 def reptile(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
-    """The mean displacement of adapted parameters as a gradient: (theta - theta_K) / alpha, never a second order.
+    """Build Reptile: the mean displacement of adapted parameters, (theta - theta_K) / alpha, is the gradient.
 
-    Nichol, Achiam & Schulman 2018, arXiv 1803.02999, section 3. Adapts to support and query set together in training.
+    Nichol, Achiam & Schulman 2018, arXiv 1803.02999, section 3. Training tasks adapt to support and query set together.
     """
     return Algorithm("reptile", dataclasses.replace(inner, second_order=False), engine=reptile_gradient)
 
@@ -208,44 +220,45 @@ def reptile(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
 def imaml(
     inner: InnerLoop, parts: ModuleParts, *, proximal_weight: float = 2.0, cg_steps: int = 5, damping: float = 0.0
 ) -> Algorithm:
-    """Implicit MAML: the meta-gradient at a proximal optimum, whatever the way there.
+    """Build implicit MAML: the meta-gradient at a proximal optimum, independent of the steps to it.
 
         phi = argmin L_support(phi) + lam/2 |phi - theta|^2,    g = (I + H / lam)^-1 dL_query(phi)
 
     Rajeswaran et al. 2019, arXiv 1909.04630, section 3, algorithms 1 and 2.
 
     Args:
-        inner: its steps approach phi.
+        inner: takes the steps towards phi.
         parts: of the model.
-        proximal_weight: lam, of the pull to theta.
-        cg_steps: conjugate gradients on I + H / lam.
+        proximal_weight: lambda, the weight of the proximal term.
+        cg_steps: conjugate gradients on I + H / lambda.
         damping: added to the diagonal.
     """
     return Algorithm(
         "imaml",
-        dataclasses.replace(inner, proximal=proximal_weight),
+        dataclasses.replace(inner, proximal_weight=proximal_weight),
         engine=Implicit(cg_steps=cg_steps, damping=damping),
         diagnostics=("cg_residual", "cg_residual_max"),
     )
 
 
 def cavia(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
-    """Fast context adaptation: context parameters alone are adapted, from 0; all others are shared.
+    """Build CAVIA (fast context adaptation): context parameters alone are adapted, from 0; all others are shared.
 
     Zintgraf et al. 2019, arXiv 1810.03642, algorithm 1, section 3.
 
     Raises:
         ValueError: if the model has no parameter called ``context``.
     """
-    if not parts.context:
+    if not parts.context_params:
         raise ValueError(
             "cavia: the model has no parameter called 'context'; take ContextMLP or ContextConv4 (model.context=100)."
         )
-    return Algorithm("cavia", dataclasses.replace(inner, adapted=parts.context, start=ZeroContext(parts.context)))
+    start = ZeroContext(parts.context_params)
+    return Algorithm("cavia", dataclasses.replace(inner, adapted_params=parts.context_params, initializer=start))
 
 
 def protonet(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
-    """Prototypical networks, as the reference without inner gradients: a head made of the classes' mean embeddings.
+    """Build prototypical networks: the head is made of the classes' mean embeddings, without inner gradients.
 
         p(y = n | x) = softmax over n of -|f(x) - c_n|^2,    c_n = mean of f over the support examples of n
 
@@ -253,7 +266,7 @@ def protonet(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
     and the features are then adapted: Proto-MAML (Triantafillou et al. 2020, arXiv 1903.03096).
 
     Raises:
-        ValueError: if the model has no linear head with a weight and a bias of its own.
+        ValueError: if the model has no linear head with an unshared weight and bias.
     """
     head = _head("protonet", parts)
     if [name.rpartition(".")[2] for name in head] != ["weight", "bias"]:
@@ -264,16 +277,16 @@ def protonet(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
     if shared := parts.tied.intersection(head):
         raise ValueError(
             f"protonet: the head shares {', '.join(sorted(shared))} with another layer, which prototypes would change "
-            "as well. Give it a weight and a bias of its own, or name another layer: parts_of(module, head=...)."
+            "as well. Give it a weight and a bias of its own, or name another layer: module_parts(module, head=...)."
         )
-    return Algorithm("protonet", dataclasses.replace(inner, start=PrototypeHead(head[0], head[1])))
+    return Algorithm("protonet", dataclasses.replace(inner, initializer=PrototypeHead(head[0], head[1])))
 
 
 def _head(algorithm: str, parts: ModuleParts) -> tuple[str, ...]:
     if not parts.head:
         raise ValueError(
             f"{algorithm}: the model has no trainable nn.Linear to be its head; end it with one, or name "
-            "it: parts_of(module, head=...)."
+            "it: module_parts(module, head=...)."
         )
     return parts.head
 

@@ -1,4 +1,4 @@
-"""Named algorithms: what each is made of, against independent computations; and that configurations name all."""
+"""Named algorithms against independent computations, and their configurations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from metalearn.inner.batch_norm_statistics import (
     with_fixed_statistics,
 )
 from metalearn.models import MLP, ContextConv4, Conv4
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 
 INNER = InnerLoop(0.1, 3)
 
@@ -34,15 +34,15 @@ def conv4() -> Conv4:
     return Conv4(3, width=4).double()
 
 
-def test_parts_are_found_by_their_layers() -> None:
+def test_module_parts_finds_head_norms_and_context() -> None:
     parts = module_parts(conv4())
     assert parts.head == ("head.weight", "head.bias")
-    assert parts.norms == {f"features.{i}.1.{name}" for i in range(4) for name in ("weight", "bias")}
-    assert parts.body == parts.all - set(parts.head)
-    assert module_parts(ContextConv4(3, width=4, context=5)).context == {"context"}
+    assert parts.norm_params == {f"features.{i}.1.{name}" for i in range(4) for name in ("weight", "bias")}
+    assert parts.body == parts.all_params - set(parts.head)
+    assert module_parts(ContextConv4(3, width=4, context=5)).context_params == {"context"}
     frozen = conv4()
     frozen.get_parameter("features.0.1.weight").requires_grad_(False)
-    assert "features.0.1.weight" not in module_parts(frozen).norms
+    assert "features.0.1.weight" not in module_parts(frozen).norm_params
     assert module_parts(nn.Linear(3, 2)).head == ("weight", "bias")
     out_of_order = nn.ModuleDict({"head": nn.Linear(8, 3), "body": nn.Linear(4, 8)})
     assert module_parts(out_of_order).head == ("head.weight", "head.bias")
@@ -51,19 +51,19 @@ def test_parts_are_found_by_their_layers() -> None:
         module_parts(out_of_order, head="tail")
 
 
-def test_anil_moves_the_head_and_boil_the_rest() -> None:
+def test_anil_adapts_head_and_boil_adapts_body() -> None:
     module, episodes = conv4(), image_episodes()
     forward, theta = functionalize(module)
     for algorithm in (anil(INNER, module_parts(module)), boil(INNER, module_parts(module))):
-        carry = init_state(forward, theta, episodes.support_x, episodes.support_y, algorithm.inner)
-        own = algorithm.inner.adapted
+        state = init_state(forward, theta, episodes.support_x, episodes.support_y, algorithm.inner)
+        own = algorithm.inner.adapted_params
         assert own is not None
-        after = apply_update(carry, {name: torch.ones_like(carry[name]) for name in own}, algorithm.inner, 0)
-        moved = {name for name in theta if not torch.equal(after[name], carry[name])}
+        after = apply_update(state, {name: torch.ones_like(state[name]) for name in own}, algorithm.inner, 0)
+        moved = {name for name in theta if not torch.equal(after[name], state[name])}
         assert moved == {name for name in theta if name.startswith("head") == (algorithm.name == "anil")}
 
 
-def test_meta_sgd_begins_as_maml() -> None:
+def test_meta_sgd_equals_maml_at_initial_lrs() -> None:
     module, episodes = conv4(), image_episodes()
     forward, params = functionalize(module)
     algorithm = meta_sgd(INNER, module_parts(module))
@@ -75,7 +75,7 @@ def test_meta_sgd_begins_as_maml() -> None:
     assert relative_error({name: got.grads[name] for name in params}, expected.grads) < 1e-12
 
 
-def test_multi_step_weights_are_the_authors() -> None:
+def test_multi_step_weights_equal_the_authors_code() -> None:
     # Their code: each epoch takes 1/K/epochs from every step but the last, down to 0.03/K, and gives it to the last.
     steps, epochs = 5, 10
     for epoch in range(epochs + 1):
@@ -84,19 +84,19 @@ def test_multi_step_weights_are_the_authors() -> None:
         assert multi_step_weights(steps, epoch / epochs) == pytest.approx((0.0, *early, last))
 
 
-def test_maml_pp_is_its_parts() -> None:
+def test_maml_pp_sets_each_improvement() -> None:
     module = conv4()
     parts = module_parts(module)
     _, params = functionalize(module)
     whole = maml_pp(INNER, parts, multi_step_share=0.2, first_order_share=0.5)
     theta = whole.init(params)
-    assert all(theta[name].shape == (4, 4) for name in parts.norms), "K + 1 rows of 4 channels"
-    assert {name for name in theta if "::" in name} == {f"lr::{name}" for name in parts.all - parts.norms}
+    assert all(theta[name].shape == (4, 4) for name in parts.norm_params), "K + 1 rows of 4 channels"
+    assert {name for name in theta if "::" in name} == {f"lr::{name}" for name in parts.all_params - parts.norm_params}
     assert theta["lr::head.weight"].tolist() == pytest.approx([0.1] * 3)
-    orders = [whole.at(progress).second_order for progress in (0.0, 0.49, 0.5, 1.0)]
+    orders = [whole.inner_at(progress).second_order for progress in (0.0, 0.49, 0.5, 1.0)]
     assert orders == [False, False, True, True]
-    assert whole.at(0.0).query_weights == pytest.approx((0, 1 / 3, 1 / 3, 1 / 3))
-    assert whole.at(0.2).query_weights is None
+    assert whole.inner_at(0.0).query_weights == pytest.approx((0, 1 / 3, 1 / 3, 1 / 3))
+    assert whole.inner_at(0.2).query_weights is None
     bare = maml_pp(
         *(INNER, parts), learned_lr=False, multi_step_share=0, first_order_share=0, per_step_affine=False,
         per_step_statistics=False,
@@ -104,10 +104,10 @@ def test_maml_pp_is_its_parts() -> None:
     assert bare.inner == INNER
     assert not bare.is_annealed
     assert not bare.tracks_norm_statistics
-    assert whole.testing(5).query_weights is None
+    assert whole.eval_inner(5).query_weights is None
 
 
-def test_protonet_is_snells() -> None:
+def test_protonet_equals_class_mean_distances() -> None:
     module, episodes = conv4(), image_episodes(shots=2)
     forward, theta = functionalize(module)
     got = protonet(InnerLoop(0.1, 0), module_parts(module)).meta_gradient(forward, theta, episodes)
@@ -122,7 +122,7 @@ def test_protonet_is_snells() -> None:
     assert not got.grads["head.weight"].any(), "prototypes take the head's place"
 
 
-def test_statistics_are_those_of_the_layers_inputs() -> None:
+def test_recorded_statistics_equal_moments_of_layer_inputs() -> None:
     module, episodes = MLP(784, 3, hidden=(6, 5)).double(), image_episodes()
     forward, theta = functionalize(module)
     fast = {name: p.expand(3, *p.shape) for name, p in theta.items()}
@@ -144,7 +144,7 @@ def test_statistics_are_those_of_the_layers_inputs() -> None:
     torch.testing.assert_close(kept[1].var, found[1].var)
 
 
-def test_under_statistics_no_example_sees_another() -> None:
+def test_fixed_statistics_make_prediction_nontransductive() -> None:
     module, episodes = conv4(), image_episodes(tasks=1)
     forward, theta = functionalize(module)
     statistics = record_statistics(forward, {name: p[None] for name, p in theta.items()}, episodes.support_x)
@@ -159,7 +159,7 @@ def test_under_statistics_no_example_sees_another() -> None:
     torch.testing.assert_close(alone(theta, x), module(x))
 
 
-def test_what_does_not_fit_the_model_is_refused() -> None:
+def test_algorithm_raises_when_model_lacks_a_part() -> None:
     headless = module_parts(nn.Sequential(nn.Conv2d(1, 3, 3)))
     for algorithm in (anil, boil, protonet):
         with pytest.raises(ValueError, match=r"has no trainable nn\.Linear to be its head"):
@@ -172,14 +172,14 @@ def test_what_does_not_fit_the_model_is_refused() -> None:
         protonet(INNER, module_parts(nn.Linear(3, 2, bias=False)))
 
 
-def test_imaml_pulls_to_theta() -> None:
+def test_imaml_sets_proximal_weight() -> None:
     algorithm = imaml(INNER, module_parts(conv4()), proximal_weight=3.0)
-    assert algorithm.inner.proximal == 3.0
-    assert algorithm.testing(2).proximal == 3.0, "tasks of the test are adapted as those of training"
+    assert algorithm.inner.proximal_weight == 3.0
+    assert algorithm.eval_inner(2).proximal_weight == 3.0, "test tasks are adapted like training tasks"
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_algorithm_has_a_configuration_with_its_defaults(name: str) -> None:
+def test_configuration_has_the_defaults_of_the_algorithm(name: str) -> None:
     config = to_dataclass(compose("train", [f"algorithm={name}"]), TrainConfig).algorithm
     assert config.name == name
     given = {key: value for key, value in vars(config).items() if key not in ("name", "backend")}
@@ -190,7 +190,7 @@ def test_every_algorithm_has_a_configuration_with_its_defaults(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_tasks_in_chunks_are_the_same(name: str) -> None:
+def test_gradient_does_not_depend_on_task_chunk(name: str) -> None:
     module = ContextConv4(3, width=4, context=3).double() if name == "cavia" else conv4()
     forward, params = functionalize(module)
     inner = InnerLoop(0.05, 2, engine="adjoint")
@@ -199,3 +199,15 @@ def test_tasks_in_chunks_are_the_same(name: str) -> None:
         algorithm = ALGORITHMS[name](dataclasses.replace(inner, task_chunk=chunk), module_parts(module))
         grads.append(algorithm.meta_gradient(forward, algorithm.init(params), episodes, progress=0.0).grads)
     assert relative_error(grads[1], grads[0]) < 1e-9
+
+
+def test_former_methods_and_fields_work_and_warn() -> None:
+    algorithm = maml_pp(INNER, module_parts(conv4()))
+    for old, new, argument in (("at", "inner_at", 0.5), ("testing", "eval_inner", 2)):
+        with pytest.warns(FutureWarning, match=f"Algorithm.{old} is called {new} now"):
+            assert getattr(algorithm, old)(argument) == getattr(algorithm, new)(argument)
+    for old, new in (("heaviest", "peak_memory_inner"), ("anneals", "is_annealed"), ("figures", "diagnostics")):
+        with pytest.warns(FutureWarning, match=f"Algorithm.{old} is called {new} now"):
+            assert getattr(algorithm, old) == getattr(algorithm, new)
+    with pytest.warns(FutureWarning, match="is called tracks_norm_statistics= now"):
+        assert dataclasses.replace(algorithm, keeps_statistics=False).tracks_norm_statistics is False  # type: ignore[call-arg]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import metalearn
-from tests.conftest import REPO
+from tests.paths import REPO
 
 MATHEMATICS = {"core", "models", "data", "derivatives", "inner", "metagrad"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": MATHEMATICS | {"config", "algorithms", "lessons"},
     "inference": MATHEMATICS | {"config", "algorithms", "training"},
     "commands": MATHEMATICS | {"config", "algorithms", "lessons", "training", "inference"},
+    "__main__": {"commands"},
 }
 """The rooms from the ground up: each imports only rooms that stand before it."""
 ONLY_IN = {
@@ -44,17 +45,38 @@ ONLY_IN = {
         "config/schema.py",
         "config/validation.py",
     },
-    "tensorboard": {"training/tracking/hparams.py", "training/tracking/event_files.py"},
-    "torch.utils.tensorboard": {"training/tracking/hparams.py", "training/tracking/tensorboard.py"},
+    "tensorboard": {"training/tracking/tensorboard.py", "training/tracking/event_files.py"},
+    "torch.utils.tensorboard": {"training/tracking/tensorboard.py"},
     "torch.distributed": {"training/runtime/distributed.py"},
     "learn2learn": {"metagrad/baselines/learn2learn.py"},
     "higher": {"metagrad/baselines/higher.py"},
     "torchopt": {"metagrad/baselines/torchopt.py"},
     "scipy": {"derivatives/eigenvalues.py", "commands/compare/statistics.py"},
     "joblib": {"commands/compare/launch.py"},
+    "jinja2": {"commands/compare/markdown_report.py", "commands/reproduce/table.py"},
     "markdown": {"commands/compare/report.py"},
     "safetensors": {"inference/weights_file.py"},
 }
+LAYERS: dict[str, list[set[str]]] = {
+    "training": [
+        {"runtime"},
+        {"evaluation", "state"},
+        {"experiment"},
+        {"tracking"},
+        {"auto_engine", "checkpoints"},
+        {"failures", "evaluate_run", "resume"},
+        {"step"},
+        {"loop"},
+        {"trainer"},
+    ],
+    "training.runtime": [{"torchrun", "signals", "precision", "cuda_graph"}, {"distributed"}],
+    "training.tracking": [
+        {"console", "curvature", "event_files", "meter", "plot_style"},
+        {"tensorboard"},
+        {"images"},
+    ],
+}
+"""Layers inside rooms, from the ground up: a module imports only modules of its room that are in a layer below."""
 FILES = sorted((REPO / "metalearn").rglob("*.py"))
 
 
@@ -93,12 +115,86 @@ def test_every_room_has_a_place_in_the_order() -> None:
         assert below <= set(order[: order.index(room)]), f"{room} may import a room that does not stand before it"
 
 
+COMMANDS: dict[str, set[str]] = {
+    "shell": set(),
+    "cli": set(),
+    "processes": set(),
+    "adapt": set(),
+    "gradients": set(),
+    "verify": set(),
+    "benchmark": set(),
+    "compare": {"benchmark"},
+    "reproduce": {"benchmark", "compare"},
+    "main": {"adapt", "benchmark", "compare", "gradients", "reproduce", "verify"},
+}
+"""The rooms in ``commands/``, and which commands each may import besides ``SHARED``."""
+SHARED = ["shell", "cli", "processes"]
+
+
+@pytest.mark.parametrize("room", COMMANDS)
+def test_commands_import_one_another_in_order(room: str) -> None:
+    folder = REPO / "metalearn" / "commands"
+    allowed = {room, *COMMANDS[room], *(SHARED[: SHARED.index(room)] if room in SHARED else SHARED)}
+    for path in [*(folder / room).rglob("*.py"), *folder.glob(f"{room}.py")]:
+        for name in imported(path):
+            if name.startswith("metalearn.commands."):
+                assert name.split(".")[2] in allowed, f"{path.relative_to(REPO)} imports {name}"
+
+
+def test_every_command_has_a_place_in_the_order() -> None:
+    commands = {p.relative_to(REPO / "metalearn/commands").parts[0] for p in FILES if "commands" in p.parts}
+    assert {name.removesuffix(".py") for name in commands} - {"__init__"} == set(COMMANDS)
+    order = list(COMMANDS)
+    assert all(below <= set(order[: order.index(room)]) for room, below in COMMANDS.items())
+
+
+@pytest.mark.parametrize("room", LAYERS)
+def test_imports_inside_a_room_point_downward(room: str) -> None:
+    folder = REPO / "metalearn" / room.replace(".", "/")
+    level = {module: i for i, layer in enumerate(LAYERS[room]) for module in layer}
+    assert set(level) == {p.stem for p in folder.iterdir() if not p.name.startswith("__")}
+    for path in folder.rglob("*.py"):
+        module = path.relative_to(folder).parts[0].removesuffix(".py")
+        for name in imported(path):
+            other = name.removeprefix(f"metalearn.{room}.").split(".")[0]
+            if name.startswith(f"metalearn.{room}.") and other != module:
+                assert level[other] < level[module], f"{path.relative_to(REPO)} imports {name}"
+
+
 def test_public_surface_is_what_is_listed() -> None:
     for name in metalearn.__all__:
         assert getattr(metalearn, name) is not None
     assert set(metalearn.__all__) <= set(dir(metalearn))
     with pytest.raises(AttributeError, match=r"no attribute 'nope'; it offers SGD, Adam"):
         metalearn.nope  # noqa: B018  # the access is what is tested
+
+
+TORCH_ALONE = """
+import importlib, pkgutil, sys
+ALLOWED = {"torch", "numpy", "metalearn", *sys.stdlib_module_names}
+
+class Forbid:
+    def find_spec(self, name, path=None, target=None):
+        frame = sys._getframe(1)
+        while frame.f_globals["__name__"].startswith("importlib"):
+            frame = frame.f_back
+        importer = frame.f_globals["__name__"]
+        assert not importer.startswith("metalearn") or name.split(".")[0] in ALLOWED, f"{importer} imports {name}"
+
+sys.meta_path.insert(0, Forbid())
+room = importlib.import_module(f"metalearn.{sys.argv[1]}")
+for module in pkgutil.walk_packages(getattr(room, "__path__", []), f"{room.__name__}."):
+    if module.name.rpartition(".")[2] not in ("higher", "learn2learn", "torchopt"):  # imported where one is chosen
+        importlib.import_module(module.name)
+"""
+
+
+@pytest.mark.parametrize("room", ["core", "derivatives", "models", "inner", "metagrad", "algorithms"])
+def test_mathematics_imports_torch_alone(room: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TORCH_ALONE, room], cwd=REPO, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("script", sorted((REPO / "scripts").glob("*.py")), ids=lambda p: p.stem)

@@ -13,6 +13,7 @@ import argparse
 import errno
 import functools
 import logging
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,24 +25,16 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from metalearn.config.compose import CONF, Config, compose, group_defaults, to_dataclass
+from metalearn.commands.shell import exit_when_stdout_closes, invocation
+from metalearn.config.compose import CONF, Config, compose, group_defaults, to_dataclass, user_conf_dir
 from metalearn.config.messages import help_text
-from metalearn.config.output_names import COMPARISON_FILE
+from metalearn.config.output_names import RUN_FILES
 from metalearn.config.overrides import parse_flags, requested_jobs
 from metalearn.config.renamed_keys import rename_overrides
-from metalearn.config.run_folder import TRAINING_FILES, check_no_run_in
+from metalearn.config.run_folder import check_no_run_in
 from metalearn.core.errors import ConfigError, MetalearnError, RunError, TerminatedError
 from metalearn.training.runtime import torchrun
 from metalearn.training.runtime.signals import sigterm_as_exception
-
-RUN_FILES = (
-    *TRAINING_FILES,
-    "benchmark.json",
-    "lessons.json",
-    "verify.json",
-    COMPARISON_FILE,
-)
-"""By these a folder is known to hold a run; nothing is written there again."""
 
 
 def command(
@@ -64,18 +57,17 @@ def command(
 
     def decorate(function: Callable[[Config, Path], None]) -> Callable[[], None]:
         @functools.wraps(function)
+        @exit_when_stdout_closes()
         def command() -> None:
             sys.argv[1:] = rename_overrides(name, sys.argv[1:])
             flags = parse_flags()
+            _search_user_conf_dir(flags)
             try:
                 if torchrun.world_size() > 1 and (follow is None or flags.multirun):
                     raise ConfigError(_ONE_TRAINING)
                 if flags.help:
-                    print(
-                        help_text(
-                            compose(name), kind, f"python {sys.argv[0]}", function.__doc__ or "", group_defaults(name)
-                        )
-                    )
+                    start = shlex.join(invocation(name))
+                    print(help_text(compose(name), kind, start, function.__doc__ or "", group_defaults(name)))
                     return
                 jobs = _checked(name, flags, kind, check, may_continue)
             except MetalearnError as error:
@@ -93,12 +85,19 @@ def command(
                 checked = to_dataclass(config, kind, HydraConfig.get().overrides.task)
                 check(checked)
                 if not may_continue(checked):
-                    check_output_dir(output_dir)
+                    check_no_run_in(output_dir, RUN_FILES)
                 function(checked, output_dir)
 
         return command
 
     return decorate
+
+
+def _search_user_conf_dir(flags: argparse.Namespace) -> None:
+    """Search ``conf/`` in the current directory as if it were the ``--config-dir``."""
+    if not flags.config_dir and (folder := user_conf_dir(flags.overrides)):
+        flags.config_dir = folder
+        sys.argv.insert(1, f"--config-dir={folder}")
 
 
 def _checked(
@@ -120,15 +119,6 @@ def _checked(
             _check_writable(folder)
         jobs.append(job)
     return jobs
-
-
-def check_output_dir(output_dir: Path) -> None:
-    """Refuse a folder that holds a run.
-
-    Raises:
-        FolderTakenError: naming the file by which it is known.
-    """
-    check_no_run_in(output_dir, RUN_FILES)
 
 
 def _check_is_folder(overrides: Sequence[str]) -> None:
@@ -153,7 +143,9 @@ def _check_writable(folder: str) -> None:
         ) from None
 
 
-_ONE_TRAINING = "torchrun starts several processes of one training: python scripts/train.py, without --multirun"
+_ONE_TRAINING = (
+    "torchrun starts several processes of one training: give it scripts/train.py or -m metalearn train, no --multirun"
+)
 _NOTHING_TO_RESUME = (
     "run.resume with --multirun: the folders of a sweep are named by the time, so that there would be nothing to go on "
     "with. Name folders that stay the same: hydra.sweep.dir=DIR 'hydra.sweep.subdir=seed${run.seed}', with every key "

@@ -72,6 +72,8 @@ def describe_allowed(hint: Any, *, plural: bool = False) -> str:
     if origin is Literal:
         choices = ", ".join(map(str, arguments))
         return f"one of {choices}" if len(arguments) > 1 else choices
+    if origin is list and get_origin(arguments[0]) is Literal:
+        return describe_allowed(arguments[0])
     if origin is list:
         least = next((limit.min_length for limit in limits if isinstance(limit, MinLen)), 0)
         most = next((limit.max_length for limit in limits if isinstance(limit, MaxLen)), None)

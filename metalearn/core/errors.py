@@ -1,4 +1,4 @@
-"""Mistakes outside the program that its user can mend; scripts print them without a stack trace."""
+"""Errors that a user can fix; scripts print them without a traceback."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import signal
 from pathlib import Path
 
 OUT_OF_MEMORY = r"(?i)out of memory|not enough memory|can('t|not) allocate memory|DefaultCPUAllocator|alloc_failed"
-"""What torch's messages say where an allocator had no more to give; on CPUs such errors have no class of their own."""
+"""Pattern of torch's messages for running out of memory, which on CPUs has no exception class."""
 
 
 class MetalearnError(Exception):
-    """Base of the errors whose message says what was wrong, and what to do."""
+    """Base of the errors whose message says what is wrong and what to do."""
 
 
 class ConfigError(MetalearnError):
-    """A configuration that cannot be run; the message lists every fault."""
+    """A configuration that cannot run; the message lists every error."""
 
 
 class DataError(MetalearnError):
@@ -22,39 +22,39 @@ class DataError(MetalearnError):
 
 
 class RunError(MetalearnError):
-    """A run's folder or files that cannot be used as asked, or a training that cannot go on."""
+    """A run folder or file that cannot be used as requested, or training that cannot continue."""
 
 
 class NonFiniteError(MetalearnError, ArithmeticError):
-    """A number that is NaN or infinite where a training cannot go on with it.
+    """A NaN or infinite number that training cannot continue with.
 
-    ``task`` of the batch, if it is known; ``stop_requested``: whether a process of the run was, meanwhile.
+    ``task``: index in the batch, if known; ``stop_requested``: whether a process of the run was asked to stop, too.
     """
 
     task: int | None = None
     stop_requested: bool = False
 
     def with_task_offset(self, first: int) -> NonFiniteError:
-        """The same, where the chunk that it was found in starts with task ``first`` of the batch."""
+        """Return the same error for the whole batch, in which the chunk starts at task ``first``."""
         return self
 
 
 class RemoteNonFiniteError(NonFiniteError):
-    """What another process of the run has found among its tasks."""
+    """A non-finite number in another process of the run."""
 
     def __init__(self) -> None:
         super().__init__("another process has found a loss or a gradient that is not finite; see its message.")
 
 
 class NonFiniteGradientError(NonFiniteError):
-    """A derivative that is NaN or infinite although what is differentiated is finite.
+    """A derivative that is NaN or infinite although the differentiated function is finite.
 
     Args:
-        parameter: where.
-        value: one of its elements.
-        task: which task of the batch, from 0; ``None`` if each task's own gradient is finite.
+        parameter: its name.
+        value: the first entry that is not finite.
+        task: index in the batch, from 0; ``None`` if the gradient of every task is finite.
         step: inner steps taken before the one that the gradient did not come back through; K for the query loss.
-        what: which derivative.
+        what: name of the derivative.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class NonFiniteGradientError(NonFiniteError):
         )
 
     def with_task_offset(self, first: int) -> NonFiniteGradientError:
-        """As the base says."""
+        """Return the same error with ``first`` added to its task."""
         task = None if self.task is None else first + self.task
         return NonFiniteGradientError(self.parameter, value=self.value, task=task, step=self.step, what=self.what)
 
 
 class NonFiniteLossError(NonFiniteError):
-    """A support or query loss that is NaN or infinite, so that no gradient of it means anything.
+    """A support or query loss that is NaN or infinite, so that it has no meaningful gradient.
 
     Args:
         kind: ``"support"`` or ``"query"``.
@@ -111,14 +111,14 @@ class NonFiniteLossError(NonFiniteError):
         super().__init__(f"the {kind} loss of task {task} is {value} after {step} inner steps: {why}.")
 
     def with_task_offset(self, first: int) -> NonFiniteLossError:
-        """As the base says."""
+        """Return the same error with ``first`` added to its task."""
         return NonFiniteLossError(
             self.kind, task=first + self.task, step=self.step, value=self.value, before=self.before
         )
 
 
 class RunExistsError(RunError):
-    """An output folder that holds another run, which would be overwritten."""
+    """An output folder that already holds another run."""
 
     def __init__(self, folder: Path, file: str) -> None:
         super().__init__(
@@ -128,7 +128,7 @@ class RunExistsError(RunError):
 
 
 class TerminatedError(RunError):
-    """A process that was asked to end by a signal, and has put away what it had."""
+    """A process that a signal stopped, after saving its state."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"Stopped by {signal.Signals(number).name}.")

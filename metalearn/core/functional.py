@@ -1,8 +1,9 @@
-"""Arithmetic on parameter dictionaries, and any ``nn.Module`` as a pure function of them."""
+"""Turn any ``nn.Module`` into a pure function of its parameters; arithmetic on dictionaries of parameters."""
 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,21 +18,21 @@ from metalearn.core.types import Forward, Params, check_tensors
 
 log = logging.getLogger(__name__)
 
-_TOLD = WeakIdKeyDictionary()
-"""Modules whose written buffers were spoken of, as keys."""
+_WARNED = WeakIdKeyDictionary()
+"""Modules whose buffer writes were logged, as keys."""
 
 
 def functionalize(module: nn.Module) -> tuple[Forward, Params]:
-    """Split a module into a pure function and the parameters that it is a function of.
+    """Split a module into a pure function and its trainable parameters.
 
     Trainable parameters become the dictionary; frozen ones (``requires_grad=False``) and buffers stay in the module as
     constants. The module is not changed, not even by a forward pass that writes to a buffer (``torch.vmap`` refuses
     one that writes what depends on the input), and later changes of its trainable parameters are not seen.
 
-    A class may define, beside ``forward``, ``forward_of_tasks(params, x)``: the predictions ``[T, examples, ...]`` that
-    ``torch.vmap`` of its forward pass would give for all its parameters, stacked ``[T, ...]``, and ``x``
-    ``[T, examples, ...]``; and ``is_plain()``, whether its layers are still those that this stands for. It is taken
-    where ``models/kernels`` are, unless a subclass overrides ``forward``, a parameter is frozen or a layer hooked.
+    Besides ``forward`` a class may define ``batched_forward(params, x)``: for stacked parameters ``[T, ...]`` and ``x``
+    ``[T, examples, ...]`` it returns the predictions ``[T, examples, ...]`` that ``torch.vmap`` of ``forward`` would
+    give; and ``supports_batched_forward()``: whether the layers are still those that it was written for. It is used
+    where ``models/kernels`` are, unless a subclass overrides ``forward``, a parameter is frozen or a layer has a hook.
 
     Args:
         module: maps one tensor ``[examples, ...]`` to predictions ``[examples, ...]``, by operations that
@@ -53,21 +54,29 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
     """
     check_module(module)
     check_signature(module)
+    defined = vars(type(module))
+    if "forward_of_tasks" in defined and "batched_forward" not in defined:
+        warnings.warn(
+            f"{type(module).__name__}: forward_of_tasks and is_plain are called batched_forward and "
+            "supports_batched_forward now",
+            FutureWarning,
+            stacklevel=2,
+        )
     params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
     if not params:
         raise ValueError(
-            f"functionalize: {type(module).__name__} has no trainable parameter. Set requires_grad=True on what the "
-            "inner loop is to adapt."
+            f"functionalize: {type(module).__name__} has no trainable parameter. Set requires_grad=True on the "
+            "parameters to adapt."
         )
     return ModuleForward(module), params
 
 
 @dataclass(frozen=True, eq=False)
 class ModuleForward:
-    """A module as a pure function of its parameters; pickled and copied wherever the module can be.
+    """A module as a pure function of its parameters; can be pickled and copied if the module can.
 
     Args:
-        module: the user's own, which every pass leaves as it was.
+        module: the user's module; no pass changes it.
     """
 
     module: nn.Module
@@ -76,26 +85,26 @@ class ModuleForward:
         """Return the module's predictions for one task under ``params``.
 
         Raises:
-            ValueError: if ``params`` has names that the module has not, or the module has been changed to one that
-                ``functionalize`` refuses.
-            TypeError: if the module gives other than one tensor.
+            ValueError: if ``params`` has names that the module lacks, or the module was changed to one that
+                ``functionalize`` does not accept.
+            TypeError: if the module does not return one tensor.
         """
         check_module(self.module)  # again, as model.train() may have been called since
         kind = type(self.module).__name__
-        values = self._values(params)
-        with _standing_in(self.module, values):
+        values = self._replacements(params)
+        with _replace_tensors(self.module, values):
             prediction: Any = self.module(x)
-        self._tell_of_written_buffers(values)
+        self._warn_about_buffer_writes(values)
         if not isinstance(prediction, Tensor):
             raise TypeError(
                 f"functionalize: {kind} returns {type(prediction).__name__} and must return one tensor of "
-                "predictions; wrap it in a module that picks it out."
+                "predictions; wrap it in a module that selects it."
             )
         return prediction
 
-    def _tell_of_written_buffers(self, values: Mapping[int, Tensor]) -> None:
-        """Say once that a pass has written to a buffer: it wrote to a copy, and the next pass begins anew."""
-        if self.module in _TOLD:
+    def _warn_about_buffer_writes(self, values: Mapping[int, Tensor]) -> None:
+        """Warn once if a pass has written to a buffer: it wrote to a copy, which the next pass does not see."""
+        if self.module in _WARNED:
             return
         written = [
             name
@@ -103,53 +112,62 @@ class ModuleForward:
             if not values[id(b)].is_inference() and values[id(b)]._version > 0
         ]
         if written:
-            _TOLD[self.module] = True
+            _WARNED[self.module] = True
             log.warning(
-                "%s writes to its buffer '%s' in a forward pass. Tasks would share it, so that every pass writes to a "
-                "copy: the buffer stays as it is, and model.eval() uses it so. With spectral_norm, call model.eval() "
-                "first, and go on with its power iteration in between: model.train()(x).",
+                "%s writes to its buffer '%s' in a forward pass. As tasks would share it, every pass writes to a copy: "
+                "the buffer keeps its value, which model.eval() uses. With spectral_norm, call model.eval() first, and "
+                "continue its power iteration in between: model.train()(x).",
                 type(self.module).__name__,
                 written[0],
             )
 
     @property
-    def of_tasks(self) -> Callable[[Params, Tensor], Tensor | None] | None:
-        """The predictions of all tasks at once, where the module's class defines them."""
-        return self._of_tasks if {"forward", "forward_of_tasks"} <= vars(type(self.module)).keys() else None
+    def batched_forward(self) -> Callable[[Params, Tensor], Tensor | None] | None:
+        """Predictions of all tasks at once, if the module's class defines them; ``None`` where they do not apply."""
+        defined = vars(type(self.module))
+        has_batched = "batched_forward" in defined or "forward_of_tasks" in defined
+        return self._batched_forward if has_batched and "forward" in defined else None
 
-    def _of_tasks(self, fast: Params, x: Tensor) -> Tensor | None:
+    def _batched_forward(self, fast: Params, x: Tensor) -> Tensor | None:
         module: Any = self.module
-        prediction: Tensor | None = module.forward_of_tasks(fast, x) if _is_plain(module, fast) else None
+        if "batched_forward" in vars(type(module)):
+            batched, supports = module.batched_forward, module.supports_batched_forward
+        else:  # the former names
+            batched = module.forward_of_tasks
+            supports = getattr(module, "is_plain", None) or module.supports_batched_forward
+        hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
+        names = {name for name, _ in module.named_parameters()}
+        prediction: Tensor | None = batched(fast, x) if not hooked and fast.keys() == names and supports() else None
         return prediction
 
-    def _values(self, params: Params) -> dict[int, Tensor]:
-        """Return the tensor that stands in for each of the module's, by the id of that."""
-        own: dict[str, Tensor] = dict(self.module.named_buffers(remove_duplicate=False))
-        own |= self.module.named_parameters(remove_duplicate=False)
-        if unknown := params.keys() - own.keys():
+    def _replacements(self, params: Params) -> dict[int, Tensor]:
+        """Return the tensor that replaces each of the module's tensors during a pass, by the id of the latter."""
+        tensors: dict[str, Tensor] = dict(self.module.named_buffers(remove_duplicate=False))
+        tensors |= self.module.named_parameters(remove_duplicate=False)
+        if unknown := params.keys() - tensors.keys():
             raise ValueError(
-                f"params names {', '.join(map(repr, unknown))}, which {type(self.module).__name__} has not; it has "
-                f"{', '.join(sorted(own))}."
+                f"params names {', '.join(map(repr, unknown))}, which {type(self.module).__name__} does not have; it "
+                f"has {', '.join(sorted(tensors))}."
             )
-        values = {id(own[name]): p for name, p in params.items()}
+        values = {id(tensors[name]): p for name, p in params.items()}
         if len(values) < len(params):
             raise ValueError(
                 f"params has two of {', '.join(params)} that are one tensor of {type(self.module).__name__}; give it "
                 "once, by the name that functionalize gives it."
             )
-        return {id(b): b.clone() for b in self.module.buffers()} | values  # who writes to them writes to a copy
+        return {id(b): b.clone() for b in self.module.buffers()} | values  # a pass that writes to one writes to a copy
 
 
 @contextmanager
-def _standing_in(module: nn.Module, values: Mapping[int, Tensor]) -> Iterator[None]:
-    """Let other tensors stand in for a module's own during a pass, and restore it then, whatever has happened.
+def _replace_tensors(module: nn.Module, values: Mapping[int, Tensor]) -> Iterator[None]:
+    """Replace a module's tensors during a pass, and restore the module afterwards, even after an error.
 
-    Each owner is seen once, and a tied tensor replaced in all its places: ``torch.func.functional_call`` does not
+    Each layer is visited once, and a tied tensor replaced in all its places: ``torch.func.functional_call`` does not
     restore a submodule that is reachable under two names (https://github.com/pytorch/pytorch/issues/164759).
     """
     modules = list(module.modules())
     places: list[dict[str, Any]] = [place for m in modules for place in (m._parameters, m._buffers)]
-    saved, attributes = [dict(place) for place in places], [_attributes(m) for m in modules]
+    saved, attributes = [dict(place) for place in places], [_attributes_to_restore(m) for m in modules]
     constants = [p for m in modules for p in m._parameters.values() if p is not None and id(p) not in values]
     versions = [p._version for p in constants if not p.is_inference()]
     try:
@@ -170,23 +188,16 @@ def _standing_in(module: nn.Module, values: Mapping[int, Tensor]) -> Iterator[No
         )
 
 
-def _attributes(m: nn.Module) -> dict[str, Any]:
-    """Return what a pass must not leave changed beside tensors: all of torch's layers, as LSTMs keep weights there.
+def _attributes_to_restore(m: nn.Module) -> dict[str, Any]:
+    """Return the attributes that a pass must not change: all of torch's own layers, as LSTMs keep weights in them.
 
-    A user's layers may hand something to the loss (``self.kl = ...``), which therefore stays.
+    A user's layer may hand something to the loss (``self.kl = ...``), which stays.
     """
     return dict(vars(m)) if str(type(m).forward.__module__).startswith("torch.") else {"training": m.training}
 
 
-def _is_plain(module: nn.Module, params: Params) -> bool:
-    """Whether nothing has come between the module's definition and what it computes."""
-    hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
-    names = {name for name, _ in module.named_parameters()}
-    return not hooked and params.keys() == names and bool(module.is_plain())  # type: ignore[operator]
-
-
 def check_not_inference_mode() -> None:
-    """Tensors made in inference mode never carry a graph, so that every gradient would look like zero.
+    """Check that autograd is available: inference mode would make every gradient look like zero.
 
     Raises:
         RuntimeError: inside ``torch.inference_mode()``.
@@ -199,7 +210,7 @@ def check_not_inference_mode() -> None:
 
 
 def check_forward(forward: object) -> None:
-    """Refuse a module in the place of the function that ``functionalize`` makes of it.
+    """Check that ``forward`` is a function, as ``functionalize`` makes it of a module, and no module.
 
     Raises:
         TypeError: saying how to make it.
@@ -212,7 +223,7 @@ def check_forward(forward: object) -> None:
 
 
 def check_param_dict(params: object) -> None:
-    """Refuse parameters that have no names.
+    """Check that parameters are a dictionary.
 
     Raises:
         TypeError: naming the type.
@@ -224,7 +235,7 @@ def check_param_dict(params: object) -> None:
 
 
 def check_params(params: Params) -> None:
-    """Refuse meta-parameters that cannot be adapted.
+    """Check that meta-parameters can be adapted.
 
     Raises:
         ValueError: if there is none.
@@ -248,20 +259,17 @@ def check_params(params: Params) -> None:
 
 
 def expand_over_tasks(theta: Params, tasks: int) -> Params:
-    """One copy of theta per task: ``[...]`` to ``[T, ...]``, all of which share memory; differentiable in theta.
-
-    On CPUs convolutions' weights are laid channels last, as the kernels take them without a copy.
-    """
-    return {name: _laid_out(p).expand(tasks, *p.shape) for name, p in theta.items()}
-
-
-def _laid_out(p: Tensor) -> Tensor:
-    channels_last = p.ndim == 4 and p.device.type == "cpu"
-    return p.contiguous(memory_format=torch.channels_last) if channels_last else p
+    """Return one copy of theta per task, ``[...]`` to ``[T, ...]``, in shared memory; differentiable in theta."""
+    fast: Params = {}
+    for name, p in theta.items():
+        on_cpu = p.ndim == 4 and p.device.type == "cpu"  # channels last, which the CPU kernels read without a copy
+        w = p.contiguous(memory_format=torch.channels_last) if on_cpu else p
+        fast[name] = w.expand(tasks, *p.shape)
+    return fast
 
 
 def grad_of(loss: Tensor, params: Params, *, create_graph: bool) -> Params:
-    """``torch.autograd.grad`` over a dictionary; zeros for the parameters that the loss does not reach.
+    """Call ``torch.autograd.grad`` on a dictionary; zeros for parameters that the loss does not reach.
 
     Raises:
         ValueError: if the loss reaches none of them, which is a mistake and not a zero gradient.
@@ -273,7 +281,7 @@ def grad_of(loss: Tensor, params: Params, *, create_graph: bool) -> Params:
         raise ValueError(
             f"the loss depends on no parameter of {', '.join(list(params)[:5])}{', ...' if len(params) > 5 else ''}: "
             "nothing that was computed from them reaches it through autograd. Look for .detach(), .item(), argmax or "
-            "torch.no_grad() in the model or in the loss, or for what InnerLoop's adapted leaves out."
+            "torch.no_grad() in the model or in the loss, or for what InnerLoop's adapted_params leaves out."
         )
     return {
         name: torch.zeros_like(p, requires_grad=False) if g is None else g
@@ -282,7 +290,7 @@ def grad_of(loss: Tensor, params: Params, *, create_graph: bool) -> Params:
 
 
 def vjp(outputs: Params, inputs: Params, lam: Params, *, create_graph: bool = False) -> Params:
-    """The transposed Jacobian of outputs in inputs times lam, named like the inputs; zeros where nothing is reached."""
+    """Return the vector-Jacobian product of outputs with lam, named like the inputs; zeros where nothing is reached."""
     reached = [name for name, w in outputs.items() if w.requires_grad]
     grads = torch.autograd.grad(
         *([outputs[n] for n in reached], list(inputs.values()), [lam[n] for n in reached]),
@@ -293,12 +301,12 @@ def vjp(outputs: Params, inputs: Params, lam: Params, *, create_graph: bool = Fa
 
 
 def global_norm(tree: Params) -> Tensor:
-    """Euclidean norm over every entry of every tensor."""
+    """Return the Euclidean norm over every entry of every tensor."""
     norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p) for p in tree.values()]))
     return norm
 
 
 def relative_error(got: Params, expected: Params) -> float:
-    """|got - expected| / |expected| of the whole dictionary as one vector, in float64; NaN where either is."""
+    """Return |got - expected| / |expected| of dictionaries as vectors, in float64; NaN if either has one."""
     difference = {name: got[name].double() - g.double() for name, g in expected.items()}
     return (global_norm(difference) / global_norm(expected).double()).item()

@@ -1,4 +1,4 @@
-"""Checks on the graph that a model builds, where torch would take its second derivative wrongly and say nothing."""
+"""Check the graph of a model for operations whose second derivative torch silently gets wrong."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 @contextmanager
 def forbid_activation_checkpointing() -> Iterator[None]:
-    """Refuse activation checkpointing inside a model: what it runs again on the way back has the module's own weights,
-    as ``functional_call`` has put them back by then, and the gradient is wrong.
+    """Forbid activation checkpointing inside a model, where it would give a wrong gradient.
 
-    It is seen by its saved-tensor hooks, and not inside of the caller's own.
+    It runs layers again in the backward pass, when the module has its own weights again and not those of the task. It
+    is recognised by its saved-tensor hooks, unless the caller has installed hooks too.
 
     Raises:
         ValueError: naming what to do.
@@ -32,20 +32,20 @@ def forbid_activation_checkpointing() -> Iterator[None]:
 
 
 ACTIVATION_CHECKPOINT_ERROR = (
-    "torch.utils.checkpoint (or another saved-tensor hook) inside of a model runs its layers again on the way back, "
+    "torch.utils.checkpoint (or another saved-tensor hook) inside a model runs its layers again in the backward pass, "
     "when they no longer have the parameters that they were called with, so that the gradient would be wrong. Call the "
     "layers without it; InnerLoop(engine='checkpoint') and task_chunk save memory instead."
 )
 
 
 def check_twice_differentiable(value: Tensor, inputs: Iterable[Tensor] = ()) -> None:
-    """Refuse a graph with an ``autograd.Function`` whose backward torch takes as a constant, without a word.
+    """Check a graph for an ``autograd.Function`` whose backward torch silently treats as a constant.
 
-    That is one marked ``@once_differentiable``, or one that leaves autograd: by ``torch.no_grad``, or through numpy.
+    That is one marked ``@once_differentiable``, or one that leaves autograd by ``torch.no_grad`` or numpy.
 
     Args:
-        value: whose graph it is.
-        inputs: where to stop.
+        value: the output of the graph.
+        inputs: tensors at which to stop.
 
     Raises:
         ValueError: naming the Function.
@@ -60,7 +60,7 @@ def check_twice_differentiable(value: Tensor, inputs: Iterable[Tensor] = ()) -> 
         function = getattr(node, "_forward_cls", None)  # of Functions that are written in Python
         if function is not None and function.__module__ == "torch.utils.checkpoint":
             raise ValueError(ACTIVATION_CHECKPOINT_ERROR)
-        if function is not None and not function.__module__.startswith("metalearn.") and _is_constant(node):
+        if function is not None and not function.__module__.startswith("metalearn.") and _backward_is_constant(node):
             name = function.__name__.removeprefix("Vmapped")
             raise ValueError(
                 f"the backward of {name}, an autograd.Function of the model or the loss, has no derivative: it is "
@@ -70,15 +70,13 @@ def check_twice_differentiable(value: Tensor, inputs: Iterable[Tensor] = ()) -> 
         nodes += [following for following, _ in node.next_functions]
 
 
-def _is_constant(node: Any) -> bool:
-    """Return whether what a Function's backward gives does not depend on what it is given; 0 may be constant."""
+def _backward_is_constant(node: Any) -> bool:
+    """Return whether a Function's backward has a nonzero output that does not depend on its inputs, by trying it."""
     with torch.enable_grad():
-        given = [torch.ones(m.shape, dtype=m.dtype, device=m.device, requires_grad=True) for m in node._input_metadata]
+        grads = [torch.ones(m.shape, dtype=m.dtype, device=m.device, requires_grad=True) for m in node._input_metadata]
         try:
-            returned = node.apply(*given)
-        except (
-            Exception
-        ):  # of any kind, as it is the user's; the pass itself raises it again, if it is not of this trial
+            returned = node.apply(*grads)
+        except Exception:  # of any kind, as it is the user's code; an error not due to this trial is raised again later
             return False
     for grad in returned if isinstance(returned, tuple) else (returned,):
         if not isinstance(grad, Tensor) or not grad.any():

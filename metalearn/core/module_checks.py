@@ -1,4 +1,4 @@
-"""The checks on a module that is to be a pure function of its parameters: each fault is named, with the remedy."""
+"""Check that a module can be a pure function of its parameters; every message names the remedy."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 _RUNNING_STATISTICS = (nn.modules.batchnorm._NormBase,)  # BatchNorm1d..3d, SyncBatchNorm, InstanceNorm1d..3d
-_HOOKS = (
-    "has a gradient hook, which is never called, as gradients are taken of tensors that stand in for the module's. "
-    "Remove it (the handle's .remove()); what it looks at is in the gradients that metalearn returns."
+_HOOK_ERROR = (
+    "has a gradient hook, which is never called, as gradients are taken of tensors that replace the module's. "
+    "Remove it (the handle's .remove()), and inspect the gradients that metalearn returns."
 )
 
 
 def check_module(module: nn.Module) -> None:
-    """Refuse a module that cannot be run under other parameters than its own, or would be changed by it.
+    """Check that a module can run with other parameters than its own, without being changed by it.
 
     Raises:
         ValueError: naming the layer or the parameter, and the remedy.
     """
     for name, layer in module.named_modules():
-        if fault := _fault(layer):
+        if error := _layer_error(layer):
             place = f"layer '{name}'" if name else "the module"
-            raise ValueError(f"functionalize: {place} ({type(layer).__name__}) {fault}")
-        for own, p in layer._parameters.items():
-            if p is not None and (fault := _fault_of_parameter(p)):
-                raise ValueError(f"functionalize: parameter '{f'{name}.{own}' if name else own}' {fault}")
+            raise ValueError(f"functionalize: {place} ({type(layer).__name__}) {error}")
+        for p_name, p in layer._parameters.items():
+            if p is not None and (error := _parameter_error(p)):
+                raise ValueError(f"functionalize: parameter '{f'{name}.{p_name}' if name else p_name}' {error}")
 
 
 def check_signature(module: nn.Module) -> None:
-    """Refuse a module that does not take one tensor.
+    """Check that a module takes one tensor.
 
     Raises:
-        TypeError: with what it takes.
+        TypeError: naming its signature.
     """
     try:
         signature = inspect.signature(module.forward)
-    except (TypeError, ValueError):  # of a function that Python cannot look into
+    except (TypeError, ValueError):  # of a builtin function
         return
     try:
         signature.bind(None)
@@ -50,8 +50,8 @@ def check_signature(module: nn.Module) -> None:
         ) from None
 
 
-def _fault(layer: nn.Module) -> str | None:
-    """Say why a layer cannot be part of a pure function."""
+def _layer_error(layer: nn.Module) -> str | None:
+    """Return why a layer cannot be part of a pure function."""
     if isinstance(layer, _RUNNING_STATISTICS) and layer.training and layer.running_mean is not None:
         kind = type(layer).__name__
         return (
@@ -72,13 +72,13 @@ def _fault(layer: nn.Module) -> str | None:
     if type(layer).__module__.startswith("torch.ao.nn.quantized"):
         return "is quantised and has no gradient. Pass the module itself, before it is quantised."
     if layer._backward_hooks or layer._backward_pre_hooks:
-        return _HOOKS
+        return _HOOK_ERROR
     return None
 
 
-def _fault_of_parameter(p: Tensor) -> str | None:
+def _parameter_error(p: Tensor) -> str | None:
     if is_lazy(p):
         return "has no shape yet. Run one batch through the module first: model(x)."
     if p._backward_hooks or p._post_accumulate_grad_hooks:
-        return _HOOKS
+        return _HOOK_ERROR
     return None

@@ -1,7 +1,8 @@
-"""The parts of a module that algorithms tell apart: its head, its normalisation, its context."""
+"""Find the parts of a module that algorithms treat differently: its head, its normalisation, its context."""
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,50 +10,56 @@ from itertools import pairwise
 
 from torch import nn
 
-_HEADS = ("head", "heads", "fc", "classifier")
-_NORMS = (nn.modules.batchnorm._BatchNorm,)
-_MOST_LAYERS = 10  # that a message lists
+_HEAD_NAMES = ("head", "heads", "fc", "classifier")
+_MAX_LISTED = 10
 
 
 @dataclass(frozen=True)
 class ModuleParts:
-    """Names of parameters, as ``functionalize`` gives them: one that several layers share has the first one's.
+    """Names of parameters by role, as ``functionalize`` names them: a shared one has the name in its first layer.
 
     Args:
         head: weight and bias of the linear layer that gives the outputs; empty if there is none.
-        norms: scale and shift of every BatchNorm.
-        context: context parameters (CAVIA), those called ``context``.
-        all: every trainable parameter.
+        norm_params: scale and shift of every BatchNorm.
+        context_params: context parameters (CAVIA), those called ``context``.
+        all_params: every trainable parameter.
         tied: those that several layers share.
     """
 
     head: tuple[str, ...]
-    norms: frozenset[str]
-    context: frozenset[str]
-    all: frozenset[str]
+    norm_params: frozenset[str]
+    context_params: frozenset[str]
+    all_params: frozenset[str]
     tied: frozenset[str] = frozenset()
 
     @property
     def body(self) -> frozenset[str]:
-        """All but the head."""
-        return self.all - set(self.head)
+        """All parameters but the head's."""
+        return self.all_params - set(self.head)
+
+    def __getattr__(self, name: str) -> frozenset[str]:
+        """Return a field under its former name, with a warning."""
+        if name not in ("norms", "context", "all"):
+            raise AttributeError(f"ModuleParts has no attribute {name!r}")
+        new = f"{name.removesuffix('s')}_params"
+        warnings.warn(f"ModuleParts.{name} is called {new} now", FutureWarning, stacklevel=2)
+        value: frozenset[str] = getattr(self, new)
+        return value
 
 
 def module_parts(module: nn.Module, *, head: str | None = None) -> ModuleParts:
-    """Return the parts of a module, by the types of its layers.
+    """Find the head, the normalisation and the context parameters of a module by the types of its layers.
 
     Args:
-        module: any.
-        head: name of its head; ``None`` takes the last linear layer in what the module itself calls ``head``,
-            ``heads``, ``fc`` or ``classifier`` (``fc``, ``classifier.6``; not ``block.fc``), and where nothing is
-            called so the linear layer that was declared last.
+        module: any module.
+        head: name of its head; ``None`` takes the last linear layer in the child called ``head``, ``heads``, ``fc`` or
+            ``classifier`` (``fc``, ``classifier.6``; not ``block.fc``), or without one the linear layer declared last.
 
     Raises:
-        ValueError: if the module has no linear layer of the name that is given; if none is given and another layer may
-            be the head as well.
+        ValueError: if the module has no linear layer called ``head``, or if ``head`` is ``None`` and ambiguous.
 
     Example:
-        >>> parts_of(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))).head
+        >>> module_parts(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))).head
         ('2.weight', '2.bias')
     """
     names = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
@@ -61,52 +68,47 @@ def module_parts(module: nn.Module, *, head: str | None = None) -> ModuleParts:
     def named(layers: Iterable[nn.Module]) -> tuple[str, ...]:
         return tuple(names[id(p)] for layer in layers for p in layer._parameters.values() if id(p) in names)
 
-    found = _head_of(module) if head is None else _layer_called(head, module)
+    layer = _find_head(module, head)
     return ModuleParts(
-        head=() if found is None else named(found.modules()),
-        norms=frozenset(named(layer for layer in module.modules() if isinstance(layer, _NORMS))),
-        context=frozenset(name for name in names.values() if name.rpartition(".")[2] == "context"),
-        all=frozenset(names.values()),
+        head=() if layer is None else named(layer.modules()),
+        norm_params=frozenset(named(m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))),
+        context_params=frozenset(name for name in names.values() if name.rpartition(".")[2] == "context"),
+        all_params=frozenset(names.values()),
         tied=frozenset(name for p, name in names.items() if places[p] > 1),
     )
 
 
-def _layer_called(head: str, module: nn.Module) -> nn.Linear:
-    """Return the linear layer of that name, which may be any of several that it has."""
-    linear = {n: m for n, m in module.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
-    if head not in linear:
-        raise ValueError(f"head={head!r} is no nn.Linear of the module; it has {', '.join(linear) or 'none'}.")
-    return linear[head]
-
-
-def _head_of(module: nn.Module) -> nn.Linear | None:
-    """Return the layer that gives the outputs, by its name or else by its place.
+def _find_head(module: nn.Module, head: str | None) -> nn.Linear | None:
+    """Return the layer that gives the outputs: the one called ``head``, or by its usual name, or the last one.
 
     Raises:
-        ValueError: if another layer may be meant.
+        ValueError: if there is no linear layer called ``head``, or the head is ambiguous.
     """
-    linear = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
-    called = [child for name, child in _unwrapped(module).named_children() if name in _HEADS]
-    inside = list(linear.values())
-    if called:
-        inside = [m for m in called[-1].modules() if isinstance(m, nn.Linear)]
-    if inside and _may_feed_another(inside):
+    linear = {n: m for n, m in module.named_modules(remove_duplicate=head is None) if isinstance(m, nn.Linear)}
+    if head is not None:
+        if head not in linear:
+            raise ValueError(f"head={head!r} is no nn.Linear of the module; it has {', '.join(linear) or 'none'}.")
+        return linear[head]
+    candidates = list(linear.values())
+    if called := [child for name, child in _unwrap(module).named_children() if name in _HEAD_NAMES]:
+        candidates = [m for m in called[-1].modules() if isinstance(m, nn.Linear)]
+    if candidates and _may_feed_earlier_layer(candidates):
         listed = [f"{name} ({m.in_features} to {m.out_features})" for name, m in linear.items()]
-        more = f" and {len(listed) - _MOST_LAYERS} more" if len(listed) > _MOST_LAYERS else ""
+        more = f" and {len(listed) - _MAX_LISTED} more" if len(listed) > _MAX_LISTED else ""
         raise ValueError(
-            f"parts_of: which linear layer of {type(module).__name__} is its head? The last one may feed one before "
-            f"it. Name it by parts_of(module, head=...), out of {', '.join(listed[:_MOST_LAYERS])}{more}."
+            f"module_parts: which linear layer of {type(module).__name__} is its head? The last may feed an earlier "
+            f"one. Name it by module_parts(module, head=...), out of {', '.join(listed[:_MAX_LISTED])}{more}."
         )
-    return inside[-1] if inside else None
+    return candidates[-1] if candidates else None
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module inside of wrappers, which have nothing but that (``DistributedDataParallel``, a user's own)."""
+def _unwrap(module: nn.Module) -> nn.Module:
+    """Return the module inside of wrappers that have no other child (``DistributedDataParallel``, a user's own)."""
     children = list(module.children())
-    return _unwrapped(children[0]) if len(children) == 1 and list(children[0].children()) else module
+    return _unwrap(children[0]) if len(children) == 1 and list(children[0].children()) else module
 
 
-def _may_feed_another(linear: list[nn.Linear]) -> bool:
-    """Whether the last layer's outputs fit into one before it, where the layers do not fit together as declared."""
+def _may_feed_earlier_layer(linear: list[nn.Linear]) -> bool:
+    """Return whether the last layer's outputs fit an earlier layer, if the layers do not form a chain as declared."""
     is_chain = all(before.out_features == after.in_features for before, after in pairwise(linear))
     return not is_chain and any(m.in_features == linear[-1].out_features for m in linear[:-1])

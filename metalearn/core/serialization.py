@@ -1,8 +1,7 @@
-"""Tensors on disk, written whole or not at all, and checked by digest before they are believed.
+"""Save and load tensors atomically, verified by a digest.
 
-``torch.load`` does not notice flipped bits, so a SHA-256 stands beside each file as ``NAME.sha256``. While a file is
-being replaced that holds the old digest and the new one, so that an interruption at any moment leaves a
-file that can be read.
+``torch.load`` does not notice flipped bits, so the SHA-256 of each file is saved as ``NAME.sha256``. While a file is
+being replaced, that holds both the old digest and the new one: an interruption at any moment leaves a readable file.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ _READS = 3  # a file may be replaced between the reading of it and of its digest
 
 
 class CorruptFileError(RunError):
-    """A file that ``save_checked`` did not write: its digest is missing or differs, or it holds more than tensors."""
+    """A file not written by ``save_checked``: its digest is missing or differs, or it holds more than tensors."""
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write a file through a temporary one beside it: a reader sees the old content or the new, never a part."""
+    """Write a file through a temporary one: a reader sees the old content or the new, never a part."""
     atomic_write_bytes(path, text.encode())
 
 
 def save_checked(content: Any, path: Path) -> None:
-    """Save plain containers of tensors, with a digest beside them."""
+    """Save plain containers of tensors, and a digest in a second file."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     data = buffer.getvalue()
@@ -44,18 +43,18 @@ def save_checked(content: Any, path: Path) -> None:
 
 
 def load_checked(path: Path) -> Any:
-    """Load what ``save_checked`` wrote into main memory; no code in the file is run.
+    """Load a file of ``save_checked`` into main memory; no code in it is run.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DamagedFileError: if the digest is missing or differs, or if loading would run code.
+        CorruptFileError: if the digest is missing or differs, or if loading would run code.
     """
     digest = _digest_path(path)
     for _ in range(_READS):
         data = path.read_bytes()
         if not digest.exists():
             raise CorruptFileError(
-                f"{path} has no digest beside it ({digest.name}): its writing was interrupted, or it lies elsewhere."
+                f"{path} has no digest file ({digest.name}): writing it was interrupted, or it is elsewhere."
             )
         if hashlib.sha256(data).hexdigest().encode() in digest.read_bytes().split():
             return _load_weights_only(data, path)
@@ -63,7 +62,7 @@ def load_checked(path: Path) -> Any:
 
 
 def _load_weights_only(data: bytes, path: Path) -> Any:
-    """Containers, numbers, text and tensors, and nothing else."""
+    """Load containers, numbers, text and tensors, and nothing else."""
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except MemoryError:
@@ -75,13 +74,13 @@ def _load_weights_only(data: bytes, path: Path) -> Any:
 
 
 def remove(path: Path) -> None:
-    """Remove a file that ``save_checked`` wrote, and its digest; nothing happens if it is gone."""
+    """Remove a file of ``save_checked`` and its digest, if they exist."""
     path.unlink(missing_ok=True)
     _digest_path(path).unlink(missing_ok=True)
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove what writers that were killed left in a folder; no other process may be writing there."""
+    """Remove the files of killed writers from a folder; no other process may be writing there."""
     for path in folder.glob(".*"):
         if re.fullmatch(r"\..+\.[0-9a-f]{16}", path.name):
             path.unlink(missing_ok=True)
@@ -92,7 +91,7 @@ def _digest_path(path: Path) -> Path:
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """As ``atomic_write_text``, for what is no text."""
+    """Write bytes like ``atomic_write_text``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
@@ -110,7 +109,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 
 
 def _fsync_directory(folder: Path) -> None:
-    """Have a renaming on disk before what follows it; Windows has no such call for folders."""
+    """Flush a renaming to disk before what follows; Windows has no such call for folders."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""The nouns: parameters, episodes, and what a meta-gradient returns.
+"""The data types: parameters, episodes, and the result of a meta-gradient.
 
 Symbols, with one spelling everywhere: T tasks, N ways, S support examples per task, Q query examples per task,
 K inner steps; ``theta`` meta-parameters, ``fast`` adapted parameters ``[T, ...]``.
@@ -22,14 +22,14 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """``loss(prediction, target) -> scalar``: for one task, the mean over its examples."""
 
 
-def check_tensors(given: Mapping[str, object]) -> None:
-    """Refuse what is no tensor, or holds no values.
+def check_tensors(values: Mapping[str, object]) -> None:
+    """Check that every value is a tensor with values.
 
     Raises:
-        TypeError: naming it and its type.
-        ValueError: naming what is on the meta device, from which ``vmap`` makes numbers out of nothing.
+        TypeError: if one is no tensor.
+        ValueError: if one is on the meta device, where ``vmap`` would compute with uninitialised memory.
     """
-    for name, value in given.items():
+    for name, value in values.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is {type(value).__name__} and must be a Tensor; convert it with torch.as_tensor.")
         if value.is_meta:
@@ -37,7 +37,7 @@ def check_tensors(given: Mapping[str, object]) -> None:
 
 
 def check_examples(name: str, x: Tensor, y: Tensor) -> None:
-    """Refuse inputs and targets that do not belong together.
+    """Check that inputs and targets belong together.
 
     Args:
         name: ``"support"`` or ``"query"``, for the message.
@@ -45,8 +45,8 @@ def check_examples(name: str, x: Tensor, y: Tensor) -> None:
         y: targets, ``[T, examples, ...]``.
 
     Raises:
-        TypeError: naming what is no tensor.
-        ValueError: naming the tensor and its shape.
+        TypeError: if one is no tensor.
+        ValueError: if the shapes do not match, or a set is empty.
     """
     check_tensors({f"{name}_x": x, f"{name}_y": y})
     shapes = {f"{name}_x": tuple(x.shape), f"{name}_y": tuple(y.shape)}
@@ -94,21 +94,21 @@ class Episodes:
         return self.support_x.shape[0]
 
     def split(self, size: int) -> list[Episodes]:
-        """The same tasks in order, as batches of at most ``size`` tasks."""
+        """Split into batches of at most ``size`` tasks, in order."""
         parts = (getattr(self, f.name).split(size) for f in fields(self))
         return [Episodes(*tensors) for tensors in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
 class MetaGradient:
-    """What every engine returns.
+    """The result of every engine.
 
     Args:
         loss: mean query loss over tasks, a detached scalar.
         grads: d loss / d theta, named and shaped like the parameters; zeros where the loss does not reach.
         predictions: of the adapted parameters on the query sets, detached, ``[T, Q, ...]``.
         support_loss: mean support loss over tasks before each inner step, detached, ``[K]``.
-        diagnostics: scalars worth logging, by name, detached: what an engine has to say of itself.
+        diagnostics: scalars that the engine reports for logging, by name, detached.
     """
 
     loss: Tensor

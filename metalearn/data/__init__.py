@@ -1,1 +1,1 @@
-"""Episodes from class-indexed uint8 images. The parts are imported by name, as ``catalog`` needs no torch."""
+"""Episodes from class-indexed uint8 images; import from the submodules, as ``metadata`` needs no torch."""

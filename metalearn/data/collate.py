@@ -1,4 +1,4 @@
-"""Episodes from any Python iterable of tasks: a user's own data, one task at a time."""
+"""Collate episodes from any Python iterable of tasks."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ _NAMES = tuple(f.name for f in fields(Episodes))
 
 
 def batches(tasks: Iterable[Any], size: int) -> Iterator[Episodes]:
-    """Stack tasks, as they come, into episodes of ``size`` tasks; the last batch may be smaller.
+    """Stack tasks in order into episodes of ``size`` tasks; the last batch may be smaller.
 
     Args:
         tasks: each ``(support_x, support_y, query_x, query_y)``, a mapping with those keys or an object with those
-            attributes; of tensors or numpy arrays ``[S or Q, ...]``, without the task dimension. The tasks of a batch
-            must agree in shapes and types.
+            attributes; tensors or numpy arrays ``[S or Q, ...]``, without the task dimension. The tasks of a batch must
+            agree in shapes, types and devices.
         size: T, tasks of a batch.
 
     Raises:
-        TypeError: naming the item that is no task, or what in it is neither tensor nor array.
-        ValueError: naming the item and what differs from the first of its batch in shape or type; or if ``size`` is
-            below 1.
+        TypeError: if an item is no task, or holds anything but tensors and arrays.
+        ValueError: if an item differs from the first of its batch in shape, type or device, or ``size`` is below 1.
 
     Example:
         >>> task = (torch.zeros(5, 3), torch.zeros(5), torch.zeros(9, 3), torch.zeros(9))
@@ -37,20 +36,20 @@ def batches(tasks: Iterable[Any], size: int) -> Iterator[Episodes]:
     """
     if size < 1:
         raise ValueError(f"batches: size={size}; it must be at least 1.")
-    return _batches(enumerate(tasks), size)
+    return _iter_batches(enumerate(tasks), size)
 
 
-def _batches(numbered: Iterator[tuple[int, Any]], size: int) -> Iterator[Episodes]:
-    while some := list(islice(numbered, size)):
-        read = [_tensors(number, item) for number, item in some]
-        first = some[0][0]
-        for number, tensors in enumerate(read[1:], start=first + 1):
-            _refuse_another_form(number, tensors, first, read[0])
-        yield Episodes(*(torch.stack(column) for column in zip(*read, strict=True)))
+def _iter_batches(numbered: Iterator[tuple[int, Any]], size: int) -> Iterator[Episodes]:
+    while chunk := list(islice(numbered, size)):
+        batch = [_task_tensors(number, item) for number, item in chunk]
+        first = chunk[0][0]
+        for number, tensors in enumerate(batch[1:], start=first + 1):
+            _check_same_shapes(number, tensors, first, batch[0])
+        yield Episodes(*(torch.stack(column) for column in zip(*batch, strict=True)))
 
 
-def _tensors(number: int, item: Any) -> list[Tensor]:
-    """The four tensors of a task, in the order of ``Episodes``."""
+def _task_tensors(number: int, item: Any) -> list[Tensor]:
+    """Return the four tensors of a task, in the order of ``Episodes``."""
     values: Sequence[Any]
     if isinstance(item, Mapping) and set(_NAMES) <= item.keys():
         values = [item[name] for name in _NAMES]
@@ -65,10 +64,10 @@ def _tensors(number: int, item: Any) -> list[Tensor]:
             f"batches: item {number} is {type(item).__name__}{found} and no task; give ({', '.join(_NAMES)}), or a "
             "mapping or an object with those names."
         )
-    return [_tensor(number, name, value) for name, value in zip(_NAMES, values, strict=True)]
+    return [_as_tensor(number, name, value) for name, value in zip(_NAMES, values, strict=True)]
 
 
-def _tensor(number: int, name: str, value: Any) -> Tensor:
+def _as_tensor(number: int, name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
     if not isinstance(value, np.ndarray):
@@ -83,15 +82,15 @@ def _tensor(number: int, name: str, value: Any) -> Tensor:
         return torch.from_numpy(value.copy())
 
 
-def _refuse_another_form(number: int, tensors: list[Tensor], first: int, of_first: list[Tensor]) -> None:
-    for name, tensor, expected in zip(_NAMES, tensors, of_first, strict=True):
-        for what, mine, its in (
+def _check_same_shapes(number: int, tensors: list[Tensor], first: int, first_tensors: list[Tensor]) -> None:
+    for name, tensor, expected in zip(_NAMES, tensors, first_tensors, strict=True):
+        for what, found, wanted in (
             ("shape", tuple(tensor.shape), tuple(expected.shape)),
             ("type", tensor.dtype, expected.dtype),
             ("device", tensor.device, expected.device),
         ):
-            if mine != its:
+            if found != wanted:
                 raise ValueError(
-                    f"batches: {name} of item {number} has {what} {mine}, and of item {first}, which opens the batch, "
-                    f"{its}; the tasks of a batch must agree. Make them alike, or take size=1."
+                    f"batches: {name} of item {number} has {what} {found}, and of item {first}, the first of its "
+                    f"batch, {wanted}; the tasks of a batch must agree. Make them equal, or take size=1."
                 )

@@ -1,8 +1,8 @@
 """Glyphs: procedural handwriting that needs no file and no network.
 
-A class is a character of a few random strokes, each a cubic Bezier curve that starts at an end of an earlier one. A
-drawing is the same character by another hand: its control points jittered, then sheared, rotated, scaled and moved as
-a whole. Ink is rendered by summing Gaussian dots along the strokes, which is a product of two small matrices:
+A class is a character of a few random strokes: cubic Bezier curves, each of which starts at an end of an earlier one. A
+drawing is an instance of it: its control points are jittered, then sheared, rotated, scaled and moved together. Ink is
+the sum of Gaussian dots along the strokes, which is a product of two small matrices:
 
     ink(y, x) = 1 - exp(-density * sum_p exp(-((x - x_p)^2 + (y - y_p)^2) / (2 r^2)))
 """
@@ -35,24 +35,23 @@ def make_glyphs(
         size: height and width in pixels.
         strokes: curves per character.
         jitter: standard deviation of a control point between drawings, as a fraction of the image's width.
-        seed: of everything; the same seed gives the same images.
+        seed: of all random numbers.
 
     Returns:
         ``[classes, drawings, 1, size, size]`` uint8, white on black.
 
     Example:
-        >>> glyphs(classes=3, drawings=2).shape
+        >>> make_glyphs(classes=3, drawings=2).shape
         torch.Size([3, 2, 1, 28, 28])
     """
     generator = torch.Generator().manual_seed(seed)
-    characters = _characters(classes, strokes, generator)
-    by_hand = _drawn(characters, drawings, jitter, generator)
-    images = [_render(some, size) for some in by_hand.split(64)]
-    return torch.cat(images)
+    characters = _random_characters(classes, strokes, generator)
+    instances = _draw_instances(characters, drawings, jitter, generator)
+    return torch.cat([_render(chunk, size) for chunk in instances.split(64)])
 
 
-def _characters(classes: int, strokes: int, generator: torch.Generator) -> Tensor:
-    """Control points ``[classes, strokes, 4, 2]`` in [0, 1]."""
+def _random_characters(classes: int, strokes: int, generator: torch.Generator) -> Tensor:
+    """Return control points ``[classes, strokes, 4, 2]`` in [0, 1]."""
     points = torch.rand(classes, strokes, 4, 2, generator=generator)
     points[:, :, [0, 3]] = 0.1 + 0.8 * points[:, :, [0, 3]]
     points[:, :, [1, 2]] = 1.6 * points[:, :, [1, 2]] - 0.3  # a curve comes only part of the way to these two
@@ -63,8 +62,8 @@ def _characters(classes: int, strokes: int, generator: torch.Generator) -> Tenso
     return points
 
 
-def _drawn(characters: Tensor, drawings: int, jitter: float, generator: torch.Generator) -> Tensor:
-    """Instances of characters: ``[classes, drawings, strokes, 4, 2]``."""
+def _draw_instances(characters: Tensor, drawings: int, jitter: float, generator: torch.Generator) -> Tensor:
+    """Return instances of characters, ``[classes, drawings, strokes, 4, 2]``."""
     classes, strokes = characters.shape[:2]
     noise = torch.randn(classes, drawings, strokes, 4, 2, generator=generator) * jitter
     points = characters[:, None] + noise - 0.5
@@ -78,7 +77,7 @@ def _drawn(characters: Tensor, drawings: int, jitter: float, generator: torch.Ge
 
 
 def _render(control: Tensor, size: int) -> Tensor:
-    """Images ``[classes, drawings, 1, size, size]`` uint8 of control points ``[classes, drawings, strokes, 4, 2]``."""
+    """Render control points ``[classes, drawings, strokes, 4, 2]`` as uint8 ``[classes, drawings, 1, size, size]``."""
     t = torch.linspace(0, 1, _POINTS)
     bernstein = torch.stack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3], dim=-1)
     dots = (bernstein @ control).flatten(2, 3)  # [classes, drawings, dots, 2]

@@ -1,8 +1,8 @@
-"""A user's own images as uint8 tensors of one size: any format, mode and size that Pillow reads.
+"""Decode a folder of images into uint8 tensors of one size.
 
-An image is turned as its EXIF says, laid over white where it is transparent, cropped to the square in its middle, and
-resized with antialiasing. The tensors are kept in one verified file outside of the folder, and used only while every
-image has the name, the size and the time of change that it had when it was read.
+An image is rotated as its EXIF says, laid over white where it is transparent, cropped to the central square, and
+resized with antialiasing. The tensors are cached in one verified file outside of the folder, which is used only while
+every image has the name, size and modification time that it had when it was read.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torch import Tensor
 from metalearn.core import serialization as files
 from metalearn.core.errors import DataError
 from metalearn.data.image_folder import (
-    SHOWN,
+    MAX_LISTED,
     ImageClass,
     check_split_sizes,
-    in_several,
     list_classes,
     list_images,
     list_splits,
+    overlapping_classes,
     preview_names,
 )
 from metalearn.data.metadata import cache_dir
@@ -41,12 +41,12 @@ from metalearn.data.splits import ClassSizes, ImageSplits
 log = logging.getLogger(__name__)
 
 _DECODING = "lanczos-1"  # part of the cache's key: another way to decode needs another name
-_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # a name often lies; formats that run programs are out
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # whatever the extension; none that runs programs
 _SIXTEEN_BITS = 65535
 
 
 class UnreadableImagesError(DataError):
-    """Files that are named like images, and cannot be read as such."""
+    """Files with the extension of an image that cannot be read as one."""
 
 
 class FolderImages(NamedTuple):
@@ -56,7 +56,7 @@ class FolderImages(NamedTuple):
         images: ``[examples, channels, size, size]`` uint8.
         labels: ``[examples]`` int64, positions in ``classes``; ``None`` for images without classes.
         classes: names, sorted; empty for images without classes.
-        paths: of every image.
+        paths: path of every image.
     """
 
     images: Tensor
@@ -67,7 +67,7 @@ class FolderImages(NamedTuple):
 
 @dataclass(frozen=True)
 class _ImageFormat:
-    """What images are made to look like."""
+    """The size and channels of decoded images."""
 
     size: int
     channels: int
@@ -80,14 +80,14 @@ class _ImageFormat:
 
 
 class _DecodeResult(NamedTuple):
-    """Pixels of the readable ones among some files, and why the others, by position, are not.
+    """Pixels of the readable files, and the errors of the others by position.
 
-    ``lasting``: whether that lies in the files, and not in a disk or a permission that may be mended meanwhile.
+    ``permanent``: whether the errors lie in the files, and not in a disk or a permission that may be fixed meanwhile.
     """
 
     images: Tensor
     unreadable: dict[int, str]
-    lasting: bool = True
+    permanent: bool = True
 
 
 def load_image_splits(
@@ -97,73 +97,73 @@ def load_image_splits(
     channels: int = 3,
     fractions: Sequence[float] = (0.6, 0.2, 0.2),
     seed: int = 0,
-    unreadable: str = "stop",
+    on_unreadable: str = "stop",
     ways: int = 1,
     needed: Mapping[str, int] | None = None,
 ) -> ImageSplits:
-    """A folder of images, one sub-folder a class, split by class.
+    """Load a folder of images, one sub-folder a class, split by class.
 
     Args:
         root: holds the classes, or folders ``train``, ``val`` (or ``valid``, ``validation``) and ``test`` of classes.
         size: height and width to resize to, in pixels.
         channels: 1 for grey, 3 for colour.
-        fractions: shares of the classes for training, validation and test, if there are no folders of splits.
+        fractions: of the classes for training, validation and test, if there are no folders of splits.
         seed: of that split.
-        unreadable: ``"stop"`` at files that cannot be read, or ``"skip"`` them with a warning.
-        ways: the fewest classes that each split must have.
-        needed: the fewest images that each class of a split must have, by split; one if not given.
+        on_unreadable: ``"stop"`` at files that cannot be read, or ``"skip"`` them with a warning.
+        ways: minimum number of classes in each split.
+        needed: minimum number of images in each class of a split, by split; 1 by default.
 
     Raises:
-        UnreadableImagesError: naming files that cannot be read.
+        UnreadableImagesError: listing files that cannot be read.
         DataError: if the folder is empty, not laid out as above, or too small.
-        ValueError: for settings that are none.
+        ValueError: if a setting is out of range.
     """
-    form = _ImageFormat(size, channels)
-    _check_unreadable(unreadable)
+    fmt = _ImageFormat(size, channels)
+    _check_on_unreadable(on_unreadable)
     splits = list_splits(root, fractions=fractions, seed=seed)
     needed = needed or dict.fromkeys(splits, 1)
     check_split_sizes(_sizes(splits), root, ways=ways, needed=needed)
-    if twice := in_several(splits):
+    if overlapping := overlapping_classes(splits):
         log.warning(
             "%s: %d classes are in more than one split, so that tests are not of new classes: %s.",
-            *(root, len(twice), preview_names(twice)),
+            *(root, len(overlapping), preview_names(overlapping)),
         )
-    # In the order of the paths, which no setting of the split changes: one cache serves all of these.
+    # Sorted by path, which no setting of the split changes, so that one cache serves all splits.
     paths = sorted(path for classes in splits.values() for one in classes for path in one.files)
-    read = _cached(Path(root).expanduser(), paths, form)
-    _report(paths, read.unreadable, unreadable)
-    row = {path: i for i, path in enumerate(p for j, p in enumerate(paths) if j not in read.unreadable)}
-    kept = {
+    decoded = _load_or_decode(Path(root).expanduser(), paths, fmt)
+    _handle_unreadable(paths, decoded.unreadable, on_unreadable)
+    row = {path: i for i, path in enumerate(p for j, p in enumerate(paths) if j not in decoded.unreadable)}
+    readable = {
         split: [ImageClass(one.name, [path for path in one.files if path in row]) for one in classes]
         for split, classes in splits.items()
     }
-    check_split_sizes(_sizes(kept), root, ways=ways, needed=needed)
+    check_split_sizes(_sizes(readable), root, ways=ways, needed=needed)
     train, validation, test = (
-        read.images[[row[path] for one in classes for path in one.files]] for classes in kept.values()
+        decoded.images[[row[path] for one in classes for path in one.files]] for classes in readable.values()
     )
-    counts = ClassSizes(*([len(one.files) for one in classes] for classes in kept.values()))
+    counts = ClassSizes(*([len(one.files) for one in classes] for classes in readable.values()))
     return ImageSplits("images", train, validation, test, counts)
 
 
 def read_folder(
-    path: str | Path, *, size: int, channels: int, unreadable: str = "stop", may_be_flat: bool = False
+    path: str | Path, *, size: int, channels: int, on_unreadable: str = "stop", may_be_flat: bool = False
 ) -> FolderImages:
-    """Every image of a folder of classes, as a support or query set.
+    """Read every image of a folder of classes, as a support or query set.
 
     Args:
         path: holds one folder a class.
         size: height and width to resize to, in pixels.
         channels: 1 for grey, 3 for colour.
-        unreadable: ``"stop"`` at files that cannot be read, or ``"skip"`` them with a warning.
+        on_unreadable: ``"stop"`` at files that cannot be read, or ``"skip"`` them with a warning.
         may_be_flat: whether it may hold images without classes instead.
 
     Raises:
-        UnreadableImagesError: naming files that cannot be read.
-        DataError: if there is no such folder, nothing in it, a class without images, or images beside classes.
-        ValueError: for settings that are none.
+        UnreadableImagesError: listing files that cannot be read.
+        DataError: if the folder is missing or empty, a class has no images, or there are images outside of classes.
+        ValueError: if a setting is out of range.
     """
-    form = _ImageFormat(size, channels)
-    _check_unreadable(unreadable)
+    fmt = _ImageFormat(size, channels)
+    _check_on_unreadable(on_unreadable)
     folder = Path(path).expanduser()
     try:
         flat = list_images(folder) if may_be_flat else None
@@ -172,89 +172,89 @@ def read_folder(
         raise DataError(f"{folder}: this folder cannot be looked into ({error})") from error
     paths = flat or [file for one in classes for file in one.files]
     labels = [label for label, one in enumerate(classes) for _ in one.files]
-    read = _decode_all(paths, form)
-    _report(paths, read.unreadable, unreadable)
-    rows = [i for i in range(len(paths)) if i not in read.unreadable]
+    decoded = _decode_all(paths, fmt)
+    _handle_unreadable(paths, decoded.unreadable, on_unreadable)
+    rows = [i for i in range(len(paths)) if i not in decoded.unreadable]
     without = [one.name for label, one in enumerate(classes) if label not in {labels[i] for i in rows}]
     if without or not rows:
         what = f"no readable image in {preview_names(without)}" if without else "no readable image"
         raise DataError(f"{folder} holds {what}. Add images, or remove such classes.")
-    kept = torch.tensor([labels[i] for i in rows]) if classes else None
-    return FolderImages(read.images, kept, [one.name for one in classes], [paths[i] for i in rows])
+    readable_labels = torch.tensor([labels[i] for i in rows]) if classes else None
+    return FolderImages(decoded.images, readable_labels, [one.name for one in classes], [paths[i] for i in rows])
 
 
-def _check_unreadable(choice: str) -> None:
+def _check_on_unreadable(choice: str) -> None:
     if choice not in ("stop", "skip"):
-        raise ValueError(f"images: unreadable={choice!r}; it must be 'stop' or 'skip'.")
+        raise ValueError(f"images: on_unreadable={choice!r}; it must be 'stop' or 'skip'.")
 
 
 def _sizes(splits: Mapping[str, Sequence[ImageClass]]) -> dict[str, list[tuple[str, int]]]:
     return {split: [(one.name, len(one.files)) for one in classes] for split, classes in splits.items()}
 
 
-def _report(paths: Sequence[Path], unreadable: Mapping[int, str], choice: str) -> None:
-    """Stop at files that could not be read, or say which are passed over."""
+def _handle_unreadable(paths: Sequence[Path], unreadable: Mapping[int, str], choice: str) -> None:
+    """Raise if files could not be read, or log a warning if they are skipped."""
     if not unreadable:
         return
-    lines = [f"  {paths[i]}: {why}" for i, why in list(unreadable.items())[:SHOWN]]
-    lines += [f"  and {len(unreadable) - SHOWN} more"] if len(unreadable) > SHOWN else []
+    lines = [f"  {paths[i]}: {why}" for i, why in list(unreadable.items())[:MAX_LISTED]]
+    lines += [f"  and {len(unreadable) - MAX_LISTED} more"] if len(unreadable) > MAX_LISTED else []
     what = f"{len(unreadable)} of {len(paths)} images cannot be read"
     if choice == "stop":
         raise UnreadableImagesError(
             "\n".join([f"{what}:", *lines, "Replace or remove them, or pass them over with data.on_unreadable=skip."])
         )
-    log.warning("%s", "\n".join([f"{what} and are passed over (data.on_unreadable=skip):", *lines]))
+    log.warning("%s", "\n".join([f"{what} and are skipped (data.on_unreadable=skip):", *lines]))
 
 
-def _cached(root: Path, paths: Sequence[Path], form: _ImageFormat) -> _DecodeResult:
-    """The images from the cache, or from disk; a folder has one file there for each form."""
+def _load_or_decode(root: Path, paths: Sequence[Path], fmt: _ImageFormat) -> _DecodeResult:
+    """Load the images from the cache, which has one file per folder and format, or decode them."""
     place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:12]
-    cached = cache_dir() / f"images-{form.size}px-{form.channels}c-{place}.pt"
+    cached = cache_dir() / f"images-{fmt.size}px-{fmt.channels}c-{place}.pt"
     fingerprint = _fingerprint(root, paths)
     try:
         content = files.load_checked(cached)
         if content["fingerprint"] == fingerprint:
             return _DecodeResult(content["images"], content["unreadable"])
-    except OSError:  # none yet, or a folder that cannot be read
+    except OSError:  # no cache yet, or it cannot be read
         pass
     except files.CorruptFileError as error:
-        log.warning("%s It is made anew.", error)
-    read = _decode_all(paths, form)
-    if read.lasting:
+        log.warning("%s It is rebuilt.", error)
+    decoded = _decode_all(paths, fmt)
+    if decoded.permanent:
         try:
             files.save_checked(
-                {"fingerprint": fingerprint, "images": read.images, "unreadable": read.unreadable}, cached
+                {"fingerprint": fingerprint, "images": decoded.images, "unreadable": decoded.unreadable}, cached
             )
         except OSError as error:
             log.warning("The images could not be cached, so every run will read them again: %s", error)
-    return read
+    return decoded
 
 
 def _fingerprint(root: Path, paths: Sequence[Path]) -> str:
-    """Of the names, sizes and times of change of all images, and of how they are read."""
+    """Return a digest of the names, sizes and modification times of all images, and of the decoding."""
     digest = hashlib.sha256(f"{_DECODING}\n".encode())
     for path in paths:
         try:
             stat = path.stat()
             state = f"{stat.st_size} {stat.st_mtime_ns}"
-        except OSError:  # a link to nowhere; its reader says so
+        except OSError:  # a broken link; decoding it raises
             state = "missing"
         digest.update(os.fsencode(f"{path.relative_to(root)}\0{state}\n"))  # names need not be UTF-8
     return digest.hexdigest()
 
 
-def _decode_all(paths: Sequence[Path], form: _ImageFormat) -> _DecodeResult:
-    images = torch.empty(len(paths), form.channels, form.size, form.size, dtype=torch.uint8)
+def _decode_all(paths: Sequence[Path], fmt: _ImageFormat) -> _DecodeResult:
+    images = torch.empty(len(paths), fmt.channels, fmt.size, fmt.size, dtype=torch.uint8)
     pixels = images.numpy()
     unreadable: dict[int, str] = {}
-    lasting = True
+    permanent = True
 
     def decode(number: int) -> Exception | None:
         try:
-            pixels[number] = _decode(paths[number], form)
+            pixels[number] = _decode(paths[number], fmt)
         except MemoryError:
             raise
-        except Exception as error:  # of any kind: what Pillow's readers raise for a broken file is not of one
+        except Exception as error:  # Pillow's readers raise many kinds for a broken file
             return error
         return None
 
@@ -263,37 +263,37 @@ def _decode_all(paths: Sequence[Path], form: _ImageFormat) -> _DecodeResult:
         for number, error in enumerate(reading):
             if error is not None:
                 unreadable[number] = str(error).rstrip(".") or type(error).__name__
-                lasting = lasting and not (isinstance(error, OSError) and error.errno is not None)
-    kept = [i for i in range(len(paths)) if i not in unreadable]
-    return _DecodeResult(images[kept] if unreadable else images, unreadable, lasting)
+                permanent = permanent and not (isinstance(error, OSError) and error.errno is not None)
+    readable = [i for i in range(len(paths)) if i not in unreadable]
+    return _DecodeResult(images[readable] if unreadable else images, unreadable, permanent)
 
 
-def _decode(path: Path, form: _ImageFormat) -> NDArray[np.uint8]:
-    """One image, ``[channels, size, size]``."""
+def _decode(path: Path, fmt: _ImageFormat) -> NDArray[np.uint8]:
+    """Decode one image, ``[channels, size, size]``."""
     if not path.is_file():  # reading a pipe would wait for ever
-        raise OSError("it is no file, or a link to nowhere")
+        raise OSError("it is no file, or a broken link")
     with Image.open(path, formats=_FORMATS) as image:
         if image.format == "PNG":
             image.verify()  # compares every checksum, which decoding alone does not do
     with Image.open(path, formats=_FORMATS) as image:
-        image.draft(None, (2 * form.size, 2 * form.size))  # large JPEGs in a fraction of the time
-        plain = _plain(image, "L" if form.channels == 1 else "RGB")
-    square = ImageOps.fit(plain, (form.size, form.size), Image.Resampling.LANCZOS)
-    pixels = np.asarray(square).reshape(form.size, form.size, form.channels)
+        image.draft(None, (2 * fmt.size, 2 * fmt.size))  # large JPEGs in a fraction of the time
+        plain = _to_8bit(image, "L" if fmt.channels == 1 else "RGB")
+    square = ImageOps.fit(plain, (fmt.size, fmt.size), Image.Resampling.LANCZOS)
+    pixels = np.asarray(square).reshape(fmt.size, fmt.size, fmt.channels)
     return pixels.transpose(2, 0, 1)
 
 
-def _plain(image: Image.Image, mode: str) -> Image.Image:
-    """Grey or colour of 8 bits a channel, over white where it is transparent."""
-    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+def _to_8bit(image: Image.Image, mode: str) -> Image.Image:
+    """Convert to grey or colour of 8 bits a channel, over white where it is transparent."""
+    is_16bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     image = ImageOps.exif_transpose(image)
-    if wide:
+    if is_16bit:
         grey = np.asarray(image).astype(np.float64) * (255 / _SIXTEEN_BITS)
         return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert(mode)
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels are of mode {image.mode}, whose range is not known; save it with 8 or 16 bits")
     if image.has_transparency_data:
-        over = image.convert("RGBA")
-        white = Image.new("RGBA", over.size, "white")
-        return Image.alpha_composite(white, over).convert(mode)
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert(mode)
     return image.convert(mode)

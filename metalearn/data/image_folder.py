@@ -1,6 +1,6 @@
-"""A user's folder of images, one sub-folder a class, as it is listed; no file is opened. Imports no torch.
+"""List a user's folder of images, one sub-folder a class, without opening a file. Imports no torch.
 
-Configurations are checked against this listing, so that a folder that is too small for the task is refused at once.
+Configurations are validated against this listing, so that a folder that is too small for the task fails at once.
 
     root/train/CLASS/*.jpg                or    root/CLASS/*.jpg
     root/val/CLASS/*.jpg   (validation, valid)  (classes are split by fractions)
@@ -18,18 +18,18 @@ from typing import NamedTuple
 from metalearn.core.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""What is taken for an image, in upper case too: torchvision's list; a test holds the two equal."""
+"""Extensions of images, in upper case too: torchvision's list."""
 
 SPLITS = ("train", "validation", "test")
-SHOWN = 5
-"""Names in a message, before the rest is only counted."""
+MAX_LISTED = 5
+"""Names in a message before the rest is only counted."""
 
 _FOLDERS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
-_LEFT_BY_ARCHIVERS = "__MACOSX"
+_IGNORED_NAMES = ("__MACOSX",)
 
 
 class ImageClass(NamedTuple):
-    """One class: the name of its folder, and its images in sorted order."""
+    """One class: the name of its folder, and the sorted paths of its images."""
 
     name: str
     files: list[Path]
@@ -40,14 +40,14 @@ Splits = dict[str, list[ImageClass]]
 
 
 def list_splits(root: str | Path, *, fractions: Sequence[float] = (0.6, 0.2, 0.2), seed: int = 0) -> Splits:
-    """The classes of every split, by folder where there is a ``train/``, else by fractions.
+    """List the classes of every split, by folder if there is a ``train/``, else by fractions.
 
-    A split by fractions is a function of the classes' names and the seed alone.
+    A split by fractions depends only on the names of the classes and the seed.
 
     Args:
-        root: a folder as above. Hidden files and folders are passed over, and so is in it what is no image.
-        fractions: shares of the classes for training, validation and test, where no folders say so.
-        seed: of the order in which classes are dealt out by fractions.
+        root: a folder as above. Hidden entries and files that are no images are ignored.
+        fractions: of the classes for training, validation and test, if there are no folders of splits.
+        seed: of the split by fractions.
 
     Raises:
         DataError: if there is no such folder, no image in it, an image outside of a class, or a split is missing.
@@ -58,23 +58,23 @@ def list_splits(root: str | Path, *, fractions: Sequence[float] = (0.6, 0.2, 0.2
         folders = _split_folders(folder)
         if folders:
             return {split: list_classes(place) for split, place in folders.items()}
-        return _dealt(list_classes(folder), fractions, seed)
-    except (OSError, RuntimeError) as error:  # closed to us, a name too long, the home of a user who is not
+        return _split_by_hash(list_classes(folder), fractions, seed)
+    except (OSError, RuntimeError) as error:  # a missing permission, a name too long, the home of an unknown user
         raise DataError(f"{root}: this folder cannot be looked into ({str(error).rstrip('.')})") from error
 
 
 def list_classes(folder: Path) -> list[ImageClass]:
-    """The sub-folders of a folder, each with the images in it and below it.
+    """List the sub-folders of a folder, each with the images in it and below it.
 
     Raises:
         DataError: if there is no such folder, no sub-folder with an image, or an image outside of the sub-folders.
     """
-    names, loose = _entries(folder)
+    names, loose = _list_entries(folder)
     if names and loose:
         raise DataError(
-            f"{folder} holds classes ({preview_names(names)}) and, beside them, images "
-            f"({preview_names([p.name for p in loose])}), "
-            "which belong to no class. Put them into the folder of their class, or remove them."
+            f"{folder} holds classes ({preview_names(names)}) and also images "
+            f"({preview_names([p.name for p in loose])}), which belong to no class. Put them into the folder of their "
+            "class, or remove them."
         )
     classes = [ImageClass(name, _images_below(folder / name, {_identity(folder)})) for name in names]
     if not any(one.files for one in classes):
@@ -86,59 +86,58 @@ def list_classes(folder: Path) -> list[ImageClass]:
 
 
 def list_images(folder: Path) -> list[Path] | None:
-    """The images of a folder without classes, sorted; ``None`` if it has sub-folders or no image."""
-    names, loose = _entries(folder)
+    """List the images of a folder without classes, sorted; ``None`` if it has sub-folders or no image."""
+    names, loose = _list_entries(folder)
     return loose if loose and not names else None
 
 
 def check_split_sizes(
     splits: Mapping[str, Sequence[tuple[str, int]]], root: str | Path, *, ways: int, needed: Mapping[str, int]
 ) -> None:
-    """Refuse splits that a task does not fit into.
+    """Check that every split is large enough for a task.
 
     Args:
-        splits: of each split, every class's name and number of images.
+        splits: names of the classes and their numbers of images, by split.
         root: for the message.
         ways: N, classes per task.
-        needed: K + Q in each split.
+        needed: K + Q, by split.
 
     Raises:
-        DataError: naming the split and its classes, or the class and its images; every fault on a line of its own.
+        DataError: listing every split with too few classes, and every class with too few images.
     """
-    faults = []
+    errors = []
     for split, classes in splits.items():
         if len(classes) < ways:
             names = f" ({preview_names([name for name, _ in classes])})" if classes else ""
-            faults.append(
+            errors.append(
                 f"data.root={root}: {split} has {len(classes)} classes{names}, and a task takes task.ways={ways}; "
                 "lower task.ways, add classes, or choose data.fractions that give it more"
             )
         if small := [f"{name}: {count}" for name, count in classes if count < needed[split]]:
-            faults.append(
+            errors.append(
                 f"data.root={root}: of the classes for {split}, {len(small)} have fewer than {needed[split]} images, "
-                f"which a task takes of each class as shots and queries: "
-                f"{preview_names(small)}. Add images, remove the class, "
-                f"or lower task.shots or {'task' if split == 'train' else 'eval'}.queries"
+                f"which a task takes of each class as shots and queries: {preview_names(small)}. Add images, remove "
+                f"the class, or lower task.shots or {'task' if split == 'train' else 'eval'}.queries"
             )
-    if faults:
-        raise DataError("\n".join(faults))
+    if errors:
+        raise DataError("\n".join(errors))
 
 
 def preview_names(names: Sequence[str]) -> str:
-    """The first few, and how many more."""
-    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    """Join the first few names, and say how many more there are."""
+    more = f", and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
 
 
-def in_several(splits: Splits) -> list[str]:
-    """Names of classes that are in more than one split."""
+def overlapping_classes(splits: Splits) -> list[str]:
+    """Return the names of classes that are in more than one split."""
     names = [one.name for classes in splits.values() for one in classes]
     return sorted({name for name in names if names.count(name) > 1})
 
 
 def _split_folders(root: Path) -> dict[str, Path] | None:
-    """The folder of each split, or ``None`` if the root holds classes."""
-    names, _ = _entries(root)
+    """Return the folder of each split, or ``None`` if the root holds classes."""
+    names, _ = _list_entries(root)
     found = {split: [name for name in names if name in choices] for split, choices in _FOLDERS.items()}
     others = [name for name in names if not any(name in choices for choices in _FOLDERS.values())]
     if not found["train"] or (others and not (found["validation"] or found["test"])):  # a class of trains, say
@@ -152,17 +151,17 @@ def _split_folders(root: Path) -> dict[str, Path] | None:
             )
     if others:
         raise DataError(
-            f"{root} is split by folders (train, {found['validation'][0]}, test) and holds others beside them: "
+            f"{root} is split by folders (train, {found['validation'][0]}, test) and also holds others: "
             f"{preview_names(others)}. Move these into a split, or remove them."
         )
     return {split: root / folders[0] for split, folders in found.items()}
 
 
-def _dealt(classes: list[ImageClass], fractions: Sequence[float], seed: int) -> Splits:
-    """Classes dealt out by the hash of seed and name: what is added later changes little."""
+def _split_by_hash(classes: list[ImageClass], fractions: Sequence[float], seed: int) -> Splits:
+    """Split classes by the hash of seed and name, so that a class added later changes little."""
     if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(
-            f"fractions={list(fractions)}: give three shares that add up to 1, of classes for training, validation "
+            f"fractions={list(fractions)}: give three fractions that add up to 1, of classes for training, validation "
             "and test."
         )
     order = sorted(classes, key=lambda one: hashlib.sha256(b"%d %s" % (seed, os.fsencode(one.name))).digest())
@@ -172,8 +171,8 @@ def _dealt(classes: list[ImageClass], fractions: Sequence[float], seed: int) -> 
     return {split: sorted(part) for split, part in zip(SPLITS, parts, strict=True)}
 
 
-def _entries(folder: Path) -> tuple[list[str], list[Path]]:
-    """Names of the sub-folders, and the images that lie in it, both sorted."""
+def _list_entries(folder: Path) -> tuple[list[str], list[Path]]:
+    """Return the names of the sub-folders, and the paths of the images, both sorted."""
     if not folder.is_dir():
         raise DataError(
             f"{folder}: this is a file; name its folder" if folder.is_file() else f"{folder}: there is no such folder"
@@ -181,7 +180,7 @@ def _entries(folder: Path) -> tuple[list[str], list[Path]]:
     names, images = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(".") or entry.name == _LEFT_BY_ARCHIVERS:
+            if entry.name.startswith(".") or entry.name in _IGNORED_NAMES:
                 continue
             if entry.is_dir():
                 names.append(entry.name)
@@ -191,11 +190,11 @@ def _entries(folder: Path) -> tuple[list[str], list[Path]]:
 
 
 def _images_below(folder: Path, seen: set[tuple[int, int]]) -> list[Path]:
-    """The images in a folder and below it, each folder once, so that links may go round in circles."""
+    """List the images in a folder and below it, visiting each folder once, as links may form cycles."""
     if (here := _identity(folder)) in seen:
         return []
     seen.add(here)
-    names, images = _entries(folder)
+    names, images = _list_entries(folder)
     return sorted([*images, *(path for name in names for path in _images_below(folder / name, seen))])
 
 

@@ -1,7 +1,4 @@
-"""What is known about the data sets before any is loaded: sizes, and where Omniglot lies. Imports no torch.
-
-Configurations are checked against this page, so that a wrong one is refused at once.
-"""
+"""Sizes of the data sets and the location of Omniglot, without loading any: for validating configurations. No torch."""
 
 from __future__ import annotations
 
@@ -18,15 +15,15 @@ DRAWINGS_PER_CLASS = 20
 """Images of each class, in Omniglot and in glyphs."""
 
 OMNIGLOT_PARTS = {"images_background": 964, "images_evaluation": 659}
-"""The two folders of Omniglot and their classes, 20 drawings each (Lake et al. 2015)."""
+"""The two folders of Omniglot and their numbers of classes (Lake et al. 2015)."""
 
 OMNIGLOT_URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
-"""Where torchvision downloads from; a test holds the two equal."""
+"""URL that torchvision downloads from."""
 
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """Number of classes for training (before rotations), validation and test."""
+    """Numbers of classes for training (before rotations), validation and test."""
 
     train: int
     validation: int
@@ -34,36 +31,36 @@ class SplitSizes:
 
     @property
     def smallest(self) -> int:
-        """The number of ways can be no larger."""
+        """The smallest split, which bounds the number of ways."""
         return min(self.train, self.validation, self.test)
 
 
 OMNIGLOT_SPLITS = {"classic": SplitSizes(1100, 100, 423), "alphabets": SplitSizes(803, 161, 659)}
 
 GLYPH_SPLIT_FRACTIONS = (0.7, 0.1)
-"""Shares of the glyph classes for training and validation; the rest is for the test."""
+"""Fractions of the glyph classes for training and validation; the rest is for the test."""
 
 
 def glyph_split_sizes(classes: int) -> SplitSizes:
-    """Sizes of the splits of that many glyph classes."""
+    """Return the split sizes of a number of glyph classes."""
     train, validation = (round(share * classes) for share in GLYPH_SPLIT_FRACTIONS)
     return SplitSizes(train, validation, classes - train - validation)
 
 
 def cache_dir() -> Path:
-    """Where verified tensors are kept: ``$METALEARN_CACHE``, or metalearn's folder in the user's cache."""
-    if own := os.environ.get("METALEARN_CACHE"):
-        return Path(own).expanduser()
+    """Return the folder of verified tensors: ``$METALEARN_CACHE``, or metalearn's folder in the user's cache."""
+    if folder := os.environ.get("METALEARN_CACHE"):
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "metalearn"
 
 
 def omniglot_root(root: str | None) -> Path:
-    """The folder to look in: ``root``, or the default one if that is ``None`` or empty."""
+    """Return the folder to look in: ``root``, or the default one if that is ``None`` or empty."""
     return Path(root).expanduser() if root else cache_dir() / "data"
 
 
 def omniglot_base(root: str | None) -> Path:
-    """The folder of the two parts: ``omniglot-py`` below the root, or the root itself if they lie there."""
+    """Return the folder of the two parts: ``omniglot-py`` below the root, or the root if they are there."""
     folder = omniglot_root(root)
     nested = folder / "omniglot-py"
     lies_here = any((folder / part).is_dir() for part in OMNIGLOT_PARTS)
@@ -72,20 +69,20 @@ def omniglot_base(root: str | None) -> Path:
 
 
 def omniglot_source(root: str | None) -> str:
-    """Where Omniglot would come from: ``"disk"``, ``"archives"`` that lie there to be unpacked, or ``"download"``.
+    """Return where Omniglot comes from: ``"disk"``, ``"archives"`` (on disk, still packed) or ``"download"``.
 
-    A folder that was named but does not exist is taken as a mistake and not created.
+    A root that was given but does not exist is taken as a mistake and not created.
 
     Raises:
-        DataError: if it can come from neither; the message says why, without a remedy.
+        DataError: if it is unavailable; the message says why, without a remedy.
     """
     try:
-        return _source(root)
-    except (OSError, RuntimeError) as error:  # a name too long, a folder closed to us, the home of a user who is not
+        return _find_source(root)
+    except (OSError, RuntimeError) as error:  # a name too long, a missing permission, the home of an unknown user
         raise DataError(f"data.root={root}: this folder cannot be looked into ({str(error).rstrip('.')})") from error
 
 
-def _source(root: str | None) -> str:
+def _find_source(root: str | None) -> str:
     folder = omniglot_root(root)
     if root and not folder.is_dir():
         raise DataError(f"data.root={root}: there is no such folder")
@@ -94,14 +91,14 @@ def _source(root: str | None) -> str:
     if missing and all((base / f"{part}.zip").is_file() for part in missing):
         return "archives"
     if len(missing) < len(OMNIGLOT_PARTS):
-        return "disk"  # incomplete, if anything is missing: that is for its reader to say
-    if _reachable():
+        return "disk"  # if a part is missing, reading it raises
+    if _has_network():
         return "download"
     raise DataError(f"{folder} holds no Omniglot, and it cannot be downloaded from here")
 
 
 def omniglot_unavailable_reason(root: str | None) -> str | None:
-    """Why Omniglot cannot be had, or ``None`` if it can."""
+    """Return why Omniglot is unavailable, or ``None`` if it is available."""
     try:
         omniglot_source(root)
     except DataError as error:
@@ -110,10 +107,10 @@ def omniglot_unavailable_reason(root: str | None) -> str | None:
 
 
 def resolve_dataset(name: str, root: str | None, fallback: str | None) -> str:
-    """The data set that a run will train on: ``name``, or ``fallback`` where Omniglot cannot be had.
+    """Return the data set to train on: ``name``, or ``fallback`` if Omniglot is unavailable.
 
     Raises:
-        DataError: if Omniglot cannot be had and there is no fallback; the message names the three ways out.
+        DataError: if Omniglot is unavailable and there is no fallback; the message names three remedies.
     """
     if name != "omniglot":
         return name
@@ -130,7 +127,7 @@ def resolve_dataset(name: str, root: str | None, fallback: str | None) -> str:
 
 
 @cache
-def _reachable() -> bool:
+def _has_network() -> bool:
     request = urllib.request.Request(f"{OMNIGLOT_URL}/images_background.zip", method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=2):

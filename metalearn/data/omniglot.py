@@ -1,8 +1,8 @@
 """Omniglot, verified, as one uint8 tensor: 1,623 handwritten characters with 20 drawings each (Lake et al. 2015).
 
-torchvision downloads and unpacks it. What is then on disk is checked here, file by file in sorted order, and kept as
-one tensor outside ``root``; the cache is used only while every file has the size and the time of change that it had
-when it was read.
+torchvision downloads and unpacks it. The files on disk are checked here in sorted order, and cached as one tensor
+outside of ``root``; the cache is used only while every file has the size and modification time that it had when it was
+read.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _PIXELS_SHA256 = {
     "images_background": "51ca506ce7ea3430a8b51e6e6426a1035e782f1b3fdd7d385232445603f2f4b6",
     "images_evaluation": "57262cc3e42fa55b35985f8f2df924c5716fcf2a372bf410590b5c66b4698ebd",
 }
-"""Of every drawing's 105 x 105 bits in sorted order, so that an exchanged or edited drawing is noticed as well."""
+"""Digest of every drawing's 105 x 105 bits in sorted order, so that exchanged or edited drawings are noticed."""
 
 
 class OmniglotImages(NamedTuple):
-    """All of Omniglot: images ``[1623, 20, 1, 28, 28]`` uint8, white on black, and each class's alphabet and part."""
+    """All of Omniglot: uint8 images ``[1623, 20, 1, 28, 28]``, white on black; alphabet and part of each class."""
 
     images: Tensor
     alphabets: list[str]
@@ -50,7 +50,7 @@ class OmniglotImages(NamedTuple):
 
 
 def load_omniglot(root: str | None = None, *, split: str = "classic", rotations: bool = True) -> ImageSplits:
-    """Omniglot, split by class.
+    """Load Omniglot, split by class.
 
     Args:
         root: folder that holds ``omniglot-py``, as torchvision lays it out; ``None`` for the default one, which is
@@ -58,16 +58,16 @@ def load_omniglot(root: str | None = None, *, split: str = "classic", rotations:
         split: ``"classic"``: 1100 / 100 / 423 classes at random, by a fixed seed (as Vinyals et al. 2016 and
             Finn et al. 2017 do); ``"alphabets"``: whole alphabets, the original evaluation set as test and five
             background alphabets for validation (803 / 161 / 659).
-        rotations: whether training classes are also rotated by multiples of 90 degrees into new classes.
+        rotations: whether to add training classes rotated by multiples of 90 degrees.
 
     Raises:
-        DataError: if it is nowhere to be had, incomplete or damaged; the message names the folder or file.
+        DataError: if it is unavailable, incomplete or damaged; the message names the folder or file.
         ValueError: if there is no such split.
     """
     if split not in OMNIGLOT_SPLITS:
         raise ValueError(f"omniglot: split={split!r}; it must be one of {', '.join(OMNIGLOT_SPLITS)}.")
     characters = load_characters(root)
-    train, validation, test = _classic() if split == "classic" else _by_alphabet(characters)
+    train, validation, test = _classic_split() if split == "classic" else _alphabet_split(characters)
     images = characters.images
     return ImageSplits(
         "omniglot",
@@ -78,7 +78,7 @@ def load_omniglot(root: str | None = None, *, split: str = "classic", rotations:
 
 
 def load_characters(root: str | None = None) -> OmniglotImages:
-    """Every class, from the cache or from disk, downloaded first where it is missing."""
+    """Load every class from the cache or from disk, after a download if it is missing."""
     ensure_omniglot(root)
     base = omniglot_base(root)
     try:
@@ -88,10 +88,10 @@ def load_characters(root: str | None = None) -> OmniglotImages:
     cached = cache_dir() / f"omniglot-{_DECODING}-{fingerprint[:16]}.pt"
     try:
         images = files.load_checked(cached)
-    except OSError:  # none yet, or a folder that cannot be read
+    except OSError:  # no cache yet, or it cannot be read
         images = None
     except files.CorruptFileError as error:
-        log.warning("%s It is made anew.", error)
+        log.warning("%s It is rebuilt.", error)
         images = None
     if images is None:
         images = _decode(drawings)
@@ -104,20 +104,21 @@ def load_characters(root: str | None = None) -> OmniglotImages:
 
 
 def _list_drawings(base: Path) -> tuple[list[Path], str]:
-    """Every drawing in sorted order, and a fingerprint of their names, sizes and times of change."""
+    """Return the sorted paths of all drawings, and a digest of names, sizes and modification times."""
     drawings: list[Path] = []
     digest = hashlib.sha256()
     for part, n_classes in OMNIGLOT_PARTS.items():
         if not (base / part).is_dir():
-            raise DataError(_incomplete(base, f"the folder {part} is missing"))
-        classes = [character for alphabet in _folders(base / part) for character in _folders(alphabet)]
+            raise DataError(_incomplete_error(base, f"the folder {part} is missing"))
+        classes = [character for alphabet in _subfolders(base / part) for character in _subfolders(alphabet)]
         for character in classes:
-            images = sorted((entry for entry in os.scandir(character) if _is_drawing(entry)), key=lambda e: e.name)
+            entries = (entry for entry in os.scandir(character) if re.fullmatch(r"\d{4}_\d{2}\.png", entry.name))
+            images = sorted(entries, key=lambda entry: entry.name)
             numbers = [int(image.name[5:7]) for image in images]
             if numbers != list(range(1, DRAWINGS_PER_CLASS + 1)) or len({image.name[:4] for image in images}) != 1:
                 what = f"{character.relative_to(base)} holds {len(images)} drawings"
                 raise DataError(
-                    _incomplete(base, f"{what} and not {DRAWINGS_PER_CLASS} of one number, _01.png to _20.png")
+                    _incomplete_error(base, f"{what} and not {DRAWINGS_PER_CLASS} of one number, _01.png to _20.png")
                 )
             drawings += [Path(image.path) for image in images]
             for image in images:
@@ -127,19 +128,15 @@ def _list_drawings(base: Path) -> tuple[list[Path], str]:
                 line = f"{part}/{character.name}/{image.name} {stat.st_size} {stat.st_mtime_ns}\n"
                 digest.update(os.fsencode(line))  # names need not be UTF-8
         if len(classes) != n_classes:
-            raise DataError(_incomplete(base, f"{part} holds {len(classes)} characters and not {n_classes}"))
+            raise DataError(_incomplete_error(base, f"{part} holds {len(classes)} characters and not {n_classes}"))
     return drawings, digest.hexdigest()
 
 
-def _folders(folder: Path) -> list[Path]:
+def _subfolders(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _is_drawing(entry: os.DirEntry[str]) -> bool:
-    return re.fullmatch(r"\d{4}_\d{2}\.png", entry.name) is not None
-
-
-def _incomplete(base: Path, what: str) -> str:
+def _incomplete_error(base: Path, what: str) -> str:
     return (
         f"Omniglot in {base} is incomplete: {what}. Was a copy or an extraction interrupted? Remove that folder, "
         "not a part of it, and copy it again, or run again with a network to download it."
@@ -147,11 +144,11 @@ def _incomplete(base: Path, what: str) -> str:
 
 
 def _decode(drawings: list[Path]) -> Tensor:
-    """``[classes, 20, 1, 28, 28]`` uint8, ink white; the bits as published are compared with their digest."""
+    """Return ``[classes, 20, 1, 28, 28]`` uint8, ink white, after comparing all pixels with their digest."""
     digests = {part: hashlib.sha256() for part in OMNIGLOT_PARTS}
     images = []
     with ThreadPoolExecutor() as pool:
-        reading = track(pool.map(_read, drawings), "Reading and checking Omniglot (once)", total=len(drawings))
+        reading = track(pool.map(_read_drawing, drawings), "Reading and checking Omniglot (once)", total=len(drawings))
         for path, (bits, image) in zip(drawings, reading, strict=True):
             digests[path.parts[-4]].update(bits)
             images.append(image)
@@ -165,14 +162,14 @@ def _decode(drawings: list[Path]) -> Tensor:
     return torch.from_numpy(np.stack(images)).view(-1, DRAWINGS_PER_CLASS, 1, SIZE, SIZE)
 
 
-_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow reports a broken PNG as."""
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""Exceptions that Pillow raises for a broken PNG."""
 
 
-def _read(path: Path) -> tuple[bytes, NDArray[np.uint8]]:
-    """One drawing's bits, and the drawing inverted and resized.
+def _read_drawing(path: Path) -> tuple[bytes, NDArray[np.uint8]]:
+    """Return one drawing's bits, and the drawing inverted and resized.
 
-    Every checksum in the file is compared, which decoding alone does not do.
+    ``verify`` compares every checksum in the file, which decoding alone does not do.
     """
     try:
         with Image.open(path, formats=["PNG"]) as image:
@@ -182,19 +179,19 @@ def _read(path: Path) -> tuple[bytes, NDArray[np.uint8]]:
                 raise ValueError(f"it measures {image.size} pixels and not (105, 105)")
             bits = image.convert("1").tobytes()
             small = image.convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-    except _BROKEN as error:
+    except _DECODE_ERRORS as error:
         raise DataError(f"Omniglot's {path} is damaged: {error}. Replace it, or the whole folder.") from error
     return bits, np.asarray(ImageOps.invert(small))
 
 
-def _classic() -> list[list[int]]:
-    # RandomState's stream is frozen for good, unlike that of numpy's and torch's newer generators.
+def _classic_split() -> list[list[int]]:
+    # RandomState's stream will never change, unlike that of numpy's and torch's newer generators.
     order = np.random.RandomState(0).permutation(sum(OMNIGLOT_PARTS.values())).tolist()
     sizes = OMNIGLOT_SPLITS["classic"]
     return [order[: sizes.train], order[sizes.train : -sizes.test], order[-sizes.test :]]
 
 
-def _by_alphabet(characters: OmniglotImages) -> list[list[int]]:
+def _alphabet_split(characters: OmniglotImages) -> list[list[int]]:
     background = sorted({a for a, part in zip(characters.alphabets, characters.parts, strict=True) if _is_train(part)})
     held_out = set(np.random.RandomState(0).permutation(background)[:_VALIDATION_ALPHABETS].tolist())
     train: list[int] = []

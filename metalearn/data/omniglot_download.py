@@ -1,7 +1,7 @@
-"""Getting Omniglot onto the disk, whole or not at all: from archives that lie there, or by torchvision's download.
+"""Unpack or download Omniglot, completely or not at all.
 
-No archive is unpacked before its digest was compared, here or by torchvision, and none that lies on the disk if a
-member of it would go anywhere but below the folder for it.
+No archive is unpacked before its digest was compared, here or by torchvision, and none from disk if one of its members
+would be written outside of the target folder.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _UNPACKING = ".unpacking-"
 def ensure_omniglot(root: str | None) -> None:
     """Unpack or download Omniglot below ``root`` if its folders are not there yet.
 
-    Two runs that start together wait for each other, and an interrupted download leaves nothing behind.
+    Runs that start together wait for each other, and an interrupted download leaves nothing behind.
 
     Raises:
-        DataError: if it can be had from nowhere, if an archive is damaged, or if the download fails.
+        DataError: if it is unavailable, an archive is damaged, or the download fails.
     """
     if omniglot_source(root) == "disk":
         return
@@ -42,7 +42,7 @@ def ensure_omniglot(root: str | None) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".omniglot.lock"):
-            source = omniglot_source(root)  # again: another run may have brought it meanwhile
+            source = omniglot_source(root)  # again: another run may have finished meanwhile
             if source == "archives":
                 _unpack(omniglot_base(root))
             elif source == "download":
@@ -50,14 +50,14 @@ def ensure_omniglot(root: str | None) -> None:
     except (OSError, RuntimeError, http.client.HTTPException, zipfile.BadZipFile) as error:
         # torchvision raises RuntimeError for a wrong digest
         raise DataError(
-            f"Omniglot could not be brought to {folder}: {error}. Run again, point data.root to a copy, or train on "
+            f"Omniglot could not be saved in {folder}: {error}. Run again, point data.root to a copy, or train on "
             "the embedded data with data=glyphs."
         ) from error
 
 
 def _unpack(base: Path) -> None:
     """Extract the archives whose folders are missing, after comparing their digests with the published ones."""
-    # torchvision is imported here, as that takes as long as torch's, for what happens once.
+    # Imported here, as torchvision's import is slow and this runs once.
     from torchvision.datasets import Omniglot
     from torchvision.datasets.utils import check_integrity, extract_archive
 
@@ -70,15 +70,15 @@ def _unpack(base: Path) -> None:
                 f"{archive} is damaged: its MD5 is not the published {Omniglot.zips_md5[part]}. Remove it and run "
                 "again with a network, or replace it."
             )
-        _refuse_stray_members(archive)
+        _check_members_inside(archive)
         log.info("Unpacking %s", archive)
         with _temporary_folder(base) as temporary:
             extract_archive(str(archive), str(temporary))
             os.replace(temporary / part, base / part)
 
 
-def _refuse_stray_members(archive: Path) -> None:
-    """Refuse an archive that could write outside of the folder that it is unpacked to.
+def _check_members_inside(archive: Path) -> None:
+    """Check that an archive writes only below the folder that it is unpacked to.
 
     Raises:
         DataError: naming the archive and the member that is absolute, climbs out with ``..`` or is a link.
@@ -89,9 +89,9 @@ def _refuse_stray_members(archive: Path) -> None:
             path = PureWindowsPath(name)  # either slash separates, and drives are known
             if path.anchor or ".." in path.parts or stat.S_ISLNK(member.external_attr >> 16):
                 raise DataError(
-                    f"{archive} is not unpacked: its member {name!r} is absolute, climbs out with .. or is a link, and "
-                    "Omniglot's archives hold none such. Remove the archive, and run again with a network or copy it "
-                    "anew."
+                    f"{archive} is not unpacked: its member {name!r} is absolute, climbs out with .. or is a link, "
+                    "unlike those of Omniglot's archives. Remove the archive, and run again with a network or copy it "
+                    "again."
                 )
 
 
@@ -105,17 +105,17 @@ def _download(folder: Path) -> None:
         with _temporary_folder(folder) as temporary, open(os.devnull, "w") as quiet, redirect_stdout(quiet):
             for background in (True, False):
                 Omniglot(str(temporary), background=background, download=True)
-            os.replace(temporary / "omniglot-py", folder / "omniglot-py")  # whole, or over an empty folder
+            os.replace(temporary / "omniglot-py", folder / "omniglot-py")  # atomic; replaces an empty folder
     finally:
         socket.setdefaulttimeout(before)
 
 
 @contextmanager
-def _temporary_folder(beside: Path) -> Iterator[Path]:
-    """A folder on the same disk, removed in any case; so are those that killed processes have left."""
-    for left in beside.glob(f"{_UNPACKING}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=beside, prefix=_UNPACKING))
+def _temporary_folder(parent: Path) -> Iterator[Path]:
+    """Yield a folder on the same disk and remove it afterwards, with those that killed processes left."""
+    for leftover in parent.glob(f"{_UNPACKING}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=_UNPACKING))
     try:
         yield temporary
     finally:

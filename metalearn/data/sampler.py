@@ -1,8 +1,8 @@
 """Few-shot tasks as a pure function of (seed, split, index), the same on every device.
 
 Task ``index`` draws N classes, and in each K + Q drawings, without replacement: those with the smallest random keys.
-A key is a hash of (seed, split, index, position), so no generator has a state: resuming needs one integer, ranks share
-tasks by index, and a batch is the same however it is cut.
+A key is a hash of (seed, split, index, position), so there is no generator state: resuming needs one integer, ranks
+shard tasks by index, and batches can be split anywhere.
 """
 
 from __future__ import annotations
@@ -16,24 +16,23 @@ import torch
 from torch import Tensor
 
 from metalearn.core.types import Episodes
-from metalearn.data.counter_rng import random_keys, splitmix64, task_keys
+from metalearn.data.counter_rng import random_keys, task_keys
 
-_mix = splitmix64  # its name before it had a module of its own
-_LAST = torch.iinfo(torch.int64).max
+_LARGEST_KEY = torch.iinfo(torch.int64).max
 
 
 class TaskSampler(Protocol):
-    """A stream of tasks that have no state: ``EpisodeSampler``, or ``SinusoidSampler``."""
+    """A stateless stream of tasks: ``EpisodeSampler`` or ``SinusoidSampler``."""
 
     @property
     def example_shape(self) -> torch.Size:
-        """Of one input, ``[channels, height, width]`` or ``[features]``."""
+        """Shape of one input, ``[channels, height, width]`` or ``[features]``."""
 
     def tasks(self, first: int, count: int) -> Episodes:
-        """Tasks ``first`` to ``first + count - 1``."""
+        """Return tasks ``first`` to ``first + count - 1``."""
 
     def batch(self, index: int, tasks: int) -> Episodes:
-        """The ``index``-th batch of that many tasks."""
+        """Return batch number ``index`` of ``tasks`` tasks."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,15 @@ class TaskShape:
 
 @dataclass(frozen=True, eq=False)
 class EpisodeSampler:
-    """Draws N-way K-shot tasks from class-indexed images.
+    """A sampler of N-way K-shot tasks from class-indexed images.
 
     Args:
-        images: ``[classes, drawings, channels, height, width]`` uint8, on the device where episodes are wanted; with
-            ``counts``, ``[total, channels, height, width]``, one class after the other.
+        images: ``[classes, drawings, channels, height, width]`` uint8, on the device of the episodes; with ``counts``,
+            ``[total, channels, height, width]``, class after class.
         shape: N, K and Q.
         seed: of the whole stream of tasks.
-        split: name of the split, so that training and test tasks of one seed have nothing to do with each other.
-        counts: images of each class, where they are not all equal; equal ones give the same tasks either way.
+        split: name of the split, which makes training and test tasks of one seed independent.
+        counts: images of each class, if they differ; equal counts give the same tasks as ``None``.
 
     Raises:
         ValueError: if the images have fewer classes than N or a class has fewer drawings than K + Q, or if the counts
@@ -105,21 +104,21 @@ class EpisodeSampler:
 
     @property
     def example_shape(self) -> torch.Size:
-        """Of one image, ``[channels, height, width]``."""
+        """Shape of one image, ``[channels, height, width]``."""
         return self.images.shape[-3:]
 
     def batch(self, index: int, tasks: int) -> Episodes:
-        """The ``index``-th batch of that many tasks."""
+        """Return batch number ``index`` of ``tasks`` tasks."""
         return self.tasks(index * tasks, tasks)
 
     def tasks(self, first: int, count: int) -> Episodes:
-        """Tasks ``first`` to ``first + count - 1``: images in [0, 1] as float32, labels 0 to N - 1 in class order."""
+        """Return tasks ``first`` to ``first + count - 1``: float32 images in [0, 1], labels 0 to N - 1."""
         ways, shots, queries = self.shape.ways, self.shape.shots, self.shape.queries
         classes, drawings = self.draw(first, count)
         if self.counts is None:
             drawn = self.images[classes[:, :, None], drawings]
         else:
-            drawn = self.images[self._first_and_size[0][classes][:, :, None] + drawings]
+            drawn = self.images[self._offsets_and_sizes[0][classes][:, :, None] + drawings]
         x = drawn.to(torch.float32).div_(255)
         support_x, query_x = x[:, :, :shots].flatten(1, 2), x[:, :, shots:].flatten(1, 2)
         labels = torch.arange(ways, device=x.device)
@@ -131,24 +130,24 @@ class EpisodeSampler:
         )
 
     def draw(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """The classes ``[T, N]`` and drawings ``[T, N, K + Q]`` of those tasks; drawings count from 0 in each class."""
+        """Draw the classes ``[T, N]`` and drawings ``[T, N, K + Q]``, numbered within each class, of those tasks."""
         ways, each, most = self.shape.ways, self.shape.shots + self.shape.queries, max(self._sizes)
-        of_tasks = task_keys(self.seed, self.split, first, count, self.images.device)
-        classes = random_keys(of_tasks, len(self._sizes), salt=1).topk(ways, largest=False).indices
-        drawing_keys = random_keys(of_tasks, ways * most, salt=2).view(count, ways, most)
-        if self.counts is not None:  # what a smaller class has not comes last
+        keys = task_keys(self.seed, self.split, first, count, self.images.device)
+        classes = random_keys(keys, len(self._sizes), salt=1).topk(ways, largest=False).indices
+        drawing_keys = random_keys(keys, ways * most, salt=2).view(count, ways, most)
+        if self.counts is not None:  # drawings that a smaller class lacks come last
             numbers = torch.arange(most, device=classes.device)
-            absent = numbers >= self._first_and_size[1][classes][:, :, None]
-            drawing_keys = drawing_keys.masked_fill(absent, _LAST)
+            absent = numbers >= self._offsets_and_sizes[1][classes][:, :, None]
+            drawing_keys = drawing_keys.masked_fill(absent, _LARGEST_KEY)
         return classes, drawing_keys.topk(each, largest=False).indices
 
     @cached_property
     def _sizes(self) -> list[int]:
-        """Images of each class."""
+        """Number of images of each class."""
         return [self.images.shape[1]] * len(self.images) if self.counts is None else list(self.counts)
 
     @cached_property
-    def _first_and_size(self) -> Tensor:
-        """Of each class its first image and how many it has, ``[2, classes]``."""
+    def _offsets_and_sizes(self) -> Tensor:
+        """First image and number of images of each class, ``[2, classes]``."""
         sizes = torch.tensor(self._sizes)
         return torch.stack([sizes.cumsum(0) - sizes, sizes]).to(self.images.device)

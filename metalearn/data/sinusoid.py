@@ -20,8 +20,8 @@ PHASES = (0.0, math.pi)
 INPUTS = (-5.0, 5.0)
 
 
-class Curve(NamedTuple):
-    """One task's ``y = amplitude * sin(x - phase)``."""
+class Sinusoid(NamedTuple):
+    """One task's function, ``y = amplitude * sin(x - phase)``."""
 
     amplitude: float
     phase: float
@@ -29,17 +29,17 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class SinusoidSampler:
-    """Draws regression tasks as a pure function of (seed, split, index).
+    """A sampler of regression tasks as a pure function of (seed, split, index).
 
     A task's support set does not depend on ``queries``. Everything is computed in float64 and rounded once, so that
-    devices agree but for a last bit where their sines differ.
+    devices agree up to the last bit of their sines.
 
     Args:
         shots: K, support points of a curve.
         queries: Q, further points of the same curve.
         seed: of the whole stream of tasks.
-        split: name of the split, so that training and test tasks of one seed have nothing to do with each other.
-        device: where episodes are wanted.
+        split: name of the split, which makes training and test tasks of one seed independent.
+        device: of the episodes.
 
     Raises:
         ValueError: if there is not at least one shot and one query.
@@ -64,34 +64,34 @@ class SinusoidSampler:
 
     @property
     def example_shape(self) -> torch.Size:
-        """Of one input: a single number."""
+        """Shape of one input: a single number."""
         return torch.Size([1])
 
     def batch(self, index: int, tasks: int) -> Episodes:
-        """The ``index``-th batch of that many tasks."""
+        """Return batch number ``index`` of ``tasks`` tasks."""
         return self.tasks(index * tasks, tasks)
 
     def tasks(self, first: int, count: int) -> Episodes:
-        """Tasks ``first`` to ``first + count - 1``: x and y ``[T, S or Q, 1]`` float32."""
-        of_tasks = task_keys(self.seed, self.split, first, count, self.device)
-        amplitude, phase = _curves(of_tasks)
-        x = _between(INPUTS, uniform(of_tasks, self.shots + self.queries, salt=2)).float()
+        """Return tasks ``first`` to ``first + count - 1``: x and y ``[T, S or Q, 1]`` float32."""
+        keys = task_keys(self.seed, self.split, first, count, self.device)
+        amplitude, phase = _curves(keys)
+        x = _scale(INPUTS, uniform(keys, self.shots + self.queries, salt=2)).float()
         y = (amplitude[:, None] * torch.sin(x.double() - phase[:, None])).float()
         x, y = x.unsqueeze(-1), y.unsqueeze(-1)
         return Episodes(x[:, : self.shots], y[:, : self.shots], x[:, self.shots :], y[:, self.shots :])
 
-    def curve(self, index: int) -> Curve:
-        """The curve of task ``index``."""
+    def curve(self, index: int) -> Sinusoid:
+        """Return the function of task ``index``."""
         amplitude, phase = _curves(task_keys(self.seed, self.split, index, 1, "cpu"))
-        return Curve(amplitude.item(), phase.item())
+        return Sinusoid(amplitude.item(), phase.item())
 
 
-def _curves(of_tasks: Tensor) -> tuple[Tensor, Tensor]:
-    """Amplitudes and phases ``[T]`` float64."""
-    u = uniform(of_tasks, 2, salt=1)
-    return _between(AMPLITUDES, u[:, 0]), _between(PHASES, u[:, 1])
+def _curves(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return amplitudes and phases ``[T]`` float64."""
+    u = uniform(keys, 2, salt=1)
+    return _scale(AMPLITUDES, u[:, 0]), _scale(PHASES, u[:, 1])
 
 
-def _between(limits: tuple[float, float], u: Tensor) -> Tensor:
+def _scale(limits: tuple[float, float], u: Tensor) -> Tensor:
     low, high = limits
     return low + u * (high - low)

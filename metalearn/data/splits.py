@@ -1,4 +1,4 @@
-"""Classes for training, validation and test, with nothing in common."""
+"""Disjoint sets of classes for training, validation and test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metalearn.data.sampler import EpisodeSampler, TaskShape
 
 
 class ClassSizes(NamedTuple):
-    """Images of each class, in the order of a split's images, where classes have different numbers of them."""
+    """Number of images of each class, in the order of a split's images."""
 
     train: Sequence[int]
     validation: Sequence[int]
@@ -25,11 +25,11 @@ class ImageSplits:
     """Class-indexed images, each ``[classes, drawings, channels, height, width]`` uint8.
 
     Args:
-        name: of the data set.
-        train: classes to meta-train on.
-        validation: classes that choose the checkpoint.
-        test: classes seen once, at the end.
-        counts: where classes differ in size; then each is ``[total, channels, height, width]``, class after class.
+        name: name of the data set.
+        train: classes for meta-training.
+        validation: classes for choosing the checkpoint.
+        test: classes for the final test.
+        counts: class sizes if they differ; then each tensor is ``[total, channels, height, width]``, class after class.
     """
 
     name: str
@@ -39,20 +39,20 @@ class ImageSplits:
     counts: ClassSizes | None = None
 
     def to(self, device: torch.device | str) -> ImageSplits:
-        """The same images on another device."""
+        """Move the images to another device."""
         train, validation, test = (t.to(device) for t in (self.train, self.validation, self.test))
         return ImageSplits(self.name, train, validation, test, self.counts)
 
     def classes(self, split: str) -> int:
-        """Number of classes in ``"train"``, ``"validation"`` or ``"test"``."""
+        """Return the number of classes in ``"train"``, ``"validation"`` or ``"test"``."""
         return len(getattr(self, split) if self.counts is None else getattr(self.counts, split))
 
     def sampler(self, split: str, shape: TaskShape, seed: int) -> EpisodeSampler:
-        """Tasks of the classes of ``"train"``, ``"validation"`` or ``"test"``."""
+        """Return a sampler of tasks from ``"train"``, ``"validation"`` or ``"test"``."""
         counts = None if self.counts is None else getattr(self.counts, split)
         return EpisodeSampler(getattr(self, split), shape, seed, split, counts)
 
 
 def with_rotations(images: Tensor) -> Tensor:
-    """Four classes from each: rotated by 0, 90, 180 and 270 degrees (Santoro et al. 2016; Finn et al. 2017)."""
+    """Make four classes of each by rotations of 0, 90, 180, 270 degrees (Santoro et al. 2016; Finn et al. 2017)."""
     return torch.cat([images.rot90(quarter_turns, dims=(-2, -1)) for quarter_turns in range(4)])

@@ -1,4 +1,4 @@
-"""Directional derivatives against central differences, over a sweep of step sizes:
+"""Check directional derivatives against central differences over a sweep of step sizes:
 
     <grad f(x), v>   against   (f(x + h v) - f(x - h v)) / 2h
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from metalearn.derivatives import Point, gradient
+from metalearn.derivatives import Input, gradient
 from metalearn.derivatives.inputs import check_direction
 
 DEFAULT_STEP_SIZES = tuple(10.0**-e for e in range(1, 11))
@@ -27,14 +27,14 @@ DEFAULT_STEP_SIZES = tuple(10.0**-e for e in range(1, 11))
 
 @dataclass(frozen=True)
 class DirectionalCheck:
-    """A directional derivative, and what differences make of it at each step size.
+    """A directional derivative and its central differences at each step size.
 
     Args:
         analytic: <gradient, v>.
         steps: h, largest first.
         estimates: the central difference at each h.
-        scale: what errors are relative to: the analytic value's size, or the gradient's root mean square where that
-            is larger, so that a direction that happens to be level is not divided by its tiny slope.
+        scale: denominator of relative errors: the larger of |analytic| and the gradient's root mean square, as the
+            slope along a direction may happen to be tiny.
     """
 
     analytic: float
@@ -50,32 +50,28 @@ class DirectionalCheck:
 
     @property
     def error(self) -> float:
-        """The smallest error that two neighbouring step sizes both keep.
-
-        A wrong gradient can be met by chance at one step size, where the difference's own error makes up for it, but
-        hardly at two.
-        """
+        """Smallest error that two neighbouring step sizes both reach; a wrong gradient may pass one step by chance."""
         return min(max(pair) for pair in pairwise(self.errors))
 
 
 def directional(
     f: Callable[[Any], Tensor],
-    x: Point,
-    v: Point | None = None,
+    x: Input,
+    v: Input | None = None,
     *,
-    gradient_at_x: Point | None = None,
+    gradient_at_x: Input | None = None,
     steps: Sequence[float] = DEFAULT_STEP_SIZES,
     seed: int = 0,
 ) -> DirectionalCheck:
     """Compare a gradient with central differences along one direction.
 
     Args:
-        f: from a Tensor or a dictionary of Tensors to a scalar; float64 leaves room for the differences.
-        x: where.
-        v: direction, shaped like ``x``, taken at length one; ``None`` draws one.
-        gradient_at_x: the gradient to be checked; ``None`` takes ``derivatives.gradient(f, x)``.
+        f: maps a Tensor or a dictionary of Tensors to a scalar; use float64.
+        x: where to differentiate.
+        v: direction, shaped like ``x``, scaled to length one; ``None`` draws a random one.
+        gradient_at_x: the gradient to check; ``None`` takes ``derivatives.gradient(f, x)``.
         steps: at least two step sizes.
-        seed: of the direction that is drawn.
+        seed: of the random direction.
 
     Raises:
         ValueError: for fewer than two steps, for steps that are not positive, for a direction of length zero, or if it

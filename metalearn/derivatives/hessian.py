@@ -1,27 +1,28 @@
-"""The dense Hessian, for as long as n x n numbers fit."""
+"""Compute the dense Hessian, if its n x n numbers fit into memory."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from metalearn.core.operations import CorrectedOperations, refuse
-from metalearn.derivatives.inputs import Point, ScalarFunction, as_input, as_scalar_function
+from metalearn.core.operations import CorrectedOperations, unsupported
+from metalearn.derivatives.inputs import Input, ScalarFunction, as_input, as_scalar_function
 from metalearn.derivatives.singular import check_finite, is_finite
 
+_CHUNK_SIZE = 64  # rows
 
-def hessian(f: ScalarFunction, x: Point, *, memory_limit: int | None = None) -> Any:
-    """The dense Hessian, by ``torch.func.jacrev`` of the gradient, after checking that it fits.
+
+def hessian(f: ScalarFunction, x: Input, *, memory_limit: int | None = None) -> Any:
+    """Return the dense Hessian by ``torch.func.jacrev`` of the gradient, after checking that it fits.
 
     Args:
-        f: from a point to a scalar.
-        x: where, n numbers in all.
-        memory_limit: bytes that it may take; ``None`` is what is free on the device now.
+        f: maps ``x`` to a scalar.
+        x: n numbers in all.
+        memory_limit: bytes that it may take; ``None`` for the free memory of the device.
 
     Returns:
         For a Tensor of shape ``s``: ``[*s, *s]``. For a dictionary: a dictionary of dictionaries, ``[a][b]`` of shape
@@ -30,7 +31,7 @@ def hessian(f: ScalarFunction, x: Point, *, memory_limit: int | None = None) -> 
     Raises:
         MemoryError: if the estimate (``hessian_bytes``) is above the limit.
         NonFiniteGradientError: if an entry is NaN or infinite, though ``f`` is finite.
-        ValueError, TypeError: as ``hvp``.
+        ValueError, TypeError: where ``hvp`` raises them.
 
     Example:
         >>> hessian(lambda x: x[0] ** 2 * x[1], torch.tensor([1.0, 2.0]))
@@ -44,12 +45,12 @@ def hessian(f: ScalarFunction, x: Point, *, memory_limit: int | None = None) -> 
     if estimate > limit:
         n = sum(leaf.numel() for leaf in leaves)
         raise MemoryError(
-            f"hessian: n = {n:,} numbers make a matrix of {n * n:,} entries, which takes about {_in_words(estimate)} "
-            f"while it is computed, and {_in_words(limit)} may be used. Use hvp(f, x, v) for products with it, or "
-            "top_eigenvalues(f, x, k) for its spectrum: both take the memory of a few vectors."
+            f"hessian: n = {n:,} numbers make a matrix of {n * n:,} entries, which takes about "
+            f"{_format_bytes(estimate)} while it is computed, and {_format_bytes(limit)} may be used. Use hvp(f, x, v) "
+            "for products with it, or top_eigenvalues(f, x, k) for its spectrum: both take the memory of a few vectors."
         )
     # In chunks of rows, as torch.func.hessian's single batch of n rows takes the activations n times.
-    rows = torch.func.jacrev(torch.func.grad(_of_rows(f)), chunk_size=_ROWS_AT_A_TIME)(tree_map(torch.detach, x))
+    rows = torch.func.jacrev(torch.func.grad(_check_vmap_support(f)), chunk_size=_CHUNK_SIZE)(tree_map(torch.detach, x))
     matrix = tree_map(torch.detach, rows)
     if not (torch._C._are_functorch_transforms_active() or is_finite(matrix)) and torch.isfinite(
         as_scalar_function(f)(x)
@@ -58,23 +59,21 @@ def hessian(f: ScalarFunction, x: Point, *, memory_limit: int | None = None) -> 
     return matrix
 
 
-def _of_rows(f: ScalarFunction) -> ScalarFunction:
-    """``f``, refused where ``torch.vmap`` over the rows takes a derivative wrongly."""
+def _check_vmap_support(f: ScalarFunction) -> ScalarFunction:
+    """Return ``f``, raising where ``torch.vmap`` over the rows gets a derivative wrong."""
+    table = {"masked_select": unsupported("its Hessian is wrong under torch.vmap; index by x[mask]")}
 
-    def watched(x: Any) -> Tensor:
-        with CorrectedOperations({"masked_select": refuse("its Hessian is wrong under torch.vmap; index by x[mask]")}):
+    def checked(x: Any) -> Tensor:
+        with CorrectedOperations(table):
             return as_scalar_function(f)(x)
 
-    return watched
+    return checked
 
 
-_ROWS_AT_A_TIME = 64
+def hessian_bytes(x: Input) -> int:
+    """Estimate the peak memory of ``hessian`` in bytes: twice the n x n entries, as its rows are concatenated.
 
-
-def hessian_bytes(x: Point) -> int:
-    """Estimated peak of ``hessian`` in bytes: the n x n entries, and once more while they are put together.
-
-    The activations of 64 backward passes through the gradient come on top.
+    The activations of 64 backward passes through the gradient are not included.
     """
     leaves = tree_flatten(x)[0]
     n: int = sum(leaf.numel() for leaf in leaves)
@@ -83,13 +82,15 @@ def hessian_bytes(x: Point) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Memory that is free now: the GPU's, or what the system can give without swapping."""
+    """Return the bytes that are free now: on the GPU, or in main memory without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    import psutil  # the mathematics imports torch alone
+
     available: int = psutil.virtual_memory().available
     return available
 
 
-def _in_words(size: int) -> str:
+def _format_bytes(size: int) -> str:
     exponent = min(int(math.log(max(size, 1), 1024)), 4)
     return f"{size / 1024**exponent:.3g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[exponent]}"

@@ -1,4 +1,4 @@
-"""Points that functions are differentiated at, the checks on them, and one forward or reverse pass."""
+"""Check functions and their inputs, and take one derivative by reverse or forward mode."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from metalearn.core.functional import check_not_inference_mode
 from metalearn.core.graph_checks import forbid_activation_checkpointing
 from metalearn.core.operations import (
     FORWARD_MODE,
-    KEEPS_STATISTICS,
     NESTED,
     NESTED_TWICE,
+    RUNNING_STATISTICS_ERROR,
     STATELESS,
     CorrectedOperations,
 )
 from metalearn.core.types import Params
 
-Point = TypeVar("Point", Tensor, Params)
+Input = TypeVar("Input", Tensor, Params)
 """A Tensor or a dictionary of Tensors."""
 
 ScalarFunction = Callable[[Any], Tensor]
-"""From a point to a Tensor without dimensions."""
+"""Maps an input to a Tensor without dimensions."""
 
 
 def as_scalar_function(f: ScalarFunction) -> ScalarFunction:
-    """``f``, refused where it gives more than one number or changes the model that it calls."""
+    """Return ``f``, raising if it returns more than one number or changes the model that it calls."""
 
     def checked(x: Any) -> Tensor:
         # Attention by its formula, as the fused kernels have no second derivative.
         with (
             forbid_activation_checkpointing(),
             sdpa_kernel(SDPBackend.MATH),
-            CorrectedOperations(STATELESS, {"add_": _add_}),
+            CorrectedOperations(STATELESS, {"add_": _add_inplace}),
         ):
             value = f(x)
         if isinstance(value, Tensor) and value.is_complex():
             raise ValueError(f"f gave {value.dtype} and must give a real number; take its .real or .abs().")
         if not isinstance(value, Tensor) or value.ndim != 0:
-            shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
-                f"f gave {shown} and must give a scalar, a Tensor without dimensions; reduce it with .sum() or .mean()."
+                f"f gave {kind} and must give a scalar, a Tensor without dimensions; reduce it with .sum() or .mean()."
             )
         return value
 
@@ -58,18 +58,13 @@ def as_scalar_function(f: ScalarFunction) -> ScalarFunction:
 
 
 def as_input(name: str, x: Any) -> Any:
-    """Return a point as a Tensor or a plain dictionary: ``state_dict()`` and ``ParameterDict`` become one.
+    """Return an input as a Tensor or a plain dictionary, made of a ``state_dict()`` or a ``ParameterDict``.
 
     Raises:
-        TypeError, ValueError: if it has no derivatives.
+        TypeError, ValueError: if it is not made of floating-point tensors, or is empty.
     """
-    point = dict(x.items()) if isinstance(x, (Mapping, nn.ParameterDict)) else x
-    check_point(name, point)
-    return point
-
-
-def check_point(name: str, x: object) -> None:
-    """Refuse a point that has no derivatives."""
+    if isinstance(x, (Mapping, nn.ParameterDict)):
+        x = dict(x.items())
     check_not_inference_mode()
     tensors = x if isinstance(x, dict) else {"": x}
     if not tensors:
@@ -88,13 +83,14 @@ def check_point(name: str, x: object) -> None:
                 f"{place} is {tensor.dtype}: only floating-point tensors have derivatives. Convert it with .float() or "
                 ".double(), or close over it as a constant."
             )
+    return x
 
 
 def check_direction(name: str, x: Any, v: Any) -> Any:
-    """Return a direction shaped like the point, with its entries in the point's order.
+    """Return a direction, with its entries in the order of ``x``.
 
     Raises:
-        ValueError: if it is shaped otherwise.
+        ValueError: if its shapes or dtypes differ from those of ``x``.
     """
     v = as_input(name, v)
     shapes = [tree_map(lambda t: tuple(t.shape), tree) for tree in (x, v)]
@@ -106,51 +102,51 @@ def check_direction(name: str, x: Any, v: Any) -> Any:
     return v if isinstance(v, Tensor) or isinstance(x, Tensor) else {key: v[key] for key in x}
 
 
-def _add_(func: Any, counter: Any, *args: Any, **kwargs: Any) -> Any:
+def _add_inplace(func: Any, counter: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(counter, Tensor) and counter.ndim == 0 and not counter.is_floating_point():
-        raise ValueError(KEEPS_STATISTICS)  # BatchNorm counts its batches before it is called
+        raise ValueError(RUNNING_STATISTICS_ERROR)  # BatchNorm counts its batches before it is called
     return func(counter, *args, **kwargs)
 
 
 def vjp(f: Callable[[Any], Tensor], x: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """Return the value and the pull-back, which may be called once and frees the activations as it comes to them.
+    """Return the value and the vector-Jacobian product, which can be called once and frees each activation after use.
 
-    ``create_graph=True`` builds no graph here, as the transform has ended when the pull-back is called. It has torch
-    take the formulas that are made to be differentiated: the others use what the forward pass has saved, an inverse
-    or a factor, as constants, so that a tangent of them is lost.
+    ``create_graph=True`` builds no graph here, as the transform has ended by then. It makes torch take its
+    differentiable formulas: the others treat results saved by the forward pass, such as an inverse, as constants, so
+    that their tangents would be lost.
     """
-    value, pull_back, *_ = torch.func.vjp(f, x)
-    return value, lambda cotangent: pull_back(cotangent, retain_graph=False, create_graph=True)[0]
+    value, vjp_fn, *_ = torch.func.vjp(f, x)
+    return value, lambda cotangent: vjp_fn(cotangent, retain_graph=False, create_graph=True)[0]
 
 
 def jvp(f: Callable[[Any], Any], x: Any, v: Any, *, has_aux: bool = False) -> Any:
-    """``torch.func.jvp`` along v: value and derivative, and what else ``f`` returns."""
+    """Return the value and the derivative along v by ``torch.func.jvp``, and the auxiliary output of ``f``."""
     _warm_up_forward_mode()
-    point, direction = tree_map(Tensor.contiguous, x), tree_map(Tensor.contiguous, v)  # tangents are laid out alike
-    return torch.func.jvp(f, (point,), (direction,), has_aux=has_aux)
+    x, v = tree_map(Tensor.contiguous, x), tree_map(Tensor.contiguous, v)  # a tangent needs the layout of its primal
+    return torch.func.jvp(f, (x,), (v,), has_aux=has_aux)
 
 
 def check_forward_mode_support(f: Callable[[Any], Tensor], *, nested: int = 0) -> Callable[[Any], Tensor]:
-    """``f``, refused with ``NotImplementedError`` where forward mode would be wrong.
+    """Return ``f``, raising ``NotImplementedError`` where forward mode would be wrong.
 
-    That is in operations whose formulas are, and inside ``torch.no_grad()``: reverse mode takes what is computed there
-    as constant; forward mode does not see it and goes on.
+    That is in operations with wrong formulas, and inside ``torch.no_grad()``: reverse mode treats what is computed
+    there as constant, forward mode does not.
 
     Args:
-        f: from a point to a Tensor.
-        nested: how often the derivative by forward mode is differentiated once more.
+        f: maps an input to a Tensor.
+        nested: how many more times the forward-mode derivative is differentiated.
     """
     wrong = (FORWARD_MODE, NESTED, NESTED_TWICE)[min(nested, 2)]
-    table = {**wrong, "_set_grad_enabled": _stay_enabled}
+    table = {**wrong, "_set_grad_enabled": _forbid_no_grad}
 
-    def watched(x: Any) -> Tensor:
+    def checked(x: Any) -> Tensor:
         with torch.enable_grad(), CorrectedOperations(table):
             return f(x)
 
-    return watched
+    return checked
 
 
-def _stay_enabled(func: Any, enabled: bool) -> Any:
+def _forbid_no_grad(func: Any, enabled: bool) -> Any:
     if not enabled:
         raise NotImplementedError(
             "forward mode does not stop at torch.no_grad(), which this function enters; use .detach() on what is "
@@ -160,19 +156,16 @@ def _stay_enabled(func: Any, enabled: bool) -> Any:
 
 
 @contextmanager
-def refusing_by_name(mode: str) -> Iterator[None]:
-    """Turn what torch's transforms cannot do into one error, which names the operation and a mode that can.
+def explain_unsupported(mode: str) -> Iterator[None]:
+    """Turn errors of torch's transforms into one ``NotImplementedError`` that names the operation and another mode.
 
     Args:
-        mode: how derivatives are taken, for the message.
-
-    Raises:
-        NotImplementedError: in place of torch's errors of several kinds.
+        mode: how derivatives are taken and what to use instead, for the message.
     """
     try:
         yield
     except (RuntimeError, AssertionError) as error:
-        if not isinstance(error, NotImplementedError) and not re.search(_LIMITS_OF_TRANSFORMS, str(error)):
+        if not isinstance(error, NotImplementedError) and not re.search(_UNSUPPORTED, str(error)):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0].partition(" that does not support it")[0]
         if "saved tensor hooks" in reason:
@@ -180,7 +173,7 @@ def refusing_by_name(mode: str) -> Iterator[None]:
         raise NotImplementedError(f"{reason.rstrip('.')}. ({mode})") from error
 
 
-_LIMITS_OF_TRANSFORMS = (
+_UNSUPPORTED = (
     r"functorch|forward[- ](AD|mode|gradient)|saved tensor hooks|doesn't have storage|flat_bdims must not be None"
     r"|[Dd]erivative for .* (is )?not implemented|linalg_eig_backward"
 )
@@ -188,7 +181,7 @@ _LIMITS_OF_TRANSFORMS = (
 
 @functools.cache
 def _warm_up_forward_mode() -> None:
-    """Torch loads some forward-mode formulas when they are first used, and warns of its own deprecations then."""
+    """Load torch's forward-mode formulas without the deprecation warnings that their first use emits."""
     with warnings.catch_warnings():
         for deprecation in (FutureWarning, DeprecationWarning):
             warnings.simplefilter("ignore", deprecation)

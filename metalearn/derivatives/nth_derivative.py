@@ -1,4 +1,4 @@
-"""Derivatives of any order in one variable."""
+"""Compute derivatives of any order in one variable."""
 
 from __future__ import annotations
 
@@ -12,42 +12,41 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from metalearn.core.operations import THIRD_ORDER, CorrectedOperations
 from metalearn.derivatives.inputs import (
-    Point,
+    Input,
     as_input,
     as_scalar_function,
     check_direction,
     check_forward_mode_support,
+    explain_unsupported,
     jvp,
-    refusing_by_name,
 )
 
 
 def nth_derivative(
-    f: Callable[[Any], Tensor], x: Point, order: int, *, along: Point | None = None, mode: str = "reverse"
+    f: Callable[[Any], Tensor], x: Input, order: int, *, along: Input | None = None, mode: str = "reverse"
 ) -> Tensor:
-    """The n-th derivative of a function of one variable, or along one direction.
+    """Return the n-th derivative of a function of one variable, or along one direction.
 
-        along=None:  the n-th derivative of f, taken at every entry of the Tensor x
+        along=None:  the n-th derivative of f at every entry of the Tensor x
         along=v:     d^n/dt^n f(x + t v) at t = 0, for a Tensor or a dictionary
 
-    By nested reverse mode, where every order is a gradient with a graph, or by nested forward mode, without graphs; the
-    cost grows about as 2^n in both, and is much smaller in reverse mode.
+    Nested reverse mode takes a gradient with a graph for each order; nested forward mode needs no graph. The cost grows
+    about as 2^n in both, and is much smaller in reverse mode.
 
     Args:
-        f: with ``along=None``, from one number (a Tensor without dimensions) to one number; else from a point to a
-            scalar.
-        x: where.
+        f: maps one number (a Tensor without dimensions) to one number; with ``along`` it maps ``x`` to a scalar.
+        x: where to differentiate.
         order: n, at least 0; 0 is ``f`` itself.
         along: direction, shaped like ``x``.
         mode: ``"reverse"`` or ``"forward"``.
 
     Returns:
-        Shaped like ``x`` with ``along=None``, else a scalar. Zeros from the order on at which nothing depends on x.
+        Shaped like ``x`` with ``along=None``, else a scalar. Zeros where nothing depends on x any more.
 
     Raises:
         ValueError: for an order that is not a whole number from 0, a dictionary without ``along``, a function that
-            gives several numbers, or an unknown mode.
-        TypeError: if ``x`` holds other than floating-point tensors.
+            returns several numbers, or an unknown mode.
+        TypeError: if ``x`` holds anything but floating-point tensors.
 
     Example:
         >>> nth_derivative(lambda x: x**3, torch.tensor(2.0), order=2)
@@ -65,11 +64,11 @@ def nth_derivative(
     if not isinstance(x, Tensor):
         raise ValueError("nth_derivative: x is a dictionary; say along which direction with along=v.")
     entries = x.detach().reshape(-1)
-    return _MODES[mode](torch.vmap(_one_number(f)), entries, order).reshape(x.shape)
+    return _MODES[mode](torch.vmap(_check_scalar_input(f)), entries, order).reshape(x.shape)
 
 
 def _reverse(values: Callable[[Tensor], Tensor], t: Tensor, order: int) -> Tensor:
-    """Every value depends on its own entry of t alone, so the gradient of their sum is each one's own derivative."""
+    """Differentiate the sum of the values, each of which depends on its own entry of t only."""
     with torch.enable_grad():
         at = t.detach().clone().requires_grad_()
         with CorrectedOperations(THIRD_ORDER if order > 2 else {}):
@@ -84,12 +83,14 @@ def _reverse(values: Callable[[Tensor], Tensor], t: Tensor, order: int) -> Tenso
 def _forward(values: Callable[[Tensor], Tensor], t: Tensor, order: int) -> Tensor:
     derivative = check_forward_mode_support(values, nested=order - 1)
     for _ in range(order):
-        derivative = partial(_slope, derivative)
-    with refusing_by_name("nth_derivative's mode='forward' differentiates forward-mode formulas; take mode='reverse'"):
+        derivative = partial(_directional_derivative, derivative)
+    with explain_unsupported(
+        "nth_derivative's mode='forward' differentiates forward-mode formulas; take mode='reverse'"
+    ):
         return derivative(t).detach()
 
 
-def _slope(f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+def _directional_derivative(f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     slope: Tensor = jvp(f, t, torch.ones_like(t))[1]
     return slope
 
@@ -97,7 +98,7 @@ def _slope(f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 _MODES = {"reverse": _reverse, "forward": _forward}
 
 
-def _one_number(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _check_scalar_input(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def checked(t: Tensor) -> Tensor:
         with CorrectedOperations():
             value = f(t)

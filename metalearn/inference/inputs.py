@@ -1,4 +1,4 @@
-"""What a user gives a learner: images, numbers and labels of many kinds, as tensors and lists of one kind."""
+"""Convert images, numbers and labels of many types to the tensors and lists that a learner computes with."""
 
 from __future__ import annotations
 
@@ -11,33 +11,42 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from metalearn.config.schema import DataConfig, ImagesConfig, SinusoidConfig
 from metalearn.core.errors import DataError
+from metalearn.data.omniglot import SIZE
 
 Examples = Tensor | NDArray[Any] | Sequence[Any]
-"""Images or numbers: a tensor, an array, or a sequence of either (of Pillow's images too)."""
+"""Images or numbers: a tensor, an array, or a sequence of either (or of Pillow images)."""
 
-_SHOWN = 5
+_MAX_LISTED = 5
+
+
+def example_shape(data: DataConfig) -> torch.Size:
+    """Return the shape of one input of a run, ``[channels, height, width]`` or ``[1]``; no data set is read."""
+    if isinstance(data, ImagesConfig):
+        return torch.Size([data.channels, data.size, data.size])
+    return torch.Size([1]) if isinstance(data, SinusoidConfig) else torch.Size([1, SIZE, SIZE])
 
 
 def as_images(images: Examples, shape: torch.Size) -> Tensor:
-    """Images as a run's network takes them, ``[S, C, H, W]`` float32 in [0, 1].
+    """Return images in the format of a run's network, ``[S, C, H, W]`` float32 in [0, 1].
 
     Args:
         images: ``[S, C, H, W]``, or ``[S, H, W]`` where C is 1; uint8, bool, or floating point in [0, 1].
         shape: ``[C, H, W]`` of the run.
 
     Raises:
-        DataError: if there is none, or they are of another size, number of channels, dtype or range.
+        DataError: if there are none, or their size, number of channels, dtype or range does not fit.
     """
     x = _as_tensor("images", images)
     if x.ndim == 3 and shape[0] == 1:
         x = x.unsqueeze(1)
     if x.shape[1:] != shape or x.ndim != 4:
         raise DataError(
-            f"images are {_sizes(x.shape)}, and the run was trained on [images, channels, height, width] = "
-            f"{_sizes(('any', *shape))}. {_remedy(x, shape)}"
+            f"images are {_format_shape(x.shape)}, and the run was trained on [images, channels, height, width] = "
+            f"{_format_shape(('any', *shape))}. {_shape_hint(x, shape)}"
         )
-    _refuse_none("images", x)
+    _check_not_empty("images", x)
     if x.dtype == torch.uint8:
         return x.to(torch.float32).div(255)
     if x.dtype == torch.bool:
@@ -45,44 +54,58 @@ def as_images(images: Examples, shape: torch.Size) -> Tensor:
     if not x.is_floating_point():
         raise DataError(f"images are {x.dtype}; give uint8 from 0 to 255, or floating point from 0 to 1.")
     x = x.to(torch.float32)
-    _refuse_nonfinite("images", x)
+    _check_finite("images", x)
     low, high = x.min().item(), x.max().item()
     if low < 0 or high > 1:
         raise DataError(
-            f"images are from {low:g} to {high:g}, and must be in [0, 1]: divide by 255 what was read as bytes, leave "
-            "out other normalisation, and .clip(0, 1) what resizing made a little larger."
+            f"images are from {low:g} to {high:g}, and must be in [0, 1]: divide bytes by 255, leave out other "
+            "normalisation, and .clip(0, 1) the overshoot of resizing."
         )
     return x
 
 
 def as_numbers(name: str, values: Examples | Iterable[Any]) -> Tensor:
-    """Inputs or targets of a regression as ``[S, 1]`` float32, from ``[S]`` or ``[S, 1]``.
+    """Return inputs or targets of a regression as ``[S, 1]`` float32, from ``[S]`` or ``[S, 1]``.
 
     Raises:
-        DataError: if there is none, or they are of another shape, or no finite numbers.
+        DataError: if there are none, their shape is another, or they are not finite numbers.
     """
     x = _as_tensor(name, values)
     if x.ndim == 1:
         x = x.unsqueeze(1)
     if x.ndim != 2 or x.shape[1] != 1:
-        raise DataError(f"{name} are {_sizes(x.shape)}; the run was trained on single numbers: give [S] or [S, 1].")
-    _refuse_none(name, x)
+        raise DataError(
+            f"{name} are {_format_shape(x.shape)}; the run was trained on single numbers: give [S] or [S, 1]."
+        )
+    _check_not_empty(name, x)
     if x.dtype == torch.bool or x.is_complex():
         raise DataError(f"{name} are {x.dtype}; give floating-point or whole numbers.")
     x = x.to(torch.float32)
-    _refuse_nonfinite(name, x)
+    _check_finite(name, x)
     return x
 
 
+def as_targets(values: Examples | Iterable[Any], count: int) -> Tensor:
+    """Return the targets of ``count`` inputs of a regression, ``[count, 1]`` float32.
+
+    Raises:
+        DataError: if there are more or fewer than inputs, or as ``as_numbers``.
+    """
+    y = as_numbers("targets", values)
+    if len(y) != count:
+        raise DataError(f"{len(y)} targets for {count} inputs; give one target an input.")
+    return y
+
+
 def as_labels(labels: Examples | Iterable[Any], count: int) -> list[Any]:
-    """One label an image, as plain Python objects.
+    """Return one label an image, as plain Python objects.
 
     Args:
-        labels: any hashable things; a tensor, an array or a sequence of them.
+        labels: a tensor, an array or a sequence of hashable objects.
         count: number of images.
 
     Raises:
-        DataError: if there are more or fewer than images, or one cannot be hashed.
+        DataError: if there are more or fewer than images, or one is not hashable.
     """
     if isinstance(labels, (str, bytes)):
         raise DataError(f"labels={labels!r}: give one label an image, as in [{labels!r}, ...].")
@@ -93,12 +116,12 @@ def as_labels(labels: Examples | Iterable[Any], count: int) -> list[Any]:
         raise DataError(f"{len(plain)} labels for {count} images; give one label an image.")
     for one in plain:
         if not isinstance(one, Hashable):
-            raise DataError(f"label {one!r} is a {type(one).__name__}; a label is one hashable thing, as 'cat' or 3.")
+            raise DataError(f"label {one!r} is a {type(one).__name__}; a label must be hashable, as 'cat' or 3.")
     return plain
 
 
 def unique_classes(labels: Sequence[Any]) -> tuple[Any, ...]:
-    """The different labels, sorted.
+    """Return the different labels, sorted.
 
     Raises:
         DataError: if there is only one, or if they cannot be sorted.
@@ -117,55 +140,52 @@ def unique_classes(labels: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def class_indices(labels: Sequence[Any], classes: Sequence[Any]) -> Tensor:
-    """Positions of labels among the classes, ``[S]`` int64.
+    """Return the positions of labels in ``classes``, ``[S]`` int64.
 
     Raises:
-        DataError: naming labels that are no classes.
+        DataError: naming labels that are not in ``classes``.
     """
-    place = {one: i for i, one in enumerate(classes)}
-    unknown = list(dict.fromkeys(one for one in labels if one not in place))
+    index = {one: i for i, one in enumerate(classes)}
+    unknown = list(dict.fromkeys(one for one in labels if one not in index))
     if unknown:
-        known = ", ".join(map(repr, classes[:_SHOWN])) + (", ..." if len(classes) > _SHOWN else "")
+        known = ", ".join(map(repr, classes[:_MAX_LISTED])) + (", ..." if len(classes) > _MAX_LISTED else "")
         raise DataError(
-            f"labels {', '.join(map(repr, unknown[:_SHOWN]))} are none of the {len(classes)} classes that were adapted "
-            f"to ({known}). Remove such images, or adapt with examples of these classes."
+            f"labels {', '.join(map(repr, unknown[:_MAX_LISTED]))} are none of the {len(classes)} classes that were "
+            f"adapted to ({known}). Remove such images, or adapt with examples of these classes."
         )
-    return torch.tensor([place[one] for one in labels])
+    return torch.tensor([index[one] for one in labels])
 
 
 def _as_tensor(name: str, values: Examples | Iterable[Any]) -> Tensor:
-    if (
-        name == "images"
-        and isinstance(values, (list, tuple))
-        and any(isinstance(one, (str, PurePath)) for one in values)
-    ):
-        raise DataError(f"{name} are names of files; give pixels, as Learner.read(FOLDER).images has them.")
+    is_list = isinstance(values, (list, tuple))
+    if name == "images" and is_list and any(isinstance(one, (str, PurePath)) for one in values):
+        raise DataError(f"{name} are names of files; give pixels, such as Learner.read(FOLDER).images.")
     try:
         if isinstance(values, Tensor):
             return values.detach()
         if isinstance(values, Sequence) and any(isinstance(one, Tensor) for one in values):
             return torch.stack([torch.as_tensor(one).detach() for one in values])
-        # A copy: Pillow's memory cannot be written to, and torch takes no negative strides.
+        # Copy: Pillow's memory is read-only, and torch does not support negative strides.
         return torch.from_numpy(np.array(values, order="C"))
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"{name} cannot be made one tensor ({str(error).splitlines()[0]}); give an array or a tensor, or a "
-            "sequence of those that are of one size and kind (Learner.read(FOLDER) makes files so)."
+            f"{name} cannot be converted to one tensor ({str(error).splitlines()[0]}); give an array, a tensor, or a "
+            "sequence of these of one shape and type (Learner.read(FOLDER) resizes files)."
         ) from error
 
 
-def _refuse_none(name: str, x: Tensor) -> None:
+def _check_not_empty(name: str, x: Tensor) -> None:
     if len(x) == 0:
-        raise DataError(f"{name} are {_sizes(x.shape)}: there is none; give at least one.")
+        raise DataError(f"{name} are {_format_shape(x.shape)}: there is none; give at least one.")
 
 
-def _refuse_nonfinite(name: str, x: Tensor) -> None:
+def _check_finite(name: str, x: Tensor) -> None:
     broken = (~torch.isfinite(x)).flatten(1).any(dim=1).nonzero().flatten()
     if len(broken):
-        raise DataError(f"{name} hold NaN or infinity, first at position {int(broken[0])}; remove or mend these.")
+        raise DataError(f"{name} hold NaN or infinity, first at position {int(broken[0])}; remove or correct these.")
 
 
-def _remedy(x: Tensor, shape: torch.Size) -> str:
+def _shape_hint(x: Tensor, shape: torch.Size) -> str:
     channels, height, width = shape
     if x.ndim == 4 and tuple(x.shape[1:]) == (height, width, channels):
         return "Put the channels first: images.transpose(0, 3, 1, 2), or .permute(0, 3, 1, 2) of a tensor."
@@ -174,5 +194,5 @@ def _remedy(x: Tensor, shape: torch.Size) -> str:
     return "Resize or convert them; Learner.read(FOLDER) and scripts/adapt.py do so with files."
 
 
-def _sizes(shape: Iterable[int | str]) -> str:
+def _format_shape(shape: Iterable[int | str]) -> str:
     return f"[{', '.join(map(str, shape))}]"

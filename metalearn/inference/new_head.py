@@ -1,8 +1,8 @@
-"""Another number of classes than in training: a head for them, made of the support set, where the algorithm allows it.
+"""Adapt to another number of classes than in training: build a new head from the support set, if the algorithm can.
 
     w_n = 2 c_n,    b_n = -|c_n|^2,    c_n = mean of f(x) over the support examples of class n
 
-(Snell et al. 2017, arXiv 1703.05175, eq. 8.) What follows are the algorithm's usual inner steps, from that head.
+(Snell et al. 2017, arXiv 1703.05175, eq. 8.) The algorithm's usual inner steps start from that head.
 """
 
 from __future__ import annotations
@@ -23,61 +23,61 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PrototypeInitializer:
-    """A start for ``InnerLoop``: ``PrototypeHead`` of the model before its first step, all else as in theta.
+    """An initializer for ``InnerLoop``: the head is ``PrototypeHead``'s, all other parameters are theta's.
 
     Args:
-        head: with the number of classes.
-        per_step: as the inner loop's: of these parameters the model is given the first.
+        head: makes the head of the new number of classes.
+        per_step: the inner loop's parameters of every step; embeddings are computed with those of the first.
     """
 
     head: PrototypeHead
     per_step: frozenset[str]
 
     def __call__(self, forward: Forward, fast: Params, support_x: Tensor, support_y: Tensor) -> Params:
-        """As ``metalearn.inner.Start``."""
-        first = params_at_step(fast, InnerLoop(lr=1.0, steps=0, per_step=self.per_step), 0)
+        """Return ``fast`` with the new head."""
+        first = params_at_step(fast, InnerLoop(lr=1.0, steps=0, per_step_params=self.per_step), 0)
         made = self.head(forward, first, support_x, support_y)
         return {**fast, **{name: made[name] for name in (self.head.weight, self.head.bias)}}
 
 
 def inner_for_ways(inner: InnerLoop, ways: int, *, trained: int, algorithm: str, head: Sequence[str]) -> InnerLoop:
-    """The inner loop of a task of that many classes, from the run's own.
+    """Return the inner loop of a task of ``ways`` classes.
 
     Args:
-        inner: of a task of ``trained`` classes.
+        inner: the run's inner loop.
         ways: N.
-        trained: ``task.ways``.
+        trained: the run's ``task.ways``.
         algorithm: its name, for the message.
         head: names of weight and bias of the model's last linear layer.
 
     Raises:
-        RunError: if the algorithm, or the model, is bound to the number of classes.
+        RunError: if the algorithm or the model only supports ``trained`` classes.
     """
     if ways == trained:
         return inner
     if why := _why_ways_fixed(inner, algorithm, head):
         raise RunError(
             f"{ways} classes, and the run was trained for task.ways={trained}: {why}. Give {trained} classes, train "
-            f"with task.ways={ways}, or take another algorithm, as maml or protonet."
+            f"with task.ways={ways}, or use another algorithm, such as maml or protonet."
         )
-    if inner.start is None:  # ProtoNet's head is made so for any number of classes
+    if inner.initializer is None:  # ProtoNet builds its head so for any number of classes
         log.warning(
-            "The run was trained for %d classes, and these are %d: the head was made from the classes' mean embeddings "
-            "(prototypes), and %d inner steps follow.",
+            "The run was trained for %d classes, and these are %d: the head was built from the classes' mean "
+            "embeddings (prototypes), and %d inner steps follow.",
             *(trained, ways, inner.steps),
         )
     weight, bias = head
     return dataclasses.replace(
-        inner, start=PrototypeInitializer(PrototypeHead(weight, bias, ways=ways), inner.per_step)
+        inner, initializer=PrototypeInitializer(PrototypeHead(weight, bias, ways=ways), inner.per_step_params)
     )
 
 
 def _why_ways_fixed(inner: InnerLoop, algorithm: str, head: Sequence[str]) -> str | None:
-    """Why the number of classes cannot change; ``None`` if it can."""
-    if inner.start is not None and not isinstance(inner.start, PrototypeHead):
-        return f"the head of algorithm={algorithm} is shared by all tasks and never adapted, so it knows no others"
+    """Return why the number of classes cannot change; ``None`` if it can."""
+    if inner.initializer is not None and not isinstance(inner.initializer, PrototypeHead):
+        return f"the head of algorithm={algorithm} is shared by all tasks and never adapted, so it has no other size"
     if len(head) != 2:
-        return "the model has no linear head with a bias, which other classes could be given"
-    if inner.learned_lr == "parameter" and (inner.adapted is None or inner.adapted & set(head)):
-        return f"algorithm={algorithm} has learned a step size for every entry of its head, and has none for another"
+        return "the model has no linear head with a bias, which could be built for other classes"
+    if inner.learned_lr == "parameter" and (inner.adapted_params is None or inner.adapted_params & set(head)):
+        return f"algorithm={algorithm} has learned a step size for every entry of its head, and none for another head"
     return None

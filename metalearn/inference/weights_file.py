@@ -1,7 +1,7 @@
-"""Adapted weights, in memory and as one safetensors file that says which run they belong to.
+"""Save and load adapted weights as a safetensors file that records which run they belong to.
 
-The file holds every weight by its name, the support inputs as ``support::x`` (by which queries are predicted one by
-one), and as metadata the classes, the steps, and digests: of itself, and of the meta-parameters that were adapted.
+The file holds every weight by its name, the support inputs as ``support::x`` (for non-transductive prediction), and as
+metadata the classes, the steps, and the SHA-256 of its content and of the meta-parameters that were adapted.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from metalearn.core import serialization as files
@@ -28,19 +29,25 @@ _SUPPORT = f"support{SEPARATOR}x"
 
 @dataclass(frozen=True, eq=False)
 class AdaptedModel:
-    """A model that was adapted to one task.
+    """A model adapted to one task.
 
     Args:
-        weights: of the model, ``[...]`` each, without a task dimension.
-        support_x: what it was adapted to, ``[S, ...]``.
+        weights: parameters by name, without a task dimension.
+        support_x: support inputs, ``[S, ...]``.
         classes: labels by position, sorted; empty for a regression.
-        steps: inner steps taken.
+        steps: number of inner steps taken.
     """
 
     weights: Params
     support_x: Tensor
     classes: tuple[Any, ...]
     steps: int
+
+    def contiguous_copy(self) -> AdaptedModel:
+        """Return a contiguous copy: layout and alignment change how products round, and a file does not store them."""
+        weights = {name: w.clone(memory_format=torch.contiguous_format) for name, w in self.weights.items()}
+        support_x = self.support_x.clone(memory_format=torch.contiguous_format)
+        return replace(self, weights=weights, support_x=support_x)
 
 
 @dataclass(frozen=True)
@@ -49,10 +56,10 @@ class CheckpointOrigin:
 
     Args:
         run: its folder.
-        algorithm: its algorithm.
-        config_digest: SHA-256 of its ``config.yaml``.
-        keys: what is in there, by dotted key.
-        theta_digest: SHA-256 of its meta-parameters, which alone makes it this run and no other.
+        algorithm: its name.
+        config_digest: SHA-256 of the run's ``config.yaml``.
+        keys: the configuration by dotted key.
+        theta_digest: SHA-256 of the meta-parameters; it alone identifies the run.
     """
 
     run: str
@@ -62,8 +69,8 @@ class CheckpointOrigin:
     theta_digest: str
 
 
-def digest(tensors: Params) -> str:
-    """SHA-256 of names, shapes and bits."""
+def tensor_digest(tensors: Params) -> str:
+    """Return the SHA-256 of names, dtypes, shapes and bits."""
     sha = hashlib.sha256()
     for name, t in sorted(tensors.items()):
         sha.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\n".encode())
@@ -71,18 +78,21 @@ def digest(tensors: Params) -> str:
     return sha.hexdigest()
 
 
-def write(adapted: AdaptedModel, origin: CheckpointOrigin, path: Path, *, overwrite: bool) -> None:
-    """Write the file whole, or not at all.
+def write_weights(adapted: AdaptedModel, origin: CheckpointOrigin, path: Path, *, overwrite: bool) -> None:
+    """Write the file atomically.
 
     Raises:
-        RunError: if there is one already and ``overwrite`` is false, or if a label is neither text nor a whole number.
+        RunError: if the file exists and ``overwrite`` is false, or if a label is neither a string nor an integer.
     """
     if odd := [one for one in adapted.classes if type(one) not in (str, int)]:
         raise RunError(
-            f"label {odd[0]!r} is a {type(odd[0]).__name__}, and a file keeps labels that are text or whole numbers; "
-            "adapt with such labels to save."
+            f"label {odd[0]!r} is a {type(odd[0]).__name__}, and only strings and integers can be saved; adapt with "
+            "such labels."
         )
-    check_not_exists(path, overwrite=overwrite)
+    if path.is_dir():
+        raise RunError(f"{path} is a folder; name a file in it, as {path / 'adapted.safetensors'}.")
+    if path.exists() and not overwrite:
+        raise RunError(f"{path} exists, and is not overwritten; remove it, or choose another name.")
     tensors = {**adapted.weights, _SUPPORT: adapted.support_x}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     metadata = {
@@ -94,57 +104,49 @@ def write(adapted: AdaptedModel, origin: CheckpointOrigin, path: Path, *, overwr
         "config": json.dumps(origin.keys),
         "config.sha256": origin.config_digest,
         "theta.sha256": origin.theta_digest,
-        "content.sha256": digest(tensors),
+        "content.sha256": tensor_digest(tensors),
     }
     files.atomic_write_bytes(path, safetensors.torch.save(tensors, metadata))
 
 
-def check_not_exists(path: Path, *, overwrite: bool = False) -> None:
-    """Refuse to write over something.
-
-    Raises:
-        RunError: if it is there and may not be overwritten, or is a folder.
-    """
-    if path.is_dir():
-        raise RunError(f"{path} is a folder; name a file in it, as {path / 'adapted.safetensors'}.")
-    if path.exists() and not overwrite:
-        raise RunError(f"{path} exists, and is not overwritten; remove it, or choose another name.")
-
-
-def read(path: Path, origin: CheckpointOrigin) -> AdaptedModel:
-    """Read what ``write`` wrote, into main memory.
+def read_weights(path: Path, origin: CheckpointOrigin) -> AdaptedModel:
+    """Read a file that ``write_weights`` wrote, to the CPU.
 
     Args:
         path: the file.
-        origin: the run that it is wanted for.
+        origin: the run that is to use the weights.
 
     Raises:
-        RunError: if it is missing, damaged, something else, or of another run; then with what differs.
+        RunError: if the file is missing, damaged or another format, or of another run; then with the differences.
     """
     try:
-        tensors, metadata = _opened(path)
+        tensors, metadata = _read_safetensors(path)
         if metadata.get("format") != _FORMAT:
             raise RunError(f"{path} holds no adapted weights of metalearn; name a file that a learner has saved.")
-        if digest(tensors) != metadata["content.sha256"]:
-            raise RunError(f"{path} is damaged: the SHA-256 in it is of other weights. Adapt again, or copy it again.")
-        _refuse_other_origin(path, metadata, origin)
+        if tensor_digest(tensors) != metadata["content.sha256"]:
+            raise RunError(
+                f"{path} is damaged: the SHA-256 in it is that of other weights. Adapt again, or copy it again."
+            )
+        _check_same_run(path, metadata, origin)
         support_x = tensors.pop(_SUPPORT)
         return AdaptedModel(tensors, support_x, tuple(json.loads(metadata["classes"])), int(metadata["steps"]))
     except (KeyError, ValueError, TypeError) as error:
-        raise RunError(f"{path} is damaged: what it says of itself is not whole ({error}). Adapt again.") from error
+        raise RunError(f"{path} is damaged: its metadata are incomplete ({error}). Adapt again.") from error
 
 
-def _opened(path: Path) -> tuple[Params, dict[str, str]]:
+def _read_safetensors(path: Path) -> tuple[Params, dict[str, str]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except FileNotFoundError:
         raise RunError(f"{path}: there is no such file of adapted weights.") from None
     except (safetensors.SafetensorError, OSError) as error:
-        raise RunError(f"{path} cannot be read as a safetensors file ({error}); it is damaged, or another.") from error
+        raise RunError(
+            f"{path} cannot be read as a safetensors file ({error}); it is damaged, or another kind."
+        ) from error
 
 
-def _refuse_other_origin(path: Path, metadata: Mapping[str, str], origin: CheckpointOrigin) -> None:
+def _check_same_run(path: Path, metadata: Mapping[str, str], origin: CheckpointOrigin) -> None:
     if metadata["theta.sha256"] == origin.theta_digest:
         return
     theirs, ours = json.loads(metadata["config"]), json.loads(json.dumps(origin.keys))
@@ -153,7 +155,7 @@ def _refuse_other_origin(path: Path, metadata: Mapping[str, str], origin: Checkp
         for name in sorted({*theirs, *ours})
         if theirs.get(name) != ours.get(name)
     ]
-    why = differ or ["  the configuration is the same; the run was trained again, or went on to a better checkpoint"]
+    why = differ or ["  the configuration is the same; the run was trained again, or has a better checkpoint now"]
     raise RunError(
         "\n".join([f"{path} was adapted from {metadata['run']}, which is another model than {origin.run}:", *why])
         + "\nLoad that run, or adapt again."

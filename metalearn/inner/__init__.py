@@ -1,11 +1,15 @@
-"""The inner loop: how one task's parameters are adapted, knowing nothing of how that is differentiated."""
+"""The inner loop: adapt the parameters of each task; independent of how the meta-gradient is computed."""
 
+from typing import Any
+
+from metalearn.core.deprecation import warn_renamed
 from metalearn.inner.config import LEARNED_LR_MODES, Initializer, InnerLoop
 from metalearn.inner.diagnostics import check_losses_finite, explain_torch_errors, loss_checks_deferred
 from metalearn.inner.initializers import PrototypeHead, ZeroContext
 from metalearn.inner.loop import adapt, inner_step, support_gradients
 from metalearn.inner.losses import TaskLosses, predict, task_losses, task_predictions, total_support_loss
 from metalearn.inner.state import (
+    InnerState,
     adapted_param_names,
     apply_update,
     check_params_match_config,
@@ -25,6 +29,7 @@ __all__ = [
     "Adam",
     "Initializer",
     "InnerLoop",
+    "InnerState",
     "Momentum",
     "PrototypeHead",
     "TaskLosses",
@@ -52,3 +57,10 @@ __all__ = [
     "with_per_step_params",
     "without_state",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "state_name":
+        warn_renamed("metalearn.inner.state_name", "state_key", stacklevel=2)
+        return state_key
+    raise AttributeError(f"module 'metalearn.inner' has no attribute {name!r}")

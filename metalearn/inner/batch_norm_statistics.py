@@ -1,10 +1,10 @@
-"""BatchNorm's statistics, recorded and put in the place of the batch's, whatever the model: one query at a time.
+"""Recorded BatchNorm statistics for non-transductive prediction: each query is normalised independently of the others.
 
     mean_{l,k}, var_{l,k}:  of the inputs of the l-th BatchNorm when queries pass after k inner steps, over tasks
 
-In theta as ``norm_mean::l`` and ``norm_var::l``, ``[K + 1, C]``: constants that no gradient changes. (Per-step batch
-normalisation statistics, Antoniou et al. 2019, arXiv 1810.09502, section 4; their code keeps them and normalises by the
-batch nonetheless. Taken as means over tasks at hand and not as running ones: Wu & Johnson 2021, arXiv 2105.07576.)
+They are entries of theta, ``norm_mean::l`` and ``norm_var::l``, ``[K + 1, C]``, and constants for every gradient.
+(Per-step batch normalisation statistics, Antoniou et al. 2019, arXiv 1810.09502, section 4; their code keeps them and
+normalises by the batch nonetheless. Means over current tasks, not running ones: Wu & Johnson 2021, arXiv 2105.07576.)
 """
 
 from __future__ import annotations
@@ -31,19 +31,22 @@ class ChannelMoments(NamedTuple):
 
 
 def is_norm_statistic(name: str) -> bool:
-    """Whether an entry of theta is one of these constants."""
+    """Return whether an entry of theta is a BatchNorm statistic."""
     return name.startswith((_MEAN, _VAR))
 
 
 def statistics_at(theta: Params, k: int) -> list[ChannelMoments] | None:
-    """Those after k steps, layer by layer; ``None`` if theta keeps none. After more steps the last ones stand."""
+    """Return the statistics after k steps, layer by layer; ``None`` if theta has none.
+
+    The last ones serve for more steps than were recorded.
+    """
     layers = sum(name.startswith(_MEAN) for name in theta)
     pairs = [(theta[f"{_MEAN}{i}"], theta[f"{_VAR}{i}"]) for i in range(layers)]
     return [ChannelMoments(m[min(k, len(m) - 1)], v[min(k, len(v) - 1)]) for m, v in pairs] or None
 
 
 def statistics_to_params(by_step: list[list[ChannelMoments]]) -> Params:
-    """Entries of theta from the statistics after 0, 1, ..., K steps."""
+    """Convert the statistics after 0, 1, ..., K steps to entries of theta."""
     entries: Params = {}
     for i, layer in enumerate(zip(*by_step, strict=True)):
         entries[f"{_MEAN}{i}"] = torch.stack([moments.mean for moments in layer])
@@ -53,30 +56,30 @@ def statistics_to_params(by_step: list[list[ChannelMoments]]) -> Params:
 
 @torch.no_grad()
 def record_statistics(forward: Forward, fast: Params, x: Tensor) -> list[ChannelMoments]:
-    """The statistics of T tasks' inputs ``[T, examples, ...]``, as means over the tasks, in the order of the layers."""
+    """Return the statistics of each BatchNorm layer for inputs ``[T, examples, ...]``, as means over the tasks."""
 
     def one_task(params: Params, x: Tensor) -> list[ChannelMoments]:
         with _Recorder() as recorder:
             forward(params, x)
-        seen: list[ChannelMoments] = recorder.seen
-        return seen
+        moments: list[ChannelMoments] = recorder.moments
+        return moments
 
-    by_task: list[ChannelMoments] = over_tasks(one_task, fast, x, model=forward)
-    return [ChannelMoments(moments.mean.mean(dim=0), moments.var.mean(dim=0)) for moments in by_task]
+    layers: list[ChannelMoments] = over_tasks(one_task, fast, x, model=forward)
+    return [ChannelMoments(moments.mean.mean(dim=0), moments.var.mean(dim=0)) for moments in layers]
 
 
 def with_fixed_statistics(forward: Forward, statistics: list[ChannelMoments]) -> Forward:
-    """The model with these statistics in its BatchNorms, so that no example sees another."""
+    """Return the model with these statistics in its BatchNorms, so that examples do not influence one another."""
 
-    def alone(params: Params, x: Tensor) -> Tensor:
+    def nontransductive(params: Params, x: Tensor) -> Tensor:
         with _FixedStatistics(statistics):
             return forward(params, x)
 
-    return alone
+    return nontransductive
 
 
 class _BatchNormMode(TorchFunctionMode):
-    """Sees every call of ``batch_norm`` that takes the statistics of the batch."""
+    """Intercepts every call of ``batch_norm``."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -91,19 +94,19 @@ class _BatchNormMode(TorchFunctionMode):
 class _Recorder(_BatchNormMode):
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[ChannelMoments] = []
+        self.moments: list[ChannelMoments] = []
 
     def batch_norm(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        other = [d for d in range(x.ndim) if d != 1]
+        dims = [d for d in range(x.ndim) if d != 1]
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # autocast's 8 bits are too few for sums
-        self.seen.append(ChannelMoments(wide.mean(dim=other), wide.var(dim=other, correction=0)))
+        self.moments.append(ChannelMoments(wide.mean(dim=dims), wide.var(dim=dims, correction=0)))
         return functional.batch_norm(x, *args, **kwargs)
 
 
 class _FixedStatistics(_BatchNormMode):
     def __init__(self, statistics: list[ChannelMoments]) -> None:
         super().__init__()
-        self._left = iter(statistics)
+        self._remaining = iter(statistics)
 
     def batch_norm(
         self,
@@ -116,7 +119,7 @@ class _FixedStatistics(_BatchNormMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        mean, var = next(self._left)
+        mean, var = next(self._remaining)
         shape = (1, -1, *[1] * (x.ndim - 2))
         y = (x - mean.view(shape)) * torch.rsqrt(var + eps).view(shape)
         y = y if weight is None else y * weight.view(shape)

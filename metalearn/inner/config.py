@@ -1,4 +1,4 @@
-"""What an inner loop is, as data: its steps, its rule, what it adapts, and where its query loss is taken."""
+"""The settings of an inner loop: its steps, its update rule, the adapted parameters and the query objective."""
 
 from __future__ import annotations
 
@@ -9,41 +9,51 @@ from numbers import Integral, Real
 
 from torch import Tensor
 
+from metalearn.core.deprecation import adopt_former_methods, renamed
 from metalearn.core.types import Forward, Params
-from metalearn.inner.update_rules import SGD, UpdateRule
+from metalearn.inner.update_rules import FORMER_METHODS, SGD, UpdateRule
 
 LEARNED_LR_MODES = ("parameter", "layer", "layer_and_step")
 """Names for ``InnerLoop.learned_lr``."""
 
 Initializer = Callable[[Forward, Params, Tensor, Tensor], Params]
-"""``start(forward, fast, support_x, support_y)``: what T tasks begin with, from T copies of theta; differentiable."""
+"""``initializer(forward, fast, support_x, support_y)``: the tasks' first parameters, from T copies of theta."""
 
 
+@renamed(
+    adapted="adapted_params",
+    per_step="per_step_params",
+    proximal="proximal_weight",
+    start="initializer",
+    plain="is_plain_sgd",
+    weights="query_loss_weights",
+)
 @dataclass(frozen=True)
 class InnerLoop:
     """Settings of the inner loop.
 
     Args:
-        lr: step size alpha of the inner gradient descent, positive; with ``learned_lr`` what learned ones begin at.
+        lr: step size alpha of the inner gradient descent, positive; the initial value of learned ones.
         steps: K, the number of inner steps, at least 0.
         second_order: whether the meta-gradient goes through the inner gradients (MAML) or takes them as
             constants (first-order MAML).
         engine: how the meta-gradient is computed, one of ``metalearn.metagrad.ENGINES``.
         task_chunk: at most this many tasks are held in memory at a time; ``None`` takes all at once.
         snapshot_every: the engines ``checkpoint`` and ``adjoint`` keep the fast weights of every s-th step and
-            compute those between again, in one more first-order step each; 1 keeps all.
-        rule: from gradients to directions: ``SGD()``, ``Momentum()``, ``Adam()``, or one's own.
+            recompute those between, in one more first-order step each; 1 keeps all.
+        rule: from gradients to directions: ``SGD()``, ``Momentum()``, ``Adam()``, or any ``UpdateRule``.
         learned_lr: whether step sizes are meta-parameters: ``"parameter"``, one for every entry (Meta-SGD);
-            ``"layer"``, one for every tensor; ``"layer_and_step"``, K for every tensor (MAML++). ``with_learned`` adds
-            them to theta.
+            ``"layer"``, one for every tensor; ``"layer_and_step"``, K for every tensor (MAML++).
+            ``with_learned_lrs`` adds them to theta.
         weight_decay: of the adapted parameters, added to the gradients: ``g + weight_decay * theta_k``.
-        clip_norm: largest norm of a task's gradients over all that is adapted; ``None`` does not clip.
-        proximal: pulls back to where the task began: ``g + proximal * (theta_k - theta_0)`` (iMAML).
-        adapted: names of the parameters that are adapted (ANIL: the head's); ``None``: all.
+        clip_norm: largest norm of a task's gradients over all adapted parameters; ``None`` does not clip.
+        proximal_weight: of the pull towards the task's first parameters:
+            ``g + proximal_weight * (theta_k - theta_0)`` (iMAML).
+        adapted_params: names of the parameters that are adapted (ANIL: the head's); ``None``: all.
         query_weights: w_0, ..., w_K: the objective is sum_k w_k L_query(theta_k); ``None``: L_query(theta_K) alone.
-        per_step: names of parameters of which every step has its own, ``[K + 1, ...]`` in theta: the model is given
-            the k-th after k steps (MAML++'s BatchNorm). ``with_steps`` makes them.
-        start: what tasks begin with, where that is not theta.
+        per_step_params: names of parameters with a separate value for every step, ``[K + 1, ...]`` in theta: the
+            model is given the k-th after k steps (MAML++'s BatchNorm). ``with_per_step_params`` makes them.
+        initializer: gives the tasks' first parameters, where they are not theta.
 
     Raises:
         ValueError: if a setting is out of range, or of another type.
@@ -59,69 +69,67 @@ class InnerLoop:
     learned_lr: str | None = None
     weight_decay: float = 0.0
     clip_norm: float | None = None
-    proximal: float = 0.0
-    adapted: frozenset[str] | None = None
+    proximal_weight: float = 0.0
+    adapted_params: frozenset[str] | None = None
     query_weights: tuple[float, ...] | None = None
-    per_step: frozenset[str] = frozenset()
-    start: Initializer | None = None
+    per_step_params: frozenset[str] = frozenset()
+    initializer: Initializer | None = None
 
     def __post_init__(self) -> None:
-        lr = _as_float(self.lr)
-        if not (math.isfinite(lr) and lr > 0):
-            raise ValueError(f"InnerLoop: lr={self.lr!r}; it must be a positive number.")
         if not isinstance(self.second_order, bool):
             raise ValueError(f"InnerLoop: second_order={self.second_order!r}; it must be True or False.")
         if not isinstance(self.engine, str):
             raise ValueError(f"InnerLoop: engine={self.engine!r}; it must be a name, as in engine='unroll'.")
-        if not _is_whole(self.steps) or self.steps < 0:
-            raise ValueError(f"InnerLoop: steps={self.steps!r}; it must be a whole number, 0 or more.")
-        if self.task_chunk is not None and (not _is_whole(self.task_chunk) or self.task_chunk < 1):
+        if self.learned_lr is not None and self.learned_lr not in LEARNED_LR_MODES:
             raise ValueError(
-                f"InnerLoop: task_chunk={self.task_chunk!r}; it must be at least 1, or None for all tasks."
-            )
-        if not _is_whole(self.snapshot_every) or self.snapshot_every < 1:
-            raise ValueError(
-                f"InnerLoop: snapshot_every={self.snapshot_every!r}; it must be a whole number, 1 or more."
-            )
-        object.__setattr__(self, "lr", lr)  # numpy's numbers and fractions do not multiply or split tensors
-        for name in ("steps", "task_chunk", "snapshot_every"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, value if value is None else int(value))
-        self._check_the_step()
-        self._check_the_objective()
-
-    def _check_the_step(self) -> None:
-        if lacking := [member for member in ("__call__", "start") if not hasattr(self.rule, member)]:
-            raise ValueError(
-                f"InnerLoop: rule={self.rule!r} has no {lacking[0]}; it must be an update rule: metalearn.SGD(), "
-                "Momentum(), Adam(), or one of your own with start and __call__ (metalearn.UpdateRule)."
+                f"InnerLoop: learned_lr={self.learned_lr!r}; it must be one of {', '.join(LEARNED_LR_MODES)}, or None."
             )
         if isinstance(self.rule, type):
             raise ValueError(
                 f"InnerLoop: rule={self.rule.__name__} is a class; make one of it: {self.rule.__name__}()."
             )
-        if self.learned_lr is not None and self.learned_lr not in LEARNED_LR_MODES:
+        adopt_former_methods(type(self.rule), FORMER_METHODS)
+        if missing := [method for method in ("init", "update") if not hasattr(self.rule, method)]:
             raise ValueError(
-                f"InnerLoop: learned_lr={self.learned_lr!r}; it must be one of {', '.join(LEARNED_LR_MODES)}, or None."
+                f"InnerLoop: rule={self.rule!r} has no {missing[0]}; it must be an update rule: metalearn.SGD(), "
+                "Momentum(), Adam(), or one of your own with init and update (metalearn.UpdateRule)."
             )
-        for name in ("weight_decay", "proximal"):
-            value = _as_float(getattr(self, name))
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"InnerLoop: {name}={getattr(self, name)!r}; it must be a number, 0 or more.")
-            object.__setattr__(self, name, value)
-        if self.clip_norm is not None:
-            largest = _as_float(self.clip_norm)
-            if not (math.isfinite(largest) and largest > 0):
-                raise ValueError(f"InnerLoop: clip_norm={self.clip_norm!r}; it must be a positive number, or None.")
-            object.__setattr__(self, "clip_norm", largest)
-        for name in ("adapted", "per_step"):
-            if isinstance(names := getattr(self, name), str):
-                raise ValueError(f"InnerLoop: {name}={names!r}; it must be a set of names, as in {{{names!r}}}.")
-            object.__setattr__(self, name, names if names is None else frozenset(names))
-        if self.adapted is not None and not self.adapted:
-            raise ValueError("InnerLoop: adapted is empty; name a parameter, or take steps=0 to adapt nothing.")
+        for setting in ("adapted_params", "per_step_params"):
+            if isinstance(names := getattr(self, setting), str):
+                raise ValueError(f"InnerLoop: {setting}={names!r}; it must be a set of names, as in {{{names!r}}}.")
+            object.__setattr__(self, setting, names if names is None else frozenset(names))
+        if self.adapted_params is not None and not self.adapted_params:
+            raise ValueError("InnerLoop: adapted_params is empty; name a parameter, or take steps=0 to adapt nothing.")
+        self._convert_numbers()
+        self._convert_query_weights()
 
-    def _check_the_objective(self) -> None:
+    def _convert_numbers(self) -> None:
+        """Check the ranges; convert to Python's own numbers, as numpy's and fractions do not multiply tensors."""
+        for name, least, needed in (
+            ("steps", 0, "a whole number, 0 or more"),
+            ("snapshot_every", 1, "a whole number, 1 or more"),
+            ("task_chunk", 1, "at least 1, or None for all tasks"),
+        ):
+            value = getattr(self, name)
+            if name == "task_chunk" and value is None:
+                continue
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+                raise ValueError(f"InnerLoop: {name}={value!r}; it must be {needed}.")
+            object.__setattr__(self, name, int(value))
+        for name, may_be_zero, needed in (
+            ("lr", False, "a positive number"),
+            ("weight_decay", True, "a number, 0 or more"),
+            ("proximal_weight", True, "a number, 0 or more"),
+            ("clip_norm", False, "a positive number, or None"),
+        ):
+            if name == "clip_norm" and self.clip_norm is None:
+                continue
+            number = _as_float(getattr(self, name))
+            if not math.isfinite(number) or number < 0 or (number == 0 and not may_be_zero):
+                raise ValueError(f"InnerLoop: {name}={getattr(self, name)!r}; it must be {needed}.")
+            object.__setattr__(self, name, number)
+
+    def _convert_query_weights(self) -> None:
         if self.query_weights is None:
             return
         weights = tuple(_as_float(w) for w in self.query_weights)
@@ -133,23 +141,19 @@ class InnerLoop:
         object.__setattr__(self, "query_weights", weights)
 
     @property
-    def plain(self) -> bool:
+    def is_plain_sgd(self) -> bool:
         """Whether a step is theta - lr * g with a fixed step size, and nothing else."""
-        extras = (self.learned_lr, self.weight_decay, self.clip_norm, self.proximal)
-        return isinstance(self.rule, SGD) and not any(extras)
+        extras = (self.learned_lr, self.weight_decay, self.clip_norm, self.proximal_weight)
+        return type(self.rule) is SGD and not any(extras)
 
     @property
-    def weights(self) -> tuple[float, ...]:
+    def query_loss_weights(self) -> tuple[float, ...]:
         """w_0, ..., w_K of the query losses."""
         return self.query_weights or (*(0.0,) * self.steps, 1.0)
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def _as_float(value: object) -> float:
-    """NaN for what is no number, infinity for one too large."""
+    """Return NaN for what is no number, and infinity for one that is too large."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return math.nan
     try:

@@ -1,4 +1,4 @@
-"""What a task begins with, where that is not theta itself: for ``InnerLoop.start``.
+"""Initial parameters of a task that are not theta itself: for ``InnerLoop.initializer``.
 
 Each is a function of T stacked copies of theta and the support sets, and differentiable in theta.
 """
@@ -18,7 +18,7 @@ from metalearn.inner.losses import task_predictions
 
 @dataclass(frozen=True)
 class ZeroContext:
-    """phi_0 = 0: context parameters that every task begins anew, so that theta's own stay what they are.
+    """phi_0 = 0: every task starts with zero context parameters, and theta's are never changed.
 
     Args:
         names: of the context parameters.
@@ -29,7 +29,7 @@ class ZeroContext:
     names: frozenset[str]
 
     def __call__(self, forward: Forward, fast: Params, support_x: Tensor, support_y: Tensor) -> Params:
-        """As ``metalearn.inner.Start``."""
+        """Return ``fast`` with zero context parameters."""
         return {**fast, **{name: torch.zeros_like(fast[name]) for name in self.names}}
 
 
@@ -40,16 +40,16 @@ class PrototypeHead:
         c_n = mean of f(x) over the support examples of class n
         -|f(x) - c_n|^2 = 2 c_n . f(x) - |c_n|^2 - |f(x)|^2
 
-    so that ``weight = 2 c`` and ``bias = -|c|^2`` give the same softmax, the last term being the same for all classes.
-    The embedding f is the model with the identity in the place of its head, which this does to a linear layer only.
+    ``weight = 2 c`` and ``bias = -|c|^2`` give the same softmax, as the last term is the same for all classes.
+    The embedding f is the model with the identity in the place of its linear head.
 
     Args:
         weight: name of the head's weight, ``[N, D]``.
         bias: name of its bias, ``[N]``.
-        ways: N; ``None``: as many as the head has.
+        ways: N; ``None``: the head's number of outputs.
 
-    Reference: Snell et al. 2017, arXiv 1703.05175, eq. 1, 2 and 8; Triantafillou et al. 2020, arXiv 1903.03096, for the
-    head that is then adapted (Proto-MAML).
+    Reference: Snell et al. 2017, arXiv 1703.05175, eq. 1, 2 and 8; Triantafillou et al. 2020, arXiv 1903.03096, for
+    adapting the head further (Proto-MAML).
     """
 
     weight: str
@@ -57,14 +57,14 @@ class PrototypeHead:
     ways: int | None = None
 
     def __call__(self, forward: Forward, fast: Params, support_x: Tensor, support_y: Tensor) -> Params:
-        """As ``metalearn.inner.Start``."""
+        """Return ``fast`` with the head that classifies by class means."""
         ways = self.ways or fast[self.weight].shape[1]
         means = class_means(embeddings(forward, fast, support_x, self.weight, self.bias), support_y, ways)
         return {**fast, self.weight: 2 * means, self.bias: -(means * means).sum(dim=-1)}
 
 
 def embeddings(forward: Forward, fast: Params, x: Tensor, weight: str, bias: str) -> Tensor:
-    """f(x) ``[T, examples, D]``: what the head is given, for ``x`` ``[T, examples, ...]``.
+    """Return f(x) ``[T, examples, D]``, the inputs of the head, for ``x`` ``[T, examples, ...]``.
 
     Raises:
         ValueError: if the layer is not the one that gives the outputs.
@@ -72,24 +72,24 @@ def embeddings(forward: Forward, fast: Params, x: Tensor, weight: str, bias: str
     head = fast[weight]
     tasks, width = head.shape[0], head.shape[-1]
     identity = torch.eye(width, dtype=head.dtype, device=head.device).expand(tasks, width, width)
-    wrong = (
+    wrong_layer = (
         f"'{weight}' does not belong to the model's head: with the identity in its place the outputs are not the "
-        f"{width} features that it takes. Name the linear layer that gives the outputs: parts_of(module, head=...)."
+        f"{width} features that it takes. Name the linear layer that gives the outputs: module_parts(module, head=...)."
     )
     try:
         embedded = task_predictions(forward, {**fast, weight: identity, bias: head.new_zeros(tasks, width)}, x)
     except (RuntimeError, ValueError) as error:
         if re.search(OUT_OF_MEMORY, str(error)):
             raise
-        task_predictions(forward, fast, x)  # what fails under the model's own weights is another matter
-        raise ValueError(wrong) from error
+        task_predictions(forward, fast, x)  # raises if the model fails under its own weights as well
+        raise ValueError(wrong_layer) from error
     if embedded.shape[-1] != width:
-        raise ValueError(wrong)
+        raise ValueError(wrong_layer)
     return embedded
 
 
 def class_means(embedded: Tensor, labels: Tensor, ways: int) -> Tensor:
-    """Means over the examples of each class, ``[T, N, D]``, of ``[T, S, D]`` with labels ``[T, S]``.
+    """Return the mean of each class, ``[T, N, D]``, of embeddings ``[T, S, D]`` with labels ``[T, S]``.
 
     A class without an example has the mean 0.
     """

@@ -20,6 +20,7 @@ from metalearn.inner.config import InnerLoop
 from metalearn.inner.diagnostics import check_losses_finite, explain_torch_errors
 from metalearn.inner.losses import task_losses
 from metalearn.inner.state import (
+    InnerState,
     adapted_param_names,
     apply_update,
     check_params_match_config,
@@ -29,16 +30,16 @@ from metalearn.inner.state import (
 
 
 def inner_step(
-    forward: Forward, carry: Params, support_x: Tensor, support_y: Tensor, inner: InnerLoop, *, loss: Loss, k: int
-) -> tuple[Params, Tensor]:
-    """The k-th gradient step of every task.
+    forward: Forward, state: InnerState, support_x: Tensor, support_y: Tensor, inner: InnerLoop, *, loss: Loss, k: int
+) -> tuple[InnerState, Tensor]:
+    """Take the k-th gradient step of every task.
 
-    The result is differentiable through ``carry`` if that is (and gradients are enabled); if ``inner.second_order``
-    is set, through the gradient as well.
+    If ``state`` carries a graph and gradients are enabled, the result is differentiable through it, and with
+    ``inner.second_order`` through the inner gradient as well.
 
     Args:
         forward: one task's model.
-        carry: what ``init_state`` or the step before gave.
+        state: from ``init_state`` or the step before.
         support_x: ``[T, S, ...]``.
         support_y: ``[T, S, ...]``.
         inner: the settings.
@@ -46,33 +47,33 @@ def inner_step(
         k: from 0.
 
     Returns:
-        ``(carry, losses)``: after the step, and the support losses ``[T]`` before it, detached.
+        ``(state, losses)``: after the step, and the support losses ``[T]`` before it, detached.
 
     Raises:
         ValueError: if the support loss depends on no parameter that is adapted.
     """
-    grads, losses = support_gradients(forward, carry, support_x, support_y, inner, loss=loss, k=k)
-    return apply_update(carry, grads, inner, k), losses
+    grads, losses = support_gradients(forward, state, support_x, support_y, inner, loss=loss, k=k)
+    return apply_update(state, grads, inner, k), losses
 
 
 def support_gradients(
-    forward: Forward, carry: Params, support_x: Tensor, support_y: Tensor, inner: InnerLoop, *, loss: Loss, k: int
+    forward: Forward, state: InnerState, support_x: Tensor, support_y: Tensor, inner: InnerLoop, *, loss: Loss, k: int
 ) -> tuple[Params, Tensor]:
-    """g_k of every task, for the parameters that are adapted, and the support losses ``[T]``, detached.
+    """Return g_k of every task, for the adapted parameters, and the support losses ``[T]``, detached.
 
-    The gradients carry a graph in second order, if ``carry`` does and gradients are enabled; all else is as in
+    The gradients carry a graph in second order, if ``state`` does and gradients are enabled. The arguments are those of
     ``inner_step``.
     """
-    names = adapted_param_names(carry, inner)
-    differentiable = torch.is_grad_enabled() and any(w.requires_grad for w in carry.values())
+    names = adapted_param_names(state, inner)
+    differentiable = torch.is_grad_enabled() and any(w.requires_grad for w in state.values())
     with torch.enable_grad():
-        at = carry if differentiable else {name: w.detach() for name, w in carry.items()}
-        own = {n: at[n] if at[n].requires_grad else at[n].detach().requires_grad_() for n in names}
-        losses, _ = task_losses(forward, params_at_step({**at, **own}, inner, k), support_x, support_y, loss=loss)
+        at = state if differentiable else {name: w.detach() for name, w in state.items()}
+        adapted = {n: at[n] if at[n].requires_grad else at[n].detach().requires_grad_() for n in names}
+        losses, _ = task_losses(forward, params_at_step({**at, **adapted}, inner, k), support_x, support_y, loss=loss)
         total, create_graph = losses.sum(), inner.second_order and differentiable
         if create_graph:
-            check_twice_differentiable(total, own.values())
-        grads = grad_of(total, own, create_graph=create_graph)
+            check_twice_differentiable(total, adapted.values())
+        grads = grad_of(total, adapted, create_graph=create_graph)
     return grads, losses.detach()
 
 
@@ -118,9 +119,9 @@ def adapt(
     check_params_match_config(params, inner)
     support_losses = []
     with explain_torch_errors({"support_x": support_x, "support_y": support_y}, params):
-        carry = init_state(forward, params, support_x, support_y, inner)
+        state = init_state(forward, params, support_x, support_y, inner)
         for k in range(inner.steps):
-            carry, losses = inner_step(forward, carry, support_x, support_y, inner, loss=loss, k=k)
+            state, losses = inner_step(forward, state, support_x, support_y, inner, loss=loss, k=k)
             support_losses.append(losses)
         check_losses_finite(support_losses)
-    return params_at_step(carry, inner, inner.steps)
+    return params_at_step(state, inner, inner.steps)

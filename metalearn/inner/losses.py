@@ -22,7 +22,7 @@ class TaskLosses(NamedTuple):
 
 
 def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: Loss) -> TaskLosses:
-    """Every task's loss under its own parameters.
+    """Compute the loss of every task under the task's own parameters.
 
     Args:
         forward: one task's model.
@@ -32,9 +32,9 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
         loss: one task's mean loss.
 
     Raises:
-        TypeError: if ``forward`` or ``loss`` gives something other than a tensor.
-        ValueError: if ``loss`` gives more than one number for a task, or if the model cannot be batched or changes a
-            parameter in place.
+        TypeError: if ``forward`` or ``loss`` does not return a tensor.
+        ValueError: if ``loss`` returns more than one number for a task, or if the model changes an input or a parameter
+            in place.
     """
 
     def one_task(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,8 +47,8 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
         check_tensors({"the loss": value})
         return value
 
-    with check_no_inplace_writes(_called(fast, x, y)):
-        if (predictions := _at_once(forward, fast, x)) is not None:
+    with check_no_inplace_writes(_named_tensors(fast, x, y)):
+        if (predictions := _batched_predictions(forward, fast, x)) is not None:
             losses = over_tasks(loss_of, predictions, y, model=forward, loss=loss)
         else:
             losses, predictions = over_tasks(one_task, fast, x, y, model=forward, loss=loss)
@@ -60,39 +60,42 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
     return TaskLosses(losses, predictions)
 
 
-def _at_once(forward: Forward, fast: Params, x: Tensor) -> Tensor | None:
+def _batched_predictions(forward: Forward, fast: Params, x: Tensor) -> Tensor | None:
     """Every task's predictions without ``vmap``, where the model offers them and the kernels take its tensors."""
-    of_tasks: Callable[[Params, Tensor], Tensor | None] | None = getattr(forward, "of_tasks", None)
-    if not (of_tasks and x.ndim == 5 and kernels_support(fast, x)):
+    batched: Callable[[Params, Tensor], Tensor | None] | None = getattr(forward, "batched_forward", None)
+    if not (batched and x.ndim == 5 and kernels_support(fast, x)):
         return None
     with differentiable_layers():
-        return of_tasks(fast, x)
+        return batched(fast, x)
 
 
 def task_predictions(forward: Forward, fast: Params, x: Tensor) -> Tensor:
-    """Every task's predictions ``[T, examples, ...]``, as ``task_losses`` computes them; differentiable."""
-    with check_no_inplace_writes(_called(fast, x)):
-        if (predictions := _at_once(forward, fast, x)) is None:
+    """Return every task's predictions ``[T, examples, ...]``, as ``task_losses`` computes them; differentiable."""
+    with check_no_inplace_writes(_named_tensors(fast, x)):
+        if (predictions := _batched_predictions(forward, fast, x)) is None:
             predictions = over_tasks(forward, fast, x, model=forward)
     return predictions
 
 
 def predict(forward: Forward, fast: Params, x: Tensor) -> Tensor:
-    """Every task's predictions ``[T, examples, ...]`` under its own parameters, for ``x`` ``[T, examples, ...]``."""
+    """Predict for inputs ``x`` ``[T, examples, ...]`` of T tasks, each under its own parameters ``[T, ...]``."""
     check_forward(forward)
     check_param_dict(fast)
-    check_tensors({"x": x, **_called(fast)})
-    with explain_torch_errors({"x": x}, fast), check_no_inplace_writes(_called(fast, x)):
+    check_tensors({"x": x, **_named_tensors(fast)})
+    with explain_torch_errors({"x": x}, fast), check_no_inplace_writes(_named_tensors(fast, x)):
         predictions: Tensor = over_tasks(forward, fast, x, model=forward)
     return predictions
 
 
-def _called(fast: Params, *examples: Tensor) -> dict[str, Tensor]:
-    """Tensors by what an error calls them."""
+def _named_tensors(fast: Params, *examples: Tensor) -> dict[str, Tensor]:
+    """Return tensors by their names in error messages."""
     named = {f"parameter '{name}'": w for name, w in fast.items()}
     return named | dict(zip(("the inputs x", "the targets y"), examples, strict=False))
 
 
 def total_support_loss(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: Loss) -> Tensor:
-    """Sum of the tasks' support losses: its gradient is every task's own, its Hessian a block for every task."""
+    """Return the sum of the tasks' support losses.
+
+    Its gradient holds every task's own gradient, and its Hessian is block-diagonal over tasks.
+    """
     return task_losses(forward, fast, x, y, loss=loss).losses.sum()

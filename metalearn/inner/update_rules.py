@@ -1,73 +1,86 @@
-"""Update rules: which way a task's parameters go, given the gradient of its support loss; differentiable throughout.
+"""Update rules: from the gradients of a task's support loss to the direction of its step; differentiable throughout.
 
     theta_{k+1} = theta_k - alpha * d_k,    d_k = rule(g_0, ..., g_k),    g_k = dL_support(theta_k) / dtheta_k
 
-A rule gives d_k. The step size alpha, fixed or learned, weight decay and clipping are settings of ``InnerLoop``, and go
-with every rule. A rule of one's own is any object with the two members of ``UpdateRule``.
+A rule gives d_k. The step size alpha, fixed or learned, weight decay and clipping are settings of ``InnerLoop``, for
+every rule. Any object with the two methods of ``UpdateRule`` is a rule.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from metalearn.core.deprecation import add_former_methods, adopt_former_methods
 from metalearn.core.types import Params
 
 SEPARATOR = "::"
-"""In the names of what is no parameter of the model: ``momentum::head.weight``, ``lr::head.weight``."""
+"""In the names of entries that are no parameter of the model: ``momentum::head.weight``, ``lr::head.weight``."""
 
 
 def without_state(tree: Params) -> Params:
-    """The model's own entries, without step sizes, statistics and what a rule remembers."""
+    """Return the model's parameters, without step sizes, statistics and the rule's state."""
     return {name: w for name, w in tree.items() if SEPARATOR not in name}
 
 
-class UpdateRule(Protocol):
-    """From gradients to directions, of T tasks at once. Make it a frozen dataclass: it is part of the settings."""
-
-    def start(self, fast: Params) -> Params:
-        """What the rule remembers, before the first step: tensors ``[T, ...]`` under names of ``state_key``.
-
-        Args:
-            fast: the parameters that are adapted, ``[T, ...]``.
-        """
-
-    def __call__(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
-        """Directions, named and shaped like the gradients, and the new state, all by differentiable operations.
-
-        Args:
-            k: number of the step, from 0.
-            grads: every task's own gradients, ``[T, ...]``.
-            state: what ``start`` or the step before gave.
-        """
-
-
 def state_key(kind: str, name: str) -> str:
-    """What a rule remembers of a parameter: ``momentum::head.weight``."""
+    """Return the name of a parameter's entry in a rule's state: ``momentum::head.weight``."""
     return f"{kind}{SEPARATOR}{name}"
 
 
+class UpdateRule(Protocol):
+    """Maps gradients to directions, for T tasks at once. Make it a frozen dataclass: it is part of the settings."""
+
+    def init(self, fast: Params) -> Params:
+        """Return the rule's state before the first step: tensors ``[T, ...]`` under names made by ``state_key``.
+
+        Args:
+            fast: the adapted parameters, ``[T, ...]``.
+        """
+
+    def update(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
+        """Return directions, named and shaped like the gradients, and the new state, by differentiable operations.
+
+        Args:
+            k: number of the step, from 0.
+            grads: each task's gradients, ``[T, ...]``.
+            state: from ``init`` or the step before.
+        """
+
+
+FORMER_METHODS = {"start": "init", "__call__": "update"}
+
+
+class _Rule:
+    """Base of the rules below. The former names of its methods still work, in calls and in subclasses."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        adopt_former_methods(cls, FORMER_METHODS)
+        add_former_methods(cls, FORMER_METHODS)
+
+
 @dataclass(frozen=True)
-class SGD:
+class SGD(_Rule):
     """d_k = g_k."""
 
-    def start(self, fast: Params) -> Params:
-        """Nothing."""
+    def init(self, fast: Params) -> Params:
+        """Return an empty state."""
         return {}
 
-    def __call__(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
-        """As ``UpdateRule``."""
+    def update(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
+        """Return the gradients as directions."""
         return grads, state
 
 
 @dataclass(frozen=True)
-class Momentum:
+class Momentum(_Rule):
     """v_k = mu v_{k-1} + g_k, from v = 0;  d_k = v_k, or with Nesterov's g_k + mu v_k.
 
-    As ``torch.optim.SGD`` without dampening (Sutskever et al. 2013, with the step size outside of v).
+    Equals ``torch.optim.SGD`` without dampening (Sutskever et al. 2013, with the step size outside of v).
 
     Args:
         momentum: mu, at least 0 and below 1.
@@ -83,23 +96,23 @@ class Momentum:
     def __post_init__(self) -> None:
         _check_fraction("Momentum", "momentum", self.momentum)
 
-    def start(self, fast: Params) -> Params:
-        """No velocity."""
+    def init(self, fast: Params) -> Params:
+        """Return zero velocities."""
         return {state_key("momentum", name): torch.zeros_like(w) for name, w in fast.items()}
 
-    def __call__(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
-        """As ``UpdateRule``."""
+    def update(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
+        """Return the directions and the new velocities."""
         v = {name: self.momentum * state[state_key("momentum", name)] + g for name, g in grads.items()}
         directions = {name: g + self.momentum * v[name] for name, g in grads.items()} if self.nesterov else v
         return directions, {state_key("momentum", name): w for name, w in v.items()}
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(_Rule):
     """d_k = m / (sqrt(v) + eps), with m and v the averages of g and g^2, corrected for their start at 0.
 
-    As ``torch.optim.Adam`` (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1). The first direction is g / (|g| + eps),
-    whose derivative at g = 0 is 1 / eps: with the usual eps of 1e-8 meta-gradients may be huge where an entry of the
+    Equals ``torch.optim.Adam`` (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1). The first direction is g / (|g| + eps)
+    with derivative 1 / eps at g = 0: with the usual eps of 1e-8 meta-gradients may be huge where an entry of the
     gradient is nearly 0, and a larger one tames them. An entry that has always been 0 passes nothing through v.
 
     Args:
@@ -120,44 +133,44 @@ class Adam:
         if not self.eps > 0:
             raise ValueError(f"Adam: eps={self.eps!r}; it must be positive.")
 
-    def start(self, fast: Params) -> Params:
-        """Both averages are 0."""
+    def init(self, fast: Params) -> Params:
+        """Return zero averages."""
         return {state_key(kind, name): torch.zeros_like(w) for kind in ("mean", "square") for name, w in fast.items()}
 
-    def __call__(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
-        """As ``UpdateRule``."""
-        of_mean, of_square = self.betas
-        directions, after = {}, {}
+    def update(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
+        """Return the directions and the new averages."""
+        beta_1, beta_2 = self.betas
+        directions, new_state = {}, {}
         for name, g in grads.items():
-            mean, square = (state_key(kind, name) for kind in ("mean", "square"))
-            after[mean] = m = of_mean * state[mean] + (1 - of_mean) * g
-            after[square] = v = of_square * state[square] + (1 - of_square) * g * g
-            root = _sqrt(v / (1 - of_square ** (k + 1)))
-            directions[name] = m / (1 - of_mean ** (k + 1)) / (root + self.eps)
-        return directions, after
-
-
-def _sqrt(v: Tensor) -> Tensor:
-    """The square root, with derivative 0 and not infinity where ``v`` is 0."""
-    positive = v > 0
-    return torch.where(positive, torch.where(positive, v, 1.0).sqrt(), 0.0)
-
-
-def clip_by_norm(grads: Params, largest: float) -> Params:
-    """Every task's gradients scaled down to that norm over all of its parameters, if they exceed it.
-
-    As ``torch.nn.utils.clip_grad_norm_``, task by task and differentiable.
-    """
-    squares = torch.stack([(g * g).flatten(1).sum(dim=1) for g in grads.values()]).sum(dim=0)  # [T]
-    factor = (largest / (_sqrt(squares) + 1e-6)).clamp(max=1.0)
-    return {name: broadcast_over_params(factor, g) * g for name, g in grads.items()}
-
-
-def broadcast_over_params(factor: Tensor, like: Tensor) -> Tensor:
-    """One number a task, ``[T]``, shaped so that it multiplies ``[T, ...]``."""
-    return factor.view(-1, *[1] * (like.ndim - 1))
+            mean, square = state_key("mean", name), state_key("square", name)
+            new_state[mean] = m = beta_1 * state[mean] + (1 - beta_1) * g
+            new_state[square] = v = beta_2 * state[square] + (1 - beta_2) * g * g
+            root = _sqrt_with_zero_grad(v / (1 - beta_2 ** (k + 1)))
+            directions[name] = m / (1 - beta_1 ** (k + 1)) / (root + self.eps)
+        return directions, new_state
 
 
 def _check_fraction(rule: str, name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"{rule}: {name}={value!r}; it must be at least 0 and below 1.")
+
+
+def _sqrt_with_zero_grad(v: Tensor) -> Tensor:
+    """Return the square root, with derivative 0 and not infinity where ``v`` is 0."""
+    positive = v > 0
+    return torch.where(positive, torch.where(positive, v, 1.0).sqrt(), 0.0)
+
+
+def clip_by_norm(grads: Params, max_norm: float) -> Params:
+    """Scale each task's gradients down to a norm over all its parameters, if they exceed it.
+
+    Equals ``torch.nn.utils.clip_grad_norm_`` for each task, and is differentiable.
+    """
+    squares = torch.stack([(g * g).flatten(1).sum(dim=1) for g in grads.values()]).sum(dim=0)  # [T]
+    factor = (max_norm / (_sqrt_with_zero_grad(squares) + 1e-6)).clamp(max=1.0)
+    return {name: broadcast_over_params(factor, g) * g for name, g in grads.items()}
+
+
+def broadcast_over_params(factor: Tensor, like: Tensor) -> Tensor:
+    """Reshape one number for each task, ``[T]``, so that it multiplies ``[T, ...]``."""
+    return factor.view(-1, *[1] * (like.ndim - 1))

@@ -1,4 +1,4 @@
-"""Lessons on second and higher derivatives, one module each; ``python scripts/gradients.py`` runs them."""
+"""Lessons on second and higher derivatives, one per module; ``python scripts/gradients.py`` runs them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from metalearn.lessons import (
     hvp,
     maml,
     newton,
-    orders,
+    nth_order,
     pinn,
     sharpness,
 )
@@ -23,7 +23,7 @@ from metalearn.lessons.lesson import Check, Lesson
 LESSONS: dict[str, Callable[[], Lesson]] = {
     "create_graph": create_graph.lesson,
     "backward": backward.lesson,
-    "orders": orders.lesson,
+    "orders": nth_order.lesson,
     "graph": graph.lesson,
     "hvp": hvp.lesson,
     "dense_hessian": dense_hessian.lesson,

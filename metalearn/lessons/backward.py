@@ -1,4 +1,4 @@
-"""The same second derivative through ``backward(create_graph=True)``, and why ``autograd.grad`` is safer.
+"""Second derivatives through ``backward(create_graph=True)``, and why ``autograd.grad`` is safer.
 
 ``backward`` adds to ``x.grad``, which belongs to x. With a graph of its own, that gradient leads back to x:
 
@@ -17,43 +17,41 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from metalearn.lessons.figures import BLUE, GREEN, VERMILION, panels
-from metalearn.lessons.lesson import Check, Lesson, source_of
-from metalearn.lessons.outcomes import leaf
+from metalearn.lessons.lesson import BLUE, GREEN, VERMILION, Check, Lesson, leaf, panels, source_of
 
 _CLAIM = """\
 backward(create_graph=True) leaves the first derivative in x.grad, with a graph. A second backward gives the second \
-derivative only if x.grad is set to None in between. Left as it is, the two are added up, 6 + 2 = 8. Zeroed in \
-place, x.grad.zero_() changes the first derivative itself, as that is the same tensor: the second derivative comes \
-out as 0, without an error.
+derivative only if x.grad is set to None in between. Otherwise the two are added, 6 + 2 = 8. Zeroing it in place with \
+x.grad.zero_() changes the first derivative itself, which is the same tensor: the second derivative is then 0, without \
+an error.
 
-x.grad with a graph closes a cycle, x -> x.grad -> graph -> x, through which all three stay in memory. The cycle \
-runs through C++, so Python's garbage collector does not free it either. torch says so in a warning, once in a \
-process. autograd.grad returns the gradient and stores it nowhere: nothing to reset, nothing leaks."""
+x.grad with a graph closes a cycle, x -> x.grad -> graph -> x, which keeps all three in memory. The cycle runs through \
+C++, so Python's garbage collector does not free it either. torch warns of it once per process. autograd.grad returns \
+the gradient and stores it nowhere: there is nothing to reset, and nothing leaks."""
 
 _TENSORS = 40
 _SIZE = 32_768  # numbers of float64 in each, 0.25 MiB
 
 
 def by_backward(reset: Callable[[Tensor], None]) -> float:
-    """Second derivative of x^2 at 3 by two backward passes."""
+    """Return the second derivative of x^2 at 3 by two backward passes."""
     x = leaf(3.0)
     (x**2).backward(create_graph=True)
     dy = grad_of(x)  # 2 x = 6, with a graph
     reset(x)
     dy.backward()  # adds 2 to x.grad, if there is one
     second = grad_of(x).item()
-    x.grad = None  # else x is never freed
+    x.grad = None  # otherwise x is never freed
     return second
 
 
 def to_none(x: Tensor) -> None:
-    """Forget the gradient; the tensor that it was lives on as ``dy``."""
+    """Drop the gradient; the tensor itself lives on as ``dy``."""
     x.grad = None
 
 
 def to_zero(x: Tensor) -> None:
-    """Overwrite the gradient, and so ``dy``, which is the same tensor."""
+    """Overwrite the gradient, and with it ``dy``, which is the same tensor."""
     grad_of(x).zero_()
 
 
@@ -62,72 +60,72 @@ def leave(x: Tensor) -> None:
 
 
 def backward(x: Tensor) -> None:
-    """Leaves the gradient, with its graph, in x.grad."""
+    """Leave the gradient, with its graph, in x.grad."""
     (x**2).sum().backward(create_graph=True)
 
 
 def backward_then_reset(x: Tensor) -> None:
-    """The remedy that torch's warning names."""
+    """Apply the remedy that torch's warning names."""
     (x**2).sum().backward(create_graph=True)
     x.grad = None
 
 
 def autograd_grad(x: Tensor) -> None:
-    """Returns the gradient; nothing refers to it from x."""
+    """Compute the gradient without storing it in x."""
     torch.autograd.grad((x**2).sum(), x, create_graph=True)
 
 
 def alive_after(differentiate: Callable[[Tensor], None]) -> tuple[str, str]:
-    """Whether x outlives its name, and whether it outlives a garbage collection as well."""
+    """Return whether x outlives its name, and whether it also outlives a garbage collection."""
     x = leaf(3.0)
-    watched = weakref.ref(x)
+    reference = weakref.ref(x)
     with no_garbage_collection():
         differentiate(x)
         del x
-        unnamed = alive(watched)
+        unnamed = alive_or_freed(reference)
     gc.collect()
-    collected = alive(watched)
-    release(watched)
+    collected = alive_or_freed(reference)
+    break_cycle(reference)
     return unnamed, collected
 
 
-def held(differentiate: Callable[[Tensor], None]) -> list[float]:
-    """MiB of x and of its gradient that are alive, after each of many tensors was differentiated and dropped."""
-    watched: list[weakref.ref[Tensor]] = []
+def memory_held(differentiate: Callable[[Tensor], None]) -> list[float]:
+    """Return the MiB of x and of its gradient that are alive after each of many tensors was dropped."""
+    references: list[weakref.ref[Tensor]] = []
     mib = []
     for _ in range(_TENSORS):
         x = torch.ones(_SIZE, dtype=torch.float64, requires_grad=True)
-        watched.append(weakref.ref(x))
+        references.append(weakref.ref(x))
         differentiate(x)
         del x
-        living = [tensor for ref in watched if (tensor := ref()) is not None]
+        living = [tensor for ref in references if (tensor := ref()) is not None]
         mib.append(sum(x.nbytes + (0 if x.grad is None else x.grad.nbytes) for x in living) / 2**20)
         del living
-    for ref in watched:
-        release(ref)
+    for ref in references:
+        break_cycle(ref)
     return mib
 
 
 def grad_of(x: Tensor) -> Tensor:
-    """x.grad, which is there."""
+    """Return x.grad, which must exist."""
     assert x.grad is not None
     return x.grad
 
 
-def alive(watched: weakref.ref[Tensor]) -> str:
-    """In a word that a check can hold."""
-    return "alive" if watched() is not None else "freed"
+def alive_or_freed(reference: weakref.ref[Tensor]) -> str:
+    """Return a word for a check."""
+    return "alive" if reference() is not None else "freed"
 
 
-def release(watched: weakref.ref[Tensor]) -> None:
+def break_cycle(reference: weakref.ref[Tensor]) -> None:
     """Break the cycle, so that the lesson itself leaks nothing."""
-    if (x := watched()) is not None:
+    if (x := reference()) is not None:
         x.grad = None
 
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """What is freed in here, reference counts freed."""
+    """Disable the garbage collector, so that only reference counting frees memory."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -138,7 +136,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def cycle_warnings(differentiate: Callable[[Tensor], None]) -> list[str]:
-    """The warnings about a reference cycle, also if this process has had its one already."""
+    """Return the warnings about a reference cycle, even if this process has already had its one."""
     always = torch.is_warn_always_enabled()
     torch.set_warn_always(True)
     try:
@@ -156,8 +154,8 @@ def lesson() -> Lesson:
     """Run the lesson."""
     with warnings.catch_warnings():  # the warning is a check of its own
         warnings.filterwarnings("ignore", message=".*reference cycle")
-        kept = {f.__name__: held(f) for f in (backward, backward_then_reset, autograd_grad)}
-        checks = [*_values(), *_lifetimes(), *_memory(kept)]
+        memory = {f.__name__: memory_held(f) for f in (backward, backward_then_reset, autograd_grad)}
+        checks = [*_values(), *_lifetimes(), *_memory(memory)]
     warning = cycle_warnings(backward)
     checks += [
         Check("warnings of a cycle by backward", len(warning), 1, source="observed"),
@@ -169,7 +167,7 @@ def lesson() -> Lesson:
         code=source_of(by_backward, alive_after, backward, autograd_grad),
         checks=checks,
         notes=[f"torch warns: {text.partition('. ')[0]}." for text in warning],
-        plots={"memory_held": _plot(kept)},
+        plots={"memory_held": _plot(memory)},
     )
 
 
@@ -209,23 +207,27 @@ def _lifetimes() -> list[Check]:
     return checks
 
 
-def _memory(kept: dict[str, list[float]]) -> list[Check]:
+def _memory(memory: dict[str, list[float]]) -> list[Check]:
     leaked = 2 * _TENSORS * _SIZE * 8 / 2**20  # x and x.grad, 8 bytes a number
     return [
-        Check(f"MiB held after {_TENSORS} tensors: backward", kept["backward"][-1], leaked),
-        Check(f"MiB held after {_TENSORS} tensors: backward, then x.grad = None", kept["backward_then_reset"][-1], 0.0),
-        Check(f"MiB held after {_TENSORS} tensors: autograd.grad", kept["autograd_grad"][-1], 0.0),
+        Check(f"MiB held after {_TENSORS} tensors: backward", memory["backward"][-1], leaked),
+        Check(
+            f"MiB held after {_TENSORS} tensors: backward, then x.grad = None",
+            memory["backward_then_reset"][-1],
+            0.0,
+        ),
+        Check(f"MiB held after {_TENSORS} tensors: autograd.grad", memory["autograd_grad"][-1], 0.0),
     ]
 
 
-def _plot(kept: dict[str, list[float]]) -> Figure:
+def _plot(memory: dict[str, list[float]]) -> Figure:
     figure, (axes,) = panels(1, width=7.5, height=3.6)
     count = range(1, _TENSORS + 1)
-    axes.plot(count, kept["backward"], color=VERMILION, linewidth=2, label="backward(create_graph=True)")
-    axes.plot(count, kept["backward_then_reset"], color=GREEN, linewidth=4, label="the same, then x.grad = None")
+    axes.plot(count, memory["backward"], color=VERMILION, linewidth=2, label="backward(create_graph=True)")
+    axes.plot(count, memory["backward_then_reset"], color=GREEN, linewidth=4, label="the same, then x.grad = None")
     axes.plot(
         count,
-        kept["autograd_grad"],
+        memory["autograd_grad"],
         color=BLUE,
         linewidth=1.8,
         linestyle="--",

@@ -1,8 +1,8 @@
-"""The Hessian of ten million parameters is applied in the memory of a few vectors; as a matrix it has 4 x 10^14 bytes.
+"""Apply the Hessian of ten million parameters in the memory of a few vectors; the matrix has 4 x 10^14 bytes.
 
     f(x) = sum_i (-cos x_i) + (sum_i x_i)^2 / 2n,      H = diag(cos x) + 1 1^T / n,      H v = cos(x) v + mean(v) 1
 
-Every entry of H is there, so no sparse format could hold it either.
+No entry of H is zero, so a sparse format could not hold it either.
 """
 
 from __future__ import annotations
@@ -15,48 +15,46 @@ from torch import Tensor
 
 from metalearn.core.profiling.memory import PeakTensorMemory
 from metalearn.derivatives import HVP_MODES, hvp
-from metalearn.lessons.figures import BLUE, GREY, VERMILION, panels
-from metalearn.lessons.lesson import Check, Lesson, source_of
-from metalearn.lessons.outcomes import error_message
+from metalearn.lessons.lesson import BLUE, GREY, VERMILION, Check, Lesson, error_message, panels, source_of
 
 N = 10**7
-_MOST_VECTORS = 12.0
-"""Bound on the peak: 4 to 7 were measured, and another version of torch may hold some more."""
+_MAX_VECTORS = 12.0
+"""Bound on the peak: 4 to 7 were measured, and another version of torch may need some more."""
 
 _CLAIM = """\
-A product with the Hessian takes the memory of a few vectors, whatever n is. At n = 10^7 a float32 vector has 40 MB \
-and the matrix would have 4 x 10^14 bytes, 400 TB. The product is held entry by entry against its formula.
+A product with the Hessian takes the memory of a few vectors for any n. At n = 10^7 a float32 vector has 40 MB, and \
+the matrix would have 4 x 10^14 bytes, 400 TB. Every entry of the product is compared with its formula.
 
-Two things are commonly got wrong with grad_outputs. After a gradient without create_graph=True, the second \
-autograd.grad raises a RuntimeError; it returns neither zeros nor None. And with a graph, grad_outputs=ones gives \
-neither the Hessian nor its diagonal but H 1, the sums of its rows: the diagonal only where all else is zero."""
+Two mistakes with grad_outputs are common. After a gradient without create_graph=True, the second autograd.grad raises \
+a RuntimeError; it returns neither zeros nor None. And with a graph, grad_outputs=ones gives neither the Hessian nor \
+its diagonal but H 1, the sums of its rows, which is the diagonal only if all other entries are zero."""
 
 
 def f(x: Tensor) -> Tensor:
-    """A sum over entries, and a square of their sum that couples every entry with every other."""
+    """Sum a function of every entry, and a square of the sum, which couples all entries."""
     return -x.cos().sum() + x.sum() ** 2 / (2 * x.numel())
 
 
 def known_product(x: Tensor, v: Tensor) -> Tensor:
-    """H v by hand, in float64: the diagonal's part, and the same number everywhere from the coupling."""
+    """Compute H v by the formula, in float64: the diagonal part, and one number everywhere from the coupling."""
     x, v = x.double(), v.double()
     return x.cos() * v + v.mean()
 
 
 def peak_of_product(x: Tensor, v: Tensor, mode: str) -> tuple[Tensor, float]:
-    """H v, and the largest number of vectors of its size that were alive at once, without x and v."""
+    """Return H v, and the peak number of live vectors of its size, without x and v."""
     with PeakTensorMemory() as live:
         product = hvp(f, x, v, mode=mode)
     return product, live.peak / x.nbytes
 
 
 def small(x: Tensor) -> Tensor:
-    """x1^2 x2 + x2 x3^2, with the Hessian [[2 x2, 2 x1, 0], [2 x1, 0, 2 x3], [0, 2 x3, 2 x2]]."""
+    """Compute x1^2 x2 + x2 x3^2, with the Hessian [[2 x2, 2 x1, 0], [2 x1, 0, 2 x3], [0, 2 x3, 2 x2]]."""
     return x[0] ** 2 * x[1] + x[1] * x[2] ** 2
 
 
 def with_ones(x: Tensor, *, create_graph: bool) -> Tensor:
-    """What ``grad_outputs=ones`` makes of a gradient."""
+    """Differentiate a gradient with ``grad_outputs=ones``."""
     (grads,) = torch.autograd.grad(small(x), x, create_graph=create_graph)
     (result,) = torch.autograd.grad(grads, x, grad_outputs=torch.ones_like(grads))
     return result
@@ -74,9 +72,9 @@ def lesson() -> Lesson:
         began = time.perf_counter()
         hvp(f, x, v, mode=mode)
         seconds = time.perf_counter() - began
-        within = "yes" if peaks[mode] <= _MOST_VECTORS else f"{peaks[mode]:.1f} vectors"
+        within = "yes" if peaks[mode] <= _MAX_VECTORS else f"{peaks[mode]:.1f} vectors"
         checks.append(Check(f"{mode}: largest error of an entry of H v", error, 0.0, 1e-5))
-        checks.append(Check(f"{mode}: peak within {_MOST_VECTORS:.0f} vectors of 40 MB", within, "yes", source="bound"))
+        checks.append(Check(f"{mode}: peak within {_MAX_VECTORS:.0f} vectors of 40 MB", within, "yes", source="bound"))
         notes.append(f"{mode}: {peaks[mode]:.1f} vectors ({peaks[mode] * x.nbytes / 1e6:,.0f} MB) and {seconds:.2f} s")
     return Lesson(
         title="The Hessian of ten million parameters, applied",
@@ -94,7 +92,7 @@ def _matrix_bytes() -> Check:
 
 
 def _ones() -> list[Check]:
-    """At (1, 2, 3) H = [[4, 2, 0], [2, 0, 6], [0, 6, 4]]: row sums (6, 8, 10), diagonal (4, 0, 4)."""
+    """Check at (1, 2, 3), where H = [[4, 2, 0], [2, 0, 6], [0, 6, 4]]: row sums (6, 8, 10), diagonal (4, 0, 4)."""
     x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
     raised = error_message(lambda: with_ones(x, create_graph=False))
     named = "RuntimeError, does not require grad"

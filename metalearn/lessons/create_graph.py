@@ -5,30 +5,40 @@ y = x^2,    dy/dx = 2 x = 6,    d2y/dx2 = 2    at x = 3
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from metalearn.derivatives import hessian
-from metalearn.lessons.figures import BLUE, VERMILION, panels
-from metalearn.lessons.lesson import Check, Lesson, source_of
-from metalearn.lessons.outcomes import error_message, leaf, value_or_error
+from metalearn.lessons.lesson import (
+    BLUE,
+    VERMILION,
+    Check,
+    Lesson,
+    error_message,
+    leaf,
+    panels,
+    source_of,
+    value_or_error,
+)
 
 _CLAIM = """\
 With create_graph=True a gradient carries a graph of its own and can be differentiated again. Without it the second \
 call raises a RuntimeError. It does not return zeros, as is often written, and retain_graph=True is no remedy.
 
-It fails in silence where the gradient is one part of a sum. The sum still has a graph through its other parts, and \
-the gradient counts as a constant in it. First-order MAML does this on purpose.
+It fails silently where the gradient is one term of a sum. The sum still has a graph through its other terms, and the \
+gradient counts as a constant. First-order MAML does this on purpose.
 
-Real zeros come from the function. A network of ReLUs is piecewise linear in its input, so its second derivative \
-there is zero almost everywhere; in the weights of two layers, and of any loss that is curved, it is not. Where the \
-gradient is a constant (5 x), the second call raises as well. Where it has a graph that misses x (w x, with w a \
-parameter), allow_unused=True makes the error a None and materialize_grads=True a zero."""
+Real zeros come from the function. A network of ReLUs is piecewise linear in its input, so its second derivative in \
+the input is zero almost everywhere; in the weights of two layers, and for any curved loss, it is not. Where the \
+gradient is a constant (5 x), the second call raises as well. Where its graph does not contain x (w x, with w a \
+parameter), allow_unused=True turns the error into None and materialize_grads=True into a zero."""
 
 
 def twice(*, create_graph: bool, retain_graph: bool | None = None) -> tuple[Tensor, Tensor]:
-    """First and second derivative of x^2 at 3."""
+    """Return the first and second derivative of x^2 at 3."""
     x = leaf(3.0)
     y = x**2
     (dy,) = torch.autograd.grad(y, x, create_graph=create_graph, retain_graph=retain_graph)
@@ -37,7 +47,7 @@ def twice(*, create_graph: bool, retain_graph: bool | None = None) -> tuple[Tens
 
 
 def penalised(*, create_graph: bool, detach: bool = False) -> Tensor:
-    """Gradient of x^3 + (dy/dx)^2, with y = x^2, at 3."""
+    """Return the gradient of x^3 + (dy/dx)^2, with y = x^2, at 3."""
     x = leaf(3.0)
     (dy,) = torch.autograd.grad(x**2, x, create_graph=create_graph)
     total = x**3 + (dy.detach() if detach else dy) ** 2
@@ -45,7 +55,7 @@ def penalised(*, create_graph: bool, detach: bool = False) -> Tensor:
 
 
 def linear(slope: Tensor, *, allow_unused: bool | None = None, materialize_grads: bool = False) -> Tensor | None:
-    """Second derivative of slope * x in x, which nothing leads to."""
+    """Return the second derivative of slope * x in x, which nothing depends on."""
     x = leaf(3.0)
     (dy,) = torch.autograd.grad(slope * x, x, create_graph=True)
     second: Tensor | None
@@ -54,14 +64,14 @@ def linear(slope: Tensor, *, allow_unused: bool | None = None, materialize_grads
 
 
 def detached() -> Tensor:
-    """As ``twice``, with the gradient cut out of its graph."""
+    """Do the same as ``twice``, with the gradient cut out of its graph."""
     x = leaf(3.0)
     (dy,) = torch.autograd.grad(x**2, x, create_graph=True)
     return torch.autograd.grad(dy.detach(), x)[0]
 
 
 def in_the_input(activation: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A network of one hidden layer at every entry of x, and its first two derivatives in x."""
+    """Return a network of one hidden layer at every entry of x, and its first two derivatives in x."""
     x = x.clone().requires_grad_()
     y = (activation(x[:, None] - KINKS) * HEIGHTS).sum(dim=1)
     (dy,) = torch.autograd.grad(y.sum(), x, create_graph=True)
@@ -70,12 +80,12 @@ def in_the_input(activation: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor
 
 
 def relu_in_its_weights(w: Tensor) -> Tensor:
-    """Two layers of one unit each, w2 relu(w1 x), at x = 3."""
+    """Compute two layers of one unit each, w2 relu(w1 x), at x = 3."""
     return w[1] * torch.relu(w[0] * 3.0)
 
 
 def squared_error(w: Tensor) -> Tensor:
-    """The loss of the same network, for the target 29."""
+    """Compute the loss of the same network, for the target 29."""
     return (relu_in_its_weights(w) - 29.0) ** 2
 
 
@@ -133,20 +143,15 @@ def _piecewise_linear() -> list[Check]:
 
 def _no_way_to_x() -> list[Check]:
     five = torch.tensor(5.0, dtype=torch.float64)
-    there_is_none = value_or_error(lambda: linear(five, materialize_grads=True))
+    observed: list[tuple[str, str, Callable[[], Tensor | None]]] = [
+        ("5 x: second call", "RuntimeError", lambda: linear(five)),
+        ("5 x, materialize_grads=True", "RuntimeError", lambda: linear(five, materialize_grads=True)),
+        ("w x, w a leaf: second call", "RuntimeError", lambda: linear(leaf(5.0))),
+        ("w x, allow_unused=True", "None", lambda: linear(leaf(5.0), allow_unused=True)),
+    ]
     flat = hessian(lambda x: five * x, torch.tensor(3.0, dtype=torch.float64))
     return [
-        Check("5 x: second call", value_or_error(lambda: linear(five)), "RuntimeError", source="observed"),
-        Check("5 x, materialize_grads=True", there_is_none, "RuntimeError", source="observed"),
-        Check(
-            "w x, w a leaf: second call", value_or_error(lambda: linear(leaf(5.0))), "RuntimeError", source="observed"
-        ),
-        Check(
-            "w x, allow_unused=True",
-            value_or_error(lambda: linear(leaf(5.0), allow_unused=True)),
-            "None",
-            source="observed",
-        ),
+        *(Check(name, value_or_error(compute), expected, source="observed") for name, expected, compute in observed),
         Check("w x, materialize_grads=True", value_or_error(lambda: linear(leaf(5.0), materialize_grads=True)), 0.0),
         Check("5 x: metalearn.derivatives.hessian", flat.item(), 0.0),
     ]

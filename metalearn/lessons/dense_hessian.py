@@ -1,8 +1,8 @@
-"""The dense Hessian takes n^2 numbers: quadratic in n, so it fits up to some 10^4 parameters, and 1,000 is small.
+"""The dense Hessian takes n^2 numbers: it fits up to some 10^4 parameters, and 1,000 are few.
 
     f(x) = sum_i x_i^4 / 12 + (sum_i x_i)^2 / 2n,      H = diag(x^2) + 1 1^T / n,      bytes = 4 n^2 in float32
 
-Two routes give the same matrix; hvp gives its products without it.
+Two methods give the same matrix; hvp gives its products without it.
 """
 
 from __future__ import annotations
@@ -19,30 +19,29 @@ from torch import Tensor
 
 from metalearn.core.profiling.memory import PeakTensorMemory
 from metalearn.derivatives import available_memory, hessian, hessian_bytes, hvp
-from metalearn.lessons.figures import BLUE, GREEN, GREY, VERMILION, panels
-from metalearn.lessons.lesson import Check, Lesson, source_of
+from metalearn.lessons.lesson import BLUE, GREEN, GREY, VERMILION, Check, Lesson, panels, source_of
 
 _SIZES = (10, 32, 100, 316, 1000, 3162, 10_000)
-_ALWAYS = 1000
-"""Sizes up to this one are measured whatever they take, so that the checks do not hang on a clock."""
+_ALWAYS_MEASURED_UP_TO = 1000
+"""Sizes up to this one are measured however long they take, so that the checks do not depend on the time."""
 
-_SECONDS = 3.0
-"""Budget for one Hessian; a size that is foreseen to take longer is left out."""
+_BUDGET_S = 3.0
+"""Budget for one Hessian; a size that is predicted to take longer is left out."""
 
 _CLAIM = """\
 A dense Hessian grows as n^2, not exponentially: ten times the parameters take a hundred times the bytes. It is often \
-said to be out of reach at n = 1,000. It has 1,000,000 entries there, which is 4,000,000 bytes in float32, and takes \
-milliseconds. What ends it is memory, near the size in the notes; beyond that hessian refuses before it allocates \
-anything and names the way out.
+said to be infeasible at n = 1,000. It has 1,000,000 entries there, which is 4,000,000 bytes in float32, and takes \
+milliseconds. The limit is memory, near the size in the notes; beyond it hessian raises an error before it allocates \
+anything, and names the alternatives.
 
-While it is computed, memory peaks at twice the matrix, as hessian_bytes says: its rows, and once more while they are \
-put together. derivatives.hessian differentiates the gradient in batches of 64 rows; torch.autograd.functional.hessian \
-goes row by row, one backward pass each. Both make the same matrix. A product by hvp takes n numbers, not n^2."""
+While it is computed, memory peaks at twice the matrix, as hessian_bytes says: its rows, and a copy while they are \
+concatenated. derivatives.hessian differentiates the gradient in batches of 64 rows; torch.autograd.functional.hessian \
+goes row by row, with one backward pass each. Both give the same matrix. A product by hvp takes n numbers, not n^2."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One result: size n, its bytes, seconds, and the bytes of all tensors at the peak where that was measured."""
+    """One result: size n, bytes of the result, seconds, and the peak bytes of all tensors if measured."""
 
     n: int
     entries: int
@@ -51,24 +50,24 @@ class Measured:
 
 
 def quartic(x: Tensor) -> Tensor:
-    """A function whose Hessian is full and known."""
+    """Compute a function whose Hessian is full and known."""
     return x.pow(4).sum() / 12 + x.sum().square() / (2 * x.numel())
 
 
 def batched(x: Tensor) -> Tensor:
-    """64 rows to a pass."""
+    """Compute 64 rows per pass."""
     h: Tensor = hessian(quartic, x)
     return h
 
 
 def row_by_row(x: Tensor) -> Tensor:
-    """One backward pass to a row."""
+    """Compute one row per backward pass."""
     h: Tensor = torch.autograd.functional.hessian(quartic, x)
     return h
 
 
 def one_product(x: Tensor) -> Tensor:
-    """H 1, for comparison."""
+    """Compute H 1, for comparison."""
     return hvp(quartic, x, torch.ones_like(x))
 
 
@@ -82,34 +81,34 @@ def lesson() -> Lesson:
         title="The dense Hessian and what it takes",
         claim=_CLAIM,
         code=source_of(quartic, batched, row_by_row, one_product),
-        checks=[*_entries(), *_growth(measured), _refusal()],
+        checks=[*_entries(), *_growth(measured), _memory_error()],
         notes=_notes(measured),
         plots={"dense_hessian": _plot(measured)},
     )
 
 
-def _point(n: int) -> Tensor:
+def _random_point(n: int) -> Tensor:
     return torch.rand(n, generator=torch.Generator().manual_seed(n)) + 0.5
 
 
 def _measure(route: Callable[[Tensor], Tensor]) -> list[Measured]:
-    """A route at every size that fits the budget of time and half of the free memory."""
-    route(_point(4))  # what torch sets up on its first use
+    """Measure a method at every size that fits the time budget and half of the free memory."""
+    route(_random_point(4))  # torch's set-up on first use
     done: list[Measured] = []
     for n in _SIZES:
-        x = _point(n)
-        if n > _ALWAYS:
-            foreseen = done[-1].seconds * (n / done[-1].n) ** 2
-            if foreseen > _SECONDS or hessian_bytes(x) > available_memory(x.device) / 2:
+        x = _random_point(n)
+        if n > _ALWAYS_MEASURED_UP_TO:
+            predicted = done[-1].seconds * (n / done[-1].n) ** 2
+            if predicted > _BUDGET_S or hessian_bytes(x) > available_memory(x.device) / 2:
                 break
         entries = route(x).nbytes
-        seconds = min(timeit.repeat(lambda x=x: route(x), number=1, repeat=3 if n <= _ALWAYS else 1))  # type: ignore[misc]
-        done.append(Measured(n, entries, seconds, peak(route, x) if n <= _ALWAYS else None))
+        seconds = min(timeit.repeat(lambda x=x: route(x), number=1, repeat=3 if n <= _ALWAYS_MEASURED_UP_TO else 1))  # type: ignore[misc]
+        done.append(Measured(n, entries, seconds, peak(route, x) if n <= _ALWAYS_MEASURED_UP_TO else None))
     return done
 
 
 def peak(route: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """Bytes of all tensors that were alive at once."""
+    """Return the peak bytes of all tensors."""
     with PeakTensorMemory() as live:
         route(x)
     most: int = live.peak
@@ -117,8 +116,8 @@ def peak(route: Callable[[Tensor], Tensor], x: Tensor) -> int:
 
 
 def _entries() -> list[Check]:
-    """Both routes at n = 1,000 against diag(x^2) + 1/n."""
-    x = _point(1000)
+    """Compare both methods at n = 1,000 with diag(x^2) + 1/n."""
+    x = _random_point(1000)
     known = torch.diag(x.square()) + 1 / 1000
     errors = {
         name: (route(x) - known).abs().max().item()
@@ -128,13 +127,13 @@ def _entries() -> list[Check]:
 
 
 def exponent(measured: list[Measured]) -> float:
-    """The p that fits bytes = c n^p, by least squares in the logarithms."""
+    """Fit the p in bytes = c n^p by least squares in the logarithms."""
     p: float = np.polyfit([math.log(m.n) for m in measured], [math.log(m.entries) for m in measured], 1)[0]
     return float(p)
 
 
 def _growth(measured: dict[str, list[Measured]]) -> list[Check]:
-    x = _point(1000)
+    x = _random_point(1000)
     at = {name: {m.n: m for m in found} for name, found in measured.items()}
     return [
         Check("n = 1,000: bytes of the matrix", at["hessian"][1000].entries, 4_000_000),
@@ -150,15 +149,15 @@ def _growth(measured: dict[str, list[Measured]]) -> list[Check]:
     ]
 
 
-def _refusal() -> Check:
-    """At n = 10^6 the matrix has 4 TB, and twice that while it is put together."""
+def _memory_error() -> Check:
+    """Check that n = 10^6 raises: the matrix has 4 TB, and needs twice that while it is computed."""
     named = "MemoryError that names hvp"
     try:
         hessian(quartic, torch.ones(10**6), memory_limit=2**40)
-        came_out = "no error"
+        outcome = "no error"
     except MemoryError as error:
-        came_out = named if "Use hvp(" in str(error) else str(error)
-    return Check("hessian at n = 10^6 with 1 TiB to use", came_out, named)
+        outcome = named if "Use hvp(" in str(error) else str(error)
+    return Check("hessian at n = 10^6 with 1 TiB to use", outcome, named)
 
 
 def _notes(measured: dict[str, list[Measured]]) -> list[str]:
@@ -168,7 +167,7 @@ def _notes(measured: dict[str, list[Measured]]) -> list[str]:
         f"{name}, n = {m.n:,}: {m.entries / 1e6:.3g} MB in {1000 * m.seconds:.3g} ms"
         for name, found in measured.items()
         for m in found
-        if m.n >= _ALWAYS
+        if m.n >= _ALWAYS_MEASURED_UP_TO
     ]
     return [
         *notes,

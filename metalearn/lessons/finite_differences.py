@@ -1,10 +1,10 @@
-"""Finite differences bottom out: a step too large errs by the next derivatives, a step too small by rounding.
+"""Finite differences have a best step: larger steps err by higher derivatives, smaller ones by rounding.
 
     (f(x + h) - f(x)) / h:          error ~ h |f''| / 2     + 2 eps |f| / h        best h ~ eps^(1/2)
     (f(x + h) - f(x - h)) / 2h:     error ~ h^2 |f'''| / 6  +   eps |f| / h        best h ~ eps^(1/3)
     (f(x + h) - 2 f(x) + f(x - h)) / h^2:                      4 eps |f| / h^2     best h ~ eps^(1/4)
 
-So a difference of gradients by autograd is worth far more for a second derivative than a second difference of values.
+For a second derivative, a difference of autograd's gradients is far better than a second difference of values.
 """
 
 from __future__ import annotations
@@ -20,38 +20,36 @@ from torch import Tensor
 
 from metalearn.derivatives import gradient, hvp
 from metalearn.derivatives.gradcheck import directional
-from metalearn.lessons.figures import BLUE, VERMILION, panels
-from metalearn.lessons.lesson import Check, Lesson, source_of
-from metalearn.lessons.outcomes import value_or_error
+from metalearn.lessons.lesson import BLUE, VERMILION, Check, Lesson, panels, source_of, value_or_error
 
 STEPS = tuple(10 ** (-k / 4) for k in range(2, 57))  # 0.3 to 1e-14
 
 _CLAIM = """\
 A finite difference has two errors. Truncation falls with the step h, as h for a forward and h^2 for a central \
-difference; rounding grows as eps/h, because two nearly equal numbers are subtracted. The best step is where they \
-meet: near eps^(1/2) and eps^(1/3), which leaves relative errors near eps^(1/2) and eps^(2/3). In float64 that is 1e-8 \
-and 4e-11; in float32, 3e-4 and 2e-5. "The smaller h, the better" is wrong, and a step that is right in float64 is \
-wrong in float32.
+difference; rounding grows as eps/h, because two nearly equal numbers are subtracted. The best step is where they are \
+equal: near eps^(1/2) and eps^(1/3), with relative errors near eps^(1/2) and eps^(2/3). In float64 that is 1e-8 and \
+4e-11; in float32, 3e-4 and 2e-5. "The smaller h, the better" is wrong, and a good step in float64 is a bad one in \
+float32.
 
-For a second derivative, take the central difference of the gradient that autograd gives: its best error is that of a \
-first derivative. A second difference of values subtracts twice and divides by h^2, which leaves eps^(1/2).
+For a second derivative, take the central difference of autograd's gradient: its best error is that of a first \
+derivative. A second difference of values subtracts twice and divides by h^2, which leaves eps^(1/2).
 
-Four ways in which a check of gradients is commonly broken, with the numbers that they give: a step below the spacing \
-of the floats, where x + h == x and every derivative is 0; shifting the same array in place for both sides, so that \
-both sides are one array and the difference is 0; dividing the central difference by h instead of 2h, which doubles \
-it; and torch.autograd.gradcheck on float32 inputs, whose default step of 1e-6 refuses a gradient that is right."""
+Four common ways to break a check of gradients, with the numbers that they give: a step below the spacing of the \
+floats, where x + h == x and every derivative is 0; shifting the same array in place for both sides, so that both \
+sides are one array and the difference is 0; dividing the central difference by h instead of 2h, which doubles it; and \
+torch.autograd.gradcheck on float32 inputs, whose default step of 1e-6 rejects a correct gradient."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A difference, and what is foreseen of it on f = exp.
+    """A difference formula, and its predicted errors on f = exp.
 
     Args:
-        name: as it is called.
-        estimate: from x and h to an estimate of exp(x), which is its own derivative of every order.
+        name: name of the formula.
+        estimate: maps x and h to an estimate of exp(x), which is its own derivative of every order.
         order: p of the truncation error, which falls as h^p.
         rounding: q of the rounding error, which grows as eps / h^q.
-        best: from eps to the step where the two are balanced, which leaves about eps^(p / (p + q)).
+        best: maps eps to the step where the two are equal, at about eps^(p / (p + q)).
     """
 
     name: str
@@ -62,22 +60,22 @@ class Method:
 
 
 def forward(x: Tensor, h: float) -> Tensor:
-    """First derivative of exp, relative error h/2."""
+    """Return the first derivative of exp, relative error h/2."""
     return (torch.exp(x + h) - torch.exp(x)) / h
 
 
 def central(x: Tensor, h: float) -> Tensor:
-    """First derivative of exp, relative error h^2/6."""
+    """Return the first derivative of exp, relative error h^2/6."""
     return (torch.exp(x + h) - torch.exp(x - h)) / (2 * h)
 
 
 def second(x: Tensor, h: float) -> Tensor:
-    """Second derivative of exp from three values, relative error h^2/12."""
+    """Return the second derivative of exp from three values, relative error h^2/12."""
     return (torch.exp(x + h) - 2 * torch.exp(x) + torch.exp(x - h)) / h**2
 
 
 def of_gradients(x: Tensor, h: float) -> Tensor:
-    """Second derivative of exp from two gradients of sum exp, relative error h^2/6."""
+    """Return the second derivative of exp from two gradients of sum exp, relative error h^2/6."""
     up, down = (gradient(lambda z: torch.exp(z).sum(), x + step) for step in (h, -h))
     return (up - down) / (2 * h)
 
@@ -93,15 +91,15 @@ Curves = dict[tuple[str, str], list[float]]
 
 
 def errors(method: Method, dtype: torch.dtype) -> list[float]:
-    """Root mean square of the relative error over 256 points in [1, 2], a number for each step."""
-    # At one point the two errors can cancel by luck; over many the curve shows what to expect.
+    """Return the root mean square of the relative error over 256 points in [1, 2], for each step."""
+    # At one point the two errors can cancel by chance; over many points they do not.
     x = (torch.rand(256, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1).to(dtype)
     known = torch.exp(x.double())
     return [(method.estimate(x, h).double() / known - 1).square().mean().sqrt().item() for h in STEPS]
 
 
 def power(curve: list[float], smallest: float, largest: float) -> float:
-    """The p that fits error = c h^p between two steps, by least squares in the logarithms."""
+    """Fit the p in error = c h^p between two steps by least squares in the logarithms."""
     within = [(h, error) for h, error in zip(STEPS, curve, strict=True) if smallest <= h <= largest]
     log_h, log_error = np.log(np.array(within)).T
     return float(np.polyfit(log_h, log_error, 1)[0])
@@ -139,7 +137,7 @@ def _optima(curves: Curves) -> list[Check]:
 
 
 def _powers(curves: Curves) -> list[Check]:
-    """Slopes on both sides of the best step, in float64, where there is room for them."""
+    """Check the slopes on both sides of the best step in float64, which has room for both."""
     checks = []
     for method in METHODS:
         curve, best = curves[method.name, "float64"], method.best(torch.finfo(torch.float64).eps)
@@ -152,7 +150,7 @@ def _powers(curves: Curves) -> list[Check]:
 
 
 def _product() -> list[Check]:
-    """H v of log sum exp, diag(p) v - p <p, v> with p = softmax(x): by a difference of gradients, and by hvp."""
+    """Check H v of log sum exp, diag(p) v - p <p, v> with p = softmax(x), by differences and by hvp."""
     draw = torch.Generator().manual_seed(1)
     x, v = (torch.randn(64, dtype=torch.float64, generator=draw) for _ in range(2))
     p, h = torch.softmax(x, 0), METHODS[3].best(torch.finfo(torch.float64).eps)
@@ -172,17 +170,17 @@ def _product() -> list[Check]:
 
 
 def log_sum_exp(x: Tensor) -> Tensor:
-    """Its gradient is softmax(x)."""
+    """Compute log sum exp, whose gradient is softmax(x)."""
     return torch.logsumexp(x, 0)
 
 
 def too_small(x: Tensor, h: float = 1e-8) -> Tensor:
-    """Broken in float32, where 1 + 1e-8 == 1."""
+    """Fail in float32, where 1 + 1e-8 == 1."""
     return (torch.square(x + h) - torch.square(x - h)) / (2 * h)
 
 
 def aliased(x: Tensor, h: float = 1e-3) -> Tensor:
-    """Broken: both names are the same tensor, which is shifted up and down again."""
+    """Fail, as both names are one tensor, which is shifted up and down again."""
     up = x
     up += h
     down = x
@@ -191,12 +189,12 @@ def aliased(x: Tensor, h: float = 1e-3) -> Tensor:
 
 
 def halved(x: Tensor, h: float = 1e-3) -> Tensor:
-    """Broken: the two points are 2 h apart."""
+    """Fail, as the two points are 2 h apart."""
     return (torch.square(x + h) - torch.square(x - h)) / h
 
 
 def _broken() -> list[Check]:
-    """What the broken versions give for the derivative 2, and what gradcheck says to a gradient that is right."""
+    """Check the results of the broken versions for the derivative 2, and of gradcheck on a correct gradient."""
     wrong = {
         "x^2 at 1 in float32, step 1e-8": (too_small(torch.tensor(1.0)), 0.0),
         "x^2 at 1, both sides one tensor": (aliased(torch.tensor(1.0, dtype=torch.float64)), 0.0),
@@ -204,25 +202,20 @@ def _broken() -> list[Check]:
     }
     return [
         *(Check(f"{what}: gives, for 2", found.item(), n, 1e-9, "by hand") for what, (found, n) in wrong.items()),
-        Check("gradcheck of exp, float64", value_or_error(lambda: _gradcheck(torch.float64)), 1.0, 0.0, "observed"),
-        Check(
-            "gradcheck of exp, float32",
-            value_or_error(lambda: _gradcheck(torch.float32)),
-            "GradcheckError",
-            0.0,
-            "observed",
-        ),
+        Check("gradcheck of exp, float64", _gradcheck(torch.float64), 1.0, 0.0, "observed"),
+        Check("gradcheck of exp, float32", _gradcheck(torch.float32), "GradcheckError", 0.0, "observed"),
     ]
 
 
-def _gradcheck(dtype: torch.dtype) -> Tensor:
+def _gradcheck(dtype: torch.dtype) -> float | str:
+    x = torch.ones(8, dtype=dtype, requires_grad=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns about float32 before it fails
-        return torch.tensor(float(torch.autograd.gradcheck(torch.exp, torch.ones(8, dtype=dtype, requires_grad=True))))
+        return value_or_error(lambda: torch.tensor(float(torch.autograd.gradcheck(torch.exp, x))))
 
 
 def _directional() -> list[Check]:
-    """A right gradient and one that is 1% too long, whose error is 0.01 / 1.01 of its own length."""
+    """Check a correct gradient, and one 1% too long, whose relative error is 0.01 / 1.01."""
     x = torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     grad = gradient(log_sum_exp, x)
     right = directional(log_sum_exp, x, grad)

@@ -1,8 +1,8 @@
-"""What ``create_graph=True`` adds to the graph, counted and drawn: for x^2, and for one MAML step.
+"""Count and draw what ``create_graph=True`` adds to the graph of x^2, and of one MAML step.
 
     theta' = theta - alpha dL_support(theta)/dtheta,    then    L_query(theta')
 
-First order takes the gradient as a constant: its operations leave no node. Second order keeps them.
+First order treats the gradient as a constant: its operations leave no node. Second order keeps them.
 """
 
 from __future__ import annotations
@@ -18,19 +18,17 @@ from torch.autograd.graph import Node
 from metalearn.core.functional import expand_over_tasks
 from metalearn.core.types import Params
 from metalearn.inner import InnerLoop, inner_step, task_losses
-from metalearn.lessons.autograd_graph import depth, draw, inputs, is_leaf, name_of, nodes, paths
-from metalearn.lessons.figures import BLUE, VERMILION, panels
-from metalearn.lessons.lesson import Check, Lesson, source_of
-from metalearn.lessons.outcomes import leaf
+from metalearn.lessons.graph_drawing import depth, draw, inputs, is_leaf, name_of, nodes, paths
+from metalearn.lessons.lesson import BLUE, VERMILION, Check, Lesson, leaf, panels, source_of
 
 _CLAIM = """\
 autograd records a node for every operation that a gradient will have to pass through. With create_graph=True the \
-backward pass is recorded as well, so the gradient has a graph of its own; without it, none.
+backward pass is recorded as well, so the gradient has a graph of its own; without it, it has none.
 
 In a MAML step the whole difference is one edge. The update theta - alpha g has two inputs: theta, and the inner \
-gradient g. In first order g carries no graph and only the way over theta is left. In second order g brings along \
-the nodes of its own computation, with the support pass that they refer to. Cut there, the second-order graph is \
-the first-order one.
+gradient g. In first order g has no graph, and only the path through theta is left. In second order g adds the nodes \
+of its own computation, with the support pass that they use. Without them the second-order graph is the first-order \
+one.
 
 Every path from the query loss to theta is a term of the chain rule. First order has one. For tanh(theta x) second \
 order has two more, the two terms of the Hessian: through the residual (Gauss-Newton) and through the slope of \
@@ -38,33 +36,33 @@ tanh."""
 
 
 class Step(NamedTuple):
-    """The query loss after one inner step, and the adapted weight that it was taken at."""
+    """The query loss after one inner step, and the adapted weight."""
 
     query: Tensor
     fast: Tensor
 
 
 def one_step(*, second_order: bool) -> Step:
-    """One inner step of a model with one weight."""
-    theta = {"w": leaf(0.5)}
+    """Take one inner step of a model with one weight."""
+    theta = expand_over_tasks({"w": leaf(0.5)}, 1)
     inner = InnerLoop(lr=0.1, steps=1, second_order=second_order)
-    fast, _ = inner_step(predict, expand_over_tasks(theta, 1), *SUPPORT, inner, loss=squared_error, k=0)
+    fast, _ = inner_step(predict, theta, *SUPPORT, inner, loss=squared_error, k=0)
     query, _ = task_losses(predict, fast, *QUERY, loss=squared_error)
     return Step(query.sum(), fast["w"])
 
 
 def predict(params: Params, x: Tensor) -> Tensor:
-    """The model tanh(w x)."""
+    """Compute the model tanh(w x)."""
     return torch.tanh(params["w"] * x)
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean over the task's examples."""
+    """Average over the task's examples."""
     return ((prediction - target) ** 2).mean()
 
 
-def of_the_square(*, create_graph: bool) -> tuple[Tensor, Tensor]:
-    """x^2 at 3 and its derivative."""
+def square_and_derivative(*, create_graph: bool) -> tuple[Tensor, Tensor]:
+    """Return x^2 at 3 and its derivative."""
     x = leaf(3.0)
     y = x**2
     (dy,) = torch.autograd.grad(y, x, create_graph=create_graph)
@@ -72,7 +70,7 @@ def of_the_square(*, create_graph: bool) -> tuple[Tensor, Tensor]:
 
 
 def _pair(x: list[float], y: list[float]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of one task."""
+    """Return inputs and targets of one task."""
     return torch.tensor([x], dtype=torch.float64), torch.tensor([y], dtype=torch.float64)
 
 
@@ -82,13 +80,13 @@ QUERY = _pair([-1.0, 1.5], [-0.5, 0.2])
 
 def lesson() -> Lesson:
     """Run the lesson."""
-    (y, dy), (_, constant) = of_the_square(create_graph=True), of_the_square(create_graph=False)
+    (y, dy), (_, constant) = square_and_derivative(create_graph=True), square_and_derivative(create_graph=False)
     first, second = one_step(second_order=False), one_step(second_order=True)
     added = sorted(name_of(node) for node in _added(second))
     return Lesson(
         title="graph: what create_graph adds",
         claim=_CLAIM,
-        code=source_of(of_the_square, one_step),
+        code=source_of(square_and_derivative, one_step),
         checks=[*_square(y, dy, constant), *_maml(first, second)],
         notes=[
             f"nodes of x^2: {len(nodes(y))}; of its gradient with create_graph=True: {len(nodes(dy))}",
@@ -122,13 +120,13 @@ def _maml(first: Step, second: Step) -> list[Check]:
 
 
 def _update(step: Step) -> Node:
-    """The node of theta - alpha g."""
+    """Return the node of theta - alpha g."""
     assert step.fast.grad_fn is not None
     return step.fast.grad_fn
 
 
 def _added(step: Step) -> set[Node]:
-    """The nodes that the query loss reaches through the inner gradient alone."""
+    """Return the nodes that the query loss reaches only through the inner gradient."""
     gradient = inputs(_update(step))[1:]  # the first input is theta
     return set(nodes(step.query)) - set(nodes(step.query, without=gradient))
 
@@ -147,7 +145,7 @@ def _square_plot(y: Tensor, dy: Tensor) -> Figure:
     return figure
 
 
-_BESIDE = {"TanhBackwardBackward0": "two ways on", "TanhBackward0": "support pass"}
+_NODE_NOTES = {"TanhBackwardBackward0": "two ways on", "TanhBackward0": "support pass"}
 
 
 def _maml_plot(first: Step, second: Step) -> Figure:
@@ -157,7 +155,7 @@ def _maml_plot(first: Step, second: Step) -> Figure:
         notes = {node: "theta" for node in found if is_leaf(node)}
         notes |= {found[0]: "query loss", _update(step): "theta - alpha g"}
         notes |= dict.fromkeys(inputs(_update(step))[1:], "alpha g")
-        notes |= {node: _BESIDE[name_of(node)] for node in added if name_of(node) in _BESIDE}
+        notes |= {node: _NODE_NOTES[name_of(node)] for node in added if name_of(node) in _NODE_NOTES}
         title = f"{order} order: {len(found)} nodes"
         draw(panel, step.query, title=title, notes=notes, added=added, rows=depth(second.query))
     keys = [Patch(color=BLUE, label="in both orders"), Patch(color=VERMILION, label="through the inner gradient alone")]

@@ -1,4 +1,4 @@
-"""A Hessian-vector product takes a few gradients' time and memory, and the matrix is never formed.
+"""Compute Hessian-vector products in the time and memory of a few gradients, without the matrix.
 
     H v = d/dx <grad f(x), v> = d/dt grad f(x + t v) at t = 0          (Pearlmutter 1994)
 
@@ -19,9 +19,7 @@ from torch import Tensor
 from metalearn.core.profiling.memory import PeakTensorMemory
 from metalearn.core.types import Params
 from metalearn.derivatives import HVP_MODES, gradient, hessian, hvp
-from metalearn.lessons.figures import BLUE, GREY, VERMILION, panels
-from metalearn.lessons.lesson import Check, Lesson, source_of
-from metalearn.lessons.outcomes import value_or_error
+from metalearn.lessons.lesson import BLUE, GREY, VERMILION, Check, Lesson, panels, source_of, value_or_error
 
 _DOUBLE = torch.float64
 _X = (1.0, math.pi / 2)
@@ -30,54 +28,54 @@ _V = (0.5, 1.0)
 _CLAIM = """\
 The Hessian of f(w) = w1^2 sin(w2) at (1, pi/2) is diag(2, -1), so its product with v = (0.5, 1) is (1, -1). Two \
 lines of autograd give it: a gradient with create_graph=True, and the gradient of that gradient's inner product with \
-v, which is what grad_outputs=v asks for. derivatives.hvp gives the same in three modes, for a Tensor or a dictionary. \
-Second-order methods are often said to need the n x n matrix; most of them need only such products.
+v, which is what grad_outputs=v asks for. derivatives.hvp gives the same in three modes, for a Tensor or a \
+dictionary. Second-order methods are often said to need the n x n matrix; most of them need only such products.
 
-When to take which mode. forward_over_reverse is the default: it builds no graph of a gradient, so what it keeps is \
-about a gradient's activations and their tangents, twice a gradient's memory on the network of the notes. \
-reverse_over_reverse needs nothing but a backward pass that can be differentiated: take it where an operation has no \
-forward-mode formula (both other modes raise there), or where the tensors are so small that the overhead of torch.func \
-counts. reverse_over_forward differentiates the slope d/dt f(x + t v): take it where that slope is what you have, as \
-in a penalty on a directional derivative. It is no equal of the others: torch's forward-mode formulas of LayerNorm, \
-BatchNorm, solve, det and others cannot be differentiated, and it refuses those by name. None is fastest or leanest \
-everywhere: the notes, and the lesson big_product, say what they took here."""
+When to use which mode: forward_over_reverse is the default. It builds no graph of a gradient, so it keeps about a \
+gradient's activations and their tangents, twice a gradient's memory on the network of the notes. \
+reverse_over_reverse needs only a backward pass that can be differentiated: use it where an operation has no \
+forward-mode formula (both other modes raise there), or where the tensors are so small that the overhead of \
+torch.func matters. reverse_over_forward differentiates the slope d/dt f(x + t v): use it where you have that slope \
+anyway, as in a penalty on a directional derivative. It supports less than the others: torch's forward-mode formulas \
+of LayerNorm, BatchNorm, solve, det and others cannot be differentiated, and it raises an error that names them. No \
+mode is the fastest or the smallest everywhere: the notes, and the lesson big_product, give the measurements."""
 
 
 def f(w: Tensor) -> Tensor:
-    """w1^2 sin(w2), whose Hessian is [[2 sin w2, 2 w1 cos w2], [2 w1 cos w2, -w1^2 sin w2]]."""
+    """Compute w1^2 sin(w2), whose Hessian is [[2 sin w2, 2 w1 cos w2], [2 w1 cos w2, -w1^2 sin w2]]."""
     value: Tensor = w[0] ** 2 * torch.sin(w[1])
     return value
 
 
 def f_of_dict(w: Params) -> Tensor:
-    """The same function of two named parameters."""
+    """Compute the same function of two named parameters."""
     value: Tensor = w["w1"] ** 2 * torch.sin(w["w2"])
     return value
 
 
 def two_lines(x: Tensor, v: Tensor) -> Tensor:
-    """The product in two lines of plain autograd; ``x`` must require grad."""
+    """Compute the product in two lines of plain autograd; ``x`` must require grad."""
     (grads,) = torch.autograd.grad(f(x), x, create_graph=True)
     (product,) = torch.autograd.grad(grads, x, grad_outputs=v)
     return product
 
 
 class Cube(torch.autograd.Function):
-    """x^3 with a backward pass, and no ``jvp``: what forward mode cannot pass."""
+    """x^3 with a backward pass and without ``jvp``, which forward mode needs."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        """The value."""
+        """Return the value."""
         return x**3
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        """Keep x for the backward pass."""
+        """Save x for the backward pass."""
         ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """3 x^2 times the incoming gradient; it is made of torch operations, so it can be differentiated again."""
+        """Return 3 x^2 times the incoming gradient by torch operations, which can be differentiated again."""
         (x,) = ctx.saved_tensors
         product: Tensor = 3 * x**2 * grad
         return product
@@ -119,17 +117,17 @@ def _products(x: Tensor, v: Tensor) -> list[Check]:
 
 
 def _without_forward_formula() -> list[Check]:
-    """Which modes pass an operation that has a backward pass and no ``jvp``: sum x^3 at 1 along 1, where H v = 6."""
+    """Check which modes pass an operation without ``jvp``: sum x^3 at 1 along 1, where H v = 6."""
     one, checks = torch.ones(1, dtype=_DOUBLE), []
     for mode in HVP_MODES:
-        came_out = value_or_error(lambda mode=mode: hvp(lambda x: Cube.apply(x).sum(), one, one, mode=mode))  # type: ignore[misc]
+        outcome = value_or_error(lambda mode=mode: hvp(lambda x: Cube.apply(x).sum(), one, one, mode=mode))  # type: ignore[misc]
         expected = 6.0 if mode == "reverse_over_reverse" else "NotImplementedError"
-        checks.append(Check(f"sum x^3 without a forward-mode formula, {mode}", came_out, expected, 1e-12))
+        checks.append(Check(f"sum x^3 without a forward-mode formula, {mode}", outcome, expected, 1e-12))
     return checks
 
 
 def _costs() -> list[str]:
-    """Time and peak memory on a small network, in units of one gradient's."""
+    """Measure time and peak memory on a small network, relative to one gradient."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(1024, 256, generator=draw)
     theta = {f"layer {i}": torch.randn(256, 256, generator=draw) / 16 for i in range(4)}
@@ -152,8 +150,8 @@ def _costs() -> list[str]:
         f"tanh network of {n:,} parameters, 1,024 examples: gradient in {1000 * seconds:.0f} ms and {peak / 1e6:.1f} MB"
     ]
     for mode in HVP_MODES:
-        took, held = cost(lambda mode=mode: hvp(loss, theta, v, mode=mode))  # type: ignore[misc]
-        notes.append(f"{mode}: {took / seconds:.1f} times a gradient's time, {held / peak:.2f} times its peak memory")
+        took, used = cost(lambda mode=mode: hvp(loss, theta, v, mode=mode))  # type: ignore[misc]
+        notes.append(f"{mode}: {took / seconds:.1f} times a gradient's time, {used / peak:.2f} times its peak memory")
     return notes
 
 

@@ -1,36 +1,46 @@
-"""What a lesson is: a claim, the code that tests it, what came out beside what is known, and pictures."""
+"""The parts of a lesson: a claim, the code that tests it, computed and expected numbers, notes and plots.
+
+Figures are made without pyplot, which keeps every figure in a global list.
+"""
 
 from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
+
+BLUE, GREEN, VERMILION, GREY = "#0072B2", "#009E73", "#D55E00", "#777777"
+"""Colours that colour-blind readers can tell apart (Okabe & Ito 2008)."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One number that a lesson computed, beside what it must be.
+    """A number that a lesson computed, and its expected value.
 
     Args:
-        what: what was computed, in mathematics or words.
+        name: the quantity, in mathematics or words.
         computed: the number, or a word such as the name of an error.
         expected: its analytic value.
         tolerance: largest absolute difference; 0 for words and whole numbers.
-        source: where the expected value comes from: ``"analytic"``, or what else it was held against.
+        source: of the expected value: ``"analytic"``, or another reference.
     """
 
-    what: str
+    name: str
     computed: float | str
     expected: float | str
     tolerance: float = 0.0
     source: str = "analytic"
 
     @property
-    def right(self) -> bool:
+    def passed(self) -> bool:
         """Whether computed and expected agree."""
         if isinstance(self.computed, str) or isinstance(self.expected, str):
             return self.computed == self.expected
@@ -39,15 +49,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Lesson:
-    """The outcome of a lesson.
+    """The result of a lesson.
 
     Args:
         title: one line.
-        claim: what is shown, and where it corrects what is commonly written, a few sentences.
-        code: the few lines that matter, as they ran (``source_of`` takes them from the functions themselves).
+        claim: what the lesson shows, and which common mistake it corrects, in a few sentences.
+        code: the important lines, as they ran (see ``source_of``).
         checks: every number, with its verdict.
-        notes: measured figures without an analytic value (seconds, bytes), a line each.
-        plots: pictures by file name, without its ending.
+        notes: measurements without an expected value (seconds, bytes), one line each.
+        plots: figures by file name without extension.
     """
 
     title: str
@@ -58,18 +68,50 @@ class Lesson:
     plots: dict[str, Figure] = field(default_factory=dict)
 
     @property
-    def right(self) -> bool:
-        """The verdict: every check is right, and there is at least one."""
-        return bool(self.checks) and all(check.right for check in self.checks)
+    def passed(self) -> bool:
+        """Whether every check passed, and there is at least one."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
 
 
 def source_of(*functions: Callable[..., Any]) -> str:
-    """The functions' own source, without docstrings: what is shown is what ran."""
-    return "\n\n".join(_without_docstring(textwrap.dedent(inspect.getsource(f)), f.__doc__) for f in functions)
+    """Return the source of functions without their docstrings: the code shown is the code that ran."""
+    sources = []
+    for f in functions:
+        source = textwrap.dedent(inspect.getsource(f))
+        if f.__doc__ is not None:
+            head, _, rest = source.partition('"""')
+            source = head.rstrip() + "\n" + rest.partition('"""')[2].lstrip("\n")
+        sources.append(source.rstrip())
+    return "\n\n".join(sources)
 
 
-def _without_docstring(source: str, docstring: str | None) -> str:
-    if docstring is None:
-        return source.rstrip()
-    head, _, rest = source.partition('"""')
-    return (head.rstrip() + "\n" + rest.partition('"""')[2].lstrip("\n")).rstrip()
+def value_or_error(compute: Callable[[], Tensor | None]) -> float | str:
+    """Return the computed number, ``"None"``, or the name of the error that was raised."""
+    try:
+        value = compute()
+    except Exception as error:  # of any kind: the error is the result
+        return type(error).__name__
+    return "None" if value is None else value.item()
+
+
+def error_message(compute: Callable[[], object]) -> str:
+    """Return the error that a computation raises, as ``Name: first sentence``."""
+    try:
+        compute()
+    except Exception as error:  # of any kind
+        return f"{type(error).__name__}: {str(error).partition('. ')[0]}"
+    return "no error"
+
+
+def leaf(value: float) -> Tensor:
+    """Return a float64 number that requires a gradient."""
+    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+
+
+def panels(
+    columns: int, *, width: float, height: float, shares: Sequence[float] | None = None
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure, in inches, and its panels from left to right, with ``shares`` of the width, by default equal."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False, width_ratios=shares)
+    return figure, list(np.asarray(axes).flat)

@@ -1,4 +1,4 @@
-"""The MAML update: what second order adds to the meta-gradient, held against dense Hessians.
+"""The MAML update: the second-order term of the meta-gradient, compared with dense Hessians.
 
     theta_0 = theta,    theta_{k+1} = theta_k - alpha g_k,    g_k = dL_support(theta_k)
     first order:     dL_query(theta_K)
@@ -21,43 +21,42 @@ from metalearn.core.types import Episodes, Params
 from metalearn.derivatives import gradient, hessian
 from metalearn.derivatives.gradcheck import directional
 from metalearn.inner import InnerLoop, adapt
-from metalearn.lessons.figures import BLUE, GREEN, GREY, VERMILION, panels
-from metalearn.lessons.lesson import Check, Lesson, source_of
+from metalearn.lessons.lesson import BLUE, GREEN, GREY, VERMILION, Check, Lesson, panels, source_of
 from metalearn.metagrad import meta_gradient
 
 _CLAIM = """\
 The meta-gradient differentiates the query loss after adaptation in the weights before it. The inner gradient depends \
-on those too, so the chain rule multiplies by (I - alpha H), with H the Hessian of the support loss. First-order MAML \
-leaves the factor out: the two meta-gradients of one step differ by exactly -alpha H dL_query(theta'), and those of K \
-steps by a product of K such factors.
+on those weights too, so the chain rule multiplies by (I - alpha H), with H the Hessian of the support loss. \
+First-order MAML leaves out this factor: the two meta-gradients of one step differ by exactly \
+-alpha H dL_query(theta'), and those of K steps by a product of K such factors.
 
-The gap grows with alpha and with K, to first order in alpha as K alpha H g. It is not only a matter of length: \
-for a line fitted with a step so large that alpha H > 1, the factor is negative and first order points the wrong way."""
+The gap grows with alpha and with K, to first order in alpha as K alpha H g. It affects not only the length: for a \
+line fitted with a step so large that alpha H > 1, the factor is negative and first order has the wrong sign."""
 
 HIDDEN = 4
 ALPHA = 0.1
 
 
 def forward(params: Params, x: Tensor) -> Tensor:
-    """A tanh network of one hidden layer; its 13 weights are one vector, so that H is a matrix."""
+    """Compute a tanh network of one hidden layer; its 13 weights are one vector, so that H is a matrix."""
     w1, b1, w2, b2 = params["theta"].split([HIDDEN, HIDDEN, HIDDEN, 1])
     prediction: Tensor = torch.tanh(x[:, None] * w1 + b1) @ w2 + b2
     return prediction
 
 
 def line(params: Params, x: Tensor) -> Tensor:
-    """A line through the origin, theta x; with a squared error its H is 2 x^2."""
+    """Compute a line through the origin, theta x; with a squared error its H is 2 x^2."""
     return params["theta"] * x
 
 
 def meta(theta: Tensor, *, second_order: bool, alpha: float = ALPHA, steps: int = 1) -> Tensor:
-    """The meta-gradient by the library."""
+    """Return the meta-gradient of the library."""
     inner = InnerLoop(lr=alpha, steps=steps, second_order=second_order, engine="unroll")
     return meta_gradient(forward, {"theta": theta}, SINE, inner, loss=mse_loss).grads["theta"]
 
 
 def by_hessians(theta: Tensor, *, alpha: float = ALPHA, steps: int = 1) -> Tensor:
-    """(I - alpha H_0) ... (I - alpha H_{K-1}) dL_query(theta_K), every H_k formed."""
+    """Compute (I - alpha H_0) ... (I - alpha H_{K-1}) dL_query(theta_K) from dense Hessians."""
     product = eye = torch.eye(len(theta), dtype=theta.dtype)
     for k in range(steps):
         theta_k = adapted(theta, alpha=alpha, steps=k)
@@ -66,23 +65,23 @@ def by_hessians(theta: Tensor, *, alpha: float = ALPHA, steps: int = 1) -> Tenso
 
 
 def adapted(theta: Tensor, *, alpha: float = ALPHA, steps: int = 1) -> Tensor:
-    """theta_k, the weights after some steps on the support set."""
+    """Return theta_k, the weights after some steps on the support set."""
     inner = InnerLoop(lr=alpha, steps=steps)
     return adapt(forward, {"theta": theta}, SINE.support_x, SINE.support_y, inner, loss=mse_loss)["theta"][0]
 
 
 def support_loss(theta: Tensor) -> Tensor:
-    """Of the one task."""
+    """Return the support loss of the one task."""
     return mse_loss(forward({"theta": theta}, SINE.support_x[0]), SINE.support_y[0])
 
 
 def query_loss(theta: Tensor) -> Tensor:
-    """Of the one task."""
+    """Return the query loss of the one task."""
     return mse_loss(forward({"theta": theta}, SINE.query_x[0]), SINE.query_y[0])
 
 
 def _sine() -> Episodes:
-    """One task: a sine from five points, judged between and beside them."""
+    """Return one task: a sine, with five support points and seven query points between and outside of them."""
     support, query = (
         torch.linspace(-end, end, count, dtype=torch.float64)[None] for end, count in ((2.0, 5), (2.6, 7))
     )
@@ -109,7 +108,7 @@ def lesson() -> Lesson:
             *_scaling(),
         ],
         notes=[
-            f"relative gap, alpha = {ALPHA}, K = 1: {_gap(first, second):.3f}",
+            f"relative gap, alpha = {ALPHA}, K = 1: {_relative(second, first):.3f}",
             f"cosine, alpha = {ALPHA}: {', '.join(f'{c:.4f} at K = {steps}' for steps, c in cosines.items())}",
         ],
         plots={"hessian_term": _plot(first, second)},
@@ -117,7 +116,7 @@ def lesson() -> Lesson:
 
 
 def _by_hand() -> list[Check]:
-    """Support (1, 3), query (2, 5), theta = 1, so H = 2."""
+    """Check the line with support (1, 3), query (2, 5) and theta = 1, where H = 2."""
     task = Episodes(*(torch.tensor([[v]], dtype=torch.float64) for v in (1.0, 3.0, 2.0, 5.0)))
     checks = []
     for alpha, steps, first, second in ((0.1, 1, -8.8, -7.04), (0.1, 3, -4.192, -2.146304), (0.6, 1, 7.2, -1.44)):
@@ -170,7 +169,8 @@ def _finite_differences(first: Tensor, second: Tensor) -> list[Check]:
 def _scaling() -> list[Check]:
     g, curvature = gradient(query_loss, THETA), hessian(support_loss, THETA)
     limit = 3 * _length(curvature @ g) / _length(g)
-    gaps = [_gap(*_both(alpha=alpha, steps=3)) for alpha in (1e-5, 1e-4)]
+    pairs = (_both(alpha=alpha, steps=3) for alpha in (1e-5, 1e-4))
+    gaps = [_relative(second, first) for first, second in pairs]
     return [
         Check("K = 3: gap / alpha at alpha = 1e-5, against 3 |H g| / |g|", gaps[0] / 1e-5, limit, 1e-3 * limit),
         Check("K = 3: power of alpha that the gap grows with", math.log10(gaps[1] / gaps[0]), 1.0, 1e-2),
@@ -178,13 +178,9 @@ def _scaling() -> list[Check]:
 
 
 def _both(*, alpha: float = ALPHA, steps: int = 1) -> tuple[Tensor, Tensor]:
-    """The meta-gradient in first and in second order."""
+    """Return the first-order and the second-order meta-gradient."""
     first, second = (meta(THETA, second_order=order, alpha=alpha, steps=steps) for order in (False, True))
     return first, second
-
-
-def _gap(first: Tensor, second: Tensor) -> float:
-    return _relative(second, first)
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -207,7 +203,7 @@ def _plot(first: Tensor, second: Tensor) -> Figure:
     for steps, colour, marker in ((1, BLUE, "o"), (3, VERMILION, "s"), (5, GREEN, "D")):
         pairs = [_both(alpha=alpha, steps=steps) for alpha in rates]
         style = {"color": colour, "marker": marker, "markersize": 4, "label": f"K = {steps}"}
-        axes[1].loglog(rates, [_gap(*pair) for pair in pairs], **style)
+        axes[1].loglog(rates, [_relative(second, first) for first, second in pairs], **style)
         axes[2].semilogx(rates, [_cosine(*pair) for pair in pairs], **style)
     axes[1].set(
         title="relative gap, |second - first| / |first|", xlabel=r"inner step size $\alpha$", ylabel="relative gap"

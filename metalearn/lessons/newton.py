@@ -1,4 +1,4 @@
-"""Newton's method needs products with the Hessian, not the Hessian: the step solves H p = -g by conjugate gradients.
+"""Newton's method by products with the Hessian: conjugate gradients solve H p = -g without the matrix.
 
     z <- z + a d,   r <- r + a H d,   d <- -r + b d     until |r| <= min(1/2, sqrt|g|) |g|,  or d' H d <= 0
 
@@ -18,31 +18,30 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from metalearn.derivatives import ScalarFunction, gradient, hessian, hvp
-from metalearn.lessons.figures import BLUE, VERMILION, panels
-from metalearn.lessons.lesson import Check, Lesson, source_of
+from metalearn.lessons.lesson import BLUE, VERMILION, Check, Lesson, panels, source_of
 
 N = 10
 _PRODUCT_COST = 3  # gradients, rounded up from what the lesson on hvp measures
 _VALUE_COST = 1  # a value alone takes about a third of a gradient; counted in full, against Newton
 _TOLERANCE = 1e-9
-_MOST_STEPS = 200
+_MAX_STEPS = 200
 _STEP_SIZES = tuple(1e-4 * 2 ** (i / 2) for i in range(11))  # 1e-4 to 3e-3; 2 / lambda_max at the minimum is 1.1e-3
 
 _CLAIM = f"""\
-Newton's method is said to be out of reach for want of the Hessian and its inverse. It needs neither: conjugate \
-gradients solve H p = -g by products with H, and stop early while the gradient is long, where a precise direction is \
-wasted. Where a direction of negative curvature turns up, the solve stops before it, so that p leads downhill also \
-where H is not positive definite.
+Newton's method is said to be infeasible because it needs the Hessian and its inverse. It needs neither: conjugate \
+gradients solve H p = -g by products with H, and stop early while the gradient is long, where a precise direction \
+would be wasted. Where the curvature along a direction is negative, the solver stops before it, so that p is a \
+descent direction even where H is not positive definite.
 
 Here it minimises Rosenbrock's function in {N} variables, from the origin, to (1, ..., 1). The last steps are \
 superlinear: every gradient is a smaller fraction of the one before. Gradient descent gets the best of \
 {len(_STEP_SIZES)} step sizes and the same budget, counted in gradients (a product as {_PRODUCT_COST}, a value in the \
-line search as {_VALUE_COST}); the curvatures differ by a factor of 3,500, and the largest one limits its step."""
+line search as {_VALUE_COST}); the curvatures differ by a factor of 3,500, and the largest one limits the step."""
 
 
 @dataclass(frozen=True)
 class Iterate:
-    """A point, its gradient's length, and what it had cost to come there, in gradients."""
+    """A point, the length of its gradient, and the cost so far, in gradients."""
 
     x: Tensor
     norm: float
@@ -50,18 +49,18 @@ class Iterate:
 
     @property
     def distance(self) -> float:
-        """From the minimum."""
+        """Distance from the minimum."""
         away: float = (self.x - 1).norm().item()
         return away
 
 
 def rosenbrock(x: Tensor) -> Tensor:
-    """A curved valley, sum_i 100 (x_{i+1} - x_i^2)^2 + (1 - x_i)^2, with the minimum 0 at (1, ..., 1)."""
+    """Compute sum_i 100 (x_{i+1} - x_i^2)^2 + (1 - x_i)^2, a curved valley with minimum 0 at (1, ..., 1)."""
     return (100 * (x[1:] - x[:-1].square()).square() + (1 - x[:-1]).square()).sum()
 
 
 def newton_direction(product: Callable[[Tensor], Tensor], grad: Tensor) -> tuple[Tensor, int]:
-    """Solve H p = -grad as far as is worth it; p, and the number of products that it took."""
+    """Solve H p = -grad to a useful accuracy; return p and the number of products."""
     enough = min(0.5, grad.norm().item() ** 0.5) * grad.norm()
     z, r, d = torch.zeros_like(grad), grad, -grad
     for products in range(1, 2 * grad.numel() + 1):
@@ -79,10 +78,10 @@ def newton_direction(product: Callable[[Tensor], Tensor], grad: Tensor) -> tuple
 
 
 def backtrack(f: ScalarFunction, x: Tensor, p: Tensor, grad: Tensor) -> tuple[float, int]:
-    """Halve the step, from 1, until f falls by enough (Armijo); the step, and the number of values that it took."""
+    """Halve the step, from 1, until f falls by enough (Armijo); return the step and the number of values."""
     start, slope, step = f(x), grad.dot(p), 1.0
     for values in range(2, 40):
-        # Near the minimum what f gains is less than its rounding error: hence the last term.
+        # Near the minimum f decreases by less than its rounding error: hence the last term.
         if f(x + step * p) <= start + 1e-4 * step * slope + 1e-15:
             return step, values
         step /= 2
@@ -90,10 +89,10 @@ def backtrack(f: ScalarFunction, x: Tensor, p: Tensor, grad: Tensor) -> tuple[fl
 
 
 def newton_cg(f: ScalarFunction, x: Tensor) -> list[Iterate]:
-    """Newton-CG until the gradient is shorter than 1e-9."""
+    """Run Newton-CG until the gradient is shorter than 1e-9."""
     grad = gradient(f, x)
     path = [Iterate(x, grad.norm().item(), cost=1)]
-    while path[-1].norm >= _TOLERANCE and len(path) <= _MOST_STEPS:
+    while path[-1].norm >= _TOLERANCE and len(path) <= _MAX_STEPS:
         p, products = newton_direction(lambda v, x=x: hvp(f, x, v), grad)  # type: ignore[misc]
         step, values = backtrack(f, x, p, grad)
         x = x + step * p
@@ -104,7 +103,7 @@ def newton_cg(f: ScalarFunction, x: Tensor) -> list[Iterate]:
 
 
 def descent(f: ScalarFunction, x: Tensor, lr: float, budget: int) -> list[Iterate]:
-    """Gradient descent for a number of gradients; it ends early where it diverges."""
+    """Run gradient descent for a number of gradients, or until it diverges."""
     path: list[Iterate] = []
     for cost in range(1, budget + 1):
         grad = gradient(f, x)
@@ -134,7 +133,7 @@ def lesson() -> Lesson:
 
 
 def best_step(start: Tensor, budget: int) -> float:
-    """The step size with which gradient descent comes to the lowest value."""
+    """Return the step size with which gradient descent reaches the lowest value."""
 
     def lowest(lr: float) -> float:
         return rosenbrock(descent(rosenbrock, start, lr, budget)[-1].x).nan_to_num(torch.inf).item()
@@ -143,7 +142,7 @@ def best_step(start: Tensor, budget: int) -> float:
 
 
 def ratios(path: list[Iterate]) -> list[float]:
-    """Each gradient's length over the one before."""
+    """Divide the length of each gradient by that of the one before."""
     return [after.norm / before.norm for before, after in pairwise(path)]
 
 
@@ -155,21 +154,23 @@ def _checks(newton: list[Iterate], plain: list[Iterate]) -> list[Check]:
         Check("Newton-CG: value of f", rosenbrock(newton[-1].x).item(), 0.0, 1e-15),
         Check(
             "Newton-CG: |g_k+1| / |g_k| falls in each of the last three steps",
-            _yes(last[0] > last[1] > last[2]),
+            _yes_or_no(last[0] > last[1] > last[2]),
             "yes",
             source="Nocedal & Wright 2006, theorem 7.2",
         ),
-        Check("Newton-CG: the last two of these are below 0.1", _yes(max(last[1:]) < 0.1), "yes", source="the same"),
+        Check(
+            "Newton-CG: the last two of these are below 0.1", _yes_or_no(max(last[1:]) < 0.1), "yes", source="the same"
+        ),
         Check(
             "gradient descent, same budget: within 0.1 of (1, ..., 1)",
-            _yes(same.distance < 0.1),
+            _yes_or_no(same.distance < 0.1),
             "no",
             source="measured",
         ),
     ]
 
 
-def _yes(true: bool) -> str:
+def _yes_or_no(true: bool) -> str:
     return "yes" if true else "no"
 
 

@@ -1,4 +1,4 @@
-"""A network that solves a differential equation, by derivatives in its input that are differentiated in its weights.
+"""Solve a differential equation with a network, by derivatives in its input that are differentiated in its weights.
 
     u'' = -u on [0, 2 pi],  u(0) = 0,  u'(0) = 1,  so  u = sin x
     L(theta) = mean_i (u''(x_i) + u(x_i))^2 + u(0)^2 + (u'(0) - 1)^2
@@ -20,22 +20,21 @@ from torch import Tensor
 
 from metalearn.core.types import Params
 from metalearn.derivatives import nth_derivative
-from metalearn.lessons.figures import BLUE, GREY, VERMILION, panels
-from metalearn.lessons.lesson import Check, Lesson, source_of
+from metalearn.lessons.lesson import BLUE, GREY, VERMILION, Check, Lesson, panels, source_of
 
 Activation = Callable[[Tensor], Tensor]
 _END = 2 * math.pi
 _POINTS, _WIDTH, _ITERATIONS = 128, 20, 1000
 
 _CLAIM = """\
-create_graph=True twice gives u'' of a network as a tensor that can be trained on. A network of two layers of 20 tanh \
-units learns u'' = -u, u(0) = 0, u'(0) = 1, without a single value of sin x, to better than 1e-3 everywhere on \
-[0, 2 pi]; that is held on a grid finer than the points that it was trained at.
+create_graph=True twice gives u'' of a network as a tensor that can be part of a loss. A network of two layers of 20 \
+tanh units learns u'' = -u, u(0) = 0, u'(0) = 1, without a single value of sin x, to better than 1e-3 everywhere on \
+[0, 2 pi]; this is checked on a grid finer than the training points.
 
-With ReLU nothing is raised and nothing is learnt. The network is piecewise linear, so autograd's u'' is exactly 0 at \
-every point and the residual u'' + u is u itself: training drives u towards 0, but for kinks near x = 0 that serve the \
-initial conditions. Its loss falls all the same. A small loss is no sign of a solution where the equation is not in \
-it."""
+With ReLU no error is raised and nothing is learnt. The network is piecewise linear, so autograd's u'' is exactly 0 \
+at every point and the residual u'' + u is u itself: training drives u towards 0, except for kinks near x = 0 that \
+satisfy the initial conditions. Its loss falls nevertheless. A small loss is no sign of a solution if the loss does \
+not contain the equation."""
 
 
 @dataclass(frozen=True)
@@ -56,24 +55,24 @@ class Fit:
 
 
 def network(theta: Params, x: Tensor, activation: Activation) -> Tensor:
-    """The network's u at each of the points ``x``, through two hidden layers; ``[points]`` to ``[points]``."""
+    """Compute u at each of the points ``x`` by two hidden layers; ``[points]`` to ``[points]``."""
     hidden = activation(x[..., None] @ theta["w1"] + theta["b1"])
     hidden = activation(hidden @ theta["w2"] + theta["b2"])
     return (hidden @ theta["w3"])[..., 0]
 
 
 def with_derivatives(theta: Params, x: Tensor, activation: Activation) -> tuple[Tensor, ...]:
-    """Value, u' and u'' at the points; all three can be differentiated in theta."""
+    """Return u, u' and u'' at the points; all three can be differentiated in theta."""
     x = x.clone().requires_grad_()
     u = network(theta, x, activation)
-    # Each u depends on its own x alone, so the sum's gradient holds every point's derivative.
+    # Each u depends only on its own x, so the gradient of the sum has every point's derivative.
     (u_x,) = torch.autograd.grad(u.sum(), x, create_graph=True)
     (u_xx,) = torch.autograd.grad(u_x.sum(), x, create_graph=True)
     return u, u_x, u_xx
 
 
 def equation(theta: Params, x: Tensor, activation: Activation) -> Tensor:
-    """The loss: the residual at the points, and the two initial conditions at the first of them, x = 0."""
+    """Compute the loss: the residual at the points, and the two initial conditions at the first one, x = 0."""
     u, u_x, u_xx = with_derivatives(theta, x, activation)
     return (u_xx + u).square().mean() + u[0].square() + (u_x[0] - 1).square()
 
@@ -134,7 +133,7 @@ def _initial() -> Params:
 
 def _checks(smooth: Fit, kinked: Fit) -> list[Check]:
     nested_forward = nth_derivative(lambda x: network(smooth.theta, x, torch.tanh), smooth.x, 2, mode="forward")
-    residual, own = ((t.square().mean().sqrt().item()) for t in (kinked.u_xx + kinked.u, kinked.u))
+    residual, value = ((t.square().mean().sqrt().item()) for t in (kinked.u_xx + kinked.u, kinked.u))
     return [
         Check("tanh: largest |u - sin x| on [0, 2 pi]", smooth.error.max().item(), 0.0, 1e-3),
         Check("tanh: largest |u'' + u|", (smooth.u_xx + smooth.u).abs().max().item(), 0.0, 0.05),
@@ -146,7 +145,7 @@ def _checks(smooth: Fit, kinked: Fit) -> list[Check]:
             "forward mode",
         ),
         Check("ReLU: largest |u''|", kinked.u_xx.abs().max().item(), 0.0),
-        Check("ReLU: root mean square of u'' + u over that of u", residual / own, 1.0, 1e-12),
+        Check("ReLU: root mean square of u'' + u over that of u", residual / value, 1.0, 1e-12),
         Check(
             "ReLU: largest |u - sin x| is above 0.5",
             "yes" if kinked.error.max() > 0.5 else "no",

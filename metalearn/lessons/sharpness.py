@@ -1,9 +1,9 @@
-"""Sharpness: the largest eigenvalue of the loss's Hessian, against the step size that gradient descent bears.
+"""Sharpness: the largest eigenvalue of the loss's Hessian, against the step size of gradient descent.
 
     theta <- theta - lr grad L(theta)    on a quadratic: the error along eigenvalue l shrinks by (1 - lr l) a step,
     so it converges from everywhere if and only if lr < 2 / l_max
 
-On a network the Hessian changes under way: it sharpens until it meets 2 / lr, and stays there (Cohen et al. 2021,
+On a network the Hessian changes in training: it sharpens until it reaches 2 / lr, and stays there (Cohen et al. 2021,
 "Gradient descent on neural networks typically occurs at the edge of stability", arXiv 2103.00065).
 """
 
@@ -17,12 +17,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from metalearn.core.profiling.threads import one_thread
+from metalearn.core.profiling.hardware import one_thread
 from metalearn.core.types import Params
 from metalearn.data.glyphs import make_glyphs
 from metalearn.derivatives import ScalarFunction, gradient, hessian, top_eigenvalues
-from metalearn.lessons.figures import BLUE, GREEN, VERMILION, panels
-from metalearn.lessons.lesson import Check, Lesson, source_of
+from metalearn.lessons.lesson import BLUE, GREEN, VERMILION, Check, Lesson, panels, source_of
 
 _STEPS, _EVERY = 1200, 20
 _AT_THE_EDGE = (0.25, 0.4)  # 2 / lr = 8 and 5, which the sharpness reaches
@@ -31,19 +30,19 @@ _COLOURS = {0.05: GREEN, 0.25: BLUE, 0.4: VERMILION}
 
 _CLAIM = """\
 Gradient descent on a quadratic converges from everywhere if and only if lr < 2 / lambda_max. It is often concluded \
-that a network's step must stay below 2 over its sharpness, or the loss diverges. On a network the sharpness is no \
-constant. Under full-batch gradient descent it rises until it meets 2 / lr, and then stays about there: beyond the \
-line the iterates begin to oscillate along the sharpest direction, which drives them to where that direction is less \
-sharp. The loss rises for some steps and falls over many. With a step so small that \
-2 / lr lies far above, the sharpness keeps rising slowly and the loss falls in every step.
+that a network's step must stay below 2 over its sharpness, or the loss diverges. But a network's sharpness is not \
+constant. Under full-batch gradient descent it rises until it reaches 2 / lr, and then stays near it: beyond that the \
+iterates oscillate along the sharpest direction, which drives them to where that direction is less sharp. The loss \
+rises in some steps and falls over many. With a step so small that 2 / lr is far above the sharpness, the sharpness \
+keeps rising slowly and the loss falls in every step.
 
-The sharpness comes from derivatives.top_eigenvalues, Lanczos on Hessian-vector products, and is held against all \
+The sharpness comes from derivatives.top_eigenvalues, Lanczos on Hessian-vector products, and is compared with the \
 eigenvalues of the dense Hessian at the start and at the end."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: the loss after every step, the sharpness at some of them, and where it began and ended."""
+    """One training: the loss after every step, the sharpness after some, and the first and last parameters."""
 
     lr: float
     losses: list[float]
@@ -53,12 +52,12 @@ class Run:
 
 
 def network(theta: Params, x: Tensor) -> Tensor:
-    """Three layers with tanh between them, without biases; ``[examples, pixels]`` to ``[examples, classes]``."""
+    """Compute three layers with tanh between, without biases; ``[examples, pixels]`` to ``[examples, classes]``."""
     return torch.tanh(torch.tanh(x @ theta["a"]) @ theta["b"]) @ theta["c"]
 
 
 def train(loss: ScalarFunction, theta: Params, lr: float) -> Run:
-    """Full-batch gradient descent, with the sharpness every 20 steps."""
+    """Run full-batch gradient descent; compute the sharpness every 20 steps."""
     start, losses, sharpness = theta, [], {}
     for step in range(_STEPS + 1):
         losses.append(loss(theta).item())
@@ -86,7 +85,7 @@ def lesson() -> Lesson:
 
 
 def problem() -> tuple[ScalarFunction, Params]:
-    """Squared error on 80 drawings of 4 characters at 8 x 8 pixels, and a network of 1,344 parameters; float64."""
+    """Return the squared error on 80 drawings of 4 characters at 8 x 8 pixels, and 1,344 parameters in float64."""
     classes, drawings, size, hidden = 4, 20, 8, 16
     images = make_glyphs(classes=classes, drawings=drawings, size=size).double().flatten(0, 1).flatten(1)
     x = images - images.mean(dim=0)
@@ -94,7 +93,7 @@ def problem() -> tuple[ScalarFunction, Params]:
     y = torch.eye(classes, dtype=torch.float64).repeat_interleave(drawings, dim=0)
     draw = torch.Generator().manual_seed(0)
     shapes = {"a": (size * size, hidden), "b": (hidden, hidden), "c": (hidden, classes)}
-    # Half the usual scale, so that the sharpness starts well below the lines.
+    # Half the usual scale, so that the sharpness starts well below 2 / lr.
     theta = {
         name: torch.randn(shape, generator=draw, dtype=torch.float64) / (2 * shape[0] ** 0.5)
         for name, shape in shapes.items()
@@ -103,7 +102,7 @@ def problem() -> tuple[ScalarFunction, Params]:
 
 
 def dense_sharpness(loss: ScalarFunction, theta: Params) -> float:
-    """The largest of all eigenvalues of the Hessian."""
+    """Return the largest of all eigenvalues of the Hessian."""
     blocks = hessian(loss, theta)
     rows = [torch.cat([blocks[a][b].flatten(p.ndim).flatten(0, -2) for b in theta], dim=1) for a, p in theta.items()]
     largest: float = torch.linalg.eigvalsh(torch.cat(rows))[-1].item()
@@ -120,7 +119,7 @@ def _against_dense(loss: ScalarFunction, run: Run) -> list[Check]:
 
 
 def _quadratic() -> list[Check]:
-    """x'Ax/2 with the eigenvalues 10, 9.8, ..., 0.2: 50 steps multiply the error along the first by (1 - 10 lr)^50."""
+    """Check x'Ax/2 with eigenvalues 10, 9.8, ..., 0.2: 50 steps multiply the error on the first by (1 - 10 lr)^50."""
     draw = torch.Generator().manual_seed(0)
     values = torch.linspace(10, 0.2, 50, dtype=torch.float64)
     q, _ = torch.linalg.qr(torch.randn(50, 50, dtype=torch.float64, generator=draw))
@@ -147,18 +146,18 @@ def _quadratic() -> list[Check]:
 
 
 def _late(run: Run) -> float:
-    """Mean sharpness over the last quarter."""
+    """Average the sharpness over the last quarter."""
     late = [s for step, s in run.sharpness.items() if step >= 0.75 * _STEPS]
     return sum(late) / len(late)
 
 
 def _rises(run: Run) -> int:
-    """In how many steps the loss rose."""
+    """Count the steps in which the loss rose."""
     return sum(after > before for before, after in pairwise(run.losses))
 
 
 def _edge(run: Run) -> list[Check]:
-    """At the edge: about 2 / lr in the end, above it at some time, and the loss fell nevertheless."""
+    """Check a run at the edge: sharpness near 2 / lr in the end, above it at some time, and still a lower loss."""
     line, name, source = 2 / run.lr, f"lr = {run.lr}", "Cohen et al. 2021, empirical"
     above = [step for step, s in run.sharpness.items() if s > line]
     fell = bool(above) and run.losses[-1] < run.losses[above[0]] / 2
@@ -170,7 +169,7 @@ def _edge(run: Run) -> list[Check]:
 
 
 def _below(run: Run) -> list[Check]:
-    """Below the edge: the line is out of reach, and the loss falls in every step."""
+    """Check a run below the edge: the sharpness stays below 2 / lr, and the loss falls in every step."""
     reached = max(run.sharpness.values()) > 2 / run.lr
     return [
         Check(f"lr = {run.lr}: sharpness above 2 / lr at some step", "yes" if reached else "no", "no", 0.0, "measured"),

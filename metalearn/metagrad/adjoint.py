@@ -2,13 +2,13 @@
 
     lam_K = dL_query(theta_K),    lam_k = lam_{k+1} - lr H_k lam_{k+1},    meta-gradient = lam_0
 
-(for a plain step; for any other ``vjp_update`` takes the place of ``lr`` and of the identity, with what is
-learned or remembered among lam's entries: learned step sizes get -lam * g_k)
+(for a plain step; in general ``vjp_update`` replaces ``lr`` and the identity, and lam has entries for learned step
+sizes, which get -lam * g_k, and for the rule's state)
 
 with H_k = d2 L_support(theta_k) and H_k v by forward over reverse, d/dt dL_support(theta_k + t v): the tangents of the
-activations stand beside them, about twice the memory of a first-order step. (Mixed-mode differentiation of the inner
-step, MixFlow-MG, arXiv 2505.00793, eq. 7.) Where an operation has no forward-mode formula the product is taken by
-reverse over reverse, which is said once.
+activations take about as much memory again as a first-order step. (Mixed-mode differentiation of the inner step,
+MixFlow-MG, arXiv 2505.00793, eq. 7.) Where an operation has no forward-mode formula the product is taken by reverse
+over reverse; a warning is logged once.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
 from metalearn.derivatives.hvp import value_and_hvp
 from metalearn.inner import (
     InnerLoop,
+    InnerState,
     adapted_param_names,
     apply_update,
     params_at_step,
@@ -50,108 +51,106 @@ def adjoint(
     inner: InnerLoop,
     loss: Loss,
     *,
-    watch: Callable[[int, Params], None] = lambda k, lam: None,
+    callback: Callable[[int, Params], None] = lambda k, lam: None,
 ) -> MetaGradient:
-    """The meta-gradient of one chunk of tasks; arguments and result as in ``metalearn.meta_gradient``.
+    """Compute the meta-gradient of one chunk of tasks; arguments and result as for ``metalearn.meta_gradient``.
 
-    ``watch`` is shown k and lam_k, each ``[T, ...]``, for k = K, ..., 0 (for K alone where nothing changes it
-    on its way: in first order, if steps are plain).
+    ``callback`` is called with k and lam_k, each ``[T, ...]``, for k = K, ..., 0; for K alone if nothing changes lam on
+    its way back: in first order, if steps are plain.
     """
-    way = run_forward(forward, params, episodes, inner, loss)
-    lam, repeated = way.lam, {}
-    watch(inner.steps, lam)
-    for start in way.trajectory.back():
-        lam, v = _through_update(forward, episodes, inner, loss, start, lam)
-        if inner.second_order:
+    forward_pass = run_forward(forward, params, episodes, inner, loss)
+    lam, recomputed = forward_pass.lam, {}
+    callback(inner.steps, lam)
+    for snapshot in forward_pass.trajectory.reversed_steps():
+        lam, v = _backward_through_update(forward, episodes, inner, loss, snapshot, lam)
+        if inner.second_order:  # the second-order term: H_k v
 
-            def support_loss(fast: Params, k: int = start.step) -> Tensor:
+            def support_loss(fast: Params, k: int = snapshot.step) -> Tensor:
                 at = params_at_step(fast, inner, k)
                 return total_support_loss(forward, at, episodes.support_x, episodes.support_y, loss=loss)
 
-            repeated[start.step], product = support_hvp(forward, support_loss, start, v)
+            recomputed[snapshot.step], product = support_hvp(forward, support_loss, snapshot, v)
             lam = {name: w + product[name] if name in product else w for name, w in lam.items()}
-        lam = way.add_query_gradient(start, lam)
-        watch(start.step, lam)
-    way.trajectory.check_recomputation(repeated)
-    return way.outcome(lam)
+        lam = forward_pass.add_query_gradient(snapshot, lam)
+        callback(snapshot.step, lam)
+    forward_pass.trajectory.check_recomputation(recomputed)
+    return forward_pass.result(lam)
 
 
-def _through_update(
-    forward: Forward, episodes: Episodes, inner: InnerLoop, loss: Loss, start: Snapshot, lam: Params
+def _backward_through_update(
+    forward: Forward, episodes: Episodes, inner: InnerLoop, loss: Loss, snapshot: Snapshot, lam: Params
 ) -> tuple[Params, Params]:
-    """Lam through what a step does beside taking a gradient, and the direction v of the Hessian-vector product.
+    """Backpropagate lam through the update rule; also return the direction v for the Hessian-vector product.
 
-    v has the model's parameters, 0 where nothing is adapted.
+    v has an entry for each parameter of the model: 0 where nothing is adapted.
     """
-    own = adapted_param_names(start.carry, inner)
-    model = without_state(start.carry)
-    if inner.plain:
-        return lam, {n: -inner.lr * lam[n] if n in own else torch.zeros_like(lam[n]) for n in model}
-    grads = {name: torch.zeros_like(start.carry[name]) for name in own}
-    back, of_gradient, depends = vjp_update(start.carry, grads, inner, start.step, lam)
-    if depends:
-        with start.replay_rng(), torch.no_grad():  # no graph of theirs
-            grads, _ = support_gradients(
-                forward, start.carry, episodes.support_x, episodes.support_y, inner, loss=loss, k=start.step
-            )
-        back, of_gradient, _ = vjp_update(start.carry, grads, inner, start.step, lam)
-    return back, {n: of_gradient[n] if n in of_gradient else torch.zeros_like(lam[n]) for n in model}
+    state, k = snapshot.state, snapshot.step
+    adapted, model = adapted_param_names(state, inner), without_state(state)
+    if inner.is_plain_sgd:
+        return lam, {n: -inner.lr * lam[n] if n in adapted else torch.zeros_like(lam[n]) for n in model}
+    grads = {name: torch.zeros_like(state[name]) for name in adapted}
+    in_state, in_grads, is_variable = vjp_update(state, grads, inner, k, lam)
+    if is_variable:
+        with snapshot.replay_rng(), torch.no_grad():  # no graph of the gradients
+            grads, _ = support_gradients(forward, state, episodes.support_x, episodes.support_y, inner, loss=loss, k=k)
+        in_state, in_grads, _ = vjp_update(state, grads, inner, k, lam)
+    return in_state, {n: in_grads[n] if n in in_grads else torch.zeros_like(lam[n]) for n in model}
 
 
-class UpdatePullBack(NamedTuple):
+class UpdateVJP(NamedTuple):
     """The transposed Jacobians of ``apply_update`` times lam.
 
     Args:
-        of_carry: in what is carried.
-        of_gradient: in the gradients.
-        depends: whether they are others where the gradients or the carry are: not so for SGD, momentum and decay.
+        in_state: with respect to the state.
+        in_grads: with respect to the gradients.
+        is_variable: whether they change with the gradients or the state: not so for SGD, momentum and decay.
     """
 
-    of_carry: Params
-    of_gradient: Params
-    depends: bool
+    in_state: Params
+    in_grads: Params
+    is_variable: bool
 
 
-def vjp_update(carry: Params, grads: Params, inner: InnerLoop, k: int, lam: Params) -> UpdatePullBack:
-    """Lam through ``apply_update``, and whether that would be the same with any other gradients."""
+def vjp_update(state: InnerState, grads: Params, inner: InnerLoop, k: int, lam: Params) -> UpdateVJP:
+    """Backpropagate lam through ``apply_update``, and find out whether other gradients would change the result."""
     with torch.enable_grad():
-        at, g = ({name: w.detach().requires_grad_() for name, w in tree.items()} for tree in (carry, grads))
+        at, g = ({name: w.detach().requires_grad_() for name, w in tree.items()} for tree in (state, grads))
         after = apply_update(at, g, inner, k)
         inputs = at | {state_key("gradient", name): w for name, w in g.items()}
-        products = vjp(after, inputs, lam, create_graph=True)  # with a graph where the Jacobian is no constant
+        products = vjp(after, inputs, lam, create_graph=True)  # with a graph where the Jacobian is not constant
     values = {name: p.detach() for name, p in products.items()}
-    return UpdatePullBack(
-        of_carry={name: values[name] for name in carry},
-        of_gradient={name: values[state_key("gradient", name)] for name in grads},
-        depends=any(p.requires_grad for p in products.values()),
+    return UpdateVJP(
+        in_state={name: values[name] for name in state},
+        in_grads={name: values[state_key("gradient", name)] for name in grads},
+        is_variable=any(p.requires_grad for p in products.values()),
     )
 
 
-_REVERSE_ONLY = WeakIdKeyDictionary()
-"""Models that were found not to go through forward mode, as keys, so that it is tried once for each."""
+_NO_FORWARD_MODE = WeakIdKeyDictionary()
+"""Models that forward mode has failed for, as keys, so that it is tried once for each."""
 
 
 def support_hvp(
-    forward: Forward, support_loss: Callable[[Params], Tensor], start: Snapshot, v: Params
+    forward: Forward, support_loss: Callable[[Params], Tensor], snapshot: Snapshot, v: Params
 ) -> tuple[Tensor, Params]:
-    """Support loss at the start of a step, and H v: by forward over reverse, or else by reverse over reverse."""
-    at = {name: start.carry[name] for name in v}
-    if forward not in _REVERSE_ONLY:
+    """Return the support loss before a step, and H v: by forward over reverse, or else by reverse over reverse."""
+    at = {name: snapshot.state[name] for name in v}
+    if forward not in _NO_FORWARD_MODE:
         try:
-            with start.replay_rng():
+            with snapshot.replay_rng():
                 return value_and_hvp(support_loss, at, v, mode="forward_over_reverse")
         except NotImplementedError as error:
             reason = re.sub(r"\. \(hvp's mode=.*", "", str(error).splitlines()[0])
-        # Out here, as the error's trace would keep the failed attempt's activations.
-        _say_once(reason)
-        with suppress(TypeError):  # of what has no weak references: it is tried again
-            _REVERSE_ONLY[forward] = True
-    with start.replay_rng():
+        # Outside of the except block, as the error's trace would keep the failed attempt's activations.
+        _warn_once(reason)
+        with suppress(TypeError):  # a model without weak references is tried again each time
+            _NO_FORWARD_MODE[forward] = True
+    with snapshot.replay_rng():
         return value_and_hvp(support_loss, at, v, mode="reverse_over_reverse")
 
 
 @functools.cache
-def _say_once(reason: str) -> None:
+def _warn_once(reason: str) -> None:
     log.warning(
         "engine=adjoint: an operation cannot be differentiated in forward mode (%s), so that Hessian-vector products "
         "are taken by reverse over reverse: as exact, with more memory.",

@@ -1,4 +1,4 @@
-"""What engines share: the way to the query loss without graphs, where the adjoint starts, and the result."""
+"""Shared by the engines: the forward pass without graphs, the query gradient that starts the backward pass, results."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from metalearn.core.functional import grad_of, vjp
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
 from metalearn.inner import (
     InnerLoop,
+    InnerState,
     TaskLosses,
     check_losses_finite,
     init_state,
@@ -24,14 +25,14 @@ from metalearn.metagrad.trajectory import Snapshot, Trajectory, rollout
 
 @dataclass(eq=False)
 class ForwardPass:
-    """K inner steps that were taken without graphs, and the adjoint at their end.
+    """K inner steps taken without graphs, and the adjoint at their end.
 
     Args:
         forward, params, episodes, inner, loss: of the meta-gradient.
-        trajectory: the way back; without steps where the adjoint passes every step as it is.
-        query: query losses of the objective, ``[T]``, and predictions at theta_K; the losses before the last step are
-            added on the way back.
-        lam: lam_K, d(mean objective) / d carry_K; 0 for what the query loss does not reach.
+        trajectory: snapshots for the backward pass; empty when every step's Jacobian is the identity.
+        query: query losses of the objective, ``[T]``, and predictions at theta_K; the backward pass adds the losses
+            before the last step.
+        lam: lam_K, d(mean objective) / d state_K; 0 for entries that the query loss does not reach.
     """
 
     forward: Forward
@@ -43,23 +44,23 @@ class ForwardPass:
     query: TaskLosses = field(init=False)
     lam: Params = field(init=False)
 
-    def arrive(self, carry: Params) -> None:
-        """Take the query loss after the last step.
+    def compute_query_loss(self, final_state: InnerState) -> None:
+        """Compute the query loss after the last step, and lam_K.
 
         Raises:
             NonFiniteLossError: if a loss is NaN or infinite.
         """
-        self.query, self.lam = self.query_gradient(carry, self.inner.steps)
+        self.query, self.lam = self.query_gradient(final_state, self.inner.steps)
         check_losses_finite(self.trajectory.support_losses, self.query.losses)
 
-    def query_gradient(self, carry: Params, k: int) -> tuple[TaskLosses, Params]:
-        """w_k times the query losses after k steps, the predictions, and the mean's gradient in all that is carried.
+    def query_gradient(self, state: InnerState, k: int) -> tuple[TaskLosses, Params]:
+        """Return w_k times the query losses after k steps, the predictions, and the mean's gradient in the state.
 
-        Its activations are freed before this returns.
+        The activations are freed before this returns.
         """
-        weight = self.inner.weights[k]
+        weight = self.inner.query_loss_weights[k]
         with torch.enable_grad():
-            at = {name: w.detach().requires_grad_() for name, w in carry.items()}
+            at = {name: w.detach().requires_grad_() for name, w in state.items()}
             fast = params_at_step(at, self.inner, k)
             losses, predictions = task_losses(
                 self.forward, fast, self.episodes.query_x, self.episodes.query_y, loss=self.loss
@@ -67,51 +68,59 @@ class ForwardPass:
             lam = grad_of(weight * losses.mean(), at, create_graph=False)
         return TaskLosses(weight * losses.detach(), predictions.detach()), lam
 
-    def add_query_gradient(self, start: Snapshot, lam: Params) -> Params:
-        """The adjoint with what the objective takes of the query loss where a step started."""
-        if not self.inner.weights[start.step]:
+    def add_query_gradient(self, snapshot: Snapshot, lam: Params) -> Params:
+        """Add the gradient of the query loss before a step to the adjoint, if the objective has a weight for it."""
+        if not self.inner.query_loss_weights[snapshot.step]:
             return lam
-        with start.replay_rng():
-            query, own = self.query_gradient(start.carry, start.step)
+        with snapshot.replay_rng():
+            query, gradient = self.query_gradient(snapshot.state, snapshot.step)
         check_losses_finite([], query.losses)
         self.query = TaskLosses(self.query.losses + query.losses, self.query.predictions)
-        return {name: lam[name] + own[name] for name in lam}
+        return {name: lam[name] + gradient[name] for name in lam}
 
-    def outcome(self, lam: Params) -> MetaGradient:
-        """The result, from lam_0."""
+    def result(self, lam: Params) -> MetaGradient:
+        """Return the meta-gradient from lam_0, the adjoint before the first step."""
         grads = vjp_init_state(self.forward, self.params, self.episodes, self.inner, lam)
         return build_result(grads, self.query.losses, self.query.predictions, self.trajectory.support_losses)
 
 
 def run_forward(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> ForwardPass:
-    """K inner steps without graphs and the query pass.
+    """Take K inner steps without graphs, and compute the query loss.
 
-    Nothing is kept for the way back where the adjoint passes every step as it is: in first order, if a step is plain
-    and the objective is the last query loss.
+    No snapshot is kept where every step's Jacobian is the identity: in first order, if a step is plain and the
+    objective is the last query loss.
 
     Raises:
         NonFiniteLossError: if a loss is NaN or infinite.
     """
+    is_identity = not inner.second_order and inner.is_plain_sgd and not any(inner.query_loss_weights[:-1])
+    snapshot_every = None if is_identity else inner.snapshot_every
+    state, trajectory = take_inner_steps(forward, params, episodes, inner, loss, snapshot_every=snapshot_every)
+    forward_pass = ForwardPass(forward, params, episodes, inner, loss, trajectory)
+    forward_pass.compute_query_loss(state)
+    return forward_pass
 
-    def step(k: int, carry: Params) -> tuple[Params, Tensor]:
-        return inner_step(forward, carry, episodes.support_x, episodes.support_y, inner, loss=loss, k=k)
 
-    passes_as_it_is = not inner.second_order and inner.plain and not any(inner.weights[:-1])
+def take_inner_steps(
+    forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss, *, snapshot_every: int | None
+) -> tuple[InnerState, Trajectory]:
+    """Take K inner steps without graphs; return the state after the last, and the trajectory."""
+
+    def step_fn(k: int, state: InnerState) -> tuple[InnerState, Tensor]:
+        return inner_step(forward, state, episodes.support_x, episodes.support_y, inner, loss=loss, k=k)
+
     theta = {name: p.detach() for name, p in params.items()}
     with torch.no_grad():
-        carry = init_state(forward, theta, episodes.support_x, episodes.support_y, inner)
-    carry, trajectory = rollout(step, carry, steps=inner.steps, every=None if passes_as_it_is else inner.snapshot_every)
-    way = ForwardPass(forward, params, episodes, inner, loss, trajectory)
-    way.arrive(carry)
-    return way
+        state = init_state(forward, theta, episodes.support_x, episodes.support_y, inner)
+    return rollout(step_fn, state, steps=inner.steps, snapshot_every=snapshot_every)
 
 
 def build_result(grads: Params, losses: Tensor, predictions: Tensor, support_losses: list[Tensor]) -> MetaGradient:
-    """What every engine returns.
+    """Build the result of an engine.
 
     Args:
         grads: d(mean objective) / d theta.
-        losses: the objective, task by task.
+        losses: the objective of each task, ``[T]``.
         predictions: on the query sets, at theta_K.
         support_losses: before each step, ``[T]`` each.
     """
@@ -128,21 +137,21 @@ def vjp_init_state(forward: Forward, params: Params, episodes: Episodes, inner: 
     """Transpose ``init_state``: all tasks share theta, so that their adjoints ``[T, ...]`` add up to ``[...]``."""
     with torch.enable_grad():
         at = {name: p.detach().requires_grad_() for name, p in params.items()}
-        carry = init_state(forward, at, episodes.support_x, episodes.support_y, inner)
-        return vjp(carry, at, lam)
+        state = init_state(forward, at, episodes.support_x, episodes.support_y, inner)
+        return vjp(state, at, lam)
 
 
-def refuse_without_gradient(engine: str, name: str, inner: InnerLoop, reasons: Mapping[str, str]) -> None:
-    """Refuse settings that a gradient of another kind knows nothing of.
+def check_unsupported_settings(engine: str, name: str, inner: InnerLoop, reasons: Mapping[str, str]) -> None:
+    """Check that no setting is used that an engine cannot differentiate.
 
     Args:
         engine: its function, for the message.
         name: as papers call it.
         inner: the settings.
-        reasons: why there is none, by setting.
+        reasons: why there is no gradient, by setting.
 
     Raises:
-        ValueError: naming the first setting that is there.
+        ValueError: naming the first setting that is used.
     """
     for setting, reason in reasons.items():
         if value := getattr(inner, setting):

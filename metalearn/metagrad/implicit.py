@@ -1,10 +1,10 @@
-"""iMAML: the meta-gradient where the inner problem is solved, whatever way led there; memory does not grow with K.
+"""iMAML: the meta-gradient at the solution of the inner problem; memory does not grow with K.
 
     phi = argmin L_support(phi) + rho/2 |phi - theta|^2                                               (section 3)
     d L_query(phi) / d theta = (I + H/rho)^{-1} dL_query(phi),    H = d2 L_support(phi)               (lemma 1)
 
-with rho = ``inner.proximal``, the paper's lambda (``lam`` is an adjoint here). The system is solved by conjugate
-gradients, which need nothing of H but products with it. (Rajeswaran et al. 2019, arXiv 1909.04630, algorithm 2.)
+with rho = ``inner.proximal_weight``, the paper's lambda (``lam`` is an adjoint here). The system is solved by conjugate
+gradients, which need only products with H. (Rajeswaran et al. 2019, arXiv 1909.04630, algorithm 2.)
 """
 
 from __future__ import annotations
@@ -19,27 +19,32 @@ from torch import Tensor
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
 from metalearn.inner import (
     InnerLoop,
+    InnerState,
     adapted_param_names,
-    init_state,
-    inner_step,
     params_at_step,
     total_support_loss,
     without_state,
 )
 from metalearn.inner.update_rules import broadcast_over_params
 from metalearn.metagrad.adjoint import support_hvp
-from metalearn.metagrad.common import ForwardPass, refuse_without_gradient
-from metalearn.metagrad.trajectory import Snapshot, rollout
+from metalearn.metagrad.common import ForwardPass, check_unsupported_settings, take_inner_steps
+from metalearn.metagrad.trajectory import Snapshot
+
+_UNSUPPORTED = {
+    "learned_lr": "the solution of the inner problem does not depend on step sizes",
+    "query_weights": "the query loss is taken at the solution, whatever steps led there",
+    "per_step_params": "the inner problem has one solution, and not one for every step",
+}
 
 
 @dataclass(frozen=True)
 class Implicit:
-    """An engine that takes the implicit gradient at theta_K, after K steps under ``inner.proximal``.
+    """Engine for the implicit gradient at theta_K, after K steps under ``inner.proximal_weight``.
 
-    It is exact as far as theta_K solves the inner problem, for which gradient descent needs ``inner.lr`` below
-    2 / (rho + the largest curvature) and steps enough, and as far as the system is solved: the result's ``diagnostics``
-    has ``cg_residual``, the mean over tasks of |b - A x| / |b|, and ``cg_residual_max``, the largest (of a batch in
-    chunks, the mean of the chunks' largest), with A = (1 + damping + weight_decay / rho) I + H/rho.
+    It is exact if theta_K solves the inner problem, for which gradient descent needs enough steps and ``inner.lr``
+    below 2 / (rho + the largest curvature), and if the linear system is solved. The result's ``diagnostics`` has
+    ``cg_residual``, the mean over tasks of |b - A x| / |b|, and ``cg_residual_max``, the largest (of a batch in chunks,
+    the mean of the chunks' largest), with A = (1 + damping + weight_decay / rho) I + H/rho.
 
     Args:
         cg_steps: iterations of conjugate gradients, each one Hessian-vector product for all tasks; at least 1.
@@ -50,7 +55,7 @@ class Implicit:
         ValueError: if a number is out of range.
 
     Example:
-        >>> inner = InnerLoop(lr=0.1, steps=16, proximal=2.0)
+        >>> inner = InnerLoop(lr=0.1, steps=16, proximal_weight=2.0)
         >>> result = Implicit(cg_steps=5)(forward, theta, episodes, inner, cross_entropy)
         >>> result.diagnostics["cg_residual"]
     """
@@ -69,66 +74,61 @@ class Implicit:
     def __call__(
         self, forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss
     ) -> MetaGradient:
-        """The meta-gradient of one chunk of tasks; arguments and result as in ``metalearn.meta_gradient``.
+        """Compute the meta-gradient of one chunk of tasks, as ``metalearn.meta_gradient`` does.
 
-        Of what is not adapted (``inner.adapted``) the gradient goes through the solution too, dL_query - H x / rho with
-        H's rows of these parameters. ``second_order=False`` drops H.
+        The gradient of parameters outside ``inner.adapted_params`` goes through the solution too: dL_query - H x / rho
+        with H's rows of these parameters. ``second_order=False`` drops H.
 
         Raises:
-            ValueError: if ``inner.proximal`` is 0, or if ``inner`` has a setting that iMAML has no gradient for:
-                ``learned_lr``, ``query_weights`` or ``per_step``.
+            ValueError: if ``inner.proximal_weight`` is 0, or if ``inner`` has a setting that iMAML has no gradient for:
+                ``learned_lr``, ``query_weights`` or ``per_step_params``.
             NonFiniteLossError: if a loss is NaN or infinite.
         """
-        _refuse_settings(inner)
-        phi, way = _solve_inner_problem(forward, params, episodes, inner, loss)
+        if not inner.proximal_weight:
+            raise ValueError(
+                "implicit: inner.proximal_weight is 0, and iMAML's inner problem is L_support(phi) + proximal_weight/2 "
+                "|phi - theta|^2: without the second term its solution does not depend on theta. Give "
+                "inner.proximal_weight a positive number; the paper takes 2.0."
+            )
+        check_unsupported_settings("implicit", "iMAML", inner, _UNSUPPORTED)
+        rho = inner.proximal_weight
+        # Solve the inner problem: phi = theta_K
+        phi, trajectory = take_inner_steps(forward, params, episodes, inner, loss, snapshot_every=None)
+        forward_pass = ForwardPass(forward, params, episodes, inner, loss, trajectory)
+        forward_pass.compute_query_loss(phi)
+        # Solve (I + H/rho) x = dL_query(phi)
         hessian = _hessian(forward, phi, episodes, inner, loss)
-        rho = inner.proximal
 
         def system(v: Params) -> Params:
-            curved = hessian(v)
-            return {n: (1 + self.damping + inner.weight_decay / rho) * w + curved[n] / rho for n, w in v.items()}
+            hv = hessian(v)
+            return {n: (1 + self.damping + inner.weight_decay / rho) * w + hv[n] / rho for n, w in v.items()}
 
-        b = {name: way.lam[name] for name in adapted_param_names(phi, inner)}
+        b = {name: forward_pass.lam[name] for name in adapted_param_names(phi, inner)}
         x, residuals = conjugate_gradients(system, b, steps=self.cg_steps, tolerance=self.cg_tolerance)
+        # The gradient of parameters that are not adapted
         constants = [name for name in without_state(phi) if name not in x]
-        curved = hessian(x) if constants else {}
-        lam = {**way.lam, **x, **{name: way.lam[name] - curved[name] / rho for name in constants}}
+        hx = hessian(x) if constants else {}
+        lam = {**forward_pass.lam, **x, **{name: forward_pass.lam[name] - hx[name] / rho for name in constants}}
         diagnostics = {"cg_residual": residuals.mean(), "cg_residual_max": residuals.max()}
-        return dataclasses.replace(way.outcome(lam), diagnostics=diagnostics)
-
-
-def _solve_inner_problem(
-    forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss
-) -> tuple[Params, ForwardPass]:
-    """What is carried out of K steps, phi and what rules remember, and the query pass there; no step is kept."""
-
-    def step(k: int, carry: Params) -> tuple[Params, Tensor]:
-        return inner_step(forward, carry, episodes.support_x, episodes.support_y, inner, loss=loss, k=k)
-
-    theta = {name: p.detach() for name, p in params.items()}
-    with torch.no_grad():
-        carry = init_state(forward, theta, episodes.support_x, episodes.support_y, inner)
-    phi, trajectory = rollout(step, carry, steps=inner.steps, every=None)
-    way = ForwardPass(forward, params, episodes, inner, loss, trajectory)
-    way.arrive(phi)
-    return phi, way
+        return dataclasses.replace(forward_pass.result(lam), diagnostics=diagnostics)
 
 
 def _hessian(
-    forward: Forward, phi: Params, episodes: Episodes, inner: InnerLoop, loss: Loss
+    forward: Forward, phi: InnerState, episodes: Episodes, inner: InnerLoop, loss: Loss
 ) -> Callable[[Params], Params]:
-    """Products H v at phi, a block for every task; v has entries of the adapted parameters, H v of all the model's.
+    """Return the function v -> H v at phi, with a block for every task.
 
-    Dropout draws the same mask for all of them, so that H is one matrix. In first order H is 0.
+    v has entries for the adapted parameters, and H v for all parameters of the model. Dropout draws the same mask for
+    all products, so that H is one matrix. In first order H is 0.
     """
-    here = Snapshot.of(inner.steps, phi)
+    snapshot = Snapshot.of(inner.steps, phi)
     zero = {name: torch.zeros_like(w) for name, w in params_at_step(phi, inner, inner.steps).items()}
 
     def support_loss(fast: Params) -> Tensor:
         return total_support_loss(forward, fast, episodes.support_x, episodes.support_y, loss=loss)
 
     def product(v: Params) -> Params:
-        return support_hvp(forward, support_loss, here, {**zero, **v})[1] if inner.second_order else zero
+        return support_hvp(forward, support_loss, snapshot, {**zero, **v})[1] if inner.second_order else zero
 
     return product
 
@@ -140,14 +140,13 @@ def conjugate_gradients(
 
         alpha = r.r / d.Ad,  x += alpha d,  r -= alpha Ad,  beta = r'.r' / r.r,  d = r' + beta d;  from x = 0, r = d = b
 
-    Where A is not positive definite the minimum that this descends to is none. A task stops where it is when it meets a
-    direction with d.Ad <= 0, as Steihaug does (1983); if that is the first one, it takes x = b, the first-order
-    gradient (Nocedal & Wright 2006, algorithm 7.1). NaN passes on to x.
+    If A is not positive definite, a task stops at the first direction with d.Ad <= 0 (Steihaug 1983); if that is the
+    very first one, with x = b, the first-order gradient (Nocedal & Wright 2006, algorithm 7.1). NaN passes on to x.
 
     Args:
         product: A v of all tasks, for v named and shaped like ``b``; A is symmetric and has a block for every task.
         b: right-hand sides, each ``[T, ...]``.
-        steps: largest number of iterations, one product each; n of them solve n equations, but for rounding.
+        steps: largest number of iterations, one product each; n of them solve n equations, up to rounding.
         tolerance: a task stops where |b - A x| / |b| is no larger.
 
     Returns:
@@ -156,44 +155,29 @@ def conjugate_gradients(
     Reference: Hestenes & Stiefel 1952, "Methods of conjugate gradients for solving linear systems".
     """
     x, r, d = {name: torch.zeros_like(w) for name, w in b.items()}, b, b
-    square = size = _dots(b, b)
-    going = size != 0
+    square = b_square = _dot(b, b)
+    active = b_square != 0
     for iteration in range(steps):
-        if not going.any():
+        if not active.any():
             break
         ad = product(d)
-        curvature = _dots(d, ad)
-        convex = going & ~(curvature <= 0)
+        curvature = _dot(d, ad)
+        convex = active & ~(curvature <= 0)
         alpha = torch.where(convex, square / torch.where(convex, curvature, 1.0), 0.0)
         if iteration == 0:
-            alpha = torch.where(going & ~convex, 1.0, alpha)
-        x, r = _plus(x, alpha, d), _plus(r, -alpha, ad)
-        before, square = square, _dots(r, r)
-        going = convex & (square > tolerance**2 * size)
-        d = _plus(r, torch.where(going, square / torch.where(going, before, 1.0), 0.0), d)
-    return x, (square / torch.where(size != 0, size, 1.0)).sqrt()
+            alpha = torch.where(active & ~convex, 1.0, alpha)
+        x, r = _axpy(x, alpha, d), _axpy(r, -alpha, ad)
+        previous, square = square, _dot(r, r)
+        active = convex & (square > tolerance**2 * b_square)
+        d = _axpy(r, torch.where(active, square / torch.where(active, previous, 1.0), 0.0), d)
+    return x, (square / torch.where(b_square != 0, b_square, 1.0)).sqrt()
 
 
-def _dots(a: Params, b: Params) -> Tensor:
-    """Inner products over all of a task's parameters, ``[T]``."""
+def _dot(a: Params, b: Params) -> Tensor:
+    """Return inner products over all parameters of each task, ``[T]``."""
     return torch.stack([(w * b[name]).reshape(len(w), -1).sum(dim=1) for name, w in a.items()]).sum(dim=0)
 
 
-def _plus(a: Params, factor: Tensor, b: Params) -> Params:
-    """The sum a + factor b, with a factor for every task, ``[T]``."""
+def _axpy(a: Params, factor: Tensor, b: Params) -> Params:
+    """Return a + factor b, with one factor for each task, ``[T]``."""
     return {name: w + broadcast_over_params(factor, w) * b[name] for name, w in a.items()}
-
-
-def _refuse_settings(inner: InnerLoop) -> None:
-    if not inner.proximal:
-        raise ValueError(
-            "implicit: inner.proximal is 0, and iMAML's inner problem is L_support(phi) + proximal/2 |phi - theta|^2: "
-            "without the second term its solution does not depend on theta. Give inner.proximal a positive number; the "
-            "paper takes 2.0."
-        )
-    reasons = {
-        "learned_lr": "the solution of the inner problem does not depend on step sizes",
-        "query_weights": "the query loss is taken at the solution, whatever steps led there",
-        "per_step": "the inner problem has one solution, and not one for every step",
-    }
-    refuse_without_gradient("implicit", "iMAML", inner, reasons)

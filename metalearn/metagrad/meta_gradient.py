@@ -1,4 +1,4 @@
-"""The meta-gradient d L_query(adapt(theta)) / d theta, by engines that differ in price and agree in value."""
+"""The meta-gradient d L_query(adapt(theta)) / d theta, by engines that agree in value and differ in cost."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from metalearn.core.errors import NonFiniteLossError
+from metalearn.core.errors import NonFiniteGradientError, NonFiniteLossError
 from metalearn.core.functional import check_forward, check_params
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
+from metalearn.derivatives.singular import first_nonfinite, is_finite
 from metalearn.inner import InnerLoop, check_params_match_config, explain_torch_errors, loss_checks_deferred
 from metalearn.metagrad.adjoint import adjoint
 from metalearn.metagrad.checkpoint import checkpoint
-from metalearn.metagrad.nonfinite import check_finite_gradient, last_nonfinite_step
 from metalearn.metagrad.unroll import unroll
 
 Engine = Callable[[Forward, Params, Episodes, InnerLoop, Loss], MetaGradient]
@@ -32,7 +32,7 @@ def meta_gradient(
     loss: Loss = cross_entropy,
     engine: Engine | None = None,
 ) -> MetaGradient:
-    """The mean query loss over tasks after adaptation, and its gradient in the meta-parameters.
+    """Compute the mean query loss over tasks after adaptation, and its gradient in the meta-parameters.
 
         grads = 1/T sum_t d L_query,t(adapt_t(theta)) / d theta
 
@@ -41,22 +41,19 @@ def meta_gradient(
         params: meta-parameters theta, each ``[...]``, with learned step sizes if ``inner`` has them.
             They need not require gradients and are not changed.
         episodes: T tasks.
-        inner: the inner loop; ``inner.engine`` picks how the gradient is computed, ``inner.task_chunk`` how many
-            tasks are in memory at a time (the result does not depend on it beyond rounding, but for dropout, which
-            draws other masks).
+        inner: the inner loop; ``inner.engine`` selects how the gradient is computed, ``inner.task_chunk`` how many
+            tasks are in memory at a time (which changes rounding and dropout masks alone).
         loss: ``loss(prediction, target)``, the mean over one task's examples.
-        engine: a gradient of another kind, in the place of the one that ``inner.engine`` names: ``reptile``,
-            ``Implicit()`` (iMAML).
+        engine: replaces the one that ``inner.engine`` names: ``reptile``, ``Implicit()`` (iMAML).
 
     Returns:
-        The loss, the gradients (zeros for parameters that the loss does not reach), the query predictions and the
-        support losses.
+        The loss, the gradients (zeros where the loss does not reach), the query predictions and the support losses.
 
     Raises:
-        ValueError: if the engine is unknown, if a loss depends on no parameter, or if the model does what cannot be
-            batched over tasks or differentiated twice.
+        ValueError: if the engine is unknown, a loss depends on no parameter, or the model cannot be batched over tasks
+            or differentiated twice.
         TypeError: if a parameter is not a floating-point tensor.
-        NonFiniteLossError: if a support or query loss is NaN or infinite; naming the task and the inner step.
+        NonFiniteLossError: if a loss is NaN or infinite; naming the task and the inner step.
         NonFiniteGradientError: if the gradient is, though no loss is; naming the parameter and the task.
 
     Example:
@@ -76,34 +73,34 @@ def meta_gradient(
     with explain_torch_errors(vars(episodes), params):
         result = compute(episodes)
         if not loss_checks_deferred():
-            step_of = partial(last_nonfinite_step, forward, params, inner=inner, loss=loss)
-            check_finite_gradient(result.grads, compute, (lambda _: None) if engine else step_of, episodes)
+            locate_step = partial(_last_nonfinite_step, forward, params, inner=inner, loss=loss)
+            _check_finite_gradient(result.grads, compute, (lambda _: None) if engine else locate_step, episodes)
     return result
 
 
 def _in_chunks(
     engine: Engine, forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss
 ) -> MetaGradient:
-    """The same mean over tasks, ``inner.task_chunk`` of them at a time; of diagnostics too."""
+    """Compute the mean over tasks, diagnostics included, with ``inner.task_chunk`` of them at a time."""
     if inner.task_chunk is None or inner.task_chunk >= episodes.tasks:
         return engine(forward, params, episodes, inner, loss)
     grads = {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()}
     losses, support_losses, predictions = [], [], []
     diagnostics: dict[str, Tensor] = {}
-    done = 0
+    tasks_done = 0
     for chunk in episodes.split(inner.task_chunk):
         share = chunk.tasks / episodes.tasks
         try:
-            part = engine(forward, params, chunk, inner, loss)
+            result = engine(forward, params, chunk, inner, loss)
         except NonFiniteLossError as error:
-            raise error.with_task_offset(done) from None
-        done += chunk.tasks
+            raise error.with_task_offset(tasks_done) from None
+        tasks_done += chunk.tasks
         for name, total in grads.items():
-            total.add_(part.grads[name], alpha=share)
-        losses.append(share * part.loss)
-        support_losses.append(share * part.support_loss)
-        predictions.append(part.predictions)
-        diagnostics = {name: diagnostics.get(name, 0) + share * value for name, value in part.diagnostics.items()}
+            total.add_(result.grads[name], alpha=share)
+        losses.append(share * result.loss)
+        support_losses.append(share * result.support_loss)
+        predictions.append(result.predictions)
+        diagnostics = {name: diagnostics.get(name, 0) + share * value for name, value in result.diagnostics.items()}
     return MetaGradient(
         loss=torch.stack(losses).sum(),
         grads=grads,
@@ -111,3 +108,40 @@ def _in_chunks(
         support_loss=torch.stack(support_losses).sum(dim=0),
         diagnostics=diagnostics,
     )
+
+
+def _check_finite_gradient(
+    grads: Params,
+    compute: Callable[[Episodes], MetaGradient],
+    locate_step: Callable[[Episodes], int | None],
+    episodes: Episodes,
+) -> None:
+    """Check that a meta-gradient is finite by one reduction; find the fault by one meta-gradient for each task.
+
+    Raises:
+        NonFiniteGradientError: naming the parameter, and the task and inner step if one task's gradient is not finite.
+    """
+    if is_finite(grads):
+        return
+    for task, episode in enumerate(episodes.split(1)):
+        if found := first_nonfinite(compute(episode).grads):
+            raise NonFiniteGradientError(found[0], value=found[1], task=task, step=locate_step(episode))
+    if found := first_nonfinite(grads):
+        raise NonFiniteGradientError(found[0], value=found[1])
+
+
+def _last_nonfinite_step(
+    forward: Forward, params: Params, episode: Episodes, inner: InnerLoop, loss: Loss
+) -> int | None:
+    """Return the last inner step whose adjoint is not finite; ``None`` if there is none or it cannot be computed."""
+    steps: list[int] = []
+
+    def record(k: int, lam: Params) -> None:
+        if not is_finite(lam):
+            steps.append(k)
+
+    try:
+        adjoint(forward, params, episode, inner, loss, callback=record)
+    except (ArithmeticError, ValueError, RuntimeError):  # the model does not support this engine
+        return None
+    return max(steps, default=None)

@@ -1,11 +1,10 @@
-"""Reptile: theta moves towards where K plain steps of learning lead, and nothing is differentiated twice.
+"""Reptile: theta moves towards the result of K plain training steps; nothing is differentiated twice.
 
     theta <- theta + eps * mean_t (theta_{K,t} - theta)        (Nichol et al. 2018, arXiv 1803.02999, algorithm 2)
     grads = mean_t (theta - theta_{K,t}) / alpha               (section 3: for any outer optimiser)
 
-so that gradient descent on ``grads`` with the outer rate alpha eps is the first line. After one plain step they are the
-gradient of the mean loss over tasks, which is joint training; what makes it meta-learning comes with the second step
-(section 5).
+Gradient descent on ``grads`` with the outer rate alpha eps is the first line. After one plain step they are the
+gradient of the mean loss over tasks, which is joint training; it is meta-learning from the second step on (section 5).
 """
 
 from __future__ import annotations
@@ -14,48 +13,45 @@ import torch
 
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
 from metalearn.inner import InnerLoop, check_losses_finite, init_state, inner_step, params_at_step, task_losses
-from metalearn.metagrad.common import build_result, refuse_without_gradient
+from metalearn.metagrad.common import build_result, check_unsupported_settings
+
+_UNSUPPORTED = {
+    "learned_lr": "step sizes are not displaced by an inner step",
+    "query_weights": "there is no query set, and so no query loss to weigh",
+    "per_step_params": "no step displaces the parameters that the model is given after the last one",
+    "initializer": "theta moves towards theta_K, which says nothing if tasks do not start from theta",
+}
 
 
 def reptile(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> MetaGradient:
-    """The displacement of one chunk of tasks, over the inner step size; arguments as in ``metalearn.meta_gradient``.
+    """Compute the displacement of one chunk of tasks over the inner step size; arguments as for ``meta_gradient``.
 
     Reptile's training tasks have no query set: each is adapted to its support and query examples together,
     ``[T, S + Q, ...]``. No graph is built, and ``inner.second_order`` and ``inner.engine`` change nothing. Every rule
-    will do, and so will ``inner.adapted``.
+    works, and so does ``inner.adapted_params``.
 
     Returns:
-        ``grads``: mean over tasks of (theta - theta_K) / ``inner.lr``; zeros for what is not adapted. ``loss`` and
-        ``predictions`` are those of theta_K on the query sets, which it was adapted to: a training loss, and no measure
-        of how well a new task is learned. ``support_loss``: before each step, over support and query examples.
+        ``grads``: mean over tasks of (theta - theta_K) / ``inner.lr``; zeros where nothing is adapted. ``loss``
+        and ``predictions`` are those of theta_K on the query sets, which it was adapted to: a training loss that does
+        not measure how well a new task is learned. ``support_loss``: before each step, over support and query examples.
 
     Raises:
         ValueError: if ``inner`` has a setting that Reptile has no gradient for: ``learned_lr``, ``query_weights``,
-            ``per_step`` or ``start``.
+            ``per_step_params`` or ``initializer``.
         NonFiniteLossError: if a loss is NaN or infinite.
     """
-    _refuse_settings(inner)
+    check_unsupported_settings("reptile", "Reptile", inner, _UNSUPPORTED)
     x = torch.cat([episodes.support_x, episodes.query_x], dim=1)
     y = torch.cat([episodes.support_y, episodes.query_y], dim=1)
     theta = {name: p.detach() for name, p in params.items()}
     support_losses = []
     with torch.no_grad():
-        carry = init_state(forward, theta, x, y, inner)
+        state = init_state(forward, theta, x, y, inner)
         for k in range(inner.steps):
-            carry, losses = inner_step(forward, carry, x, y, inner, loss=loss, k=k)
+            state, losses = inner_step(forward, state, x, y, inner, loss=loss, k=k)
             support_losses.append(losses)
-        fast = params_at_step(carry, inner, inner.steps)
+        fast = params_at_step(state, inner, inner.steps)
         query = task_losses(forward, fast, episodes.query_x, episodes.query_y, loss=loss)
     check_losses_finite(support_losses, query.losses)
-    grads = {name: (p - carry[name]).mean(dim=0) / inner.lr for name, p in theta.items()}
+    grads = {name: (p - state[name]).mean(dim=0) / inner.lr for name, p in theta.items()}
     return build_result(grads, query.losses, query.predictions, support_losses)
-
-
-def _refuse_settings(inner: InnerLoop) -> None:
-    reasons = {
-        "learned_lr": "step sizes are not displaced by an inner step",
-        "query_weights": "there is no query set, and so no query loss to weigh",
-        "per_step": "no step displaces the parameters that the model is given after the last one",
-        "start": "it moves theta towards theta_K, and tasks that do not begin with theta say nothing of where to",
-    }
-    refuse_without_gradient("reptile", "Reptile", inner, reasons)

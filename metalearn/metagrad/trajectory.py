@@ -1,7 +1,7 @@
-"""The inner loop walked forwards without graphs, and back again step by step.
+"""The inner loop forwards without graphs, and its steps again in reverse order from snapshots.
 
-    forwards:  theta_0 -> theta_1 -> ... -> theta_K, of which every s-th is kept
-    back:      theta_{K-1}, ..., theta_0; those between are computed again from the one kept before them
+    forwards:   theta_0 -> theta_1 -> ... -> theta_K, with a snapshot of every s-th
+    backwards:  theta_{K-1}, ..., theta_0; those between snapshots are recomputed from the one before them
 
 With s = 1 nothing is computed twice; with s near the square root of K about 2 sqrt(K) of the K snapshots are in memory
 at a time, for at most one more first-order step each. (Griewank & Walther 2008, "Evaluating derivatives", chapter 12.)
@@ -17,34 +17,34 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from metalearn.core.types import Params
+from metalearn.inner import InnerState
 
-_ROUNDING, _ROUNDING_LOW = 1e-3, 5e-2
-"""How far a loss may be off when it is computed again: kernels may round otherwise, in bfloat16 to 8 bits."""
+_TOLERANCE, _TOLERANCE_LOW_PRECISION = 1e-3, 5e-2
+"""Relative difference of a recomputed loss: kernels may round differently, in bfloat16 to 8 bits."""
 
-StepFn = Callable[[int, Params], tuple[Params, Tensor]]
-"""The k-th inner step of every task: what is carried to the next one, and the support losses ``[T]`` before it."""
+StepFn = Callable[[int, InnerState], tuple[InnerState, Tensor]]
+"""The k-th inner step of every task: from the state to the next one, and the support losses ``[T]`` before it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """What an inner step began with: its number, what was carried, and torch's generators, which dropout draws from."""
+    """The beginning of an inner step: its number, the state, and torch's random generators, which dropout uses."""
 
     step: int
-    carry: Params
+    state: InnerState
     cpu_rng: Tensor
     cuda_devices: list[int]
     cuda_rng: list[Tensor]
 
     @classmethod
-    def of(cls, step: int, carry: Params) -> Snapshot:
-        """Here and now."""
-        devices, states = get_device_states(*carry.values())
-        return cls(step, carry, torch.get_rng_state(), devices, states)
+    def of(cls, step: int, state: InnerState) -> Snapshot:
+        """Return a snapshot with the generators' current states."""
+        devices, rng_states = get_device_states(*state.values())
+        return cls(step, state, torch.get_rng_state(), devices, rng_states)
 
     @contextmanager
     def replay_rng(self) -> Iterator[None]:
-        """Inside, the generators draw what they drew when the step was taken; outside, nothing has happened."""
+        """Draw the step's random numbers again inside; the generators are unchanged afterwards."""
         with torch.random.fork_rng(devices=self.cuda_devices):
             torch.set_rng_state(self.cpu_rng)
             set_device_states(self.cuda_devices, self.cuda_rng)
@@ -56,74 +56,77 @@ class Trajectory:
     """K inner steps that were taken.
 
     Args:
-        step: how one is taken.
+        step_fn: takes one step.
         steps: K.
-        every: s, the distance of the starts that were kept.
-        kept: those of the steps 0, s, 2s, ...; emptied on the way back, so that each is freed when it is done with.
+        snapshot_every: s, the distance between snapshots.
+        snapshots: of the steps 0, s, 2s, ...; emptied by ``reversed_steps``, so that each is freed after its use.
         support_losses: before each step, ``[T]`` each.
     """
 
-    step: StepFn
+    step_fn: StepFn
     steps: int
-    every: int
-    kept: list[Snapshot]
+    snapshot_every: int
+    snapshots: list[Snapshot]
     support_losses: list[Tensor]
 
-    def check_recomputation(self, repeated: dict[int, Tensor]) -> None:
-        """Refuse a model that did not compute the same again.
-
-        Args:
-            repeated: total support loss by step, as it came out on the way back.
-
-        Raises:
-            ValueError: naming the step: something other than torch's generators was drawn from, or the model changed.
-        """
-        if not repeated:
-            return
-        taken = torch.stack([self.support_losses[k].sum() for k in repeated]).float()
-        again = torch.stack(list(repeated.values())).float()
-        tolerance = _ROUNDING_LOW if torch.is_autocast_enabled(taken.device.type) else _ROUNDING
-        differs = ((taken - again).abs() > tolerance * (1 + taken.abs())).nonzero()
-        if len(differs):
-            at = int(differs[0])
-            raise ValueError(
-                f"the support loss of inner step {list(repeated)[at]} was {taken[at].item():.6g} on the way forwards "
-                f"and {again[at].item():.6g} when it was computed again: the model is not the same function twice. "
-                "Draw random numbers from torch's own generators (no torch.Generator, random or numpy), keep no "
-                "state that a pass changes, or use engine='unroll', which computes everything once."
-            )
-
-    def back(self) -> Iterator[Snapshot]:
-        """What the steps K - 1, ..., 0 began with, in this order; can be walked once."""
+    def reversed_steps(self) -> Iterator[Snapshot]:
+        """Yield the beginnings of the steps K - 1, ..., 0, in this order; works once."""
         end = self.steps
-        while self.kept:
-            first = (len(self.kept) - 1) * self.every
-            segment = [self.kept.pop()]
+        while self.snapshots:
+            first = (len(self.snapshots) - 1) * self.snapshot_every
+            segment = [self.snapshots.pop()]
             if end - first > 1:
                 with segment[0].replay_rng():
                     for k in range(first + 1, end):
-                        segment.append(Snapshot.of(k, self.step(k - 1, segment[-1].carry)[0]))
+                        segment.append(Snapshot.of(k, self.step_fn(k - 1, segment[-1].state)[0]))
             end = first
             while segment:
                 yield segment.pop()
 
+    def check_recomputation(self, recomputed: dict[int, Tensor]) -> None:
+        """Check that the model computed the same support losses in the backward pass.
 
-def rollout(step: StepFn, carry: Params, *, steps: int, every: int | None) -> tuple[Params, Trajectory]:
+        Args:
+            recomputed: total support loss by step.
+
+        Raises:
+            ValueError: naming the step: the model draws from other generators than torch's, or has changed.
+        """
+        if not recomputed:
+            return
+        before = torch.stack([self.support_losses[k].sum() for k in recomputed]).float()
+        again = torch.stack(list(recomputed.values())).float()
+        low_precision = torch.is_autocast_enabled(before.device.type)
+        tolerance = _TOLERANCE_LOW_PRECISION if low_precision else _TOLERANCE
+        differs = ((before - again).abs() > tolerance * (1 + before.abs())).nonzero()
+        if len(differs):
+            i = int(differs[0])
+            raise ValueError(
+                f"the support loss of inner step {list(recomputed)[i]} was {before[i].item():.6g} on the way forwards "
+                f"and {again[i].item():.6g} when it was computed again: the model is not the same function twice. "
+                "Draw random numbers from torch's own generators (no torch.Generator, random or numpy), keep no "
+                "state that a pass changes, or use engine='unroll', which computes everything once."
+            )
+
+
+def rollout(
+    step_fn: StepFn, state: InnerState, *, steps: int, snapshot_every: int | None
+) -> tuple[InnerState, Trajectory]:
     """Take K inner steps.
 
     Args:
-        step: takes one; it must not build a graph.
-        carry: into the first.
+        step_fn: takes one step; it must not build a graph.
+        state: before the first.
         steps: K.
-        every: keep what every s-th step began with; ``None`` keeps nothing, for who does not come back.
+        snapshot_every: keep the beginning of every s-th step; ``None`` keeps none, and there is no way back.
 
     Returns:
-        What is carried out of the last, and the trajectory that leads back from it.
+        The state after the last step, and the trajectory.
     """
-    kept, support_losses = [], []
+    snapshots, support_losses = [], []
     for k in range(steps):
-        if every is not None and k % every == 0:
-            kept.append(Snapshot.of(k, carry))
-        carry, losses = step(k, carry)
+        if snapshot_every is not None and k % snapshot_every == 0:
+            snapshots.append(Snapshot.of(k, state))
+        state, losses = step_fn(k, state)
         support_losses.append(losses)
-    return carry, Trajectory(step, steps, every or 1, kept, support_losses)
+    return state, Trajectory(step_fn, steps, snapshot_every or 1, snapshots, support_losses)

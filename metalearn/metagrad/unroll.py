@@ -17,19 +17,18 @@ from metalearn.metagrad.common import build_result
 
 
 def unroll(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> MetaGradient:
-    """The meta-gradient of one chunk of tasks; arguments and result as in ``metalearn.meta_gradient``."""
+    """Compute the meta-gradient of one chunk of tasks; arguments and result as for ``metalearn.meta_gradient``."""
+    support = (episodes.support_x, episodes.support_y)
     with torch.enable_grad():
         theta = {name: p.detach().requires_grad_() for name, p in params.items()}
-        carry = init_state(forward, theta, episodes.support_x, episodes.support_y, inner)
+        state = init_state(forward, theta, *support, inner)
         support_losses, objective = [], None
-        for k, weight in enumerate(inner.weights):
+        for k, weight in enumerate(inner.query_loss_weights):
             if k > 0:
-                carry, losses = inner_step(
-                    forward, carry, episodes.support_x, episodes.support_y, inner, loss=loss, k=k - 1
-                )
+                state, losses = inner_step(forward, state, *support, inner, loss=loss, k=k - 1)
                 support_losses.append(losses)
             if weight or k == inner.steps:
-                fast = params_at_step(carry, inner, k)
+                fast = params_at_step(state, inner, k)
                 query = task_losses(forward, fast, episodes.query_x, episodes.query_y, loss=loss)
                 objective = weight * query.losses if objective is None else objective + weight * query.losses
         assert objective is not None, "the last step's query loss is always taken"

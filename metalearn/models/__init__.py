@@ -1,6 +1,6 @@
-"""Networks to adapt; any other ``nn.Module`` does as well, through ``functionalize``."""
+"""Models to adapt; any other ``nn.Module`` works as well, through ``functionalize``."""
 
-from metalearn.models.cavia import ContextConv4, ContextMLP, context_param_names
+from metalearn.models.cavia import ContextConv4, ContextMLP
 from metalearn.models.conv4 import Conv4
 from metalearn.models.mlp import MLP
 from metalearn.models.resnet12 import ResNet12
@@ -11,5 +11,4 @@ __all__ = [
     "ContextMLP",
     "Conv4",
     "ResNet12",
-    "context_param_names",
 ]

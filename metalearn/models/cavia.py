@@ -1,11 +1,11 @@
-"""Networks with context parameters phi, which alone are adapted to a task (CAVIA).
+"""Models with context parameters phi, the only ones that are adapted to a task (CAVIA).
 
     phi_0 = 0,    phi_{k+1} = phi_k - alpha dL_support(phi_k, theta) / dphi_k,    theta shared by all tasks
 
-(Zintgraf et al. 2019, arXiv 1810.03642, algorithm 1.) The inner loop is plain, with two settings:
+(Zintgraf et al. 2019, arXiv 1810.03642, algorithm 1.) The inner loop needs two settings:
 
-    names = context_names(module)
-    InnerLoop(lr=1.0, steps=2, adapted=names, start=ZeroContext(names))
+    names = module_parts(module).context_params
+    InnerLoop(lr=1.0, steps=2, adapted_params=names, initializer=ZeroContext(names))
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from metalearn.models.conv4 import Conv4
 
 
 class ContextMLP(nn.Module):
-    """Hidden layers of linear and ReLU, then a linear head, on the input with phi beside it: ``f([x, phi])``.
+    """An MLP with ReLU on the input concatenated with phi, ``f([x, phi])``.
 
     With ``inputs=outputs=1`` this is the network of CAVIA's sinusoid experiments.
 
     Args:
         inputs: features of one example, after flattening.
-        outputs: numbers that are predicted.
+        outputs: number of outputs.
         hidden: width of each hidden layer.
         context: C, the entries of phi; 4 or 5 on sinusoids.
 
@@ -47,37 +47,37 @@ class ContextMLP(nn.Module):
         self.context = _zero_context("ContextMLP", context)
         layers: list[nn.Module] = []
         width = inputs + context
-        for after in hidden:
-            layers += [nn.Linear(width, after), nn.ReLU()]
-            width = after
+        for units in hidden:
+            layers += [nn.Linear(width, units), nn.ReLU()]
+            width = units
         self.layers = nn.Sequential(*layers, nn.Linear(width, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs ``[examples, outputs]`` of inputs ``[examples, ...]``."""
+        """Return outputs ``[examples, outputs]`` of inputs ``[examples, ...]``."""
         prediction: Tensor = self.layers(torch.cat([x.flatten(1), self.context.expand(len(x), -1)], dim=1))
         return prediction
 
 
 class ContextConv4(nn.Module):
-    """``Conv4`` whose third block is scaled and shifted, channel by channel, by an affine function of phi (FiLM).
+    """``Conv4`` whose third block is scaled and shifted per channel by an affine function of phi (FiLM).
 
         (gamma, beta) = W phi + b,    h_3 = relu(gamma * pool(BN(conv(h_2))) + beta)
 
-    as in CAVIA's experiments on mini-ImageNet, in the order of its authors' code. W and b belong to theta. Unlike
-    theirs, b starts at gamma = 1 and beta = 0, so that the network starts as ``Conv4``; theirs is random and small, as
-    of any linear layer. And unlike theirs, the head takes the mean over positions, as ``Conv4`` does.
+    as in CAVIA's experiments on mini-ImageNet, in the order of its authors' code. W and b belong to theta. Unlike in
+    their code, b is initialised to gamma = 1 and beta = 0, so that the network starts as ``Conv4``, and the head takes
+    the mean over positions, as ``Conv4`` does.
 
     Args:
         ways: N, the number of classes.
         channels: of the input images.
         width: filters of every convolution.
-        pool: ``"stride"`` or ``"max"``, as ``Conv4``.
+        pool: ``"stride"`` or ``"max"``, see ``Conv4``.
         context: C, the entries of phi; the paper's 100.
 
     Attributes:
         context: phi, ``[C]``, at first 0.
 
-    Shapes: ``[examples, channels, height, width]`` to logits ``[examples, ways]``; sizes as ``Conv4``.
+    Shapes: ``[examples, channels, height, width]`` to logits ``[examples, ways]``; sizes like ``Conv4``.
 
     Raises:
         ValueError: if ``pool`` is unknown or ``context`` is below 1.
@@ -99,35 +99,16 @@ class ContextConv4(nn.Module):
         self.features, self.head = network.features, network.head
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[examples, ways]`` of images ``[examples, channels, height, width]``."""
+        """Return logits ``[examples, ways]`` of images ``[examples, channels, height, width]``."""
         first, second, third, fourth = self.features
-        convolve, normalise, rectify, *pool = third.children()
-        h = normalise(convolve(second(first(x))))
-        for halve in pool:
-            h = halve(h)
+        conv, norm, relu, *pool = third.children()
+        h = norm(conv(second(first(x))))
+        for layer in pool:
+            h = layer(h)
         gamma, beta = self.film(self.context).view(2, -1, 1, 1)
-        h = rectify(gamma * h + beta)
+        h = relu(gamma * h + beta)
         logits: Tensor = self.head(fourth(h).mean(dim=(-2, -1)))
         return logits
-
-
-def context_param_names(module: nn.Module) -> frozenset[str]:
-    """Names of the context parameters: those called ``context``, of the module or of one inside it.
-
-    Raises:
-        ValueError: if it has none.
-
-    Example:
-        >>> context_names(ContextMLP(1, 1))
-        frozenset({'context'})
-    """
-    names = frozenset(name for name, _ in module.named_parameters() if name.rpartition(".")[2] == "context")
-    if not names:
-        raise ValueError(
-            f"context_names: {type(module).__name__} has no parameter called 'context'; take ContextMLP or "
-            "ContextConv4, or name so what a network of your own is to adapt."
-        )
-    return names
 
 
 def _zero_context(model: str, entries: int) -> nn.Parameter:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
 from metalearn.core.types import Params
-from metalearn.models.kernels import batch_norm, convolution, relu
+from metalearn.models.kernels import batch_norm, conv2d, relu
 
 _EPS = 1e-5
 
@@ -24,8 +24,8 @@ class Conv4(nn.Module):
     over positions, ``width`` features; Finn et al. do so on Omniglot, while for mini-ImageNet they flatten the
     5 x 5 x 32 features of ``pool="max", width=32``, so that their head has 800 inputs and ours 32.
 
-    BatchNorm always uses the statistics of the batch at hand; MAML keeps no running ones. It takes the mean away that a
-    convolution's bias would add, so that there is none.
+    BatchNorm always uses the statistics of the current batch; MAML keeps no running ones. It subtracts the mean, so
+    convolutions have no bias.
 
     Args:
         ways: N, the number of classes.
@@ -57,23 +57,22 @@ class Conv4(nn.Module):
         self._stride = (1, 1) if self._max_pool else (2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[examples, ways]`` of images ``[examples, channels, height, width]``."""
+        """Return logits ``[examples, ways]`` of images ``[examples, channels, height, width]``."""
         logits: Tensor = self.head(self.features(x).mean(dim=(-2, -1)))
         return logits
 
-    def is_plain(self) -> bool:
-        """Whether the layers are still those that were built here, as ``forward_of_tasks`` takes them to be."""
-        return (
-            _is(self.head, nn.Linear) and self.head.bias is not None and all(map(self._is_plain_block, self.features))
-        )
+    def supports_batched_forward(self) -> bool:
+        """Return whether the layers are still those that ``batched_forward`` computes."""
+        has_head = type(self.head) is nn.Linear and self.head.bias is not None
+        return has_head and all(map(self._supports_block, self.features))
 
-    def _is_plain_block(self, block: nn.Module) -> bool:
+    def _supports_block(self, block: nn.Module) -> bool:
         kinds = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, *([nn.MaxPool2d] if self._max_pool else [])]
-        layers = list(block.children())
-        if not _is(block, nn.Sequential) or len(layers) != len(kinds) or not all(map(_is, layers, kinds)):
+        if type(block) is not nn.Sequential or [type(layer) for layer in block] != kinds:
             return False
-        convolve, normalise, rectify, *pool = cast(list[Any], layers)
-        has = {
+        layers: list[Any] = list(block.children())
+        conv, norm, relu, *pool = layers
+        expected = {
             "kernel_size": (3, 3),
             "stride": self._stride,
             "padding": (1, 1),
@@ -83,14 +82,14 @@ class Conv4(nn.Module):
             "bias": None,
         }
         return (
-            all(getattr(convolve, name) == value for name, value in has.items())
-            and (normalise.eps, normalise.affine, normalise.running_mean) == (_EPS, True, None)
-            and not rectify.inplace
+            all(getattr(conv, name) == value for name, value in expected.items())
+            and (norm.eps, norm.affine, norm.running_mean) == (_EPS, True, None)
+            and not relu.inplace
             and all((p.kernel_size, p.stride, p.padding, p.ceil_mode) == (2, 2, 0, False) for p in pool)
         )
 
-    def forward_of_tasks(self, params: Params, x: Tensor) -> Tensor:
-        """Logits ``[T, examples, ways]`` of T tasks, each under its own parameters: what ``vmap`` makes, faster.
+    def batched_forward(self, params: Params, x: Tensor) -> Tensor:
+        """Return logits ``[T, examples, ways]`` of T tasks, each with its own parameters, faster than ``vmap``.
 
         Args:
             params: every parameter of the module, ``[T, ...]``.
@@ -98,14 +97,10 @@ class Conv4(nn.Module):
         """
         for number in range(len(self.features)):
             weight, gamma, beta = (params[f"features.{number}.{name}"] for name in ("0.weight", "1.weight", "1.bias"))
-            x = relu(batch_norm(convolution(x, weight, stride=self._stride, padding=(1, 1)), gamma, beta, _EPS))
+            x = relu(batch_norm(conv2d(x, weight, stride=self._stride, padding=(1, 1)), gamma, beta, _EPS))
             if self._max_pool:
                 x = max_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
         return torch.baddbmm(params["head.bias"].unsqueeze(1), x.mean(dim=(-2, -1)), params["head.weight"].mT)
-
-
-def _is(module: Any, kind: type[nn.Module]) -> bool:
-    return type(module) is kind
 
 
 def _block(inputs: int, outputs: int, *, max_pool: bool) -> nn.Sequential:

@@ -14,7 +14,7 @@ class MLP(nn.Module):
         inputs: features of one example, after flattening.
         ways: N, the number of outputs.
         hidden: width of each hidden layer; Finn's for Omniglot by default.
-        batch_norm: whether BatchNorm (of the batch at hand) precedes each ReLU.
+        batch_norm: whether BatchNorm (with batch statistics) precedes each ReLU.
 
     Shapes: ``[examples, ...]`` with ``inputs`` entries an example, to ``[examples, ways]``.
 
@@ -37,6 +37,6 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(inputs, ways))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs ``[examples, ways]`` of inputs ``[examples, ...]``."""
+        """Return outputs ``[examples, ways]`` of inputs ``[examples, ...]``."""
         prediction: Tensor = self.layers(x)
         return prediction

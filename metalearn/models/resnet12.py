@@ -18,7 +18,7 @@ class ResNet12(nn.Module):
 
     As in MetaOptNet (Lee et al. 2019, section 4.1): LeakyReLU(0.1), a 1x1 convolution with BatchNorm as shortcut, and
     no biases in convolutions. Unlike there, no DropBlock and no dropout; the head takes the mean over positions (as in
-    Oreshkin et al.); and BatchNorm always uses the statistics of the batch at hand, as MAML keeps no running ones.
+    Oreshkin et al.); and BatchNorm always uses the statistics of the current batch, as MAML keeps no running ones.
 
     Args:
         ways: N, the number of classes.
@@ -46,7 +46,7 @@ class ResNet12(nn.Module):
         self.head = nn.Linear(widths[-1], ways)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[examples, ways]`` of images ``[examples, channels, height, width]``."""
+        """Return logits ``[examples, ways]`` of images ``[examples, channels, height, width]``."""
         logits: Tensor = self.head(self.blocks(x).mean(dim=(-2, -1)))
         return logits
 
@@ -55,13 +55,13 @@ class _Block(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.residual = nn.Sequential(
-            *_convolution(inputs, outputs, 3),
+            *_conv_norm(inputs, outputs, 3),
             nn.LeakyReLU(_SLOPE),
-            *_convolution(outputs, outputs, 3),
+            *_conv_norm(outputs, outputs, 3),
             nn.LeakyReLU(_SLOPE),
-            *_convolution(outputs, outputs, 3),
+            *_conv_norm(outputs, outputs, 3),
         )
-        self.shortcut = nn.Sequential(*_convolution(inputs, outputs, 1))
+        self.shortcut = nn.Sequential(*_conv_norm(inputs, outputs, 1))
         self.end = nn.Sequential(nn.LeakyReLU(_SLOPE), nn.MaxPool2d(2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,8 +69,8 @@ class _Block(nn.Module):
         return y
 
 
-def _convolution(inputs: int, outputs: int, size: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-    """With its BatchNorm, which takes away what a bias would add."""
+def _conv_norm(inputs: int, outputs: int, size: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    """Return a convolution and its BatchNorm, which makes a bias superfluous."""
     return (
         nn.Conv2d(inputs, outputs, kernel_size=size, padding=size // 2, bias=False),
         nn.BatchNorm2d(outputs, track_running_stats=False),

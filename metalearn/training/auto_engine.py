@@ -1,7 +1,7 @@
-"""``inner.engine=auto``: the fastest engine and task chunk that fit into a memory limit, by measuring a meta-step.
+"""``inner.engine=auto``: measure a meta-step, and take the fastest engine and task chunk that fit into memory.
 
-Peak memory grows with the tasks in a pass, peak(c) = a + b c, so two small passes tell how many tasks fit. What fits is
-then timed on the whole batch, and the winner's memory measured once more.
+Peak memory grows with the tasks in a pass, peak(c) = a + b c, so two small passes tell how many tasks fit. Those that
+fit are then timed on the whole batch, and the fastest one's memory is measured once more.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from metalearn.core.errors import RunError
-from metalearn.core.profiling.device_memory import peak_bytes
-from metalearn.core.profiling.memory import MIB, MemoryLimitError
+from metalearn.core.profiling.memory import MIB, MemoryLimitError, peak_bytes
 from metalearn.core.types import Episodes, Forward, Loss, Params
 from metalearn.derivatives import available_memory
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import ENGINES, Engine, meta_gradient
-from metalearn.training.experiment import Experiment, with_inner_config
+from metalearn.training.experiment import Experiment, with_config
 
 log = logging.getLogger(__name__)
 
-_SHARE_OF_FREE = 0.8
-_CACHE_FRIENDLY = (4, 8)  # tasks a pass: smaller ones were measured faster on CPUs now and then
+_FRACTION_OF_FREE = 0.8
+_CACHE_FRIENDLY = (4, 8)  # tasks in a pass: small chunks are sometimes faster on CPUs
 
 
 @dataclass(frozen=True)
 class MetaStepProblem:
-    """What a meta-step is taken on; ``engine`` where an algorithm has a gradient of its own."""
+    """The inputs of a meta-step; ``engine`` if the algorithm has its own meta-gradient."""
 
     forward: Forward
     params: Params
@@ -42,32 +42,32 @@ class MetaStepProblem:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Of the episodes."""
         return self.episodes.query_x.device
 
     def step(self, inner: InnerLoop) -> None:
-        """One meta-gradient, whose value nobody wants."""
+        """Compute one meta-gradient and discard it."""
         meta_gradient(self.forward, self.params, self.episodes, inner, loss=self.loss, engine=self.engine)
 
     def peak(self, inner: InnerLoop, limit: int) -> int:
-        """Bytes of one meta-gradient."""
+        """Return the peak bytes of one meta-gradient."""
         return peak_bytes(lambda: self.step(inner), self.device, limit=limit)
 
     def seconds(self, inner: InnerLoop) -> float:
-        """Of one meta-gradient."""
-        self._wait()
+        """Return the seconds of one meta-gradient."""
+        self._synchronize()
         started = time.perf_counter()
         self.step(inner)
-        self._wait()
+        self._synchronize()
         return time.perf_counter() - started
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 def resolve_auto_engine(experiment: Experiment) -> Experiment:
-    """The experiment with the engine that ``inner.engine=auto`` stands for, also in its configuration.
+    """Replace ``inner.engine=auto`` by the engine that it stands for, also in the configuration.
 
     Raises:
         RunError: if nothing fits into ``run.memory_limit_mib``.
@@ -78,35 +78,31 @@ def resolve_auto_engine(experiment: Experiment) -> Experiment:
     problem = first_meta_step(experiment)
     with experiment.precision():
         inner = choose_engine(problem, experiment.algorithm.peak_memory_inner, limit_mib=config.run.memory_limit_mib)
-    settled = replace(
-        config.inner,
-        engine=inner.engine,  # type: ignore[arg-type]  # a str in the library
-        task_chunk=inner.task_chunk,
-        checkpoint_every=inner.snapshot_every,
-    )
-    return with_inner_config(experiment, settled)
+    resolved: dict[str, Any] = {"engine": inner.engine, "task_chunk": inner.task_chunk}
+    resolved["checkpoint_every"] = inner.snapshot_every
+    return with_config(experiment, replace(config, inner=replace(config.inner, **resolved)))
 
 
 def first_meta_step(experiment: Experiment) -> MetaStepProblem:
-    """The first meta-step of a run."""
+    """Return the inputs of a run's first meta-step."""
     batch = experiment.train.batch(0, experiment.config.task.meta_batch)
     return MetaStepProblem(
-        experiment.forward, experiment.theta, batch, experiment.score.loss, experiment.algorithm.engine
+        experiment.forward, experiment.theta, batch, experiment.metric.loss, experiment.algorithm.engine
     )
 
 
 def choose_engine(problem: MetaStepProblem, inner: InnerLoop, *, limit_mib: float | None) -> InnerLoop:
-    """The inner loop with the fastest engine, chunk and snapshots that fit.
+    """Return the inner loop with the fastest engine, task chunk and snapshot interval that fit.
 
     Args:
-        problem: a batch of tasks as the run will see them.
-        inner: its engine is replaced; a ``task_chunk`` or ``snapshot_every`` that was set bounds what is tried.
+        problem: the inputs of a meta-step.
+        inner: its engine is replaced; a ``task_chunk`` or ``snapshot_every`` that is set is kept.
         limit_mib: MiB for one meta-step's tensors; ``None`` takes 80% of what is free.
 
     Raises:
-        RunError: if nothing fits, with what the smallest would take.
+        RunError: if nothing fits, naming the memory that the smallest setting takes.
     """
-    free = _SHARE_OF_FREE * available_memory(problem.device)
+    free = _FRACTION_OF_FREE * available_memory(problem.device)
     limit = int(free if limit_mib is None else min(limit_mib * MIB, free))
     log.info("inner.engine=auto measures meta-steps with every engine; this takes some seconds")
     with torch.random.fork_rng(devices=[problem.device] if problem.device.type == "cuda" else []):
@@ -118,7 +114,7 @@ def choose_engine(problem: MetaStepProblem, inner: InnerLoop, *, limit_mib: floa
             try:
                 peak = problem.peak(best, limit)
             except MemoryLimitError:
-                continue  # it was not quite linear
+                continue  # memory was not quite linear in tasks
             log.info(
                 "inner.engine=auto chose %s, task_chunk %s, snapshot_every %d: %.0f ms and %.3g of %.4g MiB a "
                 "meta-step (of %d that fit)",
@@ -130,7 +126,7 @@ def choose_engine(problem: MetaStepProblem, inner: InnerLoop, *, limit_mib: floa
 
 
 def _best_time(problem: MetaStepProblem, inner: InnerLoop) -> float | None:
-    """Seconds of the faster of two meta-gradients after one to warm up; ``None`` if it runs out of memory after all."""
+    """Return the seconds of the faster of two meta-gradients after a warm-up; ``None`` if memory runs out."""
     try:
         problem.step(inner)
         return min(problem.seconds(inner), problem.seconds(inner))
@@ -139,18 +135,18 @@ def _best_time(problem: MetaStepProblem, inner: InnerLoop) -> float | None:
 
 
 def _variants(inner: InnerLoop) -> Iterator[InnerLoop]:
-    sparse = math.isqrt(inner.steps)
-    for engine in ENGINES if inner.second_order else ("unroll",):  # in first order they are all the same
+    interval = math.isqrt(inner.steps)
+    for engine in ENGINES if inner.second_order else ("unroll",):  # in first order all engines are the same
         yield replace(inner, engine=engine)
-        if engine != "unroll" and inner.snapshot_every == 1 and sparse > 1:
-            yield replace(inner, engine=engine, snapshot_every=sparse)
+        if engine != "unroll" and inner.snapshot_every == 1 and interval > 1:
+            yield replace(inner, engine=engine, snapshot_every=interval)
 
 
 def _chunks(problem: MetaStepProblem, inner: InnerLoop, limit: int) -> list[InnerLoop]:
-    """The same with the largest task chunk that fits, and with smaller ones that may be faster."""
+    """Return the inner loop with the largest task chunk that fits, and with smaller ones that may be faster."""
     tasks = problem.episodes.tasks
     most = min(tasks, inner.task_chunk or tasks)
-    totals = 2 * sum(p.numel() * p.element_size() for p in problem.params.values())  # the sum over chunks, and a part
+    totals = 2 * sum(p.numel() * p.element_size() for p in problem.params.values())  # a sum and a chunk's
     sizes: set[int] = set()
     try:
         one = estimate_peak(problem, inner, 1, limit)
@@ -159,18 +155,18 @@ def _chunks(problem: MetaStepProblem, inner: InnerLoop, limit: int) -> list[Inne
         largest = 1 + max(0, limit - one - totals) // slope
         sizes = {min(largest, most), *(size for size in _CACHE_FRIENDLY if size < min(largest, most))}
     except MemoryLimitError:
-        pass  # what was found fits; nothing larger does
+        pass  # nothing larger fits than what was found
     return [replace(inner, task_chunk=None if size == tasks else size) for size in sorted(sizes)]
 
 
 def estimate_peak(problem: MetaStepProblem, inner: InnerLoop, tasks: int, limit: int = 2**62) -> int:
-    """Bytes of a pass of the first tasks, all at once."""
+    """Return the peak bytes of a meta-gradient of the first ``tasks`` tasks, all at once."""
     few = replace(problem, episodes=problem.episodes.split(tasks)[0])
     return few.peak(replace(inner, task_chunk=None), limit)
 
 
 def _does_not_fit_error(problem: MetaStepProblem, inner: InnerLoop, limit: int) -> str:
-    """What a task at a time takes: of two, as the second finds the sum that the first left."""
+    """Return the message, with the memory of one task at a time: of two tasks, because the second adds to a sum."""
     two = replace(problem, episodes=problem.episodes.split(2)[0])
     sparse = replace(inner, task_chunk=1, snapshot_every=max(1, math.isqrt(inner.steps)))
     needed = min(two.peak(replace(sparse, engine=engine), 2**62) for engine in ENGINES)

@@ -1,13 +1,14 @@
-"""A run's claim to its folder, and its state on disk: plain containers, loaded without code, checked by digest.
+"""Checkpoints on disk: plain containers, loaded without running code, and verified by digest.
 
-``state-ITERATION.pt`` is all that a training goes on from, the best parameters so far included; the last two are kept,
-so that there is one before a damaged one. ``best.pt`` holds the best parameters once more, for the test.
+``state-ITERATION.pt`` is everything that a resumed training needs, the best parameters included; the last two are kept,
+so that there is a fallback for a damaged one. ``best.pt`` holds the best parameters once more, for the test.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +18,114 @@ from metalearn.config.run_folder import TRAINING_FILES, check_no_run_in
 from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
 from metalearn.core.types import Params
-from metalearn.training.state import BestCheckpoint, check_same_shapes
+from metalearn.training.state import BestCheckpoint, TrainState, check_same_shapes
+from metalearn.training.tracking.meter import Meter
+from metalearn.training.tracking.tensorboard import TensorBoardLogger
 
 log = logging.getLogger(__name__)
 
-_KEPT = 2
+_NUM_KEPT = 2
 _FORMAT = 1
 
 
+@dataclass
+class Checkpointer:
+    """Saves the training state; only the main process has one.
+
+    Args:
+        run_dir: the run's folder.
+        config_yaml: the run's configuration, saved with the state.
+        meter: its times and open window are saved with the state.
+        tensorboard: flushed before the state is saved.
+        every_s: seconds between two checkpoints; ``None``: only at validations.
+        started_at: when the run would have started without interruptions, on the clock of ``time.perf_counter``.
+    """
+
+    run_dir: Path
+    config_yaml: str
+    meter: Meter
+    tensorboard: TensorBoardLogger
+    every_s: float | None
+    started_at: float
+    _saved_at: float = field(default_factory=time.perf_counter)
+    _saved_best: int | None = None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether ``every_s`` has passed since the last checkpoint."""
+        return self.every_s is not None and time.perf_counter() - self._saved_at >= self.every_s
+
+    @property
+    def total_s(self) -> float:
+        """Seconds that the run has taken so far, before and after interruptions."""
+        return time.perf_counter() - self.started_at
+
+    def save(self, state: TrainState) -> None:
+        """Save the state, between two meta-steps."""
+        with self.meter.checkpoint():
+            content = {
+                "config": self.config_yaml,
+                "state": state.state_dict(),
+                "meter": self.meter.state_dict(),
+                "event_files": self.tensorboard.file_sizes(),
+                "total_s": self.total_s,
+            }
+            save_state(content, state.iteration, self.run_dir)
+            if state.best and state.best.iteration != self._saved_best:
+                save_best(state.best, self.run_dir)
+                self._saved_best = state.best.iteration
+        self._saved_at = time.perf_counter()
+
+    def save_on_exit(self, state: TrainState) -> None:
+        """Save the state of a run that stops early, unless the parameters are inconsistent or not finite."""
+        if not (state.is_consistent and state.is_finite()):
+            return
+        try:
+            self.save(state)
+        except OSError as error:
+            log.warning("The state after meta-step %d could not be saved: %s", state.iteration, error)
+
+    def describe_latest(self) -> str:
+        """Return a sentence that names the latest checkpoint and how to resume; empty if there is none."""
+        try:
+            content = load_latest(self.run_dir)
+        except RunError:  # all are damaged, which must not hide why the run ends
+            content = None
+        if content is None:
+            return ""
+        return (
+            f"The checkpoint of meta-step {content['state']['iteration']} is kept; go on from it with "
+            f"hydra.run.dir={self.run_dir} run.resume=true."
+        )
+
+
 def claim_folder(run_dir: Path, config_yaml: str) -> None:
-    """Make a locked folder this run's own for good, by its ``config.yaml``.
+    """Make a locked folder this run's own by writing its ``config.yaml``.
 
     Raises:
-        FolderTakenError: if it is another run's, or this one's without its configuration.
+        RunExistsError: if the folder holds another run, or this one without its configuration.
     """
     check_no_run_in(run_dir, TRAINING_FILES)
     files.atomic_write_text(run_dir / "config.yaml", config_yaml)
 
 
 def best_path(run_dir: Path) -> Path:
-    """The checkpoint with the best validation accuracy."""
+    """Return the path of the checkpoint with the best validation score."""
     return run_dir / "checkpoints" / "best.pt"
 
 
 def state_path(run_dir: Path, iteration: int) -> Path:
-    """The state after that many meta-steps."""
+    """Return the path of the state after ``iteration`` meta-steps."""
     return run_dir / "checkpoints" / f"state-{iteration:08}.pt"
 
 
 def state_paths(run_dir: Path) -> list[Path]:
-    """States that are on disk, the newest first."""
+    """Return the saved states, newest first."""
     return sorted((run_dir / "checkpoints").glob("state-*.pt"), reverse=True)
 
 
 def save_state(content: dict[str, Any], iteration: int, run_dir: Path) -> None:
-    """Put a state away, whole or not at all; then remove those that it makes superfluous.
+    """Save a state atomically, then remove the superseded ones.
 
     Args:
         content: plain containers.
@@ -61,8 +135,8 @@ def save_state(content: dict[str, Any], iteration: int, run_dir: Path) -> None:
     path = state_path(run_dir, iteration)
     files.save_checked({"format": _FORMAT, **content}, path)
     earlier = [other for other in state_paths(run_dir) if other < path]
-    later = [other for other in state_paths(run_dir) if other > path]  # damaged, or the run went on from before them
-    for other in [*later, *earlier[_KEPT - 1 :]]:
+    later = [other for other in state_paths(run_dir) if other > path]  # damaged, or the run resumed from before them
+    for other in [*later, *earlier[_NUM_KEPT - 1 :]]:
         files.remove(other)
     for digest in path.parent.glob("state-*.sha256"):
         if not digest.with_suffix("").exists():  # a kill came between the removal of the two
@@ -70,13 +144,13 @@ def save_state(content: dict[str, Any], iteration: int, run_dir: Path) -> None:
 
 
 def remove_unfinished(run_dir: Path) -> None:
-    """Remove what a process that was killed while it wrote has left in a locked folder."""
+    """Remove temporary files of a process that was killed while writing into a locked folder."""
     for folder in (run_dir, run_dir / "checkpoints"):
         files.remove_temporary_files(folder)
 
 
 def load_latest(run_dir: Path) -> dict[str, Any] | None:
-    """The newest state that is whole; ``None`` where none was saved yet.
+    """Load the newest undamaged state; ``None`` if none was saved yet.
 
     Raises:
         RunError: if there are some, and all are damaged.
@@ -93,22 +167,22 @@ def load_latest(run_dir: Path) -> dict[str, Any] | None:
             continue
         if content["format"] != _FORMAT:
             raise RunError(
-                f"{path}: its format is {content['format']}, and this version of metalearn reads {_FORMAT}; go on "
+                f"{path}: its format is {content['format']}, and this version of metalearn reads {_FORMAT}; resume "
                 "with the version that wrote it."
             )
-        for what in damaged:
-            log.warning("%s The one before it is taken: %s.", what, path.name)
+        for message in damaged:
+            log.warning("%s The one before it is taken: %s.", message, path.name)
         return content
     if damaged:
         raise RunError(
-            f"{run_dir}: every checkpoint is damaged, so there is nothing to go on from. Restore one from a copy, or "
-            "start anew in another folder.\n" + "\n".join(damaged)
+            f"{run_dir}: every checkpoint is damaged, so there is nothing to resume from. Restore one from a copy, or "
+            "start a new run in another folder.\n" + "\n".join(damaged)
         )
     return None
 
 
 def save_best(best: BestCheckpoint, run_dir: Path) -> None:
-    """Write ``best.pt`` whole, or leave the one that was there."""
+    """Write ``best.pt`` atomically."""
     content = {
         "params": best.params,
         "iteration": best.iteration,
@@ -118,7 +192,7 @@ def save_best(best: BestCheckpoint, run_dir: Path) -> None:
 
 
 def sync_best(best: BestCheckpoint | None, run_dir: Path) -> None:
-    """Have ``best.pt`` agree with a state that a run goes on from: a kill may have come between the two."""
+    """Make ``best.pt`` agree with a restored state: a kill may have come between writing the two."""
     if best is None:
         files.remove(best_path(run_dir))
         return
@@ -131,12 +205,12 @@ def sync_best(best: BestCheckpoint | None, run_dir: Path) -> None:
 
 
 def load_best(run_dir: Path, *, like: Params, device: torch.device) -> BestCheckpoint:
-    """The best parameters of a run, from ``best.pt``, or, if that is damaged or gone, from the newest state.
+    """Load a run's best parameters from ``best.pt``, or from the latest state if that is damaged or missing.
 
     Args:
         run_dir: the run's folder.
         like: parameters of the model that they must fit.
-        device: where they are wanted.
+        device: where to put them.
 
     Raises:
         RunError: if they are missing, damaged, or of another model.
@@ -147,41 +221,15 @@ def load_best(run_dir: Path, *, like: Params, device: torch.device) -> BestCheck
         best = BestCheckpoint(content["iteration"], content["validation_accuracy"], content["params"])
     except (FileNotFoundError, files.CorruptFileError) as error:
         missing = isinstance(error, FileNotFoundError)
-        what = f"{path} does not exist." if missing else str(error)
+        reason = f"{path} does not exist." if missing else str(error)
         state = load_latest(run_dir)
         if state is None or state["state"]["best"] is None:
             why = " The run has not reached its first validation, or was copied without it." if missing else ""
-            raise RunError(what + why) from None
+            raise RunError(reason + why) from None
         best = BestCheckpoint(*state["state"]["best"])
-        log.warning("%s The best parameters are taken from the state instead.", what)
+        log.warning("%s The best parameters are taken from the state instead.", reason)
     try:
         check_same_shapes(best.params, like)
     except RunError as error:
         raise RunError(f"{path}: {error}") from None
     return best._replace(params={name: p.to(device) for name, p in best.params.items()})
-
-
-def archive_and_reconfigure(run_dir: Path, config_yaml: str, iteration: int, *, tested: bool, best_stays: bool) -> Path:
-    """Give a run that goes on another configuration, and keep what belongs to the earlier one.
-
-    Args:
-        run_dir: the run's folder.
-        config_yaml: the configuration from here on.
-        iteration: meta-steps taken.
-        tested: whether the run was finished, so that its figures are kept as well.
-        best_stays: whether ``best.pt`` may still be the best; else it is kept with the rest.
-
-    Returns:
-        The folder of what is kept, ``until-ITERATION``.
-    """
-    numbers = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
-    kept = next(folder for more in numbers if not (folder := run_dir / f"until-{iteration}{more}").exists())
-    config, best = run_dir / "config.yaml", best_path(run_dir)
-    files.atomic_write_text(kept / config.name, config.read_text())
-    if not best_stays and best.exists():
-        files.save_checked(files.load_checked(best), best_path(kept))
-        files.remove(best)
-    for name in ("metrics.json", "test_tasks.json") if tested else ():
-        (run_dir / name).replace(kept / name)
-    files.atomic_write_text(config, config_yaml)  # last: a kill before it leaves the change to be made again
-    return kept

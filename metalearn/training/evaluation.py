@@ -1,12 +1,14 @@
-"""How well the adapted model does on held-out tasks, after each inner step, with its interval."""
+"""Scores of the adapted model on held-out tasks after each inner step, with 95% intervals."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, mse_loss
 
 from metalearn.core.types import Episodes, Forward, Loss, Params
 from metalearn.data.sampler import TaskSampler
@@ -19,9 +21,51 @@ from metalearn.inner.batch_norm_statistics import (
     with_fixed_statistics,
 )
 from metalearn.inner.batching import is_batchable, over_tasks
-from metalearn.training.scores import ACCURACY, Metric
 
-_IMAGES_PER_PASS = 4096  # of non-transductive prediction; bounds its memory
+_IMAGES_PER_PASS = 4096  # bounds the memory of non-transductive prediction
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A loss to train with and a score to judge tasks by.
+
+    Args:
+        name: in ``metrics.json`` and TensorBoard.
+        loss: training loss.
+        per_task: maps predictions ``[T, Q, ...]`` and targets ``[T, Q, ...]`` to scores ``[T]``.
+        higher_is_better: how the best checkpoint is chosen.
+        as_percent: whether the score is a fraction that is printed as a percentage.
+    """
+
+    name: str
+    loss: Loss
+    per_task: Callable[[Tensor, Tensor], Tensor]
+    higher_is_better: bool
+    as_percent: bool
+
+    def is_better(self, a: float, b: float) -> bool:
+        """Return whether ``a`` beats ``b``; non-finite scores always lose."""
+        if not (math.isfinite(a) and math.isfinite(b)):
+            return math.isfinite(a)
+        return a > b if self.higher_is_better else a < b
+
+    def format(self, value: float, *, digits: int = 2) -> str:
+        """Return a score as text for tables."""
+        return f"{value:.{digits}%}" if self.as_percent else f"{value:.{digits + 2}g}"
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the fraction of correct predictions per task: ``[T, Q, N]`` and ``[T, Q]`` to ``[T]``."""
+    return (logits.argmax(dim=-1) == labels).float().mean(dim=-1)
+
+
+def squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean squared error per task: both ``[T, Q, ...]`` to ``[T]``."""
+    return (predictions - targets).square().flatten(1).mean(dim=1)
+
+
+ACCURACY = Metric("accuracy", cross_entropy, accuracy, higher_is_better=True, as_percent=True)
+MSE = Metric("mse", mse_loss, squared_error, higher_is_better=False, as_percent=False)
 
 
 @dataclass(frozen=True)
@@ -33,50 +77,51 @@ class MeanCI:
 
     @classmethod
     def of(cls, values: Tensor) -> MeanCI:
-        """From one value per task, ``[tasks]``, at least two."""
+        """Return the mean and interval of one value per task, ``[tasks]``, at least two."""
         return cls(values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5)
 
     def __str__(self) -> str:
-        return self.text(ACCURACY)
+        return self.format(ACCURACY)
 
-    def text(self, score: Metric) -> str:
-        """In words of tables."""
-        return f"{score.text(self.mean)} ± {score.text(self.ci95)}"
+    def format(self, metric: Metric) -> str:
+        """Return mean and half-width as text for tables."""
+        return f"{metric.format(self.mean)} ± {metric.format(self.ci95)}"
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Scores (accuracies as fractions), task by task, so that two models can be compared on the same tasks.
+    """Scores of every task (accuracies as fractions), so that two models can be compared on the same tasks.
 
     Args:
-        by_task: ``[inner steps + 1, tasks]``, after 0, 1, ... steps, each query set predicted as one batch
+        scores: ``[inner steps + 1, tasks]``, after 0, 1, ... steps, each query set predicted as one batch
             (transductive BatchNorm).
-        alone: ``[tasks]``, after the last step, each query predicted without seeing the others; ``None`` if not asked.
-        score: what they are.
+        nontransductive_scores: ``[tasks]``, after the last step, each query predicted without seeing the others;
+            ``None`` if not computed.
+        metric: of the scores.
     """
 
-    by_task: Tensor
-    alone: Tensor | None
-    score: Metric = ACCURACY
+    scores: Tensor
+    nontransductive_scores: Tensor | None
+    metric: Metric = ACCURACY
 
     @property
     def episodes(self) -> int:
         """Number of tasks."""
-        return self.by_task.shape[1]
+        return self.scores.shape[1]
 
     @property
     def per_step(self) -> list[MeanCI]:
-        """After 0, 1, ... inner steps."""
-        return [MeanCI.of(values) for values in self.by_task]
+        """Mean scores after 0, 1, ... inner steps."""
+        return [MeanCI.of(values) for values in self.scores]
 
     @property
     def nontransductive(self) -> MeanCI | None:
-        """After the last inner step, each query predicted without the others."""
-        return None if self.alone is None else MeanCI.of(self.alone)
+        """Mean score after the last inner step, each query predicted without the others."""
+        return None if self.nontransductive_scores is None else MeanCI.of(self.nontransductive_scores)
 
     @property
     def final(self) -> MeanCI:
-        """After the last inner step, transductive: the figure that papers on MAML report."""
+        """Mean transductive score after the last inner step, the number that papers on MAML report."""
         return self.per_step[-1]
 
 
@@ -91,7 +136,7 @@ def evaluate(
     first: int = 0,
     batch: int,
     nontransductive: bool,
-    score: Metric = ACCURACY,
+    metric: Metric = ACCURACY,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Adapt to ``episodes`` of the sampler's tasks and predict their queries.
@@ -99,43 +144,46 @@ def evaluate(
     Args:
         forward: one task's model.
         params: meta-parameters.
-        sampler: of classes that were not trained on.
+        sampler: of held-out classes.
         inner: step size and number of steps.
         episodes: number of tasks.
-        first: index of the first.
-        batch: tasks at a time; the result does not depend on it beyond rounding.
-        nontransductive: whether to predict each query on its own as well: by the statistics that ``params`` keep, or
+        first: index of the first task.
+        batch: tasks at a time; changes the result only by rounding.
+        nontransductive: whether to predict each query on its own as well: with the statistics that ``params`` hold, or
             in a batch of the support set and itself.
-        score: what tasks are judged by.
+        metric: scores the predictions.
         progress: called with the number of tasks done.
     """
-    per_step: list[list[Tensor]] = [[] for _ in range(inner.steps + 1)]
-    alone: list[Tensor] = []
+    scores: list[list[Tensor]] = [[] for _ in range(inner.steps + 1)]
+    nontransductive_scores: list[Tensor] = []
     for done in range(0, episodes, batch):
         tasks = sampler.tasks(first + done, min(batch, episodes - done))
-        carry = init_state(forward, params, tasks.support_x, tasks.support_y, inner)
+        state = init_state(forward, params, tasks.support_x, tasks.support_y, inner)
         for step in range(inner.steps + 1):
             if step > 0:
-                carry, _ = inner_step(
-                    *(forward, carry, tasks.support_x, tasks.support_y, inner), loss=score.loss, k=step - 1
+                state, _ = inner_step(
+                    *(forward, state, tasks.support_x, tasks.support_y, inner), loss=metric.loss, k=step - 1
                 )
-            fast = params_at_step(carry, inner, step)
-            per_step[step].append(score.of(predict(forward, fast, tasks.query_x), tasks.query_y))
+            fast = params_at_step(state, inner, step)
+            scores[step].append(metric.per_task(predict(forward, fast, tasks.query_x), tasks.query_y))
         if nontransductive:
-            statistics = statistics_at(params, inner.steps)
-            alone.append(score.of(predict_nontransductive(forward, fast, tasks, statistics), tasks.query_y))
+            predictions = predict_nontransductive(forward, fast, tasks, statistics_at(params, inner.steps))
+            nontransductive_scores.append(metric.per_task(predictions, tasks.query_y))
         progress(min(done + batch, episodes))
-    by_task = torch.stack([torch.cat(values) for values in per_step])
-    return Evaluation(by_task, torch.cat(alone) if nontransductive else None, score)
+    return Evaluation(
+        torch.stack([torch.cat(values) for values in scores]),
+        torch.cat(nontransductive_scores) if nontransductive else None,
+        metric,
+    )
 
 
 def predict_nontransductive(
     forward: Forward, fast: Params, episodes: Episodes, statistics: list[ChannelMoments] | None = None
 ) -> Tensor:
-    """Predict every query in a batch of the support set and itself, ``[T, Q, ...]``; or by BatchNorm's statistics.
+    """Predict every query in a batch of the support set and itself, or by fixed statistics, ``[T, Q, ...]``.
 
     BatchNorm then learns nothing from the other queries (Nichol et al. 2018, arXiv 1803.02999, section 6.1). A model
-    without statistics over the batch predicts the same either way.
+    without batch statistics predicts the same either way.
     """
     if statistics:
         return predict(with_fixed_statistics(forward, statistics), fast, episodes.query_x)
@@ -145,11 +193,11 @@ def predict_nontransductive(
 
     tasks, support = episodes.support_x.shape[:2]
     queries_per_pass = max(1, _IMAGES_PER_PASS // (tasks * (support + 1)))
-    each = torch.vmap(one_query, in_dims=(None, None, 0), chunk_size=queries_per_pass, randomness="different")
+    each_query = torch.vmap(one_query, in_dims=(None, None, 0), chunk_size=queries_per_pass, randomness="different")
 
     def one_task(params: Params, support_x: Tensor, queries: Tensor) -> Tensor:
         if is_batchable(forward):
-            return each(params, support_x, queries)
+            return each_query(params, support_x, queries)
         return torch.stack([one_query(params, support_x, query) for query in queries])
 
     predictions: Tensor = over_tasks(one_task, fast, episodes.support_x, episodes.query_x, model=forward)
@@ -160,11 +208,11 @@ def predict_nontransductive(
 def collect_norm_statistics(
     forward: Forward, params: Params, tasks: Episodes, inner: InnerLoop, *, loss: Loss
 ) -> Params:
-    """Statistics of BatchNorm's inputs when the queries pass after 0, 1, ... inner steps, as entries of theta."""
-    carry = init_state(forward, params, tasks.support_x, tasks.support_y, inner)
+    """Return BatchNorm's input statistics on the queries after 0, 1, ... inner steps, as entries of theta."""
+    state = init_state(forward, params, tasks.support_x, tasks.support_y, inner)
     by_step = []
     for k in range(inner.steps + 1):
         if k > 0:
-            carry, _ = inner_step(forward, carry, tasks.support_x, tasks.support_y, inner, loss=loss, k=k - 1)
-        by_step.append(record_statistics(forward, params_at_step(carry, inner, k), tasks.query_x))
+            state, _ = inner_step(forward, state, tasks.support_x, tasks.support_y, inner, loss=loss, k=k - 1)
+        by_step.append(record_statistics(forward, params_at_step(state, inner, k), tasks.query_x))
     return statistics_to_params(by_step)

@@ -1,12 +1,11 @@
-"""From a checked configuration to the parts of a run: data, model, inner loops."""
+"""Build the parts of a run from its configuration: data, model, algorithm, metric."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -15,8 +14,11 @@ from torch import nn
 from metalearn.algorithms import ALGORITHMS, Algorithm
 from metalearn.config.schema import (
     Conv4Config,
+    GlyphsConfig,
+    ImagesConfig,
     InnerConfig,
     MLPConfig,
+    OmniglotConfig,
     ResNet12Config,
     SinusoidConfig,
     TrainConfig,
@@ -25,32 +27,38 @@ from metalearn.core.errors import ConfigError
 from metalearn.core.functional import functionalize
 from metalearn.core.module_parts import module_parts
 from metalearn.core.types import Episodes, Forward, MetaGradient, Params
-from metalearn.data.sampler import TaskSampler
+from metalearn.data.glyphs import make_glyphs
+from metalearn.data.image_decoding import load_image_splits
+from metalearn.data.metadata import glyph_split_sizes
+from metalearn.data.omniglot import load_omniglot
+from metalearn.data.sampler import TaskSampler, TaskShape
+from metalearn.data.sinusoid import SinusoidSampler
+from metalearn.data.splits import ImageSplits
 from metalearn.inner import SGD, Adam, InnerLoop, Momentum, UpdateRule
 from metalearn.metagrad.baselines.backend import BaselineGradient, backend
 from metalearn.models import MLP, ContextConv4, ContextMLP, Conv4, ResNet12
-from metalearn.training.evaluation import collect_norm_statistics
-from metalearn.training.random_state import seed_all
+from metalearn.training.evaluation import ACCURACY, MSE, Metric, collect_norm_statistics
 from metalearn.training.runtime import torchrun
 from metalearn.training.runtime.cuda_graph import with_cuda_graph
 from metalearn.training.runtime.precision import check_tf32_available, precision_context
-from metalearn.training.scores import ACCURACY, MSE, Metric
-from metalearn.training.tasks import build_samplers
+from metalearn.training.state import seed_all
+
+_NUM_STATISTICS_BATCHES = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """Everything that a run computes with, on its device; nothing here changes while it runs, but for caches.
+    """The immutable parts of a run on its device: data, model, algorithm, metric.
 
     Args:
-        config: what it was built from.
+        config: that it was built from.
         dataset: name of the data set.
-        device: where everything lies.
-        module: the network, of which ``forward`` is made.
+        device: of all tensors.
+        module: the network that ``forward`` was made of.
         forward: the model as a pure function.
-        theta: its initial meta-parameters, with what the algorithm learns beside the model's.
-        algorithm: what is meta-learned.
-        score: what tasks are judged by.
+        theta: initial meta-parameters, those that the algorithm adds included.
+        algorithm: the meta-learner.
+        metric: training loss and score.
         train: sampler of training tasks.
         validation: sampler of the tasks that choose the checkpoint.
         test: sampler of the tasks of the final test.
@@ -63,20 +71,20 @@ class Experiment:
     forward: Forward
     theta: Params
     algorithm: Algorithm
-    score: Metric
+    metric: Metric
     train: TaskSampler
     validation: TaskSampler
     test: TaskSampler
 
     @property
     def inner(self) -> InnerLoop:
-        """The inner loop in training, without annealing."""
+        """Inner loop in training, without annealing."""
         return self.algorithm.inner
 
     @property
     def eval_inner(self) -> InnerLoop:
-        """The inner loop in validation and test; never differentiated."""
-        return self.algorithm.testing(self.config.inner.eval_steps)
+        """Inner loop in validation and test; it is never differentiated."""
+        return self.algorithm.eval_inner(self.config.inner.eval_steps)
 
     @property
     def eval_batch(self) -> int:
@@ -84,69 +92,67 @@ class Experiment:
         return min(self.config.task.meta_batch, self.inner.task_chunk or self.config.task.meta_batch)
 
     def precision(self) -> AbstractContextManager[None]:
-        """A context in which the model computes with ``run.precision``."""
+        """Return a context in which the model computes with ``run.precision``."""
         return precision_context(self.config.run.precision, self.device)
 
-    def gradient(self, params: Params, episodes: Episodes, iteration: int) -> MetaGradient:
-        """The meta-gradient of training at given parameters, of given tasks, after that many meta-steps.
+    def meta_gradient(self, params: Params, episodes: Episodes, iteration: int) -> MetaGradient:
+        """Return the meta-gradient of tasks after ``iteration`` meta-steps, as the configuration says how.
 
-        With ``run.cuda_graph`` by a graph, which is recorded when it is first used and is no state of the run; what it
-        returns is valid until it is next used. With ``algorithm.backend`` by another library.
+        With ``run.cuda_graph`` it is the replay of a graph that is captured at its first use; the result is valid until
+        the next call. With ``algorithm.backend`` another library computes it.
         """
         if self.config.run.cuda_graph:
-            return self._graphed(params, episodes)
+            return self._graph(params, episodes)
         if self._backend:
             return self._backend(params, episodes, self.inner)
-        return self.eager(params, episodes, iteration)
+        return self.meta_gradient_eager(params, episodes, iteration)
 
-    def eager(self, params: Params, episodes: Episodes, iteration: int) -> MetaGradient:
-        """As ``gradient``, by this library and without a graph."""
+    def meta_gradient_eager(self, params: Params, episodes: Episodes, iteration: int) -> MetaGradient:
+        """Return the meta-gradient by this library, without a CUDA graph."""
         progress = iteration / self.config.outer.iterations
-        return self.algorithm.meta_gradient(self.forward, params, episodes, loss=self.score.loss, progress=progress)
+        return self.algorithm.meta_gradient(self.forward, params, episodes, loss=self.metric.loss, progress=progress)
 
     @cached_property
-    def _graphed(self) -> Callable[[Params, Episodes], MetaGradient]:
-        return with_cuda_graph(lambda params, episodes: self.eager(params, episodes, 0), self.device)
+    def _graph(self) -> Callable[[Params, Episodes], MetaGradient]:
+        return with_cuda_graph(lambda params, episodes: self.meta_gradient_eager(params, episodes, 0), self.device)
 
-    def refuse_unfit_backend(self) -> None:
-        """Refuse another library that is to compute the meta-gradient and is not installed, or does not offer it.
+    @cached_property
+    def _backend(self) -> BaselineGradient | None:
+        name = self.config.algorithm.backend
+        return None if name == "metalearn" else backend(name, self.module, loss=self.metric.loss)
+
+    def check_backend(self) -> None:
+        """Check that the library of ``algorithm.backend`` is installed and supports the inner loop.
 
         Raises:
             ConfigError: naming it, and how to install it, or what it lacks.
         """
         if self._backend:
-            self._backend.refuse(self.inner)
+            self._backend.check_supported(self.inner)
 
-    @cached_property
-    def _backend(self) -> BaselineGradient | None:
-        name = self.config.algorithm.backend
-        return None if name == "metalearn" else backend(name, self.module, loss=self.score.loss)
+    def norm_statistics(self, params: Params, iteration: int) -> Params:
+        """Return BatchNorm's statistics after every inner step, as entries of theta, from the last training batches.
 
-    def statistics(self, params: Params, iteration: int) -> Params:
-        """BatchNorm's statistics after every inner step, as entries of theta, on the last batches before that
-        meta-step; none if the algorithm keeps none. The same in every process.
+        Empty if the algorithm tracks none. The same in every process.
         """
         if not self.algorithm.tracks_norm_statistics:
             return {}
         tasks = self.config.task.meta_batch
-        first = max(iteration - _BATCHES_OF_STATISTICS, 0)
-        inner, totals = self.algorithm.testing(self.inner.steps), Params()
+        first = max(iteration - _NUM_STATISTICS_BATCHES, 0)
+        inner, totals = self.algorithm.eval_inner(self.inner.steps), Params()
         chunks = [c for n in range(first, max(iteration, 1)) for c in self.train.batch(n, tasks).split(self.eval_batch)]
         for chunk in chunks:
-            share = chunk.tasks / sum(c.tasks for c in chunks)
-            found = collect_norm_statistics(self.forward, params, chunk, inner, loss=self.score.loss)
-            totals = {name: totals.get(name, 0) + share * value for name, value in found.items()}
+            weight = chunk.tasks / sum(c.tasks for c in chunks)
+            found = collect_norm_statistics(self.forward, params, chunk, inner, loss=self.metric.loss)
+            totals = {name: totals.get(name, 0) + weight * value for name, value in found.items()}
         return totals
 
 
-_BATCHES_OF_STATISTICS = 4
-
-
 def build_experiment(config: TrainConfig) -> Experiment:
-    """Load the data, build the model, seeded by ``run.seed``.
+    """Load the data and build the model, seeded by ``run.seed``.
 
     Raises:
-        ConfigError: if the device is not there, or the algorithm does not fit the model.
+        ConfigError: if the device does not exist, or the algorithm does not fit the model.
         DataError: if the data set is missing or damaged.
     """
     device = resolve_device(config.run.device)
@@ -161,26 +167,73 @@ def build_experiment(config: TrainConfig) -> Experiment:
         *(config, config.data.name, device, module, forward, algorithm.init(params), algorithm, build_metric(config)),
         *(train, validation, test),
     )
-    experiment.refuse_unfit_backend()
-    statistics = experiment.statistics(experiment.theta, 0)
-    return dataclasses.replace(experiment, theta={**experiment.theta, **statistics})
+    experiment.check_backend()
+    return replace(experiment, theta={**experiment.theta, **experiment.norm_statistics(experiment.theta, 0)})
 
 
-def with_inner_config(experiment: Experiment, settings: InnerConfig) -> Experiment:
-    """The experiment with another engine, task chunk or number of snapshots, also in its configuration."""
-    config = dataclasses.replace(experiment.config, inner=settings)
-    return dataclasses.replace(experiment, config=config, algorithm=build_algorithm(config, experiment.module))
+def with_config(experiment: Experiment, config: TrainConfig) -> Experiment:
+    """Return the experiment with another inner loop, as ``inner.engine=auto`` resolves it."""
+    return replace(experiment, config=config, algorithm=build_algorithm(config, experiment.module))
+
+
+def build_samplers(config: TrainConfig, device: torch.device) -> tuple[TaskSampler, TaskSampler, TaskSampler]:
+    """Return the samplers of training, validation and test tasks, seeded by ``run.seed``.
+
+    Raises:
+        DataError: if the data set is missing or damaged.
+    """
+    task, seed, eval_queries = config.task, config.run.seed, config.eval.queries
+    if isinstance(config.data, SinusoidConfig):
+        return (
+            SinusoidSampler(task.shots, task.queries, seed, "train", device),
+            SinusoidSampler(task.shots, eval_queries, seed, "validation", device),
+            SinusoidSampler(task.shots, eval_queries, seed, "test", device),
+        )
+    splits = load_data(config).to(device)
+    eval_shape = TaskShape(task.ways, task.shots, eval_queries)
+    return (
+        splits.sampler("train", TaskShape(task.ways, task.shots, task.queries), seed),
+        splits.sampler("validation", eval_shape, seed),
+        splits.sampler("test", eval_shape, seed),
+    )
+
+
+def load_data(config: TrainConfig) -> ImageSplits:
+    """Load an image data set into main memory.
+
+    Raises:
+        ConfigError: if the data set has no images.
+        DataError: if it is missing or damaged.
+    """
+    data = config.data
+    if isinstance(data, OmniglotConfig):
+        return load_omniglot(data.root, split=data.split, rotations=data.rotations)
+    if isinstance(data, ImagesConfig):
+        return load_image_splits(
+            data.root,
+            size=data.size,
+            channels=data.channels,
+            fractions=data.fractions,
+            seed=data.seed,
+            on_unreadable=data.on_unreadable,
+            ways=config.task.ways,
+            needed=config.images_per_class(),
+        )
+    if not isinstance(data, GlyphsConfig):
+        raise ConfigError(f"data={data.name}: it has no images; take data=omniglot, glyphs or images")
+    images = make_glyphs(classes=data.classes, jitter=data.jitter, seed=data.seed)
+    sizes = glyph_split_sizes(data.classes)
+    return ImageSplits(data.name, *images.split([sizes.train, sizes.validation, sizes.test]))
 
 
 def build_algorithm(config: TrainConfig, module: nn.Module) -> Algorithm:
-    """The algorithm of a configuration, for a network.
+    """Return the configured algorithm for a network.
 
     Raises:
         ConfigError: if it does not fit the network.
     """
-    options = {f.name: getattr(config.algorithm, f.name) for f in dataclasses.fields(config.algorithm)}
-    name = options.pop("name")
-    del options["backend"]
+    options = {name: value for name, value in vars(config.algorithm).items() if name not in ("name", "backend")}
+    name = config.algorithm.name
     try:
         return ALGORITHMS[name](build_inner_loop(config.inner), module_parts(module), **options)
     except ValueError as error:
@@ -188,12 +241,12 @@ def build_algorithm(config: TrainConfig, module: nn.Module) -> Algorithm:
 
 
 def build_metric(config: TrainConfig) -> Metric:
-    """What a configuration's tasks are judged by."""
+    """Return mean squared error for sinusoids, accuracy for classes."""
     return MSE if isinstance(config.data, SinusoidConfig) else ACCURACY
 
 
 def build_inner_loop(settings: InnerConfig) -> InnerLoop:
-    """The inner loop in training, as every algorithm starts from."""
+    """Return the inner loop in training that every algorithm starts from."""
     rules: dict[str, Callable[[], UpdateRule]] = {
         "sgd": SGD,
         "momentum": lambda: Momentum(settings.momentum),
@@ -214,7 +267,7 @@ def build_inner_loop(settings: InnerConfig) -> InnerLoop:
 
 
 def build_model(config: TrainConfig, example_shape: torch.Size) -> nn.Module:
-    """A freshly initialised network for inputs ``[channels, height, width]``, or ``[1]`` of sinusoids."""
+    """Return a newly initialised network for inputs ``[channels, height, width]``, or ``[1]`` of sinusoids."""
     model, outputs = config.model, 1 if isinstance(config.data, SinusoidConfig) else config.task.ways
     if isinstance(model, Conv4Config):
         channels, width, pool = example_shape[0], model.width, model.pool
@@ -230,10 +283,10 @@ def build_model(config: TrainConfig, example_shape: torch.Size) -> nn.Module:
 
 
 def training_device(config: TrainConfig) -> torch.device:
-    """Where a configuration is trained; found before anything is loaded.
+    """Return the device of a training, before anything is loaded.
 
     Raises:
-        ConfigError: if that device is not there, or cannot compute with ``run.precision``.
+        ConfigError: if the device does not exist, or cannot compute with ``run.precision``.
     """
     device = resolve_device(config.run.device)
     check_tf32_available(config.run.precision, device)
@@ -241,10 +294,10 @@ def training_device(config: TrainConfig) -> torch.device:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is the first GPU, or the CPU where there is none; under ``torchrun`` every process has its own GPU.
+    """Return the device: for ``auto`` the first GPU or else the CPU; under ``torchrun`` this process's own GPU.
 
     Raises:
-        ConfigError: if that device is not there.
+        ConfigError: if the device does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -262,6 +315,6 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _make_deterministic() -> None:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first call
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True

@@ -1,12 +1,18 @@
-"""A loss or a gradient that is not finite: which task and inner step it came from, and the episode put away for replay.
+"""Failures of a training: losses and gradients that are not finite, and memory that runs out.
 
-from metalearn.training.failures import replay
-replay("RUN_FOLDER/nonfinite/meta-step-00000123.pt")      # raises the same error, in a debugger if you like
+An episode with a non-finite loss or gradient is saved, to be replayed, in a debugger if you like:
+
+from metalearn.training.failures import replay_episode
+replay_episode("RUN_FOLDER/nonfinite/meta-step-00000123.pt")      # raises the same error
 """
 
 from __future__ import annotations
 
-import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,38 +20,66 @@ import torch
 from metalearn.config.run_config import parse_run_config, to_yaml
 from metalearn.config.schema import TrainConfig
 from metalearn.core import serialization as files
-from metalearn.core.errors import NonFiniteError, NonFiniteGradientError, RemoteNonFiniteError, RunError
+from metalearn.core.errors import (
+    OUT_OF_MEMORY,
+    NonFiniteError,
+    NonFiniteGradientError,
+    RemoteNonFiniteError,
+    RunError,
+)
 from metalearn.core.functional import functionalize
+from metalearn.core.profiling.memory import MIB
 from metalearn.core.types import Episodes, MetaGradient, Params
+from metalearn.derivatives import available_memory
+from metalearn.inner import InnerLoop
+from metalearn.training.auto_engine import estimate_peak, first_meta_step
 from metalearn.training.experiment import Experiment, build_algorithm, build_metric, build_model
 from metalearn.training.state import TrainState
 
 FOLDER = "nonfinite"
 MAX_DUMPS = 20
-"""Episodes in a run's folder; of later ones only the message is in the log."""
+"""Episodes saved in a run's folder; later ones are only logged."""
+
+
+class DivergedError(RunError):
+    """A training whose losses, gradients or parameters are no longer finite.
+
+    Args:
+        reason: where it was found.
+        config: of the run.
+        meta_step: at which it was found.
+    """
+
+    def __init__(self, reason: str, config: TrainConfig, meta_step: int) -> None:
+        skip = "" if config.run.on_nonfinite == "skip" else "; run.on_nonfinite=skip passes such meta-steps by"
+        super().__init__(
+            f"Training has diverged at meta-step {meta_step}: {reason} Try a smaller inner.lr (now {config.inner.lr}) "
+            f"or outer.lr ({config.outer.lr}), or outer.clip_norm=10 (now {config.outer.clip_norm or 'null'}){skip}. "
+            "With changed keys, start a new run from this one's parameters: run.init_from=RUN_FOLDER."
+        )
 
 
 def locate_nonfinite_gradient(
-    experiment: Experiment, state: TrainState, episodes: Episodes, grads: Params, *, alone: bool
+    experiment: Experiment, state: TrainState, episodes: Episodes, grads: Params, *, single_process: bool
 ) -> NonFiniteError:
-    """The error that names where a gradient of finite losses is not finite, which is found by computing it again.
+    """Find where a meta-gradient of finite losses is not finite, by computing it again.
 
     Args:
-        experiment: what was computed with.
-        state: where.
+        experiment: computes the meta-gradient.
+        state: before the meta-step.
         episodes: this process's tasks.
-        grads: their mean meta-gradient.
-        alone: whether there is no other process whose tasks may be at fault.
+        grads: mean meta-gradient of the tasks.
+        single_process: whether no other process's tasks may be the cause.
     """
     norms = {name: g.norm() for name, g in grads.items()}
     name = next((n for n, norm in norms.items() if not torch.isfinite(norm)), None)
-    if name is None and not alone:
+    if name is None and not single_process:
         return RemoteNonFiniteError()
     try:
-        experiment.eager(state.params, episodes, state.iteration)
-    except NonFiniteError as error:  # a loss too, if another library's gradient has not looked at it
+        experiment.meta_gradient_eager(state.params, episodes, state.iteration)
+    except NonFiniteError as error:  # possibly a loss that another library's gradient did not check
         return error
-    name = name or max(norms, key=lambda n: float(norms[n]))  # each is finite, and their sum of squares is not
+    name = name or max(norms, key=lambda n: float(norms[n]))  # each norm is finite, but not their sum of squares
     return NonFiniteGradientError(name, value=grads[name].norm().item())
 
 
@@ -59,7 +93,7 @@ def dump_episode(
     config: TrainConfig,
     run_dir: Path,
 ) -> Path | None:
-    """Put the task away with the parameters that it was not finite at.
+    """Save a task with the parameters at which it was not finite.
 
     Args:
         error: names the task of the batch.
@@ -67,24 +101,23 @@ def dump_episode(
         params: before the meta-step.
         first: number of this process's first task in the batch.
         iteration: meta-steps taken before.
-        config: the run's.
+        config: of the run, saved with the task.
         run_dir: its folder.
 
     Returns:
-        The file; ``None`` if the task is not known here, or if there are enough files already.
+        The file; ``None`` if the task is not known in this process, or if ``MAX_DUMPS`` are saved already.
     """
     folder = run_dir / FOLDER
     path = folder / f"meta-step-{iteration + 1:08}.pt"
-    full = not path.exists() and len(list(folder.glob("*.pt"))) >= MAX_DUMPS
-    if error.task is None or full:
+    is_full = not path.exists() and len(list(folder.glob("*.pt"))) >= MAX_DUMPS
+    if error.task is None or is_full:
         return None
-    episode = episodes.split(1)[error.task - first]
     content = {
         "error": str(error),
         "iteration": iteration,
         "task_of_stream": iteration * config.task.meta_batch + error.task,
         "params": {name: p.detach() for name, p in params.items()},
-        "episode": {f.name: getattr(episode, f.name) for f in dataclasses.fields(episode)},
+        "episode": dict(vars(episodes.split(1)[error.task - first])),
         "config": to_yaml(config),
     }
     files.save_checked(content, path)
@@ -92,16 +125,16 @@ def dump_episode(
 
 
 def replay_episode(path: Path | str) -> MetaGradient:
-    """Compute the meta-gradient again, on a CPU, of an episode that was put away; its task is number 0.
+    """Compute a saved episode's meta-gradient again, on a CPU; its task is number 0.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        RunError: if it is damaged, or no kept episode.
+        RunError: if it is damaged, or not a saved episode.
         NonFiniteError: as in the run, if a CPU computes the same.
     """
     content = files.load_checked(Path(path))
     if not isinstance(content, dict) or "episode" not in content:
-        raise RunError(f"{path} is no episode that was put away; those lie in a run's {FOLDER}/.")
+        raise RunError(f"{path} is not a saved episode; those are in a run's {FOLDER}/.")
     config = parse_run_config(content["config"], Path(path))
     episode = Episodes(**content["episode"])
     module = build_model(config, episode.support_x.shape[2:])
@@ -111,3 +144,77 @@ def replay_episode(path: Path | str) -> MetaGradient:
         return algorithm.meta_gradient(
             forward, content["params"], episode, loss=build_metric(config).loss, progress=progress
         )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a GPU's or a CPU's allocator failed; torch has no error class for CPUs."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error)) is not None
+
+
+@contextmanager
+def explain_out_of_memory(experiment: Experiment, *, processes: int = 1) -> Iterator[None]:
+    """Replace torch's out-of-memory error by one that says how much a meta-step takes and which keys lower it.
+
+    Args:
+        experiment: that is trained.
+        processes: number that share a batch's tasks.
+
+    Raises:
+        RunError: if memory runs out.
+    """
+    reason = ""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    if reason:  # raised out here, because the traceback would keep the activations that did not fit
+        raise RunError(_out_of_memory_message(experiment, reason, processes))
+
+
+def _out_of_memory_message(experiment: Experiment, reason: str, processes: int) -> str:
+    config, inner = experiment.config, experiment.algorithm.peak_memory_inner
+    local_tasks = math.ceil(config.task.meta_batch / processes)
+    chunk = min(local_tasks, config.inner.task_chunk or local_tasks)
+    mib = _estimate_mib(experiment, inner, chunk)
+    needs = f" A meta-step takes about {mib:.0f} MiB as it is set" if mib else " As it is set, a meta-step does not fit"
+    lines = [
+        f"Out of memory ({reason}).{needs} (inner.engine={config.inner.engine}, {chunk} of {local_tasks} "
+        f"tasks at a time), and {available_memory(experiment.device) / MIB:.0f} MiB are free now. "
+        "The same gradient takes less by these keys:"
+    ]
+    adjoint = replace(inner, engine="adjoint")
+    for keys, thriftier, tasks in (
+        ("inner.engine=adjoint", adjoint, chunk),
+        ("inner.task_chunk=1", inner, 1),
+        ("inner.engine=adjoint inner.task_chunk=1", adjoint, 1),
+    ):
+        if (thriftier.engine, tasks) != (inner.engine, chunk):
+            mib = _estimate_mib(experiment, thriftier, tasks)
+            lines.append(f"  {keys}" + (f"   about {mib:.0f} MiB" if mib else ""))
+    lines += [
+        "  inner.engine=auto   measures, and takes the fastest that fits",
+        "  inner.checkpoint_every=s   near the square root of inner.steps, where those are many",
+        "Smaller tasks take less as well (task.ways, task.shots, task.queries), and so does a narrower model.",
+    ]
+    return "\n".join(lines)
+
+
+def _estimate_mib(experiment: Experiment, inner: InnerLoop, tasks: int) -> float | None:
+    """Return MiB of a meta-step's tensors, from passes of one and two tasks; ``None`` if even these do not fit.
+
+    peak(c) = a + b c
+    """
+    problem = first_meta_step(experiment)
+    try:
+        one = estimate_peak(problem, inner, 1)
+        if tasks == 1:
+            return one / MIB
+        return (one + (tasks - 1) * (estimate_peak(problem, inner, 2) - one)) / MIB
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None

@@ -1,8 +1,8 @@
-"""The outer loop: meta-steps, validation, and what is shown and put away between them.
+"""The training loop: validate, sample, adapt, differentiate, step, log, save.
 
     theta <- Adam(theta, d/dtheta 1/T sum_t L_query,t(adapt_t(theta)))
 
-Whatever ends it, ends it between two meta-steps, with the state put away.
+``train_loop`` reads top to bottom as what happens in a meta-step; ``step.py`` has the gradient and the update.
 """
 
 from __future__ import annotations
@@ -10,218 +10,229 @@ from __future__ import annotations
 import logging
 import math
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from metalearn.config.schema import TrainConfig
-from metalearn.core.errors import NonFiniteError, RunError, TerminatedError
-from metalearn.core.types import Episodes
-from metalearn.training.failures import dump_episode
-from metalearn.training.out_of_memory import explain_out_of_memory
-from metalearn.training.session import TrainContext
+from rich.progress import Progress
+
+from metalearn.core.errors import NonFiniteError, TerminatedError
+from metalearn.core.types import Episodes, Params
+from metalearn.training.checkpoints import Checkpointer
+from metalearn.training.evaluate_run import evaluate_distributed
+from metalearn.training.evaluation import Evaluation
+from metalearn.training.experiment import Experiment
+from metalearn.training.failures import DivergedError, dump_episode
+from metalearn.training.runtime.distributed import DistributedContext
+from metalearn.training.runtime.signals import StopRequest
 from metalearn.training.state import BestCheckpoint, TrainState
 from metalearn.training.step import apply_update, compute_update, local_tasks
-from metalearn.training.tracking.images import (
-    learned_lr_metrics,
-    log_lr_histograms,
-    log_task_images,
-    second_order_metrics,
-)
+from metalearn.training.tracking.curvature import second_order_metrics
+from metalearn.training.tracking.images import log_task_images
+from metalearn.training.tracking.meter import Meter
+from metalearn.training.tracking.tensorboard import learned_lr_metrics
 
 log = logging.getLogger(__name__)
 
 MAX_CONSECUTIVE_SKIPS = 100
-"""With ``run.on_nonfinite=skip``: what does not recover is not waited for."""
+"""With ``run.on_nonfinite=skip``, the training stops after so many skipped meta-steps in a row."""
 
 
-@contextmanager
-def save_on_exit(session: TrainContext, state: TrainState) -> Iterator[None]:
-    """Around a training and its test: what ends it leaves the state put away, and says where.
-
-    Parameters that have led to numbers that are not finite are not put away: the checkpoint before is the better one.
-
-    Raises:
-        RunError: what was raised, or one that explains where memory ran out.
-    """
-    try:
-        with explain_out_of_memory(session.experiment, processes=session.ranks.size):
-            yield
-    except RunError as error:
-        if session.saver:
-            if not isinstance(error, DivergedError):
-                session.saver.save_at_the_end(state)
-            if kept := session.saver.kept():
-                error.args = (f"{error} {kept}",)
-        if isinstance(error, TerminatedError):
-            session.ranks.wait_for_main()  # one that ends earlier has torchrun end the others
-        raise
-
-
-class DivergedError(RunError):
-    """A training whose numbers are no longer finite."""
-
-
-def train_loop(session: TrainContext, state: TrainState) -> None:
-    """Take the meta-steps that are left; keep the best parameters, and what an interrupted run goes on from.
+@dataclass(frozen=True)
+class TrainContext:
+    """Everything one training process needs: experiment, logging, checkpointing and the stop request.
 
     Args:
-        session: of this process.
+        experiment: data, model, algorithm and metric.
+        run_dir: the run's folder.
+        meter: of times and memory.
+        stop: whether a signal has asked the process to stop.
+        progress: shows progress bars.
+        ranks: the processes of the run.
+        checkpointer: saves the state and holds the TensorBoard logger; ``None`` in all but the main process.
+    """
+
+    experiment: Experiment
+    run_dir: Path
+    meter: Meter
+    stop: StopRequest
+    progress: Progress
+    ranks: DistributedContext
+    checkpointer: Checkpointer | None
+
+    def evaluate(self, params: Params, *, test: bool) -> Evaluation:
+        """Return the scores on validation or test tasks, which the processes share.
+
+        Raises:
+            TerminatedError: if a signal has asked a single process to stop.
+            LostRankError: if a process is gone.
+        """
+        settings = self.experiment.config.eval
+        episodes = settings.episodes if test else settings.validation_episodes
+        bar = self.progress.add_task("test", total=episodes, note="") if test else None
+
+        def update(done: int) -> None:
+            if bar is not None:
+                self.progress.update(bar, completed=min(done * self.ranks.size, episodes))
+            if self.ranks.size == 1:
+                self.stop.raise_if_requested()
+
+        return evaluate_distributed(self.experiment, params, episodes, test=test, ranks=self.ranks, progress=update)
+
+
+def train_loop(context: TrainContext, state: TrainState) -> None:
+    """Take the remaining meta-steps, keep the best parameters, and save checkpoints.
+
+    Args:
+        context: of this process.
         state: changed in place; the same in every process.
 
     Raises:
-        StoppedError: if a process was asked to end.
+        TerminatedError: if a signal has asked a process to stop.
         RunError: if a number is not finite, or another process is gone.
     """
-    last = session.experiment.config.outer.iterations
-    bar = session.progress.add_task("meta-training", total=last, completed=state.iteration, note="")
-    session.meter.go_on()
+    experiment, meter, ranks, checkpointer = context.experiment, context.meter, context.ranks, context.checkpointer
+    outer = experiment.config.outer
+    bar = context.progress.add_task("meta-training", total=outer.iterations, completed=state.iteration, note="")
+    meter.resume_clock()
     while True:
-        if validation_due(session, state):
-            if session.saver and session.ranks.size > 1:  # which do not end in a validation when they are asked to
-                session.saver.save(state)
-            mean = validate(session, state)
-            session.progress.update(bar, note=f"validation {session.experiment.score.text(mean, digits=1)}")
-        if state.iteration >= last:
+        # Validate every eval.every meta-steps and after the last. Several processes cannot stop in a validation, so
+        # save first.
+        if validation_due(context, state):
+            if checkpointer and ranks.size > 1:
+                checkpointer.save(state)
+            score = validate(context, state)
+            context.progress.update(bar, note=f"validation {experiment.metric.format(score, digits=1)}")
+        if state.iteration >= outer.iterations:
             return
-        stop_requested = meta_step(session, state)
-        session.progress.update(bar, completed=state.iteration)
+
+        # Sample this process's tasks of the batch.
+        episodes = local_tasks(experiment, state.iteration, ranks)
+        lr, stop_requested = state.lr, context.stop.requested
+
+        # Adapt, differentiate, reduce, check; then step. A batch that is not finite is skipped or ends the training.
+        try:
+            with meter.time_step():
+                update = compute_update(experiment, state, episodes, ranks, stop_requested=stop_requested)
+                apply_update(state, update, clip_norm=outer.clip_norm)
+            meter.add(update.metrics)
+            stop_requested = update.stop_requested
+            del update  # frees the gradient before the next batch
+        except NonFiniteError as error:
+            stop_requested = error.stop_requested or stop_requested
+            _handle_nonfinite(context, state, episodes, error)
+
+        # Log.
+        log_step(context, state, episodes, lr)
+        context.progress.update(bar, completed=state.iteration)
+
+        # Stop between two meta-steps, all processes after the same one.
         if stop_requested:
-            raise TerminatedError(session.stop.signal or signal.SIGTERM)
-        if session.saver and session.saver.due and not validation_due(session, state):
-            session.saver.save(state)
+            raise TerminatedError(context.stop.signal or signal.SIGTERM)
+
+        # Save a checkpoint, unless the next validation does.
+        if checkpointer and checkpointer.is_due and not validation_due(context, state):
+            checkpointer.save(state)
 
 
-def validation_due(session: TrainContext, state: TrainState) -> bool:
-    """Whether validation comes before the next meta-step; a run that was interrupted in it takes it again."""
-    config = session.experiment.config
+def validation_due(context: TrainContext, state: TrainState) -> bool:
+    """Return whether to validate before the next meta-step; an interrupted validation is repeated."""
+    config = context.experiment.config
     at = state.iteration
-    return at > state.validated and (at % config.eval.every == 0 or at == config.outer.iterations)
+    return at > state.last_validated and (at % config.eval.every == 0 or at == config.outer.iterations)
 
 
-def meta_step(session: TrainContext, state: TrainState) -> bool:
-    """One meta-step, taken or skipped; returns whether a process was asked to end."""
-    experiment, meter = session.experiment, session.meter
-    config, lr = experiment.config, state.lr
-    episodes = local_tasks(experiment, state.iteration, session.ranks)
-    asked = session.stop.asked
-    try:
-        with meter.step():
-            update = compute_update(experiment, state, episodes, session.ranks, stop=asked)
-            apply_update(state, update, clip_norm=config.outer.clip_norm)
-        meter.add(update.metrics)
-        asked = update.stop
-    except NonFiniteError as error:
-        asked = error.stop_requested or asked
-        _handle_nonfinite(session, state, episodes, error)
-    log_step(session, state, episodes, lr)
-    return asked
+def validate(context: TrainContext, state: TrainState) -> float:
+    """Evaluate on validation tasks, keep the parameters if they are the best so far, log and save.
 
-
-def log_step(session: TrainContext, state: TrainState, episodes: Episodes, lr: float) -> None:
-    """The curves' points that are due after a meta-step.
-
-    Args:
-        session: of this process.
-        state: after the meta-step.
-        episodes: this process's tasks of it.
-        lr: the learning rate that it was taken with.
-    """
-    log_config = session.experiment.config.log
-    every = [log_config.every, log_config.curvature_every, log_config.eigenvalue_every]
-    if not (validation_due(session, state) or any(n and state.iteration % n == 0 for n in every)):
-        return
-    window = session.meter.close_window()
-    if tracker := session.tracker:
-        with session.meter.logging():
-            skipped = {"train/skipped": float(state.skipped)} if state.skipped else {}
-            tracker.scalars({**window, **skipped, **learned_lr_metrics(state), "outer/lr": lr}, state.iteration)
-            tracker.scalars(_log_second_order(session, state, episodes), state.iteration)
-    session.meter.open_window()
-
-
-def _log_second_order(session: TrainContext, state: TrainState, episodes: Episodes) -> dict[str, float]:
-    """The second-order term, where it is to be seen and finite; a look must not end a run that goes on."""
-    try:
-        return second_order_metrics(session.experiment, state, episodes)
-    except NonFiniteError as error:
-        log.warning("No look at the second-order term at meta-step %d: %s", state.iteration, error)
-        return {}
-
-
-def validate(session: TrainContext, state: TrainState) -> float:
-    """Score on validation tasks; the parameters are kept if they are the best so far.
+    Returns:
+        The mean score.
 
     Raises:
-        RunError: if a parameter is not finite.
-        StoppedError: if the process was asked to end meanwhile; the run then validates when it goes on.
+        DivergedError: if a parameter is not finite.
+        TerminatedError: if a signal has asked the process to stop; the resumed run validates again.
     """
-    config = session.experiment.config
-    if not state.finite():
-        raise divergence_error("a parameter is not finite.", config, state.iteration)
-    for name, statistic in session.experiment.statistics(state.params, state.iteration).items():
+    experiment, checkpointer = context.experiment, context.checkpointer
+    metric, iterations = experiment.metric, experiment.config.outer.iterations
+    if not state.is_finite():
+        raise DivergedError("a parameter is not finite.", experiment.config, state.iteration)
+    for name, statistic in experiment.norm_statistics(state.params, state.iteration).items():
         state.params[name].copy_(statistic)
-    result = session.evaluate(state.params, test=False)
-    mean: float = session.ranks.broadcast(result.final.mean)  # so that all keep the same parameters
+
+    # Evaluate. The main process's mean decides, so that all processes keep the same parameters.
+    result = context.evaluate(state.params, test=False)
+    mean: float = context.ranks.broadcast(result.final.mean)
     if not math.isfinite(mean):
-        steps = [k for k, estimate in enumerate(result.per_step) if not math.isfinite(estimate.mean)]
-        log.warning("The validation %s is %s from inner step %d on", session.experiment.score.name, mean, steps[0])
-    if state.best is None or session.experiment.score.better(mean, state.best.validation_score):
-        state.best = BestCheckpoint(
-            state.iteration, mean, {name: p.detach().clone() for name, p in state.params.items()}
-        )
-    state.validated = state.iteration
-    if session.saver:
-        score = session.experiment.score
-        words = (score.name, result.final.text(score))
-        log.info("%6d/%d  validation %s %s", state.iteration, config.outer.iterations, *words)
-        with session.meter.logging():
-            session.saver.tracker.validation(result, state.iteration)
-            log_task_images(session.experiment, state, session.saver.tracker)
-            log_lr_histograms(state, session.saver.tracker)
-    session.meter.open_window()  # before the state is saved: validation is no meta-step's time
-    if session.saver:
-        session.saver.save(state)
+        first = next(k for k, estimate in enumerate(result.per_step) if not math.isfinite(estimate.mean))
+        log.warning("The validation %s is %s from inner step %d on", metric.name, mean, first)
+    if state.best is None or metric.is_better(mean, state.best.validation_score):
+        params = {name: p.detach().clone() for name, p in state.params.items()}
+        state.best = BestCheckpoint(state.iteration, mean, params)
+    state.last_validated = state.iteration
+
+    # Log and save.
+    if checkpointer:
+        score = result.final.format(metric)
+        log.info("%6d/%d  validation %s %s", state.iteration, iterations, metric.name, score)
+        with context.meter.logging():
+            checkpointer.tensorboard.log_validation(result, state.iteration)
+            checkpointer.tensorboard.log_lr_histograms(state.params, state.iteration)
+            log_task_images(experiment, state, checkpointer.tensorboard)
+    context.meter.open_window()  # before the state is saved, so that no meta-step's time includes the validation
+    if checkpointer:
+        checkpointer.save(state)
     return mean
 
 
-def _handle_nonfinite(session: TrainContext, state: TrainState, episodes: Episodes, error: NonFiniteError) -> None:
-    """Pass a meta-step by whose numbers are not finite, or stop; its task is put away either way."""
-    config, number = session.experiment.config, state.iteration + 1
-    path = _dump_episode(session, state, episodes, error)
-    what = f"{str(error).rstrip('.')}." + (f" Its episode is kept in {path}." if path else "")
-    if config.run.on_nonfinite == "stop":
-        raise divergence_error(what, config, number)
-    if state.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
-        raise divergence_error(f"{MAX_CONSECUTIVE_SKIPS} meta-steps in a row were skipped. {what}", config, number)
-    log.warning("Meta-step %d is skipped: %s", number, what)
-    state.iteration += 1
-    state.skipped += 1
-    state.consecutive_skips += 1
+def log_step(context: TrainContext, state: TrainState, episodes: Episodes, lr: float) -> None:
+    """Log metrics to TensorBoard if they are due.
+
+    Args:
+        context: of this process.
+        state: after the meta-step.
+        episodes: this process's tasks of the meta-step.
+        lr: learning rate of the meta-step.
+    """
+    settings = context.experiment.config.log
+    every = [n for n in (settings.every, settings.curvature_every, settings.eigenvalue_every) if n]
+    if not (validation_due(context, state) or any(state.iteration % n == 0 for n in every)):
+        return
+    metrics = context.meter.close_window()
+    if context.checkpointer:
+        with context.meter.logging():
+            if state.skipped:
+                metrics["train/skipped"] = float(state.skipped)
+            metrics |= {"outer/lr": lr, **learned_lr_metrics(state.params)}
+            try:
+                metrics |= second_order_metrics(context.experiment, state, episodes)
+            except NonFiniteError as error:  # diagnostics must not stop the training
+                log.warning("No second-order metrics at meta-step %d: %s", state.iteration, error)
+            context.checkpointer.tensorboard.log_scalars(metrics, state.iteration)
+    context.meter.open_window()
 
 
-def _dump_episode(session: TrainContext, state: TrainState, episodes: Episodes, error: NonFiniteError) -> Path | None:
-    config = session.experiment.config
+def _handle_nonfinite(context: TrainContext, state: TrainState, episodes: Episodes, error: NonFiniteError) -> None:
+    """Skip a meta-step whose numbers are not finite, or stop; save its task either way."""
+    config, meta_step = context.experiment.config, state.iteration + 1
+    reason = f"{str(error).rstrip('.')}."
     try:
-        return dump_episode(
+        path = dump_episode(
             error,
             episodes,
             state.params,
-            first=session.ranks.share(config.task.meta_batch).start,
+            first=context.ranks.shard(config.task.meta_batch).start,
             iteration=state.iteration,
             config=config,
-            run_dir=session.run_dir,
+            run_dir=context.run_dir,
         )
-    except OSError as lacking:  # which must not hide what has happened
-        log.warning("The episode could not be kept: %s", lacking)
-        return None
-
-
-def divergence_error(what: str, config: TrainConfig, meta_step: int) -> DivergedError:
-    """The error of a training that cannot go on, with what to do."""
-    remedy = (
-        f"Try a smaller inner.lr (now {config.inner.lr}) or outer.lr ({config.outer.lr}), or outer.clip_norm=10 "
-        f"(now {config.outer.clip_norm or 'null'})"
-    ) + ("." if config.run.on_nonfinite == "skip" else "; run.on_nonfinite=skip passes such meta-steps by.")
-    accept = " What you change so is named in run.accept=[...] when the run goes on."
-    return DivergedError(f"Training has diverged at meta-step {meta_step}: {what} {remedy}{accept}")
+        reason += f" Its episode is kept in {path}." if path else ""
+    except OSError as os_error:  # must not hide the error
+        log.warning("The episode could not be saved: %s", os_error)
+    if config.run.on_nonfinite == "stop":
+        raise DivergedError(reason, config, meta_step)
+    if state.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
+        reason = f"{MAX_CONSECUTIVE_SKIPS} meta-steps in a row were skipped. {reason}"
+        raise DivergedError(reason, config, meta_step)
+    log.warning("Meta-step %d is skipped: %s", meta_step, reason)
+    state.iteration += 1
+    state.skipped += 1
+    state.consecutive_skips += 1

@@ -1,4 +1,4 @@
-"""What a training finds in its folder: nothing, a finished run, or what it goes on from; and what may have changed."""
+"""Open a run folder: new, finished or resumable; and restore its state, or start from another run's parameters."""
 
 from __future__ import annotations
 
@@ -7,119 +7,109 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metalearn.config.run_config import diff_configs, load_run_config, resolve_resume, to_yaml
+import torch
+
+from metalearn.config.run_config import resolve_resume, to_yaml
 from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import RunError
-from metalearn.training.checkpoints import (
-    archive_and_reconfigure,
-    claim_folder,
-    load_latest,
-    remove_unfinished,
-    sync_best,
-)
-from metalearn.training.state import TrainState
+from metalearn.core.types import Params
+from metalearn.training.checkpoints import claim_folder, load_best, load_latest, remove_unfinished, sync_best
+from metalearn.training.state import BestCheckpoint, TrainState
 from metalearn.training.tracking.meter import Meter
 
 log = logging.getLogger(__name__)
 
-_VALIDATED_BY = (
-    *("task.ways", "task.shots", "eval.queries", "eval.validation_episodes", "inner.lr", "inner.eval_steps"),
-    *("data.", "model.", "run.seed", "run.precision"),
-)
-"""Keys that a validation's accuracy depends on: figures from before a change of them compare with none after it."""
-
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run's folder, which this process has locked and claimed.
+    """A run's folder, locked and claimed by this process.
 
     Args:
         run_dir: the folder.
-        begun: whether another process has begun the run.
-        tested: whether it has also finished it.
-        content: what was put away last; ``None`` where nothing was.
-        changed: keys that have another value now, as ``run.accept`` allows, and a line for each.
+        started: whether another process has started the run.
+        is_finished: whether it has also finished it.
+        checkpoint: the latest; ``None`` if there is none.
+        initial: parameters of ``run.init_from``, if the run starts from those.
     """
 
     run_dir: Path
-    begun: bool
-    tested: bool
-    content: dict[str, Any] | None
-    changed: dict[str, str]
-
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.tested and not self.changed
+    started: bool = False
+    is_finished: bool = False
+    checkpoint: dict[str, Any] | None = None
+    initial: BestCheckpoint | None = None
 
     @property
     def total_s(self) -> float:
         """Seconds that the run has taken so far."""
-        return self.content["total_s"] if self.content else 0.0
+        return self.checkpoint["total_s"] if self.checkpoint else 0.0
 
     @property
-    def position(self) -> dict[str, int]:
-        """What ``Tracker.position`` gave at the checkpoint."""
-        return self.content["event_files"] if self.content else {}
+    def file_sizes(self) -> dict[str, int]:
+        """Bytes of every event file at the checkpoint."""
+        return self.checkpoint["event_files"] if self.checkpoint else {}
 
 
-def open_run(config: TrainConfig, run_dir: Path) -> RunStatus:
-    """Claim a locked folder, or find out what was begun in it.
+def open_run(config: TrainConfig, run_dir: Path, *, theta: Params, device: torch.device) -> RunStatus:
+    """Claim a locked folder for a new run, or find out how far the run in it has come.
+
+    Args:
+        config: of the run.
+        run_dir: its folder.
+        theta: initial parameters of the model, which those of ``run.init_from`` must fit.
+        device: of the parameters.
 
     Raises:
-        FolderTakenError: if it holds another run.
-        RunError: if keys differ that were not accepted, or if every checkpoint is damaged.
+        RunExistsError: if the folder holds another run.
+        RunError: if the configuration differs, every checkpoint is damaged, or ``run.init_from`` cannot be used.
     """
-    resolve_resume(config, run_dir)  # again: another process may have begun the run since
+    resolve_resume(config, run_dir)  # again: another process may have started the run since
     remove_unfinished(run_dir)
-    path = run_dir / "config.yaml"
-    if config.run.resume is False or not path.exists():
+    started = config.run.resume is not False and (run_dir / "config.yaml").exists()
+    is_finished = started and (run_dir / "metrics.json").exists()
+    checkpoint = load_latest(run_dir) if started else None
+    source, initial = config.run.init_from, None
+    if source is not None and checkpoint is None and not is_finished:
+        initial = _load_initial(Path(source), run_dir, theta, device)
+    if not started:
         claim_folder(run_dir, to_yaml(config))
-        return RunStatus(run_dir, begun=False, tested=False, content=None, changed={})
-    return RunStatus(
-        run_dir,
-        begun=True,
-        tested=(run_dir / "metrics.json").exists(),
-        content=load_latest(run_dir),
-        changed=diff_configs(config, load_run_config(path)),
-    )
+    return RunStatus(run_dir, started, is_finished, checkpoint, initial)
 
 
-def restore_run(state: TrainState, meter: Meter, opened: RunStatus, config: TrainConfig) -> Path | None:
-    """Go on from what a run has put away.
+def _load_initial(source: Path, run_dir: Path, theta: Params, device: torch.device) -> BestCheckpoint:
+    """Return the best parameters of the run that ``run.init_from`` names."""
+    if source.resolve() == run_dir.resolve():
+        raise RunError(f"run.init_from={source}: this is the run's own folder; resume it with run.resume=true instead.")
+    if not source.is_dir():
+        raise RunError(f"run.init_from={source}: there is no such folder; name the folder of a run.")
+    try:
+        best = load_best(source, like=theta, device=device)
+    except RunError as error:
+        raise RunError(f"run.init_from={source}: {error}") from error
+    log.info("Starting from the best parameters of %s, those of its meta-step %d", source, best.iteration)
+    return best
+
+
+def restore_run(state: TrainState, meter: Meter, status: RunStatus) -> None:
+    """Restore the latest checkpoint, or else copy the parameters that the run starts from.
+
+    A run that starts from another's parameters validates them before its first meta-step.
 
     Args:
         state: before the first meta-step; changed in place.
-        meter: likewise.
-        opened: the run's folder.
-        config: the run's, as it is now.
-
-    Returns:
-        Where things from before a change of the configuration are kept; ``None`` if there was none.
+        meter: changed in place.
+        status: of the run's folder.
 
     Raises:
-        RunError: if what was put away is of another model, or further than the run is to go.
+        RunError: if the checkpoint belongs to another model.
     """
-    if not opened.begun:
-        return None
-    if opened.content is None:
-        log.warning("The run was interrupted before it could put its state away: it starts anew")
-    else:
-        state.restore(opened.content["state"])
-        meter.restore(opened.content["meter"])
-        if state.iteration > config.outer.iterations:
-            raise RunError(
-                f"outer.iterations={config.outer.iterations}: the run has taken {state.iteration} meta-steps already, "
-                "and none can be taken back; set at least as many."
-            )
+    if status.checkpoint:
+        state.load_state_dict(status.checkpoint["state"])
+        meter.load_state_dict(status.checkpoint["meter"])
         log.info("Going on from meta-step %d", state.iteration)
-    sync_best(state.best, opened.run_dir)
-    for line in opened.changed.values():
-        log.warning("From here on, as run.accept allows: %s", line)
-    if not opened.changed:
-        return None
-    if any(name.startswith(_VALIDATED_BY) for name in opened.changed):
-        state.best, state.validated = None, 0
-    return archive_and_reconfigure(
-        opened.run_dir, to_yaml(config), state.iteration, tested=opened.tested, best_stays=state.best is not None
-    )
+    elif status.started:
+        log.warning("The run was interrupted before its first checkpoint: it starts again")
+    if status.initial:
+        state.load_params(status.initial.params)
+        state.last_validated = -1
+    if status.started:
+        sync_best(state.best, status.run_dir)

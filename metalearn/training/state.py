@@ -1,134 +1,180 @@
-"""What changes from one meta-step to the next, and how it is put away and taken up again."""
+"""The mutable training state, its ``state_dict``, and the random generators that belong to it."""
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 
 from metalearn.config.schema import OuterConfig
 from metalearn.core.errors import RunError
 from metalearn.core.types import Params
-from metalearn.training.random_state import get_rng_state, set_rng_state
 
 
 class BestCheckpoint(NamedTuple):
-    """The parameters with the best validation score so far (an accuracy is a fraction): after so many meta-steps."""
+    """The parameters with the best validation score so far (an accuracy is a fraction), and their meta-step."""
 
     iteration: int
     validation_score: float
     params: Params
 
 
+def build_meta_optimizer(params: Params, lr: float) -> Optimizer:
+    """Return the meta-optimizer. To train with another than Adam, change it here.
+
+    On GPUs it is fused into one kernel. On CPUs it is not, so that runs keep the bits of earlier versions.
+    """
+    return Adam(params.values(), lr=lr, fused=_is_fused(params))
+
+
+def _is_fused(params: Params) -> bool | None:
+    return True if all(p.is_cuda for p in params.values()) else None
+
+
 def learning_rate(outer: OuterConfig, iteration: int) -> float:
-    """Of the meta-step that follows ``iteration`` others: constant, or half a cosine from ``outer.lr`` to 0.
+    """Return the meta-learning rate after ``iteration`` meta-steps: constant, or half a cosine from ``outer.lr`` to 0.
 
         lr_t = lr (1 + cos(pi t / T)) / 2
 
-    (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5, without restarts.) It has no state: a run that goes on, skips a
-    meta-step or goes on with another rate needs to put nothing right.
+    (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5, without restarts.) It is a function of the meta-step alone, so
+    that a resumed run has no scheduler to restore.
     """
     if outer.schedule == "constant":
         return outer.lr
     return outer.lr * (1 + math.cos(math.pi * iteration / outer.iterations)) / 2
 
 
-def use_fused_adam(params: Params) -> bool | None:
-    """Whether Adam is one kernel: on GPUs, where it otherwise takes a dozen; CPUs keep the bits of earlier runs."""
-    return True if all(p.is_cuda for p in params.values()) else None
-
-
 @dataclass
 class TrainState:
-    """The only mutable object of a run.
+    """Everything that changes from one meta-step to the next.
 
     Args:
         params: the meta-parameters theta.
-        optimizer: of them, with its moments.
-        outer: settings of the meta-optimiser.
+        optimizer: the meta-optimizer, with its moments.
+        outer: settings of the meta-optimizer.
         iteration: meta-steps taken or skipped.
-        validated: the one after which validation was last finished.
-        skipped: meta-steps without the optimiser's, as a loss or a gradient was not finite.
-        consecutive_skips: those since the last that was taken.
-        best: what the test will be of.
-        whole: false while a meta-step is changing it.
+        last_validated: meta-step after which the last validation finished.
+        skipped: meta-steps without an update, because a loss or a gradient was not finite.
+        consecutive_skips: those since the last update.
+        best: the parameters that will be tested.
+        is_consistent: false while an update is under way.
     """
 
     params: Params
-    optimizer: Adam
+    optimizer: Optimizer
     outer: OuterConfig
     iteration: int = 0
-    validated: int = 0
+    last_validated: int = 0
     skipped: int = 0
     consecutive_skips: int = 0
     best: BestCheckpoint | None = None
-    whole: bool = True
+    is_consistent: bool = True
 
     @classmethod
-    def start(cls, theta: Params, outer: OuterConfig) -> TrainState:
-        """Before the first meta-step."""
+    def create(cls, theta: Params, outer: OuterConfig) -> TrainState:
+        """Return the state before the first meta-step."""
         params = {name: p.clone() for name, p in theta.items()}
-        return cls(params, Adam(params.values(), lr=outer.lr, fused=use_fused_adam(params)), outer)
+        return cls(params, build_meta_optimizer(params, outer.lr), outer)
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next meta-step."""
+        """Learning rate of the next meta-step."""
         return learning_rate(self.outer, self.iteration)
 
-    def finite(self) -> bool:
-        """Whether every parameter is."""
+    def is_finite(self) -> bool:
+        """Return whether every parameter is finite."""
         return all(bool(torch.isfinite(p).all()) for p in self.params.values())
 
-    def content(self) -> dict[str, Any]:
-        """All of it, and every random state, as plain containers of tensors."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and every random state as plain containers of tensors."""
         return {
             "params": {name: p.detach() for name, p in self.params.items()},
             "optimizer": self.optimizer.state_dict(),
             "iteration": self.iteration,
-            "validated": self.validated,
+            "validated": self.last_validated,
             "skipped": [self.skipped, self.consecutive_skips],
             "best": [self.best.iteration, self.best.validation_score, self.best.params] if self.best else None,
             "random": get_rng_state(),
         }
 
-    @torch.no_grad()
-    def restore(self, content: Mapping[str, Any]) -> None:
-        """Go on from what ``content`` gave, on this device or another: the optimiser stays fused or not, as it began.
+    def load_state_dict(self, content: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned, on this device or another; the optimizer stays fused or not.
 
         Raises:
-            RunError: if it is of another model.
+            RunError: if it belongs to another model.
         """
-        check_same_shapes(content["params"], self.params)
-        for name, p in self.params.items():
-            p.copy_(content["params"][name])
-        groups = [{**group, "fused": use_fused_adam(self.params)} for group in content["optimizer"]["param_groups"]]
+        self.load_params(content["params"])
+        groups = [{**group, "fused": _is_fused(self.params)} for group in content["optimizer"]["param_groups"]]
         self.optimizer.load_state_dict({**content["optimizer"], "param_groups": groups})
         self.iteration = content["iteration"]
-        self.validated = content["validated"]
+        self.last_validated = content["validated"]
         self.skipped, self.consecutive_skips = content["skipped"]
         self.best = None
         if content["best"]:
-            iteration, accuracy, best = content["best"]
+            iteration, score, best = content["best"]
             self.best = BestCheckpoint(
-                iteration, accuracy, {name: best[name].to(p.device) for name, p in self.params.items()}
+                iteration, score, {name: best[name].to(p.device) for name, p in self.params.items()}
             )
         set_rng_state(content["random"])
 
+    @torch.no_grad()
+    def load_params(self, params: Params) -> None:
+        """Copy parameters into the state.
 
-def check_same_shapes(found: Params, wanted: Params) -> None:
-    """Refuse parameters that are not this model's.
+        Raises:
+            RunError: if they belong to another model.
+        """
+        check_same_shapes(params, self.params)
+        for name, p in self.params.items():
+            p.copy_(params[name])
+
+
+def check_same_shapes(found: Params, expected: Params) -> None:
+    """Check that loaded parameters fit the model.
 
     Raises:
-        RunError: naming the first that differs.
+        RunError: naming the first parameter that differs.
     """
-    have, want = ({name: tuple(p.shape) for name, p in tree.items()} for tree in (found, wanted))
+    have, want = ({name: tuple(p.shape) for name, p in tree.items()} for tree in (found, expected))
     for name in sorted({*have, *want}):
         if have.get(name) != want.get(name):
             raise RunError(
                 f"the checkpoint does not fit the model: parameter '{name}' is {have.get(name, 'missing')} in it and "
                 f"{want.get(name, 'missing')} in the model that the configuration describes."
             )
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators; numpy's takes the lower 32 bits."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def get_rng_state() -> dict[str, Any]:
+    """Return the states of all random generators as plain containers."""
+    version, numbers, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore what ``get_rng_state`` returned; GPUs' generators only if there are as many GPUs as before."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count() > 0:
+        torch.cuda.set_rng_state_all(state["cuda"])

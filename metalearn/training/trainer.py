@@ -1,12 +1,11 @@
-"""A training from beginning to end: its folder, the outer loop, and one test of the best parameters.
+"""A training from start to finish: open the folder, run the training loop, test the best parameters.
 
-The parameters with the best validation accuracy are those that are tested. Under ``torchrun`` the first process owns
-the folder, logs and saves; the others follow it.
+The parameters with the best validation score are tested. Under ``torchrun`` the main process owns the folder, logs and
+saves; the others are workers.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -15,13 +14,11 @@ from typing import Any, NamedTuple
 from metalearn.config.run_config import changed_keys, to_yaml
 from metalearn.config.run_folder import folder_lock
 from metalearn.config.schema import TrainConfig, result_keys
-from metalearn.core.errors import ConfigError, RunError
-from metalearn.core.profiling.allocator import configure_malloc
+from metalearn.core.errors import ConfigError, RunError, TerminatedError
+from metalearn.core.profiling.hardware import configure_malloc
 from metalearn.training.auto_engine import resolve_auto_engine
-from metalearn.training.evaluation import Evaluation
-from metalearn.training.experiment import Experiment, build_experiment, training_device, with_inner_config
-from metalearn.training.loop import save_on_exit, train_loop
-from metalearn.training.metrics import (
+from metalearn.training.checkpoints import Checkpointer
+from metalearn.training.evaluate_run import (
     accuracy_metrics,
     accuracy_rows,
     cost_metrics,
@@ -29,12 +26,14 @@ from metalearn.training.metrics import (
     hparams_metrics,
     write_metrics,
 )
+from metalearn.training.evaluation import Evaluation
+from metalearn.training.experiment import Experiment, build_experiment, training_device, with_config
+from metalearn.training.failures import DivergedError, explain_out_of_memory
+from metalearn.training.loop import TrainContext, train_loop
 from metalearn.training.resume import RunStatus, open_run, restore_run
 from metalearn.training.runtime.distributed import DistributedContext, init_distributed
 from metalearn.training.runtime.precision import check_precision
 from metalearn.training.runtime.signals import StopRequest
-from metalearn.training.saver import Checkpointer
-from metalearn.training.session import TrainContext
 from metalearn.training.state import BestCheckpoint, TrainState
 from metalearn.training.tracking.console import print_path, print_summary, progress_bar
 from metalearn.training.tracking.images import save_sinusoid_plot
@@ -45,12 +44,12 @@ log = logging.getLogger(__name__)
 
 
 class BroadcastState(NamedTuple):
-    """What the first process tells the others before the first meta-step.
+    """Sent by the main process to the workers before the first meta-step.
 
     Args:
         run_dir: the run's folder.
-        config: with the engine that ``auto`` was settled to, and the data set that is really there.
-        state: as ``TrainState.content`` gives it, so that all begin with the same bits.
+        config: with ``inner.engine=auto`` and the data set resolved.
+        state: ``TrainState.state_dict()``, so that all processes start with the same bits.
     """
 
     run_dir: Path
@@ -62,68 +61,138 @@ def train(config: TrainConfig, run_dir: Path) -> None:
     """Train, validate, and test the best checkpoint; write everything into ``run_dir``.
 
     Args:
-        config: checked, with the data set that is really there, and the engine of a run that goes on.
-        run_dir: a folder that holds no other run, or, with ``run.resume``, this one's.
+        config: validated, with the data set resolved, and the engine of a run that is resumed.
+        run_dir: a folder that holds no other run, or, with ``run.resume``, this one.
 
     Raises:
-        FolderTakenError: if the folder holds another run.
-        StoppedError: if the process was asked to end; the run can go on.
+        RunExistsError: if the folder holds another run.
+        TerminatedError: if a signal has asked the process to stop; the run can be resumed.
         RunError: if a loss, gradient or parameter is not finite, memory runs out, another process of the run is gone,
-            or every checkpoint is damaged.
-        ConfigError: if the device is not there, or has no TF32 where ``run.precision`` asks for it.
+            every checkpoint is damaged, or ``run.init_from`` cannot be used.
+        ConfigError: if the device does not exist, or has no TF32 where ``run.precision`` asks for it.
         DataError: if the data set is missing or damaged.
     """
-    started = time.perf_counter()
+    started_at = time.perf_counter()
     configure_malloc()
     with init_distributed(training_device(config)) as ranks:
         check_tasks_per_process(config, ranks)
         experiment = resolve_auto_engine(build_experiment(config))
-        built = time.perf_counter()
+        built_at = time.perf_counter()
         with folder_lock(run_dir, wait=config.run.resume is not False), StopRequest() as stop:
-            started += time.perf_counter() - built  # waiting for another process is not this run's time
-            opened = open_run(experiment.config, run_dir)
-            if opened.finished:
+            started_at += time.perf_counter() - built_at  # waiting for the lock is not this run's time
+            status = open_run(experiment.config, run_dir, theta=experiment.theta, device=experiment.device)
+            if status.is_finished:
                 log.info("This run is finished: %s", run_dir)
                 ranks.broadcast(None)
                 return
-            _train_main(experiment, opened, ranks, stop, began=started - opened.total_s)
+            _train_main(experiment, status, ranks, stop, started_at=started_at - status.total_s)
+
+
+def _train_main(
+    experiment: Experiment, status: RunStatus, ranks: DistributedContext, stop: StopRequest, *, started_at: float
+) -> None:
+    config, run_dir = experiment.config, status.run_dir
+    log.info("Training on %s, device %s", experiment.dataset, experiment.device)
+    print_path("Run folder", run_dir)
+    verify_precision(experiment)
+
+    # Restore the state and send it to the workers.
+    state, meter = TrainState.create(experiment.theta, config.outer), Meter(experiment.device)
+    restore_run(state, meter, status)
+    ranks.broadcast(BroadcastState(run_dir, config, state.state_dict()))
+
+    # Train, test, and log the result.
+    config_yaml = to_yaml(config)
+    resumed_at = state.iteration if status.started else None
+    with (
+        experiment.precision(),
+        TensorBoardLogger(
+            run_dir, config=config_yaml, resumed_at=resumed_at, file_sizes=status.file_sizes
+        ) as tensorboard,
+        progress_bar() as progress,
+    ):
+        checkpointer = Checkpointer(run_dir, config_yaml, meter, tensorboard, config.run.checkpoint_every_s, started_at)
+        context = TrainContext(experiment, run_dir, meter, stop, progress, ranks, checkpointer)
+        best, result = train_and_test(context, state)
+        metrics = {
+            **accuracy_metrics(experiment, result),
+            "processes": ranks.size,
+            "iterations": state.iteration,
+            "iterations.skipped": state.skipped,
+            f"validation.best_{experiment.metric.name}": best.validation_score,
+            "validation.best_iteration": best.iteration,
+            **cost_metrics(meter, total_s=checkpointer.total_s),
+        }
+        tensorboard.log_test(result, best.iteration)
+        tensorboard.log_hparams(result_keys(config), hparams_metrics(metrics), state.iteration)
+
+    # Write metrics.json, which marks the run as finished, and print the summary.
+    write_metrics(metrics, result, run_dir)
+    with experiment.precision():
+        if path := save_sinusoid_plot(experiment, best.params, run_dir):
+            print_path("Picture", path)
+    print_summary("Summary", {**accuracy_rows(experiment, result), **cost_rows(metrics)})
+    print_path("Run folder", run_dir)
 
 
 def train_worker(config: TrainConfig) -> None:
-    """Be one of the other processes of a training: the same meta-steps, and nothing written.
+    """Train as one of the processes other than the main one: take the same meta-steps, and write nothing.
 
     Raises:
-        As ``train`` does.
+        ConfigError, DataError, RunError: as ``train`` does.
     """
     with init_distributed(training_device(config)) as ranks:
         check_tasks_per_process(config, ranks)
         experiment = build_experiment(config)
         start: BroadcastState | None = ranks.broadcast(None)
-        if start is None:
+        if start is None:  # the run is finished
             return
         check_same_config(config, start.config, ranks)
-        experiment = with_inner_config(experiment, start.config.inner)
-        state = TrainState.start(experiment.theta, experiment.config.outer)
-        state.restore(start.state)
-        with StopRequest() as stop, experiment.precision(), progress_bar(shown=False) as progress:
+        experiment = with_config(experiment, start.config)
+        state = TrainState.create(experiment.theta, experiment.config.outer)
+        state.load_state_dict(start.state)
+        with StopRequest() as stop, experiment.precision(), progress_bar(visible=False) as progress:
             meter = Meter(experiment.device)
-            session = TrainContext(experiment, start.run_dir, meter, stop, progress, ranks, saver=None)
-            with save_on_exit(session, state):
-                train_loop(session, state)
-                session.evaluate(_best(state).params, test=True)
+            context = TrainContext(experiment, start.run_dir, meter, stop, progress, ranks, checkpointer=None)
+            train_and_test(context, state)
+
+
+def train_and_test(context: TrainContext, state: TrainState) -> tuple[BestCheckpoint, Evaluation]:
+    """Run the training loop and test the best parameters; if either is interrupted, save a checkpoint and name it.
+
+    The state is not saved if training has diverged, because the checkpoint before is the better one.
+
+    Raises:
+        RunError: that interrupted it, or one that explains how to save memory.
+    """
+    ranks, checkpointer = context.ranks, context.checkpointer
+    try:
+        with explain_out_of_memory(context.experiment, processes=ranks.size):
+            train_loop(context, state)
+            assert state.best is not None, "the last meta-step is followed by validation"
+            return state.best, context.evaluate(state.best.params, test=True)
+    except RunError as error:
+        if checkpointer:
+            if not isinstance(error, DivergedError):
+                checkpointer.save_on_exit(state)
+            if latest := checkpointer.describe_latest():
+                error.args = (f"{error} {latest}",)
+        if isinstance(error, TerminatedError):
+            ranks.wait_for_main()  # torchrun ends the other processes as soon as one has ended
+        raise
+    raise AssertionError("explain_out_of_memory raises what it catches")
 
 
 def check_tasks_per_process(config: TrainConfig, ranks: DistributedContext) -> None:
-    """Refuse more processes than there are tasks to share.
+    """Check that there is a task for every process.
 
     Raises:
         ConfigError: naming the key.
     """
-    settings = config.eval
     for name, tasks in (
         ("task.meta_batch", config.task.meta_batch),
-        ("eval.validation_episodes", settings.validation_episodes),
-        ("eval.episodes", settings.episodes),
+        ("eval.validation_episodes", config.eval.validation_episodes),
+        ("eval.episodes", config.eval.episodes),
     ):
         if tasks < ranks.size:
             raise ConfigError(
@@ -131,14 +200,15 @@ def check_tasks_per_process(config: TrainConfig, ranks: DistributedContext) -> N
             )
 
 
-def check_same_config(own: TrainConfig, first: TrainConfig, ranks: DistributedContext) -> None:
-    """Refuse to share tasks with a process that trains on something else, as where one machine lacks the data set.
+def check_same_config(config: TrainConfig, main_config: TrainConfig, ranks: DistributedContext) -> None:
+    """Check that this process trains on the same as the main one, for instance that its machine has the data set.
 
     Raises:
         RunError: naming every key that differs.
     """
-    settled = dataclasses.replace(own, inner=first.inner) if own.inner.engine == "auto" else own
-    here, there = result_keys(settled), result_keys(first)
+    here, there = result_keys(config), result_keys(main_config)
+    if config.inner.engine == "auto":  # the main process resolves it
+        here |= {name: value for name, value in there.items() if name.startswith("inner.")}
     if names := changed_keys(here, there):
         raise RunError(
             f"process {ranks.rank} would train on something else than the first:\n"
@@ -147,67 +217,11 @@ def check_same_config(own: TrainConfig, first: TrainConfig, ranks: DistributedCo
         )
 
 
-def _train_main(
-    experiment: Experiment, opened: RunStatus, ranks: DistributedContext, stop: StopRequest, *, began: float
-) -> None:
-    config, run_dir = experiment.config, opened.run_dir
-    log.info("Training on %s, device %s", experiment.dataset, experiment.device)
-    print_path("Run folder", run_dir)
-    verify_precision(experiment)
-    state, meter = TrainState.start(experiment.theta, config.outer), Meter(experiment.device)
-    earlier = restore_run(state, meter, opened, config)
-    ranks.broadcast(BroadcastState(run_dir, config, state.content()))
-    config_yaml = to_yaml(config)
-    with (
-        experiment.precision(),
-        TensorBoardLogger(
-            run_dir,
-            config=config_yaml,
-            resumed_at=state.iteration if opened.begun else None,
-            position=opened.position,
-            aside=earlier if opened.tested else None,
-        ) as tracker,
-        progress_bar() as progress,
-    ):
-        saver = Checkpointer(run_dir, config_yaml, meter, tracker, config.run.checkpoint_every_s, began)
-        session = TrainContext(experiment, run_dir, meter, stop, progress, ranks, saver)
-        with save_on_exit(session, state):
-            train_loop(session, state)
-            result = session.evaluate(_best(state).params, test=True)
-        metrics = _metrics(session, state, result, saver.total_s)
-        tracker.test(result, metrics["validation.best_iteration"])
-        tracker.hparams(result_keys(config), hparams_metrics(metrics), state.iteration)
-    write_metrics(metrics, result, run_dir)
-    with experiment.precision():
-        if path := save_sinusoid_plot(experiment, _best(state).params, run_dir):
-            print_path("Picture", path)
-    print_summary("Summary", {**accuracy_rows(experiment, result), **cost_rows(metrics)})
-    print_path("Run folder", run_dir)
-
-
-def _best(state: TrainState) -> BestCheckpoint:
-    assert state.best is not None, "the last meta-step is followed by validation"
-    return state.best
-
-
-def _metrics(session: TrainContext, state: TrainState, result: Evaluation, total_s: float) -> dict[str, Any]:
-    best = _best(state)
-    return {
-        **accuracy_metrics(session.experiment, result),
-        "processes": session.ranks.size,
-        "iterations": state.iteration,
-        "iterations.skipped": state.skipped,
-        f"validation.best_{session.experiment.score.name}": best.validation_score,
-        "validation.best_iteration": best.iteration,
-        **cost_metrics(session.meter, total_s=total_s),
-    }
-
-
 def verify_precision(experiment: Experiment) -> None:
     """Compare the first meta-gradient with float32's, if the run computes with less.
 
     Raises:
-        RunError: if rounding takes away what the second-order term would give.
+        RunError: if rounding changes it too much.
     """
     precision = experiment.config.run.precision
     if precision != "float32":
@@ -215,7 +229,7 @@ def verify_precision(experiment: Experiment) -> None:
         report = check_precision(
             *(experiment.forward, experiment.theta, batch, experiment.inner),
             precision=precision,
-            loss=experiment.score.loss,
+            loss=experiment.metric.loss,
             engine=experiment.algorithm.engine,
         )
         log.info("%s", report)

@@ -1,4 +1,4 @@
-"""A comparison as ``scripts/compare.py`` leaves it: two variants, two seeds, small enough for a test."""
+"""A comparison by ``scripts/compare.py``: two variants, two seeds, small enough for a test."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ _SMALL = [
 
 
 def write_comparison(folder: Path) -> None:
-    """Train and report, as a user does."""
+    """Run a comparison as a user does."""
     done = command("compare.py", *_SMALL, f"hydra.run.dir={folder}", cwd=folder.parent)
     assert done.returncode == 0, done.stdout + done.stderr

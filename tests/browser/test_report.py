@@ -1,4 +1,4 @@
-"""What a user sees who opens ``report.html`` from disk: both variants by name, their figures, and every plot."""
+"""``report.html``, opened from disk, shows both variants by name, their metrics, and every plot."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.browser
 
 
 def test_report_opens_from_disk(page: Page, comparison: Path, screenshot: Callable[[str], Path]) -> None:
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
+    requested: list[str] = []
+    page.on("request", lambda request: requested.append(request.url))
     page.goto((comparison / "report.html").as_uri())
     for variant in VARIANTS:
         assert page.locator("table").first.get_by_text(variant, exact=True).count() == 1
@@ -32,6 +32,6 @@ def test_report_opens_from_disk(page: Page, comparison: Path, screenshot: Callab
     assert images.count() == len(list((comparison / "plots").glob("*.svg"))) > 0
     for i in range(images.count()):
         assert images.nth(i).evaluate("image => image.complete && image.naturalWidth > 0")
-    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    assert [url for url in requested if not url.startswith(("file:", "data:"))] == []
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing runs off the page"
     screenshot("report")

@@ -1,4 +1,4 @@
-"""What a user sees who points TensorBoard at a comparison: every page has both variants by name, and data of theirs."""
+"""TensorBoard on a comparison, in a browser: every page has both variants by name, with their data."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metalearn.training.tracking.hparams import METRICS
-from metalearn.training.tracking.tensorboard import LAYOUT
+from metalearn.training.tracking.tensorboard import LAYOUT, METRICS
 from tests.browser.comparison import INNER_STEPS, RUNS, VARIANTS
-from tests.browser.conftest import PATIENCE_S, WIDTH, wait_for
+from tests.browser.server import PATIENCE_S, wait_for
 
 if TYPE_CHECKING:  # it may be missing
     from playwright.sync_api import Locator, Page
 
 pytestmark = pytest.mark.browser
-Keep = Callable[[str], Path]
+Screenshot = Callable[[str], Path]
 
 
 def visit(page: Page, tensorboard: str, tab: str) -> None:
@@ -37,11 +36,11 @@ def wait_for_count(locator: Locator, count: int, what: str) -> None:
 
 
 def curves(card: Locator) -> Locator:
-    """Lines of more than one point."""
+    """Find the lines of more than one point."""
     return card.locator("path.line[d*='L']")
 
 
-def test_time_series_overlays_the_variants(page: Page, tensorboard: str, screenshot: Keep) -> None:
+def test_time_series_overlays_the_variants(page: Page, tensorboard: str, screenshot: Screenshot) -> None:
     visit(page, tensorboard, "timeseries")
     page.locator("metrics-tag-filter-component input").fill("^validation/accuracy$")
     card = page.locator("scalar-card").filter(has_text=re.compile(r"validation\s*/accuracy(?!_)")).first
@@ -57,12 +56,12 @@ def test_time_series_overlays_the_variants(page: Page, tensorboard: str, screens
 
 
 def coloured_pixels(png: bytes) -> int:
-    """What is neither grey nor pale: axes, grid and texts are grey, only curves are not."""
+    """Count pixels that are neither grey nor pale: axes, grid and texts are grey, only curves are not."""
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("HSV"))
     return int((pixels[..., 1] > 100).sum())
 
 
-def test_scalars_overlay_the_variants(page: Page, tensorboard: str, screenshot: Keep) -> None:
+def test_scalars_overlay_the_variants(page: Page, tensorboard: str, screenshot: Screenshot) -> None:
     visit(page, tensorboard, "scalars")
     for run in RUNS:
         page.locator("tf-runs-selector").get_by_text(run, exact=True).wait_for()
@@ -73,7 +72,7 @@ def test_scalars_overlay_the_variants(page: Page, tensorboard: str, screenshot: 
     screenshot("scalars")
 
 
-def test_custom_scalars_show_the_layout(page: Page, tensorboard: str, screenshot: Keep) -> None:
+def test_custom_scalars_show_the_layout(page: Page, tensorboard: str, screenshot: Screenshot) -> None:
     visit(page, tensorboard, "custom_scalars")
     cards = page.locator("tf-custom-scalar-multi-line-chart-card, tf-custom-scalar-margin-chart-card")
     wait_for_count(cards, sum(map(len, LAYOUT.values())), "charts, none of them twice")
@@ -95,7 +94,7 @@ def test_custom_scalars_show_the_layout(page: Page, tensorboard: str, screenshot
     screenshot("custom-scalars-second-order")
 
 
-def test_hparams_shows_every_run_with_its_metrics(page: Page, tensorboard: str, screenshot: Keep) -> None:
+def test_hparams_shows_every_run_with_its_metrics(page: Page, tensorboard: str, screenshot: Screenshot) -> None:
     visit(page, tensorboard, "hparams")
     cells = page.locator("tf-hparams-table-view vaadin-grid-cell-content")
     for run in RUNS:
@@ -106,7 +105,7 @@ def test_hparams_shows_every_run_with_its_metrics(page: Page, tensorboard: str, 
         assert heading in texts, f"{heading} is no column"
         box = cells.get_by_text(heading, exact=True).bounding_box()
         assert box is not None
-        assert box["x"] + box["width"] <= WIDTH, f"{heading} is off the screen"
+        assert box["x"] + box["width"] <= page.evaluate("window.innerWidth"), f"{heading} is off the screen"
     starts = sorted(texts.index(run) for run in RUNS)
     for run in RUNS:
         start = texts.index(run)
@@ -115,11 +114,13 @@ def test_hparams_shows_every_run_with_its_metrics(page: Page, tensorboard: str, 
         numbers = [float(text) for text in row if re.fullmatch(r"[\d.]+", text)]
         assert len(numbers) >= 1 + len(METRICS), f"the seed and the metrics of {run}"
         assert all(number > 0 for number in numbers[-len(METRICS) :]), row
-    assert "report" not in texts, "it is no training"
+    assert "report" not in texts, "it is not a training"
     screenshot("hparams")
 
 
-def test_images_show_the_tasks_of_every_run(page: Page, tensorboard: str, comparison: Path, screenshot: Keep) -> None:
+def test_images_show_the_tasks_of_every_run(
+    page: Page, tensorboard: str, comparison: Path, screenshot: Screenshot
+) -> None:
     plots = sorted(path.stem for path in (comparison / "plots").glob("*.png"))
     assert len(plots) >= 6
     visit(page, tensorboard, "images")
@@ -141,7 +142,7 @@ def has_picture(card: Locator) -> bool:
     return image.count() > 0 and bool(image.first.evaluate("image => image.naturalWidth > 0"))
 
 
-def test_text_shows_the_report_and_every_configuration(page: Page, tensorboard: str, screenshot: Keep) -> None:
+def test_text_shows_the_report_and_every_configuration(page: Page, tensorboard: str, screenshot: Screenshot) -> None:
     visit(page, tensorboard, "text")
     report = page.locator("tf-text-loader").filter(has=page.get_by_text("report", exact=True))
     wait_for_count(report, 1, "texts of the report")

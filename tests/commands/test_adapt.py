@@ -1,4 +1,4 @@
-"""``scripts/adapt.py`` on folders as new users have them: what it writes, what it says, and what it refuses by name."""
+"""``metalearn adapt`` on a user's folders: files, console output and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from metalearn.commands.adapt.checks import check_adapt
 from metalearn.commands.adapt.picture import write_picture
 from metalearn.commands.adapt.predictions import (
     Predictions,
-    accuracy_text,
+    format_accuracy,
     print_predictions,
     wilson_interval,
     write_csv,
@@ -34,9 +34,6 @@ from tests.training.run_folders import SINUSOID, untrained
 GREEN, VERMILION, GREY = (0, 158, 115), (213, 94, 0), (119, 119, 119)
 DRAWINGS = 255 - make_glyphs(classes=7, drawings=4, seed=9)[:, :, 0]  # dark ink on light paper
 NAMES = ["=cmd()", "[b]", "c c", "d", "é", "f", "g"]
-
-
-pytestmark = pytest.mark.usefixtures("cache_of_the_module")
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +57,10 @@ def folders(tmp_path: Path) -> Path:
 
 
 def adapt(run: Path, folders: Path, *overrides: str) -> Path:
-    """What the command does, in this process; returns the output folder."""
-    given = {"support": f"'{folders}/support'", "query": f"'{folders}/query'"}
-    given |= dict(one.split("=", 1) for one in overrides)
-    arguments = [f"{name}={value}" for name, value in given.items()]
+    """Run the command in this process; return the output folder."""
+    keys = {"support": f"'{folders}/support'", "query": f"'{folders}/query'"}
+    keys |= dict(one.split("=", 1) for one in overrides)
+    arguments = [f"{name}={value}" for name, value in keys.items()]
     config = to_dataclass(compose("adapt", [f"run.dir='{run}'", "run.device=cpu", *arguments]), AdaptConfig)
     check_adapt(config)
     run_adapt(config, folders / "out")
@@ -79,18 +76,18 @@ def count(path: Path, colour: tuple[int, int, int]) -> int:
     return int((np.asarray(Image.open(path).convert("RGB")) == np.array(colour)).all(axis=-1).sum())
 
 
-def test_a_users_folder_from_the_command_line(run: Path, folders: Path) -> None:
+def test_command_adapts_and_predicts_a_users_folder(run: Path, folders: Path) -> None:
     before = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in run.rglob("*") if path.is_file()}
     done = command("adapt.py", f"run.dir={run}", "support=support", "query=query", "hydra.run.dir=out", cwd=folders)
     assert done.returncode == 0, done.stderr
-    said = " ".join(done.stdout.split())
-    assert "black and white are exchanged (invert=auto)" in said
-    assert "95% interval" in said
-    assert "[b]/2.png" in said, "markup in a name is no markup"
+    output = " ".join(done.stdout.split())
+    assert "black and white are exchanged (invert=auto)" in output
+    assert "95% interval" in output
+    assert "[b]/2.png" in output, "markup in a name is printed literally"
     out = folders / "out"
     assert {p.name for p in out.iterdir()} == {"adapted.safetensors", "predictions.csv", "predictions.png", "adapt.log"}
     after = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in run.rglob("*") if path.is_file()}
-    assert after == before, "the run's folder is left as it was"
+    assert after == before, "the run's folder is unchanged"
 
     learner = metalearn.load(run, "cpu")
     support = read_folder(folders / "support", size=28, channels=1)
@@ -110,7 +107,7 @@ def test_a_users_folder_from_the_command_line(run: Path, folders: Path) -> None:
         assert float(row["probability"]) == pytest.approx(expected.max().item(), abs=1e-5)
     assert any(row["file"].startswith("'=cmd()/") for row in written)
     right = sum(row["predicted"] == row["true"] for row in written)
-    assert f"({right} of 10; 95% interval" in said
+    assert f"({right} of 10; 95% interval" in output
     assert (count(out / "predictions.png", GREEN) > 300 * right) == (right > 0)
     assert count(out / "predictions.png", VERMILION) > 300 * (10 - right)
 
@@ -120,19 +117,19 @@ def test_a_users_folder_from_the_command_line(run: Path, folders: Path) -> None:
     assert "Traceback" not in again.stderr
 
 
-def test_images_without_classes_are_only_predicted(
+def test_flat_query_folder_is_predicted_without_accuracy(
     run: Path, folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = adapt(run, folders, f"query='{folders}/query/d'")
     assert [(row["file"], row["true"]) for row in rows(out)] == [("2.png", ""), ("3.png", "")]
     assert count(out / "predictions.png", GREY) > 600
     assert count(out / "predictions.png", GREEN) == count(out / "predictions.png", VERMILION) == 0
-    said = capsys.readouterr().out
-    assert "accuracy" not in said
-    assert "2 images" in said
+    output = capsys.readouterr().out
+    assert "accuracy" not in output
+    assert "2 images" in output
 
 
-def test_saved_weights_take_the_place_of_the_support_set(run: Path, folders: Path) -> None:
+def test_saved_weights_replace_the_support_set(run: Path, folders: Path) -> None:
     first = rows(adapt(run, folders, f"save='{folders}/kept/mine'"))
     assert not (folders / "out" / "adapted.safetensors").exists()
     (folders / "out").rename(folders / "before")
@@ -141,7 +138,7 @@ def test_saved_weights_take_the_place_of_the_support_set(run: Path, folders: Pat
     assert not (out / "adapted.safetensors").exists()
 
 
-def test_without_queries_it_adapts_and_saves(run: Path, folders: Path) -> None:
+def test_weights_are_saved_without_a_query_folder(run: Path, folders: Path) -> None:
     out = adapt(run, folders, "query=null", "steps=1")
     assert [p.name for p in out.iterdir()] == ["adapted.safetensors"]
     assert metalearn.load(run, "cpu").restore(out / "adapted.safetensors").steps_ == 1
@@ -150,7 +147,7 @@ def test_without_queries_it_adapts_and_saves(run: Path, folders: Path) -> None:
 @pytest.mark.parametrize(("invert", "light", "inverted"), [
     ("auto", True, True), ("auto", False, False), ("true", False, True), ("false", True, False),
 ])  # fmt: skip
-def test_black_and_white_are_exchanged_where_borders_say_so(
+def test_images_are_inverted_when_borders_are_light(
     invert: str, light: bool, inverted: bool, run: Path, folders: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for path in folders.rglob("*.*"):
@@ -168,15 +165,13 @@ def test_black_and_white_are_exchanged_where_borders_say_so(
     assert [float(row["probability"]) for row in rows(out)] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-def test_images_that_are_unlike_the_others_are_told_of(
-    run: Path, folders: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_warning_names_images_with_other_borders(run: Path, folders: Path, caplog: pytest.LogCaptureFixture) -> None:
     Image.fromarray(np.zeros((30, 30), np.uint8)).save(folders / "support" / "d" / "dark.png")
     adapt(run, folders)
-    assert "1 of 10 images have dark borders, unlike the others; all are treated alike (invert=true)" in caplog.text
+    assert "1 of 10 images have dark borders, unlike the others; all are treated the same (invert=true)" in caplog.text
 
 
-def test_drawings_of_the_data_are_white_on_black() -> None:
+def test_border_brightness_of_glyphs_is_dark() -> None:
     images = make_glyphs(classes=50)
     assert border_brightness(images.flatten(0, 1)).mean() < 0.2
     frame = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
@@ -184,7 +179,7 @@ def test_drawings_of_the_data_are_white_on_black() -> None:
     assert border_brightness(frame).tolist() == [0.0, pytest.approx(4 / 12)]
 
 
-def test_a_file_that_cannot_be_read_is_named(run: Path, folders: Path) -> None:
+def test_error_names_unreadable_file(run: Path, folders: Path) -> None:
     (folders / "support" / "d" / "broken.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"(?s)d/broken\.png: .*pass them over with unreadable=skip"):
         adapt(run, folders)
@@ -196,7 +191,7 @@ def test_a_file_that_cannot_be_read_is_named(run: Path, folders: Path) -> None:
         adapt(run, folders, "on_unreadable=skip")
 
 
-def test_folders_that_do_not_fit_are_refused_by_name(run: Path, folders: Path) -> None:
+def test_adapt_raises_when_folders_are_invalid(run: Path, folders: Path) -> None:
     (folders / "query" / "zebra").mkdir()
     with pytest.raises(DataError, match=r"query holds no image in zebra"):
         adapt(run, folders)
@@ -217,7 +212,7 @@ def test_folders_that_do_not_fit_are_refused_by_name(run: Path, folders: Path) -
     assert not (folders / "out").exists()
 
 
-def test_restored_weights_know_their_classes_too(run: Path, folders: Path) -> None:
+def test_adapt_raises_when_query_class_is_not_in_weights(run: Path, folders: Path) -> None:
     adapt(run, folders, "query=null", f"save='{folders}/mine'")
     (folders / "query" / "d").rename(folders / "query" / "zebra")
     with pytest.raises(DataError, match=r"not among the 5 of the support set: zebra"):
@@ -240,13 +235,13 @@ def test_restored_weights_know_their_classes_too(run: Path, folders: Path) -> No
         (["run.device=gpu"], r"run\.device=gpu: must be auto, cpu, cuda or cuda:N"),
     ],
 )
-def test_keys_that_do_not_fit_are_refused(overrides: list[str], message: str, run: Path, folders: Path) -> None:
+def test_adapt_raises_when_keys_conflict(overrides: list[str], message: str, run: Path, folders: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         adapt(run, folders, *overrides)
 
 
-def test_runs_that_cannot_be_adapted_are_refused(run: Path, folders: Path) -> None:
-    with pytest.raises(ConfigError, match=r"this run predicts numbers \(data=sinusoid\) and no classes"):
+def test_adapt_raises_when_run_cannot_be_adapted(run: Path, folders: Path) -> None:
+    with pytest.raises(ConfigError, match=r"this run predicts numbers \(data=sinusoid\), not classes"):
         adapt(untrained(folders / "sinusoid", base=SINUSOID), folders)
     bare = folders / "bare"
     bare.mkdir()
@@ -258,10 +253,10 @@ def test_runs_that_cannot_be_adapted_are_refused(run: Path, folders: Path) -> No
     with pytest.raises(RunError, match=r"4 classes, .*algorithm=meta_sgd has learned a step size"):
         adapt(untrained(folders / "meta_sgd", "algorithm=meta_sgd"), folders)
     assert not (folders / "out").exists()
-    assert len(rows(adapt(run, folders))) == 8, "which others handle"
+    assert len(rows(adapt(run, folders))) == 8, "maml supports another number of classes"
 
 
-def test_earlier_results_are_not_overwritten(run: Path, folders: Path) -> None:
+def test_adapt_raises_when_results_exist(run: Path, folders: Path) -> None:
     (folders / "out").mkdir()
     for name in ("adapted.safetensors", "predictions.csv", "predictions.png"):
         (folders / "out" / name).write_text("mine")
@@ -271,7 +266,7 @@ def test_earlier_results_are_not_overwritten(run: Path, folders: Path) -> None:
         (folders / "out" / name).unlink()
 
 
-def test_refusals_have_an_exit_code_and_write_nothing(folders: Path) -> None:
+def test_command_exits_with_2_and_writes_nothing_when_run_is_missing(folders: Path) -> None:
     refused = command("adapt.py", "run.dir=typo", "support=support", cwd=folders)
     assert refused.returncode == 2
     assert "run.dir=typo: not a run's folder" in refused.stderr
@@ -285,22 +280,22 @@ def predictions(images: int, *, truth: bool = True) -> Predictions:
     return Predictions(names, torch.eye(2).repeat(images, 1)[:images], ["a", "b"], [0] * images if truth else None)
 
 
-def test_the_table_is_short(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_has_at_most_30_rows(capsys: pytest.CaptureFixture[str]) -> None:
     print_predictions(predictions(100))
-    said = " ".join(capsys.readouterr().out.split())
-    assert "the first 30; 70 more are in predictions.csv" in said
-    assert "029.png" in said
-    assert "030.png" not in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "the first 30; 70 more are in predictions.csv" in output
+    assert "029.png" in output
+    assert "030.png" not in output
 
 
-def test_markup_in_a_name_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_markup_in_a_name_is_printed_literally(capsys: pytest.CaptureFixture[str]) -> None:
     print_predictions(Predictions(["x[/y].png"], torch.eye(2)[:1], ["[b]", "c"], [1]))
-    said = capsys.readouterr().out
-    assert "x[/y].png" in said
-    assert "[b]" in said
+    output = capsys.readouterr().out
+    assert "x[/y].png" in output
+    assert "[b]" in output
 
 
-def test_no_cell_is_a_formula(tmp_path: Path) -> None:
+def test_csv_escapes_formulas(tmp_path: Path) -> None:
     names = ["=1+1", "+1", "-1", "@x", "\tx", "a,b\n=c", 'q"', "safe"]
     one = Predictions(names, torch.eye(2).repeat(4, 1), ["=a", "-b"], [0, 1] * 4)
     write_csv(one, tmp_path / "p.csv")
@@ -312,25 +307,25 @@ def test_no_cell_is_a_formula(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("images", "drawn"), [(3, 3), (64, 64), (200, 64)])
-def test_the_picture_shows_64_at_most(images: int, drawn: int, tmp_path: Path) -> None:
+def test_picture_has_at_most_64_images(images: int, drawn: int, tmp_path: Path) -> None:
     pixels = torch.zeros(images, 3, 8, 8, dtype=torch.uint8)
     pixels[-images // 10 :] = 77
     write_picture(predictions(images), pixels, tmp_path / "p.png")
     frame = 4 * 84 * 3 - 4 * 9
     green, vermilion = (count(tmp_path / "p.png", colour) for colour in (GREEN, VERMILION))
     assert frame * drawn <= green + vermilion < (frame + 300) * drawn, "frames, and the text below them"
-    assert min(green, vermilion) >= frame * (drawn // 4), "every other image of all is predicted right"
-    assert count(tmp_path / "p.png", (77, 77, 77)) > 6000, "the last ones are among those that are shown"
+    assert min(green, vermilion) >= frame * (drawn // 4), "every other image is predicted correctly"
+    assert count(tmp_path / "p.png", (77, 77, 77)) > 6000, "the last images are drawn"
 
 
-def test_a_long_name_fits_its_cell(tmp_path: Path) -> None:
+def test_long_class_name_is_truncated(tmp_path: Path) -> None:
     one = Predictions(["a"], torch.ones(1, 1), ["very long " * 20], None)
     write_picture(one, torch.zeros(1, 1, 8, 8, dtype=torch.uint8), tmp_path / "p.png")
     picture = np.asarray(Image.open(tmp_path / "p.png"))
     assert (picture[:, 10 + 84 :][26:] == 255).all(), "nothing to the right of the cell"
 
 
-def test_interval_is_wilsons() -> None:
+def test_wilson_interval_equals_formula() -> None:
     # p + z^2 / 2n -+ ...: for none of n right the lower end is 0 and the upper z^2 / (n + z^2), 3.8416 / 13.8416
     assert wilson_interval(0, 10) == pytest.approx((0, 3.8416 / 13.8416), abs=1e-12)
     low, high = wilson_interval(5, 10)
@@ -338,4 +333,4 @@ def test_interval_is_wilsons() -> None:
     # the ends solve (x - p)^2 = z^2 x (1 - x) / n
     for end in wilson_interval(8, 10):
         assert (end - 0.8) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / 10)
-    assert accuracy_text([True] * 8 + [False] * 2) == "80.0% (8 of 10; 95% interval 49.0% to 94.3%)"
+    assert format_accuracy([True] * 8 + [False] * 2) == "80.0% (8 of 10; 95% interval 49.0% to 94.3%)"

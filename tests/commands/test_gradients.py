@@ -1,4 +1,4 @@
-"""The lab's runner: what it writes, shows and returns, also where a lesson is wrong or raises."""
+"""``metalearn gradients``: files, console output and exit code, also if a lesson is wrong or raises."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from metalearn.config.compose import compose, to_dataclass
 from metalearn.core.errors import ConfigError
 from metalearn.lessons import LESSONS, Check, Lesson, create_graph
 from tests.commands.test_commands import command
-from tests.conftest import REPO
+from tests.paths import REPO
 
 
 def right() -> Lesson:
@@ -43,7 +43,7 @@ def raising() -> Lesson:
     raise ValueError("no [such] thing")
 
 
-def unpaintable() -> Lesson:
+def unrenderable() -> Lesson:
     figure = Figure(figsize=(5, 3))
     figure.text(0.5, 0.5, r"$\nosuchsymbol$")
     return Lesson("Cannot be drawn", "", "", [Check("good", 1.0, 1.0)], plots={"text": figure})
@@ -51,13 +51,13 @@ def unpaintable() -> Lesson:
 
 @pytest.fixture
 def lessons(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    def put(*functions: Callable[[], Lesson]) -> None:
+    def use(*functions: Callable[[], Lesson]) -> None:
         monkeypatch.setattr(gradients, "LESSONS", {function.__name__: function for function in functions})
 
-    return put
+    return use
 
 
-def test_pictures_events_and_report_of_a_lesson(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lesson_writes_plots_events_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_lessons(GradientsConfig(lesson="create_graph"), tmp_path)
     with Image.open(tmp_path / "create_graph-relu_and_tanh.png") as picture:
         assert picture.format == "PNG"
@@ -77,7 +77,7 @@ def test_pictures_events_and_report_of_a_lesson(tmp_path: Path, capsys: pytest.C
     assert report["right"] is entry["right"] is True
     assert 0 < entry["seconds"] < 60
     assert entry["figures"] == ["create_graph-relu_and_tanh.png"]
-    assert [check["what"] for check in entry["checks"]] == [check.what for check in create_graph.lesson().checks]
+    assert [check["what"] for check in entry["checks"]] == [check.name for check in create_graph.lesson().checks]
     assert entry["checks"][2] == {
         "what": "d2y/dx2 of x^2, create_graph=False",
         "computed": "RuntimeError",
@@ -86,48 +86,48 @@ def test_pictures_events_and_report_of_a_lesson(tmp_path: Path, capsys: pytest.C
         "source": "observed",
         "right": True,
     }
-    shown = capsys.readouterr().out
-    assert "(dy,) = torch.autograd.grad(y, x, create_graph=create_graph" in shown
-    assert "create_graph: right" in shown
+    output = capsys.readouterr().out
+    assert "(dy,) = torch.autograd.grad(y, x, create_graph=create_graph" in output
+    assert "create_graph: right" in output
 
 
-def test_one_wrong_and_one_raising_lesson_lose_nothing(
+def test_other_lessons_are_kept_when_one_fails_or_raises(
     lessons: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lessons(raising, wrong, unpaintable, right)
+    lessons(raising, wrong, unrenderable, right)
     assert not run_lessons(GradientsConfig(lesson="all"), tmp_path)
     report = json.loads((tmp_path / "lessons.json").read_text())
     assert report["right"] is False
     by_name = {entry["name"]: entry for entry in report["lessons"]}
-    assert list(by_name) == ["raising", "wrong", "unpaintable", "right"]
+    assert list(by_name) == ["raising", "wrong", "unrenderable", "right"]
     assert by_name["raising"]["error"] == "ValueError: no [such] thing"
-    assert "nosuchsymbol" in by_name["unpaintable"]["error"]
+    assert "nosuchsymbol" in by_name["unrenderable"]["error"]
     assert [check["right"] for check in by_name["wrong"]["checks"]] == [True, False]
     assert by_name["wrong"]["checks"][1]["computed"] == "nan"
     assert {name: entry["right"] for name, entry in by_name.items()} == {
         "raising": False,
         "wrong": False,
-        "unpaintable": False,
+        "unrenderable": False,
         "right": True,
     }
     assert (tmp_path / "right-line.png").is_file()
-    shown = capsys.readouterr().out
-    assert "raising raised ValueError: no [such] thing" in shown
+    output = capsys.readouterr().out
+    assert "raising raised ValueError: no [such] thing" in output
     for cells in (r"raising.*0 / 0.*raised", r"wrong.*1 / 2.*WRONG", r"right.*2 / 2.*right"):
-        assert re.search(cells, shown), cells
+        assert re.search(cells, output), cells
 
 
-def test_what_is_shown_is_neither_cut_nor_taken_for_markup(
+def test_output_is_neither_truncated_nor_parsed_as_markup(
     lessons: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lessons(right)
     assert run_lessons(GradientsConfig(lesson="right"), tmp_path)  # type: ignore[arg-type]  # a lesson of this test
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for text in ("It claims [this].", "a [number]", "a [note]", "x = [1]", "END", "2 ± 1e-09", "[word] (its [source])"):
-        assert text in shown
+        assert text in output
 
 
-def test_results_so_far_are_written_when_a_lesson_is_interrupted(lessons: Callable[..., None], tmp_path: Path) -> None:
+def test_results_are_written_when_a_lesson_is_interrupted(lessons: Callable[..., None], tmp_path: Path) -> None:
     def interrupted() -> Lesson:
         raise KeyboardInterrupt
 
@@ -137,23 +137,23 @@ def test_results_so_far_are_written_when_a_lesson_is_interrupted(lessons: Callab
     assert [entry["name"] for entry in json.loads((tmp_path / "lessons.json").read_text())["lessons"]] == ["right"]
 
 
-def test_lessons_run_on_one_thread_and_the_setting_is_put_back(lessons: Callable[..., None], tmp_path: Path) -> None:
-    found = []
+def test_lessons_run_on_one_thread_and_restore_the_setting(lessons: Callable[..., None], tmp_path: Path) -> None:
+    threads = []
 
-    def asking() -> Lesson:
-        found.append(torch.get_num_threads())
+    def record_threads() -> Lesson:
+        threads.append(torch.get_num_threads())
         return right()
 
-    lessons(asking)
+    lessons(record_threads)
     torch.set_num_threads(2)
     try:
         assert run_lessons(GradientsConfig(lesson="all"), tmp_path)
-        assert (found, torch.get_num_threads()) == ([1], 2)
+        assert (threads, torch.get_num_threads()) == ([1], 2)
     finally:
         torch.set_num_threads(1)
 
 
-def test_figures_have_names_of_their_own() -> None:
+def test_plot_file_names_are_unique() -> None:
     # File names open with the lesson's, so they can only meet if a lesson's name is the beginning of another's.
     assert not any(a != b and b.startswith(f"{a}-") for a in LESSONS for b in LESSONS)
 
@@ -167,12 +167,12 @@ def test_figures_have_names_of_their_own() -> None:
         ("+extra=1", r"extra=1: there is no such key\. The keys are lesson\."),
     ],
 )
-def test_refused(override: str, message: str) -> None:
+def test_config_raises_when_invalid(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         to_dataclass(compose("gradients", [override]), GradientsConfig)
 
 
-def test_command_runs_one_lesson_and_its_folder_is_not_used_again(tmp_path: Path) -> None:
+def test_command_runs_one_lesson_and_rejects_its_folder_again(tmp_path: Path) -> None:
     run = command("gradients.py", "lesson=create_graph", cwd=tmp_path, COLUMNS="100")
     assert run.returncode == 0, run.stderr
     assert max(len(line) for line in run.stdout.splitlines() if str(tmp_path) not in line) <= 100
@@ -183,7 +183,7 @@ def test_command_runs_one_lesson_and_its_folder_is_not_used_again(tmp_path: Path
     assert "already holds a run (its lessons.json)" in again.stderr
 
 
-def test_command_refuses_an_unknown_lesson_before_it_waits_for_torch(tmp_path: Path) -> None:
+def test_command_rejects_unknown_lesson_before_importing_torch(tmp_path: Path) -> None:
     started = time.perf_counter()
     refused = command("gradients.py", "lesson=nope", cwd=tmp_path)
     assert time.perf_counter() - started < 3
@@ -192,16 +192,16 @@ def test_command_refuses_an_unknown_lesson_before_it_waits_for_torch(tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-def test_command_help(tmp_path: Path) -> None:
-    shown = command("gradients.py", "--help", cwd=tmp_path)
-    assert shown.returncode == 0, shown.stderr
-    assert re.search(r"  lesson=all +the lesson on second-order gradients to run, or all of them", shown.stdout)
+def test_command_prints_help(tmp_path: Path) -> None:
+    output = command("gradients.py", "--help", cwd=tmp_path)
+    assert output.returncode == 0, output.stderr
+    assert re.search(r"  lesson=all +the lesson on second-order gradients to run, or all of them", output.stdout)
 
 
-def test_command_has_an_exit_code_for_a_wrong_number(tmp_path: Path) -> None:
+def test_command_exits_with_1_when_a_check_fails(tmp_path: Path) -> None:
     program = (
         "import runpy, sys\n"
-        "from metalearn.runs import gradients\n"
+        "from metalearn.commands import gradients\n"
         "from tests.commands.test_gradients import raising, right, wrong\n"
         "gradients.LESSONS = {'maml': right, 'orders': wrong, 'graph': raising}\n"
         "sys.argv = ['gradients.py', 'hydra.run.dir=mine']\n"
@@ -233,6 +233,6 @@ def test_command_has_an_exit_code_for_a_wrong_number(tmp_path: Path) -> None:
         (Check("", float("inf"), 1.0, source="by hand"), ("inf", "1 (by hand)")),
     ],
 )
-def test_numbers_are_shown_with_the_digits_that_matter(check: Check, cells: tuple[str, str]) -> None:
-    shown = gradients._cells(check)
-    assert (shown[0][:12], shown[1]) == (cells[0][:12], cells[1])
+def test_numbers_have_relevant_digits(check: Check, cells: tuple[str, str]) -> None:
+    output = gradients._format_check(check)
+    assert (output[0][:12], output[1]) == (cells[0][:12], cells[1])

@@ -1,4 +1,4 @@
-"""A reproduced row: what is refused, how its figures come about, and where they are written; nothing is trained."""
+"""A reproduced row: checks, results, and where they are written; nothing is trained."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from metalearn.commands.reproduce import run
-from metalearn.commands.reproduce.plan import build_rows, check_reproduce
-from metalearn.commands.reproduce.published import SETTINGS, published
+from metalearn.commands.reproduce.plan import SETTINGS, build_rows, check_reproduce, published
 from metalearn.commands.reproduce.run import FINISHED, UNFINISHED, TimeLimitReached, run_reproduction, time_limit
 from metalearn.commands.reproduce.table import BEGIN, END, read_rows, readme_table, replace_table
 from metalearn.config.commands_schema import ReproduceConfig
@@ -25,28 +24,27 @@ ACCURACIES = (0.98, 0.982, 0.987)
 
 @pytest.fixture(autouse=True)
 def _omniglot_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as a configuration can tell."""
+    """Create the folder that the configuration looks for."""
     (tmp_path / "data" / "omniglot-py" / "images_background").mkdir(parents=True)
     monkeypatch.setenv("METALEARN_DATA", str(tmp_path / "data"))
 
 
 @pytest.fixture
 def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in the place of the repository."""
-    monkeypatch.setattr(run, "REFERENCE", tmp_path / "reference" / "omniglot.json")
-    monkeypatch.setattr(run, "README", tmp_path / "README.md")
+    """Use a temporary folder instead of the repository."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     return tmp_path
 
 
-def asked(*overrides: str) -> ReproduceConfig:
+def configuration(*overrides: str) -> ReproduceConfig:
     config = to_dataclass(compose("reproduce", [f"experiment_name={ROW}", *overrides]), ReproduceConfig)
     check_reproduce(config)
     return config
 
 
 def finish(config: ReproduceConfig, folder: Path, **changed: Any) -> None:
-    """What its trainings would leave behind."""
+    """Write the metrics that the trainings would."""
     for row in build_rows(config, folder):
         for job, accuracy in zip(row.jobs, ACCURACIES, strict=False):
             training = job.config
@@ -83,14 +81,14 @@ def finish(config: ReproduceConfig, folder: Path, **changed: Any) -> None:
         ),
         (["experiment_name=../train"], r"experiment_name=\.\./train: there is no such experiment"),
         (["orders=[third]"], r"orders=\['third'\]: must be one of second, first"),
-        (["orders=[first,first]"], r"orders=\[first,first\]: first stands there twice"),
+        (["orders=[first,first]"], r"orders=\[first,first\]: first is listed twice"),
         (["seeds=[]"], r"seeds=\[\]: must be one or more whole numbers"),
-        (["seeds=[0,1,0]"], r"seeds=\[0,1,0\]: 0 stands there twice; leave one out"),
+        (["seeds=[0,1,0]"], r"seeds=\[0,1,0\]: 0 is listed twice; leave one out"),
         (["time_limit_minutes=0"], r"time_limit_minutes=0: must be a number above 0"),
         (["jobs=0"], r"jobs=0: must be a whole number, at least 1"),
-        (["overrides=['run.seed=3']"], r"overrides, 'run\.seed=3': seeds= says which seeds; leave it out"),
+        (["overrides=['run.seed=3']"], r"overrides, 'run\.seed=3': seeds= lists the seeds; leave it out"),
         (["overrides=['+hydra.run.dir=x']"], r"overrides, '\+hydra\.run\.dir=x': folders are named by row"),
-        (["overrides=['data.fallback=glyphs']"], r"never taken on other data unasked; data=glyphs asks for it"),
+        (["overrides=['data.fallback=glyphs']"], r"never falls back to other data; data=glyphs asks for it"),
         (["overrides=['inner.second_ordr=true']"], r"Did you mean inner\.second_order\?"),
         (["overrides=['inner.steps=-1']"], rf"experiment_name={ROW}: inner\.steps=-1: must be a whole number"),
         (["overrides=['algorithm=maml++']"], r"maml\+\+"),
@@ -108,24 +106,24 @@ def finish(config: ReproduceConfig, folder: Path, **changed: Any) -> None:
         ),
     ],
 )
-def test_refused_with_the_value_and_what_to_do(overrides: list[str], message: str) -> None:
+def test_check_raises_when_config_is_wrong(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        asked(*overrides)
+        configuration(*overrides)
 
 
-def test_how_a_row_is_computed_may_differ_where_it_is_recorded(tmp_path: Path) -> None:
-    config = asked("update_reference=true", f"overrides=['inner.engine=adjoint','data.root={tmp_path}/data']")
+def test_recorded_row_may_override_how_it_is_computed(tmp_path: Path) -> None:
+    config = configuration("update_reference=true", f"overrides=['inner.engine=adjoint','data.root={tmp_path}/data']")
     (row,) = build_rows(config, tmp_path)
     assert row.jobs[0].config.inner.engine == "adjoint"
-    assert row.overrides == ["inner.engine=adjoint"], "where the data lies is nobody's business"
+    assert row.overrides == ["inner.engine=adjoint"], "the location of the data is left out"
     assert row.command == (
         f"python scripts/reproduce.py experiment_name={ROW} 'orders=[second]' 'seeds=[0,1,2]' "
         """'overrides=['"'"'inner.engine=adjoint'"'"']'"""
     )
 
 
-def test_a_run_for_every_order_and_seed(tmp_path: Path) -> None:
-    rows = build_rows(asked("orders=[second,first]", "seeds=[3,4]"), tmp_path)
+def test_build_rows_has_a_job_per_order_and_seed(tmp_path: Path) -> None:
+    rows = build_rows(configuration("orders=[second,first]", "seeds=[3,4]"), tmp_path)
     jobs = [job for row in rows for job in row.jobs]
     assert [(j.folder.name, j.config.inner.second_order, j.config.run.seed) for j in jobs] == [
         ("second_order-seed3", True, 3),
@@ -134,10 +132,10 @@ def test_a_run_for_every_order_and_seed(tmp_path: Path) -> None:
         ("first_order-seed4", False, 4),
     ]
     assert {job.folder.parent for job in jobs} == {tmp_path / ROW}
-    assert "run.resume" not in " ".join(jobs[0].overrides), "which the launcher adds, with the folder"
+    assert "run.resume" not in " ".join(jobs[0].overrides), "the launcher adds it, with the folder"
 
 
-def test_published_figures() -> None:
+def test_published_accuracies() -> None:
     def percent(algorithm: str, order: str) -> list[float]:
         found = [published(algorithm, order, ways, shots) for ways, shots in SETTINGS]
         return [round(100 * each.accuracy, 2) for each in found if each]
@@ -149,11 +147,11 @@ def test_published_figures() -> None:
     assert published("maml_pp", "first", 5, 1) is None
 
 
-def test_figures_are_over_seeds_and_recorded(recorded: Path) -> None:
-    config = asked("orders=[second,first]", "update_reference=true")
+def test_results_are_over_seeds_and_recorded(recorded: Path) -> None:
+    config = configuration("orders=[second,first]", "update_reference=true")
     finish(config, recorded / "rows")
     assert run_reproduction(config, recorded / "rows") == FINISHED
-    second, first = read_rows(recorded / "reference" / "omniglot.json")
+    second, first = read_rows(recorded / run.REFERENCE)
     assert read_rows(recorded / "rows" / "omniglot.json") == [second, first]
     assert (second["experiment"], second["algorithm"], second["order"], first["order"]) == (
         ROW,
@@ -193,19 +191,19 @@ def test_figures_are_over_seeds_and_recorded(recorded: Path) -> None:
     assert tasks == sorted(tasks, key=lambda task: int(task[2:4].strip("-")) * 10 + int(task.split()[2][0]))
 
 
-def test_one_seed_has_the_interval_over_its_tasks(recorded: Path) -> None:
-    config = asked("seeds=[0]", "update_reference=true")
+def test_interval_is_over_tasks_when_one_seed(recorded: Path) -> None:
+    config = configuration("seeds=[0]", "update_reference=true")
     finish(config, recorded / "rows")
     run_reproduction(config, recorded / "rows")
-    (row,) = read_rows(recorded / "reference" / "omniglot.json")
+    (row,) = read_rows(recorded / run.REFERENCE)
     assert row["accuracy"] == {"mean": 0.98, "ci95": 0.001, "over": "tasks"}
     assert "| 98.00% ± 0.10% (over tasks) | 1 |" in (recorded / "README.md").read_text()
 
 
-def test_a_row_is_never_replaced_by_one_of_fewer_seeds(recorded: Path) -> None:
-    reference = recorded / "reference" / "omniglot.json"
+def test_row_is_not_replaced_when_it_has_more_seeds(recorded: Path) -> None:
+    reference = recorded / run.REFERENCE
     (recorded / "README.md").write_text("no markers\n")
-    two = asked("seeds=[0,1]", "update_reference=true")
+    two = configuration("seeds=[0,1]", "update_reference=true")
     finish(two, recorded / "rows")
     run_reproduction(two, recorded / "rows")
     (row,) = read_rows(reference)
@@ -215,9 +213,9 @@ def test_a_row_is_never_replaced_by_one_of_fewer_seeds(recorded: Path) -> None:
     with pytest.raises(
         RunError, match=rf"seeds=\[0\]: .*omniglot\.json holds {ROW}, second order, with more seeds, \[0, 1\]"
     ):
-        run_reproduction(asked("seeds=[0]", "update_reference=true"), recorded / "rows")
+        run_reproduction(configuration("seeds=[0]", "update_reference=true"), recorded / "rows")
     assert reference.read_text() == before
-    three = asked("update_reference=true")
+    three = configuration("update_reference=true")
     finish(three, recorded / "rows")
     run_reproduction(three, recorded / "rows")
     kept, row = read_rows(reference)
@@ -226,27 +224,31 @@ def test_a_row_is_never_replaced_by_one_of_fewer_seeds(recorded: Path) -> None:
     assert (recorded / "README.md").read_text() == "no markers\n"
 
 
-def test_without_markers_the_table_is_printed(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_is_printed_when_readme_has_no_markers(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for readme in ("nothing", f"{END}\n{BEGIN}", f"{BEGIN}{BEGIN}{END}"):
         (recorded / "README.md").write_text(readme)
         run.write_readme([])
         assert (recorded / "README.md").read_text() == readme
-        said = capsys.readouterr().out
-        assert "README.md has no place for the table" in said
-        assert readme_table([]) in said
+        output = capsys.readouterr().out
+        assert "README.md has no place for the table" in output
+        assert readme_table([]) in output
+    (recorded / "README.md").unlink()
+    run.write_readme([])
+    assert not (recorded / "README.md").exists()
+    assert readme_table([]) in capsys.readouterr().out
 
 
-def test_a_table_takes_the_place_of_the_former() -> None:
+def test_replace_table_replaces_the_former() -> None:
     readme = replace_table(f"a {BEGIN} b {END} c", "one")
     assert readme == f"a {BEGIN}\none\n{END} c"
     assert replace_table(readme, "two") == readme.replace("one", "two")
 
 
-def test_only_an_order_that_is_whole_is_gathered(
+def test_only_finished_orders_are_saved_at_time_limit(
     recorded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finish(asked("orders=[first]"), recorded / "rows")
-    config = asked("orders=[second,first]", "time_limit_minutes=7")
+    finish(configuration("orders=[first]"), recorded / "rows")
+    config = configuration("orders=[second,first]", "time_limit_minutes=7")
 
     def over(*arguments: Any, **settings: Any) -> None:
         raise TimeLimitReached
@@ -259,54 +261,54 @@ def test_only_an_order_that_is_whole_is_gathered(
     assert run_reproduction(config, recorded / "rows") == UNFINISHED
     (row,) = read_rows(recorded / "rows" / "omniglot.json")
     assert row["order"] == "first"
-    said = capsys.readouterr().out
-    assert "The slice of 7 minutes is over." in said
-    assert "second_order-seed0: 4321 of 15000 meta-steps" in said
-    assert "3 of 6 runs are finished. The same command goes on from here:" in said
-    assert f"python scripts/reproduce.py experiment_name={ROW} time_limit_minutes=7" in said
+    output = capsys.readouterr().out
+    assert "The time limit of 7 minutes is reached." in output
+    assert "second_order-seed0: 4321 of 15000 meta-steps" in output
+    assert "3 of 6 runs are finished. The same command resumes here:" in output
+    assert f"python scripts/reproduce.py experiment_name={ROW} time_limit_minutes=7" in output
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"iterations": 7000}, r"is of another run: its iterations is 7000, and 15000 is asked for"),
-        ({"dataset": "glyphs"}, r"its dataset is glyphs, and omniglot is asked for"),
+        ({"iterations": 7000}, r"is of another run: its iterations is 7000, but 15000 is requested"),
+        ({"dataset": "glyphs"}, r"its dataset is glyphs, but omniglot is requested"),
     ],
 )
-def test_another_runs_figures_are_not_taken(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
-    config = asked()
+def test_raises_when_metrics_are_of_another_run(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = configuration()
     finish(config, tmp_path / "rows", **changed)
     with pytest.raises(RunError, match=message):
         run_reproduction(config, tmp_path / "rows")
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"rows": 3'])
-def test_damaged_files_are_named(text: str, tmp_path: Path) -> None:
-    config = asked()
+def test_raises_when_a_file_is_damaged(text: str, tmp_path: Path) -> None:
+    config = configuration()
     finish(config, tmp_path)
     damaged = tmp_path / ROW / "second_order-seed1" / "metrics.json"
     damaged.write_text(text)
-    with pytest.raises(RunError, match=r"seed1/metrics\.json is not the figures of a finished run.*Remove the file"):
+    with pytest.raises(RunError, match=r"seed1/metrics\.json does not hold the metrics of a .* run.*Remove the file"):
         run_reproduction(config, tmp_path)
     (tmp_path / "omniglot.json").write_text(text)
     with pytest.raises(RunError, match=r"omniglot\.json is not a file of rows.*Move it away, or restore it"):
         run_reproduction(config, tmp_path)
 
 
-def test_a_folder_with_another_configuration_is_refused(tmp_path: Path) -> None:
-    config = asked()
+def test_raises_when_folder_has_another_config(tmp_path: Path) -> None:
+    config = configuration()
     finish(config, tmp_path)
     from metalearn.config.run_config import to_yaml
 
-    (job, *_) = build_rows(asked("overrides=['inner.lr=0.3']"), tmp_path)[0].jobs
+    (job, *_) = build_rows(configuration("overrides=['inner.lr=0.3']"), tmp_path)[0].jobs
     (job.folder / "config.yaml").write_text(to_yaml(job.config))
     with pytest.raises(
-        RunError, match=r"inner\.lr: 0\.3 in the folder, 0\.4 now\nGo on with .*hydra\.run\.dir=PATH\.$"
+        RunError, match=r"inner\.lr: 0\.3 in the folder, 0\.4 now\nUse the same values, .*hydra\.run\.dir=PATH\.$"
     ):
         run_reproduction(config, tmp_path)
 
 
-def test_a_slice_ends_what_is_under_way_and_nothing_later() -> None:
+def test_time_limit_interrupts_only_its_block() -> None:
     with time_limit(None):
         pass
     with pytest.raises(TimeLimitReached), time_limit(0.05 / 60):

@@ -1,4 +1,4 @@
-"""``scripts/reproduce.py`` with real trainings: a slice ends, and the same command goes on where it was."""
+"""``scripts/reproduce.py`` with real trainings: it stops at the time limit, and the same command resumes."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ SMALL = (
 )
 
 
-def test_a_slice_ends_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_command_resumes_after_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     small = ",".join(f"'{override}'" for override in SMALL)
-    asked = ["experiment_name=omniglot_5way_1shot_cpu", "seeds=[5]", "time_limit_minutes=1", f"overrides=[{small}]"]
-    config = to_dataclass(compose("reproduce", asked), ReproduceConfig)
+    overrides = ["experiment_name=omniglot_5way_1shot_cpu", "seeds=[5]", "time_limit_minutes=1", f"overrides=[{small}]"]
+    config = to_dataclass(compose("reproduce", overrides), ReproduceConfig)
     check_reproduce(config)
     folder = tmp_path / "omniglot_5way_1shot_cpu" / "second_order-seed5"
 
     @contextmanager
-    def until_it_has_begun(minutes: float | None) -> Iterator[None]:
-        """A slice that is over when there is something to go on from, however busy the machine is."""
+    def until_first_state(minutes: float | None) -> Iterator[None]:
+        """Reach the time limit when there is a state to resume from, however busy the machine is."""
 
         def look(number: int, frame: FrameType | None) -> None:
             if any(folder.glob("checkpoints/state-*.pt")):
@@ -60,13 +60,13 @@ def test_a_slice_ends_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: 
             signal.signal(signal.SIGALRM, before)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "time_limit", until_it_has_begun)
+        patch.setattr(run, "time_limit", until_first_state)
         assert run_reproduction(config, tmp_path) == UNFINISHED
     assert not (folder / "metrics.json").exists()
     assert not (tmp_path / "omniglot.json").exists()
 
     assert run_reproduction(config, tmp_path) == FINISHED
-    assert re.search(r"Going on from meta-step [1-9]", (folder / "train.log").read_text())
+    assert re.search(r"from meta-step [1-9]", (folder / "train.log").read_text())
     metrics = json.loads((folder / "metrics.json").read_text())
     (row,) = json.loads((tmp_path / "omniglot.json").read_text())["rows"]
     assert row["accuracy"] == {"mean": metrics["test.accuracy"], "ci95": metrics["test.ci95"], "over": "tasks"}
@@ -77,9 +77,9 @@ def test_a_slice_ends_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: 
         assert run_reproduction(config, tmp_path) == FINISHED, "nothing is trained again"
 
 
-def test_a_refusal_makes_no_folder(tmp_path: Path) -> None:
-    refused = command("reproduce.py", "experiment_name=nope", cwd=tmp_path)
-    assert refused.returncode == 2, refused.stdout
-    assert "experiment_name=nope: there is no such experiment. The rows are omniglot_20way_1shot" in refused.stderr
-    assert "Traceback" not in refused.stderr + refused.stdout
+def test_no_folder_is_created_when_row_is_unknown(tmp_path: Path) -> None:
+    result = command("reproduce.py", "experiment_name=nope", cwd=tmp_path)
+    assert result.returncode == 2, result.stdout
+    assert "experiment_name=nope: there is no such experiment. The rows are omniglot_20way_1shot" in result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
     assert not list(tmp_path.iterdir())

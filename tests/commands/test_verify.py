@@ -1,4 +1,4 @@
-"""The proof proves something: a wrong engine is caught and named, whatever is wrong with it."""
+"""``metalearn verify`` passes on the engines, and fails and names an engine that is wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.console import Console
 
 from metalearn import Episodes, InnerLoop, MetaGradient, Params
 from metalearn.commands.verify import run as verification
-from metalearn.commands.verify.cases import SUBJECTS, Case, NumericSetting
+from metalearn.commands.verify.cases import MODEL_CASES, Case, NumericSetting
 from metalearn.commands.verify.comparisons import Comparison, compare
 from metalearn.commands.verify.run import run_verification, verdict
 from metalearn.config.commands_schema import VerifyConfig
@@ -25,29 +25,29 @@ from metalearn.config.compose import compose, to_dataclass
 from metalearn.core.errors import ConfigError
 from metalearn.core.types import Forward, Loss
 from metalearn.metagrad import ENGINES, Engine
-from metalearn.metagrad.baselines.installed import PEERS, installed_peers
+from metalearn.metagrad.baselines.common import PEERS, installed_peers
 from metalearn.metagrad.unroll import unroll
 from tests.commands.test_commands import command
-from tests.conftest import REPO
+from tests.paths import REPO
 
-MLP_ALONE = tuple(subject for subject in SUBJECTS if subject.name == "mlp")
-ON_CPU = torch.device("cpu")
+MLP_ONLY = tuple(model for model in MODEL_CASES if model.name == "mlp")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def _wide_console(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that no line is broken where a test looks for it."""
+    """Keep the lines that tests search for unbroken."""
     monkeypatch.setattr(rich, "_console", Console(width=200))
 
 
-def configured(*overrides: str) -> VerifyConfig:
+def config_with(*overrides: str) -> VerifyConfig:
     return to_dataclass(compose("verify", ["run.device=cpu", *overrides]), VerifyConfig)
 
 
-def reduced(output_dir: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> tuple[bool, dict[str, Any]]:
-    """The verdict and verify.json, of the mlp alone with K=1."""
-    monkeypatch.setattr(verification, "SUBJECTS", MLP_ALONE)
-    right = run_verification(configured("verify.steps=[1]", *overrides), output_dir)
+def verify_mlp(output_dir: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> tuple[bool, dict[str, Any]]:
+    """Return the verdict and verify.json for the MLP with K=1."""
+    monkeypatch.setattr(verification, "MODEL_CASES", MLP_ONLY)
+    right = run_verification(config_with("verify.steps=[1]", *overrides), output_dir)
     report: dict[str, Any] = json.loads((output_dir / "verify.json").read_text())
     assert report["right"] == right
     return right, report
@@ -74,10 +74,10 @@ def raises(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoo
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_the_engines_are_right(
+def test_all_comparisons_pass_for_the_engines(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right, report = reduced(tmp_path, monkeypatch, f"run.dtype={dtype}")
+    right, report = verify_mlp(tmp_path, monkeypatch, f"run.dtype={dtype}")
     assert right
     out = capsys.readouterr().out
     peers, missing = installed_peers()
@@ -94,14 +94,14 @@ def test_the_engines_are_right(
     assert {"mlp 1st 1", "mlp 2nd 1"} <= {line.strip("│ ").split("│")[0].strip() for line in out.splitlines()}
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
-def test_every_subject_has_its_references(subject: Any) -> None:
-    case = Case(subject, second_order=True, steps=2)
-    found = compare(case, NumericSetting(torch.float64, ON_CPU, seed=3), {})
-    assert all(comparison.holds for comparison in found), found
-    differenced = set() if subject.stopped else set(ENGINES)  # what is stopped is no derivative of the loss
+@pytest.mark.parametrize("model", MODEL_CASES, ids=lambda model: model.name)
+def test_model_is_compared_with_its_references(model: Any) -> None:
+    case = Case(model, second_order=True, steps=2)
+    found = compare(case, NumericSetting(torch.float64, CPU, seed=3), {})
+    assert all(comparison.passed for comparison in found), found
+    differenced = set() if model.stops_gradient else set(ENGINES)  # a stopped gradient is no derivative
     assert {c.engine for c in found if c.reference == "differences"} == differenced
-    expected = {"checkpoint", "adjoint"} if subject.task_chunk is None and not subject.random else set(ENGINES)
+    expected = {"checkpoint", "adjoint"} if model.task_chunk is None and not model.is_stochastic else set(ENGINES)
     assert {c.engine for c in found if c.reference == "unroll"} == expected
 
 
@@ -117,7 +117,7 @@ def test_every_subject_has_its_references(subject: Any) -> None:
     ],
     ids=["first order", "second order", "off by 1e-7", "NaN", "raises"],
 )
-def test_a_wrong_engine_is_caught_and_its_row_named(
+def test_wrong_engine_fails_in_its_row(
     engine: Engine,
     rows: set[str],
     wrong: str,
@@ -125,9 +125,9 @@ def test_a_wrong_engine_is_caught_and_its_row_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(verification, "PEERS", {})  # the engines alone must suffice
+    monkeypatch.setattr(verification, "PEERS", {})  # without other libraries
     monkeypatch.setitem(ENGINES, wrong, engine)
-    right, report = reduced(tmp_path, monkeypatch)
+    right, report = verify_mlp(tmp_path, monkeypatch)
     assert not right
     out = capsys.readouterr().out
     failed = [entry for entry in report["comparisons"] if not entry["holds"]]
@@ -142,26 +142,26 @@ def test_a_wrong_engine_is_caught_and_its_row_named(
 
 
 @pytest.mark.parametrize("wrong", ENGINES)
-def test_differences_alone_catch_the_wrong_order(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_central_differences_detect_the_wrong_order(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENGINES, wrong, first_order)
-    found = compare(Case(MLP_ALONE[0], second_order=True, steps=1), NumericSetting(torch.float64, ON_CPU, seed=0), {})
-    held = {c.engine: c for c in found if c.reference == "differences"}
-    error = held[wrong].error
+    found = compare(Case(MLP_ONLY[0], second_order=True, steps=1), NumericSetting(torch.float64, CPU, seed=0), {})
+    by_engine = {c.engine: c for c in found if c.reference == "differences"}
+    error = by_engine[wrong].error
     assert error is not None
     assert error > 1e-3, "the orders differ by far more than the bound of 1e-6"
-    assert all(c.holds == (c.engine != wrong) for c in held.values())
+    assert all(c.passed == (c.engine != wrong) for c in by_engine.values())
 
 
-def test_a_case_that_cannot_be_made_stops_no_other(
+def test_other_cases_run_when_a_model_cannot_be_created(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken() -> torch.nn.Module:
         raise MemoryError("too large")
 
-    subjects = (dataclasses.replace(MLP_ALONE[0], name="huge", module=broken), *MLP_ALONE)
-    monkeypatch.setattr(verification, "SUBJECTS", subjects)
+    models = (dataclasses.replace(MLP_ONLY[0], name="huge", module=broken), *MLP_ONLY)
+    monkeypatch.setattr(verification, "MODEL_CASES", models)
     monkeypatch.setattr(verification, "PEERS", {})
-    assert not run_verification(configured("verify.steps=[1]"), tmp_path)
+    assert not run_verification(config_with("verify.steps=[1]"), tmp_path)
     out = capsys.readouterr().out
     assert "FAILED huge, second order, K=1: it raised: MemoryError: too large" in out
     report = json.loads((tmp_path / "verify.json").read_text())
@@ -171,25 +171,25 @@ def test_a_case_that_cannot_be_made_stops_no_other(
     }
 
 
-def test_a_library_that_raises_fails_its_comparisons_alone() -> None:
+def test_only_its_comparisons_fail_when_a_library_raises() -> None:
     def broken(*_: object) -> MetaGradient:
         raise RuntimeError("no library today")
 
-    case = Case(MLP_ALONE[0], second_order=True, steps=1)
-    found = compare(case, NumericSetting(torch.float64, ON_CPU, seed=0), {"theirs": broken})
-    failed = [comparison for comparison in found if not comparison.holds]
+    case = Case(MLP_ONLY[0], second_order=True, steps=1)
+    found = compare(case, NumericSetting(torch.float64, CPU, seed=0), {"theirs": broken})
+    failed = [comparison for comparison in found if not comparison.passed]
     assert {(c.engine, c.reference) for c in failed} == {(engine, "theirs") for engine in ENGINES}
     assert all(c.message == "the reference raised RuntimeError: no library today" for c in failed)
 
 
-def test_a_missing_library_is_said(
+def test_missing_library_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "learn2learn.algorithms", None)
     for module in PEERS.values():
-        monkeypatch.setitem(sys.modules, module, None)  # so that importing it says that there is none
+        monkeypatch.setitem(sys.modules, module, None)  # so that importing it fails
         monkeypatch.delitem(sys.modules, f"metalearn.metagrad.baselines.{module}", raising=False)
-    right, report = reduced(tmp_path, monkeypatch)
+    right, report = verify_mlp(tmp_path, monkeypatch)
     assert right
     assert report["not_compared"] == dict.fromkeys(PEERS, "not installed")
     out = capsys.readouterr().out
@@ -198,28 +198,28 @@ def test_a_missing_library_is_said(
         assert f"{name}: not installed" in out
 
 
-def test_a_library_that_cannot_be_imported_is_no_wrong_engine(
+def test_verification_passes_when_a_library_cannot_be_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(verification, "PEERS", {"json": "json"})  # there is no metalearn.metagrad.baselines.json
-    right, report = reduced(tmp_path, monkeypatch)
+    right, report = verify_mlp(tmp_path, monkeypatch)
     assert right
     assert "json: cannot be imported (No module named 'metalearn.metagrad.baselines.json')" in capsys.readouterr().out
     assert set(report["not_compared"]) == {"json"}
 
 
-def test_the_worst_is_in_relation_to_its_bound() -> None:
-    def comparison(error: float, bound: float) -> Comparison:
-        return Comparison("case", "adjoint", "unroll", bound, 0.1, error)
+def test_worst_error_is_relative_to_its_tolerance() -> None:
+    def comparison(error: float, tolerance: float) -> Comparison:
+        return Comparison("case", "adjoint", "unroll", tolerance, 0.1, error)
 
     small, large = comparison(5e-10, 1e-9), comparison(1e-8, 1e-6)
     assert verdict([large, small]).endswith("at 0.5 times its bound.")
     assert "1 FAILED" in verdict([large, small, comparison(float("nan"), 1)])
-    assert comparison(1e-9, 1e-9).holds
-    assert not comparison(1.1e-9, 1e-9).holds
+    assert comparison(1e-9, 1e-9).passed
+    assert not comparison(1.1e-9, 1e-9).passed
 
 
-def test_settings_of_the_process_are_left_alone() -> None:
+def test_compare_restores_process_settings() -> None:
     places: list[Callable[[], object]] = [
         lambda: torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]  # made at run time
         lambda: torch.backends.cuda.matmul.fp32_precision,
@@ -227,7 +227,7 @@ def test_settings_of_the_process_are_left_alone() -> None:
         torch.get_num_threads,
     ]
     before = [read() for read in places]
-    compare(Case(MLP_ALONE[0], second_order=True, steps=1), NumericSetting(torch.float32, ON_CPU, seed=7), {})
+    compare(Case(MLP_ONLY[0], second_order=True, steps=1), NumericSetting(torch.float32, CPU, seed=7), {})
     assert [read() for read in places] == before
 
 
@@ -241,18 +241,18 @@ def test_settings_of_the_process_are_left_alone() -> None:
         ("verify.stps=[1]", r"verify\.stps=\[1\]: there is no such key\. Did you mean verify\.steps\?"),
     ],
 )
-def test_refused(override: str, message: str) -> None:
+def test_config_raises_when_invalid(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        configured(override)
+        config_with(override)
 
 
-BROKEN = """
+PROGRAM = """
 import runpy, sys
 from metalearn.metagrad import ENGINES
-from metalearn.metagrad.baselines.installed import PEERS, installed_peers
-from metalearn.runs import verification
-from tests.commands.test_verify import MLP_ALONE, first_order
-verification.SUBJECTS, verification.PEERS = MLP_ALONE, {}
+from metalearn.metagrad.baselines.common import PEERS, installed_peers
+from metalearn.commands.verify import run as verification
+from tests.commands.test_verify import MLP_ONLY, first_order
+verification.MODEL_CASES, verification.PEERS = MLP_ONLY, {}
 if sys.argv.pop(1) == "broken":
     ENGINES["adjoint"] = first_order
 runpy.run_path("scripts/verify.py", run_name="__main__")
@@ -260,10 +260,10 @@ runpy.run_path("scripts/verify.py", run_name="__main__")
 
 
 @pytest.mark.parametrize(("engines", "code"), [("sound", 0), ("broken", 1)])
-def test_exit_code(engines: str, code: int, tmp_path: Path) -> None:
+def test_exit_code_is_1_when_an_engine_is_wrong(engines: str, code: int, tmp_path: Path) -> None:
     arguments = ["run.device=cpu", "verify.steps=[1]", f"hydra.run.dir={tmp_path}"]
     done = subprocess.run(
-        [sys.executable, "-c", BROKEN, engines, *arguments], cwd=REPO, capture_output=True, text=True, check=False
+        [sys.executable, "-c", PROGRAM, engines, *arguments], cwd=REPO, capture_output=True, text=True, check=False
     )
     assert done.returncode == code, done.stderr
     assert ("FAILED mlp, second order, K=1: adjoint against unroll" in done.stdout) == bool(code)
@@ -272,10 +272,10 @@ def test_exit_code(engines: str, code: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_everything(dtype: str, tmp_path: Path) -> None:
+def test_command_passes_on_all_cases(dtype: str, tmp_path: Path) -> None:
     done = command("verify.py", f"run.dtype={dtype}", "hydra.run.dir=out", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "out" / "verify.json").read_text())
     cases = {entry["case"] for entry in report["comparisons"]}
-    assert len(cases) == len(SUBJECTS) * 2 * 3
+    assert len(cases) == len(MODEL_CASES) * 2 * 3
     assert "all within their bounds" in done.stdout

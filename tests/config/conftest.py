@@ -10,4 +10,4 @@ from metalearn.data import metadata
 @pytest.fixture(autouse=True)
 def _no_omniglot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("METALEARN_DATA", raising=False)
-    monkeypatch.setattr(metadata, "_reachable", lambda: False)
+    monkeypatch.setattr(metadata, "_has_network", lambda: False)

@@ -22,7 +22,7 @@ from metalearn.data.metadata import OMNIGLOT_SPLITS
 from metalearn.metagrad import ENGINES
 from metalearn.models import MLP, Conv4
 from tests.config.factories import train_config, write_experiment
-from tests.conftest import REPO
+from tests.paths import REPO
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 OMNIGLOT_EXPERIMENTS = [name for name in EXPERIMENTS if name.startswith("omniglot") and "maml_pp" not in name]

@@ -12,7 +12,7 @@ from metalearn.config.run_config import load_run_config, relocate_data, resolve_
 from metalearn.config.schema import OmniglotConfig
 from metalearn.core.errors import ConfigError, RunError
 from tests.config.factories import train_config
-from tests.conftest import REPO
+from tests.paths import REPO
 
 
 def test_saved_configuration_is_loaded_as_it_was(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from metalearn.config.overrides import parse_flags, requested_jobs
 from metalearn.core import serialization as files
 from metalearn.core.errors import ConfigError
 from tests.config.factories import write_experiment
-from tests.conftest import REPO
+from tests.paths import REPO
 
 SOURCES = sorted([*(REPO / "metalearn").rglob("*.py"), *(REPO / "scripts").glob("*.py")])
 UNSAFE_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "code", "ctypes", "pty"}
@@ -47,10 +47,10 @@ UNSAFE_CALLS = {
 EXCEPTIONS = {
     ("metalearn/__init__.py", "importlib.import_module"): "names of this package's own, from a table in the file",
     (
-        "metalearn/metagrad/baselines/installed.py",
+        "metalearn/metagrad/baselines/common.py",
         "importlib.import_module",
     ): "names of peers, from a table in the file",
-    ("metalearn/core/profiling/allocator.py", "ctypes"): "mallopt of the C library that is loaded already",
+    ("metalearn/core/profiling/hardware.py", "ctypes"): "mallopt of the C library that is loaded already",
 }
 
 

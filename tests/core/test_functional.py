@@ -18,7 +18,7 @@ def test_forward_equals_the_module() -> None:
     torch.testing.assert_close(forward(theta, x), module(x), rtol=0, atol=0)
 
 
-def test_params_are_copies_and_the_module_is_left_alone() -> None:
+def test_params_are_copies() -> None:
     module = nn.Linear(2, 2)
     before = module.weight.detach().clone()
     forward, theta = functionalize(module)
@@ -28,7 +28,7 @@ def test_params_are_copies_and_the_module_is_left_alone() -> None:
 
 
 class Scaled(nn.Module):
-    """A frozen layer, a buffer and a trainable layer."""
+    """A module of a frozen layer, a buffer and a trainable layer."""
 
     scale: Tensor
 
@@ -53,7 +53,7 @@ def test_frozen_parameters_and_buffers_are_constants() -> None:
 
 
 class Counting(nn.Module):
-    """Writes to a buffer in its forward pass."""
+    """A module that writes to a buffer in its forward pass."""
 
     calls: Tensor
 
@@ -68,7 +68,7 @@ class Counting(nn.Module):
         return prediction
 
 
-def test_a_forward_that_writes_to_a_buffer_changes_nothing() -> None:
+def test_buffer_writes_do_not_change_the_module() -> None:
     module = Counting()
     forward, theta = functionalize(module)
     first, second = (forward(theta, torch.ones(1, 2)) for _ in range(2))
@@ -86,13 +86,13 @@ def test_constants_move_with_the_module() -> None:
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.InstanceNorm2d(4, track_running_stats=True)])
-def test_running_statistics_are_refused_with_the_remedies(layer: nn.Module) -> None:
+def test_running_statistics_raise_with_remedies(layer: nn.Module) -> None:
     module = nn.Sequential(nn.Conv2d(1, 4, 3), layer)
     with pytest.raises(ValueError, match=r"layer '1'.*track_running_stats=False.*model\.eval\(\)"):
         functionalize(module)
 
 
-def test_the_remedies_for_running_statistics_work() -> None:
+def test_remedies_for_running_statistics_work() -> None:
     x = torch.rand(2, 1, 8, 8)
     evaluated = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).eval()
     forward, theta = functionalize(evaluated)
@@ -102,38 +102,38 @@ def test_the_remedies_for_running_statistics_work() -> None:
     functionalize(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)))
 
 
-def test_module_without_trainable_parameters_is_refused() -> None:
+def test_module_without_trainable_parameters_raises() -> None:
     with pytest.raises(ValueError, match=r"ReLU has no trainable parameter.*requires_grad=True"):
         functionalize(nn.ReLU())
 
 
 class Pair(nn.Linear):
-    """Returns two tensors."""
+    """A layer that returns two tensors."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return super().forward(x), x
 
 
-def test_a_model_that_returns_more_than_a_tensor_is_refused() -> None:
+def test_forward_raises_when_module_returns_a_tuple() -> None:
     forward, theta = functionalize(Pair(2, 2))
     with pytest.raises(TypeError, match="Pair returns tuple and must return one tensor of predictions"):
         forward(theta, torch.zeros(1, 2))
 
 
-def test_names_that_the_module_has_not_are_refused() -> None:
+def test_forward_raises_on_unknown_names() -> None:
     forward, theta = functionalize(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"params names 'wieght', which Linear has not; it has bias, weight"):
+    with pytest.raises(ValueError, match=r"params names 'wieght', which Linear does not have; it has bias, weight"):
         forward({"wieght": theta["weight"], "bias": theta["bias"]}, torch.zeros(1, 2))
     forward({"bias": theta["bias"]}, torch.zeros(1, 2))  # the module's own weight is a constant then
 
 
 @pytest.mark.parametrize("params", [None, [torch.zeros(2)], nn.Linear(2, 2), "theta"])
-def test_params_without_names_are_refused(params: object) -> None:
+def test_params_must_be_a_dictionary(params: object) -> None:
     with pytest.raises(TypeError, match=rf"params is {type(params).__name__} and must be a dictionary of tensors"):
         check_params(params)  # type: ignore[arg-type]
 
 
-def test_params_without_values_are_refused() -> None:
+def test_params_on_meta_device_raise() -> None:
     with pytest.raises(ValueError, match=r"params\['w'\] is on the meta device and holds no values"):
         check_params({"w": torch.zeros(2, device="meta")})
 
@@ -151,7 +151,7 @@ def test_tied_parameters_appear_once() -> None:
     torch.testing.assert_close(forward(by_its_other_name, x), expected)
 
 
-def test_stack_is_a_view_and_differentiable() -> None:
+def test_expand_over_tasks_is_a_differentiable_view() -> None:
     theta = {"w": torch.randn(2, 3, requires_grad=True)}
     fast = expand_over_tasks(theta, 5)["w"]
     assert fast.shape == (5, 2, 3)
@@ -161,7 +161,7 @@ def test_stack_is_a_view_and_differentiable() -> None:
     assert theta["w"].grad.eq(5).all()
 
 
-def test_gradients_of_a_dictionary() -> None:
+def test_grad_of_dictionary() -> None:
     params: Params = {"a": torch.tensor(3.0, requires_grad=True), "b": torch.tensor(2.0, requires_grad=True)}
     grads = grad_of(params["a"] ** 2, params, create_graph=True)
     assert grads["a"].item() == 6
@@ -173,13 +173,13 @@ def test_global_norm() -> None:
     assert global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([[0.0, 4.0]])}).item() == 5
 
 
-def test_complex_parameters_are_told_to_be_real_pairs() -> None:
+def test_complex_parameters_raise_with_remedy() -> None:
     with pytest.raises(TypeError, match=r"params\['w'\] is torch\.complex64.*view_as_real.*view_as_complex") as caught:
         check_params({"w": torch.zeros(2, dtype=torch.complex64)})
     assert ".float()" not in str(caught.value)
 
 
-def test_a_module_in_the_place_of_forward_is_refused() -> None:
+def test_module_instead_of_forward_raises() -> None:
     module, x, y = nn.Linear(3, 2), torch.randn(2, 4, 3), torch.zeros(2, 4, dtype=torch.int64)
     _, theta = functionalize(module)
     fast = {name: p.expand(2, *p.shape) for name, p in theta.items()}

@@ -1,4 +1,4 @@
-"""Every pass leaves a module as it was; one that cannot be pure is refused by name; its function can be sent."""
+"""No pass changes a module, and its function can be pickled and copied."""
 
 from __future__ import annotations
 
@@ -13,28 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from metalearn import Episodes, InnerLoop, functionalize, meta_gradient
+from metalearn import InnerLoop, functionalize, meta_gradient
 from metalearn.core.functional import ModuleForward
 from metalearn.models import Conv4
-
-X = torch.randn(4, 5)
-TASKS = Episodes(torch.randn(2, 4, 5), torch.randint(3, (2, 4)), torch.randn(2, 3, 5), torch.randint(3, (2, 3)))
-
-
-def chain(*layers: nn.Module) -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 5), *layers, nn.Linear(5, 3))
-
-
-class Net(nn.Module):
-    """What the subclasses below have in common: two layers of 5 numbers and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
-        return logits
+from tests.core.networks import TASKS, Net, X, chain
 
 
 class TwoNames(Net):
@@ -50,7 +32,7 @@ class TiedWeight(Net):
 
 
 class TiedOfTwoNames(Net):
-    """One layer under two names whose weight a third layer shares."""
+    """A layer under two names whose weight a third layer shares."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +59,7 @@ class InAList(nn.Module):
 
 
 class SharedBuffer(Net):
-    """A buffer under two names that the forward pass writes to and reads, and one that it makes."""
+    """A buffer under two names that forward writes to and reads, and one that it creates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +140,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 
 
 def state_of(module: nn.Module) -> list[tuple[str, object, Any]]:
-    """Every tensor of a module with the object that it is, its values, and the modules' flags and attributes."""
+    """Return every tensor of a module, its values, and the modules' flags and attributes."""
     found: list[tuple[str, object, Any]] = []
     for name, m in module.named_modules():
         found.append((f"{name}.training", None, m.training))
@@ -180,7 +162,7 @@ def check_unchanged(module: nn.Module, before: list[tuple[str, object, Any]]) ->
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", MODULES)
-def test_a_pass_leaves_the_module_as_it_was(name: str) -> None:
+def test_forward_does_not_change_the_module(name: str) -> None:
     module = MODULES[name]()
     forward, theta = functionalize(module)
     before = state_of(module)
@@ -201,7 +183,7 @@ def test_a_pass_leaves_the_module_as_it_was(name: str) -> None:
     module.load_state_dict(module.state_dict())
 
 
-def test_a_pass_that_fails_leaves_the_module_as_it_was() -> None:
+def test_failed_forward_does_not_change_the_module() -> None:
     module = Fails()
     forward, theta = functionalize(module)
     before = state_of(module)
@@ -216,7 +198,7 @@ def test_a_pass_that_fails_leaves_the_module_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("name", ["two names", "tied weight of two names", "twice in a list", "one layer twice"])
-def test_what_is_shared_gets_the_gradient_of_all_its_places(name: str) -> None:
+def test_gradient_of_shared_layers_is_the_sum_over_places(name: str) -> None:
     module = MODULES[name]().double()
     forward, theta = functionalize(module)
     x, at = X.double(), {n: p.clone().requires_grad_() for n, p in theta.items()}
@@ -226,13 +208,13 @@ def test_what_is_shared_gets_the_gradient_of_all_its_places(name: str) -> None:
         torch.testing.assert_close(at[n].grad, p.grad)
 
 
-def test_one_tensor_by_two_names_is_refused() -> None:
+def test_tied_tensor_given_twice_raises() -> None:
     forward, theta = functionalize(TiedWeight())
     with pytest.raises(ValueError, match=r"two of .*b\.weight that are one tensor of TiedWeight; give it once"):
         forward({**theta, "b.weight": theta["a.weight"]}, X)
 
 
-def test_a_frozen_parameter_that_is_written_to_is_refused() -> None:
+def test_in_place_write_to_frozen_parameter_raises() -> None:
     class Decays(Net):
         def forward(self, x: Tensor) -> Tensor:
             self.a.weight.mul_(0.9)
@@ -245,7 +227,7 @@ def test_a_frozen_parameter_that_is_written_to_is_refused() -> None:
         forward(theta, X)
 
 
-def test_what_a_users_layer_hands_to_the_loss_stays() -> None:
+def test_attributes_set_in_forward_are_kept() -> None:
     class Penalised(Net):
         def __init__(self) -> None:
             super().__init__()
@@ -261,94 +243,36 @@ def test_what_a_users_layer_hands_to_the_loss_stays() -> None:
     assert module.penalty == 25
 
 
-class TwoArguments(Net):
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x * mask)
-
-
-def hooked(register: Callable[[Net], object]) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        module = Net()
-        register(module)
-        return module
-
-    return build
-
-
-def ignore(*args: object) -> None:
-    """A hook."""
-
-
-def quantised() -> nn.Module:
-    layer = torch.ao.nn.quantized.dynamic.Linear(5, 5) if torch.backends.quantized.supported_engines else None
-    return chain(layer) if layer is not None else pytest.skip("this torch has no quantised layers")
-
-
-REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "DataParallel": (lambda: nn.DataParallel(Net()), r"the module \(DataParallel\).*model\.module, unwrapped"),
-    "inner DataParallel": (lambda: chain(nn.DataParallel(nn.Linear(5, 5))), r"layer '1' \(DataParallel\)"),
-    "script": (lambda: torch.jit.script(chain()), r"the module itself, before it is scripted"),
-    "trace": (lambda: torch.jit.trace(chain(), X), r"the module itself, before it is scripted"),
-    "inner script": (lambda: chain(torch.jit.script(nn.Linear(5, 5))), r"layer '1' .*before it is scripted"),
-    "sparse bag": (lambda: chain(nn.EmbeddingBag(9, 5, sparse=True)), r"layer '1' \(EmbeddingBag\).*sparse=False"),
-    "max_norm": (lambda: chain(nn.Embedding(9, 5, max_norm=1.0)), r"layer '1' \(Embedding\).*max_norm=1\.0.*without"),
-    "lazy": (lambda: chain(nn.LazyLinear(5)), r"parameter '1\.weight' has no shape yet.*one batch.*model\(x\)"),
-    "quantised": (quantised, r"layer '1' \(Linear\) is quantised"),
-    "full backward hook": (hooked(lambda m: m.a.register_full_backward_hook(ignore)), r"layer 'a' .*gradient hook"),
-    "backward pre-hook": (hooked(lambda m: m.b.register_full_backward_pre_hook(ignore)), r"layer 'b' .*gradient hook"),
-    "hook of a parameter": (hooked(lambda m: m.a.weight.register_hook(ignore)), r"'a\.weight' has a gradient hook"),
-    "hook after accumulation": (
-        hooked(lambda m: m.a.bias.register_post_accumulate_grad_hook(ignore)),
-        r"parameter 'a\.bias' has a gradient hook, which is never called.*\.remove\(\)",
-    ),
-    "BatchNorm in training": (lambda: chain(nn.BatchNorm1d(5)), r"layer '1'.*track_running_stats=False"),
-}
-
-
-@pytest.mark.filterwarnings("ignore")  # of torch's own deprecations
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_pure_is_refused_by_name(name: str) -> None:
-    build, message = REFUSED[name]
-    with pytest.raises(ValueError, match=f"^functionalize: .*{message}"):
-        functionalize(build())
-
-
-def test_a_frozen_embedding_may_have_sparse_gradients() -> None:
-    frozen = nn.Embedding(9, 5, sparse=True).requires_grad_(False)
-    forward, theta = functionalize(nn.Sequential(frozen, nn.Linear(5, 3)))
-    words, labels = torch.randint(9, (2, 4)), torch.randint(3, (2, 4))
-    meta_gradient(forward, theta, Episodes(words, labels, words, labels), InnerLoop(lr=0.1, steps=1))
-
-
-@pytest.mark.parametrize("module", [TwoArguments(), nn.Bilinear(5, 5, 3), nn.MultiheadAttention(5, 1)])
-def test_a_model_of_several_arguments_is_refused(module: nn.Module) -> None:
-    with pytest.raises(TypeError, match=rf"{type(module).__name__}\.forward\(.*does not take one tensor.*Wrap it"):
-        functionalize(module)
-
-
-def test_a_forward_hook_is_called() -> None:
-    calls: list[object] = []
-    forward, theta = functionalize(hooked(lambda m: m.a.register_forward_hook(lambda *args: calls.append(0)))())
-    forward(theta, X)
-    assert calls
-
-
-def test_a_mode_that_is_changed_afterwards_is_seen() -> None:
-    module = chain(nn.BatchNorm1d(5)).eval()
-    forward, theta = functionalize(module)
-    meta_gradient(forward, theta, TASKS, InnerLoop(lr=0.1, steps=1))
-    module.train()  # as a training loop does at the top of each epoch
-    with pytest.raises(ValueError, match=r"layer '1' \(BatchNorm1d\).*track_running_stats=False.*model\.eval\(\)"):
-        meta_gradient(forward, theta, TASKS, InnerLoop(lr=0.1, steps=1))
-
-
 @pytest.mark.parametrize("send", [lambda f: pickle.loads(pickle.dumps(f)), copy.deepcopy])
-def test_the_function_can_be_sent_and_copied(send: Callable[[Any], Any]) -> None:
+def test_module_forward_can_be_pickled_and_copied(send: Callable[[Any], Any]) -> None:
     module = Conv4(5, width=4)
     forward, theta = functionalize(module)
     assert isinstance(forward, ModuleForward)
     sent, x = send(forward), torch.rand(3, 1, 28, 28)
     assert torch.equal(sent(theta, x), forward(theta, x))
     assert sent.module is not module
-    assert sent.of_tasks is not None
-    assert ModuleForward(nn.Linear(5, 3)).of_tasks is None
+    assert sent.batched_forward is not None
+    assert ModuleForward(nn.Linear(5, 3)).batched_forward is None
+
+
+def test_former_names_of_batched_forward_work_and_warn() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+        def is_plain(self) -> bool:
+            return True
+
+        def forward_of_tasks(self, params: dict[str, Tensor], x: Tensor) -> Tensor:
+            return -x * params["scale"].unsqueeze(1)
+
+    with pytest.warns(FutureWarning, match="Scaled: forward_of_tasks and is_plain are called batched_forward"):
+        forward, theta = functionalize(Scaled())
+    assert isinstance(forward, ModuleForward)
+    assert forward.batched_forward is not None
+    x = torch.ones(2, 4, 1, 3, 3)
+    assert torch.equal(cast(Tensor, forward.batched_forward({"scale": theta["scale"].expand(2, 1, 1, 1)}, x)), -x)

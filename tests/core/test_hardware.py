@@ -1,4 +1,4 @@
-"""Memory that is kept between meta-steps."""
+"""The allocator's settings and the number of threads."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from metalearn.core.profiling.allocator import configure_malloc
+from metalearn.core.profiling.hardware import configure_malloc, one_thread
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
-def test_freed_memory_is_not_mapped_anew() -> None:
+def test_configure_malloc_keeps_freed_memory() -> None:
     code = (
         "import resource, sys, torch\n"
-        "from metalearn.core.profiling.allocator import keep_memory\n"
-        "if sys.argv[1] == 'keep': assert keep_memory()\n"
+        "from metalearn.core.profiling.hardware import configure_malloc\n"
+        "if sys.argv[1] == 'keep': assert configure_malloc()\n"
         "def step():\n"
         "    held = [torch.ones(2**21) for _ in range(16)]\n"  # 8 MiB each
         "for _ in range(3): step()\n"
@@ -40,7 +41,14 @@ def test_freed_memory_is_not_mapped_anew() -> None:
     assert faults[0] < 100 < faults[1]
 
 
-def test_nothing_is_done_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configure_malloc_does_nothing_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(ctypes, "CDLL", None)
     assert configure_malloc() is False
+
+
+def test_one_thread_restores_threads() -> None:
+    before = torch.get_num_threads()
+    with one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before

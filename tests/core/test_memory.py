@@ -1,4 +1,4 @@
-"""The peak of live tensor bytes, on sizes that can be counted by hand."""
+"""Peak memory of live tensors, on sizes counted by hand."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import nn
 from metalearn import Episodes, InnerLoop, functionalize, meta_gradient
 from metalearn.core.profiling.memory import PeakTensorMemory
 from metalearn.models import Conv4
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 
 
-def test_peak_counts_what_is_alive_at_once() -> None:
+def test_peak_counts_live_tensors() -> None:
     with PeakTensorMemory() as live:
         x = torch.zeros(1000)  # 4,000 bytes
         y = x + 1  # 8,000
@@ -22,14 +22,14 @@ def test_peak_counts_what_is_alive_at_once() -> None:
     assert w.shape == (10, 100)
 
 
-def test_views_and_inputs_from_outside_do_not_count() -> None:
+def test_views_and_earlier_tensors_are_not_counted() -> None:
     x = torch.zeros(1000)
     with PeakTensorMemory() as live:
         x.view(-1)[:10].add_(1)
     assert live.peak == 0
 
 
-def test_saved_tensors_and_the_backward_pass_count() -> None:
+def test_saved_tensors_and_backward_pass_are_counted() -> None:
     x = torch.zeros(1000, requires_grad=True)
     with PeakTensorMemory() as live:
         loss = x.exp().exp().sum()  # two results of 4,000 bytes are kept for backward
@@ -39,7 +39,7 @@ def test_saved_tensors_and_the_backward_pass_count() -> None:
     assert grad.shape == (1000,)
 
 
-def test_second_order_needs_more_and_grows_with_the_steps() -> None:
+def test_memory_of_second_order_grows_with_steps() -> None:
     forward, theta = functionalize(Conv4(3, width=8))
     episodes = image_episodes(dtype=torch.float32)
 
@@ -53,7 +53,7 @@ def test_second_order_needs_more_and_grows_with_the_steps() -> None:
     assert peak(3, second_order=False) < 1.1 * peak(1, second_order=False)
 
 
-def test_gradients_of_chunks_are_not_kept() -> None:
+def test_gradients_of_task_chunks_are_freed() -> None:
     forward, theta = functionalize(nn.Linear(400, 400))
     x, y = torch.randn(16, 1, 400), torch.zeros(16, 1).long()
     live = PeakTensorMemory()
@@ -62,7 +62,7 @@ def test_gradients_of_chunks_are_not_kept() -> None:
     assert live.peak < 10 * 400 * 400 * 4, "some copies of the parameters, and not sixteen"
 
 
-def test_bounded_by_tasks_in_chunks() -> None:
+def test_task_chunk_bounds_memory() -> None:
     forward, theta = functionalize(Conv4(3, width=8))
     episodes = image_episodes(tasks=8, dtype=torch.float32)
 
@@ -73,3 +73,10 @@ def test_bounded_by_tasks_in_chunks() -> None:
         return live.peak
 
     assert peak(2) < 0.5 * peak(None)
+
+
+def test_peak_memory_ignores_tensors_without_memory() -> None:
+    with PeakTensorMemory() as live:
+        zeros = torch._efficientzerotensor(1000)  # forward mode's tangent of a constant
+        shape = torch.empty(1000, device="meta")
+    assert (zeros.numel(), shape.numel(), live.peak) == (1000, 1000, 0)

@@ -1,4 +1,4 @@
-"""Which layer is a model's head: torchvision's models, tied weights, wrappers, and layers declared in another order."""
+"""Which layer is the head: torchvision's models, tied weights, wrappers, and unusual orders of layers."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ HEADS = {
 
 @pytest.mark.filterwarnings("ignore")  # of initialisations to come
 @pytest.mark.parametrize("name", HEADS)
-def test_heads_of_torchvisions_models(name: str) -> None:
+def test_finds_heads_of_torchvision_models(name: str) -> None:
     with torch.device("meta"):
         module = torchvision.models.get_model(name, weights=None)
     assert module_parts(module).head == (f"{HEADS[name]}.weight", f"{HEADS[name]}.bias")
 
 
-def test_heads_that_are_not_linear_or_have_no_bias() -> None:
+def test_head_is_empty_if_not_linear_and_may_lack_a_bias() -> None:
     with torch.device("meta"):
         assert module_parts(torchvision.models.squeezenet1_1()).head == ()
         assert module_parts(torchvision.models.maxvit_t()).head == ("classifier.5.weight",)
@@ -96,7 +96,7 @@ class TiedHead(nn.Module):
         return logits
 
 
-def test_a_name_counts_at_the_top_alone() -> None:
+def test_head_names_count_only_at_top_level() -> None:
     assert module_parts(InnerFc()).head == ("output.weight", "output.bias")
 
 
@@ -109,14 +109,14 @@ def test_a_name_counts_at_the_top_alone() -> None:
         lambda m: nn.ModuleDict({"outer": nn.ModuleDict({"net": m})}),
     ],
 )
-def test_a_wrapper_does_not_hide_the_head(wrap: type[nn.Module]) -> None:
+def test_finds_head_inside_wrappers(wrap: type[nn.Module]) -> None:
     out_of_order = nn.ModuleDict({"head": nn.Linear(8, 3), "body": nn.Linear(4, 8)})
     wrapped = wrap(out_of_order)
     (prefix,) = {name.removesuffix("body.weight") for name, _ in wrapped.named_parameters() if "body.weight" in name}
     assert module_parts(wrapped).head == (f"{prefix}head.weight", f"{prefix}head.bias")
 
 
-def test_an_ambiguous_head_must_be_named() -> None:
+def test_ambiguous_head_raises() -> None:
     listed = r"head=\.\.\.\), out of out \(8 to 3\), stem \(5 to 8\), deep \(8 to 8\)\."
     with pytest.raises(ValueError, match=f"which linear layer of HeadFirst is its head.*{listed}"):
         module_parts(HeadFirst())
@@ -134,27 +134,27 @@ def test_an_ambiguous_head_must_be_named() -> None:
         [nn.Linear(4, 4), nn.Linear(128, 32), nn.Linear(32, 3)],  # after convolutions
     ],
 )
-def test_usual_orders_are_not_ambiguous(layers: list[nn.Module]) -> None:
+def test_usual_layer_orders_are_not_ambiguous(layers: list[nn.Module]) -> None:
     assert module_parts(nn.ModuleList(layers)).head == ("2.weight", "2.bias")
 
 
-def test_a_tied_heads_weight_is_there_by_its_first_name() -> None:
+def test_tied_head_weight_has_its_first_name() -> None:
     parts = module_parts(TiedHead())
     assert parts.head == ("embed.weight", "head.bias")
     assert parts.tied == {"embed.weight"}
-    assert parts.all == functionalize(TiedHead())[1].keys()
-    assert anil(InnerLoop(lr=0.1, steps=1), parts).inner.adapted == frozenset(parts.head)
+    assert parts.all_params == functionalize(TiedHead())[1].keys()
+    assert anil(InnerLoop(lr=0.1, steps=1), parts).inner.adapted_params == frozenset(parts.head)
     assert module_parts(TiedHead(head_first=True)).tied == {"head.weight"}
     assert module_parts(InnerFc()).tied == frozenset()
 
 
-def test_a_head_under_two_names_has_one() -> None:
+def test_head_under_two_names_has_the_first() -> None:
     module = InnerFc()
     module.readout = module.output
     assert module_parts(module, head="readout").head == ("output.weight", "output.bias")
 
 
-def test_all_parameters_of_a_normalised_head_are_its_own() -> None:
+def test_weight_normalised_head_includes_all_its_parameters() -> None:
     module = nn.Sequential(nn.Linear(5, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 3)))
     assert set(module_parts(module).head) == {name for name, _ in module.named_parameters() if name.startswith("1.")}
     with pytest.raises(ValueError, match=r"needs a weight and a bias.*and has 1\.bias, 1\.param"):
@@ -162,7 +162,7 @@ def test_all_parameters_of_a_normalised_head_are_its_own() -> None:
 
 
 @pytest.mark.parametrize("head_first", [False, True])
-def test_prototypes_in_a_tied_head_are_refused(head_first: bool) -> None:
+def test_protonet_raises_on_tied_head(head_first: bool) -> None:
     with pytest.raises(ValueError, match=r"protonet: the head shares .*weight with another layer.*head="):
         protonet(InnerLoop(lr=0.1, steps=0), module_parts(TiedHead(head_first=head_first)))
 
@@ -170,13 +170,13 @@ def test_prototypes_in_a_tied_head_are_refused(head_first: bool) -> None:
 @pytest.mark.parametrize(
     ("module", "head"), [(HeadFirst(), "stem"), (HeadFirst(), "deep"), (InnerFc(), "se.fc"), (InnerFc(), "stem")]
 )
-def test_prototypes_in_a_layer_that_is_no_head_are_refused(module: nn.Module, head: str) -> None:
+def test_protonet_raises_when_layer_is_not_the_head(module: nn.Module, head: str) -> None:
     algorithm = protonet(InnerLoop(lr=0.1, steps=0), module_parts(module, head=head))
     with pytest.raises(ValueError, match=rf"'{head}\.weight' does not belong to the model's head.*head="):
         algorithm.meta_gradient(*functionalize(module), TASKS)
 
 
-def test_what_does_not_fit_the_model_is_not_the_heads_fault() -> None:
+def test_prototype_head_passes_on_shape_errors() -> None:
     forward, theta = functionalize(InnerFc())
     fast = {name: p.expand(2, *p.shape) for name, p in theta.items()}
     with pytest.raises(RuntimeError) as caught:
@@ -184,7 +184,7 @@ def test_what_does_not_fit_the_model_is_not_the_heads_fault() -> None:
     assert "head" not in str(caught.value)
 
 
-def test_running_out_of_memory_is_not_the_heads_fault() -> None:
+def test_prototype_head_passes_on_out_of_memory() -> None:
     def forward(params: Params, x: Tensor) -> Tensor:
         if params["w"].shape == (5, 5):
             raise RuntimeError("DefaultCPUAllocator: not enough memory")
@@ -195,7 +195,16 @@ def test_running_out_of_memory_is_not_the_heads_fault() -> None:
         PrototypeHead("w", "b")(forward, fast, TASKS.support_x, TASKS.support_y)
 
 
-def test_the_right_head_of_any_order_takes_prototypes() -> None:
+def test_protonet_takes_a_head_declared_anywhere() -> None:
     for module, head in ((HeadFirst(), "out"), (InnerFc(), None)):
         algorithm = protonet(InnerLoop(lr=0.1, steps=0), module_parts(module, head=head))
         assert torch.isfinite(algorithm.meta_gradient(*functionalize(module), TASKS).loss)
+
+
+@pytest.mark.parametrize(
+    ("former", "new"), [("norms", "norm_params"), ("context", "context_params"), ("all", "all_params")]
+)
+def test_former_field_works_and_warns(former: str, new: str) -> None:
+    parts = module_parts(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)))
+    with pytest.warns(FutureWarning, match=f"ModuleParts.{former} is called {new} now"):
+        assert getattr(parts, former) == getattr(parts, new)

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and damage is noticed."""
+"""Files are written completely or not at all, and corruption is noticed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert loaded == content
 
 
-def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+def test_load_checked_raises_on_flipped_bits(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     files.save_checked({"w": torch.randn(16)}, path)
     data = path.read_bytes()
@@ -35,7 +35,7 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("writes_before", [0, 1, 2])
-def test_interruption_at_any_moment_leaves_a_readable_file(
+def test_interrupted_save_leaves_a_readable_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes_before: int
 ) -> None:
     path = tmp_path / "a.pt"
@@ -58,9 +58,7 @@ def test_interruption_at_any_moment_leaves_a_readable_file(
     assert len((tmp_path / "a.pt.sha256").read_bytes().split()) == 1
 
 
-def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_replaced_while_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.pt"
     files.save_checked({"n": 1}, path)
     read, turn = Path.read_bytes, [0]
@@ -76,7 +74,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
     assert files.load_checked(path) == {"n": 2}
 
 
-def test_files_can_be_read_by_others_as_far_as_the_umask_allows(tmp_path: Path) -> None:
+def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
         files.atomic_write_text(tmp_path / "a", "")
@@ -85,20 +83,20 @@ def test_files_can_be_read_by_others_as_far_as_the_umask_allows(tmp_path: Path) 
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
 
 
-def test_garbage_for_a_digest_is_damage(tmp_path: Path) -> None:
+def test_load_checked_raises_on_garbage_digest(tmp_path: Path) -> None:
     files.save_checked({"n": 1}, tmp_path / "a.pt")
     (tmp_path / "a.pt.sha256").write_bytes(b"\xff\xfe")
     with pytest.raises(files.CorruptFileError, match="is damaged"):
         files.load_checked(tmp_path / "a.pt")
 
 
-def test_file_without_digest_is_refused(tmp_path: Path) -> None:
+def test_load_checked_raises_without_digest(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(1)}, tmp_path / "a.pt")
-    with pytest.raises(files.CorruptFileError, match=r"no digest beside it \(a\.pt\.sha256\)"):
+    with pytest.raises(files.CorruptFileError, match=r"no digest file \(a\.pt\.sha256\)"):
         files.load_checked(tmp_path / "a.pt")
 
 
-def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
+def test_load_checked_runs_no_code(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, ...]:
             return os.system, (f"touch {tmp_path}/ran",)
@@ -109,7 +107,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_nonsense_with_a_fitting_digest_is_refused(tmp_path: Path) -> None:
+def test_garbage_with_valid_digest_raises_corrupt_file_error(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     files.save_checked({"a": torch.arange(5), "b": [1.0, "x", None]}, path)
     whole, draw = path.read_bytes(), random.Random(0)
@@ -123,7 +121,7 @@ def test_nonsense_with_a_fitting_digest_is_refused(tmp_path: Path) -> None:
             files.load_checked(path)
 
 
-def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.json"
     files.atomic_write_text(path, "old")
 

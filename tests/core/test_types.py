@@ -1,4 +1,4 @@
-"""Episodes refuse tensors that do not belong together."""
+"""Episodes raise on tensors that do not belong together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from metalearn import Episodes
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 
 X, Y = torch.zeros(2, 5, 3), torch.zeros(2, 5).long()
 
@@ -22,29 +22,29 @@ X, Y = torch.zeros(2, 5, 3), torch.zeros(2, 5).long()
         ((X, Y[:, 0], X, Y), r"support_y has shape \(2,\); it must lead with \[tasks, examples\]"),
     ],
 )
-def test_shapes_that_do_not_fit_are_named(tensors: tuple[torch.Tensor, ...], message: str) -> None:
+def test_episodes_raise_on_shapes_that_do_not_match(tensors: tuple[torch.Tensor, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Episodes(*tensors)
 
 
 @pytest.mark.parametrize("other", [None, Y.tolist(), Y.numpy(), "labels"])
-def test_what_is_no_tensor_is_named(other: object) -> None:
+def test_episodes_raise_on_other_types(other: object) -> None:
     with pytest.raises(TypeError, match=rf"query_y is {type(other).__name__} and must be a Tensor.*as_tensor"):
         Episodes(X, Y, X, other)  # type: ignore[arg-type]
 
 
-def test_a_tensor_without_values_is_refused() -> None:
+def test_episodes_raise_on_meta_tensors() -> None:
     # vmap would compute with memory that nobody wrote to: a loss of 6e-311, and no error.
     with pytest.raises(ValueError, match="query_x is on the meta device and holds no values"):
         Episodes(X, Y, X.to("meta"), Y)
 
 
-def test_any_dtype_is_left_to_the_model() -> None:
+def test_episodes_accept_any_dtype() -> None:
     for dtype in (torch.int64, torch.uint8, torch.bool, torch.bfloat16, torch.complex64):
         assert Episodes(X.to(dtype), Y, X.to(dtype), Y).tasks == 2
 
 
-def test_split_keeps_every_task_in_order() -> None:
+def test_split_keeps_order() -> None:
     episodes = image_episodes(tasks=5)
     parts = episodes.split(2)
     assert [part.tasks for part in parts] == [2, 2, 1]

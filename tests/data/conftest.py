@@ -1,4 +1,4 @@
-"""A small Omniglot that stands for the real one."""
+"""A small Omniglot in place of the real one."""
 
 from __future__ import annotations
 
@@ -22,27 +22,33 @@ PARTS = {"images_background": 3, "images_evaluation": 2}
 
 @pytest.fixture
 def small_omniglot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Five classes stand for the 1,623, without a network and with a cache of their own."""
+    """Replace the 1,623 classes by five, without a network and with an empty cache."""
     stand_in(monkeypatch, tmp_path / "own cache")
 
 
 @pytest.fixture
 def root(small_omniglot: None, tmp_path: Path) -> Path:
-    """A folder as torchvision lays it out; each image has a black square whose place tells class and drawing."""
+    """Return the folder of ``make_root``."""
     return make_root(tmp_path / "root")
 
 
+@pytest.fixture
+def image_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the test an empty cache."""
+    monkeypatch.setenv("METALEARN_CACHE", str(tmp_path / "cache"))
+
+
 def stand_in(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    """As ``small_omniglot``."""
+    """Replace Omniglot's sizes and digests by those of ``make_root``, without a network."""
     for module in (omniglot, catalog, omniglot_download):
         monkeypatch.setattr(module, "OMNIGLOT_PARTS", PARTS)
     monkeypatch.setattr(omniglot, "_PIXELS_SHA256", PIXELS)
-    monkeypatch.setattr(catalog, "_reachable", lambda: False)
+    monkeypatch.setattr(catalog, "_has_network", lambda: False)
     monkeypatch.setenv("METALEARN_CACHE", str(cache))
 
 
 def make_root(root: Path) -> Path:
-    """As ``root``."""
+    """Make a folder as torchvision lays it out, in which a black square tells class and drawing."""
     number = 0
     for part, characters in (("images_background", ["A/c1", "A/c2", "B/c1"]), ("images_evaluation", ["C/c1", "D/c1"])):
         for character in characters:
@@ -65,6 +71,6 @@ def pack(root: Path) -> None:
 
 
 def publish(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the digests of the archives that lie there for the published ones."""
+    """Publish the digests of these archives in place of the real ones."""
     digests = {part: hashlib.md5((root / "omniglot-py" / f"{part}.zip").read_bytes()).hexdigest() for part in PARTS}
     monkeypatch.setattr("torchvision.datasets.Omniglot.zips_md5", digests)

@@ -1,4 +1,4 @@
-"""Any iterable of tasks becomes episodes, and a task that does not fit is named."""
+"""Any iterable of tasks becomes episodes, and a task that does not fit raises."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def task(number: int, *, shots: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor
     )
 
 
-def test_tasks_are_stacked_in_order_and_the_last_batch_is_smaller() -> None:
+def test_batches_stack_tasks_in_order() -> None:
     found = list(batches((task(i) for i in range(5)), 2))
     assert [episodes.tasks for episodes in found] == [2, 2, 1]
     assert torch.cat([episodes.support_x[:, 0, 0] for episodes in found]).tolist() == [0, 1, 2, 3, 4]
@@ -46,13 +46,13 @@ def test_tasks_are_stacked_in_order_and_the_last_batch_is_smaller() -> None:
     ],
     ids=["tuple", "list", "mapping", "object", "numpy", "numpy backwards"],
 )
-def test_every_form_of_a_task_is_taken(form: Any) -> None:
+def test_batches_accept_every_form_of_task(form: Any) -> None:
     (episodes,) = batches([form(task(i)) for i in range(2)], 8)
     assert episodes.support_x[:, 0, 0].tolist() == [0, 1]
     assert sorted(episodes.query_y[1].tolist()) == [0, 1, 2, 3]
 
 
-def test_no_more_tasks_are_taken_than_a_batch_needs() -> None:
+def test_batches_are_lazy() -> None:
     taken = []
 
     def endless() -> Iterator[tuple[Tensor, ...]]:
@@ -77,13 +77,13 @@ BAD: list[tuple[Any, type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("bad", "error", "message"), BAD, ids=[message[:20] for *_, message in BAD])
-def test_what_does_not_fit_is_named(bad: Any, error: type[Exception], message: str) -> None:
+def test_batches_raise_on_bad_tasks(bad: Any, error: type[Exception], message: str) -> None:
     stream = batches([*(task(i) for i in range(4)), bad], 3)
     next(stream)
     with pytest.raises(error, match=message):
         next(stream)
 
 
-def test_size_is_checked_at_once() -> None:
+def test_batches_check_size_immediately() -> None:
     with pytest.raises(ValueError, match="size=0; it must be at least 1"):
         batches([], 0)

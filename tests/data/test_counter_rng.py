@@ -1,13 +1,13 @@
-"""Random numbers that are a hash: uniform, and another stream for every salt, task, split and seed."""
+"""Counter-based random numbers are uniform, with independent streams by salt, task, split and seed."""
 
 from __future__ import annotations
 
 import torch
 
-from metalearn.data.counter_rng import random_keys, task_keys, uniform
+from metalearn.data.counter_rng import random_keys, splitmix64, task_keys, uniform
 
 
-def test_uniform_numbers_fill_the_interval_evenly() -> None:
+def test_uniform_is_uniform() -> None:
     u = uniform(task_keys(0, "train", 0, 100, "cpu"), 1000, salt=1)
     assert u.dtype == torch.float64
     counts = torch.histc(u, bins=20, min=0, max=1)
@@ -17,8 +17,20 @@ def test_uniform_numbers_fill_the_interval_evenly() -> None:
     assert len(u.unique()) == u.numel()
 
 
-def test_keys_do_not_depend_on_how_many_are_asked_for() -> None:
-    of_tasks = task_keys(3, "test", 5, 4, "cpu")
-    assert torch.equal(of_tasks[1:], task_keys(3, "test", 6, 3, "cpu"))
-    assert torch.equal(random_keys(of_tasks, 7, salt=2)[:, :3], random_keys(of_tasks, 3, salt=2))
-    assert not (random_keys(of_tasks, 7, salt=2) == random_keys(of_tasks, 7, salt=1)).any()
+def test_keys_do_not_depend_on_count() -> None:
+    keys = task_keys(3, "test", 5, 4, "cpu")
+    assert torch.equal(keys[1:], task_keys(3, "test", 6, 3, "cpu"))
+    assert torch.equal(random_keys(keys, 7, salt=2)[:, :3], random_keys(keys, 3, salt=2))
+    assert not (random_keys(keys, 7, salt=2) == random_keys(keys, 7, salt=1)).any()
+
+
+def test_splitmix64_equals_reference() -> None:
+    def reference(z: int) -> int:
+        mask = 2**64 - 1
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        return z ^ (z >> 31)
+
+    for z in (0, 1, 12345678901234567, 2**64 - 1, 0x9E3779B97F4A7C15):
+        signed = z - 2**64 if z >= 2**63 else z
+        assert splitmix64(torch.tensor(signed)).item() % 2**64 == reference(z)

@@ -1,4 +1,4 @@
-"""Embedded characters: the same every time, in range, and alike within a class."""
+"""Glyphs are deterministic, in range, and similar within a class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_shape_range_and_seed() -> None:
     assert 0.02 < ink.min() < ink.max() < 0.6, "every drawing shows strokes on an empty ground"
 
 
-def test_drawings_of_a_class_are_alike_but_not_equal() -> None:
+def test_drawings_of_a_class_are_similar_but_not_equal() -> None:
     images = make_glyphs(classes=40, drawings=6).float().flatten(2)
     centred = torch.nn.functional.normalize(images - images.mean(dim=-1, keepdim=True), dim=-1)
     similarity = torch.einsum("cip,djp->cdij", centred, centred)
@@ -27,7 +27,7 @@ def test_drawings_of_a_class_are_alike_but_not_equal() -> None:
     assert within.max() < 0.999
 
 
-def test_jitter_makes_drawings_differ_more() -> None:
+def test_jitter_increases_differences() -> None:
     def spread(jitter: float) -> float:
         return make_glyphs(classes=40, jitter=jitter).float().std(dim=1).mean().item()
 

@@ -1,4 +1,4 @@
-"""What is known without torch: sizes, and where Omniglot would come from."""
+"""Sizes of the data sets, and the source of Omniglot, without torch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from metalearn.data.metadata import glyph_split_sizes, omniglot_source, resolve_
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "_reachable", lambda: False)
+    monkeypatch.setattr(catalog, "_has_network", lambda: False)
 
 
-def test_imports_no_torch() -> None:
+def test_metadata_imports_no_torch() -> None:
     code = "import sys, metalearn, metalearn.config.compose, metalearn.data.metadata; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_url_is_torchvisions() -> None:
+def test_url_equals_torchvisions() -> None:
     from torchvision.datasets import Omniglot
 
     assert Omniglot.download_url_prefix == catalog.OMNIGLOT_URL
@@ -36,13 +36,13 @@ def test_glyph_splits_use_every_class(classes: int) -> None:
     assert sizes.smallest >= 2
 
 
-def test_omniglot_on_disk_is_found_in_either_layout(tmp_path: Path) -> None:
+def test_omniglot_base_finds_both_layouts(tmp_path: Path) -> None:
     (tmp_path / "omniglot-py" / "images_background").mkdir(parents=True)
     assert omniglot_source(str(tmp_path)) == "disk"
     assert omniglot_source(str(tmp_path / "omniglot-py")) == "disk"
 
 
-def test_archives_are_unpacked_without_a_network(tmp_path: Path) -> None:
+def test_archives_need_no_network(tmp_path: Path) -> None:
     (tmp_path / "omniglot-py").mkdir()
     for part in catalog.OMNIGLOT_PARTS:
         (tmp_path / "omniglot-py" / f"{part}.zip").touch()
@@ -53,20 +53,20 @@ def test_archives_are_unpacked_without_a_network(tmp_path: Path) -> None:
     assert omniglot_source(str(tmp_path)) == "disk"
 
 
-def test_download_fills_an_existing_or_the_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "_reachable", lambda: True)
+def test_download_needs_an_existing_or_the_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "_has_network", lambda: True)
     assert omniglot_source(str(tmp_path)) == "download"
     assert omniglot_source(None) == "download"
     with pytest.raises(DataError, match="no such folder"):
         omniglot_source(str(tmp_path / "typo"))
 
 
-def test_fallback_where_omniglot_is_nowhere(tmp_path: Path) -> None:
+def test_fallback_when_omniglot_is_unavailable(tmp_path: Path) -> None:
     assert resolve_dataset("omniglot", str(tmp_path), "glyphs") == "glyphs"
     assert resolve_dataset("omniglot", str(tmp_path / "typo"), "glyphs") == "glyphs"
     assert resolve_dataset("glyphs", None, None) == "glyphs"
 
 
-def test_without_fallback_the_three_ways_out_are_named(tmp_path: Path) -> None:
+def test_no_fallback_raises_with_three_remedies(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"(?s)holds no Omniglot.*Three ways out.*data\.root=.*mkdir.*data\.fallback="):
         resolve_dataset("omniglot", str(tmp_path), None)

@@ -34,13 +34,13 @@ def test_images_are_white_on_black_in_sorted_order(root: Path) -> None:
             assert image.median() == 0
 
 
-def test_second_reading_comes_from_the_cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_load_uses_the_cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = omniglot.load_characters(str(root)).images
     monkeypatch.setattr(omniglot, "_decode", lambda drawings: pytest.fail("read again"))
     assert torch.equal(omniglot.load_characters(str(root)).images, first)
 
 
-def test_damaged_cache_is_made_anew(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_corrupt_omniglot_cache_is_rebuilt(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = omniglot.load_characters(str(root)).images
     (cached,) = catalog.cache_dir().glob("*.pt")
     data = bytearray(cached.read_bytes())
@@ -50,13 +50,13 @@ def test_damaged_cache_is_made_anew(root: Path, caplog: pytest.LogCaptureFixture
     assert "is damaged" in caplog.text
 
 
-def test_unwritable_cache_is_no_obstacle(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unwritable_omniglot_cache_only_warns(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "a file").touch()
     monkeypatch.setenv("METALEARN_CACHE", str(tmp_path / "a file" / "below"))
     assert omniglot.load_characters(str(root)).images.shape[0] == 5
 
 
-def test_a_change_after_caching_is_noticed(root: Path) -> None:
+def test_change_after_caching_is_noticed(root: Path) -> None:
     omniglot.load_characters(str(root))
     victim = root / "omniglot-py/images_background/A/c1/0000_07.png"
     victim.write_bytes(victim.read_bytes()[:60])
@@ -97,7 +97,7 @@ def _other_format(base: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [_truncate, _empty, _flip, _other_size, _gigantic, _other_format])
-def test_damaged_files_are_named(root: Path, damage: object) -> None:
+def test_corrupt_drawing_raises(root: Path, damage: object) -> None:
     damage(root / "omniglot-py")  # type: ignore[operator]
     with pytest.raises(DataError, match=r"images_background/B/c1/0002_05\.png is damaged"):
         omniglot.load_characters(str(root))
@@ -112,7 +112,7 @@ def test_damaged_files_are_named(root: Path, damage: object) -> None:
         ("images_background/A/c2/0001_20.png", r"incomplete: images_background/A/c2 holds 19 drawings and not 20"),
     ],
 )
-def test_incomplete_folders_are_named(root: Path, missing: str, message: str) -> None:
+def test_incomplete_omniglot_raises(root: Path, missing: str, message: str) -> None:
     path = root / "omniglot-py" / missing
     if path.is_dir():
         shutil.rmtree(path)
@@ -122,7 +122,7 @@ def test_incomplete_folders_are_named(root: Path, missing: str, message: str) ->
         omniglot.load_characters(str(root))
 
 
-def test_stray_files_do_not_matter(root: Path) -> None:
+def test_other_files_are_ignored(root: Path) -> None:
     base = root / "omniglot-py"
     (base / "images_background" / "A" / ".ipynb_checkpoints").mkdir()
     for stray in (".DS_Store", "A/.DS_Store", "A/c1/notes.txt", "A/c1/._0000_03.png", "A/c1/0000_04 (1).png"):
@@ -130,21 +130,21 @@ def test_stray_files_do_not_matter(root: Path) -> None:
     assert omniglot.load_characters(str(root)).images.shape[0] == 5
 
 
-def test_other_pixels_than_the_published_ones_are_noticed(root: Path) -> None:
+def test_pixels_that_differ_from_published_ones_raise(root: Path) -> None:
     base = root / "omniglot-py" / "images_background"
     shutil.copy(base / "A/c1/0000_03.png", base / "A/c1/0000_04.png")
     with pytest.raises(DataError, match=r"images_background is damaged: .*pixels are not the published ones"):
         omniglot.load_characters(str(root))
 
 
-def test_names_that_do_not_belong_are_noticed(root: Path) -> None:
+def test_unexpected_names_raise(root: Path) -> None:
     folder = root / "omniglot-py" / "images_background" / "A" / "c1"
     (folder / "0000_03.png").rename(folder / "0007_03.png")
     with pytest.raises(DataError, match=r"A/c1 holds 20 drawings and not 20 of one number"):
         omniglot.load_characters(str(root))
 
 
-def test_a_link_to_nowhere_is_named(root: Path) -> None:
+def test_broken_link_raises(root: Path) -> None:
     file = root / "omniglot-py" / "images_background" / "A" / "c1" / "0000_03.png"
     file.unlink()
     file.symlink_to(root / "gone")
@@ -152,7 +152,7 @@ def test_a_link_to_nowhere_is_named(root: Path) -> None:
         omniglot.load_characters(str(root))
 
 
-def test_a_pipe_is_not_waited_for(root: Path) -> None:
+def test_pipe_raises(root: Path) -> None:
     file = root / "omniglot-py" / "images_background" / "A" / "c1" / "0000_03.png"
     file.unlink()
     os.mkfifo(file)
@@ -160,7 +160,7 @@ def test_a_pipe_is_not_waited_for(root: Path) -> None:
         omniglot.load_characters(str(root))
 
 
-def test_a_name_need_not_be_unicode(root: Path) -> None:
+def test_name_may_be_invalid_unicode(root: Path) -> None:
     alphabet = root / "omniglot-py" / "images_evaluation" / "D"
     (alphabet / "c1").rename(alphabet / os.fsdecode(b"c1\xff"))
     assert omniglot.load_characters(str(root)).images.shape[0] == 5
@@ -175,12 +175,12 @@ def test_rotations_make_new_classes() -> None:
     assert torch.equal(rotated[4], images[0].flip(-1, -2))
 
 
-def test_unknown_split_is_named() -> None:
+def test_unknown_split_raises() -> None:
     with pytest.raises(ValueError, match=r"split='nope'; it must be one of classic, alphabets"):
         omniglot.load_omniglot(split="nope")
 
 
-def test_the_real_one(omniglot_root: str) -> None:
+def test_real_omniglot(omniglot_root: str) -> None:
     characters = omniglot.load_characters(omniglot_root)
     assert characters.images.shape == (1623, 20, 1, 28, 28)
     assert len(set(characters.alphabets)) == 50

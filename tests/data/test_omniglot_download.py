@@ -1,4 +1,4 @@
-"""Omniglot is unpacked or downloaded whole or not at all, by one run at a time."""
+"""Omniglot is unpacked or downloaded completely or not at all, by one run at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.data.conftest import PARTS, pack, publish
 pytestmark = pytest.mark.usefixtures("small_omniglot")
 
 
-def test_archives_without_folders_are_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_archives_are_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = omniglot.load_characters(str(root)).images
     pack(root)
     publish(root, monkeypatch)
@@ -39,7 +39,7 @@ def test_one_archive_of_two_is_unpacked(root: Path, monkeypatch: pytest.MonkeyPa
     assert omniglot.load_characters(str(root)).images.shape[0] == 5
 
 
-def test_damaged_archive_is_named_and_not_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corrupt_archive_raises_and_is_not_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pack(root)
     publish(root, monkeypatch)
     archive = root / "omniglot-py" / "images_evaluation.zip"
@@ -52,9 +52,7 @@ def test_damaged_archive_is_named_and_not_unpacked(root: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     "name", ["../made.png", "images_evaluation/../../made.png", "/made.png", "..\\made", "C:made", "link"]
 )
-def test_an_archive_that_reaches_outside_is_not_unpacked(
-    name: str, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_archive_with_members_outside_raises(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pack(root)
     archive = root / "omniglot-py" / "images_evaluation.zip"
     member = zipfile.ZipInfo(name)
@@ -70,7 +68,7 @@ def test_an_archive_that_reaches_outside_is_not_unpacked(
     assert not list(root.parent.rglob("made*"))
 
 
-def test_the_digest_is_compared_before_an_archive_is_opened(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digest_is_compared_before_unpacking(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pack(root)
     publish(root, monkeypatch)
     archive = root / "omniglot-py" / "images_background.zip"
@@ -80,17 +78,15 @@ def test_the_digest_is_compared_before_an_archive_is_opened(root: Path, monkeypa
         omniglot.load_characters(str(root))
 
 
-def test_torchvision_compares_the_digest_of_a_download_before_unpacking(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchvision_compares_digest_before_unpacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(url: str, filename: str, **_: object) -> None:
         Path(filename).write_bytes(b"not the archive")
 
-    monkeypatch.setattr(catalog, "_reachable", lambda: True)
+    monkeypatch.setattr(catalog, "_has_network", lambda: True)
     monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", wrong)
     monkeypatch.setattr("torchvision.datasets.utils.extract_archive", lambda *_, **__: pytest.fail("unpacked"))
-    with pytest.raises(DataError, match=r"could not be brought to .*File not found or corrupted"):
+    with pytest.raises(DataError, match=r"could not be saved in .*File not found or corrupted"):
         omniglot.load_characters(str(tmp_path))
 
 
@@ -119,16 +115,16 @@ def fake_download(root: Path) -> Callable[..., None]:
 
 
 def test_download_fills_the_default_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "_reachable", lambda: True)
+    monkeypatch.setattr(catalog, "_has_network", lambda: True)
     monkeypatch.setattr("torchvision.datasets.Omniglot", fake_download(root))
     assert omniglot.load_characters(None).images.shape[0] == 5
     assert sorted(p.name for p in (catalog.cache_dir() / "data" / "omniglot-py").iterdir()) == sorted(PARTS)
 
 
-def test_a_run_that_starts_meanwhile_waits_and_downloads_nothing(
+def test_concurrent_run_waits_and_does_not_download(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog, "_reachable", lambda: True)
+    monkeypatch.setattr(catalog, "_has_network", lambda: True)
     monkeypatch.setattr("torchvision.datasets.Omniglot", lambda *_, **__: pytest.fail("downloaded again"))
     here = tmp_path / "shared"
     here.mkdir()
@@ -140,13 +136,13 @@ def test_a_run_that_starts_meanwhile_waits_and_downloads_nothing(
     assert waiting.result(timeout=30).images.shape[0] == 5
 
 
-def test_failed_download_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_raises_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(to: str, *, background: bool, download: bool) -> None:
         (Path(to) / "omniglot-py" / "images_background").mkdir(parents=True)
         raise RuntimeError("File not found or corrupted.")
 
-    monkeypatch.setattr(catalog, "_reachable", lambda: True)
+    monkeypatch.setattr(catalog, "_has_network", lambda: True)
     monkeypatch.setattr("torchvision.datasets.Omniglot", fails)
-    with pytest.raises(DataError, match=r"could not be brought to .*File not found or corrupted.*data=glyphs"):
+    with pytest.raises(DataError, match=r"could not be saved in .*File not found or corrupted.*data=glyphs"):
         omniglot.load_characters(str(tmp_path))
     assert not list(tmp_path.rglob("images_background"))

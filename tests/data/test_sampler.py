@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metalearn.data.sampler import EpisodeSampler, TaskShape, _mix
+from metalearn.data.sampler import EpisodeSampler, TaskShape
 
 SHAPE = TaskShape(ways=5, shots=2, queries=3)
 
 
 def labelled_images(classes: int = 12, drawings: int = 8) -> torch.Tensor:
-    """Every drawing shows its class in one pixel and its own number in another."""
+    """Make images that show their class in one pixel and their number in another."""
     images = torch.zeros(classes, drawings, 1, 1, 2, dtype=torch.uint8)
     images[..., 0, 0] = torch.arange(classes)[:, None, None]
     images[..., 0, 1] = torch.arange(drawings)[None, :, None]
@@ -22,19 +22,19 @@ def sampler(*, seed: int = 0, split: str = "train") -> EpisodeSampler:
     return EpisodeSampler(labelled_images(), SHAPE, seed, split)
 
 
-def test_a_batch_is_the_same_however_it_is_cut() -> None:
+def test_batch_equals_its_parts() -> None:
     whole = sampler().tasks(6, 6)
     assert torch.equal(whole.query_x, torch.cat([sampler().tasks(6, 2).query_x, sampler().tasks(8, 4).query_x]))
     assert torch.equal(whole.query_x, sampler().batch(1, 6).query_x)
 
 
-def test_seed_split_and_index_each_change_the_tasks() -> None:
+def test_seed_split_and_index_change_the_tasks() -> None:
     base = sampler().tasks(0, 4).support_x
     for other in (sampler(seed=1).tasks(0, 4), sampler(split="test").tasks(0, 4), sampler().tasks(4, 4)):
         assert not torch.equal(base, other.support_x)
 
 
-def test_classes_and_drawings_do_not_repeat_and_labels_follow_classes() -> None:
+def test_classes_and_drawings_are_distinct_in_a_task() -> None:
     episodes = sampler().tasks(0, 200)
     x = (torch.cat([episodes.support_x, episodes.query_x], dim=1) * 255).round().long()
     y = torch.cat([episodes.support_y, episodes.query_y], dim=1)
@@ -48,7 +48,7 @@ def test_classes_and_drawings_do_not_repeat_and_labels_follow_classes() -> None:
     assert episodes.query_y[0].tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
 
 
-def test_every_class_and_drawing_is_equally_likely() -> None:
+def test_classes_and_drawings_are_uniform() -> None:
     classes, drawings = sampler().draw(0, 6000)
     for counts, n in ((classes[:, 0].bincount(minlength=12), 12), (drawings[:, 3, 0].bincount(minlength=8), 8)):
         expected = 6000 / n
@@ -56,27 +56,15 @@ def test_every_class_and_drawing_is_equally_likely() -> None:
         assert chi_squared < 40, f"p < 1e-4 for {n - 1} degrees of freedom: {counts.tolist()}"
 
 
-def test_the_stream_never_changes() -> None:
+def test_stream_is_pinned() -> None:
     # Pinned: resuming an old run and repeating a published one rely on it.
     classes, drawings = sampler().draw(0, 2)
     assert classes.tolist() == [[6, 3, 8, 7, 5], [3, 1, 8, 11, 5]]
     assert drawings[0, 0].tolist() == [4, 6, 5, 7, 3]
 
 
-def test_hash_is_splitmix64() -> None:
-    def reference(z: int) -> int:
-        mask = 2**64 - 1
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        return z ^ (z >> 31)
-
-    for z in (0, 1, 12345678901234567, 2**64 - 1, 0x9E3779B97F4A7C15):
-        signed = z - 2**64 if z >= 2**63 else z
-        assert _mix(torch.tensor(signed)).item() % 2**64 == reference(z)
-
-
 @pytest.mark.gpu
-def test_gpu_draws_the_same_tasks() -> None:
+def test_gpu_gives_the_same_tasks() -> None:
     on_gpu = EpisodeSampler(labelled_images().cuda(), SHAPE, 0, "train").tasks(3, 16)
     assert torch.equal(on_gpu.query_x.cpu(), sampler().tasks(3, 16).query_x)
 
@@ -88,11 +76,54 @@ def test_gpu_draws_the_same_tasks() -> None:
         (TaskShape(5, 4, 5), "4 shots and 5 queries a class, but split 'train' has only 8 drawings"),
     ],
 )
-def test_tasks_that_do_not_fit_the_data_are_named(shape: TaskShape, message: str) -> None:
+def test_tasks_larger_than_the_data_raise(shape: TaskShape, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EpisodeSampler(labelled_images(), shape, 0, "train")
 
 
-def test_images_of_another_form_are_refused() -> None:
+def test_images_of_other_shape_or_dtype_raise() -> None:
     with pytest.raises(ValueError, match=r"uint8 \[classes, drawings, .*float32 \(12, 8, 1, 1, 2\)"):
         EpisodeSampler(labelled_images().float(), SHAPE, 0, "train")
+
+
+def test_equal_counts_give_the_same_tasks() -> None:
+    images = torch.arange(12 * 8, dtype=torch.uint8).view(12, 8, 1, 1, 1)
+    shape = TaskShape(5, 2, 3)
+    even = EpisodeSampler(images, shape, 0, "train").tasks(0, 20)
+    flat = EpisodeSampler(images.flatten(0, 1), shape, 0, "train", [8] * 12).tasks(0, 20)
+    assert torch.equal(even.support_x, flat.support_x)
+    assert torch.equal(even.query_x, flat.query_x)
+
+
+def test_classes_of_different_sizes_are_sampled_uniformly() -> None:
+    counts = [3, 10, 4, 7]
+    images = torch.cat([torch.stack([torch.full((n,), c), torch.arange(n)], dim=1) for c, n in enumerate(counts)])
+    sampler = EpisodeSampler(images.to(torch.uint8).view(-1, 1, 1, 2), TaskShape(3, 1, 2), 0, "train", counts)
+    episodes = sampler.tasks(0, 4000)
+    x = torch.cat([episodes.support_x, episodes.query_x], dim=1).mul(255).round().long()[:, :, 0, 0]
+    y = torch.cat([episodes.support_y, episodes.query_y], dim=1)
+    for task_x, task_y in zip(x[:200], y[:200], strict=True):
+        assert len({tuple(pixels) for pixels in task_x.tolist()}) == 9, "no image twice in a task"
+        assert all(len(set(task_x[task_y == label, 0].tolist())) == 1 for label in range(3)), "one class a label"
+    for label, n in enumerate(counts):
+        seen = x[x[:, :, 0] == label][:, 1].bincount(minlength=n)
+        expected = seen.sum() / n
+        assert len(seen) == n
+        assert ((seen - expected) ** 2 / expected).sum() < 35, f"every image as likely: {seen.tolist()}"
+    assert x[:, 0, 0].bincount().tolist() == pytest.approx([1000] * 4, rel=0.12), (
+        "every class as likely, whatever its size"
+    )
+
+
+def test_counts_that_do_not_match_raise() -> None:
+    images = torch.zeros(10, 1, 2, 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="counts add up to 9, but there are 10 images in split 'test'"):
+        EpisodeSampler(images, TaskShape(2, 1, 1), 0, "test", [4, 5])
+    with pytest.raises(
+        ValueError, match="1 shots and 2 queries a class, but split 'test' has only 2 images in class 1"
+    ):
+        EpisodeSampler(images, TaskShape(2, 1, 2), 0, "test", [8, 2])
+    with pytest.raises(
+        ValueError, match=r"uint8 \[total, channels, height, width\], got torch.uint8 \(1, 10, 1, 2, 2\)"
+    ):
+        EpisodeSampler(images[None], TaskShape(2, 1, 1), 0, "test", [10])

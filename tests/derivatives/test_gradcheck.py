@@ -1,4 +1,4 @@
-"""The difference sweep finds right gradients right, and wrong ones wrong."""
+"""The sweep of differences accepts correct gradients and rejects wrong ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def cube(x: Tensor) -> Tensor:
     return x.pow(3).sum()
 
 
-def test_errors_form_a_v() -> None:
+def test_errors_fall_then_rise_with_smaller_steps() -> None:
     # Central differences of x^3: the error is h^2 f'''/6 = h^2, relative to f' = 3, and eps / h from rounding.
     check = directional(cube, torch.ones(1, dtype=DOUBLE), torch.ones(1, dtype=DOUBLE))
     assert check.analytic == 3
@@ -25,7 +25,7 @@ def test_errors_form_a_v() -> None:
     assert check.error < 1e-8
 
 
-def test_wrong_gradient_is_found() -> None:
+def test_wrong_gradient_has_large_error() -> None:
     x = torch.randn(5, dtype=DOUBLE)
     right = 3 * x**2
     assert directional(cube, x, gradient_at_x=right).error < 1e-8
@@ -33,7 +33,7 @@ def test_wrong_gradient_is_found() -> None:
     assert directional(cube, x, gradient_at_x=-right).error > 1
 
 
-def test_one_lucky_step_does_not_make_a_gradient_right() -> None:
+def test_error_of_wrong_gradient_is_large_despite_one_lucky_step() -> None:
     # The difference at h = 0.1 is 3 + 0.01: a gradient of 3.01 is met there exactly, and nowhere else.
     check = directional(
         cube, torch.ones(1, dtype=DOUBLE), torch.ones(1, dtype=DOUBLE), gradient_at_x=torch.tensor([3.01], dtype=DOUBLE)
@@ -42,21 +42,21 @@ def test_one_lucky_step_does_not_make_a_gradient_right() -> None:
     assert check.error > 1e-3
 
 
-def test_dictionaries_and_a_drawn_direction() -> None:
+def test_dictionary_and_random_direction() -> None:
     x = {"a": torch.randn(2, 2, dtype=DOUBLE), "b": torch.randn(3, dtype=DOUBLE)}
     first, again = (directional(lambda p: (p["a"].sum() * p["b"]).sin().sum(), x) for _ in range(2))
     assert first == again, "the direction is drawn from the seed"
     assert first.error < 1e-8
 
 
-def test_level_direction_is_not_divided_by_zero() -> None:
+def test_direction_with_zero_slope() -> None:
     check = directional(cube, torch.tensor([1.0, 1.0], dtype=DOUBLE), torch.tensor([1.0, -1.0], dtype=DOUBLE))
     assert check.analytic == 0
     assert check.scale == 3
     assert check.error < 1e-8
 
 
-def test_refusals() -> None:
+def test_directional_raises_on_bad_arguments() -> None:
     x = torch.ones(2, dtype=DOUBLE)
     with pytest.raises(ValueError, match=r"give at least two positive step sizes"):
         directional(cube, x, steps=[1e-3])
@@ -66,14 +66,14 @@ def test_refusals() -> None:
         directional(cube, x, torch.zeros(2, dtype=DOUBLE))
 
 
-def test_nan_is_no_agreement() -> None:
+def test_error_is_infinite_where_difference_is_nan() -> None:
     check = DirectionalCheck(1.0, (0.1, 0.01, 0.001), (1.0, float("nan"), 1.5), scale=1.0)
     assert check.error == float("inf")
     outside = directional(lambda x: x.log().sum(), torch.tensor([0.02], dtype=DOUBLE))  # h = 0.1 leaves the domain
     assert outside.error < 1e-7
 
 
-def test_gradient_and_direction_must_be_shaped_like_the_point() -> None:
+def test_directional_raises_on_other_shapes() -> None:
     x = {"a": torch.ones(2, dtype=DOUBLE), "b": torch.ones(3, dtype=DOUBLE)}
 
     def f(p: dict[str, Tensor]) -> Tensor:
@@ -87,6 +87,6 @@ def test_gradient_and_direction_must_be_shaped_like_the_point() -> None:
         directional(cube, torch.ones(2, dtype=DOUBLE), torch.tensor(1.0, dtype=DOUBLE))
 
 
-def test_error_is_of_two_neighbours() -> None:
+def test_error_needs_two_neighbouring_steps() -> None:
     check = DirectionalCheck(1.0, (0.1, 0.01, 0.001, 0.0001), (1.5, 1.0, 1.2, 1.1), scale=1.0)
     assert check.error == pytest.approx(0.2)

@@ -1,7 +1,4 @@
-"""The commands in processes that can be killed, forked from one that has imported torch already.
-
-A new interpreter would spend seconds on imports, for every one of some hundred attempts.
-"""
+"""Commands in processes that can be killed, forked from one that has imported torch already, which takes seconds."""
 
 from __future__ import annotations
 
@@ -18,48 +15,44 @@ from pathlib import Path
 from typing import Any
 
 from metalearn.training.checkpoints import load_latest, state_paths
-from tests.conftest import REPO
+from tests.paths import REPO
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["metalearn.training.trainer", "tests.faults.runs"])
 _LONGEST_S = 120.0
 
 
-def start(
+def start_training(
     arguments: list[str],
     folder: Path,
     *,
     before: Callable[..., None] | None = None,
-    given: tuple[Any, ...] = (),
+    args: tuple[Any, ...] = (),
     environment: Mapping[str, str] | None = None,
 ) -> ForkServerProcess:
     """Start ``scripts/train.py`` with these arguments in a folder; its output goes to ``output.txt`` there.
 
-    Args:
-        arguments: of the command line.
-        folder: the working directory.
-        before: a function of the module's level, called with ``given`` first in the process, to bring a fault about.
-        given: its arguments.
-        environment: added to that of the process.
+    ``before(*args)``, a function at the top level of a module, is called first in the process, to bring a fault about;
+    ``environment`` is added to that of the process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "output.txt").touch()
-    process = _CONTEXT.Process(target=_command, args=(arguments, folder, before, given, dict(environment or {})))
+    process = _CONTEXT.Process(target=_command, args=(arguments, folder, before, args, dict(environment or {})))
     process.start()
     return process
 
 
-def finished(process: ForkServerProcess, *, longest_s: float = _LONGEST_S) -> int:
-    """Wait for it; its exit code, or the negative number of the signal that ended it."""
-    process.join(longest_s)
+def wait_for_exit(process: ForkServerProcess, *, timeout_s: float = _LONGEST_S) -> int:
+    """Wait for a process and return its exit code, or the negative number of the signal that ended it."""
+    process.join(timeout_s)
     if process.exitcode is None:
         process.kill()
-        raise AssertionError(f"still at work after {longest_s:.0f} s")
+        raise AssertionError(f"still at work after {timeout_s:.0f} s")
     return process.exitcode
 
 
-def output(folder: Path) -> str:
-    """What the latest command in a folder has written to its terminal."""
+def read_output(folder: Path) -> str:
+    """Return what the latest command in a folder has printed."""
     return (folder / "output.txt").read_text()
 
 
@@ -67,7 +60,7 @@ def _command(
     arguments: list[str],
     folder: Path,
     before: Callable[..., None] | None,
-    given: tuple[Any, ...],
+    args: tuple[Any, ...],
     environment: dict[str, str],
 ) -> None:
     import torch
@@ -81,14 +74,14 @@ def _command(
     os.environ.update(environment)
     torch.set_num_threads(1)
     if before is not None:
-        before(*given)
+        before(*args)
     script = str(REPO / "scripts" / "train.py")
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 
 
-def wait_for_state(run_dir: Path, iteration: int, process: ForkServerProcess | subprocess.Popen[str]) -> None:
-    """Wait until a run has put away its state after that many meta-steps."""
+def wait_for_checkpoint(run_dir: Path, iteration: int, process: ForkServerProcess | subprocess.Popen[str]) -> None:
+    """Wait until a run has saved its state after that many meta-steps."""
     until = time.monotonic() + _LONGEST_S
     while not any(int(path.stem.removeprefix("state-")) >= iteration for path in state_paths(run_dir)):
         ended = process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
@@ -97,8 +90,8 @@ def wait_for_state(run_dir: Path, iteration: int, process: ForkServerProcess | s
         time.sleep(0.002)
 
 
-def state_of(run_dir: Path) -> dict[str, Any]:
-    """The newest whole state of a run."""
+def load_state(run_dir: Path) -> dict[str, Any]:
+    """Load the newest undamaged state of a run."""
     content = load_latest(run_dir)
     assert content is not None, f"{run_dir} holds no state"
     return content

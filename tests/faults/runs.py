@@ -1,9 +1,9 @@
-"""A small training that faults are brought about in, and what an uninterrupted one of it ends with."""
+"""A small training to bring faults about in, and comparisons of its results."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from metalearn.core import serialization as files
 from metalearn.training.checkpoints import best_path
 from metalearn.training.tracking.event_files import read_scalars
-from tests.faults.processes import finished, output, start, state_of
+from tests.faults.processes import load_state, read_output, start_training, wait_for_checkpoint, wait_for_exit
 
 STEPS = 24
 SMALL = [
@@ -34,61 +34,64 @@ SMALL = [
     "run.checkpoint_every_s=0",
 ]
 RUN = "run"
+SMALL_RUN = [*SMALL, f"hydra.run.dir={RUN}"]
 
 
 def train(folder: Path, *more: str) -> Path:
-    """A training, or the rest of one, to its end; returns the run's folder."""
-    status = finished(start([*SMALL, f"hydra.run.dir={RUN}", *more], folder))
-    assert status == 0, f"exit code {status}: {output(folder)}"
+    """Train to the end, or resume and do so; return the run's folder."""
+    status = wait_for_exit(start_training([*SMALL_RUN, *more], folder))
+    assert status == 0, f"exit code {status}: {read_output(folder)}"
     return folder / RUN
 
 
 def resume(folder: Path, *more: str) -> Path:
-    """The rest of an interrupted training."""
+    """Resume an interrupted training and return the run's folder."""
     return train(folder, "run.resume=auto", *more)
 
 
-def whole(shared: Path) -> Path:
-    """The uninterrupted run, made once."""
-    folder = shared / "whole"
-    if not (folder / RUN / "metrics.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        train(folder)
+def train_and_kill(folder: Path, *, after: int) -> Path:
+    """Train, kill the process once it has saved its state after so many meta-steps; return the run's folder."""
+    process = start_training(SMALL_RUN, folder)
+    wait_for_checkpoint(folder / RUN, after, process)
+    process.kill()
+    assert wait_for_exit(process) == -signal.SIGKILL
     return folder / RUN
 
 
-def bits(content: Any) -> Any:
-    """Nested containers with their tensors as bytes, so that they can be compared."""
+def tensors_to_bytes(content: Any) -> Any:
+    """Replace tensors in nested containers by their bytes, so that ``==`` compares them."""
     if isinstance(content, dict):
-        return {key: bits(value) for key, value in content.items()}
+        return {key: tensors_to_bytes(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [bits(value) for value in content]
+        return [tensors_to_bytes(value) for value in content]
     return content.numpy().tobytes() if isinstance(content, Tensor) else content
 
 
-def timeless(run_dir: Path) -> dict[str, Any]:
-    """A run's figures but for those that count seconds."""
+def metrics_without_times(run_dir: Path) -> dict[str, Any]:
+    """Return a run's metrics without those that count seconds."""
     metrics: dict[str, Any] = json.loads((run_dir / "metrics.json").read_text())
     return {name: value for name, value in metrics.items() if not name.startswith("time.")}
 
 
-def assert_same(run_dir: Path, other: Path) -> None:
-    """Parameters, optimiser, random states, best parameters, figures and curves are equal, bit by bit."""
-    ours, theirs = state_of(run_dir)["state"], state_of(other)["state"]
+def assert_runs_equal(run_dir: Path, other: Path) -> None:
+    """Check that parameters, optimiser, random states, best parameters, metrics and curves are equal, bit by bit."""
+    ours, theirs = load_state(run_dir)["state"], load_state(other)["state"]
     for name in theirs:
-        assert bits(ours[name]) == bits(theirs[name]), f"{name} differs"
+        assert tensors_to_bytes(ours[name]) == tensors_to_bytes(theirs[name]), f"{name} differs"
     best = files.load_checked(best_path(run_dir))
-    assert bits([best["iteration"], best["validation_accuracy"], best["params"]]) == bits(ours["best"])
-    assert timeless(run_dir) == timeless(other)
+    assert tensors_to_bytes([best["iteration"], best["validation_accuracy"], best["params"]]) == tensors_to_bytes(
+        ours["best"]
+    )
+    assert metrics_without_times(run_dir) == metrics_without_times(other)
     assert (run_dir / "test_tasks.json").read_text() == (other / "test_tasks.json").read_text()
-    assert_curves(run_dir)
+    assert_steps_increase(run_dir)
     curves, expected = read_scalars(run_dir), read_scalars(other)
     for tag in (tag for tag in expected if not tag.startswith("time/")):
         assert [(p.step, p.value) for p in curves[tag]] == [(p.step, p.value) for p in expected[tag]], tag
 
 
-def assert_curves(run_dir: Path) -> None:
-    """As TensorBoard reads them, steps grow and none is doubled."""
+def assert_steps_increase(run_dir: Path) -> None:
+    """Check that the steps of every curve in TensorBoard increase strictly."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
     for tag in events.Tags()["scalars"]:

@@ -1,4 +1,4 @@
-"""A loss that is not finite is refused at once, or where its reader asks for it, by nobody."""
+"""Non-finite losses raise immediately, unless the caller defers the check."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from metalearn.inner.diagnostics import check_losses_finite, defer_loss_checks
 LOSSES = [torch.tensor([1.0, math.inf])]
 
 
-def test_unchecked_inside_and_checked_again_outside() -> None:
+def test_deferred_check_does_nothing_inside_and_raises_outside() -> None:
     with defer_loss_checks():
         check_losses_finite(LOSSES)
         with defer_loss_checks():
@@ -24,24 +24,24 @@ def test_unchecked_inside_and_checked_again_outside() -> None:
         check_losses_finite(LOSSES)
 
 
-def test_checked_again_after_an_error() -> None:
+def test_check_raises_again_after_an_error() -> None:
     with pytest.raises(KeyError), defer_loss_checks():
         raise KeyError
     with pytest.raises(NonFiniteLossError):
         check_losses_finite(LOSSES)
 
 
-def test_other_threads_are_checked() -> None:
-    refused = []
+def test_deferral_does_not_reach_other_threads() -> None:
+    raised = []
 
     def check() -> None:
         try:
             check_losses_finite(LOSSES)
         except NonFiniteLossError as error:
-            refused.append(error)
+            raised.append(error)
 
     with defer_loss_checks():
         other = threading.Thread(target=check)
         other.start()
         other.join()
-    assert len(refused) == 1
+    assert len(raised) == 1

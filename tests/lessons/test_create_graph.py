@@ -1,14 +1,13 @@
-"""Every number of the lesson ``create_graph``."""
+"""The numbers of the lesson ``create_graph``."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 
 from metalearn.lessons import Lesson, create_graph
-from tests.lessons.assertions import assert_complete, computed, zero
+from tests.lessons.assertions import assert_checks, zero
 
 EXPECTED: dict[str, Any] = {
     "dy/dx of x^2 at 3": 6.0,  # 2 x
@@ -34,27 +33,17 @@ EXPECTED: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def lesson() -> Lesson:
-    return create_graph.lesson()
+def test_checks(lesson: Lesson) -> None:
+    assert_checks(lesson, EXPECTED)
 
 
-@pytest.mark.parametrize("what", EXPECTED)
-def test_number(what: str, lesson: Lesson) -> None:
-    assert computed(lesson, what) == EXPECTED[what]
-
-
-def test_every_number_is_held(lesson: Lesson) -> None:
-    assert_complete(lesson, EXPECTED)
-
-
-def test_the_two_errors_are_different_ones(lesson: Lesson) -> None:
+def test_the_two_errors_differ(lesson: Lesson) -> None:
     no_graph, misses_x = lesson.notes
     assert "does not require grad" in no_graph
     assert "appears to not have been used in the graph" in misses_x
 
 
-def test_the_relu_network_has_kinks_inside_the_picture() -> None:
+def test_relu_network_has_kinks_inside_the_plot() -> None:
     # Its first derivative is a staircase with a step a kink: zero curvature does not come from a straight line.
     slope = create_graph.in_the_input(torch.nn.ReLU(), create_graph.GRID)[1]
     assert len({round(value, 9) for value in slope.tolist()}) == len(create_graph.KINKS) + 1

@@ -1,4 +1,4 @@
-"""Every number of the lesson ``dense_hessian``."""
+"""The numbers of the lesson ``dense_hessian``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from metalearn.lessons import Lesson, dense_hessian
 from metalearn.lessons.dense_hessian import Measured, exponent
-from tests.lessons.assertions import assert_complete, computed, zero
+from tests.lessons.assertions import assert_checks, zero
 
 EXPECTED: dict[str, Any] = {
     "n = 1,000, hessian: largest error of an entry": zero(1e-5),
@@ -26,39 +26,29 @@ EXPECTED: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def lesson() -> Lesson:
-    return dense_hessian.lesson()
-
-
-@pytest.mark.parametrize("what", EXPECTED)
-def test_number(what: str, lesson: Lesson) -> None:
-    assert computed(lesson, what) == EXPECTED[what]
-
-
-def test_every_number_is_held(lesson: Lesson) -> None:
-    assert_complete(lesson, EXPECTED)
+def test_checks(lesson: Lesson) -> None:
+    assert_checks(lesson, EXPECTED)
 
 
 @pytest.mark.parametrize("route", [dense_hessian.batched, dense_hessian.row_by_row])
-def test_routes_on_three_numbers(route: Any) -> None:
+def test_hessian_of_three_numbers(route: Any) -> None:
     # sum x^4 / 12 + (sum x)^2 / 6 at (1, 2, 3): diag(1, 4, 9) + 1/3
     found = route(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
     known = [[4 / 3, 1 / 3, 1 / 3], [1 / 3, 13 / 3, 1 / 3], [1 / 3, 1 / 3, 28 / 3]]
     torch.testing.assert_close(found, torch.tensor(known, dtype=torch.float64))
 
 
-def test_one_product_is_the_row_sums() -> None:
+def test_one_product_equals_row_sums() -> None:
     found = dense_hessian.one_product(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
     assert found.tolist() == pytest.approx([2.0, 5.0, 10.0], abs=1e-12)
 
 
-def test_exponent_tells_powers_apart() -> None:
+def test_exponent_of_cubic_growth() -> None:
     cubic = [Measured(n, 7 * n**3, 0.0, None) for n in (10, 100, 1000)]
     assert exponent(cubic) == pytest.approx(3, abs=1e-9)
 
 
-def test_the_picture_draws_bytes_and_seconds_against_n(lesson: Lesson) -> None:
+def test_plot_shows_bytes_and_seconds(lesson: Lesson) -> None:
     memory, clock = lesson.plots["dense_hessian"].axes
     for axes in (memory, clock):
         assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
@@ -70,6 +60,6 @@ def test_the_picture_draws_bytes_and_seconds_against_n(lesson: Lesson) -> None:
     assert all(len(np.asarray(line.get_xdata())) >= 5 for line in clock.get_lines())
 
 
-def test_the_notes_extrapolate_to_the_free_memory(lesson: Lesson) -> None:
+def test_notes_extrapolate_to_the_free_memory(lesson: Lesson) -> None:
     assert "GiB are free here: by hessian_bytes, 8 n^2 in float32, that holds n = " in lesson.notes[-1]
     assert any(note.startswith("hessian, n = 1,000: 4 MB in ") for note in lesson.notes)

@@ -1,4 +1,4 @@
-"""Every number of the lesson ``finite_differences``."""
+"""The numbers of the lesson ``finite_differences``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from metalearn.lessons import Lesson, finite_differences
 from metalearn.lessons.finite_differences import METHODS, STEPS
-from tests.lessons.assertions import assert_complete, computed, zero
+from tests.lessons.assertions import assert_checks, zero
 
 # p, q and the best step in float64 and float32. On exp all derivatives are alike, so relative errors are
 #   forward                  h/2    + 2 eps/h      least at h = 2 eps^(1/2)        3.0e-8   6.9e-4
@@ -47,29 +47,19 @@ EXPECTED |= {
 }
 
 
-@pytest.fixture(scope="module")
-def lesson() -> Lesson:
-    return finite_differences.lesson()
-
-
-@pytest.mark.parametrize("what", EXPECTED)
-def test_number(what: str, lesson: Lesson) -> None:
-    assert computed(lesson, what) == EXPECTED[what]
-
-
-def test_every_number_is_held(lesson: Lesson) -> None:
-    assert_complete(lesson, EXPECTED)
+def test_checks(lesson: Lesson) -> None:
+    assert_checks(lesson, EXPECTED)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-def test_best_steps_are_foreseen_as_derived_above(method: finite_differences.Method) -> None:
+def test_predicted_best_steps(method: finite_differences.Method) -> None:
     eps = (2.220446049250313e-16, 1.1920928955078125e-07)
     assert [method.best(e) for e in eps] == pytest.approx(BEST[method.name], rel=0.02)
     assert (method.order, method.rounding) == POWERS[method.name]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-def test_truncation_errors_are_the_series(method: finite_differences.Method) -> None:
+def test_truncation_errors_equal_the_series(method: finite_differences.Method) -> None:
     # with f = exp and h = 0.1, relative to f: (e^h - 1)/h, sinh(h)/h, and 2 (cosh h - 1)/h^2, each less 1
     known = {
         "forward": (math.exp(0.1) - 1) / 0.1 - 1,
@@ -83,14 +73,14 @@ def test_truncation_errors_are_the_series(method: finite_differences.Method) -> 
     assert curve[at] == pytest.approx(known[method.name], rel=1e-6)
 
 
-def test_the_gradient_route_wins_for_second_derivatives(lesson: Lesson) -> None:
+def test_difference_of_gradients_beats_second_difference(lesson: Lesson) -> None:
     # the smallest errors foreseen in float64 are eps^(2/3) = 4e-11 and eps^(1/2) = 1.5e-8
     smallest = {m.name: min(finite_differences.errors(m, torch.float64)) for m in METHODS}
     assert smallest["difference of gradients"] < smallest["second difference"] / 50
-    assert lesson.right
+    assert lesson.passed
 
 
-def test_the_picture_marks_the_best_step_of_each_curve(lesson: Lesson) -> None:
+def test_plot_marks_the_best_steps(lesson: Lesson) -> None:
     for axes in lesson.plots["finite_differences"].axes:
         lines = [np.asarray(line.get_xydata()) for line in axes.get_lines()]
         assert len(lines) == 8

@@ -1,4 +1,4 @@
-"""Every number of the lesson ``graph``; counts that depend on how torch writes a formula are held as relations."""
+"""The numbers of the lesson ``graph``; counts that depend on how torch writes a formula are held as relations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from metalearn.lessons import Lesson, graph
-from tests.lessons.assertions import assert_complete, computed
+from tests.lessons.assertions import assert_checks
 
 EXPECTED: dict[str, Any] = {
     "nodes of x^2: the power and the leaf": 2,
@@ -29,21 +29,11 @@ EXPECTED: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def lesson() -> Lesson:
-    return graph.lesson()
+def test_checks(lesson: Lesson) -> None:
+    assert_checks(lesson, EXPECTED)
 
 
-@pytest.mark.parametrize("what", EXPECTED)
-def test_number(what: str, lesson: Lesson) -> None:
-    assert computed(lesson, what) == EXPECTED[what]
-
-
-def test_every_number_is_held(lesson: Lesson) -> None:
-    assert_complete(lesson, EXPECTED)
-
-
-def test_both_orders_take_the_same_step() -> None:
+def test_both_orders_take_the_same_step_forward() -> None:
     first, second = (graph.one_step(second_order=order) for order in (False, True))
     assert torch.equal(first.query, second.query)
     # One weight 0.5, support x = (1, 2), y = (0.8, -0.4): g = mean of 2 (p - y) (1 - p^2) x with p = tanh(0.5 x).
@@ -52,7 +42,7 @@ def test_both_orders_take_the_same_step() -> None:
     assert second.fast.item() == pytest.approx(0.5 - 0.1 * g.item(), rel=1e-14)
 
 
-def test_the_notes_say_what_is_drawn(lesson: Lesson) -> None:
+def test_notes_equal_the_plot(lesson: Lesson) -> None:
     first, second = (int(count) for count in re.findall(r"order (\d+)", lesson.notes[1]))
     assert second > first
     drawn = [

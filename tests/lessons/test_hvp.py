@@ -1,4 +1,4 @@
-"""Every number of the lesson ``hvp``."""
+"""The numbers of the lesson ``hvp``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from metalearn.lessons import Lesson, hvp
-from tests.lessons.assertions import assert_complete, computed, zero
+from tests.lessons.assertions import assert_checks, zero
 
 MODES = ("forward_over_reverse", "reverse_over_reverse", "reverse_over_forward")
 WAYS = ("two lines", *(f"{mode}, {kind}" for mode in MODES for kind in ("Tensor", "dict")))
@@ -37,38 +37,28 @@ EXPECTED: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def lesson() -> Lesson:
-    return hvp.lesson()
+def test_checks(lesson: Lesson) -> None:
+    assert_checks(lesson, EXPECTED)
 
 
-@pytest.mark.parametrize("what", EXPECTED)
-def test_number(what: str, lesson: Lesson) -> None:
-    assert computed(lesson, what) == EXPECTED[what]
-
-
-def test_every_number_is_held(lesson: Lesson) -> None:
-    assert_complete(lesson, EXPECTED)
-
-
-def test_the_two_lines_are_shown_as_they_ran(lesson: Lesson) -> None:
+def test_code_shows_the_two_lines(lesson: Lesson) -> None:
     assert "(grads,) = torch.autograd.grad(f(x), x, create_graph=True)" in lesson.code
     assert "(product,) = torch.autograd.grad(grads, x, grad_outputs=v)" in lesson.code
 
 
-def test_two_lines_elsewhere() -> None:
+def test_two_lines_at_another_point() -> None:
     # at (2, 0): H = [[2 sin 0, 4 cos 0], [4 cos 0, -4 sin 0]] = [[0, 4], [4, 0]], so H (3, 5) = (20, 12)
     x = torch.tensor([2.0, 0.0], dtype=torch.float64, requires_grad=True)
     v = torch.tensor([3.0, 5.0], dtype=torch.float64)
     assert hvp.two_lines(x, v).tolist() == pytest.approx([20.0, 12.0], abs=1e-12)
 
 
-def test_the_notes_give_each_mode_in_gradients(lesson: Lesson) -> None:
+def test_notes_list_every_mode(lesson: Lesson) -> None:
     assert "262,144 parameters" in lesson.notes[0]  # four layers of 256 x 256
     assert [note.partition(":")[0] for note in lesson.notes[1:]] == list(MODES)
 
 
-def test_the_picture_shows_the_gradient_along_v_and_its_tangent(lesson: Lesson) -> None:
+def test_plot_shows_gradient_and_tangent(lesson: Lesson) -> None:
     _, along = lesson.plots["hvp"].axes
     curves = [np.asarray(line.get_xydata()) for line in along.get_lines()]
     first, first_tangent, second, second_tangent = curves

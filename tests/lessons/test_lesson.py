@@ -20,7 +20,7 @@ def documented(x: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("computed", "expected", "tolerance", "right"),
+    ("computed", "expected", "tolerance", "passed"),
     [
         (2.0, 2.0, 0.0, True),
         (2.0 + 1e-9, 2.0, 1e-8, True),
@@ -33,19 +33,19 @@ def documented(x: int) -> int:
         (0.0, "RuntimeError", 1.0, False),
     ],
 )
-def test_verdict(computed: float | str, expected: float | str, tolerance: float, right: bool) -> None:
+def test_check_and_lesson_passed(computed: float | str, expected: float | str, tolerance: float, passed: bool) -> None:
     check = Check("", computed, expected, tolerance)
-    assert check.right is right
-    assert Lesson("", "", "", [Check("", 1.0, 1.0), check]).right is right
+    assert check.passed is passed
+    assert Lesson("", "", "", [Check("", 1.0, 1.0), check]).passed is passed
 
 
-def test_a_lesson_without_a_number_is_not_right() -> None:
-    assert not Lesson("", "", "", []).right
+def test_lesson_without_checks_does_not_pass() -> None:
+    assert not Lesson("", "", "", []).passed
 
 
-def test_code_is_shown_without_its_docstring() -> None:
+def test_source_of_omits_docstring() -> None:
     assert source_of(documented) == "def documented(x: int) -> int:\n    return x + 1"
 
 
-def test_schema_and_lessons_agree() -> None:
+def test_schema_lists_all_lessons() -> None:
     assert tuple(LESSONS) == schema_commands.LESSONS

@@ -1,4 +1,4 @@
-"""Every number of the lesson ``maml``; the network's Hessian term also against differences in numpy."""
+"""The numbers of the lesson ``maml``; the network's Hessian term also against differences in numpy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from metalearn.lessons import Lesson, maml
-from tests.lessons.assertions import assert_complete, computed, zero
+from tests.lessons.assertions import assert_checks, zero
 
 Vector = NDArray[np.float64]
 
@@ -34,13 +34,8 @@ EXPECTED: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def lesson() -> Lesson:
-    return maml.lesson()
-
-
 def gradient(theta: Vector, x: Vector, y: Vector) -> Vector:
-    """Of the mean squared error of the tanh network with 4 hidden units, by hand."""
+    """Return the gradient of the mean squared error of the tanh network with 4 hidden units, by hand."""
     w1, b1, w2, b2 = theta[:4], theta[4:8], theta[8:12], theta[12]
     h = np.tanh(x[:, None] * w1 + b1)
     residual = 2 * (h @ w2 + b2 - y) / len(x)
@@ -55,43 +50,35 @@ def support_and_query() -> tuple[Vector, Vector, Vector, Vector, Vector]:
 
 
 def hessian_times(v: Vector) -> Vector:
-    """H v of the support loss at theta, from central differences of the gradient by hand."""
+    """Return H v of the support loss at theta, from central differences of the gradient by hand."""
     theta, x, y, _, _ = support_and_query()
     h = 1e-5
     return (gradient(theta + h * v, x, y) - gradient(theta - h * v, x, y)) / (2 * h)
 
 
 def hessian_term() -> float:
-    """|alpha H dL_query(theta')|."""
+    """Return |alpha H dL_query(theta')|."""
     theta, x, y, query_x, query_y = support_and_query()
     g = gradient(theta - 0.1 * gradient(theta, x, y), query_x, query_y)
     return float(np.linalg.norm(0.1 * hessian_times(g)))
 
 
 def gap_per_alpha() -> float:
-    """3 |H g| / |g|, where every H_k and g tend to those at theta as alpha tends to 0."""
+    """Return 3 |H g| / |g|, as every H_k and g tend to those at theta when alpha tends to 0."""
     theta, _, _, query_x, query_y = support_and_query()
     g = gradient(theta, query_x, query_y)
     return float(3 * np.linalg.norm(hessian_times(g)) / np.linalg.norm(g))
 
 
-@pytest.mark.parametrize("what", [what for what in EXPECTED if EXPECTED[what] != "by differences, below"])
-def test_number(what: str, lesson: Lesson) -> None:
-    assert computed(lesson, what) == EXPECTED[what]
+def test_checks(lesson: Lesson) -> None:
+    by_differences = {
+        "length of the Hessian term, second - first": pytest.approx(hessian_term(), rel=1e-7),
+        "K = 3: gap / alpha at alpha = 1e-5, against 3 |H g| / |g|": pytest.approx(gap_per_alpha(), rel=1e-3),
+    }
+    assert_checks(lesson, EXPECTED | by_differences)
 
 
-def test_numbers_of_the_network_against_numpy(lesson: Lesson) -> None:
-    term = computed(lesson, "length of the Hessian term, second - first")
-    assert term == pytest.approx(hessian_term(), rel=1e-7)
-    limit = computed(lesson, "K = 3: gap / alpha at alpha = 1e-5, against 3 |H g| / |g|")
-    assert limit == pytest.approx(gap_per_alpha(), rel=1e-3)
-
-
-def test_every_number_is_held(lesson: Lesson) -> None:
-    assert_complete(lesson, EXPECTED)
-
-
-def test_the_picture_shows_the_term_that_was_measured(lesson: Lesson) -> None:
+def test_plot_shows_the_hessian_term(lesson: Lesson) -> None:
     term, gap, cosine = lesson.plots["hessian_term"].axes
     assert len(term.patches) == len(maml.THETA) == 13
     (points,) = [line for line in term.get_lines() if line.get_marker() == "o"]

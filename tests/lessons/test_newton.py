@@ -1,4 +1,4 @@
-"""Every number of the lesson ``newton``."""
+"""The numbers of the lesson ``newton``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from metalearn.lessons import Lesson, newton
-from tests.lessons.assertions import assert_complete, computed, zero
+from tests.lessons.assertions import assert_checks, zero
 
 EXPECTED: dict[str, Any] = {
     "Newton-CG: distance from (1, ..., 1)": zero(1e-8),
@@ -20,21 +20,11 @@ EXPECTED: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def lesson() -> Lesson:
-    return newton.lesson()
+def test_checks(lesson: Lesson) -> None:
+    assert_checks(lesson, EXPECTED)
 
 
-@pytest.mark.parametrize("what", EXPECTED)
-def test_number(what: str, lesson: Lesson) -> None:
-    assert computed(lesson, what) == EXPECTED[what]
-
-
-def test_every_number_is_held(lesson: Lesson) -> None:
-    assert_complete(lesson, EXPECTED)
-
-
-def test_direction_solves_a_definite_system() -> None:
+def test_newton_direction_solves_definite_system() -> None:
     # a short gradient asks for |r| <= |g|^1.5: 1e-12 of it here, so that p is -H^-1 g
     draw = torch.Generator().manual_seed(0)
     root = torch.randn(6, 6, dtype=torch.float64, generator=draw)
@@ -44,14 +34,14 @@ def test_direction_solves_a_definite_system() -> None:
     assert products <= 12
 
 
-def test_direction_stops_early_while_the_gradient_is_long() -> None:
+def test_newton_direction_stops_early_with_long_gradient() -> None:
     # |g| >= 1/4 asks for |r| <= |g| / 2 alone, which one product reaches where H is a multiple of the identity
     p, products = newton.newton_direction(lambda v: 2 * v, torch.tensor([3.0, 4.0]))
     assert products == 1
     assert p.tolist() == pytest.approx([-1.5, -2.0])
 
 
-def test_direction_stops_before_negative_curvature() -> None:
+def test_newton_direction_stops_at_negative_curvature() -> None:
     # the first direction is -g, and g'Hg = 1 - 9 < 0; with diag(1, -0.01) it is 1 - 0.09 > 0, and the second one bends
     grad = torch.tensor([1.0, 3.0], dtype=torch.float64)
     p, products = newton.newton_direction(lambda v: v * torch.tensor([1.0, -1.0], dtype=torch.float64), grad)
@@ -62,14 +52,14 @@ def test_direction_stops_before_negative_curvature() -> None:
     assert p.dot(grad) < 0
 
 
-def test_backtracking_halves_until_the_value_falls() -> None:
+def test_backtrack_halves_the_step() -> None:
     # x^2 from 1 along -8: at step 1, 1/2 and 1/4 the points are -7, -3 and -1, not below; 1/8 leads to 0
     x, p = torch.tensor([1.0]), torch.tensor([-8.0])
     step, values = newton.backtrack(lambda x: x.square().sum(), x, p, grad=torch.tensor([2.0]))
     assert (step, values) == (0.125, 5)  # f(x), and four more
 
 
-def test_the_last_steps_are_superlinear(lesson: Lesson) -> None:
+def test_last_steps_are_superlinear(lesson: Lesson) -> None:
     path = newton.newton_cg(newton.rosenbrock, torch.zeros(10, dtype=torch.float64))
     norms = [i.norm for i in path]
     assert 20 < len(path) < 120
@@ -79,14 +69,14 @@ def test_the_last_steps_are_superlinear(lesson: Lesson) -> None:
     assert f"{len(path) - 1} steps, {path[-1].cost} gradients" in lesson.notes[0]
 
 
-def test_costs_are_counted_in_gradients() -> None:
+def test_newton_cg_counts_costs() -> None:
     # |x|^2: the first direction is exact, with one product (3); f at x and at x + p (2); the gradient there (1)
     path = newton.newton_cg(lambda x: x.square().sum() / 2, torch.tensor([3.0, 4.0], dtype=torch.float64))
     assert [i.cost for i in path] == [1, 7]
     assert path[-1].norm == 0
 
 
-def test_curvatures_of_the_notes() -> None:
+def test_curvatures_in_the_notes() -> None:
     # at (1, ..., 1): 1200 x_i^2 - 400 x_i+1 + 2 = 802 first, 200 last, 1002 between; -400 x_i beside it
     h = np.diag([802.0, *[1002.0] * 8, 200.0]) + np.diag([-400.0] * 9, 1) + np.diag([-400.0] * 9, -1)
     values = np.linalg.eigvalsh(h)
@@ -97,7 +87,7 @@ def test_curvatures_of_the_notes() -> None:
     np.testing.assert_allclose(found.numpy(), h, atol=1e-9)
 
 
-def test_gradient_descent_has_the_same_budget_and_the_best_step(lesson: Lesson) -> None:
+def test_gradient_descent_uses_the_same_budget_and_its_best_step(lesson: Lesson) -> None:
     _, costs = lesson.plots["newton"].axes
     by_newton, by_descent = (np.asarray(line.get_xydata()) for line in costs.get_lines())
     assert by_descent[-1][0] == 10 * by_newton[-1][0]

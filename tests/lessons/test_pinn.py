@@ -1,4 +1,4 @@
-"""Every number of the lesson ``pinn``."""
+"""The numbers of the lesson ``pinn``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from metalearn.lessons import Lesson, pinn
-from tests.lessons.assertions import assert_complete, computed, zero
+from tests.lessons.assertions import assert_checks, zero
 
 EXPECTED: dict[str, Any] = {
     "tanh: largest |u - sin x| on [0, 2 pi]": zero(1e-3),
@@ -21,18 +21,8 @@ EXPECTED: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def lesson() -> Lesson:
-    return pinn.lesson()
-
-
-@pytest.mark.parametrize("what", EXPECTED)
-def test_number(what: str, lesson: Lesson) -> None:
-    assert computed(lesson, what) == EXPECTED[what]
-
-
-def test_every_number_is_held(lesson: Lesson) -> None:
-    assert_complete(lesson, EXPECTED)
+def test_checks(lesson: Lesson) -> None:
+    assert_checks(lesson, EXPECTED)
 
 
 def one_unit() -> dict[str, torch.Tensor]:
@@ -53,7 +43,7 @@ def test_derivatives_of_one_unit() -> None:
     assert u_xx.item() == pytest.approx(-2 * t * first * (1 - s**2) - 2 * s * first, rel=1e-13)
 
 
-def test_equation_adds_the_residual_and_both_initial_conditions() -> None:
+def test_equation_sums_residual_and_initial_conditions() -> None:
     # u = relu(relu(x)) = x for x > 0, so u'' + u = x; at the points 1 and 2: (1 + 4) / 2 + u(1)^2 + (u'(1) - 1)^2
     x = torch.tensor([1.0, 2.0], dtype=torch.float64)
     assert pinn.equation(one_unit(), x, torch.relu).item() == pytest.approx(2.5 + 1 + 0)
@@ -61,7 +51,7 @@ def test_equation_adds_the_residual_and_both_initial_conditions() -> None:
     assert pinn.equation(halved, x, torch.relu).item() == pytest.approx(2.5 / 4 + 0.25 + 0.25)
 
 
-def test_the_solution_holds_the_boundary(lesson: Lesson) -> None:
+def test_solution_satisfies_the_boundary(lesson: Lesson) -> None:
     solution, error = lesson.plots["pinn"].axes
     sine, smooth, kinked = (np.asarray(line.get_xydata()) for line in solution.get_lines())
     assert sine[[0, 500, -1], 0] == pytest.approx([0, np.pi, 2 * np.pi])
@@ -71,7 +61,7 @@ def test_the_solution_holds_the_boundary(lesson: Lesson) -> None:
     assert error.get_yscale() == "log"
 
 
-def test_both_losses_are_noted(lesson: Lesson) -> None:
+def test_notes_give_both_losses(lesson: Lesson) -> None:
     smooth, kinked = lesson.notes
     assert smooth.startswith("tanh: loss ")
     assert kinked.startswith("ReLU: loss ")

@@ -1,4 +1,4 @@
-"""Every number of the lesson ``sharpness``."""
+"""The numbers of the lesson ``sharpness``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from metalearn.core.profiling.threads import one_thread
 from metalearn.lessons import Lesson, sharpness
-from tests.lessons.assertions import assert_complete, computed, zero
+from tests.lessons.assertions import assert_checks, zero
 
 EXPECTED: dict[str, Any] = {
     "quadratic: lambda_max": pytest.approx(10, abs=1e-2),
@@ -32,21 +31,11 @@ EXPECTED: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def lesson() -> Lesson:
-    return sharpness.lesson()
+def test_checks(lesson: Lesson) -> None:
+    assert_checks(lesson, EXPECTED)
 
 
-@pytest.mark.parametrize("what", EXPECTED)
-def test_number(what: str, lesson: Lesson) -> None:
-    assert computed(lesson, what) == EXPECTED[what]
-
-
-def test_every_number_is_held(lesson: Lesson) -> None:
-    assert_complete(lesson, EXPECTED)
-
-
-def test_dense_sharpness_puts_the_blocks_together() -> None:
+def test_dense_sharpness_of_two_blocks() -> None:
     # f = a^2/2 + 3 a b + b^2/2 in two tensors: [[1, 3], [3, 1]], eigenvalues 4 and -2
     theta = {"a": torch.tensor([[1.0]], dtype=torch.float64), "b": torch.tensor([2.0], dtype=torch.float64)}
     found = sharpness.dense_sharpness(
@@ -55,7 +44,7 @@ def test_dense_sharpness_puts_the_blocks_together() -> None:
     assert found == pytest.approx(4, abs=1e-12)
 
 
-def test_training_is_gradient_descent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_is_gradient_descent(monkeypatch: pytest.MonkeyPatch) -> None:
     # on x^2/2 summed over 40 numbers, lr = 0.1 shrinks each by 0.9 a step, and the sharpness is 1 throughout
     monkeypatch.setattr(sharpness, "_STEPS", 20)
     theta = {"x": torch.ones(40, dtype=torch.float64)}
@@ -64,7 +53,7 @@ def test_training_is_gradient_descent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.sharpness == {0: pytest.approx(1), 20: pytest.approx(1)}
 
 
-def test_the_picture_has_the_lines_two_over_lr(lesson: Lesson) -> None:
+def test_plot_has_the_lines_two_over_lr(lesson: Lesson) -> None:
     loss, sharp = lesson.plots["sharpness"].axes
     levels = [np.asarray(line.get_ydata()) for line in sharp.get_lines()]
     assert [level[0] for level in levels if len(level) == 2] == [8.0, 5.0]
@@ -73,10 +62,3 @@ def test_the_picture_has_the_lines_two_over_lr(lesson: Lesson) -> None:
     assert below[-1] > 5
     assert len(loss.get_lines()) == 3
     assert loss.get_yscale() == "log"
-
-
-def test_threads_are_given_back() -> None:
-    before = torch.get_num_threads()
-    with one_thread():
-        assert torch.get_num_threads() == 1
-    assert torch.get_num_threads() == before

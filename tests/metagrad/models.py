@@ -1,4 +1,4 @@
-"""Small networks that the tests of the meta-gradient share."""
+"""Small networks for tests of the meta-gradient."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from metalearn.commands.verify.attention import PatchTransformer
-from metalearn.commands.verify.residual import ResidualNet
+from metalearn.commands.verify.cases import PatchTransformer, ResidualNet
 from metalearn.models import MLP, Conv4
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

@@ -1,4 +1,4 @@
-"""The meta-gradient against what can be worked out by hand, in float64."""
+"""The meta-gradient against closed forms, in float64."""
 
 from __future__ import annotations
 

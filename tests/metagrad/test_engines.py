@@ -1,4 +1,4 @@
-"""What the engines owe each other beyond equal gradients of a plain network: randomness, autocast, hard operations."""
+"""Engines against unroll: random numbers, autocast, attention, operations without forward mode."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from metalearn import Episodes, InnerLoop, Params, functionalize, meta_gradient
 from metalearn.core.functional import relative_error
 from metalearn.derivatives.hvp import value_and_hvp
 from metalearn.metagrad import ENGINES
-from metalearn.metagrad.adjoint import _say_once, adjoint
+from metalearn.metagrad.adjoint import _warn_once, adjoint
 from metalearn.models import Conv4
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 from tests.metagrad.models import MODELS
 
 OTHERS = [engine for engine in ENGINES if engine != "unroll"]
@@ -29,8 +29,8 @@ def sequences(*, tasks: int = 2, dtype: torch.dtype = torch.float64) -> Episodes
     return Episodes(x, y, x.flip(1), y.flip(1))
 
 
-def both(module: nn.Module, episodes: Episodes, engine: str, **settings: Any) -> tuple[Params, Params]:
-    """The gradient by an engine and by unroll, from the same state of the random generator."""
+def grads_and_reference(module: nn.Module, episodes: Episodes, engine: str, **settings: Any) -> tuple[Params, Params]:
+    """Return the gradients by an engine and by unroll, from the same state of the random generator."""
     forward, theta = functionalize(module)
     inner = InnerLoop(**{"lr": 0.1, "steps": 3, "engine": engine, **settings})
     torch.manual_seed(1)
@@ -42,24 +42,26 @@ def both(module: nn.Module, episodes: Episodes, engine: str, **settings: Any) ->
 
 @pytest.mark.parametrize("engine", OTHERS)
 @pytest.mark.parametrize("model", MODELS)
-def test_equals_unroll(model: str, engine: str) -> None:
-    got, expected = both(MODELS[model]().double(), image_episodes(), engine)
+def test_engine_equals_unroll(model: str, engine: str) -> None:
+    got, expected = grads_and_reference(MODELS[model]().double(), image_episodes(), engine)
     assert relative_error(got, expected) < 1e-9
 
 
 @pytest.mark.parametrize("engine", OTHERS)
 @pytest.mark.parametrize("every", [1, 2, 3, 4, 5, 7])
-def test_result_does_not_depend_on_snapshots(every: int, engine: str) -> None:
-    got, expected = both(Conv4(3, width=4).double(), image_episodes(), engine, steps=5, snapshot_every=every)
+def test_gradient_does_not_depend_on_snapshot_every(every: int, engine: str) -> None:
+    got, expected = grads_and_reference(
+        Conv4(3, width=4).double(), image_episodes(), engine, steps=5, snapshot_every=every
+    )
     assert relative_error(got, expected) < 1e-11
 
 
 @pytest.mark.parametrize("engine", OTHERS)
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("chunk", [None, 1])
-def test_dropout_draws_the_same_mask_again(chunk: int | None, every: int, engine: str) -> None:
+def test_recomputation_draws_the_same_dropout_mask(chunk: int | None, every: int, engine: str) -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(40, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 3)).double()
-    got, expected = both(module, sequences(), engine, snapshot_every=every, task_chunk=chunk)
+    got, expected = grads_and_reference(module, sequences(), engine, snapshot_every=every, task_chunk=chunk)
     assert relative_error(got, expected) < 1e-11
     torch.manual_seed(2)
     forward, theta = functionalize(module)
@@ -68,7 +70,7 @@ def test_dropout_draws_the_same_mask_again(chunk: int | None, every: int, engine
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_random_generator_moves_on_alike(engine: str) -> None:
+def test_engines_leave_the_same_rng_state(engine: str) -> None:
     module = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(40, 3)).double()
     forward, theta = functionalize(module)
     draws = []
@@ -105,7 +107,7 @@ class AttentionByFormula(Attention):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("second_order", [True, False])
-def test_fused_attention_is_differentiated_twice(second_order: bool, engine: str) -> None:
+def test_fused_attention_has_a_second_derivative(second_order: bool, engine: str) -> None:
     fused, plain = Attention().double(), AttentionByFormula().double()
     plain.load_state_dict(fused.state_dict())
     episodes = sequences()
@@ -146,10 +148,10 @@ class Squares(nn.Module):
         return logits
 
 
-def test_adjoint_falls_back_to_reverse_over_reverse_tries_and_says_so_once(
+def test_adjoint_without_forward_mode_warns_once_and_uses_reverse_over_reverse(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _say_once.cache_clear()
+    _warn_once.cache_clear()
     modes: list[str] = []
 
     def spy(*arguments: Any, mode: str) -> tuple[Tensor, Params]:
@@ -224,8 +226,8 @@ def test_regression_loss_and_frozen_parameters(engine: str) -> None:
 @pytest.mark.parametrize("engine", OTHERS)
 @pytest.mark.parametrize("model", MODELS)
 def test_autocast_to_bfloat16(model: str, engine: str) -> None:
-    # bfloat16 keeps 8 bits, an error of 0.4% an operation. How far that carries is the model's affair (BatchNorm over
-    # few examples multiplies it); the engines owe each other the same rounding, and none may fall back to first order.
+    # bfloat16 keeps 8 bits, an error of 0.4% an operation. How far that spreads depends on the model (BatchNorm over
+    # few examples multiplies it); engines must round alike, and none may fall back to first order.
     torch.manual_seed(1)
     forward, theta = functionalize(MODELS[model]())
     episodes = image_episodes(shots=5, queries=5, dtype=torch.float32)
@@ -240,13 +242,13 @@ def test_autocast_to_bfloat16(model: str, engine: str) -> None:
     assert 0 < relative_error(rounded, exact) < relative_error(first, exact)
 
 
-def test_watch_sees_every_adjoint() -> None:
+def test_callback_receives_every_adjoint() -> None:
     # lam_K is the query gradient at theta_K, whose sum over tasks is the first-order meta-gradient; lam_0's is the
     # second-order one.
     forward, theta = functionalize(Conv4(3, width=4).double())
     episodes, inner = image_episodes(), InnerLoop(lr=0.1, steps=3)
     seen: dict[int, Params] = {}
-    adjoint(forward, theta, episodes, inner, nn.functional.cross_entropy, watch=lambda k, lam: seen.update({k: lam}))
+    adjoint(forward, theta, episodes, inner, nn.functional.cross_entropy, callback=lambda k, lam: seen.update({k: lam}))
     assert list(seen) == [3, 2, 1, 0]
     for k, second_order in ((3, False), (0, True)):
         summed = {name: w.sum(dim=0) for name, w in seen[k].items()}

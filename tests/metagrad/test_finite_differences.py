@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from metalearn import InnerLoop, Params, adapt, functionalize, meta_gradient
 from metalearn.inner import task_losses
 from metalearn.metagrad import ENGINES
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 from tests.metagrad.models import MODELS
 
 
@@ -18,7 +18,7 @@ from tests.metagrad.models import MODELS
 @pytest.mark.parametrize("model", MODELS)
 def test_second_order_equals_finite_differences(model: str, steps: int, engine: str) -> None:
     forward, theta = functionalize(MODELS[model]().double())
-    episodes = image_episodes(shots=4, queries=4)  # BatchNorm over very few examples is too kinked to difference
+    episodes = image_episodes(shots=4, queries=4)  # BatchNorm over very few examples has too many kinks
     inner = InnerLoop(lr=0.05, steps=steps, engine=engine)
     grads = meta_gradient(forward, theta, episodes, inner).grads
     eps = 1e-8  # small, as ReLU and max-pooling have kinks

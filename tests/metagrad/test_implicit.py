@@ -1,4 +1,4 @@
-"""iMAML against closed forms, dense solves and itself, in float64."""
+"""iMAML against closed forms and dense solves, in float64."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ def regression(*, tasks: int = 3) -> Episodes:
     return Episodes(numbers(6, 3), numbers(6, 1), numbers(5, 3), numbers(5, 1))
 
 
-def solved(theta: Params, episodes: Episodes, rho: float, *, decay: float = 0.0, scale: float = 1.0) -> Tensor:
-    """Mean query loss of argmin_w |X w + c - y|^2 / S + decay/2 |w|^2 + rho/2 |w - scale theta|^2, c a constant.
+def loss_at_solution(
+    theta: Params, episodes: Episodes, rho: float, *, decay: float = 0.0, scale: float = 1.0
+) -> Tensor:
+    """Return the query loss at argmin_w |X w + c - y|^2 / S + decay/2 |w|^2 + rho/2 |w - scale theta|^2, c constant.
 
     The gradient in w is 0 where (2 X'X / S + decay + rho) w = 2 X'(y - c) / S + rho scale theta; differentiable.
     """
@@ -52,19 +54,19 @@ def twice(forward: Forward, fast: Params, support_x: Tensor, support_y: Tensor) 
 CASES: dict[str, tuple[bool, dict[str, Any], dict[str, float]]] = {
     "plain": (False, {}, {}),
     "weight decay": (False, {"weight_decay": 0.5}, {"decay": 0.5}),
-    "an adapted weight beside a bias that is not": (True, {"adapted": {"weight"}}, {}),
-    "from elsewhere than theta": (False, {"start": twice}, {"scale": 2.0}),
+    "adapted weight, constant bias": (True, {"adapted_params": {"weight"}}, {}),
+    "initializer": (False, {"initializer": twice}, {"scale": 2.0}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_quadratic_is_the_closed_form(case: str) -> None:
+def test_quadratic_equals_closed_form(case: str) -> None:
     bias, settings, closed = CASES[case]
     forward, theta = functionalize(nn.Linear(3, 1, bias=bias).double())
-    episodes, inner = regression(), InnerLoop(0.1, 100, proximal=3.0, **settings)
+    episodes, inner = regression(), InnerLoop(0.1, 100, proximal_weight=3.0, **settings)
     got = Implicit(cg_steps=3, cg_tolerance=0.0)(forward, theta, episodes, inner, mse_loss)
     at = {name: p.clone().requires_grad_() for name, p in theta.items()}
-    loss = solved(at, episodes, 3.0, **closed)
+    loss = loss_at_solution(at, episodes, 3.0, **closed)
     assert got.loss.item() == pytest.approx(loss.item(), rel=1e-8), "the inner problem is solved"
     assert relative_error(got.grads, grad_of(loss, at, create_graph=False)) < 1e-8
     assert got.diagnostics["cg_residual"] < 1e-12, "3 iterations solve 3 equations"
@@ -73,7 +75,7 @@ def test_quadratic_is_the_closed_form(case: str) -> None:
 def system_of_task(
     forward: Forward, phi: Params, episodes: Episodes, t: int, rho: float, damping: float
 ) -> tuple[Tensor, Tensor]:
-    """A = (1 + damping) I + H/rho, dense, and b = dL_query(phi), of one task, in the order of the parameters."""
+    """Return dense A = (1 + damping) I + H/rho and b = dL_query(phi) of one task, in the order of the parameters."""
     own = {name: w[t] for name, w in phi.items()}
     blocks = hessian(lambda p: cross_entropy(forward(p, episodes.support_x[t]), episodes.support_y[t]), own)
     rows = [torch.cat([blocks[i][j].reshape(own[i].numel(), -1) for j in own], dim=1) for i in own]
@@ -90,10 +92,10 @@ def flat(grads: Params) -> Tensor:
 
 @pytest.mark.parametrize("damping", [0.0, 0.7])
 @pytest.mark.parametrize("batch_norm", [True, False])
-def test_equals_the_dense_solve_anywhere(batch_norm: bool, damping: float) -> None:
+def test_equals_dense_solve_away_from_minimum(batch_norm: bool, damping: float) -> None:
     """After 2 steps, far from a minimum: each task's own matrix, all of them positive definite."""
     forward, theta = functionalize(MLP(4, 3, hidden=(3,), batch_norm=batch_norm).double())
-    episodes, inner = vectors(), InnerLoop(0.2, 2, proximal=4.0)
+    episodes, inner = vectors(), InnerLoop(0.2, 2, proximal_weight=4.0)
     phi = adapt(forward, theta, episodes.support_x, episodes.support_y, inner)
     expected = torch.zeros(sum(p.numel() for p in theta.values()), dtype=torch.float64)
     for t in range(episodes.tasks):
@@ -105,9 +107,9 @@ def test_equals_the_dense_solve_anywhere(batch_norm: bool, damping: float) -> No
     assert got.diagnostics["cg_residual_max"] < 1e-12
 
 
-def test_residual_is_what_it_says() -> None:
+def test_cg_residual_equals_dense_residual() -> None:
     forward, theta = functionalize(MLP(4, 3, hidden=(3,)).double())
-    episodes, inner = vectors(tasks=4), InnerLoop(0.2, 2, proximal=0.5, task_chunk=3)
+    episodes, inner = vectors(tasks=4), InnerLoop(0.2, 2, proximal_weight=0.5, task_chunk=3)
     engine = Implicit(cg_steps=2)
     phi = adapt(forward, theta, episodes.support_x, episodes.support_y, inner)
     expected = []
@@ -128,7 +130,7 @@ def test_residual_is_what_it_says() -> None:
 
 def test_first_order_drops_the_hessian() -> None:
     forward, theta = functionalize(MLP(4, 3, hidden=(3,)).double())
-    episodes, inner = vectors(), InnerLoop(0.2, 3, proximal=1.0, second_order=False, adapted=HEAD)
+    episodes, inner = vectors(), InnerLoop(0.2, 3, proximal_weight=1.0, second_order=False, adapted_params=HEAD)
     fast = adapt(forward, theta, episodes.support_x, episodes.support_y, inner)
     at = {name: w.requires_grad_() for name, w in fast.items()}
     losses = task_losses(forward, at, episodes.query_x, episodes.query_y, loss=cross_entropy).losses
@@ -138,12 +140,12 @@ def test_first_order_drops_the_hessian() -> None:
     assert got.diagnostics["cg_residual"] == pytest.approx(0.0)
 
 
-def test_result_does_not_depend_on_the_way_there() -> None:
-    """Any way to the same phi gives the same gradient: here more steps, after which nothing moves any more."""
+def test_gradient_does_not_depend_on_the_steps_to_phi() -> None:
+    """More and smaller steps to the same phi give the same gradient."""
     forward, theta = functionalize(nn.Linear(3, 1).double())
     episodes, engine = regression(), Implicit(cg_steps=8)
     grads = [
-        engine(forward, theta, episodes, InnerLoop(lr, steps, proximal=3.0), mse_loss).grads
+        engine(forward, theta, episodes, InnerLoop(lr, steps, proximal_weight=3.0), mse_loss).grads
         for lr, steps in ((0.1, 100), (0.05, 200))
     ]
     assert relative_error(grads[0], grads[1]) < 1e-8
@@ -154,7 +156,7 @@ def test_memory_does_not_grow_with_the_steps() -> None:
     peaks = []
     for steps in (2, 2, 12):  # the first call loads what torch loads once
         with PeakTensorMemory() as live:
-            Implicit(cg_steps=2)(forward, theta, vectors(), InnerLoop(0.2, steps, proximal=2.0), cross_entropy)
+            Implicit(cg_steps=2)(forward, theta, vectors(), InnerLoop(0.2, steps, proximal_weight=2.0), cross_entropy)
         peaks.append(live.peak)
     snapshot = 3 * sum(p.numel() * p.element_size() for p in theta.values())
     assert peaks[2] < peaks[1] + snapshot, "10 more steps, and not one more copy of the fast weights"
@@ -167,14 +169,14 @@ def concave(prediction: Tensor, y: Tensor) -> Tensor:
 
 def test_negative_curvature_from_the_first_direction_gives_first_order() -> None:
     forward, theta = functionalize(nn.Linear(3, 1, bias=False).double())
-    episodes, inner = regression(), InnerLoop(1e-3, 2, proximal=1e-3)
+    episodes, inner = regression(), InnerLoop(1e-3, 2, proximal_weight=1e-3)
     got = Implicit(cg_steps=5)(forward, theta, episodes, inner, concave)
     first = Implicit()(forward, theta, episodes, dataclasses.replace(inner, second_order=False), concave)
     assert relative_error(got.grads, first.grads) < 1e-12
     assert got.diagnostics["cg_residual"] > 1, "and says that this solves nothing"
 
 
-def test_negative_curvature_stops_one_task_alone() -> None:
+def test_negative_curvature_stops_only_its_task() -> None:
     """A = diag(3, -1), b = (1, 1): alpha = 2/2, x = (1, 1), r = (-2, 2), beta = 8/2, d = (2, 6), d.Ad = 12 - 36 < 0."""
     diagonals = torch.tensor([[3.0, -1.0], [3.0, 1.0], [-3.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
     b = torch.ones_like(diagonals)
@@ -186,7 +188,7 @@ def test_negative_curvature_stops_one_task_alone() -> None:
     torch.testing.assert_close(residuals, expected, atol=1e-12, rtol=1e-12)
 
 
-def test_conjugate_gradients_stop_task_by_task_and_as_a_whole() -> None:
+def test_conjugate_gradients_stop_for_each_task_and_for_all() -> None:
     products = 0
     diagonals = torch.tensor([[1.0, 1.0, 1.0], [1.0, 2.0, 9.0]], dtype=torch.float64)
 
@@ -204,7 +206,7 @@ def test_conjugate_gradients_stop_task_by_task_and_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize("of", ["matrix", "right-hand side"])
-def test_nan_does_not_pass_for_a_solution(of: str) -> None:
+def test_nan_passes_on_to_the_solution(of: str) -> None:
     a, b = torch.ones(2, 3), torch.ones(2, 3)
     (a if of == "matrix" else b)[1] = torch.nan
     x, residuals = conjugate_gradients(lambda v: {"w": a * v["w"]}, {"w": b}, steps=5, tolerance=0.0)
@@ -215,8 +217,8 @@ def test_nan_does_not_pass_for_a_solution(of: str) -> None:
     assert alone["w"].isnan().all()
 
 
-def test_dropout_draws_one_mask_for_all_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise every product is with another matrix."""
+def test_dropout_mask_is_the_same_for_all_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise every product would use another matrix."""
     products: list[Params] = []
 
     def twice_the_same(product: Callable[[Params], Params], b: Params, **numbers: Any) -> tuple[Params, Tensor]:
@@ -226,23 +228,23 @@ def test_dropout_draws_one_mask_for_all_products(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys.modules["metalearn.metagrad.implicit"], "conjugate_gradients", twice_the_same)
     module = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)).double()
     forward, theta = functionalize(module)
-    Implicit()(forward, theta, vectors(), InnerLoop(0.2, 2, proximal=2.0), cross_entropy)
+    Implicit()(forward, theta, vectors(), InnerLoop(0.2, 2, proximal_weight=2.0), cross_entropy)
     assert all(torch.equal(w, products[1][name]) for name, w in products[0].items())
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"proximal": 0.0}, r"inner\.proximal is 0, .*Give inner\.proximal a positive number"),
+        ({"proximal_weight": 0.0}, r"inner\.proximal_weight is 0, .*Give inner\.proximal_weight a positive number"),
         ({"learned_lr": "layer"}, r"inner\.learned_lr='layer', which iMAML has no gradient for"),
         ({"query_weights": (0.0, 0.5, 0.5)}, r"inner\.query_weights=.* has no gradient for"),
-        ({"per_step": {"layers.2.weight"}}, r"inner\.per_step=.* has no gradient for"),
+        ({"per_step_params": {"layers.2.weight"}}, r"inner\.per_step_params=.* has no gradient for"),
     ],
 )
-def test_settings_without_a_gradient_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_unsupported_setting_raises(settings: dict[str, Any], message: str) -> None:
     forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
     with pytest.raises(ValueError, match=message):
-        Implicit()(forward, theta, vectors(), InnerLoop(0.2, 2, **{"proximal": 1.0, **settings}), cross_entropy)
+        Implicit()(forward, theta, vectors(), InnerLoop(0.2, 2, **{"proximal_weight": 1.0, **settings}), cross_entropy)
 
 
 @pytest.mark.parametrize(
@@ -254,14 +256,14 @@ def test_settings_without_a_gradient_are_refused(settings: dict[str, Any], messa
         ({"damping": -0.1}, "damping=-0.1"),
     ],
 )
-def test_numbers_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_number_out_of_range_raises(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=rf"Implicit: {message}; it must be"):
         Implicit(**settings)
 
 
-def test_what_is_not_finite_is_refused() -> None:
+def test_nonfinite_loss_raises() -> None:
     forward, theta = functionalize(nn.Linear(4, 3).double())
     episodes = vectors()
     episodes.support_x[2] = torch.nan
     with pytest.raises(NonFiniteLossError, match="task 2"):
-        Implicit()(forward, theta, episodes, InnerLoop(0.2, 2, proximal=1.0), cross_entropy)
+        Implicit()(forward, theta, episodes, InnerLoop(0.2, 2, proximal_weight=1.0), cross_entropy)

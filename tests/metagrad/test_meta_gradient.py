@@ -1,4 +1,4 @@
-"""The meta-gradient against a hand-written loop, and what holds for every engine, in float64."""
+"""The meta-gradient against a hand-written loop, and properties of every engine, in float64."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gr
 from metalearn.core.functional import grad_of, relative_error
 from metalearn.metagrad import ENGINES
 from metalearn.models import Conv4
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 from tests.metagrad.models import MODELS
 
 
 @sdpa_kernel(SDPBackend.MATH)  # the fused attention cannot be differentiated twice
 def by_hand(module: nn.Module, episodes: Episodes, lr: float, steps: int, *, detach: bool) -> Params:
-    """The textbook loop: a task at a time, ``create_graph=True``, the inner gradients detached or not."""
+    """Compute the textbook loop over tasks with ``create_graph=True``, the inner gradients detached or not."""
     theta = {name: p.detach().requires_grad_() for name, p in module.named_parameters()}
     total = torch.zeros((), dtype=torch.float64)
     for t in range(episodes.tasks):
@@ -38,9 +38,7 @@ def by_hand(module: nn.Module, episodes: Episodes, lr: float, steps: int, *, det
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("second_order", [True, False])
 @pytest.mark.parametrize("model", MODELS)
-def test_equals_a_hand_written_loop_and_first_order_is_the_detached_one(
-    model: str, second_order: bool, engine: str
-) -> None:
+def test_equals_hand_written_loop(model: str, second_order: bool, engine: str) -> None:
     module = MODELS[model]().double()
     episodes = image_episodes()
     expected = by_hand(module, episodes, lr=0.1, steps=2, detach=not second_order)
@@ -55,7 +53,7 @@ def test_equals_a_hand_written_loop_and_first_order_is_the_detached_one(
 
 
 @pytest.mark.parametrize("second_order", [True, False])
-def test_inner_gradient_carries_a_graph_exactly_in_second_order(
+def test_inner_gradient_carries_a_graph_only_in_second_order(
     second_order: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
@@ -65,7 +63,7 @@ def test_inner_gradient_carries_a_graph_exactly_in_second_order(
         seen.extend(g.grad_fn is not None for g in grads.values())
         return grads
 
-    monkeypatch.setattr("metalearn.inner.loop.gradients", spy)
+    monkeypatch.setattr("metalearn.inner.loop.grad_of", spy)
     forward, theta = functionalize(Conv4(3, width=4).double())
 
     meta_gradient(forward, theta, image_episodes(), InnerLoop(lr=0.1, steps=2, second_order=second_order))
@@ -105,7 +103,7 @@ class TwoHeads(nn.Module):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("second_order", [True, False])
-def test_parameters_out_of_reach_get_zeros(second_order: bool, engine: str) -> None:
+def test_unused_parameters_get_zero_gradients(second_order: bool, engine: str) -> None:
     forward, theta = functionalize(TwoHeads())
     x, y = torch.randn(2, 6, 4), torch.randint(3, (2, 6))
 
@@ -118,15 +116,17 @@ def test_parameters_out_of_reach_get_zeros(second_order: bool, engine: str) -> N
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_loss_that_reaches_nothing_is_an_error(engine: str) -> None:
+@pytest.mark.parametrize("steps", [0, 1])
+def test_loss_that_depends_on_no_parameter_raises(steps: int, engine: str) -> None:
     forward, theta = functionalize(TwoHeads())
     x, y = torch.randn(2, 6, 4), torch.randint(3, (2, 6))
+    inner = InnerLoop(lr=0.1, steps=steps, engine=engine)
 
     def detached(prediction: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(prediction.detach(), target)
 
     with pytest.raises(ValueError, match=r"depends on no parameter.*\.detach\(\)"):
-        meta_gradient(forward, theta, Episodes(x, y, x, y), InnerLoop(lr=0.1, steps=1, engine=engine), loss=detached)
+        meta_gradient(forward, theta, Episodes(x, y, x, y), inner, loss=detached)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -143,7 +143,7 @@ def test_result_does_not_depend_on_task_chunk(chunk: int, engine: str) -> None:
     torch.testing.assert_close(parts.predictions, whole.predictions, rtol=1e-10, atol=1e-12)
 
 
-def test_result_describes_the_adapted_model() -> None:
+def test_predictions_and_support_loss_are_those_of_adapt() -> None:
     forward, theta = functionalize(Conv4(3, width=4).double())
     episodes = image_episodes()
     inner = InnerLoop(lr=0.1, steps=2)
@@ -160,7 +160,7 @@ def test_result_describes_the_adapted_model() -> None:
     assert not any(t.requires_grad for t in (result.loss, result.predictions, result.support_loss))
 
 
-def test_parameters_are_neither_changed_nor_marked() -> None:
+def test_parameters_are_not_changed() -> None:
     forward, theta = functionalize(Conv4(3, width=4))
     before = {name: p.clone() for name, p in theta.items()}
 
@@ -172,7 +172,7 @@ def test_parameters_are_neither_changed_nor_marked() -> None:
         assert p.grad is None
 
 
-def test_works_under_no_grad() -> None:
+def test_no_grad_outside_changes_nothing() -> None:
     forward, theta = functionalize(Conv4(3, width=4).double())
     episodes = image_episodes()
     expected = meta_gradient(forward, theta, episodes, InnerLoop(lr=0.1, steps=1)).grads
@@ -181,7 +181,7 @@ def test_works_under_no_grad() -> None:
     assert relative_error(grads, expected) == 0
 
 
-def test_unknown_engine_is_named() -> None:
+def test_unknown_engine_raises() -> None:
     forward, theta = functionalize(nn.Linear(2, 2))
     x, y = torch.randn(1, 2, 2), torch.zeros(1, 2).long()
     with pytest.raises(ValueError, match=r"engine='nope' is not one of unroll"):

@@ -1,4 +1,4 @@
-"""A meta-gradient that is not finite, though every loss is, is refused with parameter, task and inner step."""
+"""A non-finite meta-gradient of finite losses raises with its parameter, task and inner step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DOUBLE = torch.float64
 
 
 def penalised(params: Params, x: Tensor) -> Tensor:
-    """A norm that is 0 where x is: finite, and its derivative's derivative is not."""
+    """Add a norm that is 0 where x is 0: finite, but its second derivative is not."""
     penalty: Tensor = (params["bias"] * x[0, 0]).norm() ** 2
     return x @ params["w"] + penalty
 
@@ -35,7 +35,7 @@ THETA = {"w": torch.ones(2, dtype=DOUBLE), "bias": torch.ones(3, dtype=DOUBLE)}
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("chunk", [None, 2])
-def test_parameter_and_task_are_named(chunk: int | None, engine: str) -> None:
+def test_nonfinite_gradient_raises_with_parameter_and_task(chunk: int | None, engine: str) -> None:
     inner = InnerLoop(lr=0.01, steps=2, engine=engine, task_chunk=chunk)
     with pytest.raises(NonFiniteGradientError, match=r"of task 3 is nan in parameter 'w' .*infinite at 0") as caught:
         meta_gradient(penalised, THETA, tasks(bad=3), inner, loss=mse_loss)
@@ -45,7 +45,7 @@ def test_parameter_and_task_are_named(chunk: int | None, engine: str) -> None:
     assert torch.isfinite(meta_gradient(penalised, THETA, tasks(bad=3), first, loss=mse_loss).grads["bias"]).all()
 
 
-def test_who_looks_later_is_not_stopped() -> None:
+def test_deferred_check_returns_nonfinite_gradient() -> None:
     with defer_loss_checks():
         result = meta_gradient(penalised, THETA, tasks(bad=0), InnerLoop(lr=0.01, steps=1), loss=mse_loss)
     assert result.grads["bias"].isnan().any()
@@ -55,15 +55,15 @@ def test_who_looks_later_is_not_stopped() -> None:
 class BareRoot:
     """Divides by the root of the gradient's square: 0/0 where that is 0."""
 
-    def start(self, fast: Params) -> Params:
+    def init(self, fast: Params) -> Params:
         return {}
 
-    def __call__(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
+    def update(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
         return {name: g / ((g * g).sqrt() + 1e-3) for name, g in grads.items()}, state
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_rule_with_a_bare_root_is_refused(engine: str) -> None:
+def test_rule_with_infinite_derivative_raises(engine: str) -> None:
     def forward(params: Params, x: Tensor) -> Tensor:
         return x @ params["w"] + 0 * params["bias"].sum()
 

@@ -1,4 +1,4 @@
-"""Reptile against torch's own optimisers, one task at a time, and against joint training."""
+"""Reptile against torch's optimizers, one task at a time, and against joint training."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from metalearn.metagrad.reptile import reptile
 from metalearn.models import MLP
 from tests.metagrad.settings import HEAD, vectors
 
-Optimiser = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-RULES: dict[str, tuple[dict[str, Any], Optimiser]] = {
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+RULES: dict[str, tuple[dict[str, Any], MakeOptimizer]] = {
     "sgd": ({}, lambda own: torch.optim.SGD(own, lr=0.2)),
     "momentum": ({"rule": Momentum(0.8)}, lambda own: torch.optim.SGD(own, lr=0.2, momentum=0.8)),
     "adam": (
@@ -29,28 +29,28 @@ RULES: dict[str, tuple[dict[str, Any], Optimiser]] = {
         lambda own: torch.optim.Adam(own, lr=0.2, betas=(0.0, 0.999)),
     ),  # the paper's
     "weight decay": ({"weight_decay": 0.3}, lambda own: torch.optim.SGD(own, lr=0.2, weight_decay=0.3)),
-    "the head alone": ({"adapted": HEAD}, lambda own: torch.optim.SGD(own, lr=0.2)),
+    "head alone": ({"adapted_params": HEAD}, lambda own: torch.optim.SGD(own, lr=0.2)),
 }
 
 
-def together(episodes: Episodes, t: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A task's support and query examples."""
+def all_examples(episodes: Episodes, t: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the support and query examples of a task."""
     x = torch.cat([episodes.support_x[t], episodes.query_x[t]])
     return x, torch.cat([episodes.support_y[t], episodes.query_y[t]])
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_displacement_is_a_plain_loops(rule: str) -> None:
-    settings, optimiser = RULES[rule]
+def test_displacement_equals_plain_loop(rule: str) -> None:
+    settings, optimizer = RULES[rule]
     module = MLP(4, 3, hidden=(6,)).double()
     forward, theta = functionalize(module)
     inner, episodes = InnerLoop(0.2, 4, **settings), vectors()
     total = {name: torch.zeros_like(p) for name, p in theta.items()}
     query_losses, support_losses = [], []
     for t in range(episodes.tasks):
-        copied, (x, y) = copy.deepcopy(module), together(episodes, t)
-        own = [p for n, p in copied.named_parameters() if inner.adapted is None or n in inner.adapted]
-        steps = optimiser(own)
+        copied, (x, y) = copy.deepcopy(module), all_examples(episodes, t)
+        own = [p for n, p in copied.named_parameters() if inner.adapted_params is None or n in inner.adapted_params]
+        steps = optimizer(own)
         for _ in range(inner.steps):
             steps.zero_grad()
             loss = cross_entropy(copied(x), y)
@@ -63,9 +63,9 @@ def test_displacement_is_a_plain_loops(rule: str) -> None:
 
     got = reptile(forward, theta, episodes, inner, cross_entropy)
     assert relative_error(got.grads, total) < 1e-9
-    moved = (inner.adapted or theta.keys()) - {"layers.1.bias"}  # which the BatchNorm after it takes away
+    moved = (inner.adapted_params or theta.keys()) - {"layers.1.bias"}  # the BatchNorm after it removes it
     assert all(got.grads[name].norm() > 0 for name in moved)
-    assert all(not got.grads[name].any() for name in theta.keys() - (inner.adapted or theta.keys()))
+    assert all(not got.grads[name].any() for name in theta.keys() - (inner.adapted_params or theta.keys()))
     assert got.loss.item() == pytest.approx(sum(query_losses) / episodes.tasks)
     by_step = torch.tensor(support_losses, dtype=torch.float64).view(episodes.tasks, -1).mean(dim=0)
     torch.testing.assert_close(got.support_loss, by_step)
@@ -73,18 +73,18 @@ def test_displacement_is_a_plain_loops(rule: str) -> None:
     assert not got.predictions.requires_grad
 
 
-def test_one_step_is_the_gradient_of_joint_training() -> None:
+def test_one_step_equals_gradient_of_joint_training() -> None:
     forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
     episodes = vectors()
     at = {name: p.clone().requires_grad_() for name, p in theta.items()}
-    losses = [cross_entropy(forward(at, x), y) for x, y in (together(episodes, t) for t in range(episodes.tasks))]
+    losses = [cross_entropy(forward(at, x), y) for x, y in (all_examples(episodes, t) for t in range(episodes.tasks))]
     expected = torch.autograd.grad(torch.stack(losses).mean(), list(at.values()))
     got = reptile(forward, theta, episodes, InnerLoop(1e-2, 1), cross_entropy)
     assert relative_error(got.grads, dict(zip(theta, expected, strict=True))) < 1e-12
 
 
-def test_gradient_descent_on_it_is_the_papers_step() -> None:
-    """By its definition theta - (alpha eps) grads = theta + eps (mean theta_K - theta): for eps = 1 the mean."""
+def test_gradient_descent_takes_the_papers_step() -> None:
+    """By definition theta - (alpha eps) grads = theta + eps (mean theta_K - theta): for eps = 1 the mean."""
     forward, theta = functionalize(nn.Linear(4, 3).double())
     episodes, inner = vectors(), InnerLoop(0.2, 3)
     grads = reptile(forward, theta, episodes, inner, cross_entropy).grads
@@ -109,7 +109,7 @@ def test_second_order_and_chunks_change_nothing() -> None:
     torch.testing.assert_close(chunked.loss, first.loss)
 
 
-def test_theta_may_require_gradients_and_is_not_changed() -> None:
+def test_theta_that_requires_gradients_is_not_changed() -> None:
     forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
     before = {name: p.clone() for name, p in theta.items()}
     at = {name: p.requires_grad_() for name, p in theta.items()}
@@ -123,18 +123,18 @@ def test_theta_may_require_gradients_and_is_not_changed() -> None:
     [
         {"learned_lr": "layer"},
         {"query_weights": (0.0, 0.5, 0.5)},
-        {"per_step": {"layers.2.weight"}},
-        {"start": ZeroContext(frozenset({"layers.4.bias"}))},
+        {"per_step_params": {"layers.2.weight"}},
+        {"initializer": ZeroContext(frozenset({"layers.4.bias"}))},
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_settings_without_a_gradient_are_refused(settings: dict[str, Any]) -> None:
+def test_unsupported_setting_raises(settings: dict[str, Any]) -> None:
     forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
     with pytest.raises(ValueError, match=rf"reptile: inner\.{next(iter(settings))}=.* has no gradient for"):
         reptile(forward, theta, vectors(), InnerLoop(0.2, 2, **settings), cross_entropy)
 
 
-def test_what_is_not_finite_is_refused() -> None:
+def test_nonfinite_loss_raises() -> None:
     forward, theta = functionalize(nn.Linear(4, 3).double())
     episodes = vectors()
     episodes.query_x[1] = torch.inf  # which the first step is adapted to

@@ -1,4 +1,4 @@
-"""CAVIA: the networks, and their meta-gradient against the algorithm written out by hand, one task at a time."""
+"""CAVIA: the models, and their meta-gradient against the algorithm written out, one task at a time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, max_pool2d, mse_loss, relu
 
-from metalearn import Episodes, InnerLoop, Loss, Params, functionalize, meta_gradient
+from metalearn import Episodes, InnerLoop, Loss, Params, functionalize, meta_gradient, module_parts
 from metalearn.core.functional import relative_error
 from metalearn.inner import ZeroContext, adapt
 from metalearn.metagrad import ENGINES
-from metalearn.models import MLP, ContextConv4, ContextMLP, Conv4, context_param_names
-from tests.conftest import image_episodes
+from metalearn.models import ContextConv4, ContextMLP, Conv4
+from tests.factories import image_episodes
 
 CONTEXT = frozenset({"context"})
 
@@ -42,7 +42,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Episodes], Loss]] =
 
 
 def cavia(module: nn.Module, episodes: Episodes, loss: Loss, *, lr: float, steps: int, second_order: bool) -> Params:
-    """Algorithm 1: phi from 0 by gradient descent, theta untouched; then the gradient of the query loss in theta."""
+    """Run algorithm 1: adapt phi from 0 by gradient descent, theta unchanged; return the query gradient in theta."""
     theta = {name: p.detach().requires_grad_() for name, p in module.named_parameters() if name != "context"}
     total = torch.zeros((), dtype=torch.float64)
     for support_x, support_y, query_x, query_y in zip(*vars(episodes).values(), strict=True):
@@ -59,13 +59,13 @@ def cavia(module: nn.Module, episodes: Episodes, loss: Loss, *, lr: float, steps
 
 @pytest.mark.parametrize("second_order", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_meta_gradient_is_cavias(case: str, second_order: bool) -> None:
+def test_meta_gradient_equals_cavia(case: str, second_order: bool) -> None:
     make, draw, loss = CASES[case]
     module, episodes = make().double(), draw()
     expected = cavia(module, episodes, loss, lr=0.7, steps=2, second_order=second_order)
     forward, theta = functionalize(module)
-    theta["context"] = torch.randn_like(theta["context"])  # which no task begins with
-    inner = InnerLoop(0.7, 2, second_order=second_order, adapted=CONTEXT, start=ZeroContext(CONTEXT))
+    theta["context"] = torch.randn_like(theta["context"])  # no task starts from it
+    inner = InnerLoop(0.7, 2, second_order=second_order, adapted_params=CONTEXT, initializer=ZeroContext(CONTEXT))
     for engine in ENGINES:
         other = dataclasses.replace(inner, engine=engine, task_chunk=2)
         got = meta_gradient(forward, theta, episodes, other, loss=loss).grads
@@ -73,19 +73,19 @@ def test_meta_gradient_is_cavias(case: str, second_order: bool) -> None:
         assert relative_error({name: got[name] for name in expected}, expected) < 1e-9, engine
 
 
-def test_orders_differ() -> None:
-    """First order is blind to what theta does to the inner gradient; that must not be nothing in the test above."""
+def test_first_and_second_order_differ() -> None:
+    """Check that the second-order term, which the test above relies on, is not zero."""
     module, episodes = ContextMLP(2, 1, hidden=(7, 6), context=4).double(), curves()
     second, first = (cavia(module, episodes, mse_loss, lr=0.7, steps=2, second_order=order) for order in (True, False))
     assert relative_error(first, second) > 1e-2
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_context_alone_is_adapted_and_counts(case: str) -> None:
+def test_only_the_context_is_adapted(case: str) -> None:
     make, draw, loss = CASES[case]
     forward, theta = functionalize(make().double())
     episodes = draw()
-    inner = InnerLoop(0.7, 2, adapted=CONTEXT, start=ZeroContext(CONTEXT))
+    inner = InnerLoop(0.7, 2, adapted_params=CONTEXT, initializer=ZeroContext(CONTEXT))
     fast = adapt(forward, theta, episodes.support_x, episodes.support_y, inner, loss=loss)
     for name, p in theta.items():
         same = torch.equal(fast[name], p.expand_as(fast[name]))
@@ -95,8 +95,8 @@ def test_the_context_alone_is_adapted_and_counts(case: str) -> None:
     assert (before - after).abs().max() > 1e-3
 
 
-def test_context_mlp_is_the_papers() -> None:
-    """The numbers of parameters: 2 hidden layers of 40, and phi beside the input."""
+def test_context_mlp_equals_the_papers() -> None:
+    """Check the number of parameters: 2 hidden layers of 40, and phi as further inputs."""
     module = ContextMLP(1, 1)
     widths = [1 + 5, 40, 40, 1]
     linear = sum((a + 1) * b for a, b in pairwise(widths))
@@ -118,7 +118,7 @@ def test_context_conv4_starts_as_conv4(pool: str) -> None:
 
 
 def film_by_hand(module: ContextConv4, x: Tensor) -> Tensor:
-    """The order of the authors' code: convolution, BatchNorm, pool, FiLM, ReLU."""
+    """Compute in the order of the authors' code: convolution, BatchNorm, pool, FiLM, ReLU."""
     scale, shift = module.film(module.context)[:4], module.film(module.context)[4:]
     for number, block in enumerate(module.features):
         x = max_pool2d(block.get_submodule("1")(block.get_submodule("0")(x)), 2)
@@ -134,19 +134,16 @@ def test_context_conv4_scales_and_shifts_the_third_block() -> None:
     with torch.no_grad():
         wanted = torch.tensor([-2.0, -1.0, 1.0, 2.0, 0.5, 0.5, -0.5, -0.5]).double() - module.film.bias
         module.context.copy_(torch.linalg.pinv(module.film.weight) @ wanted)
-    assert (module.film(module.context)[:2] < 0).all(), "so that to pool before it is not to pool after it"
+    assert (module.film(module.context)[:2] < 0).all(), "pooling before FiLM differs from pooling after it"
     x = torch.rand(6, 1, 28, 28, dtype=torch.float64)
     torch.testing.assert_close(module(x), film_by_hand(module, x))
 
 
-def test_context_names() -> None:
-    assert context_param_names(ContextMLP(1, 1)) == CONTEXT
-    assert context_param_names(nn.Sequential(nn.Identity(), ContextConv4(3))) == {"1.context"}
-    with pytest.raises(ValueError, match="MLP has no parameter called 'context'; take ContextMLP"):
-        context_param_names(MLP(4, 2))
+def test_context_of_a_submodule_is_found() -> None:
+    assert module_parts(nn.Sequential(nn.Identity(), ContextConv4(3))).context_params == {"1.context"}
 
 
 @pytest.mark.parametrize("make", [lambda n: ContextMLP(1, 1, context=n), lambda n: ContextConv4(3, context=n)])
-def test_a_context_without_entries_is_refused(make: Callable[[int], nn.Module]) -> None:
+def test_empty_context_raises(make: Callable[[int], nn.Module]) -> None:
     with pytest.raises(ValueError, match="context=0; it must be 1 or more"):
         make(0)

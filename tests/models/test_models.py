@@ -1,4 +1,4 @@
-"""The networks' shapes and sizes."""
+"""Shapes and sizes of the models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def count(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("pool", ["stride", "max"])
-def test_conv4_is_finns(pool: str) -> None:
+def test_conv4_equals_finns(pool: str) -> None:
     model = Conv4(5, pool=pool)
     # (1 + 3 x 64) x 64 filters of 3 x 3 (without biases, which BatchNorm takes away), 4 BatchNorms, a head of 64 to 5.
     assert count(model) == (1 + 3 * 64) * 64 * 9 + 4 * 2 * 64 + 64 * 5 + 5
@@ -28,16 +28,16 @@ def test_conv4_is_finns(pool: str) -> None:
     assert sizes == {"stride": [14, 7, 4, 2], "max": [14, 7, 3, 1]}[pool]
 
 
-def test_conv4_takes_colour_and_other_sizes() -> None:
+def test_conv4_accepts_colour_and_other_sizes() -> None:
     assert Conv4(3, channels=3, width=8)(torch.rand(2, 3, 84, 84)).shape == (2, 3)
 
 
-def test_conv4_names_an_unknown_pool() -> None:
+def test_conv4_raises_on_unknown_pool() -> None:
     with pytest.raises(ValueError, match="pool='avg'; it must be 'stride' or 'max'"):
         Conv4(5, pool="avg")
 
 
-def test_mlp_is_finns() -> None:
+def test_mlp_equals_finns() -> None:
     model = MLP(784, 5)
     widths = [784, 256, 128, 64, 64]
     linear = sum((a + 1) * b for a, b in zip(widths, [*widths[1:], 5], strict=True))

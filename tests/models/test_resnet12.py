@@ -1,4 +1,4 @@
-"""ResNet-12 is that of the literature, and every engine differentiates it, and Conv4 on colour, to the same."""
+"""ResNet-12 equals that of the literature, and all engines agree on it and on Conv4 with colour images."""
 
 from __future__ import annotations
 
@@ -12,19 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, leaky_relu
 
-from metalearn import (
-    Episodes,
-    InnerLoop,
-    Params,
-    functionalize,
-    meta_gradient,
-)
+from metalearn import Episodes, InnerLoop, Params, functionalize, meta_gradient
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import ResNet12Config, TrainConfig
 from metalearn.core.functional import relative_error
-from metalearn.derivatives import (
-    gradcheck,
-)
+from metalearn.derivatives import gradcheck
 from metalearn.metagrad import ENGINES
 from metalearn.models import Conv4, ResNet12
 from metalearn.training.experiment import build_model
@@ -43,7 +35,7 @@ def colour_episodes(size: int = 20) -> Episodes:
     return Episodes(x[0], y, x[1], y)
 
 
-def test_resnet12_is_metaoptnets() -> None:
+def test_resnet12_equals_metaoptnets() -> None:
     # A block: 3 x 3 filters from a to b, b to b and b to b channels, the 1 x 1 shortcut, four BatchNorms of 2b.
     widths = [3, 64, 160, 320, 640]
     blocks = sum(9 * (a * b + 2 * b * b) + a * b + 8 * b for a, b in pairwise(widths))
@@ -55,7 +47,7 @@ def test_resnet12_is_metaoptnets() -> None:
     assert {m.negative_slope for m in model.modules() if isinstance(m, nn.LeakyReLU)} == {0.1}
 
 
-def test_a_block_is_its_equation() -> None:
+def test_block_equals_its_formula() -> None:
     def normed(x: Tensor, convolution: str) -> Tensor:  # BatchNorm starts as (x - mean) / std over the batch
         x = conv2d(x, weights[f"blocks.0.{convolution}.weight"], padding="same")
         return (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
@@ -69,7 +61,7 @@ def test_a_block_is_its_equation() -> None:
     torch.testing.assert_close(model(x), expected)
 
 
-def test_each_block_halves_the_image() -> None:
+def test_each_block_halves_the_image_size() -> None:
     model, x, sizes = ResNet12(5, widths=NARROW), torch.rand(2, 3, 84, 84), []
     for block in model.blocks:
         x = block(x)
@@ -80,7 +72,7 @@ def test_each_block_halves_the_image() -> None:
 
 
 @pytest.mark.parametrize("widths", [(), (4, 0)])
-def test_widths_that_are_none_are_named(widths: tuple[int, ...]) -> None:
+def test_invalid_widths_raise(widths: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"ResNet12: widths=\(.*at least one width, each at least 1"):
         ResNet12(5, widths=widths)
 
@@ -99,7 +91,7 @@ def test_engines_agree_on_colour_images(model: str) -> None:
     assert relative_error(first, found["unroll"]) > 1e-3, "the second-order term is there"
 
 
-def test_the_meta_gradient_is_that_of_finite_differences() -> None:
+def test_meta_gradient_equals_finite_differences() -> None:
     episodes, inner = colour_episodes(16), InnerLoop(lr=0.1, steps=1)
     forward, theta = functionalize(ResNet12(3, widths=NARROW).double())
 
@@ -111,7 +103,7 @@ def test_the_meta_gradient_is_that_of_finite_differences() -> None:
     assert gradcheck.directional(query_loss, theta, gradient_at_x=grads, steps=steps).error < 1e-6
 
 
-def test_conv4_with_max_pooling_keeps_five_pixels_of_mini_imagenet() -> None:
+def test_conv4_feature_sizes_on_mini_imagenet() -> None:
     for pool, size in (("max", 5), ("stride", 6)):
         model = Conv4(5, channels=3, width=4, pool=pool)
         assert model.features(torch.rand(2, 3, 84, 84)).shape == (2, 4, size, size)
@@ -119,7 +111,7 @@ def test_conv4_with_max_pooling_keeps_five_pixels_of_mini_imagenet() -> None:
     assert Conv4(5, width=4, pool="max")(torch.rand(2, 1, 16, 16)).shape == (2, 5)
 
 
-def test_a_configured_resnet12_is_built() -> None:
+def test_build_resnet12_from_config() -> None:
     config = to_dataclass(compose("train", ["data=glyphs", "model=resnet12"]), TrainConfig)
     assert isinstance(config.model, ResNet12Config)
     assert tuple(config.model.widths) == inspect.signature(ResNet12).parameters["widths"].default

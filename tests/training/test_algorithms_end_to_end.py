@@ -1,4 +1,4 @@
-"""Every algorithm, rule and backend in a whole training: it runs, logs, is tested, and goes on as if uninterrupted."""
+"""Every algorithm, update rule and backend in whole trainings."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from PIL import Image
 
 from metalearn.algorithms import ALGORITHMS
 from metalearn.commands.compare.variants import check_compare
-from metalearn.commands.reproduce.plan import build_rows
-from metalearn.commands.reproduce.published import published
+from metalearn.commands.reproduce.plan import build_rows, published
 from metalearn.config.commands_schema import CompareConfig, ReproduceConfig
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.output_names import split
@@ -22,16 +21,15 @@ from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError, NonFiniteLossError
 from metalearn.core.functional import relative_error
 from metalearn.metagrad import meta_gradient
-from metalearn.metagrad.baselines.installed import installed_peers
-from metalearn.training import step as outer_step
+from metalearn.metagrad.baselines.common import installed_peers
+from metalearn.training import step
 from metalearn.training.checkpoints import load_best
+from metalearn.training.evaluation import ACCURACY, MSE
 from metalearn.training.experiment import Experiment, build_experiment
-from metalearn.training.scores import ACCURACY, MSE
 from metalearn.training.tracking.event_files import read_scalars
-from tests.faults.processes import state_of
-from tests.faults.runs import bits
-from tests.training.test_resume import stop_at
-from tests.training.test_training import run
+from tests.faults.processes import load_state
+from tests.faults.runs import tensors_to_bytes
+from tests.training.run_folders import run, run_interrupted
 
 TINY = [
     *("data=glyphs", "data.classes=60", "model=mlp", "model.hidden=[8]", "task.meta_batch=2", "log.images=false"),
@@ -46,7 +44,7 @@ def tiny(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_trains(name: str, tmp_path: Path) -> None:
-    metrics = run(tmp_path / "run", base=[*tiny(name), "log.curvature_every=2"])
+    metrics = run(tmp_path / "run", *tiny(name), "log.curvature_every=2")
     assert metrics["algorithm"] == name
     assert 0 <= metrics["test.accuracy"] <= 1
     assert 0 <= metrics["test.accuracy_nontransductive"] <= 1
@@ -57,30 +55,29 @@ def test_every_algorithm_trains(name: str, tmp_path: Path) -> None:
     assert ("rates/mean" in curves) == (name in ("meta_sgd", "maml_pp"))
 
 
-def test_maml_pp_goes_on_as_if_uninterrupted(tmp_path: Path) -> None:
+def test_maml_pp_resumes_bitwise_equal(tmp_path: Path) -> None:
     """Its annealing, learned rates and statistics: all of it is in the state, or follows from the meta-step."""
-    run(tmp_path / "whole", base=tiny("maml_pp"))
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(3, patch)
-        with pytest.raises(SystemExit):
-            run(tmp_path / "halves", base=tiny("maml_pp"))
-    run(tmp_path / "halves", "run.resume=true", base=tiny("maml_pp"))
-    assert bits(state_of(tmp_path / "whole")["state"]) == bits(state_of(tmp_path / "halves")["state"])
+    run(tmp_path / "whole", *tiny("maml_pp"))
+    run_interrupted(tmp_path / "halves", 3, *tiny("maml_pp"))
+    run(tmp_path / "halves", *tiny("maml_pp"), "run.resume=true")
+    assert tensors_to_bytes(load_state(tmp_path / "whole")["state"]) == tensors_to_bytes(
+        load_state(tmp_path / "halves")["state"]
+    )
 
 
-def test_maml_pp_anneals_with_the_training_and_keeps_statistics(tmp_path: Path) -> None:
+def test_maml_pp_anneals_and_tracks_statistics(tmp_path: Path) -> None:
     overrides = [*tiny("maml_pp"), "algorithm.first_order_share=0.5"]
     experiment = build_experiment(to_dataclass(compose("train", overrides), TrainConfig))
     episodes = experiment.train.tasks(0, 2)
     for iteration in (0, 3):
-        got = experiment.gradient(experiment.theta, episodes, iteration).grads
-        inner = experiment.algorithm.at(iteration / 4)
+        got = experiment.meta_gradient(experiment.theta, episodes, iteration).grads
+        inner = experiment.algorithm.inner_at(iteration / 4)
         assert inner.second_order == (iteration == 3)
         expected = meta_gradient(experiment.forward, experiment.theta, episodes, inner).grads
         assert relative_error(got, expected) < 1e-6
-    run(tmp_path / "run", base=overrides)
+    run(tmp_path / "run", *overrides)
     best = load_best(tmp_path / "run", like=experiment.theta, device=experiment.device)
-    kept = experiment.statistics(best.params, best.iteration)
+    kept = experiment.norm_statistics(best.params, best.iteration)
     assert kept
     for name, value in kept.items():
         torch.testing.assert_close(best.params[name], value)
@@ -89,18 +86,18 @@ def test_maml_pp_anneals_with_the_training_and_keeps_statistics(tmp_path: Path) 
 @pytest.mark.parametrize("rule", ["momentum", "nesterov", "adam"])
 def test_every_rule_trains(rule: str, tmp_path: Path) -> None:
     more = [f"inner.optimizer={rule}", "inner.lr=0.01", "inner.weight_decay=0.01", "inner.clip_norm=1"]
-    assert run(tmp_path / "run", base=[*tiny("maml"), *more])["iterations"] == 4
+    assert run(tmp_path / "run", *tiny("maml"), *more)["iterations"] == 4
 
 
 @pytest.mark.parametrize("backend", ["learn2learn", "higher", "torchopt"])
 @pytest.mark.parametrize("name", ["maml", "meta_sgd"])
-def test_another_library_takes_the_same_steps(name: str, backend: str, tmp_path: Path) -> None:
+def test_baseline_library_takes_the_same_steps(name: str, backend: str, tmp_path: Path) -> None:
     spelt = "TorchOpt" if backend == "torchopt" else backend
     if spelt not in installed_peers()[0] or (name == "meta_sgd" and backend != "learn2learn"):
         pytest.skip(f"{backend} is not installed, or has no Meta-SGD")
     curves = []
     for by in ("metalearn", backend):
-        metrics = run(tmp_path / by, f"algorithm.backend={by}", base=tiny(name))
+        metrics = run(tmp_path / by, *tiny(name), f"algorithm.backend={by}")
         assert metrics["backend"] == by
         curves.append(read_scalars(tmp_path / by))
     assert curves[0].keys() == curves[1].keys(), "the same scalars"
@@ -108,8 +105,8 @@ def test_another_library_takes_the_same_steps(name: str, backend: str, tmp_path:
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-def test_a_sinusoid_is_learned_and_tested(tmp_path: Path) -> None:
-    metrics = run(tmp_path / "run", *TINY[4:5], *TINY[6:], base=["experiment=sinusoid", "inner.eval_steps=2"])
+def test_sinusoids_train(tmp_path: Path) -> None:
+    metrics = run(tmp_path / "run", "experiment=sinusoid", "inner.eval_steps=2", *TINY[4:5], *TINY[6:])
     assert metrics["score"] == "mse"
     assert len(metrics["test.mse_per_step"]) == 3
     assert "test.accuracy" not in metrics
@@ -117,56 +114,56 @@ def test_a_sinusoid_is_learned_and_tested(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "run" / "sinusoid.png").size[0] > 800
 
 
-def test_the_best_of_a_regression_is_the_lowest_that_is_finite() -> None:
-    for score, good, bad in ((MSE, 0.1, 0.2), (ACCURACY, 0.9, 0.8)):
-        assert score.better(good, bad)
-        assert not score.better(bad, good)
+def test_is_better_never_prefers_a_nonfinite_score() -> None:
+    for metric, good, bad in ((MSE, 0.1, 0.2), (ACCURACY, 0.9, 0.8)):
+        assert metric.is_better(good, bad)
+        assert not metric.is_better(bad, good)
         for other in (math.nan, math.inf):
-            assert score.better(bad, other)
-            assert not score.better(other, bad)
+            assert metric.is_better(bad, other)
+            assert not metric.is_better(other, bad)
 
 
-def test_a_rate_that_diverges_beyond_the_test_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_divergence_beyond_the_test_steps_only_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     more = ["inner.lr=5", "inner.eval_steps=1", "outer.iterations=2", "eval.every=1"]
-    metrics = run(tmp_path / "run", *more, *TINY[7:9], base=["experiment=sinusoid"])
+    metrics = run(tmp_path / "run", "experiment=sinusoid", *more, *TINY[7:9])
     assert metrics["iterations"] == 2
     assert "no sinusoid.png: the support loss" in caplog.text
     more[1] = "inner.eval_steps=30"
-    metrics = run(tmp_path / "far", *more, *TINY[7:9], base=["experiment=sinusoid"])
+    metrics = run(tmp_path / "far", "experiment=sinusoid", *more, *TINY[7:9])
     assert metrics["test.mse"] is None, "JSON has no NaN"
     assert "The validation mse is nan from inner step" in caplog.text
 
 
-def test_an_automatic_engine_is_planned_for_the_heaviest_meta_step() -> None:
+def test_auto_engine_plans_for_the_peak_memory_inner_loop() -> None:
     experiment = build_experiment(to_dataclass(compose("train", [*TINY, "algorithm=maml_pp"]), TrainConfig))
     peak_memory_inner = experiment.algorithm.peak_memory_inner
     assert peak_memory_inner.second_order
     assert peak_memory_inner.query_weights is not None
-    assert not experiment.algorithm.at(0.0).second_order
+    assert not experiment.algorithm.inner_at(0.0).second_order
 
 
-def test_statistics_do_not_depend_on_chunks() -> None:
+def test_norm_statistics_do_not_depend_on_chunks() -> None:
     found = []
     for chunk in ("null", "1"):
         config = to_dataclass(compose("train", [*TINY, "algorithm=maml_pp", f"inner.task_chunk={chunk}"]), TrainConfig)
         experiment = build_experiment(config)
-        found.append(experiment.statistics(experiment.theta, 3))
+        found.append(experiment.norm_statistics(experiment.theta, 3))
     assert found[0].keys() == found[1].keys() != set()
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value)
 
 
-def test_processes_agree_on_the_figures_of_an_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_process_reports_the_same_metric_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the tasks of one of them have failed: their all-reduce is of one size."""
     experiment = build_experiment(to_dataclass(compose("train", [*tiny("imaml")]), TrainConfig))
     episodes = experiment.train.tasks(0, 2)
-    sound = outer_step._own(experiment, experiment.theta, episodes, 0)
+    sound = step._local_gradient(experiment, experiment.theta, episodes, 0)
 
     def failing(*args: Any) -> Any:
         raise NonFiniteLossError("query", task=0, step=2, value=math.nan, before=None)
 
-    monkeypatch.setattr(Experiment, "gradient", failing)
-    failed = outer_step._own(experiment, experiment.theta, episodes, 0)
+    monkeypatch.setattr(Experiment, "meta_gradient", failing)
+    failed = step._local_gradient(experiment, experiment.theta, episodes, 0)
     assert list(sound.metrics) == list(failed.metrics)
     assert "cg_residual" in failed.metrics
 
@@ -196,12 +193,12 @@ def test_processes_agree_on_the_figures_of_an_algorithm(monkeypatch: pytest.Monk
         (["inner.momentum=1"], "inner.momentum=1: must be below 1"),
     ],
 )
-def test_what_does_not_fit_is_refused(overrides: list[str], message: str) -> None:
+def test_incompatible_settings_raise(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate_train_config(to_dataclass(compose("train", overrides), TrainConfig))
 
 
-def test_one_command_compares_all_of_them() -> None:
+def test_comparison_of_algorithms_holds_all_of_them() -> None:
     config = to_dataclass(compose("compare", ["comparison=algorithms"]), CompareConfig)
     variants = [split(text) for text in config.compare.variants]
     assert {v[0] for v in variants} == {f"algorithm={name}" for name in ALGORITHMS}
@@ -209,7 +206,7 @@ def test_one_command_compares_all_of_them() -> None:
         validate_train_config(to_dataclass(compose("train", overrides), TrainConfig))
 
 
-def test_regression_is_not_compared_by_accuracy() -> None:
+def test_comparison_raises_for_regression() -> None:
     config = to_dataclass(compose("compare", ["experiment=sinusoid"]), CompareConfig)
     with pytest.raises(ConfigError, match="data=sinusoid: a comparison is of accuracies"):
         check_compare(config)
@@ -230,7 +227,7 @@ def test_maml_pp_is_a_row_of_the_reproduced_table(tmp_path: Path) -> None:
     assert str(published("maml_pp", "second", 5, 1)) == "99.47% (Antoniou et al. 2019)"
 
 
-def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_raises_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*args: Any) -> Any:
         return {}, dict.fromkeys(("learn2learn", "higher", "TorchOpt"), "not installed")
 

@@ -1,4 +1,4 @@
-"""``inner.engine=auto`` takes what fits, the fastest of it, and says when nothing does. Times are made up."""
+"""``inner.engine=auto`` takes the fastest engine that fits, and raises if none does. Times are made up."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError, RunError
-from metalearn.core.profiling.device_memory import peak_bytes
-from metalearn.core.profiling.memory import MIB, MemoryLimitError
+from metalearn.core.profiling.memory import MIB, MemoryLimitError, peak_bytes
 from metalearn.metagrad import ENGINES
 from metalearn.models import MLP
 from metalearn.training.auto_engine import MetaStepProblem, choose_engine
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 
 AUTO = InnerLoop(lr=0.1, steps=5, engine="auto")
 CPU = torch.device("cpu")
@@ -34,7 +33,7 @@ def peak_mib(problem: MetaStepProblem, inner: InnerLoop) -> float:
     return peak_bytes(lambda: problem.step(inner), CPU) / MIB
 
 
-def test_what_is_chosen_fits(problem: MetaStepProblem) -> None:
+def test_chosen_engine_fits(problem: MetaStepProblem) -> None:
     unroll = peak_mib(problem, dataclasses.replace(AUTO, engine="unroll"))
     for share in (1.2, 0.5, 0.2, 0.1):
         chosen = choose_engine(problem, AUTO, limit_mib=share * unroll)
@@ -44,7 +43,9 @@ def test_what_is_chosen_fits(problem: MetaStepProblem) -> None:
 
 
 @pytest.mark.parametrize("fast", ENGINES)
-def test_the_fastest_that_fits_is_chosen(fast: str, problem: MetaStepProblem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fastest_engine_that_fits_is_chosen(
+    fast: str, problem: MetaStepProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def seconds(self: MetaStepProblem, inner: InnerLoop) -> float:
         return (1.0 if inner.engine == fast else 2.0) + inner.snapshot_every + (inner.task_chunk or 0)
 
@@ -55,7 +56,7 @@ def test_the_fastest_that_fits_is_chosen(fast: str, problem: MetaStepProblem, mo
     assert choose_engine(problem, AUTO, limit_mib=tight).engine == (fast if fast != "unroll" else "checkpoint")
 
 
-def test_as_many_tasks_are_taken_as_fit(problem: MetaStepProblem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_largest_chunk_that_fits_is_chosen(problem: MetaStepProblem, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MetaStepProblem, "seconds", lambda self, inner: 10 / (inner.task_chunk or 6))
     three = peak_mib(problem, dataclasses.replace(AUTO, engine="checkpoint", task_chunk=3))
     chosen = choose_engine(problem, AUTO, limit_mib=1.05 * three)
@@ -63,20 +64,15 @@ def test_as_many_tasks_are_taken_as_fit(problem: MetaStepProblem, monkeypatch: p
     assert chosen.task_chunk >= 3
 
 
-def test_a_chunk_that_was_set_is_kept(problem: MetaStepProblem) -> None:
+def test_configured_chunk_is_kept(problem: MetaStepProblem) -> None:
     chosen = choose_engine(problem, dataclasses.replace(AUTO, task_chunk=2), limit_mib=1000)
     assert chosen.task_chunk == 2
 
 
-def test_nothing_fits(problem: MetaStepProblem) -> None:
+def test_error_names_a_limit_that_is_enough(problem: MetaStepProblem) -> None:
     with pytest.raises(
-        RunError, match=r"no engine fits into 0\.0100 MiB; one task at a time takes .*run\.memory_limit_mib"
-    ):
-        choose_engine(problem, AUTO, limit_mib=0.01)
-
-
-def test_what_the_refusal_asks_for_is_enough(problem: MetaStepProblem) -> None:
-    with pytest.raises(RunError) as caught:
+        RunError, match=r"no engine fits into 0\.0100 MiB; one task at a time takes .*run\.memory_limit"
+    ) as caught:
         choose_engine(problem, AUTO, limit_mib=0.01)
     needed = float(str(caught.value).split("takes at least ")[1].split(" MiB")[0])
     assert choose_engine(problem, AUTO, limit_mib=1.01 * needed).task_chunk == 1
@@ -84,7 +80,7 @@ def test_what_the_refusal_asks_for_is_enough(problem: MetaStepProblem) -> None:
         choose_engine(problem, AUTO, limit_mib=0.9 * needed)
 
 
-def test_random_draws_of_the_run_do_not_move(problem: MetaStepProblem, caplog: pytest.LogCaptureFixture) -> None:
+def test_choose_engine_preserves_the_generator(problem: MetaStepProblem, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -94,13 +90,13 @@ def test_random_draws_of_the_run_do_not_move(problem: MetaStepProblem, caplog: p
     assert "inner.engine=auto chose" in caplog.text
 
 
-def test_a_measurement_stops_at_the_limit() -> None:
+def test_peak_bytes_raises_at_the_limit() -> None:
     with pytest.raises(MemoryLimitError, match="more than 1 MiB"):
         peak_bytes(lambda: torch.zeros(2**20), CPU, limit=MIB)
     assert peak_bytes(lambda: torch.zeros(2**18), CPU, limit=MIB) == MIB
 
 
-def test_auto_and_deterministic_exclude_each_other() -> None:
+def test_auto_raises_with_deterministic() -> None:
     config = to_dataclass(compose("train", ["data=glyphs", "inner.engine=auto", "run.deterministic=true"]), TrainConfig)
     with pytest.raises(ConfigError, match=r"inner\.engine=auto with run\.deterministic=true.*name an engine"):
         validate_train_config(config)

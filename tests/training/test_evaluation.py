@@ -12,9 +12,8 @@ from metalearn.data.glyphs import make_glyphs
 from metalearn.data.sampler import EpisodeSampler, TaskShape
 from metalearn.inner import predict
 from metalearn.models import MLP, Conv4
-from metalearn.training.evaluation import MeanCI, evaluate, predict_nontransductive
-from metalearn.training.scores import accuracy
-from tests.conftest import image_episodes
+from metalearn.training.evaluation import MeanCI, accuracy, evaluate, predict_nontransductive
+from tests.factories import image_episodes
 
 
 def sampler() -> EpisodeSampler:
@@ -33,7 +32,7 @@ def test_accuracy_is_per_task() -> None:
     assert accuracy(logits, torch.tensor([[0, 1, 2], [0, 0, 0]])).tolist() == [1.0, pytest.approx(1 / 3)]
 
 
-def test_accuracy_after_each_step_equals_adapting_that_far() -> None:
+def test_accuracy_per_step_equals_adapting_that_far() -> None:
     forward, theta = functionalize(Conv4(5, width=8))
     inner = InnerLoop(lr=0.4, steps=3, second_order=False)
     result = evaluate(forward, theta, sampler(), inner, episodes=10, batch=4, nontransductive=False)
@@ -54,7 +53,7 @@ def test_accuracy_after_each_step_equals_adapting_that_far() -> None:
     assert result.final.mean > result.per_step[0].mean + 0.1, "adaptation must help"
 
 
-def test_result_does_not_depend_on_the_batch() -> None:
+def test_evaluate_does_not_depend_on_the_batch() -> None:
     forward, theta = functionalize(Conv4(5, width=8))
     inner = InnerLoop(lr=0.4, steps=1, second_order=False)
 
@@ -71,7 +70,7 @@ def test_result_does_not_depend_on_the_batch() -> None:
         assert other.episodes == 9
 
 
-def test_one_by_one_is_the_support_set_and_one_query_at_a_time() -> None:
+def test_nontransductive_prediction_equals_a_loop_over_queries() -> None:
     forward, theta = functionalize(Conv4(3, width=4).double())
     episodes = image_episodes()
     fast = expand_over_tasks(theta, episodes.tasks)
@@ -82,7 +81,7 @@ def test_one_by_one_is_the_support_set_and_one_query_at_a_time() -> None:
             torch.testing.assert_close(got[t, q], forward(theta, batch)[-1])
 
 
-def test_one_by_one_in_small_passes_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nontransductive_prediction_in_small_passes_is_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     forward, theta = functionalize(Conv4(3, width=4).double())
     episodes = image_episodes()
     fast = expand_over_tasks(theta, episodes.tasks)
@@ -91,7 +90,7 @@ def test_one_by_one_in_small_passes_is_the_same(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(predict_nontransductive(forward, fast, episodes), whole)
 
 
-def test_protocols_differ_with_batch_norm_and_agree_without() -> None:
+def test_protocols_differ_only_with_batch_norm() -> None:
     episodes = image_episodes(queries=4)
 
     def gap(module: nn.Module) -> float:
@@ -105,7 +104,7 @@ def test_protocols_differ_with_batch_norm_and_agree_without() -> None:
     assert gap(MLP(784, 3, hidden=(8,), batch_norm=True)) > 1e-2
 
 
-def test_no_graph_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_keeps_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     forward, theta = functionalize(MLP(784, 5, hidden=(4,)))
     theta = {name: p.requires_grad_() for name, p in theta.items()}
     graphs: list[bool] = []

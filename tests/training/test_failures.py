@@ -1,4 +1,4 @@
-"""Numbers that are not finite are skipped where that is asked for; memory that runs out is explained."""
+"""Failures: non-finite numbers stop the training or are skipped; out-of-memory errors are explained."""
 
 from __future__ import annotations
 
@@ -19,22 +19,26 @@ from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import NonFiniteError, NonFiniteLossError, RemoteNonFiniteError, RunError
 from metalearn.core.types import Episodes
 from metalearn.metagrad import meta_gradient
-from metalearn.training import loop as outer_loop
-from metalearn.training import step as outer_step
-from metalearn.training import trainer as training
+from metalearn.training import loop, step
 from metalearn.training.auto_engine import first_meta_step
 from metalearn.training.checkpoints import best_path, state_paths
 from metalearn.training.experiment import Experiment, build_experiment
-from metalearn.training.failures import FOLDER, MAX_DUMPS, locate_nonfinite_gradient, replay_episode
-from metalearn.training.out_of_memory import _estimate, explain_out_of_memory
+from metalearn.training.failures import (
+    FOLDER,
+    MAX_DUMPS,
+    _estimate_mib,
+    explain_out_of_memory,
+    locate_nonfinite_gradient,
+    replay_episode,
+)
 from metalearn.training.runtime.distributed import DistributedContext
 from metalearn.training.state import TrainState
 from metalearn.training.step import MetaUpdate, compute_update, local_tasks
 from metalearn.training.tracking.event_files import read_scalars
 from metalearn.training.tracking.meter import Meter
 from metalearn.training.trainer import train
-from tests.faults.processes import state_of
-from tests.faults.runs import SMALL, bits, timeless
+from tests.faults.processes import load_state
+from tests.faults.runs import SMALL, metrics_without_times, tensors_to_bytes
 
 
 def config(*more: str) -> TrainConfig:
@@ -48,7 +52,7 @@ def poison(at: range, patch: pytest.MonkeyPatch) -> None:
             episodes.query_x[1, 0] = math.nan
         return episodes
 
-    patch.setattr(outer_loop, "local_tasks", poisoned)
+    patch.setattr(loop, "local_tasks", poisoned)
 
 
 def test_skipped_meta_steps_are_counted_and_change_nothing(
@@ -57,21 +61,21 @@ def test_skipped_meta_steps_are_counted_and_change_nothing(
     poison(range(3, 6), monkeypatch)
     with caplog.at_level(logging.WARNING):
         train(config("run.on_nonfinite=skip"), tmp_path)
-    assert timeless(tmp_path)["iterations.skipped"] == 3
-    assert timeless(tmp_path)["iterations"] == 24
+    assert metrics_without_times(tmp_path)["iterations.skipped"] == 3
+    assert metrics_without_times(tmp_path)["iterations"] == 24
     assert {(p.step, p.value) for p in read_scalars(tmp_path)["train/skipped"]} >= {(n, 3.0) for n in range(6, 25, 3)}
     assert "Meta-step 4 is skipped: the query loss of task 1 is nan" in caplog.text
     assert sorted(p.name for p in (tmp_path / FOLDER).glob("*.pt")) == [f"meta-step-{n:08}.pt" for n in (4, 5, 6)]
-    assert state_of(tmp_path)["state"]["optimizer"]["state"][0]["step"] == 21
+    assert load_state(tmp_path)["state"]["optimizer"]["state"][0]["step"] == 21
 
 
-def test_a_look_at_what_is_not_finite_does_not_end_the_run(
+def test_nonfinite_diagnostics_do_not_stop_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     poison(range(5, 6), monkeypatch)
     with caplog.at_level(logging.WARNING):
         train(config("run.on_nonfinite=skip", "log.curvature_every=3", "log.eigenvalue_every=6"), tmp_path)
-    assert "No look at the second-order term at meta-step 6" in caplog.text
+    assert "No second-order metrics at meta-step 6" in caplog.text
     cosines = [p.step for p in read_scalars(tmp_path)["grad/cosine_first_vs_second"]]
     assert cosines == [n for n in range(3, 25, 3) if n != 6]
 
@@ -81,79 +85,79 @@ def fail_slowly() -> None:
     raise RuntimeError
 
 
-def test_a_meta_step_that_fails_takes_no_time_of_others() -> None:
+def test_failed_meta_step_does_not_count_as_time() -> None:
     meter = Meter(torch.device("cpu"))
     meter.peak_bytes = 1  # measured before
-    with pytest.raises(RuntimeError), meter.step():
+    with pytest.raises(RuntimeError), meter.time_step():
         fail_slowly()
     with meter.checkpoint():
-        assert meter.content()["window"]["passed_s"] < 0.25
+        assert meter.state_dict()["window"]["passed_s"] < 0.25
 
 
-def test_a_full_disk_does_not_hide_a_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_does_not_hide_a_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **more: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     poison(range(5, 6), monkeypatch)
-    monkeypatch.setattr(outer_loop, "dump_episode", full)
+    monkeypatch.setattr(loop, "dump_episode", full)
     with pytest.raises(RunError, match=r"diverged at meta-step 6: the query loss of task 1"):
         train(config(), tmp_path)
 
 
-def test_what_led_to_nan_is_not_put_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diverged_state_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(range(13, 14), monkeypatch)
     with pytest.raises(RunError, match=r"at meta-step 14: .*checkpoint of meta-step 8 is kept"):
         train(config(), tmp_path)
     assert [path.name for path in state_paths(tmp_path)] == ["state-00000008.pt"]
 
 
-def test_an_episode_is_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replay_episode_raises_the_same_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(range(1, 2), monkeypatch)
     train(config("run.on_nonfinite=skip", "outer.iterations=2"), tmp_path)
     with pytest.raises(NonFiniteLossError, match="the query loss of task 0 is nan"):
         replay_episode(tmp_path / FOLDER / "meta-step-00000002.pt")
-    with pytest.raises(RunError, match=r"best\.pt is no episode that was put away"):
+    with pytest.raises(RunError, match=r"best\.pt is not a saved episode"):
         replay_episode(best_path(tmp_path))
 
 
-def test_a_loss_that_nobody_has_looked_at_is_blamed_on_its_task() -> None:
+def test_locate_nonfinite_gradient_names_the_task_of_an_unchecked_loss() -> None:
     experiment = build_experiment(config())
-    state = TrainState.start(experiment.theta, experiment.config.outer)
+    state = TrainState.create(experiment.theta, experiment.config.outer)
     episodes = experiment.train.tasks(0, 3)
     episodes.query_x[2].fill_(math.nan)
-    error = locate_nonfinite_gradient(experiment, state, episodes, {"w": torch.tensor([math.nan])}, alone=True)
+    error = locate_nonfinite_gradient(experiment, state, episodes, {"w": torch.tensor([math.nan])}, single_process=True)
     assert isinstance(error, NonFiniteLossError)
     assert error.task == 2
 
 
-def test_a_gradient_whose_norm_alone_overflows_is_named(tmp_path: Path) -> None:
+def test_locate_nonfinite_gradient_names_the_parameter_whose_norm_overflows(tmp_path: Path) -> None:
     experiment = build_experiment(config())
     grads = {"small": torch.ones(2), "large": torch.full((1,), 3e19)}
-    state = TrainState.start(experiment.theta, experiment.config.outer)
-    error = locate_nonfinite_gradient(experiment, state, experiment.train.tasks(0, 1), grads, alone=True)
+    state = TrainState.create(experiment.theta, experiment.config.outer)
+    error = locate_nonfinite_gradient(experiment, state, experiment.train.tasks(0, 1), grads, single_process=True)
     assert "the meta-gradient is " in str(error)
     assert "'large'" in str(error)
     assert isinstance(
-        locate_nonfinite_gradient(experiment, state, experiment.train.tasks(0, 1), grads, alone=False),
+        locate_nonfinite_gradient(experiment, state, experiment.train.tasks(0, 1), grads, single_process=False),
         RemoteNonFiniteError,
     )
 
 
-def test_a_whole_window_may_be_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_window_of_skipped_meta_steps_logs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(range(6), monkeypatch)
     train(config("run.on_nonfinite=skip"), tmp_path)
     assert [p.step for p in read_scalars(tmp_path)["train/query_loss"]] == [8, *range(9, 16, 3), 16, *range(18, 25, 3)]
 
 
-def test_what_does_not_recover_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_skips_in_a_row_stop_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(range(2, 1000), monkeypatch)
-    monkeypatch.setattr(outer_loop, "MAX_CONSECUTIVE_SKIPS", 25)
+    monkeypatch.setattr(loop, "MAX_CONSECUTIVE_SKIPS", 25)
     with pytest.raises(RunError, match=r"at meta-step 28: 25 meta-steps in a row were skipped"):
         train(config("run.on_nonfinite=skip", "outer.iterations=100", "eval.every=100"), tmp_path)
     assert len(list((tmp_path / FOLDER).glob("*.pt"))) == MAX_DUMPS
 
 
-def test_the_validation_after_a_skipped_meta_step_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_follows_a_skipped_meta_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(range(7, 8), monkeypatch)  # the meta-step before a validation
     train(config("run.on_nonfinite=skip"), tmp_path)
     assert [p.step for p in read_scalars(tmp_path)["validation/accuracy"]] == [8, 16, 24]
@@ -167,7 +171,7 @@ def test_the_validation_after_a_skipped_meta_step_is_taken(tmp_path: Path, monke
         MemoryError(),
     ],
 )
-def test_out_of_memory_names_what_is_needed_and_the_keys(error: Exception) -> None:
+def test_out_of_memory_names_the_estimate_and_the_keys(error: Exception) -> None:
     experiment = build_experiment(config("inner.steps=5"))
     with pytest.raises(RunError) as raised, explain_out_of_memory(experiment):
         raise error
@@ -179,50 +183,50 @@ def test_out_of_memory_names_what_is_needed_and_the_keys(error: Exception) -> No
     assert raised.value.__cause__ is None, "its trace would keep the activations"
 
 
-def test_the_estimate_is_what_a_meta_step_takes() -> None:
+def test_memory_estimate_equals_a_measured_meta_step() -> None:
     experiment = build_experiment(config("inner.steps=3", "task.meta_batch=8"))
     measured = first_meta_step(experiment).peak(experiment.inner, 2**62) / 2**20
-    assert _estimate(experiment, experiment.inner, 8) == pytest.approx(measured, rel=0.05)
+    assert _estimate_mib(experiment, experiment.inner, 8) == pytest.approx(measured, rel=0.05)
 
 
-def test_another_error_is_left_as_it_is() -> None:
+def test_explain_out_of_memory_keeps_other_errors() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot"), explain_out_of_memory(build_experiment(config())):
         raise RuntimeError("shapes cannot be multiplied")
 
 
-def test_memory_that_runs_out_in_a_meta_step_keeps_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_in_a_meta_step_saves_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_much(experiment: Experiment, state: TrainState, *args: Any, **more: Any) -> MetaUpdate:
         if state.iteration == 11:
             torch.empty(2**60)
         return compute_update(experiment, state, *args, **more)
 
-    monkeypatch.setattr(outer_loop, "compute_update", too_much)
+    monkeypatch.setattr(loop, "compute_update", too_much)
     with pytest.raises(RunError, match=r"(?s)Out of memory.*inner\.task_chunk=1.*checkpoint of meta-step 11 is kept"):
         train(config(), tmp_path)
-    assert state_of(tmp_path)["state"]["iteration"] == 11
+    assert load_state(tmp_path)["state"]["iteration"] == 11
 
 
-def test_a_step_that_was_torn_is_not_put_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inconsistent_state_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tear(state: TrainState, *args: Any, **more: Any) -> None:
-        state.whole = False
+        state.is_consistent = False
         raise MemoryError
 
-    monkeypatch.setattr(outer_loop, "apply_update", tear)
+    monkeypatch.setattr(loop, "apply_update", tear)
     with pytest.raises(RunError, match="Out of memory"):
-        training.train(config(), tmp_path)
+        train(config(), tmp_path)
     assert not list((tmp_path / "checkpoints").glob("*"))
 
 
 @pytest.fixture
-def late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: losses are looked at once a meta-step."""
-    monkeypatch.setattr(outer_step, "defers_loss_checks", lambda device: True)
+def deferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check losses once a meta-step, as on a GPU."""
+    monkeypatch.setattr(step, "defers_loss_checks", lambda device: True)
 
 
-def proposed(
+def first_update(
     experiment: Experiment, *, spoil: str | None = None, ranks: DistributedContext | None = None
 ) -> MetaUpdate:
-    state = TrainState.start(experiment.theta, experiment.config.outer)
+    state = TrainState.create(experiment.theta, experiment.config.outer)
     ranks = ranks or DistributedContext()
     episodes = local_tasks(experiment, 0, ranks)
     if spoil:
@@ -231,28 +235,28 @@ def proposed(
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("query", 1), ("support", 0)])
-def test_a_loss_that_is_looked_at_late_is_named_as_well(kind: str, steps: int, late: None) -> None:
+def test_deferred_check_names_the_loss(kind: str, steps: int, deferred: None) -> None:
     with pytest.raises(
         NonFiniteLossError, match=f"the {kind} loss of task 1 is nan after {steps} inner steps"
     ) as raised:
-        proposed(build_experiment(config("inner.steps=2") if kind == "support" else config()), spoil=f"{kind}_x")
+        first_update(build_experiment(config("inner.steps=2") if kind == "support" else config()), spoil=f"{kind}_x")
     assert raised.value.task == 1
 
 
-def test_looked_at_late_the_run_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deferred_checks_give_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(range(3, 6), monkeypatch)
     settings = config("run.on_nonfinite=skip", "outer.clip_norm=1", "outer.iterations=8")
-    train(settings, tmp_path / "early")
-    monkeypatch.setattr(outer_step, "defers_loss_checks", lambda device: True)
-    train(settings, tmp_path / "late")
-    assert timeless(tmp_path / "late") == timeless(tmp_path / "early")
-    ours, theirs = (state_of(tmp_path / name)["state"] for name in ("late", "early"))
-    assert bits(ours) == bits(theirs)
-    assert len(list((tmp_path / "late" / FOLDER).glob("*.pt"))) == 3
+    train(settings, tmp_path / "at once")
+    monkeypatch.setattr(step, "defers_loss_checks", lambda device: True)
+    train(settings, tmp_path / "deferred")
+    assert metrics_without_times(tmp_path / "deferred") == metrics_without_times(tmp_path / "at once")
+    ours, theirs = (load_state(tmp_path / name)["state"] for name in ("deferred", "at once"))
+    assert tensors_to_bytes(ours) == tensors_to_bytes(theirs)
+    assert len(list((tmp_path / "deferred" / FOLDER).glob("*.pt"))) == 3
 
 
 class ReadBacks(TorchDispatchMode):
-    """Counts operations whose result the CPU must wait for."""
+    """Counts operations that sync the CPU with the device."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # not annotated in torch
@@ -264,7 +268,7 @@ class ReadBacks(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("second_order", "inner"), [("true", "unroll"), ("false", "adjoint")])
-def test_one_read_back_a_meta_step(second_order: str, inner: str, late: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_sync_per_meta_step(second_order: str, inner: str, deferred: None, monkeypatch: pytest.MonkeyPatch) -> None:
     lists = []
     to_list = Tensor.tolist
 
@@ -275,33 +279,33 @@ def test_one_read_back_a_meta_step(second_order: str, inner: str, late: None, mo
     experiment = build_experiment(config(f"inner.second_order={second_order}", f"inner.engine={inner}"))
     monkeypatch.setattr(Tensor, "tolist", tolist)
     with ReadBacks() as reads:
-        proposed(experiment)
+        first_update(experiment)
     assert (lists, reads.count) == ([(3,)], 0)
 
 
-class Two(DistributedContext):
-    """The first of two processes, of which the other has the same values, or losses that are not finite."""
+class TwoProcesses(DistributedContext):
+    """The first of two processes; the other has the same values, and flags of its own."""
 
-    def sum(self, tensors: Any) -> list[Tensor]:
+    def all_reduce_sum(self, tensors: Any) -> list[Tensor]:
         *values, flags = tensors
-        return [*(2 * v for v in values), flags + self.others if hasattr(self, "others") else flags]
+        return [*(2 * v for v in values), flags + self.other_flags if hasattr(self, "other_flags") else flags]
 
 
-def test_another_processs_late_failure_is_known_to_all(late: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_of_another_process_is_known_to_all(deferred: None, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = build_experiment(config("task.meta_batch=4"))
-    ranks = Two(0, 2)
-    assert not proposed(experiment, ranks=ranks).stop
-    object.__setattr__(ranks, "others", torch.tensor([0.0, 1.0]))
-    assert proposed(experiment, ranks=ranks).stop
-    object.__setattr__(ranks, "others", torch.tensor([1.0, 1.0]))
+    ranks = TwoProcesses(0, 2)
+    assert not first_update(experiment, ranks=ranks).stop_requested
+    object.__setattr__(ranks, "other_flags", torch.tensor([0.0, 1.0]))
+    assert first_update(experiment, ranks=ranks).stop_requested
+    object.__setattr__(ranks, "other_flags", torch.tensor([1.0, 1.0]))
     with pytest.raises(RemoteNonFiniteError) as raised:
-        proposed(experiment, ranks=ranks)
+        first_update(experiment, ranks=ranks)
     assert raised.value.stop_requested
     with pytest.raises(NonFiniteLossError, match="the query loss of task 1 is nan"):
-        proposed(experiment, spoil="query_x", ranks=ranks)
+        first_update(experiment, spoil="query_x", ranks=ranks)
 
 
-def test_a_mean_that_overflows_alone_is_an_error(late: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mean_that_overflows_is_an_error(deferred: None, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = build_experiment(config())
 
     def overflowing(params: Any, episodes: Episodes, iteration: int) -> Any:
@@ -309,7 +313,7 @@ def test_a_mean_that_overflows_alone_is_an_error(late: None, monkeypatch: pytest
         result.loss.fill_(math.inf)
         return result
 
-    experiment.__dict__["gradient"] = overflowing
+    experiment.__dict__["meta_gradient"] = overflowing
     with pytest.raises(NonFiniteError, match=r"a mean of the tasks' losses was NaN or infinite") as raised:
-        proposed(experiment)
+        first_update(experiment)
     assert raised.value.task is None

@@ -1,4 +1,4 @@
-"""Whole runs, small: what they write, that they learn, and that they repeat."""
+"""Small whole trainings: what they write, that they learn, and that they are reproducible."""
 
 from __future__ import annotations
 
@@ -11,22 +11,18 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from metalearn.config.compose import CONF, compose, to_dataclass
-from metalearn.config.run_config import load_run_config, resolve_data
-from metalearn.config.schema import TrainConfig
-from metalearn.config.validation import validate_train_config
+from metalearn.config.compose import CONF
+from metalearn.config.run_config import load_run_config
 from metalearn.core import serialization as files
 from metalearn.core.errors import ConfigError, RunError
-from metalearn.data import metadata as catalog
 from metalearn.metagrad import ENGINES
-from metalearn.training import loop as outer_loop
-from metalearn.training import trainer as training
+from metalearn.training import loop, trainer
 from metalearn.training.checkpoints import best_path, load_best
 from metalearn.training.evaluate_run import evaluate_run
 from metalearn.training.experiment import build_experiment, resolve_device
-from metalearn.training.session import TrainContext
 from metalearn.training.state import TrainState
-from metalearn.training.trainer import train
+from metalearn.training.step import apply_update
+from tests.training.run_folders import run
 
 SMALL = [
     "data=glyphs",
@@ -44,20 +40,6 @@ SMALL = [
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
-@pytest.fixture(autouse=True)
-def _no_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "_reachable", lambda: False)
-
-
-def run(folder: Path, *overrides: str, base: list[str] = SMALL) -> dict[str, Any]:
-    config = to_dataclass(compose("train", [*base, *overrides]), TrainConfig)
-    validate_train_config(config)
-    settled = resolve_data(config)
-    train(settled, folder)
-    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
-    return metrics
-
-
 def events(folder: Path) -> EventAccumulator:
     accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
     accumulator.Reload()
@@ -67,10 +49,10 @@ def events(folder: Path) -> EventAccumulator:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("run") / "second_order"
-    return folder, run(folder)
+    return folder, run(folder, *SMALL)
 
 
-def test_it_learns(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_training_learns(finished: tuple[Path, dict[str, Any]]) -> None:
     _, metrics = finished
     assert metrics["test.accuracy"] - metrics["test.ci95"] > 0.5, "chance is 0.2"
     assert metrics["test.accuracy_nontransductive"] > 0.4
@@ -79,7 +61,7 @@ def test_it_learns(finished: tuple[Path, dict[str, Any]]) -> None:
     assert per_step[-1] == metrics["test.accuracy"]
 
 
-def test_metrics_hold_the_contract(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_metrics_json_holds_the_documented_keys(finished: tuple[Path, dict[str, Any]]) -> None:
     _, metrics = finished
     expected = {
         "dataset": "glyphs",
@@ -103,7 +85,7 @@ def test_metrics_hold_the_contract(finished: tuple[Path, dict[str, Any]]) -> Non
         assert metrics[name] > 0, name
 
 
-def test_tensorboard_shows_every_tag(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_event_file_holds_every_tag(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, metrics = finished
     shown = events(folder)
     scalars = {tag: [(e.step, e.value) for e in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
@@ -141,32 +123,32 @@ def quick(*overrides: str) -> list[str]:
 
 
 @pytest.mark.parametrize("engine", ["checkpoint", "adjoint"])
-def test_another_engine_takes_the_same_steps(engine: str, tmp_path: Path) -> None:
+def test_every_engine_takes_the_same_steps(engine: str, tmp_path: Path) -> None:
     base = quick("inner.steps=3", "inner.lr=0.05", "log.every=1")
     runs = {}
     for name, overrides in {
         "unroll": [],
         engine: [f"inner.engine={engine}", "inner.task_chunk=3", "inner.checkpoint_every=2"],
     }.items():
-        metrics = run(tmp_path / name, *overrides, base=base)
+        metrics = run(tmp_path / name, *base, *overrides)
         assert metrics["engine"] == name
         runs[name] = [e.value for e in events(tmp_path / name).Scalars("train/grad_norm")]
     assert runs[engine] == pytest.approx(runs["unroll"], rel=1e-2)  # float32, and Adam's first steps are signs
 
 
-def test_auto_engine_is_settled_before_the_first_step(tmp_path: Path) -> None:
-    metrics = run(tmp_path / "run", "inner.engine=auto", "run.memory_limit_mib=2", base=quick())
+def test_auto_engine_is_resolved_before_the_first_step(tmp_path: Path) -> None:
+    metrics = run(tmp_path / "run", *quick(), "inner.engine=auto", "run.memory_limit_mib=2")
     assert metrics["engine"] in ENGINES
     assert metrics["memory.peak_mib"] <= 2.5  # the optimiser's step is in it as well
     kept = load_run_config(tmp_path / "run" / "config.yaml").inner
     assert (kept.engine, kept.task_chunk) == (metrics["engine"], metrics["task_chunk"]), "evaluate.py finds it settled"
     with pytest.raises(RunError, match=r"no engine fits into 0\.100 MiB"):
-        run(tmp_path / "tight", "inner.engine=auto", "run.memory_limit_mib=0.1", base=quick())
+        run(tmp_path / "tight", *quick(), "inner.engine=auto", "run.memory_limit_mib=0.1")
 
 
-def test_curvature_is_logged_when_asked(tmp_path: Path) -> None:
+def test_second_order_metrics_are_logged_when_due(tmp_path: Path) -> None:
     looks = ["log.curvature_every=2", "log.eigenvalue_every=2"]
-    run(tmp_path / "run", *looks, "inner.steps=2", "log.every=4", base=quick())
+    run(tmp_path / "run", *quick(), *looks, "inner.steps=2", "log.every=4")
     shown = events(tmp_path / "run")
     tags = {tag for tag in shown.Tags()["scalars"] if tag.startswith("grad/")}
     assert tags == {
@@ -180,33 +162,33 @@ def test_curvature_is_logged_when_asked(tmp_path: Path) -> None:
         assert all(math.isfinite(e.value) for e in points)
 
 
-def test_mixed_precision_is_proved_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    proved = []
+def test_mixed_precision_is_verified_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verified = []
 
-    def prove(*args: Any, precision: str, **more: Any) -> str:
+    def verify(*args: Any, precision: str, **more: Any) -> str:
         assert not torch.is_autocast_enabled("cpu"), "the reference must be float32"
-        proved.append(precision)
+        verified.append(precision)
         return "fine"
 
-    monkeypatch.setattr(training, "check_precision", prove)
-    metrics = run(tmp_path / "low", "run.precision=bfloat16", base=quick("log.every=1"))
-    assert proved == ["bfloat16"]
+    monkeypatch.setattr(trainer, "check_precision", verify)
+    metrics = run(tmp_path / "low", *quick("log.every=1"), "run.precision=bfloat16")
+    assert verified == ["bfloat16"]
     assert metrics["precision"] == "bfloat16"
-    run(tmp_path / "full", base=quick("log.every=1"))
+    run(tmp_path / "full", *quick("log.every=1"))
     low, full = ([e.value for e in events(tmp_path / n).Scalars("train/query_loss")] for n in ("low", "full"))
     assert low != full
     assert low == pytest.approx(full, rel=0.1)
-    assert proved == ["bfloat16"], "float32 needs no proof"
+    assert verified == ["bfloat16"], "float32 needs no check"
 
 
-def test_config_of_the_run_is_kept(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_config_is_saved(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = finished
     config = load_run_config(folder / "config.yaml")
     assert config.task.meta_batch == 8
     assert config.model.name == "conv4"
 
 
-def test_best_checkpoint_is_the_one_reported(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_best_checkpoint_is_the_reported_one(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, metrics = finished
     shown = [e.value for e in events(folder).Scalars("validation/accuracy")]
     assert metrics["validation.best_accuracy"] == pytest.approx(max(shown))
@@ -215,7 +197,7 @@ def test_best_checkpoint_is_the_one_reported(finished: tuple[Path, dict[str, Any
     assert best.iteration == metrics["validation.best_iteration"]
 
 
-def test_evaluating_again_gives_the_same_figures(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_evaluate_run_repeats_the_test(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, metrics = finished
     before = sorted(p.name for p in folder.rglob("*"))
     evaluate_run(load_run_config(folder / "config.yaml"), folder, tmp_path)
@@ -225,19 +207,19 @@ def test_evaluating_again_gives_the_same_figures(finished: tuple[Path, dict[str,
     assert sorted(p.name for p in folder.rglob("*")) == before, "the run's own folder is left alone"
 
 
-def test_the_same_seed_gives_the_same_run_bit_by_bit(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_same_seed_is_bitwise_reproducible(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, metrics = finished
-    again = run(tmp_path / "again")
+    again = run(tmp_path / "again", *SMALL)
     same = {name: value for name, value in metrics.items() if not name.startswith("time.")}
     assert same == {name: value for name, value in again.items() if not name.startswith("time.")}
     first, second = (files.load_checked(best_path(f))["params"] for f in (folder, tmp_path / "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_order_and_seed_each_change_the_run(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_order_and_seed_change_the_run(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, metrics = finished
-    first_order = run(tmp_path / "first", "inner.second_order=false")
-    other_seed = run(tmp_path / "seed", "run.seed=1")
+    first_order = run(tmp_path / "first", *SMALL, "inner.second_order=false")
+    other_seed = run(tmp_path / "seed", *SMALL, "run.seed=1")
     assert first_order["second_order"] is False
     assert first_order["memory.peak_mib"] < metrics["memory.peak_mib"]
     for other in ("first", "seed"):
@@ -246,57 +228,52 @@ def test_order_and_seed_each_change_the_run(finished: tuple[Path, dict[str, Any]
     assert other_seed["test.accuracy"] > 0.4
 
 
-def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_folder_with_a_run_is_not_overwritten(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = finished
     before = (folder / "metrics.json").read_bytes()
     with pytest.raises(RunError, match=r"already holds a run.*hydra\.run\.dir"):
-        run(folder)
+        run(folder, *SMALL)
     assert (folder / "metrics.json").read_bytes() == before
 
 
-def test_divergence_stops_with_the_remedy_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+def test_divergence_raises_with_remedy_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"diverged at meta-step \d+: .*outer\.clip_norm=10.*meta-step \d+ is kept"):
-        run(tmp_path / "run", "outer.lr=1e30", "eval.every=1", "outer.schedule=constant", "log.every=1")
+        run(tmp_path / "run", *SMALL, "outer.lr=1e30", "eval.every=1", "outer.schedule=constant", "log.every=1")
     assert files.load_checked(best_path(tmp_path / "run"))["iteration"] >= 1
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
-def test_parameters_that_are_no_longer_finite_are_neither_kept_nor_tested(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nonfinite_parameters_are_neither_saved_nor_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The last update is what breaks them, so that no loss shows it.
-    meta_step = outer_loop.meta_step
-
-    def broken_step(session: TrainContext, state: TrainState) -> bool:
-        asked = meta_step(session, state)
+    def break_parameters(state: TrainState, *args: Any, **kwargs: Any) -> None:
+        apply_update(state, *args, **kwargs)
         if state.iteration == 20:
             state.params["head.bias"].fill_(math.nan)
-        return asked
 
-    monkeypatch.setattr(outer_loop, "meta_step", broken_step)
+    monkeypatch.setattr(loop, "apply_update", break_parameters)
     with pytest.raises(RunError, match=r"at meta-step 20: a parameter is not finite.*meta-step 15 is kept"):
-        run(tmp_path / "run", "eval.every=5", "outer.iterations=20")
+        run(tmp_path / "run", *SMALL, "eval.every=5", "outer.iterations=20")
     assert files.load_checked(best_path(tmp_path / "run"))["iteration"] <= 15
 
 
-def test_a_refused_run_leaves_the_folder_free(tmp_path: Path) -> None:
+def test_invalid_device_leaves_the_folder_free(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="PyTorch sees"):
-        run(tmp_path / "run", "run.device=cuda:99")
+        run(tmp_path / "run", *SMALL, "run.device=cuda:99")
     assert not (tmp_path / "run").exists()
 
 
-def test_no_inner_steps(tmp_path: Path) -> None:
-    metrics = run(tmp_path / "run", "inner.steps=0", "inner.eval_steps=0", "outer.iterations=2")
+def test_training_without_inner_steps(tmp_path: Path) -> None:
+    metrics = run(tmp_path / "run", *SMALL, "inner.steps=0", "inner.eval_steps=0", "outer.iterations=2")
     assert len(metrics["test.accuracy_per_step"]) == 1
     assert "train/support_loss" not in events(tmp_path / "run").Tags()["scalars"]
 
 
-def test_one_iteration(tmp_path: Path) -> None:
-    assert run(tmp_path / "run", "outer.iterations=1")["time.meta_step_ms"] > 0
+def test_training_of_one_iteration(tmp_path: Path) -> None:
+    assert run(tmp_path / "run", *SMALL, "outer.iterations=1")["time.meta_step_ms"] > 0
 
 
-def test_gradient_clipping_bounds_the_step(tmp_path: Path) -> None:
-    run(tmp_path / "run", "outer.clip_norm=1e-12", "outer.iterations=3", "outer.lr=1e-3")
+def test_clip_norm_bounds_the_update(tmp_path: Path) -> None:
+    run(tmp_path / "run", *SMALL, "outer.clip_norm=1e-12", "outer.iterations=3", "outer.lr=1e-3")
     config = load_run_config(tmp_path / "run" / "config.yaml")
     theta = build_experiment(config).theta
     params = files.load_checked(best_path(tmp_path / "run"))["params"]
@@ -304,21 +281,21 @@ def test_gradient_clipping_bounds_the_step(tmp_path: Path) -> None:
     assert all((params[name] - theta[name]).abs().max() < 1e-6 for name in theta)
 
 
-def test_constant_schedule(tmp_path: Path) -> None:
-    run(tmp_path / "run", "outer.schedule=constant", "outer.iterations=5", "eval.every=5")
+def test_constant_schedule_logs_one_rate(tmp_path: Path) -> None:
+    run(tmp_path / "run", *SMALL, "outer.schedule=constant", "outer.iterations=5", "eval.every=5")
     assert [e.value for e in events(tmp_path / "run").Scalars("outer/lr")] == [pytest.approx(0.005)]
 
 
 def test_mlp_trains(tmp_path: Path) -> None:
     base = [override for override in SMALL if not override.startswith("model")]
-    assert run(tmp_path / "run", "model=mlp", "outer.iterations=5", base=base)["iterations"] == 5
+    assert run(tmp_path / "run", *base, "model=mlp", "outer.iterations=5")["iterations"] == 5
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_runs(name: str, tmp_path: Path) -> None:
+def test_every_experiment_trains(name: str, tmp_path: Path) -> None:
     small = ["task.meta_batch=2", "outer.iterations=2", *([] if name == "sinusoid" else ["model.width=4"])]
     evaluation = ["eval.validation_episodes=2", "eval.episodes=2", "eval.every=1"]
-    metrics = run(tmp_path / "run", *evaluation, *small, base=[f"experiment={name}"])
+    metrics = run(tmp_path / "run", f"experiment={name}", *evaluation, *small)
     assert metrics["iterations"] == 2
     if name == "sinusoid":
         assert metrics["task"] == "10-shot"
@@ -327,14 +304,14 @@ def test_every_experiment_runs(name: str, tmp_path: Path) -> None:
     assert metrics["task"] in name.replace("way_", "-way ").replace("omniglot_", "").replace("shot", "-shot")
 
 
-def test_device_that_is_not_there_is_named() -> None:
+def test_resolve_device_raises_for_a_missing_gpu() -> None:
     with pytest.raises(ConfigError, match=r"run\.device=cuda:99: PyTorch sees \d+ CUDA devices"):
         resolve_device("cuda:99")
 
 
 @pytest.mark.gpu
 def test_gpu_run_reports_the_allocators_peak(tmp_path: Path) -> None:
-    metrics = run(tmp_path / "run", "run.device=cuda")
+    metrics = run(tmp_path / "run", *SMALL, "run.device=cuda")
     assert metrics["memory.kind"] == "cuda"
     assert metrics["device"].startswith("cuda (")
     assert metrics["test.accuracy"] > 0.5

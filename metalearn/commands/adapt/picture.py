@@ -1,4 +1,4 @@
-"""Predicted images side by side, as the network sees them, each with its predicted class below."""
+"""Draw the predicted images in a grid, as the network sees them, each above its predicted class."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 from metalearn.commands.adapt.predictions import Predictions
 from metalearn.core import serialization as files
 
-_CELL, _GAP, _TEXT, _TOP = 84, 10, 18, 26
-_RIGHT, _WRONG, _UNKNOWN = (0, 158, 115), (213, 94, 0), (119, 119, 119)  # as in training's pictures of tasks
-_MOST = 64
+_CELL, _GAP, _TEXT, _TOP = 84, 10, 18, 26  # pixels
+_CORRECT, _WRONG, _UNKNOWN = (0, 158, 115), (213, 94, 0), (119, 119, 119)  # as in training's pictures of tasks
+_MAX_IMAGES = 64
 _COLUMNS = 8
 
 
 def write_picture(predictions: Predictions, images: Tensor, path: Path) -> None:
-    """At most 64 of the images, evenly spread over all of them, as a PNG file.
+    """Write at most 64 of the images, evenly spread over all of them, as a PNG file.
 
-    A frame is green if the prediction is right and vermilion if it is wrong; grey where that is not known.
+    A frame is green if the prediction is correct, vermilion if it is wrong, and grey if that is unknown.
 
     Args:
         predictions: of these images.
@@ -29,43 +29,36 @@ def write_picture(predictions: Predictions, images: Tensor, path: Path) -> None:
         path: the file.
     """
     count = len(images)
-    chosen = list(range(count)) if count <= _MOST else [i * count // _MOST for i in range(_MOST)]
+    chosen = list(range(count)) if count <= _MAX_IMAGES else [i * count // _MAX_IMAGES for i in range(_MAX_IMAGES)]
     columns = min(len(chosen), _COLUMNS)
     width, height = _CELL + _GAP, _CELL + _TEXT + _GAP
-    sheet = Image.new(
-        "RGB", (max(columns * width + _GAP, 330), _TOP + math.ceil(len(chosen) / columns) * height), "white"
-    )
+    size = max(columns * width + _GAP, 330), _TOP + math.ceil(len(chosen) / columns) * height
+    sheet = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
-    draw.text((_GAP, 6), _title(predictions, len(chosen)), fill="black", font=font)
-    right, predicted = predictions.right, predictions.predicted
-    for place, i in enumerate(chosen):
-        left, top = _GAP + place % columns * width, _TOP + place // columns * height
-        sheet.paste(_cell(images[i]), (left, top))
-        colour = _UNKNOWN if right is None else _RIGHT if right[i] else _WRONG
+    correct, predicted = predictions.correct, predictions.predicted
+
+    title = f"{count} images" if len(chosen) == count else f"{len(chosen)} of {count} images"
+    if correct is not None:
+        title += f"; {sum(correct)} of all {count} predicted correctly (green)"
+    draw.text((_GAP, 6), title, fill="black", font=font)
+    for position, i in enumerate(chosen):
+        left, top = _GAP + position % columns * width, _TOP + position // columns * height
+        pixels = images[i].cpu().expand(3, -1, -1).permute(1, 2, 0).numpy()
+        sheet.paste(Image.fromarray(pixels).resize((_CELL, _CELL), Image.Resampling.NEAREST), (left, top))
+        colour = _UNKNOWN if correct is None else _CORRECT if correct[i] else _WRONG
         draw.rectangle((left, top, left + _CELL - 1, top + _CELL - 1), outline=colour, width=3)
-        label = _fitting(predictions.classes[predicted[i]], draw, font)
+        label = _truncate(predictions.classes[predicted[i]], draw, font)
         draw.text((left, top + _CELL + 2), label, fill=colour, font=font)
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
     files.atomic_write_bytes(path, buffer.getvalue())
 
 
-def _title(predictions: Predictions, drawn: int) -> str:
-    count, right = len(predictions.names), predictions.right
-    text = f"{count} images" if drawn == count else f"{drawn} of {count} images"
-    return text if right is None else f"{text}; {sum(right)} of all {count} predicted right (green)"
-
-
-def _fitting(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """As much of a text as a cell is wide, on one line."""
+def _truncate(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Cut a text to one line of a cell's width."""
     line = " ".join(text.split())
     if draw.textlength(line, font=font) <= _CELL:
         return line
     while line and draw.textlength(f"{line}…", font=font) > _CELL:
         line = line[:-1]
     return f"{line}…"
-
-
-def _cell(image: Tensor) -> Image.Image:
-    pixels = image.cpu().expand(3, -1, -1).permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels).resize((_CELL, _CELL), Image.Resampling.NEAREST)

@@ -1,4 +1,4 @@
-"""From two folders of images to predictions: read, exchange black and white where needed, adapt, predict, write."""
+"""Adapt a run to a folder of images and predict another: read, invert if needed, adapt, predict, write."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from rich.markup import escape
 from torch import Tensor
 
-from metalearn.commands.adapt.checks import refuse_unknown
+from metalearn.commands.adapt.checks import check_known_classes
 from metalearn.commands.adapt.picture import write_picture
 from metalearn.commands.adapt.predictions import (
     Predictions,
-    accuracy_text,
+    format_accuracy,
     print_predictions,
     printable_name,
     write_csv,
@@ -20,40 +20,46 @@ from metalearn.config.commands_schema import AdaptConfig
 from metalearn.config.run_folder import check_no_run_in
 from metalearn.data.image_decoding import FolderImages
 from metalearn.inference.inversion import apply_inversion, should_invert
-from metalearn.inference.learner import Learner, load
+from metalearn.inference.learner import Learner
+from metalearn.inference.loading import load
 from metalearn.training.tracking.console import print_path, print_summary, progress_bar
 
 WEIGHTS, TABLE, PICTURE = "adapted.safetensors", "predictions.csv", "predictions.png"
-"""What is written into the output folder."""
+"""Files in the output folder."""
 
 
 def run_adapt(config: AdaptConfig, output_dir: Path) -> None:
-    """Adapt a run to the support folder, or take weights that were; predict the query folder.
+    """Adapt a run to the support folder, or load adapted weights, and predict the query folder.
 
     Args:
-        config: checked.
+        config: a checked configuration.
         output_dir: for ``adapted.safetensors``, ``predictions.csv`` and ``predictions.png``.
 
     Raises:
         DataError: if images cannot be read, or a class of the queries was not adapted to.
-        RunError: if the checkpoint or the weights cannot be used, or the algorithm not for that many classes.
-        FolderTakenError: if the folder holds such files already.
+        RunError: if checkpoint or weights cannot be loaded, or the algorithm does not support that many classes.
+        RunExistsError: if the folder holds such files already.
     """
     check_no_run_in(output_dir, (WEIGHTS, TABLE, PICTURE))
     learner = load(config.run.dir, config.run.device)
     support = _read(config.support, learner, config)
     query = _read(config.query, learner, config, may_be_flat=True)
     first = support or query
-    assert first is not None, "the configuration was checked"
+    assert first is not None, "check_adapt requires support or query"
     inverted = should_invert(config.invert, first.images, learner.config.data)
+
+    # Adapt, or load weights that were adapted before.
     if support is not None:
-        assert support.labels is not None, "it is a folder of classes"
+        assert support.labels is not None, "support is a folder of classes"
         labels = [support.classes[label] for label in support.labels.tolist()]
         learner.adapt(apply_inversion(support.images, inverted), labels, steps=config.steps)
     else:
         learner.restore(str(config.weights))
     if support is not None or config.save is not None:
-        _save(learner, Path(config.save) if config.save else output_dir / WEIGHTS)
+        path = learner.save(config.save or output_dir / WEIGHTS)
+        print_path("Adapted weights", path)
+
+    # Predict, and report.
     facts = {
         "run": f"{escape(str(learner.run_dir))} ({learner.algorithm.name}, meta-step {learner.iteration})",
         "adapted to": f"{len(learner.classes_)} classes, "
@@ -62,12 +68,13 @@ def run_adapt(config: AdaptConfig, output_dir: Path) -> None:
         "images": f"{'x'.join(map(str, learner.example_shape))}, {'inverted' if inverted else 'not inverted'}",
     }
     if query is not None:
-        predictions = _predict(learner, query, apply_inversion(query.images, inverted), str(config.query))
+        images = apply_inversion(query.images, inverted)
+        predictions = _predict(learner, query, images, str(config.query))
         write_csv(predictions, output_dir / TABLE)
-        write_picture(predictions, apply_inversion(query.images, inverted), output_dir / PICTURE)
+        write_picture(predictions, images, output_dir / PICTURE)
         print_predictions(predictions)
-        right = predictions.right
-        facts["accuracy" if right else "predicted"] = accuracy_text(right) if right else f"{len(query.images)} images"
+        correct = predictions.correct
+        facts["accuracy" if correct else "predicted"] = format_accuracy(correct) if correct else f"{len(images)} images"
     print_summary("Adapted", facts)
     print_path("Written to", output_dir)
 
@@ -77,17 +84,12 @@ def _read(
 ) -> FolderImages | None:
     if folder is None:
         return None
-    return learner.read(folder, unreadable=config.on_unreadable, invert=False, may_be_flat=may_be_flat)
-
-
-def _save(learner: Learner, path: Path) -> None:
-    learner.save(path)
-    print_path("Adapted weights", path)
+    return learner.read(folder, on_unreadable=config.on_unreadable, invert=False, may_be_flat=may_be_flat)
 
 
 def _predict(learner: Learner, query: FolderImages, images: Tensor, folder: str) -> Predictions:
-    classes = [str(one) for one in learner.classes_]  # labels of Python users may be numbers, as folders' names are not
-    refuse_unknown(query.classes, classes, folder)
+    classes = [str(one) for one in learner.classes_]  # weights saved from Python may have labels that are numbers
+    check_known_classes(query.classes, classes, folder)
     with progress_bar() as progress:
         bar = progress.add_task("predict", total=len(images), note="")
         probabilities = learner.predict_proba(images, progress=lambda done: progress.update(bar, completed=done))

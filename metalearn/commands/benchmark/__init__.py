@@ -1,1 +1,1 @@
-"""The benchmark beside other libraries: who takes part, on what, how fast, and how cost grows."""
+"""``metalearn benchmark``: compare speed with other libraries, and measure engines, float32, sweeps and scaling."""

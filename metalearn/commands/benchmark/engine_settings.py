@@ -1,4 +1,4 @@
-"""What the engines are measured on, and what a measurement is."""
+"""Tasks and networks on which the engines are measured, and the result of a measurement. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class TaskSpec:
     """Tasks and a network.
 
     Args:
-        name: for files.
+        name: identifier, also in file names.
         ways: N.
         shots: support examples per class.
         queries: query examples per class.
@@ -27,27 +27,30 @@ class TaskSpec:
 
     @property
     def title(self) -> str:
-        """In words."""
-        return (
-            f"{self.ways}-way {self.shots}-shot, {self.queries} quer{'y' if self.queries == 1 else 'ies'}, "
-            f"{self.tasks} tasks, conv4 with {self.width} filters"
-        )
+        """Description for tables and plots."""
+        tasks = describe_tasks(self.ways, self.shots, self.queries, self.tasks)
+        return f"{tasks}, conv4 with {self.width} filters"
+
+
+def describe_tasks(ways: int, shots: int, queries: int, tasks: int) -> str:
+    """Return, for example, ``5-way 1-shot, 15 queries, 16 tasks``."""
+    return f"{ways}-way {shots}-shot, {queries} quer{'y' if queries == 1 else 'ies'}, {tasks} tasks"
 
 
 @dataclass(frozen=True)
 class EngineBenchmark(TaskSpec):
-    """What the engines are measured on.
+    """Tasks, a network, and numbers of inner steps at which the engines are measured.
 
     Args:
-        steps: numbers K of inner steps whose memory is measured.
-        timed: those that are timed as well.
+        steps: numbers K of inner steps at which memory is measured.
+        timed: those at which time is measured as well.
     """
 
     steps: tuple[int, ...]
     timed: tuple[int, ...]
 
 
-SETTINGS = (
+ENGINE_SETTINGS = (
     EngineBenchmark("20way_1shot", 20, 1, 1, 16, 64, (1, 5, 10, 20, 50), (1, 10)),
     EngineBenchmark("5way_1shot", 5, 1, 15, 16, 64, (1, 5, 10), (1, 10)),
     EngineBenchmark("5way_5shot", 5, 5, 15, 16, 64, (1, 5, 10), (1, 10)),
@@ -57,18 +60,18 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class EngineCost:
-    """One engine's cost at one K.
+    """Memory and time of one engine at one K.
 
     Args:
         engine: one of ``ENGINES``; in first order they are all the same.
-        second_order: or first order.
+        second_order: the order of the meta-gradient.
         task_chunk: tasks in a pass; ``None`` is all.
-        snapshot_every: the distance of the fast weights that are kept.
+        snapshot_every: inner steps between two snapshots of the fast weights.
         steps: K.
-        peak_mib: of one meta-gradient; ``None`` where it went over the limit.
-        median_ms: ``None`` where it was not timed.
-        quartiles_ms: of the rounds.
-        ratio_to_unroll: median over rounds of the time over that of ``unroll`` on all tasks.
+        peak_mib: peak memory of one meta-gradient; ``None`` if it exceeded the limit.
+        median_ms: median time over rounds; ``None`` if it was not timed.
+        quartiles_ms: lower and upper quartile over rounds.
+        ratio_to_unroll: median over rounds of the time divided by that of ``unroll`` on all tasks.
     """
 
     engine: str
@@ -83,7 +86,7 @@ class EngineCost:
 
     @property
     def name(self) -> str:
-        """As it stands in tables and legends."""
+        """Label in tables and legends."""
         words = [self.engine if self.second_order else "first order"]
         words += [f"{self.task_chunk} task{'s' if self.task_chunk > 1 else ''} at a time"] if self.task_chunk else []
         words += ["sparse snapshots"] if self.snapshot_every > 1 else []

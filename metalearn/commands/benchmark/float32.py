@@ -1,15 +1,14 @@
-"""How far meta-gradients in float32 are from float64, beside those of a plain loop over tasks.
+"""Measure how far meta-gradients in float32 are from float64, for the engines and for a plain loop over tasks.
 
     distance = |g32 - g64| / |g64|        of the whole gradient as one vector, at the same parameters and tasks, cast up
 
-Of conv4 at its initial weights, as it is and with biases in its convolutions, which ``vmap`` then takes layer by layer,
-as it does a user's own model. Medians over seeds: an input of ReLU that lies within rounding of its kink may fall on
-either side of it, in plain torch as well, and such a draw is percents away.
+The network is conv4 at its initial weights, without biases, and with biases in its convolutions, which ``vmap`` then
+batches layer by layer as it does a user's model. Medians over seeds: an input of ReLU that lies within rounding of its
+kink may fall on either side of it, also in plain torch, and the distance is then some percent.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,10 +18,10 @@ import torch
 from rich.progress import Progress
 from torch import nn
 
-from metalearn.commands.benchmark.contenders import BY_HAND, build_methods, order_name
+from metalearn.commands.benchmark.methods import BY_HAND, build_methods, order_name
+from metalearn.commands.benchmark.report import write_json
 from metalearn.commands.benchmark.settings import FLOAT32_SETTINGS, MetaStepSpec
 from metalearn.config.commands_schema import BenchmarkConfig
-from metalearn.core import serialization as files
 from metalearn.core.functional import relative_error
 from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.data.sampler import TaskShape
@@ -30,9 +29,8 @@ from metalearn.data.splits import ImageSplits
 from metalearn.inner import InnerLoop
 from metalearn.metagrad.baselines import by_hand
 from metalearn.models import Conv4
-from metalearn.training.experiment import resolve_device
+from metalearn.training.experiment import load_data, resolve_device
 from metalearn.training.runtime.precision import precision_context
-from metalearn.training.tasks import load_data
 from metalearn.training.tracking.console import print_path, print_table, progress_bar
 
 _FAR = 1e-3
@@ -40,18 +38,18 @@ _NETWORKS = [(pool, biases) for pool in ("stride", "max") for biases in (False, 
 
 
 @dataclass(frozen=True)
-class Row:
-    """One contender's distances.
+class Float32Error:
+    """Distances of one method; the fields are the keys of a row of ``benchmark.json``.
 
     Args:
-        setting: its name.
+        setting: name of the setting.
         pool: of conv4.
-        biases: whether its convolutions have them.
-        second_order: or first order.
+        biases: whether the convolutions have biases.
+        second_order: the order of the meta-gradient.
         who: library and engine.
         median: over seeds.
-        times_plain: the median over that of the hand-written loop.
-        far: number of seeds above 1e-3.
+        times_plain: the median divided by that of the hand-written loop.
+        far: number of seeds with a distance above 1e-3.
         distances: of each seed.
     """
 
@@ -70,7 +68,7 @@ def run_float32_table(config: BenchmarkConfig, output_dir: Path) -> None:
     """Measure, print a table for each setting, and write ``benchmark.json``; ``bench.repeats`` is the number of seeds.
 
     Raises:
-        ConfigError: if the device is not there, or the data set is not made of images.
+        ConfigError: if the device does not exist, or the data set has no images.
         DataError: if the data set is missing or damaged.
     """
     device = resolve_device(config.run.device)
@@ -84,21 +82,23 @@ def run_float32_table(config: BenchmarkConfig, output_dir: Path) -> None:
         "dataset": config.data.name,
         "seeds": list(seeds),
     }
-    rows: list[Row] = []
+    rows: list[Float32Error] = []
     path = output_dir / "benchmark.json"
     with precision_context("float32", device), progress_bar() as progress:
         for setting in settings:
-            found = measure(setting, splits, seeds, progress)
-            rows += found
+            errors = measure_setting(setting, splits, seeds, progress)
+            rows += errors
             content = {**report, "settings": [asdict(s) for s in settings], "rows": [asdict(row) for row in rows]}
-            files.atomic_write_text(path, json.dumps(content, indent=2) + "\n")
-            print_rows(setting, found)
+            write_json(path, content)
+            print_errors(setting, errors)
     print_path("Written to", path)
 
 
-def measure(setting: MetaStepSpec, splits: ImageSplits, seeds: Sequence[int], progress: Progress) -> list[Row]:
-    """A row for each network, order and contender."""
-    rows: list[Row] = []
+def measure_setting(
+    setting: MetaStepSpec, splits: ImageSplits, seeds: Sequence[int], progress: Progress
+) -> list[Float32Error]:
+    """Return the distances for each network, order and method."""
+    errors: list[Float32Error] = []
     bar = progress.add_task(setting.name, total=len(_NETWORKS) * len(seeds), note="")
     for pool, biases in _NETWORKS:
         distances: dict[tuple[bool, str], list[float]] = {}
@@ -106,17 +106,20 @@ def measure(setting: MetaStepSpec, splits: ImageSplits, seeds: Sequence[int], pr
             for key, distance in _distances(setting, splits, seed, pool=pool, biases=biases).items():
                 distances.setdefault(key, []).append(distance)
             progress.advance(bar)
-        rows += [
-            _row(setting, pool, biases, key, found, plain=distances[key[0], BY_HAND])
-            for key, found in distances.items()
-        ]
-    return rows
+        for (second_order, label), found in distances.items():
+            median = statistics.median(found)
+            ratio = median / statistics.median(distances[second_order, BY_HAND])
+            far = sum(not distance <= _FAR for distance in found)
+            errors.append(
+                Float32Error(setting.name, pool, biases, second_order, label, median, ratio, far, tuple(found))
+            )
+    return errors
 
 
 def _distances(
     setting: MetaStepSpec, splits: ImageSplits, seed: int, *, pool: str, biases: bool
 ) -> dict[tuple[bool, str], float]:
-    """Of every contender, by its order and name, to the hand-written loop's float64 gradient."""
+    """Return each method's distance to the hand-written loop's float64 gradient, by order and label."""
     torch.manual_seed(seed)
     shape = TaskShape(setting.ways, setting.shots, setting.queries)
     sampler = splits.sampler("train", shape, seed)
@@ -125,11 +128,11 @@ def _distances(
         add_biases(module)
     module.to(splits.train.device)
     episodes = sampler.batch(0, setting.tasks)
-    found = build_methods(InnerLoop(lr=setting.lr, steps=setting.steps), {BY_HAND: by_hand.meta_gradient})
-    exact = {c.second_order: c.gradient(module, episodes, torch.float64) for c in found if c.library == BY_HAND}
+    methods = build_methods(InnerLoop(lr=setting.lr, steps=setting.steps), {BY_HAND: by_hand.meta_gradient})
+    exact = {m.second_order: m.gradient(module, episodes, torch.float64) for m in methods if m.library == BY_HAND}
     return {
-        (c.second_order, c.who): relative_error(c.gradient(module, episodes, torch.float32), exact[c.second_order])
-        for c in found
+        (m.second_order, m.label): relative_error(m.gradient(module, episodes, torch.float32), exact[m.second_order])
+        for m in methods
     }
 
 
@@ -140,31 +143,18 @@ def add_biases(module: Conv4) -> None:
         module.set_submodule(name, nn.Conv2d(bare.in_channels, bare.out_channels, 3, stride=bare.stride[0], padding=1))
 
 
-def _row(
-    setting: MetaStepSpec, pool: str, biases: bool, key: tuple[bool, str], found: list[float], *, plain: list[float]
-) -> Row:
-    second_order, who = key
-    median = statistics.median(found)
-    far = sum(not distance <= _FAR for distance in found)
-    times_plain = median / statistics.median(plain)
-    return Row(setting.name, pool, biases, second_order, who, median, times_plain, far, tuple(found))
-
-
-def print_rows(setting: MetaStepSpec, rows: Sequence[Row]) -> None:
-    """A line for each network and order, a column for each contender."""
-    names = list(dict.fromkeys(row.who for row in rows))
-    lines: dict[str, dict[str, Row]] = {}
-    for row in rows:
+def print_errors(setting: MetaStepSpec, errors: Sequence[Float32Error]) -> None:
+    """Print a row for each network and order, a column for each method."""
+    labels = list(dict.fromkeys(row.who for row in errors))
+    cells: dict[str, dict[str, str]] = {}
+    for row in errors:
         biases = ", biases" if row.biases else ""
-        lines.setdefault(f"{row.pool}{biases}, {order_name(row.second_order)}", {})[row.who] = row
-    seeds = len(rows[0].distances)
+        name = f"{row.pool}{biases}, {order_name(row.second_order)}"
+        cells.setdefault(name, {})[row.who] = f"{row.median:.1e} ({row.times_plain:.2f}; {row.far})"
+    seeds = len(errors[0].distances)
     print_table(
         f"{setting.ways}-way {setting.shots}-shot, K={setting.steps}: |g32 - g64| / |g64|, median of {seeds} seeds\n"
-        f"(times the {BY_HAND}'s; seeds above {_FAR:.0e})",
-        ["", *names],
-        [[name, *(_cell(found.get(who)) for who in names)] for name, found in lines.items()],
+        f"(relative to the {BY_HAND}; seeds above {_FAR:.0e})",
+        ["", *labels],
+        [[name, *(by_label.get(label, "") for label in labels)] for name, by_label in cells.items()],
     )
-
-
-def _cell(row: Row | None) -> str:
-    return "" if row is None else f"{row.median:.1e} ({row.times_plain:.2f}; {row.far})"

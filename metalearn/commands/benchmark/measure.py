@@ -1,39 +1,43 @@
-"""One setting measured: every contender's time, memory and rate, and what a meta-step's time is made of."""
+"""Measure one meta-step: every method's time, memory and FLOP rate, and the components of the time."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 
-from metalearn.commands.benchmark.contenders import OURS, Method
+from metalearn.commands.benchmark.engine_settings import TaskSpec
+from metalearn.commands.benchmark.methods import OURS, Method
+from metalearn.commands.benchmark.settings import MetaStepSpec
 from metalearn.core.functional import expand_over_tasks, functionalize
-from metalearn.core.profiling.device_memory import peak_bytes
-from metalearn.core.profiling.flops import StepFlops, meta_gradient_flops
-from metalearn.core.profiling.memory import MIB
+from metalearn.core.profiling.flops import StepFlops
+from metalearn.core.profiling.memory import MIB, peak_bytes
 from metalearn.core.profiling.timing import quartiles, ratios, seconds, time_interleaved
 from metalearn.core.types import Episodes
 from metalearn.data.sampler import TaskSampler
 from metalearn.inner import InnerLoop, task_losses
+from metalearn.models import Conv4
 
 DATA, FORWARD, GRADIENT, SECOND_ORDER, OPTIMISER = "data", "forward", "gradient", "second-order pass", "optimiser"
-_PARTS = (DATA, FORWARD, OPTIMISER)  # those that are timed by themselves
+_TIMED_COMPONENTS = (DATA, FORWARD, OPTIMISER)  # measured directly
 
 
 @dataclass(frozen=True, eq=False)
 class MetaStep:
-    """What is timed.
+    """A meta-step to be timed.
 
     Args:
         module: at its initial parameters.
         episodes: one batch of T tasks, on the device.
-        inner: the inner loop; contenders replace its order and engine.
+        inner: the inner loop; methods replace its order and engine.
     """
 
     module: nn.Module
@@ -42,30 +46,45 @@ class MetaStep:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Device of the tasks."""
         return self.episodes.query_x.device
 
-    def flops(self) -> StepFlops:
-        """What it needs."""
-        return meta_gradient_flops(self.module, self.episodes, self.inner.steps)
+
+def random_meta_step(setting: MetaStepSpec, device: torch.device) -> MetaStep:
+    """Return a meta-step of conv4 on random images."""
+    module = Conv4(setting.ways, width=setting.width).to(device)
+    return MetaStep(module, random_episodes(setting, device), InnerLoop(lr=setting.lr, steps=setting.steps))
+
+
+def random_episodes(setting: TaskSpec, device: torch.device) -> Episodes:
+    """Return random images ``[T, N * examples, 1, 28, 28]`` in class order; content changes neither memory nor time."""
+    labels = torch.arange(setting.ways, device=device)
+
+    def images(each: int) -> Tensor:
+        return torch.rand(setting.tasks, setting.ways * each, 1, 28, 28, device=device)
+
+    def targets(each: int) -> Tensor:
+        return labels.repeat_interleave(each).repeat(setting.tasks, 1)
+
+    return Episodes(images(setting.shots), targets(setting.shots), images(setting.queries), targets(setting.queries))
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """A contender's cost of one meta-gradient.
+    """A method's cost of one meta-gradient.
 
     Args:
         library: of ``Method``.
-        engine: of ours.
-        second_order: or first order.
-        median_ms: over rounds.
-        quartiles_ms: over rounds.
+        engine: of ``Method``.
+        second_order: the order of the meta-gradient.
+        median_ms: median time over rounds.
+        quartiles_ms: lower and upper quartile over rounds.
         steps_per_s: meta-gradients a second, at the median.
-        speed: times the yardstick's in the same order: the median over rounds of its time over this one's.
-        speed_quartiles: of the same.
-        peak_mib: of memory, as ``runs/memory.py`` says.
-        gflops: FLOPs that the meta-gradient needs (and not those that were spent), in 1e9 a second, at the median.
-        percent_of_peak: of what matrix products reach on this machine.
+        speed: median over rounds of the baseline's time in the same order divided by this method's.
+        speed_quartiles: quartiles of the same ratio.
+        peak_mib: peak memory.
+        gflops: 1e9 FLOPs a second at the median, counting only FLOPs that the meta-gradient needs.
+        percent_of_peak: rate as a percentage of this machine's rate of matrix products.
     """
 
     library: str
@@ -81,45 +100,41 @@ class BenchmarkResult:
     percent_of_peak: float
 
     @property
-    def who(self) -> str:
-        """Library and engine, as ``Method.who``."""
+    def label(self) -> str:
+        """Library and engine, as ``Method.label``."""
         return f"{self.library} {self.engine}".strip()
 
 
 Times = Mapping[str, Sequence[float]]
-"""Seconds in each round, by the name of a contender or of a part of a meta-step."""
+"""Seconds in each round, by the name of a method or of a component of a meta-step."""
 
 
-def peaks_mib(step: MetaStep, found: Sequence[Method]) -> dict[str, float]:
-    """Peak memory of every contender by its name, MiB."""
+def peaks_mib(step: MetaStep, methods: Sequence[Method]) -> dict[str, float]:
+    """Return the peak memory of every method by its name, MiB."""
     peaks = {}
-    for contender in found:
-        step.module.zero_grad()  # learn2learn leaves its gradients there
-        peaks[contender.name] = peak_bytes(lambda c=contender: c.step(step.module, step.episodes), step.device) / MIB  # type: ignore[misc]
+    for method in methods:
+        step.module.zero_grad()  # learn2learn leaves gradients on the module
+        peaks[method.name] = peak_bytes(partial(method.step, step.module, step.episodes), step.device) / MIB
     step.module.zero_grad()
     return peaks
 
 
 def times(
     step: MetaStep,
-    found: Sequence[Method],
+    methods: Sequence[Method],
     rounds: int,
     *,
-    parts: Mapping[str, Callable[[], object]] | None = None,
+    components: Mapping[str, Callable[[], object]] | None = None,
     on_round: Callable[[int], object] = lambda done: None,
 ) -> Times:
-    """Every contender, and every part of a meta-step that is given, in turns."""
-    calls: dict[str, Callable[[], object]] = {c.name: _call(c, step) for c in found}
-    calls |= parts or {}
+    """Time every method, and every component of a meta-step, in turns."""
+    calls: dict[str, Callable[[], object]] = {m.name: partial(m.step, step.module, step.episodes) for m in methods}
+    calls |= components or {}
     return time_interleaved(lambda name: seconds(calls[name], step.device), list(calls), rounds, on_round=on_round)
 
 
-def _call(contender: Method, step: MetaStep) -> Callable[[], object]:
-    return lambda: contender.step(step.module, step.episodes)
-
-
 def compute_results(
-    found: Sequence[Method],
+    methods: Sequence[Method],
     measured: Times,
     peaks: Mapping[str, float],
     flops: StepFlops,
@@ -127,34 +142,33 @@ def compute_results(
     against: str,
     matrix_product_peak: float,
 ) -> list[BenchmarkResult]:
-    """Rates and ratios of what was timed.
+    """Compute rates and ratios from the measurements.
 
     Args:
-        found: every contender.
+        methods: all methods.
         measured: their times.
         peaks: their memory, MiB.
-        flops: that one meta-gradient needs.
+        flops: FLOPs that one meta-gradient needs.
         against: the library whose speed is 1, in either order.
         matrix_product_peak: FLOP/s.
     """
-    yard = {c.second_order: measured[c.name] for c in found if c.library == against}
+    baseline_times = {m.second_order: measured[m.name] for m in methods if m.library == against}
     rows = []
-    for contender in found:
-        own = measured[contender.name]
-        low, middle, high = quartiles(own)
-        slow, speed, fast = ratios(yard[contender.second_order], own)
-        rate = (flops.second_order if contender.second_order else flops.first_order) / middle
+    for method in methods:
+        low, middle, high = quartiles(measured[method.name])
+        slow, speed, fast = ratios(baseline_times[method.second_order], measured[method.name])
+        rate = (flops.second_order if method.second_order else flops.first_order) / middle
         rows.append(
             BenchmarkResult(
-                contender.library,
-                contender.engine,
-                contender.second_order,
+                method.library,
+                method.engine,
+                method.second_order,
                 median_ms=1000 * middle,
                 quartiles_ms=(1000 * low, 1000 * high),
                 steps_per_s=1 / middle,
                 speed=speed,
                 speed_quartiles=(slow, fast),
-                peak_mib=peaks[contender.name],
+                peak_mib=peaks[method.name],
                 gflops=rate / 1e9,
                 percent_of_peak=100 * rate / matrix_product_peak,
             )
@@ -163,12 +177,12 @@ def compute_results(
 
 
 def step_components(step: MetaStep, sampler: TaskSampler, lr: float) -> dict[str, Callable[[], object]]:
-    """What a training's meta-step does beside its gradients, each to be timed by itself.
+    """Return the components of a training's meta-step that can be timed alone: data, forward passes and optimiser.
 
     Args:
-        step: the forward passes are its K on the support sets and one on the query sets, of all tasks, without a graph.
-        sampler: whose next batch is drawn at each call.
-        lr: Adam's.
+        step: its forward passes are K on the support sets and one on the query sets, of all tasks, without a graph.
+        sampler: draws its next batch at each call.
+        lr: learning rate of Adam.
     """
     forward, theta = functionalize(step.module)
     tasks, episodes = step.episodes.tasks, step.episodes
@@ -180,31 +194,25 @@ def step_components(step: MetaStep, sampler: TaskSampler, lr: float) -> dict[str
     adam = Adam(weights, lr=lr)
 
     @torch.no_grad()
-    def pass_forward() -> None:
+    def run_forward() -> None:
         for _ in range(step.inner.steps):
             task_losses(forward, fast, episodes.support_x, episodes.support_y, loss=cross_entropy)
         task_losses(forward, fast, episodes.query_x, episodes.query_y, loss=cross_entropy)
 
-    def sample() -> None:
-        sampler.batch(next(batches), tasks)
-
-    def optimise() -> None:
-        adam.step()
-
-    return dict(zip(_PARTS, (sample, pass_forward, optimise), strict=True))
+    return {DATA: lambda: sampler.batch(next(batches), tasks), FORWARD: run_forward, OPTIMISER: adam.step}
 
 
-def time_breakdown(found: Sequence[Method], measured: Times) -> dict[str, Any]:
-    """What a second-order meta-step of our ``unroll`` is made of, by differences of medians.
+def time_breakdown(methods: Sequence[Method], measured: Times) -> dict[str, Any]:
+    """Return how the time of a second-order meta-step of our ``unroll`` is spent, by differences of medians.
 
     Returns:
-        ``ms``: milliseconds of each part; ``share``: its fraction of their sum. The gradient is first order less the
-        forward passes, the second-order pass is second order less first; a difference below 0 counts as 0.
+        ``ms``: milliseconds of each component; ``share``: its fraction of their sum. The gradient is first order minus
+        the forward passes, the second-order pass is second order minus first; a negative difference counts as 0.
     """
     unroll = {
-        c.second_order: quartiles(measured[c.name])[1] for c in found if (c.library, c.engine) == (OURS, "unroll")
+        m.second_order: quartiles(measured[m.name])[1] for m in methods if (m.library, m.engine) == (OURS, "unroll")
     }
-    data, forward, optimiser = (quartiles(measured[part])[1] for part in _PARTS)
+    data, forward, optimiser = (quartiles(measured[name])[1] for name in _TIMED_COMPONENTS)
     taken = {
         DATA: data,
         FORWARD: forward,
@@ -214,6 +222,51 @@ def time_breakdown(found: Sequence[Method], measured: Times) -> dict[str, Any]:
     }
     total = sum(taken.values())
     return {
-        "ms": {part: 1000 * value for part, value in taken.items()},
-        "share": {part: value / total for part, value in taken.items()},
+        "ms": {name: 1000 * value for name, value in taken.items()},
+        "share": {name: value / total for name, value in taken.items()},
     }
+
+
+@dataclass(frozen=True)
+class SweepSeries:
+    """A method's cost along a sweep.
+
+    Args:
+        name: name of the method.
+        values: values of the swept field.
+        median_ms: median time of a meta-gradient at each value.
+        quartiles_ms: lower and upper quartile over rounds at each value.
+        peak_mib: peak memory at each value.
+        slope_ms: exponent p of time ~ value^p.
+        slope_mib: exponent p of memory ~ value^p.
+    """
+
+    name: str
+    values: tuple[int, ...]
+    median_ms: tuple[float, ...]
+    quartiles_ms: tuple[tuple[float, float], ...]
+    peak_mib: tuple[float, ...]
+    slope_ms: float
+    slope_mib: float
+
+
+def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Return the exponent p of y = c x^p, by least squares of log y on log x.
+
+    Args:
+        x: at least two different positive numbers.
+        y: the same number of positive numbers.
+
+    Raises:
+        ValueError: if x or y is invalid.
+
+    Example:
+        >>> round(log_log_slope([1, 2, 4], [3, 12, 48]), 12)
+        2.0
+    """
+    if len(set(x)) < 2 or min(*x, *y) <= 0:
+        raise ValueError(f"log_log_slope: {x=}, {y=}; give two or more different x, and only positive numbers.")
+    log_x, log_y = [math.log(value) for value in x], [math.log(value) for value in y]
+    mean_x, mean_y = sum(log_x) / len(log_x), sum(log_y) / len(log_y)
+    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(log_x, log_y, strict=True))
+    return covariance / sum((a - mean_x) ** 2 for a in log_x)

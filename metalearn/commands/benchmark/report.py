@@ -1,51 +1,214 @@
-"""The benchmark's tables."""
+"""Tables and plots of the benchmarks."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from metalearn.commands.benchmark.contenders import order_name
-from metalearn.commands.benchmark.measure import DATA, FORWARD, GRADIENT, OPTIMISER, SECOND_ORDER, BenchmarkResult
+from matplotlib.figure import Figure
+
+from metalearn.commands.benchmark.engine_settings import EngineBenchmark, EngineCost
+from metalearn.commands.benchmark.measure import (
+    DATA,
+    FORWARD,
+    GRADIENT,
+    OPTIMISER,
+    SECOND_ORDER,
+    BenchmarkResult,
+    SweepSeries,
+)
+from metalearn.commands.benchmark.methods import order_name
+from metalearn.core import serialization as files
 from metalearn.training.tracking.console import print_table
+from metalearn.training.tracking.plot_style import (
+    ENGINE_STYLES,
+    GREY,
+    draw_line,
+    escape_mathtext,
+    label_rows,
+    line_style,
+    new_figure,
+    set_log_axes,
+)
 
 _HEADER = ("median ms", "quartiles", "steps/s", "speed", "peak MiB", "GFLOP/s", "% of peak")
+_CHUNK_STYLES = {None: "-", 4: "--", 1: ":"}
 
 
-def print_rows(title: str, rows: Sequence[BenchmarkResult], matrix_product_gflops: float, against: str) -> None:
-    """A table for each order.
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a report atomically."""
+    files.atomic_write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def print_results(title: str, rows: Sequence[BenchmarkResult], matrix_product_gflops: float, against: str) -> None:
+    """Print a table for each order.
 
     Args:
-        title: of the setting.
-        rows: of both orders.
-        matrix_product_gflops: what the last column is in percent of.
-        against: whose speed is 1.
+        title: title of the setting.
+        rows: results in both orders.
+        matrix_product_gflops: 100% in the last column.
+        against: the library whose speed is 1.
     """
     for second_order in (True, False):
+        cells = [
+            [
+                row.label,
+                f"{row.median_ms:.1f}",
+                "{:.1f} to {:.1f}".format(*row.quartiles_ms),
+                f"{row.steps_per_s:.2f}",
+                f"{row.speed:.2f}",
+                f"{row.peak_mib:.1f}",
+                f"{row.gflops:.1f}",
+                f"{row.percent_of_peak:.1f}",
+            ]
+            for row in rows
+            if row.second_order == second_order
+        ]
         print_table(
-            f"{title}: one meta-gradient, {order_name(second_order)}.\nspeed: times {against}'s (>1 is faster). "
-            f"GFLOP/s: of what the gradient needs. peak: {matrix_product_gflops:.0f} GFLOP/s of torch.mm",
+            f"{title}: one meta-gradient, {order_name(second_order)}.\nspeed: relative to {against} (>1 is faster). "
+            f"GFLOP/s: of the FLOPs that the gradient needs. peak: {matrix_product_gflops:.0f} GFLOP/s of torch.mm",
             ["", *_HEADER],
-            [[row.who, *_cells(row)] for row in rows if row.second_order == second_order],
+            cells,
         )
 
 
-def _cells(row: BenchmarkResult) -> list[str]:
-    return [
-        f"{row.median_ms:.1f}",
-        "{:.1f} to {:.1f}".format(*row.quartiles_ms),
-        f"{row.steps_per_s:.2f}",
-        f"{row.speed:.2f}",
-        f"{row.peak_mib:.1f}",
-        f"{row.gflops:.1f}",
-        f"{row.percent_of_peak:.1f}",
-    ]
-
-
-def print_shares(parts: Mapping[str, Mapping[str, float]]) -> None:
-    """What a meta-step of our ``unroll`` is made of, a row for each setting's fractions."""
+def print_time_breakdown(shares_of: Mapping[str, Mapping[str, float]]) -> None:
+    """Print the components' fractions of a meta-step of our ``unroll``, a row for each setting."""
     names = (DATA, FORWARD, GRADIENT, SECOND_ORDER, OPTIMISER)
     print_table(
-        "Where the time of a second-order meta-step goes, metalearn unroll, % of the parts' sum",
+        "Where the time of a second-order meta-step goes, metalearn unroll, % of the components' sum",
         ["", *names],
-        [[title, *(f"{100 * shares[name]:.1f}" for name in names)] for title, shares in parts.items()],
+        [[title, *(f"{100 * shares[name]:.1f}" for name in names)] for title, shares in shares_of.items()],
     )
+
+
+def print_engine_costs(setting: EngineBenchmark, rows: Sequence[EngineCost], limit_mib: float) -> None:
+    """Print two tables, engines by K: peak memory, and time divided by that of ``unroll`` on all tasks."""
+    memory: dict[str, dict[int, str]] = {}
+    time: dict[str, dict[int, str]] = {}
+    for row in rows:
+        memory.setdefault(row.name, {})[row.steps] = "over" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+        if row.ratio_to_unroll:
+            time.setdefault(row.name, {})[row.steps] = f"{row.ratio_to_unroll:.2f}"
+    for title, cells, columns in (
+        (f"{setting.title}: peak MiB (over: above {limit_mib:g})", memory, setting.steps),
+        ("Time relative to unroll on all tasks", time, setting.timed),
+    ):
+        print_table(
+            title,
+            ["", *(f"K={steps}" for steps in columns)],
+            [[name, *(at.get(steps, "") for steps in columns)] for name, at in cells.items()],
+        )
+
+
+def print_slopes(lines_of: Mapping[str, list[SweepSeries]]) -> None:
+    """Print a row for each sweep and method: medians at both ends, and the exponents."""
+    print_table(
+        "How cost grows: p of cost ~ x^p, fitted on a log-log scale",
+        ["", "x", "ms", "p of time", "MiB", "p of memory"],
+        [
+            [
+                f"{axis}: {line.name}",
+                f"{line.values[0]} to {line.values[-1]}",
+                f"{line.median_ms[0]:.0f} to {line.median_ms[-1]:.0f}",
+                f"{line.slope_ms:.2f}",
+                f"{line.peak_mib[0]:.0f} to {line.peak_mib[-1]:.0f}",
+                f"{line.slope_mib:.2f}",
+            ]
+            for axis, lines in lines_of.items()
+            for line in lines
+        ],
+    )
+
+
+def plot_speed(rows_of: Mapping[str, Sequence[BenchmarkResult]], against: str) -> Figure:
+    """Plot bars of speed with whiskers at the quartiles: a panel for each setting, second order above first.
+
+    Args:
+        rows_of: results by the setting's title.
+        against: the library whose speed is 1.
+    """
+    most = max(len(rows) for rows in rows_of.values())
+    figure, panels = new_figure(
+        "How many times faster a meta-gradient is", f"than {against}'s on the same tasks", height=2 + 0.33 * most,
+        panels=len(rows_of),
+    )  # fmt: skip
+    for panel, (title, rows) in zip(panels, rows_of.items(), strict=True):
+        libraries = list(dict.fromkeys(row.label for row in rows))
+        for position, row in enumerate(rows):
+            low, high = row.speed_quartiles
+            bars = panel.barh(
+                position,
+                row.speed,
+                xerr=[[max(0.0, row.speed - low)], [max(0.0, high - row.speed)]],
+                height=0.6,
+                color=line_style(libraries.index(row.label)).colour,
+                alpha=1.0 if row.second_order else 0.6,
+                error_kw={"linewidth": 0.8, "ecolor": GREY},
+            )
+            panel.bar_label(bars, fmt=f"{row.speed:.2f}", padding=3, fontsize="small")
+        panel.axvline(1, color=GREY, linewidth=0.8)
+        first = panel is panels[0]
+        label_rows(panel, [f"{row.label}, {order_name(row.second_order)}" if first else "" for row in rows])
+        panel.set_title(escape_mathtext(title.replace(", conv4", ",\nconv4")), fontsize="small")
+        panel.set_xlabel(f"speed, {against} = 1")
+        panel.margins(x=0.2)  # space for the numbers at the ends of the bars
+    return figure
+
+
+def plot_sweep(axis: str, lines: Sequence[SweepSeries], title: str, note: str) -> Figure:
+    """Plot time and peak memory against the swept field on logarithmic axes, with slopes in the legends.
+
+    Args:
+        axis: label of the swept field.
+        lines: a series for each method.
+        title: title of the figure.
+        note: second line of the title.
+    """
+    figure, (time, memory) = new_figure(title, note, panels=2)
+    for position, line in enumerate(lines):
+        at = line_style(position)
+        draw_line(time, line.values, line.median_ms, at, f"{line.name}: slope {line.slope_ms:.2f}")
+        draw_line(memory, line.values, line.peak_mib, at, f"{line.name}: slope {line.slope_mib:.2f}")
+    time.set_ylabel("time of a meta-gradient, ms (median)")
+    memory.set_ylabel("peak memory, MiB")
+    for panel in (time, memory):
+        set_log_axes(panel, axis, lines[0].values)
+        panel.legend(fontsize="small", frameon=False)
+    return figure
+
+
+def plot_memory(title: str, rows: Sequence[EngineCost], limit_mib: float) -> Figure:
+    """Plot peak memory against the number of inner steps, a line for every engine and chunk size."""
+    figure = Figure(figsize=(9.0, 5.0), layout="constrained")
+    axes = figure.add_subplot()
+    names = list(dict.fromkeys(row.name for row in rows))
+    for name in names:
+        points = [row for row in rows if row.name == name and row.peak_mib is not None]
+        if not points:
+            continue
+        first = points[0]
+        colour = ENGINE_STYLES[first.engine if first.second_order else "first order"].colour
+        axes.plot(
+            [row.steps for row in points],
+            [row.peak_mib or 0.0 for row in points],
+            marker="x" if first.snapshot_every > 1 else "o",
+            markersize=5,
+            color=colour,
+            linestyle=_CHUNK_STYLES.get(first.task_chunk, "-."),
+            label=name if first.task_chunk else f"{name}, all tasks",
+        )
+    if any(row.peak_mib is None for row in rows):
+        axes.axhline(limit_mib, color=GREY, linewidth=1)
+        axes.annotate(f"limit, {limit_mib:.0f} MiB", (1, limit_mib), xytext=(0, -11), textcoords="offset points")
+    axes.set(
+        xlabel="inner steps K", ylabel="peak memory of a meta-gradient, MiB", title=title, xscale="log", yscale="log"
+    )
+    steps = sorted({row.steps for row in rows})
+    axes.set_xticks(steps, [str(k) for k in steps])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    return figure

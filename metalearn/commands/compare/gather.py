@@ -1,4 +1,4 @@
-"""From the folders of runs to the figures of a comparison."""
+"""Compute the results of a comparison from the folders of its runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 from metalearn.commands.compare.results import CurvePoint, Difference, RunResult, TimeToAccuracy, VariantResult
 from metalearn.commands.compare.statistics import difference, seed_ci, task_ci
 from metalearn.commands.compare.variants import Job, Variant
-from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import RunError
 from metalearn.training.tracking.event_files import ScalarEvent, read_scalars
 
@@ -28,7 +27,7 @@ _ROUNDING = 1e-6  # event files hold float32
 def collect_results(
     variants: Sequence[Variant], jobs: Sequence[Job], reasons: Mapping[Path, str], target: float | None
 ) -> tuple[list[VariantResult], float | None]:
-    """Every variant's figures, and the target accuracy that their times are about.
+    """Return every variant's result, and the target accuracy of their times.
 
     Args:
         variants: in order.
@@ -37,22 +36,29 @@ def collect_results(
         target: validation accuracy; ``None`` for the highest whole percentage that all finished runs reach.
     """
     runs = {job.folder: load_run(job, reasons.get(job.folder)) for job in jobs}
-    scalars = {folder: _curves(folder) for folder, run in runs.items() if run.state == "finished"}
-    drawn = [curves for curves in scalars.values() if curves]
-    if target is None and drawn:
-        lowest = min(max(p.value for p in s["validation/accuracy"]) for s in drawn)
-        target = math.floor(100 * (lowest + _ROUNDING)) / 100
-    found = []
+    scalars = {folder: _read_curves(folder) for folder, run in runs.items() if run.state == "finished"}
+    best = [max(p.value for p in curves["validation/accuracy"]) for curves in scalars.values() if curves]
+    if target is None and best:
+        target = math.floor(100 * (min(best) + _ROUNDING)) / 100
+    results = []
     for variant in variants:
         folders = [job.folder for job in jobs if job.variant == variant.name]
-        own = [scalars[folder] for folder in folders if scalars.get(folder)]
         result = VariantResult(variant.name, variant.overrides, [runs[folder] for folder in folders])
-        found.append(_with_figures(result, own, target) if result.finished else result)
-    return found, target
+        curves = [scalars[folder] for folder in folders if scalars.get(folder)]
+        results.append(_add_metrics(result, curves, target) if result.finished else result)
+    return results, target
 
 
-def _curves(folder: Path) -> Scalars:
-    """A run's curves; none where its event file was left behind, as when results are archived."""
+def hardware_of(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the machine of some runs; where they differ, all values."""
+    names = dict.fromkeys(name for m in metrics for name in m if name.startswith("machine."))
+    return {
+        name.removeprefix("machine."): " / ".join(dict.fromkeys(str(m.get(name)) for m in metrics)) for name in names
+    }
+
+
+def _read_curves(folder: Path) -> Scalars:
+    """Return a run's curves; none where its event file is missing, as in archived results."""
     try:
         return read_scalars(folder)
     except RunError as error:
@@ -61,7 +67,7 @@ def _curves(folder: Path) -> Scalars:
 
 
 def load_run(job: Job, reason: str | None) -> RunResult:
-    """What became of a run."""
+    """Return a run's state and metrics; ``reason`` is why it failed, if it did."""
     seed, name = job.config.run.seed, job.folder.name
     path = job.folder / "metrics.json"
     if path.exists():
@@ -69,11 +75,9 @@ def load_run(job: Job, reason: str | None) -> RunResult:
     return RunResult(seed, name, "failed" if reason else "unfinished", reason)
 
 
-def _with_figures(result: VariantResult, scalars: list[Scalars], target: float | None) -> VariantResult:
-    metrics = [run.metrics for run in result.finished]
-
+def _add_metrics(result: VariantResult, scalars: list[Scalars], target: float | None) -> VariantResult:
     def column(name: str) -> list[Any]:
-        return [m[name] for m in metrics]
+        return [run.metrics[name] for run in result.finished]
 
     tasks_ci95 = column("test.ci95")
     per_step = zip(*column("test.accuracy_per_step"), strict=True)
@@ -94,7 +98,7 @@ def _with_figures(result: VariantResult, scalars: list[Scalars], target: float |
 
 
 def aggregate_curve(scalars: Sequence[Scalars], tag: str) -> list[CurvePoint]:
-    """A tag over seeds, at the meta-steps that all of them have."""
+    """Aggregate a tag over seeds, at the meta-steps that all of them have."""
     by_step = [{p.step: p.value for p in s.get(tag, [])} for s in scalars]
     times = [{p.step: p.value for p in s["time/training_s"]} for s in scalars]
     common = sorted(set.intersection(*(set(points) for points in by_step))) if by_step else []
@@ -107,7 +111,7 @@ def aggregate_curve(scalars: Sequence[Scalars], tag: str) -> list[CurvePoint]:
 
 
 def time_to_accuracy(scalars: Sequence[Scalars], target: float) -> TimeToAccuracy | None:
-    """When validation first reached the target."""
+    """Return when validation first reached the target; ``None`` if it never did."""
     reached = []
     for run in scalars:
         seconds = {p.step: p.value for p in run["time/training_s"]}
@@ -116,34 +120,30 @@ def time_to_accuracy(scalars: Sequence[Scalars], target: float) -> TimeToAccurac
             reached.append((seconds[first], first))
     if not reached:
         return None
-    seconds_of_all, steps_of_all = zip(*reached, strict=True)
-    return TimeToAccuracy(statistics.median_low(seconds_of_all), statistics.median_low(steps_of_all), len(reached))
+    all_seconds, all_steps = zip(*reached, strict=True)
+    return TimeToAccuracy(statistics.median_low(all_seconds), statistics.median_low(all_steps), len(reached))
 
 
 def differences(variants: Sequence[Variant], results: Sequence[VariantResult], folder: Path) -> list[Difference]:
-    """The first variant's accuracy minus each other one's, over the seeds that both finished."""
+    """Return the first variant's accuracy minus that of each other one, over the seeds that both finished."""
     found = []
-    first, first_config = results[0], variants[0].config
+    first = results[0]
     for variant, other in zip(variants[1:], results[1:], strict=True):
-        seeds = [r.seed for r in first.finished if r.seed in [o.seed for o in other.finished]]
+        folders = [{run.seed: run.folder for run in result.finished} for result in (first, other)]
+        seeds = [seed for seed in folders[0] if seed in folders[1]]
         if not seeds:
             continue
-        paired = _test_tasks(first_config) == _test_tasks(variant.config)
-        ours, theirs = ([_tasks(folder, v, seed) for seed in seeds] for v in (first, other))
-        (accuracy, per_seed), (alone, _) = (
-            difference([run[name] for run in ours], [run[name] for run in theirs], paired=paired)
+        paired = _test_tasks(variants[0]) == _test_tasks(variant)
+        a, b = ([json.loads((folder / of[seed] / "test_tasks.json").read_text()) for seed in seeds] for of in folders)
+        (accuracy, per_seed), (nontransductive, _) = (
+            difference([run[name] for run in a], [run[name] for run in b], paired=paired)
             for name in ("accuracy", "accuracy_nontransductive")
         )
-        found.append(Difference(first.name, other.name, accuracy, alone, seeds, per_seed, paired))
+        found.append(Difference(first.name, other.name, accuracy, nontransductive, seeds, per_seed, paired))
     return found
 
 
-def _test_tasks(config: TrainConfig) -> tuple[Any, ...]:
-    """What decides, with the seed, on which tasks a run is tested."""
+def _test_tasks(variant: Variant) -> tuple[Any, ...]:
+    """Return the settings that, with the seed, determine the test tasks of a run."""
+    config = variant.config
     return config.data, config.task.ways, config.task.shots, config.eval.queries, config.eval.episodes
-
-
-def _tasks(folder: Path, variant: VariantResult, seed: int) -> dict[str, list[float]]:
-    (run,) = [r for r in variant.finished if r.seed == seed]
-    content: dict[str, list[float]] = json.loads((folder / run.folder / "test_tasks.json").read_text())
-    return content

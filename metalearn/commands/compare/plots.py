@@ -1,95 +1,84 @@
-"""The plots of a comparison, from its results alone."""
+"""The plots of a comparison, with their titles and captions; all data comes from its results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from metalearn.commands.compare.captions import CAPTIONS
-from metalearn.commands.compare.cost_plots import cost, plot_per_run_cost
+from metalearn.commands.benchmark.engine_settings import EngineCost
 from metalearn.commands.compare.results import CurvePoint, Results, VariantResult
-from metalearn.training.evaluation import MeanCI
+from metalearn.commands.compare.summary import format_number
 from metalearn.training.tracking.plot_style import (
+    ENGINE_STYLES,
     GREY,
     NEUTRAL,
-    LineStyle,
     draw_estimate,
     draw_line,
     label_rows,
     legend_below,
     legend_handle,
     line_style,
+    metalearn_style,
     new_figure,
+    set_log_axes,
     to_percent,
 )
 
-_SIDE_BY_SIDE = 0.3  # of the distance between two inner steps
+INTERVAL = (
+    "95% intervals cover seeds and tasks: Student's t over the means of the seeds, since each seed draws its own "
+    "parameters and tasks. They are never narrower than the interval over the test tasks, which is the only one that a "
+    "single seed has."
+)
+_BAND = "The line is the mean over seeds; the band reaches from the lowest to the highest seed."
+
+_STEP_OFFSET = 0.3  # width of a group of variants, as a share of the distance between two inner steps
 _MARKS_ON_A_CURVE = 8
-_LEAST_RANGE = 0.02  # of accuracies, so that noise is not blown up
+_MIN_ACCURACY_RANGE = 0.02  # so that noise is not blown up
+_MIN_LOG_RANGE = 8.0  # highest to lowest on a logarithmic axis, so that small differences look small
 _SECONDS_UP_TO, _MINUTES_UP_TO = 300, 3 * 3600
 
 
+@metalearn_style()
 def plots(results: Results) -> dict[str, Figure]:
-    """By name, in the order of the report; one that has no data is left out."""
-    draw: dict[str, Callable[[Results], Figure | None]] = {
-        "accuracy": plot_accuracy,
-        "difference": plot_difference,
-        "accuracy_per_step": accuracy_per_step,
-        "validation": plot_validation,
-        "per_run_cost": plot_per_run_cost,
-        "cost": cost,
-        "cosine": plot_cosine,
-    }
-    drawn = {name: function(results) for name, function in draw.items()}
+    """Draw every plot that has data, by name, in the order of ``PLOTS``."""
+    drawn = {name: plot.draw(results, plot.title) for name, plot in PLOTS.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def plot_accuracy(results: Results) -> Figure | None:
-    """Test accuracy of each variant by both protocols, with 95% intervals and a dot per seed."""
+def plot_accuracy(results: Results, title: str) -> Figure | None:
+    """Plot the test accuracy of each variant by both protocols, with 95% intervals and a dot per seed."""
     if not any(variant.accuracy for variant in results.variants):
         return None
     height = 2.2 + 0.65 * len(results.variants)
-    figure, (axes,) = new_figure(CAPTIONS["accuracy"].title, results.title, height=height)
+    figure, (axes,) = new_figure(title, results.title, height=height)
     label_rows(axes, [variant.name for variant in results.variants])
     for row, variant in enumerate(results.variants):
         if variant.accuracy is None:
-            _say_nothing_finished(axes, row)
-            continue
-        seeds = _of_seeds(variant, "test.accuracy")
-        draw_estimate(axes, row - 0.1, to_percent(variant.accuracy), seeds, line_style(row), hollow=False)
-        if variant.nontransductive is not None:
-            seeds = _of_seeds(variant, "test.accuracy_nontransductive")
-            draw_estimate(axes, row + 0.1, to_percent(variant.nontransductive), seeds, line_style(row), hollow=True)
+            axes.text(0.01, row, "no finished run", transform=axes.get_yaxis_transform(), color=GREY, va="center")
+        for estimate, metric, hollow in (
+            (variant.accuracy, "test.accuracy", False),
+            (variant.nontransductive, "test.accuracy_nontransductive", True),
+        ):
+            if estimate is not None:
+                values = [run.metrics.get(metric) for run in variant.finished]
+                seeds = [100 * value for value in values if value is not None]
+                offset = 0.1 if hollow else -0.1
+                draw_estimate(axes, row + offset, to_percent(estimate), seeds, line_style(row), hollow=hollow)
     axes.set_xlabel("test accuracy, % (bar: 95% interval)")
-    legend_below(
-        figure,
-        [
-            legend_handle("transductive"),
-            legend_handle("non-transductive", hollow=True),
-            legend_handle("a seed", seed=True),
-        ],
-    )
+    protocols = legend_handle("transductive"), legend_handle("non-transductive", hollow=True)
+    legend_below(figure, [*protocols, legend_handle("a seed", seed=True)])
     return figure
 
 
-def _of_seeds(variant: VariantResult, metric: str) -> list[float]:
-    values = [run.metrics.get(metric) for run in variant.finished]
-    return [100 * value for value in values if value is not None]
-
-
-def _say_nothing_finished(axes: Axes, row: int) -> None:
-    axes.text(0.01, row, "no finished run", transform=axes.get_yaxis_transform(), color=GREY, va="center")
-
-
-def plot_difference(results: Results) -> Figure | None:
-    """Each difference in percentage points, with its 95% interval, a dot per seed, and zero."""
+def plot_difference(results: Results, title: str) -> Figure | None:
+    """Plot each difference in percentage points, with its 95% interval, a dot per seed, and a line at zero."""
     if not results.differences:
         return None
-    height = 2.2 + 0.6 * len(results.differences)
-    figure, (axes,) = new_figure(CAPTIONS["difference"].title, results.title, height=height)
+    figure, (axes,) = new_figure(title, results.title, height=2.2 + 0.6 * len(results.differences))
     label_rows(axes, [f"{each.first}\nminus {each.other}" for each in results.differences])
     for row, each in enumerate(results.differences):
         seeds = [100 * value for value in each.per_seed]
@@ -100,42 +89,38 @@ def plot_difference(results: Results) -> Figure | None:
     return figure
 
 
-def accuracy_per_step(results: Results) -> Figure | None:
-    """Test accuracy after 0, 1, ... inner steps, a line a variant."""
-    shown = [(i, variant) for i, variant in enumerate(results.variants) if variant.per_step]
-    if not shown:
+def plot_accuracy_per_step(results: Results, title: str) -> Figure | None:
+    """Plot test accuracy after 0, 1, ... inner steps, and again from step 1 on, as the first step dwarfs the others."""
+    drawn = [(i, variant) for i, variant in enumerate(results.variants) if variant.per_step]
+    if not drawn:
         return None
-    figure, (from_none, from_one) = new_figure(CAPTIONS["accuracy_per_step"].title, results.title, panels=2)
-    for nth, (i, variant) in enumerate(shown):
-        aside = _SIDE_BY_SIDE * (nth - (len(shown) - 1) / 2) / len(shown)
+    figure, panels = new_figure(title, results.title, panels=2)
+    for nth, (i, variant) in enumerate(drawn):
+        offset = _STEP_OFFSET * (nth - (len(drawn) - 1) / 2) / len(drawn)
         percent = [to_percent(estimate) for estimate in variant.per_step]
-        _draw_steps(from_none, percent, aside, line_style(i), variant.name, first=0)
-        _draw_steps(from_one, percent, aside, line_style(i), variant.name, first=1)
-    for axes in (from_none, from_one):
+        for first, axes in enumerate(panels):
+            x = [step + offset for step in range(first, len(percent))]
+            means, halves = [each.mean for each in percent[first:]], [each.ci95 for each in percent[first:]]
+            draw_line(axes, x, means, line_style(i), variant.name)
+            axes.errorbar(x, means, yerr=halves, fmt="none", ecolor=line_style(i).colour, elinewidth=1, capsize=2)
+    for axes in panels:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    from_none.set(xlabel="inner steps at test", ylabel="test accuracy, % (bar: 95% interval)")
-    from_one.set_xlabel("inner steps at test, from the first on (another scale)")
+    panels[0].set(xlabel="inner steps at test", ylabel="test accuracy, % (bar: 95% interval)")
+    panels[1].set_xlabel("inner steps at test, from the first on (another scale)")
     legend_below(figure)
     return figure
 
 
-def _draw_steps(axes: Axes, percent: Sequence[MeanCI], aside: float, at: LineStyle, name: str, *, first: int) -> None:
-    """From the ``first`` inner step on: the large gain of the first would hide what the later ones add."""
-    x = [step + aside for step in range(first, len(percent))]
-    means, halves = [each.mean for each in percent[first:]], [each.ci95 for each in percent[first:]]
-    draw_line(axes, x, means, at, name)
-    axes.errorbar(x, means, yerr=halves, fmt="none", ecolor=at.colour, elinewidth=1, capsize=2)
-
-
-def plot_validation(results: Results) -> Figure | None:
-    """Validation accuracy against meta-steps and against time."""
-    curves = _curves(results, lambda variant: variant.curve)
+def plot_validation(results: Results, title: str) -> Figure | None:
+    """Plot validation accuracy against meta-steps and against time."""
+    curves = [(i, variant, variant.curve) for i, variant in enumerate(results.variants) if variant.curve]
     if not curves:
         return None
-    figure, (by_step, by_time) = new_figure(
-        CAPTIONS["validation"].title, f"{results.title}; {_band_in_words(results)}", panels=2
-    )
-    seconds, unit = _time_unit(max(points[-1].training_s for _, _, points in curves))
+    figure, (by_step, by_time) = new_figure(title, f"{results.title}; {_describe_band(results)}", panels=2)
+    longest = max(points[-1].training_s for _, _, points in curves)
+    seconds, unit = 3600, "h"
+    if longest <= _MINUTES_UP_TO:
+        seconds, unit = (1, "s") if longest <= _SECONDS_UP_TO else (60, "min")
     _draw_curves(by_step, curves, lambda point: point.iteration, scale=100)
     _draw_curves(by_time, curves, lambda point: point.training_s / seconds, scale=100)
     by_time.sharey(by_step)
@@ -146,62 +131,160 @@ def plot_validation(results: Results) -> Figure | None:
         target = 100 * results.target_accuracy
         for axes in (by_step, by_time):
             axes.axhline(target, color=GREY, linewidth=0.8, zorder=1, label=f"target, {target:.1f}%")
-    by_step.set_ylim(bottom=_below_the_end(curves, results.target_accuracy))
+    by_step.set_ylim(bottom=_lower_limit([points for _, _, points in curves], results.target_accuracy))
     legend_below(figure)
     return figure
 
 
-def plot_cosine(results: Results) -> Figure | None:
-    """Cosine between the first- and the second-order meta-gradient during training."""
-    curves = _curves(results, lambda variant: variant.cosine)
+def plot_cosine(results: Results, title: str) -> Figure | None:
+    """Plot the cosine between the first- and the second-order meta-gradient during training."""
+    curves = [(i, variant, variant.cosine) for i, variant in enumerate(results.variants) if variant.cosine]
     if not curves:
         return None
-    figure, (axes,) = new_figure(CAPTIONS["cosine"].title, f"{results.title}; {_band_in_words(results)}")
+    figure, (axes,) = new_figure(title, f"{results.title}; {_describe_band(results)}")
     _draw_curves(axes, curves, lambda point: point.iteration, scale=1)
     axes.set(xlabel="meta-steps", ylabel="cosine, first against second order")
     legend_below(figure)
     return figure
 
 
-_Curves = Sequence[tuple[int, str, Sequence[CurvePoint]]]
-
-
-def _curves(results: Results, of: Callable[[VariantResult], Sequence[CurvePoint]]) -> _Curves:
-    """Position, name and points of the variants that have some."""
-    return [(i, variant.name, of(variant)) for i, variant in enumerate(results.variants) if of(variant)]
-
-
-def _draw_curves(axes: Axes, curves: _Curves, x_of: Callable[[CurvePoint], float], *, scale: float) -> None:
-    for i, name, points in curves:
+def _draw_curves(
+    axes: Axes,
+    curves: Sequence[tuple[int, VariantResult, Sequence[CurvePoint]]],
+    x_of: Callable[[CurvePoint], float],
+    *,
+    scale: float,
+) -> None:
+    """Draw a line per variant, in the style of its position, and a band over its seeds."""
+    for i, variant, points in curves:
         x = [x_of(point) for point in points]
         marks = max(1, len(points) // _MARKS_ON_A_CURVE)
-        draw_line(axes, x, [scale * point.mean for point in points], line_style(i), name, marks=marks)
+        draw_line(axes, x, [scale * point.mean for point in points], line_style(i), variant.name, marks=marks)
         low, high = [scale * point.low for point in points], [scale * point.high for point in points]
         if low != high:
             axes.fill_between(x, low, high, color=line_style(i).colour, alpha=0.15, linewidth=0)
 
 
-def _below_the_end(curves: _Curves, target: float | None) -> float | None:
-    """Where the vertical axis begins, in percent, so that the steep start does not flatten all that follows it.
+def _lower_limit(curves: Sequence[Sequence[CurvePoint]], target: float | None) -> float | None:
+    """Return where the vertical axis begins, in percent; ``None`` for everything.
 
-    The second half of training, and the target, take up its upper half at least.
+    The second half of training, and the target, get at least the upper half of the axis; the steep start may be cut.
     """
-    ends = [point for _, _, points in curves for point in points[len(points) // 2 :]]
-    low, high = min(point.low for point in ends), max(point.high for point in ends)
-    if target is not None:
-        low, high = min(low, target), max(high, target)
-    bottom = low - max(high - low, _LEAST_RANGE)
-    lowest = min(point.low for _, _, points in curves for point in points)
-    return 100 * bottom if bottom > lowest else None
+    ends = [point for points in curves for point in points[len(points) // 2 :]]
+    targets = [] if target is None else [target]
+    low, high = min([point.low for point in ends] + targets), max([point.high for point in ends] + targets)
+    bottom = low - max(high - low, _MIN_ACCURACY_RANGE)
+    return 100 * bottom if bottom > min(point.low for points in curves for point in points) else None
 
 
-def _band_in_words(results: Results) -> str:
+def _describe_band(results: Results) -> str:
     if max(len(variant.finished) for variant in results.variants) < 2:
         return "one seed"
     return "line: mean over seeds, band: lowest to highest seed"
 
 
-def _time_unit(longest_s: float) -> tuple[float, str]:
-    if longest_s <= _SECONDS_UP_TO:
-        return 1, "s"
-    return (60, "min") if longest_s <= _MINUTES_UP_TO else (3600, "h")
+def plot_cost(results: Results, title: str) -> Figure | None:
+    """Plot peak memory and time of one meta-gradient against the number of inner steps."""
+    rows = results.cost
+    metrics: dict[str, Callable[[EngineCost], float | None]] = {
+        "peak memory, MiB": lambda row: row.peak_mib,
+        "time, ms (median)": lambda row: row.median_ms,
+    }
+    measured = {label: of for label, of in metrics.items() if any(of(row) is not None for row in rows)}
+    if not measured:
+        return None
+    figure, panels = new_figure(title, results.title, panels=len(measured))
+    for axes, (label, of) in zip(panels, measured.items(), strict=True):
+        for position, name in enumerate(dict.fromkeys(row.name for row in rows)):
+            points = [(row.steps, value) for row in rows if row.name == name and (value := of(row)) is not None]
+            if points:
+                x, y = zip(*sorted(points), strict=True)
+                draw_line(axes, x, y, ENGINE_STYLES.get(name, line_style(position)), name)
+        if "memory" in label and any(row.peak_mib is None for row in rows):
+            limit = results.cost_limit_mib
+            axes.axhline(limit, color=GREY, linewidth=0.8, label=f"limit of memory, {limit:g} MiB")
+        axes.set_ylabel(label)
+        set_log_axes(axes, "inner steps K", sorted({row.steps for row in rows}))
+        low, high = axes.get_ylim()
+        widen = max(1.0, _MIN_LOG_RANGE * low / high) ** 0.5
+        axes.set_ylim(low / widen, high * widen)
+    legend_below(figure)
+    return figure
+
+
+def plot_per_run_cost(results: Results, title: str) -> Figure | None:
+    """Plot milliseconds of a meta-step and peak memory of each variant's runs."""
+    variants = results.variants
+    if not any(variant.meta_step_ms is not None or variant.peak_mib is not None for variant in variants):
+        return None
+    figure, (time, memory) = new_figure(title, results.title, height=1.8 + 0.45 * len(variants), panels=2)
+    label_rows(time, [variant.name for variant in variants])
+    label_rows(memory, [""] * len(variants))
+    for axes, values in (
+        (time, [variant.meta_step_ms for variant in variants]),
+        (memory, [variant.peak_mib for variant in variants]),
+    ):
+        for row, value in enumerate(values):
+            if value is None:
+                axes.text(0.01, row, "not measured", transform=axes.get_yaxis_transform(), color=GREY, va="center")
+            else:
+                bar = axes.barh(row, value, height=0.5, color=line_style(row).colour)
+                axes.bar_label(bar, fmt=format_number, padding=3)
+        axes.margins(x=0.18)  # for the numbers at the ends of the bars
+    time.set_xlabel("time of a meta-step, ms (median)")
+    memory.set_xlabel("peak memory, MiB")
+    return figure
+
+
+class Plot(NamedTuple):
+    """A plot: its title, its caption in the report, and the function that draws it if there is data."""
+
+    title: str
+    text: str
+    draw: Callable[[Results, str], Figure | None]
+
+
+PLOTS = {
+    "accuracy": Plot(
+        "Test accuracy of each variant",
+        "Filled: transductive, the queries of a task are predicted as one batch. Hollow: non-transductive, each query "
+        f"is predicted without the others. Bars are 95% intervals, faint dots are seeds. {INTERVAL}",
+        plot_accuracy,
+    ),
+    "difference": Plot(
+        "Difference in test accuracy on the same seeds",
+        "Right of zero the variant that is named first is ahead. The bar is the 95% interval of the mean, faint dots "
+        f"are seeds; if the bar crosses zero, it is not known which of the two is better. {INTERVAL}",
+        plot_difference,
+    ),
+    "accuracy_per_step": Plot(
+        "Test accuracy after each inner step",
+        "Left: from step 0, the model before it has seen the task. Right: from step 1, on another scale. Points of the "
+        f"same step are drawn side by side, so that their bars, 95% intervals, do not hide one another. {INTERVAL}",
+        plot_accuracy_per_step,
+    ),
+    "validation": Plot(
+        "Validation accuracy during training",
+        f"{_BAND} Left against meta-steps, right against the time spent in them. The thin horizontal line is the "
+        "accuracy that the time to target refers to. The vertical axis may begin above the start of training, so that "
+        "its end can be read.",
+        plot_validation,
+    ),
+    "per_run_cost": Plot(
+        "Time and memory of a meta-step, as the runs measured them",
+        "Time is the median over seeds of each run's median; memory is the highest peak of the variant's runs.",
+        plot_per_run_cost,
+    ),
+    "cost": Plot(
+        "Memory and time of one meta-gradient against the inner steps",
+        "Both axes are logarithmic. First order, and second order by each engine, on all tasks at once, measured in "
+        "turns. A line ends where the peak exceeded the limit.",
+        plot_cost,
+    ),
+    "cosine": Plot(
+        "Agreement of the first- with the second-order meta-gradient",
+        "Cosine of the angle between the two on the same tasks: at 1 they point the same way, at 0 they are "
+        f"unrelated. {_BAND}",
+        plot_cosine,
+    ),
+}

@@ -1,4 +1,4 @@
-"""What a comparison found: the nouns that the table, the plots and ``results.json`` are made of.
+"""The results of a comparison, from which the tables, the plots and ``results.json`` are made.
 
 Accuracies are fractions, memory is in MiB, times are in the unit that the name ends with.
 """
@@ -13,7 +13,7 @@ from metalearn.training.evaluation import MeanCI
 
 
 class CurvePoint(NamedTuple):
-    """One meta-step of a curve, over seeds; ``low`` and ``high`` are the lowest and the highest seed."""
+    """One meta-step of a curve over seeds; ``low`` and ``high`` are the lowest and the highest seed."""
 
     iteration: int
     training_s: float
@@ -43,7 +43,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class TimeToAccuracy:
-    """When validation first reached the target: medians over the seeds that did, of two the lower."""
+    """Time and meta-steps until validation reached the target: medians over the seeds that did, of two the lower."""
 
     training_s: float
     iterations: float
@@ -52,18 +52,18 @@ class TimeToAccuracy:
 
 @dataclass(frozen=True)
 class VariantResult:
-    """One variant over its finished runs; figures are ``None`` or empty where there is none.
+    """One variant over its finished runs; a metric without data is ``None`` or empty.
 
     Args:
-        name: as in folders and legends.
-        overrides: what makes it differ.
+        name: in folders and legends.
+        overrides: of the shared configuration.
         runs: every seed, in order.
         accuracy: on test classes, with its 95% interval over seeds and tasks.
-        tasks_ci95: half-width over test tasks alone.
-        nontransductive: each query predicted without the others.
+        tasks_ci95: half-width over the test tasks only.
+        nontransductive: accuracy where each query is predicted without the others.
         per_step: after 0, 1, ... inner steps.
-        meta_step_ms: median over seeds of a run's median.
-        peak_mib: the highest of its runs.
+        meta_step_ms: median over seeds of each run's median.
+        peak_mib: highest of its runs.
         training_s: mean time spent in meta-steps.
         time_to: ``None`` where no seed reached the target.
         curve: validation accuracy.
@@ -86,13 +86,8 @@ class VariantResult:
 
     @property
     def finished(self) -> list[RunResult]:
-        """The runs that have figures."""
+        """Runs that have metrics."""
         return [run for run in self.runs if run.state == "finished"]
-
-    @property
-    def failed(self) -> list[RunResult]:
-        """The runs that stopped with an error."""
-        return [run for run in self.runs if run.state == "failed"]
 
 
 @dataclass(frozen=True)
@@ -100,13 +95,13 @@ class Difference:
     """The first variant's test accuracy minus another's, on the same seeds.
 
     Args:
-        paired: whether both were tested on the same tasks.
-        first: name of the variant that is subtracted from.
-        other: name of the one that is subtracted.
+        first: name of the first variant.
+        other: name of the variant that is subtracted.
         accuracy: mean and 95% interval over seeds and tasks.
-        nontransductive: the same, each query predicted without the others.
-        seeds: those that both finished.
-        per_seed: difference of each.
+        nontransductive: the same where each query is predicted without the others.
+        seeds: those that both variants finished.
+        per_seed: difference of each seed.
+        paired: whether both were tested on the same tasks.
     """
 
     first: str
@@ -118,8 +113,8 @@ class Difference:
     paired: bool = True
 
     @property
-    def clear(self) -> bool:
-        """Whether the interval excludes zero."""
+    def is_significant(self) -> bool:
+        """Whether the 95% interval excludes zero."""
         return abs(self.accuracy.mean) > self.accuracy.ci95
 
 
@@ -128,23 +123,23 @@ class Results:
     """A whole comparison.
 
     Args:
-        title: data set and task in words; like all that follows, of the configuration that the variants share.
+        title: data set and task, for people; like all that follows, of the configuration that the variants share.
         dataset: its name.
-        command: that made it.
+        command: the command line.
         config: resolved, as YAML.
-        machine: what the runs were made on.
+        machine: hardware of the runs.
         memory_kind: ``cuda`` or ``cpu-tensors``.
         iterations: meta-steps of a run.
         seeds: of every variant.
-        target_accuracy: validation accuracy that ``time_to`` is about; ``None`` before all variants have a run.
+        target_accuracy: validation accuracy for ``time_to``; ``None`` while no run is finished.
         inner_steps: K in training.
         variants: in the order of the configuration.
-        differences: of the first variant to each other one.
+        differences: first variant minus each other one.
         cost: memory and time of one meta-gradient against K: first order, and second order by every engine, all
             tasks at once, measured in turns.
         cost_limit_mib: at which a measurement of memory was stopped.
-        cost_machine: what it was measured on; not always what the runs were made on.
-        runs_at_a_time: that shared the machine; 1 if each had it for itself.
+        cost_machine: hardware of that measurement, which may differ from that of the runs.
+        runs_at_a_time: number of runs that shared the machine.
     """
 
     title: str

@@ -1,11 +1,10 @@
-"""A whole comparison: runs that are missing are trained, costs measured, and everything reported.
+"""Run a comparison: train the runs that are missing, measure costs, and report everything.
 
-What is finished is kept, so that the same command goes on where an interrupted one stopped.
+Finished runs are kept, so that the same command resumes an interrupted comparison.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import shlex
@@ -14,18 +13,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from metalearn.commands.cli import check_output_dir
 from metalearn.commands.compare.engine_cost import measure_engine_costs
-from metalearn.commands.compare.gather import collect_results, differences
+from metalearn.commands.compare.gather import collect_results, differences, hardware_of
 from metalearn.commands.compare.launch import launch, launch_with_hydra, runs_at_a_time
-from metalearn.commands.compare.results import Results, VariantResult
-from metalearn.commands.compare.show import print_results, write_results
-from metalearn.commands.compare.variants import Job, Variant, base_variant, jobs, parse_variants, resolve_variant_data
+from metalearn.commands.compare.report import print_results, write_results
+from metalearn.commands.compare.results import Results
+from metalearn.commands.compare.variants import (
+    Job,
+    Variant,
+    jobs,
+    parse_variants,
+    replace_in,
+    resolve_variant_data,
+    to_train_config,
+)
+from metalearn.commands.shell import invocation
 from metalearn.config.commands_schema import CompareConfig
-from metalearn.config.output_names import COMPARISON_FILE, RESULTS_FILE, comparison_key, read_record, running_twin
+from metalearn.config.output_names import (
+    COMPARISON_FILE,
+    RESULTS_FILE,
+    RUN_FILES,
+    comparison_key,
+    read_record,
+    running_twin,
+)
 from metalearn.config.overrides import launcher_overrides
 from metalearn.config.run_config import changed_keys, resolve_resume, to_yaml
-from metalearn.config.run_folder import folder_lock
+from metalearn.config.run_folder import check_no_run_in, folder_lock
+from metalearn.config.schema import TrainConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.core.profiling.hardware import describe_hardware
@@ -41,7 +56,7 @@ def run_comparison(config: CompareConfig, folder: Path) -> bool:
 
     Args:
         config: checked.
-        folder: the comparison's own; it may hold a part of it.
+        folder: of the comparison; it may hold a part of it.
 
     Returns:
         Whether every run is finished.
@@ -50,75 +65,69 @@ def run_comparison(config: CompareConfig, folder: Path) -> bool:
         RunError: if the folder holds another comparison or another configuration's run, or another process is at work.
         ConfigError: if a variant's device is not there.
     """
-    base, *variants = resolve_variant_data([base_variant(config), *parse_variants(config)])
-    check_devices(variants)
+    shared = Variant("shared", [], to_train_config(config))
+    shared, *variants = resolve_variant_data([shared, *parse_variants(config)])
+    for variant in variants:
+        try:
+            resolve_device(variant.config.run.device)
+        except ConfigError as error:
+            raise ConfigError(f"compare.variants, {' '.join(variant.overrides)!r}: {error}") from error
     every = jobs(variants, config.compare.seeds, folder)
     with folder_lock(folder, wait=False), sigterm_as_exception(*SIGHUP):
-        claim(config, every, folder)
+        claim_folder(config, every, folder)
         print_path("Comparison folder", folder)
         try:
             reasons = train_missing(every, config.compare.jobs, folder)
-            results = collect(config, base, variants, every, reasons, folder)
+            results = collect(config, shared.config, variants, every, reasons, folder)
         except (KeyboardInterrupt, SystemExit):
-            finished = sum((job.folder / "metrics.json").exists() for job in every)
-            print_line(f"Stopped; {finished} of {len(every)} runs are finished. The same command goes on from here.")
+            finished = sum(_is_finished(job) for job in every)
+            print_line(f"Stopped; {finished} of {len(every)} runs are finished. The same command resumes here.")
             raise
         write_results(results, every, folder)
         print_results(results, folder)
     return results.complete
 
 
-def check_devices(variants: Sequence[Variant]) -> None:
-    """Refuse a device that is not there, before anything is written."""
-    for variant in variants:
-        try:
-            resolve_device(variant.config.run.device)
-        except ConfigError as error:
-            raise ConfigError(f"compare.variants, {' '.join(variant.overrides)!r}: {error}") from error
+def _is_finished(job: Job) -> bool:
+    return (job.folder / "metrics.json").exists()
 
 
-def claim(config: CompareConfig, every: Sequence[Job], folder: Path) -> None:
-    """Make a locked folder this comparison's, or find that it is.
+def claim_folder(config: CompareConfig, every: Sequence[Job], folder: Path) -> None:
+    """Make a locked folder this comparison's, or check that it is.
 
-    More seeds, other variants or another target may be asked of a comparison later: what is finished stays.
+    Later commands may ask for more seeds, other variants or another target; finished runs stay.
 
     Raises:
-        RunError: if it was begun with another configuration of the training, or holds a run with another one.
-        FolderTakenError: if it is a run's.
+        RunError: if it holds a comparison or a run with another configuration of the training.
+        RunExistsError: if it is the folder of another command's run.
     """
     path = folder / COMPARISON_FILE
     if path.exists():
-        refuse_another(config, folder)
+        changes = changed_keys(comparison_key(asdict(config)), comparison_key(read_record(folder)))
+        if conflicts := [line for name, line in changes.items() if not name.startswith("compare.")]:
+            listed = "\n".join(conflicts)
+            raise RunError(
+                f"{folder} holds another comparison:\n{listed}\nUse another folder, or the same values; only compare.* "
+                "may change (more seeds, other variants)."
+            )
     else:
-        check_output_dir(folder)
+        check_no_run_in(folder, RUN_FILES)
     for job in every:
-        resumed = dataclasses.replace(job.config.run, resume="auto")
-        resolve_resume(dataclasses.replace(job.config, run=resumed), job.folder)
+        resolve_resume(replace_in(job.config, "run", resume="auto"), job.folder)
     if path.exists():
-        log.info("Going on with the comparison in %s", folder)
-        asked = {job.folder.name for job in every}
-        others = sorted(p.parent.name for p in folder.glob("*/config.yaml") if p.parent.name not in asked)
+        log.info("Resuming the comparison in %s", folder)
+        requested = {job.folder.name for job in every}
+        others = sorted(p.parent.name for p in folder.glob("*/config.yaml") if p.parent.name not in requested)
         if others:
-            log.warning("Not asked for now, and left out of the report: %s", ", ".join(others))
+            log.warning("Not requested now, and left out of the report: %s", ", ".join(others))
     elif twin := running_twin(folder, asdict(config)):
         log.warning("The same comparison is in progress in %s; this is another, in %s", twin, folder)
     files.atomic_write_text(path, to_yaml(config))
 
 
-def refuse_another(config: CompareConfig, folder: Path) -> None:
-    """Refuse a folder whose comparison trains otherwise; what is compared may change."""
-    every = changed_keys(comparison_key(asdict(config)), comparison_key(read_record(folder)))
-    if differing := [line for name, line in every.items() if not name.startswith("compare.")]:
-        listed = "\n".join(differing)
-        raise RunError(
-            f"{folder} holds another comparison:\n{listed}\nTake another folder, or the same values; only compare.* "
-            "may change (more seeds, other variants)."
-        )
-
-
 def train_missing(every: Sequence[Job], at_a_time: int | None, folder: Path) -> dict[Path, str]:
-    """Train the runs that are not finished; why some failed, by their folder."""
-    left = [job for job in every if not (job.folder / "metrics.json").exists()]
+    """Train the runs that are not finished; return why some failed, by their folder."""
+    left = [job for job in every if not _is_finished(job)]
     if done := len(every) - len(left):
         log.info("%d of %d runs are finished already", done, len(every))
     if not left:
@@ -134,7 +143,7 @@ def train_missing(every: Sequence[Job], at_a_time: int | None, folder: Path) -> 
 
 
 def mark_incomplete(folder: Path) -> None:
-    """Earlier results stay, but are no longer those of the whole comparison."""
+    """Mark the results of an earlier command, which stay, as those of a part of the comparison."""
     path = folder / RESULTS_FILE
     if path.exists():
         content = json.loads(path.read_text())
@@ -143,45 +152,34 @@ def mark_incomplete(folder: Path) -> None:
 
 def collect(
     config: CompareConfig,
-    base: Variant,
+    shared: TrainConfig,
     variants: list[Variant],
     every: list[Job],
     reasons: Mapping[Path, str],
     folder: Path,
 ) -> Results:
-    """All figures, with the cost of one meta-gradient measured now unless it was before."""
+    """Return all results, with the cost of one meta-gradient, which is measured now unless it was before."""
     found, target = collect_results(variants, every, reasons, config.compare.target_accuracy)
     with progress_bar() as progress:
-        rows = measure_engine_costs(base.config, config.compare, folder, progress)
-    task = base.config.task
-    here = describe_hardware(resolve_device(base.config.run.device))
-    where, kind = hardware_of(found) or (here, "cuda" if "gpu" in here else "cpu-tensors")
+        costs = measure_engine_costs(shared, config.compare, folder, progress)
+    here = describe_hardware(resolve_device(shared.run.device))
+    metrics = [run.metrics for variant in found for run in variant.finished]
+    memory_kinds = dict.fromkeys(m["memory.kind"] for m in metrics) or ["cuda" if "gpu" in here else "cpu-tensors"]
     return Results(
-        title=f"{base.config.data.name}, {task.ways}-way {task.shots}-shot",
-        dataset=base.config.data.name,
-        command=shlex.join(["python", *sys.argv]),
+        title=f"{shared.data.name}, {shared.task.ways}-way {shared.task.shots}-shot",
+        dataset=shared.data.name,
+        command=shlex.join([*invocation("compare"), *sys.argv[1:]]),
         config=to_yaml(config),
-        machine=where,
-        memory_kind=kind,
-        iterations=base.config.outer.iterations,
+        machine=dict(hardware_of(metrics) or here),
+        memory_kind=" / ".join(memory_kinds),
+        iterations=shared.outer.iterations,
         seeds=list(config.compare.seeds),
         target_accuracy=target,
-        inner_steps=base.config.inner.steps,
+        inner_steps=shared.inner.steps,
         variants=found,
         differences=differences(variants, found, folder),
-        cost=rows,
+        cost=costs,
         cost_limit_mib=config.compare.memory_limit_mib,
         cost_machine=dict(here),
         runs_at_a_time=1 if launcher_overrides() else runs_at_a_time(every, config.compare.jobs),
     )
-
-
-def hardware_of(variants: Sequence[VariantResult]) -> tuple[dict[str, object], str] | None:
-    """The machine of the runs, and how their memory was counted; every value, where they differ."""
-    metrics = [run.metrics for variant in variants for run in variant.finished]
-    if not metrics:
-        return None
-    names = [name for name in metrics[0] if name.startswith("machine.")]
-    values = {name: list(dict.fromkeys(str(m.get(name)) for m in metrics)) for name in names}
-    where: dict[str, object] = {name.removeprefix("machine."): " / ".join(found) for name, found in values.items()}
-    return where, " / ".join(dict.fromkeys(str(m["memory.kind"]) for m in metrics))

@@ -4,8 +4,8 @@ A seed draws its own parameters, training tasks and test tasks, so the means of 
 
     mean +- t(0.975, n - 1) s / sqrt(n)
 
-covers the choice of seeds and of tasks alike. A few seeds may agree by chance; the interval is never narrower than
-that over the test tasks alone, which is all that a single seed has.
+covers the choice of both seeds and tasks. A few seeds may agree by chance, so the interval is never narrower than the
+one over the test tasks, which is the only one that a single seed has.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from metalearn.training.evaluation import MeanCI
 
 
 def seed_ci(means: Sequence[float], tasks_ci95: Sequence[float]) -> MeanCI:
-    """A mean with its 95% interval.
+    """Return the mean over seeds with its 95% interval.
 
     Args:
         means: one per seed.
@@ -33,14 +33,14 @@ def seed_ci(means: Sequence[float], tasks_ci95: Sequence[float]) -> MeanCI:
 
 
 def task_ci(tasks_ci95: Sequence[float]) -> float:
-    """Half-width of the interval of a mean over seeds, if these were the only seeds."""
+    """Return the half-width of a mean's interval over the tasks of these seeds, without the variation among seeds."""
     return math.hypot(*tasks_ci95) / len(tasks_ci95)
 
 
 def difference(
     first: Sequence[Sequence[float]], other: Sequence[Sequence[float]], *, paired: bool
 ) -> tuple[MeanCI, list[float]]:
-    """Mean of ``first - other`` with its 95% interval, and the difference of every seed.
+    """Return the mean of ``first - other`` with its 95% interval, and the difference of every seed.
 
     Args:
         first: accuracy of every test task, for every seed.
@@ -48,12 +48,8 @@ def difference(
         paired: whether both were tested on the same tasks, one by one.
     """
     means = [statistics.fmean(a) - statistics.fmean(b) for a, b in zip(first, other, strict=True)]
-    halves = [_half_width(a, b, paired) for a, b in zip(first, other, strict=True)]
+    halves = []
+    for tasks in zip(first, other, strict=True):
+        a, b = (torch.tensor(accuracies, dtype=torch.float64) for accuracies in tasks)
+        halves.append(MeanCI.of(a - b).ci95 if paired else math.hypot(MeanCI.of(a).ci95, MeanCI.of(b).ci95))
     return seed_ci(means, halves), means
-
-
-def _half_width(a: Sequence[float], b: Sequence[float], paired: bool) -> float:
-    first, other = (torch.tensor(tasks, dtype=torch.float64) for tasks in (a, b))
-    if paired:
-        return MeanCI.of(first - other).ci95
-    return math.hypot(MeanCI.of(first).ci95, MeanCI.of(other).ci95)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from metalearn.config.commands_schema import CompareConfig
-from metalearn.config.compose import CONF, to_dataclass
+from metalearn.config.compose import to_dataclass
 from metalearn.config.output_names import split, variant_names
 from metalearn.config.overrides import recompose_with
 from metalearn.config.run_config import resolve_data
@@ -21,17 +21,19 @@ from metalearn.config.schema import SinusoidConfig, TrainConfig, iter_fields
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
 
-TRAIN = CONF.parent / "scripts" / "train.py"
-_NOT_A_VARIANTS = ("run.seed", "run.resume", "compare", "hydra")
+_COMPARISON_KEYS = ("run.seed", "run.resume", "compare", "hydra")
+"""Beginnings of keys that a variant may not override."""
+_KEYS_OF_LAUNCHER = ("run.seed", "run.resume")
+"""Keys that are added to a run's overrides when it is launched."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What is compared with others.
+    """A configuration that is compared with others.
 
     Args:
         name: for folders and legends.
-        overrides: as they were written.
+        overrides: as the user wrote them.
         config: of its training, with the first seed.
     """
 
@@ -46,7 +48,7 @@ class Job:
 
     Args:
         variant: its name.
-        folder: where it goes.
+        folder: its output folder.
         config: its whole configuration.
     """
 
@@ -56,103 +58,99 @@ class Job:
 
     @property
     def overrides(self) -> list[str]:
-        """Every key of the configuration, for ``scripts/train.py``; without its seed."""
-        config = self.config
-        groups = [f"{group}={getattr(config, group).name}" for group in ("algorithm", "data", "model")]
-        keys = [f"{name}={format_override(value)}" for name, value in iter_fields(config) if name not in _GIVEN_APART]
-        return groups + keys
+        """Every key of the configuration, for ``scripts/train.py``, without the keys that the launcher adds."""
+        groups = [f"{group}={getattr(self.config, group).name}" for group in ("algorithm", "data", "model")]
+        values = {name: value for name, value in iter_fields(self.config) if name not in _KEYS_OF_LAUNCHER}
+        return groups + [f"{name}={format_override(value)}" for name, value in values.items()]
 
 
-_GIVEN_APART = ("run.seed", "run.resume")
+def replace_in(config: TrainConfig, section: str, **changes: Any) -> TrainConfig:
+    """Return a configuration with other values in one section."""
+    return replace_section(config, section, dataclasses.replace(getattr(config, section), **changes))
+
+
+def replace_section(config: TrainConfig, section: str, content: Any) -> TrainConfig:
+    """Return a configuration with another section."""
+    return dataclasses.replace(config, **{section: content})
 
 
 def check_compare(config: CompareConfig) -> None:
-    """Refuse a comparison of which a variant cannot be run, before anything is loaded.
+    """Check every variant of a comparison before anything is loaded.
 
     Raises:
         ConfigError: naming the variant.
     """
     validate_train_config(config)
     if isinstance(config.data, SinusoidConfig):
-        raise ConfigError("data=sinusoid: a comparison is of accuracies, and regression has none; take other data")
+        raise ConfigError("data=sinusoid: a comparison is of accuracies, and regression has none; use other data")
     if len(set(config.compare.seeds)) < len(config.compare.seeds):
-        raise ConfigError(f"compare.seeds={config.compare.seeds}: a seed stands there twice")
+        raise ConfigError(f"compare.seeds={config.compare.seeds}: a seed is listed twice")
     if config.run.seed != 0:
-        raise ConfigError(f"run.seed={config.run.seed}: a comparison has compare.seeds=[{config.run.seed}] instead")
+        raise ConfigError(f"run.seed={config.run.seed}: use compare.seeds=[{config.run.seed}] for a comparison")
     if config.run.resume is not False:
-        raise ConfigError(f"run.resume={config.run.resume}: a comparison goes on by itself (compare.resume)")
+        raise ConfigError(f"run.resume={config.run.resume}: a comparison resumes by itself (compare.resume)")
     parse_variants(config)
 
 
 def parse_variants(config: CompareConfig) -> list[Variant]:
-    """The variants, in the order of the configuration.
+    """Return the variants, in the order of the configuration.
 
     Raises:
         ConfigError: if one cannot be composed or run, or two have the same name.
     """
     texts = config.compare.variants
-    found = [_variant(text) for text in texts]
+    configs = [_compose_variant(text) for text in texts]
     names = variant_names(texts)
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"compare.variants: two of them are called {name}; leave one out")
-    return [dataclasses.replace(variant, name=name) for variant, name in zip(found, names, strict=True)]
+    return [Variant(name, split(text), own) for name, text, own in zip(names, texts, configs, strict=True)]
 
 
-def base_variant(config: CompareConfig) -> Variant:
-    """What all variants start from."""
-    return Variant("shared", [], to_train_config(config))
-
-
-def _variant(text: str) -> Variant:
+def _compose_variant(text: str) -> TrainConfig:
     try:
         overrides = split(text)
         for override in overrides:
             key = override.partition("=")[0].lstrip("+~")
-            if key.startswith(_NOT_A_VARIANTS):
-                raise ConfigError(f"{override}: this holds for the whole comparison (seeds are compare.seeds)")
+            if key.startswith(_COMPARISON_KEYS):
+                raise ConfigError(f"{override}: a variant cannot set this (seeds are compare.seeds)")
         config = to_dataclass(recompose_with("compare", overrides), CompareConfig)
         validate_train_config(config)
     except (ConfigError, ValueError) as error:
         raise ConfigError(f"compare.variants, {text!r}: {error}") from error
-    return Variant(text, overrides, to_train_config(config))
+    return to_train_config(config)
 
 
 def to_train_config(config: CompareConfig) -> TrainConfig:
-    """The part of a comparison's configuration that a training has."""
-    sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
-    return TrainConfig(**sections)
+    """Return the sections of a comparison's configuration that a training has."""
+    return TrainConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)})
 
 
 def resolve_variant_data(variants: list[Variant]) -> list[Variant]:
-    """The variants with the data set that is really used; said once for all that share it."""
-    seen: dict[str, TrainConfig] = {}
+    """Return the variants with the data set that is really used; a fallback is reported once for all that share it."""
+    resolved: dict[str, Any] = {}
     result = []
     for variant in variants:
-        data = repr(variant.config.data)
-        if data not in seen:
-            seen[data] = resolve_data(variant.config)
-        config = dataclasses.replace(variant.config, data=seen[data].data)
+        requested = repr(variant.config.data)
+        if requested not in resolved:
+            resolved[requested] = resolve_data(variant.config).data
+        config = replace_section(variant.config, "data", resolved[requested])
         validate_train_config(config)
         result.append(dataclasses.replace(variant, config=config))
     return result
 
 
 def jobs(variants: list[Variant], seeds: list[int], folder: Path) -> list[Job]:
-    """All runs, seed by seed, so that the first pairs are complete early."""
+    """Return all runs, seed by seed, so that the first pairs are complete early."""
     return [
-        Job(
-            variant.name,
-            folder / f"{variant.name}-seed{seed}",
-            dataclasses.replace(variant.config, run=dataclasses.replace(variant.config.run, seed=seed)),
-        )
+        Job(variant.name, folder / f"{variant.name}-seed{seed}", replace_in(variant.config, "run", seed=seed))
         for seed in seeds
         for variant in variants
     ]
 
 
 def format_override(value: Any) -> str:
-    """A value in Hydra's grammar."""
+    """Format a value in Hydra's grammar."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, list):

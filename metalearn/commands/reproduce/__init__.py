@@ -1,1 +1,1 @@
-"""Published rows, reproduced: trained seed by seed in slices, gathered, and put beside the published figures."""
+"""Reproduce published rows: train seed by seed, within a time limit, and compare with the published accuracies."""

@@ -1,4 +1,4 @@
-"""What a reproduction consists of: a row is an experiment in one order, and has a run for each seed. Needs no torch."""
+"""The published table, and the runs of a row: an experiment in one order, with a run for each seed. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,42 +7,82 @@ import difflib
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from metalearn.commands.compare.variants import Job, format_override
+from metalearn.commands.compare.variants import Job, format_override, replace_in, replace_section
 from metalearn.config.commands_schema import ReproduceConfig
-from metalearn.config.compose import compose, options, to_dataclass
+from metalearn.config.compose import compose, options, to_dataclass, user_conf_dir
 from metalearn.config.run_config import resolve_data, resolve_resume
 from metalearn.config.schema import OmniglotConfig, TrainConfig
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError, RunError
 
-LEAST_TEST_TASKS = 600
-"""Over which an accuracy must be a mean to be recorded."""
+SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
+"""Ways and shots of the published table."""
 
-_NOT_AN_OVERRIDE = {
+PUBLISHED = {
+    ("maml", "second"): ("Finn et al. 2017", (0.987, 0.999, 0.958, 0.989)),
+    ("maml", "first"): ("Nichol et al. 2018", (0.983, 0.992, 0.894, 0.979)),
+    ("maml_pp", "second"): ("Antoniou et al. 2019", (0.9947, 0.9993, 0.9765, 0.9933)),
+}
+"""Accuracies on Omniglot by algorithm and order, in the order of ``SETTINGS``; Finn et al. report no first order."""
+
+MIN_TEST_TASKS = 600
+"""Number of test tasks that a recorded accuracy needs at least."""
+
+_RESERVED_KEYS = {
     "experiment": "experiment_name= names the experiment",
-    "inner.second_order": "orders= says which orders",
-    "run.seed": "seeds= says which seeds",
-    "run.resume": "a reproduction goes on by itself",
+    "inner.second_order": "orders= lists the orders",
+    "run.seed": "seeds= lists the seeds",
+    "run.resume": "a reproduction resumes by itself",
     "run.init_from": "a row's runs start from random parameters",
-    "data.fallback": "a published row is never taken on other data unasked; data=glyphs asks for it",
+    "data.fallback": "a published row never falls back to other data; data=glyphs asks for it",
     "hydra": "folders are named by row, order and seed, below hydra.run.dir",
 }
-_SAME_FIGURES = (
+"""Keys that ``overrides=`` may not set, and why."""
+_HARMLESS_KEYS = (
     *("run.device", "run.checkpoint_every_s", "run.on_nonfinite", "run.deterministic", "run.memory_limit_mib"),
     *("run.cuda_graph", "inner.engine", "inner.task_chunk", "inner.checkpoint_every", "data.root", "log."),
 )
-"""Beginnings of keys that may be overridden in a row that is recorded: they change how it is computed, not what."""
+"""Beginnings of keys that a recorded row may override: they change how it is computed, and not its definition."""
+
+
+class Published(NamedTuple):
+    """A published accuracy, a fraction, and its source."""
+
+    accuracy: float
+    source: str
+
+    def __str__(self) -> str:
+        return f"{round(100 * self.accuracy, 2):g}% ({self.source})"
+
+
+def published(algorithm: str, order: str, ways: int, shots: int) -> Published | None:
+    """Return the published accuracy; ``None`` where there is none.
+
+    Example:
+        >>> str(published("maml", "second", 5, 1))
+        '98.7% (Finn et al. 2017)'
+    """
+    if (algorithm, order) not in PUBLISHED or (ways, shots) not in SETTINGS:
+        return None
+    source, accuracies = PUBLISHED[algorithm, order]
+    return Published(accuracies[SETTINGS.index((ways, shots))], source)
+
+
+def experiment_name(ways: int, shots: int, algorithm: str = "maml") -> str:
+    """Return the name of the file in ``conf/experiment/`` with the published budget."""
+    return f"omniglot_{ways}way_{shots}shot" + ("" if algorithm == "maml" else f"_{algorithm}")
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """A line of the table.
+    """A row of the table.
 
     Args:
         experiment: a file in ``conf/experiment/``.
         order: ``second`` or ``first``.
-        overrides: as they were given, but for where the data lies.
+        overrides: as the user wrote them, without the location of the data.
         jobs: a run for every seed.
     """
 
@@ -53,112 +93,99 @@ class TableRow:
 
     @property
     def seeds(self) -> list[int]:
-        """In the order in which they are trained."""
+        """Seeds in the order in which they are trained."""
         return [job.config.run.seed for job in self.jobs]
 
     @property
     def command(self) -> str:
-        """What reproduces it."""
-        more = [f"overrides={format_override(self.overrides)}"] if self.overrides else []
+        """Command line that reproduces the row."""
+        overrides = [f"overrides={format_override(self.overrides)}"] if self.overrides else []
         seeds = ",".join(map(str, self.seeds))
-        asked = [f"experiment_name={self.experiment}", f"orders=[{self.order}]", f"seeds=[{seeds}]", *more]
-        return shlex.join(["python", "scripts/reproduce.py", *asked])
+        arguments = [f"experiment_name={self.experiment}", f"orders=[{self.order}]", f"seeds=[{seeds}]", *overrides]
+        return shlex.join(["python", "scripts/reproduce.py", *arguments])
 
 
 def check_reproduce(config: ReproduceConfig) -> None:
-    """Refuse what cannot be trained, or may not be recorded, before anything is loaded.
+    """Check that the row can be trained, and recorded if that is requested, before anything is loaded.
 
     Raises:
         ConfigError: naming the key, the value and what to do.
     """
-    known = options("experiment")
-    if config.experiment_name not in known:
-        near = "".join(
-            f"Did you mean {name}? " for name in difflib.get_close_matches(config.experiment_name, known, n=1)
-        )
+    experiments = options("experiment", user_conf_dir())
+    if config.experiment_name not in experiments:
+        similar = difflib.get_close_matches(config.experiment_name, experiments, n=1)
+        hint = "".join(f"Did you mean {name}? " for name in similar)
         raise ConfigError(
-            f"experiment_name={config.experiment_name}: there is no such experiment. {near}The rows are "
-            f"{', '.join(known)}; a file in conf/experiment/ adds one"
+            f"experiment_name={config.experiment_name}: there is no such experiment. {hint}The rows are "
+            f"{', '.join(experiments)}; a file in conf/experiment/ adds one"
         )
-    for name, values in (
-        ("orders", [str(order) for order in config.orders]),
-        ("seeds", [str(seed) for seed in config.seeds]),
-    ):
-        if twice := [value for value in values if values.count(value) > 1]:
-            raise ConfigError(f"{name}=[{','.join(values)}]: {twice[0]} stands there twice; leave one out")
+    for name, values in (("orders", list[str](config.orders)), ("seeds", [str(seed) for seed in config.seeds])):
+        if repeated := [value for value in values if values.count(value) > 1]:
+            raise ConfigError(f"{name}=[{','.join(values)}]: {repeated[0]} is listed twice; leave one out")
     for override in config.overrides:
-        key = _key(override)
-        for name, reason in _NOT_AN_OVERRIDE.items():
-            if key == name or key.startswith((f"{name}.", f"{name}/")):
+        for name, reason in _RESERVED_KEYS.items():
+            if _key(override) == name or _key(override).startswith((f"{name}.", f"{name}/")):
                 raise ConfigError(f"overrides, {override!r}: {reason}; leave it out")
-    for row in build_rows(config, Path()):
+    try:
+        rows = build_rows(config, Path())
+    except ConfigError as error:
+        raise ConfigError(f"experiment_name={config.experiment_name}: {error}") from error
+    for row in rows:
         training = row.jobs[0].config
-        try:
-            validate_train_config(_without_fallback(training))
+        try:  # Omniglot must be there: a published row is never trained on the fallback
+            omniglot = isinstance(training.data, OmniglotConfig)
+            validate_train_config(replace_in(training, "data", fallback=None) if omniglot else training)
         except ConfigError as error:
             raise ConfigError(f"experiment_name={config.experiment_name}: {error}") from error
         if config.update_reference:
-            _refuse_to_record(config, training)
+            _check_recordable(config, training)
 
 
 def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def _without_fallback(config: TrainConfig) -> TrainConfig:
-    """The same, but without leave to take other data where Omniglot is missing."""
-    if not isinstance(config.data, OmniglotConfig):
-        return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, fallback=None))
-
-
-def _refuse_to_record(config: ReproduceConfig, training: TrainConfig) -> None:
-    if other := [o for o in config.overrides if not _key(o).startswith(_SAME_FIGURES)]:
+def _check_recordable(config: ReproduceConfig, training: TrainConfig) -> None:
+    if other := [override for override in config.overrides if not _key(override).startswith(_HARMLESS_KEYS)]:
         raise ConfigError(
-            f"update_reference=true with overrides={other}: this is another setting than {config.experiment_name}, and "
-            "would be recorded under its name; put it into a file of its own in conf/experiment/, and name that one"
+            f"update_reference=true with overrides={other}: this is not the setting of {config.experiment_name}, and "
+            "would be recorded under its name; put it into a file of its own in conf/experiment/, and use that as row"
         )
     if training.data.name != "omniglot":
-        raise ConfigError(
-            f"update_reference=true with data={training.data.name}: the table holds figures on Omniglot alone"
-        )
-    if training.eval.episodes < LEAST_TEST_TASKS:
+        raise ConfigError(f"update_reference=true with data={training.data.name}: the table is about Omniglot only")
+    if training.eval.episodes < MIN_TEST_TASKS:
         raise ConfigError(
             f"update_reference=true with eval.episodes={training.eval.episodes}: a recorded row is tested on at least "
-            f"{LEAST_TEST_TASKS} tasks"
+            f"{MIN_TEST_TASKS} tasks"
         )
 
 
 def build_rows(config: ReproduceConfig, folder: Path) -> list[TableRow]:
-    """The rows, in the order of ``orders``.
+    """Return the rows, in the order of ``orders``.
 
     Args:
-        config: its row is known.
+        config: its row exists.
         folder: of all reproductions; a run's is ``ROW/second_order-seed0`` below it.
 
     Raises:
         ConfigError: if a training cannot be composed.
     """
+    overrides = [override for override in config.overrides if _key(override) != "data.root"]
     rows = []
     for order in config.orders:
         name = f"{order}_order"
-        asked = [f"experiment={config.experiment_name}", f"inner.second_order={format_override(order == 'second')}"]
-        training = to_dataclass(compose("train", [*asked, *config.overrides]), TrainConfig)
+        choice = [f"experiment={config.experiment_name}", f"inner.second_order={format_override(order == 'second')}"]
+        training = to_dataclass(compose("train", [*choice, *config.overrides]), TrainConfig)
         jobs = [
-            Job(
-                name,
-                folder / config.experiment_name / f"{name}-seed{seed}",
-                dataclasses.replace(training, run=dataclasses.replace(training.run, seed=seed)),
-            )
+            Job(name, folder / config.experiment_name / f"{name}-seed{seed}", replace_in(training, "run", seed=seed))
             for seed in config.seeds
         ]
-        said = [override for override in config.overrides if _key(override) != "data.root"]
-        rows.append(TableRow(config.experiment_name, order, said, jobs))
+        rows.append(TableRow(config.experiment_name, order, overrides, jobs))
     return rows
 
 
 def resolve_row(row: TableRow) -> TableRow:
-    """The row with the data set where it lies, and the engine of runs that go on.
+    """Return the row with the location of the data set, and the engine of runs that are resumed.
 
     Raises:
         RunError: if a folder holds a run with another configuration.
@@ -166,7 +193,7 @@ def resolve_row(row: TableRow) -> TableRow:
     data = resolve_data(row.jobs[0].config).data
     jobs = []
     for job in row.jobs:
-        training = dataclasses.replace(job.config, data=data, run=dataclasses.replace(job.config.run, resume="auto"))
+        training = replace_in(replace_section(job.config, "data", data), "run", resume="auto")
         try:
             jobs.append(dataclasses.replace(job, config=resolve_resume(training, job.folder)))
         except RunError as error:
@@ -175,8 +202,6 @@ def resolve_row(row: TableRow) -> TableRow:
 
 
 def _without_advice(message: str) -> str:
-    """A training may accept other values; a row has one configuration."""
+    """Remove the advice to accept other values, as a row has one configuration."""
     before, found, _ = message.partition("\nResume with the same values")
-    return (
-        f"{before}\nResume with the same values, or choose another folder with hydra.run.dir=PATH." if found else before
-    )
+    return f"{before}\nUse the same values, or another folder with hydra.run.dir=PATH." if found else before

@@ -1,4 +1,4 @@
-"""Rows on disk, and as the README's table. Needs no torch."""
+"""The rows on disk, and as the README's table. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,34 +8,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metalearn.commands.reproduce.published import PUBLISHED, SETTINGS, experiment_name, published
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
+
+from metalearn.commands.reproduce.plan import PUBLISHED, SETTINGS, Published, experiment_name, published
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import RunError
 
 FILE = "omniglot.json"
-"""The rows, in ``outputs/reproduction/`` and, recorded, in ``outputs/reference/``."""
+"""The rows, in ``outputs/reproduction/`` and, if they are recorded, in ``outputs/reference/``."""
 
 BEGIN, END = "<!-- reproduction -->", "<!-- /reproduction -->"
-"""Between these stands the table in the README."""
+"""The README's table is between these."""
 
-HEADER = (
-    "task, `experiment_name=`",
-    "order",
-    "accuracy, mean of seeds ± 95%",
-    "seeds",
-    "non-transductive",
-    "published",
-    "budget, meta-steps",
-    "minutes a seed",
-)
-NOT_MEASURED = "not measured"
-
-Figures = Mapping[str, Any]
+Row = Mapping[str, Any]
 
 
-def read_rows(path: Path) -> list[Figures]:
-    """The rows in a file; none if there is no such file.
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows in a file; none if there is no such file.
 
     Raises:
         RunError: if it cannot be read.
@@ -43,21 +33,19 @@ def read_rows(path: Path) -> list[Figures]:
     if not path.exists():
         return []
     try:
-        rows: list[Figures] = json.loads(path.read_text())["rows"]
-        for row in rows:
-            _cells(row)
-            _place(row)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        rows: list[Row] = json.loads(path.read_text())["rows"]
+        _render(rows)  # fails if something is missing
+    except (OSError, ValueError, KeyError, TypeError, UndefinedError) as error:
         raise RunError(f"{path} is not a file of rows: {error!r}. Move it away, or restore it.") from error
     return rows
 
 
-def _key(row: Figures) -> tuple[str, str]:
+def _key(row: Row) -> tuple[str, str]:
     return row["experiment"], row["order"]
 
 
-def refuse_fewer_seeds(path: Path, experiment: str, order: str, seeds: Sequence[int]) -> None:
-    """Refuse to replace a row by one with fewer seeds.
+def check_enough_seeds(path: Path, experiment: str, order: str, seeds: Sequence[int]) -> None:
+    """Check that a row would not be replaced by one with fewer seeds.
 
     Raises:
         RunError: naming both.
@@ -70,78 +58,81 @@ def refuse_fewer_seeds(path: Path, experiment: str, order: str, seeds: Sequence[
             )
 
 
-def upsert_row(path: Path, row: Figures) -> str:
-    """A file's new content: its rows, with one added, or in the place of its former figures.
+def upsert_row(path: Path, row: Row) -> str:
+    """Return a file's content with one row added or replaced.
 
     Raises:
-        RunError: if the former ones are of more seeds.
+        RunError: if the former row has more seeds.
     """
-    refuse_fewer_seeds(path, *_key(row), row["seeds"])
-    rows = read_rows(path)
-    kept = {_key(other): other for other in rows} | {_key(row): row}
-    return json.dumps({"rows": list(kept.values())}, indent=2) + "\n"
+    check_enough_seeds(path, *_key(row), row["seeds"])
+    rows = {_key(other): other for other in read_rows(path)} | {_key(row): row}
+    return json.dumps({"rows": list(rows.values())}, indent=2) + "\n"
 
 
-def readme_table(rows: Sequence[Figures]) -> str:
-    """All that was measured, and every published row that was not, by task, order and budget."""
-    cells = {(*_place(row), row["experiment"]): _cells(row) for row in rows}
-    for ways, shots in SETTINGS:
-        for algorithm, order in PUBLISHED:
-            name = experiment_name(ways, shots, algorithm)
-            budget = _budget(name)
-            if (name, order) not in map(_key, rows):
-                place = (*_place({"ways": ways, "shots": shots, "order": order, "iterations": budget[0]}), name)
-                cells[place] = _not_measured(name, algorithm, order, ways, shots, budget)
-    lines = [HEADER, ["---"] * len(HEADER), *(cells[place] for place in sorted(cells))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def readme_table(rows: Sequence[Row]) -> str:
+    """Return a table of all measured rows, and of the published rows that were not measured."""
+    measured = {_key(row) for row in rows}
+    missing = [
+        _unmeasured_row(algorithm, order, ways, shots)
+        for ways, shots in SETTINGS
+        for algorithm, order in PUBLISHED
+        if (experiment_name(ways, shots, algorithm), order) not in measured
+    ]
+    return _render([*rows, *missing])
+
+
+def _render(rows: Sequence[Row]) -> str:
+    """Return the rows as a table, by task, order and budget."""
+
+    def place(row: Row) -> tuple[Any, ...]:
+        return row["ways"], row["shots"], row["order"] == "first", row["iterations"], row["experiment"]
+
+    loader = PackageLoader("metalearn.commands.reproduce")
+    environment = Environment(loader=loader, trim_blocks=True, undefined=StrictUndefined)
+    environment.filters.update(interval=format_interval, published=format_published)
+    return environment.get_template("table.md.j2").render(rows=sorted(rows, key=place)).rstrip()
 
 
 @functools.cache
-def _budget(experiment: str) -> tuple[int, int]:
-    """Meta-steps, and tasks in each."""
+def _unmeasured_row(algorithm: str, order: str, ways: int, shots: int) -> Row:
+    experiment = experiment_name(ways, shots, algorithm)
     config = to_dataclass(compose("train", [f"experiment={experiment}"]), TrainConfig)
-    return config.outer.iterations, config.task.meta_batch
+    reported = published(algorithm, order, ways, shots)
+    return {
+        "experiment": experiment,
+        "order": order,
+        "ways": ways,
+        "shots": shots,
+        "accuracy": None,
+        "nontransductive": None,
+        "published": reported and reported._asdict(),
+        "iterations": config.outer.iterations,
+        "tasks_per_step": config.task.meta_batch,
+        "minutes": None,
+    }
 
 
-def _place(row: Figures) -> tuple[int, int, bool, int]:
-    return row["ways"], row["shots"], row["order"] == "first", row["iterations"]
-
-
-def _cells(row: Figures) -> list[str]:
-    reported = row["published"]
-    return [
-        f"{row['ways']}-way {row['shots']}-shot, `{row['experiment']}`",
-        row["order"],
-        format_interval(row["accuracy"]),
-        str(len(row["seeds"])),
-        format_interval(row["nontransductive"]),
-        "-" if reported is None else f"{round(100 * reported['accuracy'], 2):g}% ({reported['source']})",
-        f"{row['iterations']:,} of {row['tasks_per_step']} tasks",
-        f"{row['minutes']:.0f}",
-    ]
-
-
-def _not_measured(name: str, algorithm: str, order: str, ways: int, shots: int, budget: tuple[int, int]) -> list[str]:
-    reported = str(published(algorithm, order, ways, shots))
-    task = f"{ways}-way {shots}-shot, `{name}`"
-    return [task, order, NOT_MEASURED, "-", "-", reported, f"{budget[0]:,} of {budget[1]} tasks", "-"]
-
-
-def format_interval(found: Figures | None) -> str:
-    """A mean with its 95% interval, and what that is over unless over seeds."""
-    if found is None:
+def format_interval(estimate: Row | None) -> str:
+    """Format a mean with its 95% interval, which is over seeds unless it says otherwise."""
+    if estimate is None:
         return "-"
-    return f"{found['mean']:.2%} ± {found['ci95']:.2%}" + (" (over tasks)" if found["over"] == "tasks" else "")
+    over = " (over tasks)" if estimate["over"] == "tasks" else ""
+    return f"{estimate['mean']:.2%} ± {estimate['ci95']:.2%}{over}"
+
+
+def format_published(reported: Row | None) -> str:
+    """Format a published accuracy with its source."""
+    return "-" if reported is None else str(Published(**reported))
 
 
 def between_markers(readme: str) -> str | None:
-    """What stands between the markers; ``None`` unless both are there, once, and in order."""
+    """Return the text between the markers; ``None`` unless both are there, once, and in order."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
         return None
     return readme.partition(BEGIN)[2].partition(END)[0].strip()
 
 
-def replace_table(readme: str, content: str) -> str:
-    """A README that has both markers, with another table between them."""
+def replace_table(readme: str, table: str) -> str:
+    """Return a README that has both markers, with another table between them."""
     before, _, rest = readme.partition(BEGIN)
-    return f"{before}{BEGIN}\n{content}\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}"

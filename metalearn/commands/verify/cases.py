@@ -1,6 +1,6 @@
-"""What the engines are tried on: small models, random images, and how an engine is set.
+"""Test problems for the engines: small models, random images, and the inner loops to compare.
 
-Everything is drawn in float32 on the CPU and then moved, so that every device and dtype gets the same numbers.
+All numbers are drawn in float32 on the CPU and then moved, so that every device and dtype gets the same ones.
 """
 
 from __future__ import annotations
@@ -10,75 +10,160 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, relu
 
-from metalearn.commands.verify.attention import PatchTransformer
-from metalearn.commands.verify.residual import ResidualNet
 from metalearn.core.functional import functionalize
 from metalearn.core.types import Episodes, Forward, Params
 from metalearn.inner import InnerLoop, adapt, predict
 from metalearn.metagrad import meta_gradient
 from metalearn.models import MLP, Conv4
 
-_TASKS, _WAYS, _EACH, _LR = 3, 3, 4, 0.05
-"""Four examples a class, in support and in query: BatchNorm over one or two is too kinked for differences."""
+_TASKS, _WAYS, _EXAMPLES, _LR = 3, 3, 4, 0.05
+"""Four examples a class: with one or two, BatchNorm makes the loss too kinked for finite differences."""
 
 
-@dataclass(frozen=True)
-class TestModel:
-    """A model that the engines are tried on, and how the engines are set.
+class PatchTransformer(nn.Module):
+    """Patches to tokens, one pre-norm block of self-attention and an MLP (Dosovitskiy et al. 2021, eq. 1-4).
 
     Args:
-        name: in the table.
-        module: makes one.
-        task_chunk: as in ``InnerLoop``.
-        snapshot_every: as in ``InnerLoop``.
-        random: whether it draws random numbers: another library, and another dtype, would draw others.
-        stopped: whether it stops gradients on the way: then they are not what differences show.
+        ways: N, the number of outputs.
+        channels: of the input images.
+        size: height and width of the images, in pixels.
+        patch: height and width of a patch; divides ``size``.
+        width: features of a token; a multiple of ``heads``.
+        heads: of the attention.
+
+    Shapes: ``[examples, channels, size, size]`` to logits ``[examples, ways]``.
+
+    Raises:
+        ValueError: if the patches do not fill the image.
+
+    Example:
+        >>> PatchTransformer(ways=5)(torch.zeros(10, 1, 28, 28)).shape
+        torch.Size([10, 5])
+
+    Reference: Dosovitskiy et al. 2021, arXiv 2010.11929.
     """
 
-    name: str
-    module: Callable[[], nn.Module]
-    task_chunk: int | None = None
-    snapshot_every: int = 1
-    random: bool = False
-    stopped: bool = False
+    def __init__(
+        self, ways: int, *, channels: int = 1, size: int = 28, patch: int = 7, width: int = 32, heads: int = 4
+    ) -> None:
+        super().__init__()
+        if size % patch:
+            raise ValueError(f"PatchTransformer: patch={patch} does not divide size={size}.")
+        self.patches = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+        self.positions = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, width))
+        self.block = nn.TransformerEncoderLayer(
+            width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.head = nn.Linear(width, ways)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits ``[examples, ways]`` of images ``[examples, channels, size, size]``."""
+        tokens = self.patches(x).flatten(start_dim=2).transpose(1, 2) + self.positions
+        logits: Tensor = self.head(self.block(tokens).mean(dim=1))
+        return logits
 
 
-def _dropout() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, _WAYS))
+class ResidualNet(nn.Module):
+    """Blocks of ``x + f(x)`` with f two 3x3 convolutions (He et al. 2016, eq. 1), each with BatchNorm of the batch.
+
+    Args:
+        ways: N, the number of outputs.
+        channels: of the input images.
+        width: filters of every convolution.
+        blocks: how many.
+
+    Shapes: ``[examples, channels, height, width]`` to logits ``[examples, ways]``; the stem halves height and width
+    twice.
+
+    Example:
+        >>> ResidualNet(ways=5)(torch.zeros(10, 1, 28, 28)).shape
+        torch.Size([10, 5])
+
+    Reference: He et al. 2016, arXiv 1512.03385.
+    """
+
+    def __init__(self, ways: int, *, channels: int = 1, width: int = 16, blocks: int = 2) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, width, kernel_size=5, stride=4, padding=2)
+        self.blocks = nn.Sequential(*[_Block(width) for _ in range(blocks)])
+        self.head = nn.Linear(width, ways)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits ``[examples, ways]`` of images ``[examples, channels, height, width]``."""
+        logits: Tensor = self.head(self.blocks(self.stem(x)).mean(dim=(-2, -1)))
+        return logits
 
 
-class _Stopped(nn.Module):
-    """Stops the gradient at a mean by ``torch.no_grad()``, which forward mode does not see."""
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, kernel_size=3, padding=1)
+        self.first_norm = nn.BatchNorm2d(width, track_running_stats=False)
+        self.second = nn.Conv2d(width, width, kernel_size=3, padding=1)
+        self.second_norm = nn.BatchNorm2d(width, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = relu(self.first_norm(self.first(x)))
+        return relu(x + self.second_norm(self.second(inside)))
+
+
+class _StopGradient(nn.Module):
+    """Stops the gradient at a mean by ``torch.no_grad()``, which forward mode ignores."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.inside, self.head = nn.Linear(28 * 28, 16), nn.Linear(16, _WAYS)
+        self.hidden, self.head = nn.Linear(28 * 28, 16), nn.Linear(16, _WAYS)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.inside(x.flatten(1))
+        h = self.hidden(x.flatten(1))
         with torch.no_grad():
             mean = h.mean(dim=0)
         logits: Tensor = self.head(torch.tanh(h - mean))
         return logits
 
 
-SUBJECTS = (
-    TestModel("conv4", lambda: Conv4(_WAYS, width=4)),
-    TestModel("mlp", lambda: MLP(28 * 28, _WAYS, hidden=(16, 8))),
-    TestModel("attention", lambda: PatchTransformer(_WAYS, patch=14, width=8, heads=2)),
-    TestModel("residual", lambda: ResidualNet(_WAYS, width=4)),
-    TestModel("in parts", lambda: Conv4(_WAYS, width=4), task_chunk=2, snapshot_every=2),
-    TestModel("dropout", _dropout, snapshot_every=2, random=True),
-    TestModel("no_grad", _Stopped, stopped=True),
+def _dropout() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, _WAYS))
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A model to test the engines on, and the engines' settings.
+
+    Args:
+        name: label in the table.
+        module: factory of the model.
+        task_chunk: as in ``InnerLoop``.
+        snapshot_every: as in ``InnerLoop``.
+        is_stochastic: the model draws random numbers, which are others in another library or dtype.
+        stops_gradient: the model blocks part of the gradient, so that it differs from finite differences.
+    """
+
+    name: str
+    module: Callable[[], nn.Module]
+    task_chunk: int | None = None
+    snapshot_every: int = 1
+    is_stochastic: bool = False
+    stops_gradient: bool = False
+
+
+MODEL_CASES = (
+    ModelCase("conv4", lambda: Conv4(_WAYS, width=4)),
+    ModelCase("mlp", lambda: MLP(28 * 28, _WAYS, hidden=(16, 8))),
+    ModelCase("attention", lambda: PatchTransformer(_WAYS, patch=14, width=8, heads=2)),
+    ModelCase("residual", lambda: ResidualNet(_WAYS, width=4)),
+    ModelCase("in parts", lambda: Conv4(_WAYS, width=4), task_chunk=2, snapshot_every=2),
+    ModelCase("dropout", _dropout, snapshot_every=2, is_stochastic=True),
+    ModelCase("no_grad", _StopGradient, stops_gradient=True),
 )
-"""``in parts`` is conv4 in chunks of two tasks, where only every other step's fast weights are kept."""
+"""``in parts`` is conv4 in chunks of two tasks with snapshots at every other step."""
 
 
 @dataclass(frozen=True)
 class NumericSetting:
-    """Where and in which dtype the engines are tried; ``seed`` is that of parameters, images and dropout."""
+    """Dtype and device of the computation; ``seed`` determines parameters, images and dropout."""
 
     dtype: torch.dtype
     device: torch.device
@@ -87,24 +172,24 @@ class NumericSetting:
 
 @dataclass(frozen=True)
 class Case:
-    """A subject at one order and one K: a row of the table."""
+    """A model at one order and one number of inner steps: a row of the table."""
 
-    subject: TestModel
+    model: ModelCase
     second_order: bool
     steps: int
 
     @property
     def name(self) -> str:
-        """In full."""
-        return f"{self.subject.name}, {'second' if self.second_order else 'first'} order, K={self.steps}"
+        """Full name of the case."""
+        return f"{self.model.name}, {'second' if self.second_order else 'first'} order, K={self.steps}"
 
     def inner(self, engine: str) -> InnerLoop:
-        """The inner loop of an engine that is tried."""
-        chunk, every = self.subject.task_chunk, self.subject.snapshot_every
+        """Return the inner loop for testing an engine."""
+        chunk, every = self.model.task_chunk, self.model.snapshot_every
         return InnerLoop(_LR, self.steps, self.second_order, engine, task_chunk=chunk, snapshot_every=every)
 
     @property
-    def plain(self) -> InnerLoop:
+    def reference_inner(self) -> InnerLoop:
         """The inner loop of the reference: ``unroll``, all tasks at once."""
         return InnerLoop(_LR, self.steps, self.second_order, "unroll")
 
@@ -121,16 +206,16 @@ class VerificationProblem:
     theta: Params
 
     @classmethod
-    def pose(cls, case: Case, setting: NumericSetting) -> VerificationProblem:
-        """Random parameters and images, with labels in class order."""
+    def create(cls, case: Case, setting: NumericSetting) -> VerificationProblem:
+        """Draw random parameters and images, with labels in class order."""
         torch.manual_seed(setting.seed)
-        module = case.subject.module().to(device=setting.device, dtype=setting.dtype)
-        images = torch.rand(2, _TASKS, _WAYS * _EACH, 1, 28, 28).to(device=setting.device, dtype=setting.dtype)
-        labels = torch.arange(_WAYS, device=setting.device).repeat_interleave(_EACH).repeat(_TASKS, 1)
+        module = case.model.module().to(device=setting.device, dtype=setting.dtype)
+        images = torch.rand(2, _TASKS, _WAYS * _EXAMPLES, 1, 28, 28).to(device=setting.device, dtype=setting.dtype)
+        labels = torch.arange(_WAYS, device=setting.device).repeat_interleave(_EXAMPLES).repeat(_TASKS, 1)
         return cls(case, setting, module, Episodes(images[0], labels, images[1], labels), *functionalize(module))
 
     def grads(self, inner: InnerLoop) -> Params:
-        """The meta-gradient; whoever computes it, dropout draws the same."""
+        """Return the meta-gradient; dropout draws the same masks for every inner loop."""
         torch.manual_seed(self.setting.seed)
         grads = meta_gradient(self.forward, self.theta, self.episodes, inner).grads
         if self.setting.device.type == "cuda":
@@ -138,19 +223,19 @@ class VerificationProblem:
         return grads
 
     def adapted(self, theta: Params) -> Params:
-        """The fast weights at theta; after it the generators stand where the query pass finds them in an engine."""
+        """Return the fast weights at theta, and leave the random state as an engine has it at the query pass."""
         torch.manual_seed(self.setting.seed)
-        return adapt(self.forward, theta, self.episodes.support_x, self.episodes.support_y, self.case.plain)
+        return adapt(self.forward, theta, self.episodes.support_x, self.episodes.support_y, self.case.reference_inner)
 
     def query_loss(self, fast: Params) -> Tensor:
-        """Mean over tasks, which all have the same number of queries: one task after the other, unlike the engines.
+        """Return the mean query loss over tasks, computed one task at a time, unlike in the engines.
 
-        Dropout has to be batched as it is there, to draw the same.
+        Stochastic models are batched as in the engines, so that they draw the same random numbers.
         """
         x, y = self.episodes.query_x, self.episodes.query_y
-        if self.case.subject.random:
+        if self.case.model.is_stochastic:
             predictions = predict(self.forward, fast, x)
         else:
-            own = ({name: w[t] for name, w in fast.items()} for t in range(_TASKS))
-            predictions = torch.stack([self.forward(params, x[t]) for t, params in enumerate(own)])
+            by_task = ({name: w[t] for name, w in fast.items()} for t in range(_TASKS))
+            predictions = torch.stack([self.forward(params, x[t]) for t, params in enumerate(by_task)])
         return cross_entropy(predictions.flatten(0, 1), y.flatten())

@@ -1,4 +1,4 @@
-"""How much a meta-step must compute, and how fast this machine could compute it at best.
+"""Count the FLOPs of a meta-step, and measure the peak rate of this machine.
 
 Count in products of a layer: f is the forward pass, y = W x in every layer, and f_1 its first layer's share. A gradient
 adds the weights' product, dW = dy x^T, and the input's, dx = W^T dy, of the same size each, but the first layer's
@@ -30,25 +30,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from metalearn.core.profiling.timing import seconds
 from metalearn.core.types import Episodes
 
-_SIZE = {
-    "cpu": 2048,
-    "cuda": 8192,
-}  # of the matrices: large enough for the best rate, and done in a fraction of a second
-_PRODUCTS = 10
+_MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}  # large enough for the best rate, at a fraction of a second
+_REPEATS = 10
 
 
 class StepFlops(NamedTuple):
-    """FLOPs that one meta-gradient of all tasks needs."""
+    """FLOPs of one meta-gradient of all tasks."""
 
     first_order: int
     second_order: int
 
 
 def meta_gradient_flops(module: nn.Module, episodes: Episodes, steps: int) -> StepFlops:
-    """What K inner steps and their meta-gradient need, whoever computes it.
+    """Return the FLOPs of K inner steps and their meta-gradient.
 
     Args:
-        module: of which every parameter is trainable, and whose first layer alone sees the inputs.
+        module: every parameter must be trainable, and only the first layer may see the inputs.
         episodes: T tasks of the same shape; classification.
         steps: K.
     """
@@ -69,20 +66,20 @@ def _gradient(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
 
 
 def count_flops(step: Callable[[], object]) -> int:
-    """FLOPs of the matrix products and convolutions in one call, as torch counts them."""
+    """Return the FLOPs of the matrix products and convolutions in one call, as torch counts them."""
     with FlopCounterMode(display=False) as counter:
         step()
     return int(counter.get_total_flops())
 
 
 def peak_matmul_flops(device: torch.device, *, size: int | None = None) -> float:
-    """FLOP/s of the fastest of several float32 ``torch.mm`` of square matrices, with all of torch's threads.
+    """Return the FLOP/s of the fastest of several float32 ``torch.mm`` of square matrices, on all threads.
 
     Args:
-        device: where.
-        size: rows and columns; ``None`` is one that is large enough for the device.
+        device: on which the products run.
+        size: rows and columns; ``None`` picks a size that is large enough for the device.
     """
-    rows = size or _SIZE[device.type]
+    rows = size or _MATRIX_SIZE[device.type]
     a, b = (torch.rand(rows, rows, device=device) for _ in range(2))
-    best = min(seconds(lambda: torch.mm(a, b), device) for _ in range(1 + _PRODUCTS))
+    best = min(seconds(lambda: torch.mm(a, b), device) for _ in range(1 + _REPEATS))
     return 2 * rows**3 / best

@@ -1,10 +1,12 @@
-"""How much memory the tensors of a computation take at once."""
+"""Measure the peak memory of a computation: the allocator's count on CUDA, the bytes of live tensors on a CPU."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -14,31 +16,31 @@ MIB = 2**20
 
 
 class MemoryLimitError(Exception):
-    """What is measured does not fit."""
+    """Raised when the measured computation exceeds its memory limit."""
 
 
 class PeakTensorMemory(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive, among those made while it is entered; ``peak`` is their maximum.
+    """Context that counts the bytes of live tensors among those created inside it; ``peak`` is the maximum.
 
-    Every operation is seen, in forward and backward passes and below ``vmap``. What a kernel takes and gives back
-    inside itself is not seen. A step runs several times slower under it.
+    It sees every operation, in forward and backward passes and below ``vmap``, but not the temporary memory of a
+    kernel. A step runs several times slower inside it.
 
     Example:
-        >>> with LiveTensorBytes() as live:
+        >>> with PeakTensorMemory() as live:
         ...     x = torch.zeros(1024)
         >>> live.peak
         4096
 
     Args:
-        limit: bytes at which to give up, for measuring what might not fit; ``None`` never does.
+        limit: bytes at which to give up; ``None`` for no limit.
 
     Raises:
-        MemoryLimitError: from within an operation, as soon as more than ``limit`` bytes are alive.
+        MemoryLimitError: inside an operation, as soon as more than ``limit`` bytes are alive.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # not annotated in torch
-        self.peak = 0
+        self.peak: int = 0
         self._limit = limit
         self._now = 0
         self._known = WeakIdKeyDictionary()
@@ -67,3 +69,32 @@ class PeakTensorMemory(TorchDispatchMode):
 
     def _release(self, size: int) -> None:
         self._now -= size
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device, *, limit: int | None = None) -> int:
+    """Return the peak memory of one step, beyond what was allocated before it.
+
+    Args:
+        step: measured; runs once.
+        device: on which it runs; on a CPU the bytes of live tensors count, on CUDA the allocator's.
+        limit: bytes at which to give up.
+
+    Raises:
+        MemoryLimitError: if it takes more than ``limit`` bytes, or runs out of memory.
+    """
+    if device.type != "cuda":
+        live = PeakTensorMemory(limit)
+        with live:
+            step()
+        return live.peak
+    torch.cuda.synchronize(device)
+    before: int = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        step()
+    except torch.OutOfMemoryError as error:
+        raise MemoryLimitError(str(error)) from None
+    peak: int = torch.cuda.max_memory_allocated(device) - before
+    if limit is not None and peak > limit:
+        raise MemoryLimitError(f"{peak / MIB:.0f} MiB")
+    return peak

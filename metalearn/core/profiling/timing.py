@@ -1,4 +1,4 @@
-"""Timing by turns: what is compared takes turns, so that a machine whose speed drifts treats all alike."""
+"""Time alternatives in turns, so that drifting machine speed affects all of them alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def seconds(step: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, until the device has finished it."""
+    """Return the wall time of one call, including the device's work."""
     _wait_for(device)
     started = time.perf_counter()
     step()
@@ -34,14 +34,14 @@ def time_interleaved(
     warm_up: int = 1,
     on_round: Callable[[int], object] = lambda done: None,
 ) -> dict[Key, list[float]]:
-    """Seconds of each in each round.
+    """Time each alternative once per round.
 
     Args:
-        seconds_of: runs one of them once, and says how long it took.
-        keys: what takes turns, in this order.
-        rounds: times that each is timed.
-        warm_up: rounds before those, whose times are thrown away.
-        on_round: is told how many rounds are done, those to warm up included.
+        seconds_of: runs one alternative once and returns its seconds.
+        keys: the alternatives, in order.
+        rounds: number of timed rounds.
+        warm_up: rounds before those, which are not counted.
+        on_round: called with the number of rounds done, warm-up included.
 
     Returns:
         A list of ``rounds`` times for every key.
@@ -57,11 +57,11 @@ def time_interleaved(
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile of at least two values."""
+    """Return the lower quartile, median and upper quartile of at least two values."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float, float]:
-    """Quartiles of the ratios of times that were taken in the same round; the middle one is their median."""
+    """Return the quartiles of ratios of times taken in the same round."""
     return quartiles([a / b for a, b in zip(numerators, denominators, strict=True)])

@@ -1,10 +1,9 @@
-"""Training through a peer: a meta-gradient at any theta from another library, as metalearn's own gives it."""
+"""Meta-gradients by another library at any theta, for training."""
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +14,15 @@ from torch.nn.functional import cross_entropy
 from metalearn.core.errors import ConfigError
 from metalearn.core.types import Episodes, Loss, MetaGradient, Params
 from metalearn.inner import InnerLoop
-from metalearn.metagrad.baselines.common import trainable, write
-from metalearn.metagrad.baselines.installed import NOT_INSTALLED, PEERS, installed_peers
-from metalearn.metagrad.baselines.offers import check_supported
+from metalearn.metagrad.baselines.common import (
+    NOT_INSTALLED,
+    PEERS,
+    Peer,
+    check_supported,
+    copy_params_,
+    installed_peers,
+    trainable,
+)
 
 BACKENDS = tuple(PEERS.values())
 """Names for ``backend``."""
@@ -25,31 +30,30 @@ BACKENDS = tuple(PEERS.values())
 
 @dataclass(frozen=True, eq=False)
 class BaselineGradient:
-    """A meta-gradient from a peer, at any theta. Made by ``backend``.
+    """A meta-gradient by another library, at any theta. Made by ``backend``.
 
     Args:
-        peer: its ``meta_gradient``.
-        module: into which theta is copied: nobody else's.
+        peer: the library's ``meta_gradient``.
+        module: a private copy, into which theta is copied.
         loss: one task's mean loss.
-        name: of the peer.
+        name: of the library.
     """
 
-    peer: Callable[..., MetaGradient]
+    peer: Peer
     module: nn.Module
     loss: Loss
     name: str
 
-    def refuse(self, inner: InnerLoop) -> None:
-        """Refuse what the peer does not offer, before anything is computed.
+    def check_supported(self, inner: InnerLoop) -> None:
+        """Check that the library supports an inner loop, before anything is computed.
 
         Raises:
-            NotOfferedError: naming the setting of ``inner``.
+            UnsupportedSettingError: naming the setting of ``inner``.
         """
-        offers = sys.modules[self.peer.__module__].OFFERS
-        check_supported(self.name, inner, offers=offers)
+        check_supported(self.name, inner, sys.modules[self.peer.__module__].SUPPORTED)
 
     def __call__(self, params: Params, episodes: Episodes, inner: InnerLoop) -> MetaGradient:
-        """The peer's meta-gradient at ``params``, which are not changed and need not require gradients.
+        """Compute the meta-gradient at ``params``, which are not changed and need not require gradients.
 
         Args:
             params: theta, each ``[...]``, with learned step sizes if ``inner`` has them.
@@ -57,13 +61,13 @@ class BaselineGradient:
             inner: the inner loop.
 
         Returns:
-            As ``metalearn.meta_gradient``; ``grads`` has the names of ``params``.
+            The result of ``metalearn.meta_gradient``; ``grads`` has the names of ``params``.
 
         Raises:
-            NotOfferedError: naming the setting of ``inner`` that the peer does not offer.
+            UnsupportedSettingError: naming the setting of ``inner`` that the library does not support.
             ValueError: if ``params`` or ``inner`` do not fit the module.
         """
-        write(self.module, params)
+        copy_params_(self.module, params)
         own = trainable(self.module)
         theta = {name: own.get(name, p) for name, p in params.items()}
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
@@ -71,19 +75,19 @@ class BaselineGradient:
 
 
 def backend(name: str, module: nn.Module, *, loss: Loss = cross_entropy) -> BaselineGradient:
-    """A peer to train through, of one model.
+    """Return the meta-gradient of one model by another library.
 
     Args:
         name: one of ``BACKENDS``.
-        module: the model. It is copied once, here: later changes of its frozen parameters, its buffers or its mode are
-            not seen, and it is not changed.
+        module: the model. It is copied once, here, and not changed; later changes of its frozen parameters, buffers or
+            mode have no effect.
         loss: one task's mean loss.
 
     Returns:
         ``compute(params, episodes, inner) -> MetaGradient``.
 
     Raises:
-        ConfigError: if there is no peer of that name, or its library is not installed or cannot be imported.
+        ConfigError: if the name is unknown, or the library is not installed or cannot be imported.
 
     Example:
         >>> forward, theta = functionalize(module)

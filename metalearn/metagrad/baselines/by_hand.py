@@ -1,4 +1,4 @@
-"""MAML as one writes it down without a library: a loop over tasks, ``autograd.grad(..., create_graph=True)``.
+"""MAML without a library: a loop over tasks, ``autograd.grad(..., create_graph=True)``.
 
 theta_{k+1} = theta_k - lr * dL_support(theta_k) / dtheta_k,    g = 1/T sum_t dL_query,t(theta_K,t) / dtheta
 """
@@ -12,9 +12,13 @@ from torch.nn.functional import cross_entropy
 
 from metalearn.core.types import Episodes, Loss, MetaGradient, Params
 from metalearn.inner import InnerLoop
-from metalearn.metagrad.baselines.common import leaves
-from metalearn.metagrad.baselines.offers import SupportedSettings, check_supported
-from metalearn.metagrad.baselines.one_by_one import average_over_tasks
+from metalearn.metagrad.baselines.common import (
+    SupportedSettings,
+    as_leaf_params,
+    average_over_tasks,
+    check_supported,
+    iter_tasks,
+)
 
 SUPPORTED: SupportedSettings = {}
 
@@ -27,30 +31,15 @@ def meta_gradient(
     loss: Loss = cross_entropy,
     params: Params | None = None,
 ) -> MetaGradient:
-    """As ``metalearn.meta_gradient``, of plain steps; ``engine`` and ``task_chunk`` mean nothing here.
-
-    The module is not changed: neither its parameters nor their ``.grad``.
-
-    Args:
-        module: the model.
-        episodes: T tasks.
-        inner: the inner loop.
-        loss: one task's mean loss.
-        params: theta, in place of the module's own parameters.
-
-    Raises:
-        NotOfferedError: if a step is not plain.
-        ValueError: if ``params`` are not the module's.
+    """Compute ``metalearn.meta_gradient`` with plain steps, as described by ``common.Peer``.
 
     Reference: Finn et al. 2017, arXiv 1703.03400, algorithm 2.
     """
-    check_supported("the loop by hand", inner, offers=SUPPORTED)
-    theta = leaves(module, params, inner)
+    check_supported("the loop by hand", inner, SUPPORTED)
+    theta = as_leaf_params(module, params, inner)
     total = [torch.zeros_like(p) for p in theta.values()]
     losses, predictions, support_losses = [], [], []
-    for support_x, support_y, query_x, query_y in zip(
-        episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y, strict=True
-    ):
+    for support_x, support_y, query_x, query_y in iter_tasks(episodes):
         buffers = {name: b.clone() for name, b in module.named_buffers()}
         fast = theta
         for _ in range(inner.steps):

@@ -1,24 +1,130 @@
-"""Where a peer's meta-gradient is taken: at a module's own parameters, or at a theta that is given."""
+"""Shared by the baselines: supported settings, theta as a module's parameters, the mean over tasks, and imports."""
 
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
+import io
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import MISSING, Field, fields
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from metalearn.core.errors import ConfigError
 from metalearn.core.functional import check_params
-from metalearn.core.types import Params
-from metalearn.inner import InnerLoop, check_params_match_config, without_state
+from metalearn.core.types import Episodes, Loss, MetaGradient, Params
+from metalearn.inner import SGD, InnerLoop, check_params_match_config, without_state
+
+
+class Peer(Protocol):
+    """Computes ``metalearn.meta_gradient`` by another library, or by hand."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        episodes: Episodes,
+        inner: InnerLoop,
+        *,
+        loss: Loss = cross_entropy,
+        params: Params | None = None,
+    ) -> MetaGradient:
+        """Compute the meta-gradient; neither the module's parameters nor their ``.grad`` are changed.
+
+        Args:
+            module: the model; where the library writes to it and ``params`` are given, a copy is used.
+            episodes: T tasks.
+            inner: the inner loop; ``engine`` and ``task_chunk`` are ignored.
+            loss: one task's mean loss.
+            params: theta, in place of the module's own parameters.
+
+        Raises:
+            UnsupportedSettingError: for a setting that the library does not support.
+            ValueError: if ``params`` are not the module's.
+        """
+
+
+PEERS = {"learn2learn": "learn2learn", "higher": "higher", "TorchOpt": "torchopt"}
+"""The other libraries, and their modules in ``metalearn.metagrad.baselines``, named like the packages they import."""
+
+NOT_INSTALLED = "not installed"
+
+
+def installed_peers(modules: Mapping[str, str] = PEERS) -> tuple[dict[str, Peer], dict[str, str]]:
+    """Import the libraries; return those that work, and for the others ``NOT_INSTALLED`` or the error."""
+    peers: dict[str, Peer] = {}
+    missing: dict[str, str] = {}
+    for name, module in modules.items():
+        try:
+            with redirect_stderr(io.StringIO()):  # learn2learn imports gym, which prints that it is unmaintained
+                peers[name] = importlib.import_module(f"metalearn.metagrad.baselines.{module}").meta_gradient
+        except ImportError as error:
+            is_installed = importlib.util.find_spec(module) is not None
+            missing[name] = f"cannot be imported ({error})" if is_installed else NOT_INSTALLED
+    return peers, missing
+
+
+SupportedSettings = Mapping[str, Sequence[object] | None]
+"""Settings of ``InnerLoop`` that a library computes, and which values: ``None`` for all, of rules the classes."""
+
+_ALWAYS_SUPPORTED = frozenset({"lr", "steps", "second_order"})
+_IGNORED = frozenset({"engine", "task_chunk", "snapshot_every"})  # change how it is computed, and not what
+
+
+class UnsupportedSettingError(ConfigError, ValueError):
+    """An inner loop that another library does not compute."""
+
+    def __init__(self, library: str, setting: str, offered: str) -> None:
+        super().__init__(
+            f"{library} does not offer {setting}; {offered}. Leave it out, or take metalearn's own engines "
+            "(algorithm.backend=metalearn), which offer all."
+        )
+
+
+def check_supported(name: str, inner: InnerLoop, supported: SupportedSettings) -> None:
+    """Check that a library computes all of an inner loop: an ignored setting would give the numbers of another one.
+
+    Args:
+        name: of the library.
+        inner: the settings; unsupported ones must have their default value.
+        supported: what the library computes besides plain gradient steps.
+
+    Raises:
+        UnsupportedSettingError: naming the first setting, the library and what it offers.
+    """
+    for setting in fields(InnerLoop):
+        value = getattr(inner, setting.name)
+        if setting.name not in _ALWAYS_SUPPORTED | _IGNORED and not _is_supported(setting, value, supported):
+            extras = [
+                f"{key}={' or '.join(v.__name__ if isinstance(v, type) else repr(v) for v in values)}"
+                if values
+                else key
+                for key, values in supported.items()
+            ]
+            offered = " and ".join(["it offers plain gradient steps", *extras])
+            raise UnsupportedSettingError(name, f"{setting.name}={reprlib.repr(value)}", offered)
+
+
+def _is_supported(setting: Field[object], value: object, supported: SupportedSettings) -> bool:
+    if setting.name == "rule":  # by its exact class, as a subclass may compute anything
+        return type(value) in (supported.get("rule") or (SGD,))
+    default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+    values = supported.get(setting.name, ())
+    return value == default or values is None or value in values
 
 
 def trainable(module: nn.Module) -> Params:
-    """The parameters that ``functionalize`` makes theta of, themselves and no copies."""
+    """Return the module's own trainable parameters, which ``functionalize`` copies to theta."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def leaves(module: nn.Module, params: Params | None, inner: InnerLoop) -> Params:
-    """Theta as leaves that require gradients, in the order that it is given in.
+def as_leaf_params(module: nn.Module, params: Params | None, inner: InnerLoop) -> Params:
+    """Return theta as leaves that require gradients, in the given order.
 
     Args:
         module: whose parameters theta names.
@@ -27,47 +133,47 @@ def leaves(module: nn.Module, params: Params | None, inner: InnerLoop) -> Params
 
     Raises:
         TypeError: if one is not a floating-point tensor.
-        ValueError: naming what the module or ``inner`` does not go with.
+        ValueError: naming an entry that does not fit the module or ``inner``.
     """
     own = trainable(module)
     theta = own if params is None else params
     check_params(theta)
     check_params_match_config(theta, inner)
-    _refuse_misfits(own, theta)
+    _check_params_match_module(own, theta)
     return {name: p if p is own.get(name) else p.detach().requires_grad_() for name, p in theta.items()}
 
 
-def placed(module: nn.Module, params: Params | None, inner: InnerLoop) -> tuple[nn.Module, Params]:
-    """A module with theta for its parameters, and theta: those parameters, and the learned step sizes as leaves.
+def module_with_params(module: nn.Module, params: Params | None, inner: InnerLoop) -> tuple[nn.Module, Params]:
+    """Return a module whose parameters are theta, and theta: these parameters, and learned step sizes as leaves.
 
-    The module is the one that is given if the parameters are its own already, and else a copy.
+    It is the given module if theta is its own parameters, and else a copy.
 
     Raises:
-        TypeError, ValueError: as ``leaves``.
+        TypeError, ValueError: as ``as_leaf_params``.
     """
-    theta = leaves(module, params, inner)
+    theta = as_leaf_params(module, params, inner)
     if any(theta[name] is not p for name, p in trainable(module).items()):
         module = copy.deepcopy(module)
-        write(module, theta)
-    return module, {**theta, **trainable(module)}  # the first keeps the order
+        copy_params_(module, theta)
+    return module, {**theta, **trainable(module)}  # in the order of theta
 
 
-def write(module: nn.Module, params: Params) -> None:
+def copy_params_(module: nn.Module, params: Params) -> None:
     """Copy theta's values into a module's parameters.
 
     Raises:
         TypeError: if one is not a floating-point tensor.
-        ValueError: naming a parameter that the module has not, or in another shape, precision or place.
+        ValueError: naming a parameter that the module lacks, or has in another shape, dtype or device.
     """
     own = trainable(module)
     check_params(params)
-    _refuse_misfits(own, params)
+    _check_params_match_module(own, params)
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(params[name])
 
 
-def _refuse_misfits(own: Params, params: Params) -> None:
+def _check_params_match_module(own: Params, params: Params) -> None:
     model = without_state(params)
     if model.keys() != own.keys():
         kind, names = ("lacks", own.keys() - model.keys()) if own.keys() - model.keys() else ("has", model.keys() - own)
@@ -75,13 +181,36 @@ def _refuse_misfits(own: Params, params: Params) -> None:
             f"params {kind} {', '.join(sorted(names)[:3])}; the module's trainable parameters are {', '.join(own)}."
         )
     for name, p in own.items():
-        given, needed = ((t.dtype, t.device, tuple(t.shape)) for t in (model[name], p))
+        given, needed = (
+            f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)} on {t.device}" for t in (model[name], p)
+        )
         if given != needed:
             raise ValueError(
-                f"params[{name!r}] is {_shown(*given)}, and the module's is {_shown(*needed)}; move the module to "
-                "where theta is: module.to(device, dtype)."
+                f"params[{name!r}] is {given}, and the module's is {needed}; move the module to where theta is: "
+                "module.to(device, dtype)."
             )
 
 
-def _shown(dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]) -> str:
-    return f"{str(dtype).removeprefix('torch.')} {list(shape)} on {device}"
+def iter_tasks(episodes: Episodes) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Iterate over the tasks: support_x, support_y, query_x and query_y of each."""
+    return zip(episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y, strict=True)
+
+
+def average_over_tasks(
+    grads: Params, losses: list[Tensor], predictions: list[Tensor], support_losses: list[Tensor]
+) -> MetaGradient:
+    """Build the result of a batch from its tasks.
+
+    Args:
+        grads: of the mean query loss.
+        losses: query losses, detached scalars, one for each task.
+        predictions: detached, ``[Q, ...]``, one for each task.
+        support_losses: detached scalars, the steps of the first task, then those of the next.
+    """
+    by_task = torch.stack(support_losses).view(len(losses), -1) if support_losses else losses[0].new_empty(1, 0)
+    return MetaGradient(
+        loss=torch.stack(losses).mean(),
+        grads=grads,
+        predictions=torch.stack(predictions),
+        support_loss=by_task.mean(dim=0),
+    )

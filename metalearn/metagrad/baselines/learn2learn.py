@@ -1,4 +1,4 @@
-"""learn2learn's MAML and Meta-SGD, used as in its own examples: one task after the other, on clones of modules."""
+"""learn2learn's MAML and Meta-SGD, used as in its own examples: a loop over tasks, on clones of modules."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from torch.nn.functional import cross_entropy
 from metalearn.core.functional import grad_of
 from metalearn.core.types import Episodes, Loss, MetaGradient, Params
 from metalearn.inner import InnerLoop, adapted_param_names, lr_key
-from metalearn.metagrad.baselines.common import placed
-from metalearn.metagrad.baselines.offers import SupportedSettings, UnsupportedSettingError, check_supported
-from metalearn.metagrad.baselines.one_by_one import average_over_tasks
+from metalearn.metagrad.baselines.common import (
+    SupportedSettings,
+    UnsupportedSettingError,
+    average_over_tasks,
+    check_supported,
+    iter_tasks,
+    module_with_params,
+)
 
-SUPPORTED: SupportedSettings = {"learned_lr": ("parameter",), "adapted": None}
+SUPPORTED: SupportedSettings = {"learned_lr": ("parameter",), "adapted_params": None}
 
 
 def meta_gradient(
@@ -29,39 +34,24 @@ def meta_gradient(
     loss: Loss = cross_entropy,
     params: Params | None = None,
 ) -> MetaGradient:
-    """As ``metalearn.meta_gradient``; ``engine`` and ``task_chunk`` mean nothing here.
+    """Compute ``metalearn.meta_gradient`` with plain steps, as described by ``common.Peer``.
 
-    Where ``inner.adapted`` names a head, MAML (or Meta-SGD) wraps that alone, as in its example of ANIL. The body is
-    computed anew in every step, and of support and query sets apart; the example does both at once, before the steps.
-
-    The module is not changed: neither its parameters and buffers nor their ``.grad``.
-
-    Args:
-        module: the model.
-        episodes: T tasks.
-        inner: the inner loop: plain steps, of all parameters or of whole submodules, with step sizes learned for every
-            entry or with one that is given.
-        loss: one task's mean loss.
-        params: theta, in place of the module's own parameters; the work is then done on a copy of the module.
-
-    Raises:
-        NotOfferedError: for any other setting, and for learned step sizes where parameters are frozen or shared.
-        ValueError: if ``params`` are not the module's.
+    Step sizes may be learned for every entry (Meta-SGD), and ``inner.adapted_params`` may name whole submodules: then
+    these alone are wrapped, as in its ANIL example. The body is recomputed in every step, separately for support and
+    query sets; the example does both at once, before the steps.
 
     Reference: Arnold et al. 2020, arXiv 2008.12284; its ``examples/vision/maml_omniglot.py`` and
     ``examples/vision/anil_fc100.py``; Li et al. 2017 (Meta-SGD), arXiv 1707.09835.
     """
-    check_supported("learn2learn", inner, offers=SUPPORTED)
-    module, theta = placed(module, params, inner)
-    parts = _whole_submodules(module, adapted_param_names(theta, inner))
-    names = [_within(prefix, name) for prefix, part in parts.items() for name, _ in part.named_parameters()]
+    check_supported("learn2learn", inner, SUPPORTED)
+    module, theta = module_with_params(module, params, inner)
+    parts = _covering_submodules(module, adapted_param_names(theta, inner))
+    names = [f"{prefix}.{name}".lstrip(".") for prefix, part in parts.items() for name, _ in part.named_parameters()]
     algorithm = _algorithm(parts[""] if "" in parts else nn.ModuleList(parts.values()), theta, names, inner)
     grads = {name: torch.zeros_like(p) for name, p in theta.items()}
     losses, predictions, support_losses = [], [], []
-    for support_x, support_y, query_x, query_y in zip(
-        episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y, strict=True
-    ):
-        with _buffers_restored(module):  # clones share them
+    for support_x, support_y, query_x, query_y in iter_tasks(episodes):
+        with _restore_buffers(module):  # clones share them
             learner = algorithm.clone()
             for _ in range(inner.steps):
                 support_loss = loss(_predict(module, learner, names, parts, support_x), support_y)
@@ -77,42 +67,38 @@ def meta_gradient(
 
 
 def _algorithm(wrapped: nn.Module, theta: Params, names: list[str], inner: InnerLoop) -> MAML | MetaSGD:
-    """What is cloned for every task; ``names`` in theta of the wrapped module's parameters."""
+    """Return the algorithm to clone for every task; ``names`` are those of the wrapped parameters in theta."""
     if inner.learned_lr is None:
         return MAML(wrapped, lr=inner.lr, first_order=not inner.second_order, allow_nograd=True)
     if not theta.keys() >= set(names) or len(list(wrapped.named_parameters(remove_duplicate=False))) > len(names):
-        # It would stop at the first, and of the second leave one of the places as it was.
+        # It would stop at a frozen one, and leave one place of a shared one unchanged.
         raise UnsupportedSettingError(
             "learn2learn", "learned_lr where parameters are frozen or shared", "its MetaSGD takes each once, and all"
         )
     return MetaSGD(wrapped, first_order=not inner.second_order, lrs=[theta[lr_key(name)] for name in names])
 
 
-def _whole_submodules(module: nn.Module, adapted: list[str]) -> dict[str, nn.Module]:
-    """The largest submodules whose trainable parameters are together those that are adapted, by name."""
-    left, parts = set(adapted), {}
+def _covering_submodules(module: nn.Module, adapted: list[str]) -> dict[str, nn.Module]:
+    """Return the largest submodules whose trainable parameters together are the adapted ones, by name."""
+    remaining, parts = set(adapted), {}
     for prefix, part in module.named_modules():  # the module itself first, under the name ""
-        own = {_within(prefix, name) for name, p in part.named_parameters() if p.requires_grad}
-        if own and own <= left:
+        own = {f"{prefix}.{name}".lstrip(".") for name, p in part.named_parameters() if p.requires_grad}
+        if own and own <= remaining:
             parts[prefix] = part
-            left -= own
-    if left:
+            remaining -= own
+    if remaining:
         raise UnsupportedSettingError(
             "learn2learn",
-            f"adapted={{{', '.join(map(repr, sorted(adapted)))}}}",
-            f"it adapts whole submodules, and {', '.join(sorted(left))} is part of one",
+            f"adapted_params={{{', '.join(map(repr, sorted(adapted)))}}}",
+            f"it adapts whole submodules, and {', '.join(sorted(remaining))} is part of one",
         )
     return parts
-
-
-def _within(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
 
 
 def _predict(
     module: nn.Module, learner: MAML | MetaSGD, names: list[str], parts: Mapping[str, nn.Module], x: Tensor
 ) -> Tensor:
-    """The learner's own forward pass, or the module's with the learner in the place of its parts."""
+    """Predict by the learner, or by the module with the learner's parameters in place of its submodules'."""
     if "" in parts:
         prediction: Tensor = learner(x)
     else:
@@ -122,7 +108,7 @@ def _predict(
 
 
 @contextmanager
-def _buffers_restored(module: nn.Module) -> Iterator[None]:
+def _restore_buffers(module: nn.Module) -> Iterator[None]:
     before = {name: b.clone() for name, b in module.named_buffers()}
     try:
         yield

@@ -1,13 +1,12 @@
-"""BatchNorm by the statistics of the batch, whose first and second derivatives are a few passes each.
+"""BatchNorm with batch statistics, whose first and second derivatives take a few passes each.
 
 Per channel, over the M numbers of its B images, with x' = (x - mean) r and r = 1 / sqrt(var + eps):
 
     z  = gamma x' + beta
     dL/dx = gamma r (g - <g> - x' <g x'>),    dL/dgamma = M <g x'>,    dL/dbeta = M <g>,    g = dL/dz, <.> the mean
 
-(Ioffe & Szegedy 2015, arXiv 1502.03167, section 3.) What autograd makes of the derivative of these is many passes over
-the images; worked out by hand, each is a sum of the images at hand, every channel times a number of its own. Those
-numbers need means of products only.
+(Ioffe & Szegedy 2015, arXiv 1502.03167, section 3.) Autograd's derivative of these takes many passes over the images.
+Worked out by hand, each is a sum of given images times factors per channel, which need only means of products.
 """
 
 from __future__ import annotations
@@ -21,19 +20,17 @@ from torch.autograd import forward_ad
 
 from metalearn.models.kernels.layout import (
     Kernel,
-    fold_vmap_dim,
     merge_tasks_into_channels,
     per_channel_view,
     split_tasks_from_channels,
-    unfold_vmap_dim,
 )
 
 _NO_RUNNING = (None, None)
-_OVER = (0, 2, 3)
+_REDUCED_DIMS = (0, 2, 3)
 
 
 def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """T normalisations, each by the statistics of its own B images.
+    """Normalise the images of T tasks, each by the statistics of its own B images.
 
     Args:
         x: ``[T, B, C, H, W]``.
@@ -41,17 +38,17 @@ def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
         beta: ``[T, C]``.
         eps: added to the variance.
     """
-    z: Tensor = _norm(x, gamma, beta, eps)[0]
+    z: Tensor = _batch_norm(x, gamma, beta, eps)[0]
     return z
 
 
-class _Norm(Kernel):
+class _BatchNorm(Kernel):
     @staticmethod
     def forward(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Any:
         images, dtype = merge_tasks_into_channels(x), x.dtype
         mean, variance = _mean_and_variance(images)
         r = (variance + eps).rsqrt()
-        s = gamma.flatten() * r  # in double as well, until it meets the images
+        s = gamma.flatten() * r  # in double precision until it is applied to the images
         z = _combine((beta.flatten() - mean * s).to(dtype), (images, s.to(dtype)))
         mean, r = (t.to(dtype).view_as(gamma) for t in (mean, r))
         return split_tasks_from_channels(z, x.shape[0]).data, mean, r  # no view: layers may write to it
@@ -67,13 +64,13 @@ class _Norm(Kernel):
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Any) -> Any:
         x, gamma, mean, r = ctx.saved_tensors
-        return *_gradient(g, x, gamma, mean, r, ctx.eps), None
+        return *_batch_norm_backward(g, x, gamma, mean, r, ctx.eps), None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dgamma: Tensor | None, dbeta: Tensor | None, _: None) -> Any:
         x, gamma = ctx.saved_tensors
         dx, dgamma, dbeta = _zeros_for(((dx, x), (dgamma, gamma), (dbeta, gamma)))
-        at = _Images.of(x, gamma, ctx.eps)
+        at = _NormalizedBatch.of(x, gamma, ctx.eps)
         d, dg, db = merge_tasks_into_channels(dx), dgamma.flatten(), dbeta.flatten()
         mean_d = _mean(d)
         along = at.r * (_mean(d * at.x) - mean_d * at.mean)  # <x' dx>
@@ -82,19 +79,14 @@ class _Norm(Kernel):
         out = _combine(db - s * mean_d - by_x * at.mean, (d, s), (at.x, by_x))
         return split_tasks_from_channels(out, x.shape[0]), None, None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        out = _norm(*fold_vmap_dim(info, in_dims, args))
-        return tuple(unfold_vmap_dim(part, info.batch_size) for part in out), (0, 0, 0)
 
-
-class _Gradient(Kernel):
-    """(dL/dx, dL/dgamma, dL/dbeta), as a function of (g, x, gamma); mean and r are known, not further arguments."""
+class _BatchNormBackward(Kernel):
+    """The gradient (dL/dx, dL/dgamma, dL/dbeta) as a function of (g, x, gamma), with known mean and r."""
 
     @staticmethod
     def forward(g: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, r: Tensor, eps: float) -> Any:
         at, gm = (
-            _Images(merge_tasks_into_channels(x), gamma.flatten(), mean.flatten(), r.flatten()),
+            _NormalizedBatch(merge_tasks_into_channels(x), gamma.flatten(), mean.flatten(), r.flatten()),
             merge_tasks_into_channels(g),
         )
         to_gamma, to_beta = _sums(gm, at.x, at.mean, at.r)
@@ -115,17 +107,17 @@ class _Gradient(Kernel):
     def backward(ctx: Any, v: Tensor, u_gamma: Tensor, u_beta: Tensor) -> Any:
         g, x, gamma, mean, r, to_gamma, to_beta = ctx.saved_tensors
         gm, vm = merge_tasks_into_channels(g), merge_tasks_into_channels(v)
-        if _is_tracked(g, x, gamma, v):  # a third derivative is taken: mean and r must be seen to depend on x
-            at = _Images.of(x, gamma, ctx.eps)
+        if _needs_grad(g, x, gamma, v):  # for a third derivative mean and r must depend on x
+            at = _NormalizedBatch.of(x, gamma, ctx.eps)
             centred = at.centred()
-            means = _Means(_mean(gm), _mean(gm * centred), _mean(vm), _mean(vm * centred), _mean(vm * gm))
+            means = _ChannelMeans(_mean(gm), _mean(gm * centred), _mean(vm), _mean(vm * centred), _mean(vm * gm))
         else:
-            at = _Images(merge_tasks_into_channels(x), gamma.flatten(), mean.flatten(), r.flatten())
+            at = _NormalizedBatch(merge_tasks_into_channels(x), gamma.flatten(), mean.flatten(), r.flatten())
             number = at.x.numel() / at.x.shape[1]
             v_x, v_sum = _sums(vm, at.x, at.mean, at.r)
             v_g, _ = _sums(vm, gm, torch.zeros_like(at.r), torch.ones_like(at.r))
-            means = _Means(*(m.flatten() / number for m in (to_beta, to_gamma, v_sum, v_x, v_g)))
-        parts = _second(at, gm, vm, u_gamma.flatten(), u_beta.flatten(), means)
+            means = _ChannelMeans(*(m.flatten() / number for m in (to_beta, to_gamma, v_sum, v_x, v_g)))
+        parts = _batch_norm_double_backward(at, gm, vm, u_gamma.flatten(), u_beta.flatten(), means)
         tasks = x.shape[0]
         return (
             split_tasks_from_channels(parts[0], tasks),
@@ -140,7 +132,7 @@ class _Gradient(Kernel):
     def jvp(ctx: Any, dg: Tensor | None, dx: Tensor | None, dgamma: Tensor | None, *_: Any) -> Any:
         g, x, gamma = ctx.saved_tensors
         dg, dx, dgamma = _zeros_for(((dg, g), (dx, x), (dgamma, gamma)))
-        at = _Images.of(x, gamma, ctx.eps)
+        at = _NormalizedBatch.of(x, gamma, ctx.eps)
         to_x, b, a = _forward_over_reverse(
             at,
             merge_tasks_into_channels(g),
@@ -151,17 +143,12 @@ class _Gradient(Kernel):
         number = at.x.numel() / at.x.shape[1]
         return split_tasks_from_channels(to_x, x.shape[0]), (number * b).view_as(gamma), (number * a).view_as(gamma)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        out = _gradient(*fold_vmap_dim(info, in_dims, args))
-        return tuple(unfold_vmap_dim(part, info.batch_size) for part in out), (0, 0, 0)
+
+_batch_norm, _batch_norm_backward = _BatchNorm.apply, _BatchNormBackward.apply
 
 
-_norm, _gradient = _Norm.apply, _Gradient.apply
-
-
-class _Images(NamedTuple):
-    """A batch ``[B, T * C, H, W]``, and what is known of it per channel, ``[T * C]``."""
+class _NormalizedBatch(NamedTuple):
+    """A batch ``[B, T * C, H, W]``, and its parameters and statistics per channel, ``[T * C]``."""
 
     x: Tensor
     gamma: Tensor
@@ -169,20 +156,20 @@ class _Images(NamedTuple):
     r: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, gamma: Tensor, eps: float) -> _Images:
-        """With mean and r as differentiable functions of x."""
+    def of(cls, x: Tensor, gamma: Tensor, eps: float) -> _NormalizedBatch:
+        """Compute mean and r as differentiable functions of x."""
         images = merge_tasks_into_channels(x)
         mean = _mean(images)
         variance = _mean((images - per_channel_view(mean)).square())
         return cls(images, gamma.flatten(), mean, (variance + eps).rsqrt())
 
     def centred(self) -> Tensor:
-        """X'."""
+        """Return x'."""
         return (self.x - per_channel_view(self.mean)) * per_channel_view(self.r)
 
 
-class _Means(NamedTuple):
-    """<g>, <g x'>, <v>, <v x'> and <v g>, each ``[T * C]``."""
+class _ChannelMeans(NamedTuple):
+    """The means <g>, <g x'>, <v>, <v x'> and <v g>, each ``[T * C]``."""
 
     g: Tensor
     gx: Tensor
@@ -191,10 +178,10 @@ class _Means(NamedTuple):
     vg: Tensor
 
 
-def _second(
-    at: _Images, g: Tensor, v: Tensor, u_gamma: Tensor, u_beta: Tensor, m: _Means
+def _batch_norm_double_backward(
+    at: _NormalizedBatch, g: Tensor, v: Tensor, u_gamma: Tensor, u_beta: Tensor, m: _ChannelMeans
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d/d(g, x, gamma) of  <<v, dL/dx>> + u_gamma dL/dgamma + u_beta dL/dbeta,  <<.>> the sum.
+    """Return d/d(g, x, gamma) of <<v, dL/dx>> + u_gamma dL/dgamma + u_beta dL/dbeta, <<.>> the sum.
 
     With s = gamma r and P h = h - <h> - x' <h x'>, dL/dx = s P g and dx' = r P dx, dr = -r^2 <x' dx>. So x' has the
     adjoint q = u_gamma g - s (v <g x'> + g <v x'>), and x has  r P q - x' r s <v P g>.
@@ -213,9 +200,9 @@ def _second(
 
 
 def _forward_over_reverse(
-    at: _Images, g: Tensor, dg: Tensor, dx: Tensor, dgamma: Tensor
+    at: _NormalizedBatch, g: Tensor, dg: Tensor, dx: Tensor, dgamma: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The derivative of (dL/dx, <g x'>, <g>) along (dg, dx, dgamma)."""
+    """Return the derivative of (dL/dx, <g x'>, <g>) along (dg, dx, dgamma)."""
     centred = at.centred()
     a, b, da = _mean(g), _mean(g * centred), _mean(dg)
     mean_dx, along = _mean(dx), _mean(centred * dx)  # <dx>, <x' dx>
@@ -228,7 +215,7 @@ def _forward_over_reverse(
 
 
 def _combine(constant: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
-    """Constant + sum of tensor * factor; constant and factors per channel."""
+    """Return constant + sum of tensor * factor, with constant and factors per channel."""
     (first, factor), *others = terms
     out = torch.addcmul(per_channel_view(constant), first, per_channel_view(factor))
     for tensor, factor in others:
@@ -237,51 +224,51 @@ def _combine(constant: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _mean(images: Tensor) -> Tensor:
-    return images.mean(dim=_OVER)
+    return images.mean(dim=_REDUCED_DIMS)
 
 
 def _mean_and_variance(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Over all but channels, in double precision: those of the parts, put together.
+    """Compute mean and variance per channel in double precision, from those of parts of the rows:
 
     mean = <mean_p>,    var = <var_p> + <(mean_p - mean)^2>,    <.> over parts
     """
-    parts = _parts(images)
-    means, variances = torch.batch_norm_update_stats(_cut(images, parts), *_NO_RUNNING, 0.0)
+    parts = _num_parts(images)
+    means, variances = torch.batch_norm_update_stats(_split_rows(images, parts), *_NO_RUNNING, 0.0)
     means, variances = means.view(parts, -1).double(), variances.view(parts, -1).double()
     mean = means.mean(dim=0)
     return mean, variances.mean(dim=0) + (means - mean).square().mean(dim=0)
 
 
 def _sums(v: Tensor, x: Tensor, mean: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of v (x - mean) r, and of v, in one pass: those that BatchNorm's derivative needs."""
-    parts = _parts(x)
+    """Return the sums of v (x - mean) r and of v in one pass, as BatchNorm's derivative needs them."""
+    parts = _num_parts(x)
     mean, r = mean.repeat(parts), r.repeat(parts)
     _, products, sums = torch.ops.aten.native_batch_norm_backward(
-        _cut(v, parts), _cut(x, parts), r, *_NO_RUNNING, mean, r, True, 0.0, (False, True, True)
+        _split_rows(v, parts), _split_rows(x, parts), r, *_NO_RUNNING, mean, r, True, 0.0, (False, True, True)
     )
     return products.view(parts, -1).sum(dim=0), sums.view(parts, -1).sum(dim=0)
 
 
-def _parts(images: Tensor) -> int:
-    """Into how many parts the B * H * W rows of a channel are dealt: as few as leave 2 sqrt(B H W) to each, or fewer.
+def _num_parts(images: Tensor) -> int:
+    """Return the smallest number of equal parts with at most 2 sqrt(B H W) of a channel's B * H * W rows each.
 
-    torch's sums over channels last add one row after the other in the images' own precision, so that their error grows
-    with the rows: in float32, 4,000 rows have a deviation that is off by 5e-6 of itself, where 35 parts have 3e-8, and
-    so have contiguous images. What is off by 5e-6 has other kinks of ReLU, and meta-gradients differ by percents.
+    torch's sums over channels last add one row after the other in the images' precision, so that their error grows with
+    the number of rows: in float32, the standard deviation of 4,000 rows has a relative error of 5e-6; with 35 parts it
+    is 3e-8, as for contiguous images. An error of 5e-6 moves kinks of ReLU, and meta-gradients change by percents.
     """
     rows = images.numel() // images.shape[1]
     fewest = math.isqrt(rows // 4) or 1
     return next(parts for parts in range(fewest, rows + 1) if rows % parts == 0)
 
 
-def _cut(images: Tensor, parts: int) -> Tensor:
-    """``[B, C, H, W]``, channels last, as ``[1, parts * C, B * H * W / parts, 1]``; moves no number."""
+def _split_rows(images: Tensor, parts: int) -> Tensor:
+    """View ``[B, C, H, W]``, channels last, as ``[1, parts * C, B * H * W / parts, 1]``."""
     rows = images.permute(0, 2, 3, 1)
     return rows.view(1, -1, 1, parts * images.shape[1]).permute(0, 3, 1, 2)
 
 
-def _is_tracked(*tensors: Tensor) -> bool:
-    """Whether a derivative of what is computed from them may be taken, in reverse mode or forward."""
+def _needs_grad(*tensors: Tensor) -> bool:
+    """Return whether a derivative of these tensors may be taken, in reverse or forward mode."""
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return True
     in_forward_mode = forward_ad._current_level >= 0
@@ -289,4 +276,4 @@ def _is_tracked(*tensors: Tensor) -> bool:
 
 
 def _zeros_for(pairs: tuple[tuple[Tensor | None, Tensor], ...]) -> list[Tensor]:
-    return [torch.zeros_like(like) if given is None else given for given, like in pairs]
+    return [torch.zeros_like(like) if tensor is None else tensor for tensor, like in pairs]

@@ -1,13 +1,13 @@
 """Convolutions of T tasks, each with its own weights, closed under differentiation.
 
-A convolution y = x * w is linear in either argument, and so are the two products that make its gradient:
+A convolution y = x * w is linear in both arguments, and so are the two products of its gradient:
 
-    conv(x, w)          y
-    to_input(g, w)      the x for which <x, to_input(g, w)> = <g, conv(x, w)>
-    to_weight(x, g)     the w for which <w, to_weight(x, g)> = <g, conv(x, w)>
+    conv(x, w)                y
+    conv_input_grad(g, w)     the x for which <x, conv_input_grad(g, w)> = <g, conv(x, w)>
+    conv_weight_grad(x, g)    the w for which <w, conv_weight_grad(x, g)> = <g, conv(x, w)>
 
-The derivative of each is a sum of the three. So a double backward costs six such
-products and nothing else; autograd's own runs its generic formula, several times slower for grouped convolutions.
+The derivative of each is a sum of the three, so that a double backward costs six such products. Autograd's own runs a
+generic formula, which is several times slower for grouped convolutions.
 """
 
 from __future__ import annotations
@@ -20,19 +20,17 @@ from torch import Tensor
 
 from metalearn.models.kernels.layout import (
     Kernel,
-    fold_vmap_dim,
     merge_tasks_into_channels,
     split_tasks_from_channels,
     to_kernel_layout,
-    unfold_vmap_dim,
 )
 
-_SMALL = 128
-"""Rows a task up to which one batched matrix product was measured faster than a grouped convolution."""
+_MAX_MATMUL_ROWS = 128
+"""Rows per task up to which one batched matrix product was measured to be faster than a grouped convolution."""
 
 
-class Geometry(NamedTuple):
-    """What a convolution is, beside its arguments: stride, padding, and the sizes of an image and of a kernel."""
+class ConvGeometry(NamedTuple):
+    """Stride, padding, and sizes of image and kernel of a convolution."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -41,37 +39,37 @@ class Geometry(NamedTuple):
 
     @property
     def out(self) -> tuple[int, int]:
-        """Height and width of a result."""
+        """Height and width of the output."""
         down, across = (
             (size + 2 * pad - span) // step + 1
             for size, pad, span, step in zip(self.image, self.padding, self.window, self.stride, strict=True)
         )
         return down, across
 
-    def is_small(self, examples: int) -> bool:
-        """Whether a batched matrix product for all tasks is faster than a grouped convolution."""
-        return examples * math.prod(self.out) <= _SMALL
+    def use_matmul(self, examples: int) -> bool:
+        """Return whether one batched matrix product over tasks is faster than a grouped convolution."""
+        return examples * math.prod(self.out) <= _MAX_MATMUL_ROWS
 
 
-def convolution(x: Tensor, weight: Tensor, *, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """T convolutions, without bias, dilation or groups of their own.
+def conv2d(x: Tensor, weight: Tensor, *, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    """Compute T convolutions without bias or dilation.
 
     Args:
         x: images, ``[T, B, C, H, W]``.
         weight: ``[T, O, C, h, w]``.
-        stride: down and across.
-        padding: zeros on each side, down and across.
+        stride: vertical and horizontal.
+        padding: zeros on each side, vertical and horizontal.
 
     Returns:
         ``[T, B, O, H', W']``.
     """
     image, window = (x.shape[-2], x.shape[-1]), (weight.shape[-2], weight.shape[-1])
-    out: Tensor = _conv(x, weight, Geometry(stride, padding, image, window))
+    out: Tensor = _conv(x, weight, ConvGeometry(stride, padding, image, window))
     return out
 
 
 class _Bilinear(Kernel):
-    """A product of two tensors: its derivatives are products again, named by each of the three below."""
+    """Base of the three products, whose derivatives are again such products."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -79,13 +77,35 @@ class _Bilinear(Kernel):
         ctx.save_for_backward(a, b)
         ctx.save_for_forward(a, b)
 
+    @classmethod
+    def jvp(cls, ctx: Any, da: Tensor | None, db: Tensor | None, _: None) -> Any:
+        """Return da b + a db, for the tangents that are not ``None``."""
+        a, b = ctx.saved_tensors
+        terms = [(da, b)] if da is not None else []
+        terms += [(a, db)] if db is not None else []
+        values = [cls.apply(*pair, ctx.geometry) for pair in terms]
+        return sum(values[1:], values[0]) if values else None
 
-class _Conv(_Bilinear):
+
+class _WithWeight(_Bilinear):
+    """Base of the products of images with a weight."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        """Treat the mapped images as more examples if they share the weight."""
+        if in_dims[1] is not None:
+            return super().vmap(info, in_dims, *args)
+        images, weight, geometry = args
+        out = cls.apply(images.movedim(in_dims[0], 1).flatten(1, 2), weight, geometry)  # from [T, V, B, ...]
+        return out.unflatten(1, (info.batch_size, -1)), 1
+
+
+class _Conv(_WithWeight):
     @staticmethod
-    def forward(x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
+    def forward(x: Tensor, w: Tensor, geometry: ConvGeometry) -> Tensor:
         tasks = w.shape[0]
-        if geometry.is_small(x.shape[1]):
-            return _images(_windows(x, geometry) @ _as_matrix(w).mT, x.shape[1], geometry.out).data
+        if geometry.use_matmul(x.shape[1]):
+            return _unflatten_positions(_im2col(x, geometry) @ _weight_matrix(w).mT, x.shape[1], geometry.out).data
         y = torch.conv2d(
             merge_tasks_into_channels(x), w.flatten(0, 1), None, geometry.stride, geometry.padding, 1, tasks
         )
@@ -95,55 +115,39 @@ class _Conv(_Bilinear):
     def backward(ctx: Any, g: Tensor) -> Any:
         x, w = ctx.saved_tensors
         geometry, (first, second, _) = ctx.geometry, ctx.needs_input_grad
-        return _to_input(g, w, geometry) if first else None, _to_weight(x, g, geometry) if second else None, None
+        return (
+            _conv_input_grad(g, w, geometry) if first else None,
+            _conv_weight_grad(x, g, geometry) if second else None,
+            None,
+        )
 
+
+class _ConvInputGrad(_WithWeight):
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dw: Tensor | None, _: None) -> Any:
-        return _product_rule(_conv, ctx, dx, dw)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, w: Tensor, geometry: Geometry) -> Any:
-        if in_dims[1] is None:  # the same weights: more examples
-            return _with_more_examples(_conv, info, in_dims[0], x, w, geometry)
-        return unfold_vmap_dim(_conv(*fold_vmap_dim(info, in_dims, (x, w, geometry))), info.batch_size), 0
-
-
-class _ToInput(_Bilinear):
-    @staticmethod
-    def forward(g: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
+    def forward(g: Tensor, w: Tensor, geometry: ConvGeometry) -> Tensor:
         tasks, examples = g.shape[:2]
-        if geometry.is_small(examples):
-            return _from_windows(_rows(g) @ _as_matrix(w), examples, geometry)
+        if geometry.use_matmul(examples):
+            return _col2im(_flatten_positions(g) @ _weight_matrix(w), examples, geometry)
         like = g.new_empty(examples, *geometry.image, tasks * w.shape[2]).permute(0, 3, 1, 2)
-        x = _backward(merge_tasks_into_channels(g), like, w.flatten(0, 1), geometry, tasks, of_input=True)
+        x = _convolution_backward(merge_tasks_into_channels(g), like, w.flatten(0, 1), geometry, tasks, of_input=True)
         return split_tasks_from_channels(x, tasks)
 
     @staticmethod
     def backward(ctx: Any, x: Tensor) -> Any:
         g, w = ctx.saved_tensors
         geometry, (first, second, _) = ctx.geometry, ctx.needs_input_grad
-        return _conv(x, w, geometry) if first else None, _to_weight(x, g, geometry) if second else None, None
+        return _conv(x, w, geometry) if first else None, _conv_weight_grad(x, g, geometry) if second else None, None
 
+
+class _ConvWeightGrad(_Bilinear):
     @staticmethod
-    def jvp(ctx: Any, dg: Tensor | None, dw: Tensor | None, _: None) -> Any:
-        return _product_rule(_to_input, ctx, dg, dw)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, g: Tensor, w: Tensor, geometry: Geometry) -> Any:
-        if in_dims[1] is None:
-            return _with_more_examples(_to_input, info, in_dims[0], g, w, geometry)
-        return unfold_vmap_dim(_to_input(*fold_vmap_dim(info, in_dims, (g, w, geometry))), info.batch_size), 0
-
-
-class _ToWeight(_Bilinear):
-    @staticmethod
-    def forward(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
+    def forward(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
         tasks, outputs, inputs = g.shape[0], g.shape[2], x.shape[2]
-        if geometry.is_small(x.shape[1]):
-            matrix = _rows(g).mT @ _windows(x, geometry)
+        if geometry.use_matmul(x.shape[1]):
+            matrix = _flatten_positions(g).mT @ _im2col(x, geometry)
             return matrix.view(tasks, outputs, *geometry.window, inputs).permute(0, 1, 4, 2, 3)
         like = g.new_empty(tasks * outputs, *geometry.window, inputs).permute(0, 3, 1, 2)
-        w: Tensor = _backward(
+        w: Tensor = _convolution_backward(
             merge_tasks_into_channels(g), merge_tasks_into_channels(x), like, geometry, tasks, of_input=False
         ).unflatten(0, (tasks, outputs))
         return w
@@ -152,22 +156,16 @@ class _ToWeight(_Bilinear):
     def backward(ctx: Any, w: Tensor) -> Any:
         x, g = ctx.saved_tensors
         geometry, (first, second, _) = ctx.geometry, ctx.needs_input_grad
-        return _to_input(g, w, geometry) if first else None, _conv(x, w, geometry) if second else None, None
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dg: Tensor | None, _: None) -> Any:
-        return _product_rule(_to_weight, ctx, dx, dg)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, g: Tensor, geometry: Geometry) -> Any:
-        return unfold_vmap_dim(_to_weight(*fold_vmap_dim(info, in_dims, (x, g, geometry))), info.batch_size), 0
+        return _conv_input_grad(g, w, geometry) if first else None, _conv(x, w, geometry) if second else None, None
 
 
-_conv, _to_input, _to_weight = _Conv.apply, _ToInput.apply, _ToWeight.apply
+_conv, _conv_input_grad, _conv_weight_grad = _Conv.apply, _ConvInputGrad.apply, _ConvWeightGrad.apply
 
 
-def _backward(g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, tasks: int, *, of_input: bool) -> Tensor:
-    """One of the two products by torch's kernel; the other argument only has the right shape and layout."""
+def _convolution_backward(
+    g: Tensor, x: Tensor, w: Tensor, geometry: ConvGeometry, tasks: int, *, of_input: bool
+) -> Tensor:
+    """Compute one of the two products by torch's kernel; the third tensor only gives shape and layout."""
     grads = torch.ops.aten.convolution_backward(
         g, x, w, None, geometry.stride, geometry.padding, (1, 1), False, (0, 0), tasks, (of_input, not of_input, False)
     )
@@ -175,57 +173,42 @@ def _backward(g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, tasks: int, *
     return grad
 
 
-def _as_matrix(w: Tensor) -> Tensor:
-    """``[T, O, C, h, w]`` as ``[T, O, h * w * C]``."""
+def _weight_matrix(w: Tensor) -> Tensor:
+    """Reshape ``[T, O, C, h, w]`` to ``[T, O, h * w * C]``."""
     return w.permute(0, 1, 3, 4, 2).flatten(2)
 
 
-def _rows(y: Tensor) -> Tensor:
-    """``[T, B, O, H', W']`` as ``[T, B * H' * W', O]``."""
+def _flatten_positions(y: Tensor) -> Tensor:
+    """Reshape ``[T, B, O, H', W']`` to ``[T, B * H' * W', O]``."""
     return y.permute(0, 1, 3, 4, 2).flatten(1, 3)
 
 
-def _images(rows: Tensor, examples: int, size: tuple[int, int]) -> Tensor:
-    """The reverse."""
+def _unflatten_positions(rows: Tensor, examples: int, size: tuple[int, int]) -> Tensor:
+    """Reshape ``[T, B * H' * W', O]`` to ``[T, B, O, H', W']``."""
     return to_kernel_layout(rows.unflatten(1, (examples, *size)).permute(0, 1, 4, 2, 3))
 
 
-def _windows(x: Tensor, geometry: Geometry) -> Tensor:
-    """What the kernel sees at each place, as rows: ``[T, B * H' * W', h * w * C]``."""
+def _im2col(x: Tensor, geometry: ConvGeometry) -> Tensor:
+    """Return the patch under the kernel at each position, as rows ``[T, B * H' * W', h * w * C]``."""
     (down, across), (top, side) = geometry.stride, geometry.padding
     padded = torch.nn.functional.pad(x.permute(1, 3, 4, 0, 2), (0, 0, 0, 0, side, side, top, top))
     examples, _, _, tasks, channels = padded.shape
     b, i, j, t, c = padded.stride()
-    seen = padded.as_strided(
+    patches = padded.as_strided(
         (tasks, examples, *geometry.out, *geometry.window, channels), (t, b, down * i, across * j, i, j, c)
     )
-    return seen.reshape(tasks, examples * math.prod(geometry.out), -1)
+    return patches.reshape(tasks, examples * math.prod(geometry.out), -1)
 
 
-def _from_windows(rows: Tensor, examples: int, geometry: Geometry) -> Tensor:
-    """The transpose of ``_windows``: every place of an image is the sum of where it was seen."""
+def _col2im(rows: Tensor, examples: int, geometry: ConvGeometry) -> Tensor:
+    """Apply the transpose of ``_im2col``: each pixel is the sum over its patches."""
     (down, across), (top, side) = geometry.stride, geometry.padding
     (height, width), (out_height, out_width) = geometry.image, geometry.out
     tasks, channels = rows.shape[0], rows.shape[2] // math.prod(geometry.window)
-    seen = rows.view(tasks, examples, out_height, out_width, *geometry.window, channels).permute(1, 2, 3, 0, 6, 4, 5)
+    patches = rows.view(tasks, examples, out_height, out_width, *geometry.window, channels).permute(1, 2, 3, 0, 6, 4, 5)
     padded = rows.new_zeros(examples, height + 2 * top, width + 2 * side, tasks, channels)
     for i in range(geometry.window[0]):
         for j in range(geometry.window[1]):
-            padded[:, i : i + down * out_height : down, j : j + across * out_width : across] += seen[..., i, j]
+            padded[:, i : i + down * out_height : down, j : j + across * out_width : across] += patches[..., i, j]
     inside = padded[:, top : top + height, side : side + width].contiguous()
     return inside.permute(3, 0, 4, 1, 2)
-
-
-def _with_more_examples(product: Any, info: Any, dim: int, x: Tensor, w: Tensor, geometry: Geometry) -> Any:
-    tasks_first = x.movedim(dim, 1)  # [T, V, B, ...]
-    out = product(tasks_first.flatten(1, 2), w, geometry)
-    return out.unflatten(1, (info.batch_size, -1)), 1
-
-
-def _product_rule(product: Any, ctx: Any, da: Tensor | None, db: Tensor | None) -> Tensor | None:
-    """Da b + a db, where each is given."""
-    a, b = ctx.saved_tensors
-    terms = [(da, b)] if da is not None else []
-    terms += [(a, db)] if db is not None else []
-    values: list[Tensor] = [product(*pair, ctx.geometry) for pair in terms]
-    return sum(values[1:], values[0]) if values else None

@@ -1,15 +1,14 @@
-"""Layers of T tasks with weights of their own, faster than what ``vmap`` makes of torch's; on CPUs.
+"""Use the kernels for layers of T tasks with different weights, faster on CPUs than ``vmap`` of torch's layers.
 
-A model stays as it is written, with ``nn.Conv2d``, ``nn.BatchNorm2d`` and ``nn.ReLU``: in the context of
-``CorrectedOperations(kernels=STACKED_LAYERS)`` a call of theirs that ``vmap`` batches over tasks is taken by the
-kernels of this folder, where they can. They give the same numbers up to rounding, and derivatives of any order, of
-which one may be in forward mode.
+A model is written with ``nn.Conv2d``, ``nn.BatchNorm2d`` and ``nn.ReLU``: inside
+``CorrectedOperations(kernels=STACKED_LAYERS)`` the kernels of this folder replace those calls that ``vmap`` batches
+over tasks and that they support. They give the same numbers up to rounding, and derivatives of any order, of which one
+may be in forward mode.
 
-``convolution``, ``batch_norm`` and ``relu`` are there to be called as well: a class that defines
-``forward_of_tasks(params, x)``, predictions of T tasks at once, is spared ``vmap``, which takes longer than a small
-layer (see ``functionalize``).
+``conv2d``, ``batch_norm`` and ``relu`` can also be called directly, by a class that defines ``batched_forward(params,
+x)`` (see ``functionalize``): ``vmap`` takes longer than a small layer.
 
-Not on GPUs, where this has not been measured.
+They are not used on GPUs, where they have not been measured.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch._C._functorch import is_batchedtensor
 from torch.nn import functional
 
 from metalearn.models.kernels.batch_norm import batch_norm
-from metalearn.models.kernels.conv2d import convolution
+from metalearn.models.kernels.conv2d import conv2d
 from metalearn.models.kernels.layout import forward_over_forward
 from metalearn.models.kernels.relu import relu
 
@@ -46,7 +45,7 @@ def _conv2d(
     ):
         return NotImplemented
     both = {"stride": _pair(stride), "padding": _pair(padding)}
-    y = convolution(input.unsqueeze(0), weight.unsqueeze(0), **both).squeeze(0)
+    y = conv2d(input.unsqueeze(0), weight.unsqueeze(0), **both).squeeze(0)
     return y if bias is None else y + bias.view(-1, 1, 1)
 
 
@@ -60,10 +59,10 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    of_batch = training and running_mean is None and running_var is None
-    if not of_batch or input.ndim != 4 or input.numel() <= input.shape[1]:
+    uses_batch_statistics = training and running_mean is None and running_var is None
+    if not uses_batch_statistics or input.ndim != 4 or input.numel() <= input.shape[1]:
         return NotImplemented
-    # Weights that all tasks share, or none: torch's own layer is less exact on images that lie as the kernels' do.
+    # Also with shared weights or none: torch's own layer is less exact on images in the layout of the kernels.
     gamma = torch.ones(input.shape[1], dtype=input.dtype, device=input.device) if weight is None else weight
     beta = torch.zeros(input.shape[1], dtype=input.dtype, device=input.device) if bias is None else bias
     if not _supports(input, input, gamma, beta) or not input.dtype == gamma.dtype == beta.dtype:
@@ -83,12 +82,12 @@ STACKED_LAYERS: dict[Any, Callable[..., Any]] = {
     functional.relu: _relu,
     torch.relu: _relu,
 }
-"""By function of torch, one that takes a batch of tasks, or gives ``NotImplemented`` for what it does not take."""
+"""Replacements of torch's functions for batched tasks; they return ``NotImplemented`` where they do not apply."""
 
 
-def _supports(x: Tensor, *given: Tensor) -> bool:
-    """Whether the kernels take it: in single or double precision on a CPU, and any of what is given differs by task."""
-    return any(map(is_batchedtensor, given)) and _is_supported(x)
+def _supports(x: Tensor, *tensors: Tensor) -> bool:
+    """Return whether the kernels support x, on a CPU in float32 or float64, and any other tensor differs by task."""
+    return any(map(is_batchedtensor, tensors)) and _is_supported(x)
 
 
 def _is_supported(x: Tensor) -> bool:
@@ -97,13 +96,13 @@ def _is_supported(x: Tensor) -> bool:
 
 
 def _has_valid_output(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> bool:
-    """Whether there is a result; what has none is torch's to refuse."""
+    """Return whether there is an output; if not, torch raises its error."""
     sizes = zip(x.shape[-2:], weight.shape[-2:], _pair(stride), _pair(padding), strict=True)
     return x.shape[0] > 0 and all(step > 0 and pad >= 0 and size + 2 * pad >= k for size, k, step, pad in sizes)
 
 
 def kernels_support(fast: dict[str, Tensor], x: Tensor) -> bool:
-    """Whether the kernels take these stacked parameters and inputs as they are."""
+    """Return whether the kernels support these stacked parameters and inputs as they are."""
     return _is_supported(x) and all((w.device, w.dtype) == (x.device, x.dtype) for w in fast.values())
 
 

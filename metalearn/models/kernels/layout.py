@@ -1,9 +1,9 @@
-"""What the kernels share: every tensor leads with the task dimension T, and ``vmap`` adds to it.
+"""Memory layout and base class of the kernels: every tensor leads with the task dimension T, which ``vmap`` extends.
 
-Images are ``[T, B, C, H, W]``, B examples a task. In memory they lie as ``[B, H, W, T, C]``, which is a batch of B
-images of T * C channels, channels last: what oneDNN's grouped convolutions and torch's BatchNorm take as it is, one
-group a task. ``merge_tasks_into_channels`` and ``split_tasks_from_channels`` are the two views of it; neither copies
-what is laid out so already.
+Images are ``[T, B, C, H, W]``, B examples per task. In memory they are ``[B, H, W, T, C]``: B images of T * C channels,
+channels last, as oneDNN's grouped convolutions (one group per task) and torch's BatchNorm read them.
+``merge_tasks_into_channels`` and ``split_tasks_from_channels`` are the two views; neither copies tensors in this
+layout.
 """
 
 from __future__ import annotations
@@ -17,63 +17,44 @@ from torch._functorch.autograd_function import custom_function_call
 
 
 def merge_tasks_into_channels(x: Tensor) -> Tensor:
-    """``[T, B, C, H, W]`` to ``[B, T * C, H, W]``, channels last; copies what lies otherwise."""
+    """View ``[T, B, C, H, W]`` as ``[B, T * C, H, W]``, channels last; copy if the layout differs."""
     tasks, examples, channels, height, width = x.shape
     last = x.permute(1, 3, 4, 0, 2).contiguous()
     return last.view(examples, height, width, tasks * channels).permute(0, 3, 1, 2)
 
 
 def split_tasks_from_channels(x: Tensor, tasks: int) -> Tensor:
-    """``[B, T * C, H, W]``, channels last, to ``[T, B, C, H, W]``."""
+    """View ``[B, T * C, H, W]``, channels last, as ``[T, B, C, H, W]``; copy if the layout differs."""
     examples, channels, height, width = x.shape
     last = x.permute(0, 2, 3, 1).contiguous()
     return last.view(examples, height, width, tasks, channels // tasks).permute(3, 0, 4, 1, 2)
 
 
 def to_kernel_layout(x: Tensor) -> Tensor:
-    """``[T, B, C, H, W]``, lying as it should."""
+    """Return ``[T, B, C, H, W]`` in the layout of the kernels."""
     return split_tasks_from_channels(merge_tasks_into_channels(x), x.shape[0])
 
 
-def fold_vmap_dim(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> list[Any]:
-    """The arguments of a kernel under ``vmap``, with the mapped dimension made part of T; others are repeated."""
-    return [
-        a if not isinstance(a, Tensor) else _lead(a, dim, info.batch_size).flatten(0, 1)
-        for a, dim in zip(args, in_dims, strict=True)
-    ]
-
-
-def unfold_vmap_dim(out: Tensor, size: int) -> Tensor:
-    """The reverse, for a result: ``[size * T, ...]`` to ``[size, T, ...]``."""
-    parts: Tensor = out.unflatten(0, (size, -1))
-    return parts
-
-
-def _lead(x: Tensor, dim: int | None, size: int) -> Tensor:
-    led: Tensor = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return led
-
-
 def per_channel_view(per_channel: Tensor) -> Tensor:
-    """``[T * C]`` shaped to go with ``[B, T * C, H, W]``."""
+    """View ``[T * C]`` for broadcasting with ``[B, T * C, H, W]``."""
     return per_channel.view(1, -1, 1, 1)
 
 
 def forward_over_forward() -> bool:
-    """Whether two forward modes are nested here."""
+    """Return whether two forward modes are nested here."""
     if not torch._C._are_functorch_transforms_active():
         return False
     return sum(level.key() == TransformType.Jvp for level in get_interpreter_stack() or ()) > 1
 
 
 class Kernel(torch.autograd.Function):
-    """A ``torch.autograd.Function`` for ``torch.func``, with a twin for plain autograd.
+    """A ``torch.autograd.Function`` for ``torch.func``, with a second class for plain autograd.
 
     torch binds the arguments of a Function with ``setup_context`` to its signature at every call, which takes longer
-    than a small kernel; the twin has none.
+    than a small kernel; the second class has no ``setup_context``.
     """
 
-    _twin: Any
+    _plain_autograd: Any
 
     def __init_subclass__(cls) -> None:
         def forward(ctx: Any, *args: Any) -> Any:
@@ -82,15 +63,15 @@ class Kernel(torch.autograd.Function):
             return output
 
         rules = {"forward": staticmethod(forward), "backward": staticmethod(cls.backward), "jvp": staticmethod(cls.jvp)}
-        cls._twin = type(f"{cls.__name__}Twin", (torch.autograd.Function,), rules)
+        cls._plain_autograd = type(f"{cls.__name__}Plain", (torch.autograd.Function,), rules)
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        """As ``torch.autograd.Function.apply``, by position.
+        """Call the Function like ``torch.autograd.Function.apply``, with positional arguments.
 
         Raises:
-            NotImplementedError: under forward mode within forward mode, where torch does not differentiate a Function's
-                rule for it, and under ``is_grads_batched``, which knows no rule of ours.
+            NotImplementedError: under nested forward modes, where torch does not differentiate the Function's rule, and
+                under ``is_grads_batched``, which ignores its ``vmap`` rule.
         """
         if torch._C._are_functorch_transforms_active():
             if forward_over_forward():
@@ -98,4 +79,16 @@ class Kernel(torch.autograd.Function):
             return custom_function_call(cls, *args)
         if any(isinstance(a, Tensor) and is_legacy_batchedtensor(a) for a in args):
             raise NotImplementedError(f"{cls.__name__}: is_grads_batched=True is not offered; loop, or use torch.func")
-        return cls._twin.apply(*args)
+        return cls._plain_autograd.apply(*args)
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        """Call the kernel with the mapped dimension merged into T; arguments that are not mapped are repeated."""
+        size, folded = info.batch_size, list(args)
+        for i, (a, dim) in enumerate(zip(args, in_dims, strict=True)):
+            if isinstance(a, Tensor):
+                folded[i] = (a.expand(size, *a.shape) if dim is None else a.movedim(dim, 0)).flatten(0, 1)
+        out = cls.apply(*folded)
+        if isinstance(out, tuple):
+            return tuple(part.unflatten(0, (size, -1)) for part in out), (0,) * len(out)
+        return out.unflatten(0, (size, -1)), 0

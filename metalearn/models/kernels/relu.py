@@ -1,4 +1,4 @@
-"""max(x, 0), whose derivative is taken to be constant in x: autograd's own makes zeros to say so, and adds them."""
+"""ReLU whose derivative is constant in x; autograd's own makes zeros for it, and adds them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metalearn.models.kernels.layout import Kernel, fold_vmap_dim, unfold_vmap_dim
+from metalearn.models.kernels.layout import Kernel
 
 
 def relu(x: Tensor) -> Tensor:
-    """As ``torch.relu``, of a tensor that leads with T."""
+    """Return max(x, 0) of a tensor that leads with T."""
     out: Tensor = _relu(x)
     return out
 
 
-class _Relu(Kernel):
+class _ReLU(Kernel):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return torch.relu(x)
@@ -28,19 +28,15 @@ class _Relu(Kernel):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return _where_positive(g, ctx.saved_tensors[0])
+        return _relu_backward(g, ctx.saved_tensors[0])
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor) -> Any:
-        return _where_positive(dx, ctx.saved_tensors[0])
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor) -> Any:
-        return unfold_vmap_dim(_relu(*fold_vmap_dim(info, in_dims, (x,))), info.batch_size), 0
+        return _relu_backward(dx, ctx.saved_tensors[0])
 
 
-class _WherePositive(Kernel):
-    """g where y is positive, else 0: linear in g, and constant in y almost everywhere."""
+class _ReLUBackward(Kernel):
+    """The gradient g where y is positive, else 0: linear in g, and constant in y almost everywhere."""
 
     @staticmethod
     def forward(g: Tensor, y: Tensor) -> Tensor:
@@ -54,16 +50,12 @@ class _WherePositive(Kernel):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
-        return _where_positive(v, ctx.saved_tensors[0]), None
+        return _relu_backward(v, ctx.saved_tensors[0]), None
 
     @staticmethod
     def jvp(ctx: Any, dg: Tensor | None, dy: Tensor | None) -> Any:
         y = ctx.saved_tensors[0]
-        return torch.zeros_like(y) if dg is None else _where_positive(dg, y)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, g: Tensor, y: Tensor) -> Any:
-        return unfold_vmap_dim(_where_positive(*fold_vmap_dim(info, in_dims, (g, y))), info.batch_size), 0
+        return torch.zeros_like(y) if dg is None else _relu_backward(dg, y)
 
 
-_relu, _where_positive = _Relu.apply, _WherePositive.apply
+_relu, _relu_backward = _ReLU.apply, _ReLUBackward.apply

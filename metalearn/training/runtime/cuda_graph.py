@@ -1,12 +1,12 @@
-"""The meta-gradient as one CUDA graph: its kernels are recorded once, and every later meta-step is a single launch.
+"""The meta-gradient as one CUDA graph: its kernels are captured once, and every later meta-step is a single launch.
 
-    record:   g = meta_gradient(theta, tasks)          with theta and tasks in tensors that stay where they are
-    replay:   theta, tasks <- what is asked for;  launch;  g is where it was
+    capture:  g = meta_gradient(theta, tasks)          with theta and tasks in static tensors
+    replay:   copy theta, tasks into the static tensors;  launch;  read g from where it was
 
 A meta-step of small tasks is thousands of kernels of some microseconds each, which the CPU cannot launch as fast as a
-GPU runs them. Nothing on the host may depend on what the GPU computes, so that recording fails for models that branch
-on values, and for the engines ``checkpoint`` and ``adjoint`` in second order, which compare losses and put random
-states back on their way back. Then everything is computed as without a graph, and a warning says why.
+GPU runs them. Nothing on the host may depend on values on the GPU, so capturing fails for models that branch on values,
+and for the engines ``checkpoint`` and ``adjoint`` in second order, which compare losses and restore random states in
+their backward pass. Then the meta-gradient is computed without a graph, and a warning says why.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from metalearn.metagrad.trajectory import Snapshot
 log = logging.getLogger(__name__)
 
 Gradient = Callable[[Params, Episodes], MetaGradient]
-"""The meta-gradient at given parameters, of given tasks."""
+"""Computes the meta-gradient at given parameters, of given tasks."""
 
 CaptureFn = Callable[[Callable[[], MetaGradient], torch.device], tuple[Callable[[], None], MetaGradient]]
-"""From a computation on tensors that stay where they are to what repeats it, and where its results then are."""
+"""Turns a computation on static tensors into a function that repeats it, and the static tensors of its results."""
 
 LARGEST_ERROR = 1e-4
-"""Between a replay and the same without a graph, as |g - g_ref| / |g_ref|: rounding, where kernels add in any order."""
+"""Largest |g - g_ref| / |g_ref| of a replay against the eager result: kernels may add in any order."""
 
 _WARM_UPS = 3
 _NUM_VERIFIED = 2
-"""Uses that are held against the same without a graph; the second has other parameters and tasks than the first."""
+"""First calls that are compared with the eager result; the second has other parameters and tasks than the first."""
 
 
 def with_cuda_graph(eager: Gradient, device: torch.device) -> Gradient:
-    """The meta-gradient by a graph where there is a GPU; else as it was, with a warning.
+    """Return the meta-gradient by a CUDA graph on a GPU; elsewhere return ``eager``, with a warning.
 
     Args:
-        eager: computes it; the shapes that it is first used with are those of the graph.
-        device: where.
+        eager: computes the meta-gradient; the shapes of its first call are those of the graph.
+        device: of the tensors.
     """
     if device.type != "cuda":
         log.warning(
-            "run.cuda_graph=true: there is no GPU in use (run.device is %s), so that the meta-gradient is computed "
+            "run.cuda_graph=true: there is no GPU in use (run.device is %s), so the meta-gradient is computed "
             "without a graph.",
             device.type,
         )
@@ -62,14 +62,14 @@ def with_cuda_graph(eager: Gradient, device: torch.device) -> Gradient:
 
 @dataclass(frozen=True, eq=False)
 class _Graph:
-    """What was recorded.
+    """A captured graph with its static tensors.
 
     Args:
-        layout: of the tensors that it takes.
-        params: they are read from here.
-        episodes: likewise.
-        results: they are found here.
-        replay: repeats the computation.
+        layout: of parameters and episodes.
+        params: inputs.
+        episodes: inputs.
+        results: outputs.
+        replay: launches the graph.
     """
 
     layout: list[Any]
@@ -80,80 +80,80 @@ class _Graph:
 
     @torch.no_grad()
     def __call__(self, params: Params, episodes: Episodes) -> MetaGradient:
-        """Gradients and predictions are overwritten by the next call; both losses are copies, as curves keep them."""
+        """Launch the graph; gradients and predictions are valid until the next call, losses are copies."""
         torch._foreach_copy_(list(self.params.values()), list(params.values()))
-        for mine, given in zip(_tensors(self.episodes), _tensors(episodes), strict=True):
-            mine.copy_(given)
+        for static, value in zip(_tensors(self.episodes), _tensors(episodes), strict=True):
+            static.copy_(value)
         self.replay()
         return replace(self.results, loss=self.results.loss.clone(), support_loss=self.results.support_loss.clone())
 
 
 class CUDAGraphMetaGradient:
-    """A meta-gradient that records itself when it is first used, and is replayed from then on.
+    """A meta-gradient that is captured at its first call and replayed from then on.
 
-    The first two uses are held against the same without a graph, whose result they return; a graph that differs is
-    never used. Episodes or parameters of other shapes than the first are computed without it. The losses are not
-    checked: see ``defer_loss_checks``.
+    The first two calls compare the replay with the eager result, which they return; a graph that differs is never used.
+    Episodes or parameters of other shapes than the first are computed eagerly. The losses are not checked: see
+    ``defer_loss_checks``.
 
     A graph keeps the memory of its intermediate results, which nothing else can use in between. torch's peak of
-    allocated memory counts them while they are recorded, in the first meta-step, and not in replays.
+    allocated memory counts them during the capture, in the first meta-step, and not in replays.
 
     Args:
         eager: computes the meta-gradient; must not read any tensor's values.
-        device: where.
-        record: makes a graph.
+        device: of the tensors.
+        record: captures a graph.
     """
 
     def __init__(self, eager: Gradient, device: torch.device, *, record: CaptureFn | None = None) -> None:
         self._eager, self._device, self._record = eager, device, record or capture
         self._graph: _Graph | None = None
-        self._to_prove = _NUM_VERIFIED
-        self._given_up = False
+        self._left_to_verify = _NUM_VERIFIED
+        self._disabled = False
 
     def __call__(self, params: Params, episodes: Episodes) -> MetaGradient:
-        """As ``eager``; gradients and predictions are valid until the next call."""
-        if self._given_up or (self._graph and self._graph.layout != _layout(params, episodes)):
+        """Return the meta-gradient; gradients and predictions are valid until the next call."""
+        if self._disabled or (self._graph and self._graph.layout != _layout(params, episodes)):
             return self._eager(params, episodes)
-        if self._graph and not self._to_prove:
+        if self._graph and not self._left_to_verify:
             return self._graph(params, episodes)
-        return self._proved(params, episodes)
+        return self._verified(params, episodes)
 
-    def _proved(self, params: Params, episodes: Episodes) -> MetaGradient:
-        """The meta-gradient without a graph, against which one is held that is recorded if there is none yet."""
-        start = Snapshot.of(0, params)
+    def _verified(self, params: Params, episodes: Episodes) -> MetaGradient:
+        """Compute eagerly and compare with the graph, capturing it first if needed."""
+        snapshot = Snapshot.of(0, params)
         expected = self._eager(params, episodes)
-        if not 0 < global_norm(expected.grads).item() < math.inf:  # nothing to hold against; the next will do
+        if not 0 < global_norm(expected.grads).item() < math.inf:  # nothing to compare with; try at the next call
             return expected
         try:
-            with start.replay_rng():
-                self._graph = self._graph or self._recorded(params, episodes)
-            with start.replay_rng():
-                fault = _difference(self._graph(params, episodes), expected)
-        except Exception as raised:  # whatever it is, what comes out without a graph is right
-            fault = _reason(raised)
-        if fault:  # out here, as an error's trace would keep what was computed
-            self._graph, self._given_up = None, True
-            log.warning("run.cuda_graph=true: the meta-gradient is computed without a graph, as %s", fault)
+            with snapshot.replay_rng():
+                self._graph = self._graph or self._capture(params, episodes)
+            with snapshot.replay_rng():
+                problem = _difference(self._graph(params, episodes), expected)
+        except Exception as raised:  # whatever it is, the eager result is correct
+            problem = _reason(raised)
+        if problem:  # out here, because a traceback would keep what was computed
+            self._graph, self._disabled = None, True
+            log.warning("run.cuda_graph=true: the meta-gradient is computed without a graph, as %s", problem)
         else:
-            self._to_prove -= 1
+            self._left_to_verify -= 1
         return expected
 
-    def _recorded(self, params: Params, episodes: Episodes) -> _Graph:
-        own = {name: p.detach().clone() for name, p in params.items()}
+    def _capture(self, params: Params, episodes: Episodes) -> _Graph:
+        static = {name: p.detach().clone() for name, p in params.items()}
         tasks = Episodes(*(t.clone() for t in _tensors(episodes)))
-        replay, results = self._record(lambda: self._eager(own, tasks), self._device)
-        return _Graph(_layout(params, episodes), own, tasks, results, replay)
+        replay, results = self._record(lambda: self._eager(static, tasks), self._device)
+        return _Graph(_layout(params, episodes), static, tasks, results, replay)
 
 
 def capture(compute: Callable[[], MetaGradient], device: torch.device) -> tuple[Callable[[], None], MetaGradient]:
-    """Record a computation as torch's documentation asks: warmed up and captured on one stream beside the default one.
+    """Capture a computation as torch's documentation asks: warmed up and captured on one side stream.
 
     Args:
-        compute: reads tensors that stay where they are, and gives its results in new ones.
+        compute: reads static tensors and returns new ones.
         device: a GPU.
 
     Returns:
-        What launches the graph on the current stream, and the results, which hold nothing before it was launched.
+        A function that launches the graph on the current stream, and the results, undefined before the first launch.
 
     Raises:
         RuntimeError: if it reads a value back, or does anything else that cannot be captured.
@@ -176,13 +176,13 @@ def capture(compute: Callable[[], MetaGradient], device: torch.device) -> tuple[
 
 @contextmanager
 def _forbid_sync() -> Iterator[None]:
-    """Inside, torch raises where it would wait for the GPU: a capture that such a wait breaks off spoils the generator.
+    """Have torch raise where it would wait for the GPU: a capture that a wait breaks off corrupts the generator.
 
     (Dropout then raises "Offset increment outside graph capture" from there on.)
     """
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it does not see every wait
+        warnings.simplefilter("ignore", UserWarning)  # it warns that it does not see every wait
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -195,13 +195,13 @@ def _tensors(episodes: Episodes) -> list[Tensor]:
 
 
 def _layout(params: Params, episodes: Episodes) -> list[Any]:
-    """Names, shapes, types and places, which a graph has for good."""
+    """Return names, shapes, dtypes and devices, which a graph cannot change."""
     tensors = [*params.values(), *_tensors(episodes)]
     return [list(params), [(t.shape, t.dtype, t.device) for t in tensors]]
 
 
 def _difference(got: MetaGradient, expected: MetaGradient) -> str:
-    """In what a replay is not what it must be; empty if it is."""
+    """Describe how a replay differs from the eager result; empty if it does not."""
     for name, ours, theirs in (
         ("meta-gradient", got.grads, expected.grads),
         ("query loss", {"": got.loss}, {"": expected.loss}),
@@ -214,8 +214,8 @@ def _difference(got: MetaGradient, expected: MetaGradient) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What was raised first: where a capture fails, ending it raises once more."""
+    """Describe the first error raised: when a capture fails, ending it raises another."""
     while error.__context__ is not None and not error.__suppress_context__:
         error = error.__context__
-    said = (str(error).strip().splitlines() or ["no reason given"])[0][:300]
-    return f"recording it raised {type(error).__name__}: {said}"
+    message = (str(error).strip().splitlines() or ["no reason given"])[0][:300]
+    return f"recording it raised {type(error).__name__}: {message}"

@@ -1,15 +1,15 @@
-"""What ``run.precision`` names, how a model computes in it, and whether its meta-gradient can be trusted.
+"""``run.precision``: compute in a lower precision, and check that its meta-gradient can be trusted.
 
     error(g, g_ref) = |g - g_ref| / |g_ref|        of the whole gradient as one vector
 
-Rounding to 8 bits (bfloat16) is an error of 0.4% an operation, to 11 bits (TF32) one of 0.05%, and what becomes of it
-in a meta-gradient is the model's affair: bfloat16's was measured between 0.3% and more than 100%. So it is measured on
-the run's own first tasks, and held against a null: float32's own meta-gradient where the parameters are moved by that
-rounding. Near kinks of ReLU a right gradient is far from its neighbours, by 30 to 80% on conv4's first tasks, and a
-precision that does no worse has lost nothing: training moves the parameters further. What is more than twice the null
-comes of the computing and not of the place, however large the second-order term is; below 5% of the gradient neither
-would be missed. Where the null is as long as the gradient (20-way conv4 before training), little but the engine's
-agreement with ``unroll`` is left to be judged.
+Rounding to 8 bits (bfloat16) is an error of 0.4% per operation, to 11 bits (TF32) one of 0.05%. Its effect on a
+meta-gradient depends on the model: bfloat16's was measured between 0.3% and more than 100%. So it is measured on the
+run's own first tasks, and compared with a null: the change of float32's own meta-gradient when the parameters are
+perturbed by that rounding. Near kinks of ReLU a correct gradient changes fast, by 30 to 80% on conv4's first tasks, and
+a precision that does no worse is fine: training moves the parameters further. An error of more than twice the null
+comes from the computation, however large the second-order term is; below 5% of the gradient neither matters. Where the
+null is as long as the gradient (20-way conv4 before training), little can be checked but that the engine agrees with
+``unroll``.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ from metalearn.inner import InnerLoop
 from metalearn.metagrad import Engine, meta_gradient
 
 ENGINE_BOUND = 0.05
-"""Between engines that round alike; 0.02 was the most that was measured."""
+"""Largest error between engines in one precision; 0.02 was the most that was measured."""
 
 _TIMES_NULL = 2.0
 _NEGLIGIBLE = 0.05
-"""Rounding below this may be more than twice the null: that of smooth models is a few thousandths, and so is theirs."""
+"""Rounding errors below this may exceed twice the null: smooth models have a few thousandths of both."""
 
-_MOVES = 4
-"""Nulls of which the largest counts: at one place alone, no input of ReLU may chance to cross its kink."""
+_NUM_PERTURBATIONS = 4
+"""Perturbations, of which the largest effect counts: one alone may happen to move no input of ReLU across its kink."""
 
 _TASKS = 2
 
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _EPS = {"tf32": 2.0**-10, **{name: torch.finfo(dtype).eps for name, dtype in _AUTOCAST.items()}}
-_FIRST_WITH_TF32 = (8, 0)  # compute capability of Ampere; older GPUs multiply in float32 and say nothing
+_FIRST_WITH_TF32 = (8, 0)  # compute capability of Ampere; older GPUs silently multiply in float32
 
 
 @contextmanager
 def precision_context(precision: str, device: torch.device) -> Iterator[None]:
-    """Inside, models compute in a precision; what was set before is set again outside.
+    """Compute in a precision within the context; the previous settings are restored after it.
 
-    On GPUs ``float32`` is all of it: torch alone has cuDNN's convolutions in TF32. So is what autocast leaves in
-    float32. ``tf32`` rounds the factors of matrix products and convolutions, and adds in float32; on a CPU, which has
-    none, it is ``float32``.
+    On GPUs ``float32`` uses all its bits, also for what autocast leaves in float32: torch's default has cuDNN's
+    convolutions in TF32. ``tf32`` rounds the factors of matrix products and convolutions, and adds in float32; on a
+    CPU it is ``float32``.
 
     Args:
         precision: ``float32``, ``tf32``, ``bfloat16`` or ``float16``.
-        device: where the model is.
+        device: of the model.
     """
     low = _AUTOCAST.get(precision)
     autocast = torch.autocast(device.type, dtype=low, enabled=low is not None)
@@ -71,20 +71,20 @@ def precision_context(precision: str, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def fp32_matmul_precision(bits: str) -> Iterator[None]:
-    """Matrix products and convolutions of float32 in ``"tf32"``, or in all bits (``"ieee"``)."""
-    places = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]  # made at run time
-    before = [place.fp32_precision for place in places]
-    for place in places:
+    """Compute float32 matrix products and convolutions in ``"tf32"``, or with all bits (``"ieee"``)."""
+    backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]  # made at run time
+    before = [place.fp32_precision for place in backends]
+    for place in backends:
         place.fp32_precision = bits
     try:
         yield
     finally:
-        for place, value in zip(places, before, strict=True):
+        for place, value in zip(backends, before, strict=True):
             place.fp32_precision = value
 
 
 def check_tf32_available(precision: str, device: torch.device) -> None:
-    """Refuse to train in TF32 where there is none.
+    """Check that the device has TF32 if the precision asks for it.
 
     Raises:
         ConfigError: if the device is a CPU, or a GPU from before Ampere.
@@ -101,15 +101,15 @@ def check_tf32_available(precision: str, device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class PrecisionReport:
-    """What a lower precision makes of a meta-gradient.
+    """Errors of a meta-gradient in a lower precision.
 
     Args:
         precision: such as ``bfloat16``.
-        tasks: that it was measured on.
+        tasks: number that it was measured on.
         engine_error: the configured engine against ``unroll``, both in that precision.
         rounding_error: the configured engine in that precision against ``unroll`` in float32.
-        null_error: ``unroll`` in float32 at parameters moved by up to eps / 2 of themselves, the precision's rounding,
-            against the same at the parameters as they are; the largest of four.
+        null_error: ``unroll`` in float32 at parameters perturbed by up to eps / 2 of themselves, the precision's
+            rounding, against the same at the unperturbed parameters; the largest of four.
     """
 
     precision: str
@@ -120,7 +120,7 @@ class PrecisionReport:
 
     @property
     def allowed(self) -> float:
-        """``rounding_error`` may not be larger: twice the null, but at least 0.05."""
+        """Largest ``rounding_error`` allowed: twice the null, but at least 0.05."""
         return max(_TIMES_NULL * self.null_error, _NEGLIGIBLE)
 
     def __str__(self) -> str:
@@ -141,9 +141,9 @@ def check_precision(
     loss: Loss = cross_entropy,
     engine: Engine | None = None,
 ) -> PrecisionReport:
-    """Refuse a precision that moves the meta-gradient further than its rounding explains, on two tasks at most.
+    """Check that a precision moves the meta-gradient no further than its rounding explains, on two tasks at most.
 
-    The random generators are left as they were found, and every meta-gradient here draws the same numbers.
+    The random generators are restored, and every meta-gradient here draws the same numbers.
 
     Args:
         forward: pure model of one task.
@@ -155,11 +155,11 @@ def check_precision(
         engine: the algorithm's own, if it has one.
 
     Returns:
-        The errors and what they were held against.
+        The errors and their bounds.
 
     Raises:
         RunError: if the engine does not agree with ``unroll`` in the same precision, or if rounding moves the
-            meta-gradient by more than 5%, and more than twice as far as parameters that are moved by that rounding.
+            meta-gradient by more than 5%, and more than twice as far as perturbing the parameters by that rounding.
     """
     few = episodes.split(_TASKS)[0]
     plain = dataclasses.replace(inner, engine="unroll")
@@ -175,9 +175,9 @@ def check_precision(
         ) from error
     nulls = [
         relative_error(
-            _grads(forward, _moved(theta, _EPS[precision], seed), loss, engine, few, plain, "float32"), exact
+            _grads(forward, _perturb(theta, _EPS[precision], seed), loss, engine, few, plain, "float32"), exact
         )
-        for seed in range(_MOVES)
+        for seed in range(_NUM_PERTURBATIONS)
     ]
     report = PrecisionReport(
         precision=precision,
@@ -186,11 +186,11 @@ def check_precision(
         rounding_error=relative_error(rounded, exact),
         null_error=max(nulls),
     )
-    _refuse(report, inner)
+    _check_report(report, inner)
     return report
 
 
-def _refuse(report: PrecisionReport, inner: InnerLoop) -> None:
+def _check_report(report: PrecisionReport, inner: InnerLoop) -> None:
     remedy = "Set run.precision=float32."
     if not report.engine_error <= ENGINE_BOUND:
         raise RunError(
@@ -205,8 +205,8 @@ def _refuse(report: PrecisionReport, inner: InnerLoop) -> None:
         )
 
 
-def _moved(theta: Params, eps: float, seed: int) -> Params:
-    """Each number by a random part of what rounding to a precision may do to it, which is eps / 2 of itself."""
+def _perturb(theta: Params, eps: float, seed: int) -> Params:
+    """Move each parameter by a random fraction of what rounding may do to it, which is eps / 2 of itself."""
     generator = torch.Generator().manual_seed(seed)
     parts = {name: torch.rand(p.shape, generator=generator).to(p) - 0.5 for name, p in theta.items()}
     return {name: p + eps * parts[name] * p for name, p in theta.items()}
@@ -221,7 +221,7 @@ def _grads(
     inner: InnerLoop,
     precision: str,
 ) -> Params:
-    """The meta-gradient in a precision, from the generators' present state."""
+    """Return the meta-gradient in a precision, from the generators' present state."""
     cuda = sorted({p.get_device() for p in theta.values() if p.is_cuda})
     with torch.random.fork_rng(devices=cuda), precision_context(precision, episodes.query_x.device):
         return meta_gradient(forward, theta, episodes, inner, loss=loss, engine=engine).grads

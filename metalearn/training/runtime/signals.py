@@ -1,4 +1,4 @@
-"""An orderly end: a first SIGTERM or SIGINT is obeyed between two meta-steps, a second one at once."""
+"""Graceful shutdown: a first SIGTERM or SIGINT stops between two meta-steps, a second one at once."""
 
 from __future__ import annotations
 
@@ -14,53 +14,52 @@ from typing import NoReturn
 from metalearn.core.errors import TerminatedError
 
 SIGHUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
-"""What a terminal that is closed sends; unknown to Windows."""
+"""Sent when a terminal is closed; unknown to Windows."""
 
-_SHOW_CURSOR = "\x1b[?25h"  # which a progress bar hides
-
+_SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 
 _swallowed: list[int] = []
-"""A signal whose ``SystemExit`` was swallowed, as in an import that catches everything; ``StopRequest`` obeys it."""
+"""A signal whose ``SystemExit`` was swallowed, as by an import that catches everything; ``StopRequest`` obeys it."""
 
 
 class StopRequest:
-    """Notes a first SIGTERM or SIGINT, and ends the process at a second; a context manager.
+    """Records a first SIGTERM or SIGINT, and ends the process at a second; a context manager.
 
-    Outside of the main thread, where Python takes no signals, it notes none.
+    Outside the main thread, where Python delivers no signals, it records none.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._before: dict[int, object] = {}
+        self._previous_handlers: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
         self.signal = _swallowed.pop() if _swallowed else None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
+                self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal gave
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
 
     @property
-    def asked(self) -> bool:
-        """Whether the process was asked to end."""
+    def requested(self) -> bool:
+        """Whether the process was asked to stop."""
         return self.signal is not None
 
-    def refuse_to_go_on(self) -> None:
-        """To be called where nothing would be lost.
+    def raise_if_requested(self) -> None:
+        """Stop here, where nothing would be lost, if the process was asked to.
 
         Raises:
-            StoppedError: if the process was asked to end.
+            TerminatedError: if the process was asked to stop.
         """
         if self.signal is not None:
             raise TerminatedError(self.signal)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             if sys.stdout.isatty():
                 os.write(1, _SHOW_CURSOR.encode())
@@ -71,21 +70,21 @@ class StopRequest:
 
 @contextmanager
 def sigterm_as_exception(*others: int) -> Iterator[None]:
-    """SIGTERM ends the process as an exception does, so that what it began is ended and removed as well.
+    """Turn SIGTERM into ``SystemExit``, so that child processes and temporary files are cleaned up.
 
     Args:
-        others: signals that do the same, but where they are ignored.
+        others: further signals to treat alike, unless they are ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     numbers = [signal.SIGTERM, *(n for n in others if signal.getsignal(n) != signal.SIG_IGN)]
-    before = {n: signal.signal(n, _exit) for n in numbers}
+    previous_handlers = {n: signal.signal(n, _exit) for n in numbers}
     try:
         yield
     finally:
         _swallowed.clear()
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 

@@ -1,4 +1,4 @@
-"""What a run shows in the terminal: a progress bar with an ETA, and a table at the end."""
+"""Terminal output: progress bars with an ETA, and tables."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 
-def progress_bar(*, shown: bool = True) -> Progress:
-    """A bar with counts, the time that is left, and a note of its tasks' ``note`` field."""
+def progress_bar(*, visible: bool = True) -> Progress:
+    """Return a progress bar with counts, ETA, and the text of its tasks' ``note`` field."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -22,12 +22,12 @@ def progress_bar(*, shown: bool = True) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=rich.get_console(),
-        disable=not shown,
+        disable=not visible,
     )
 
 
 def print_summary(title: str, rows: Mapping[str, str]) -> None:
-    """Two columns of names and values."""
+    """Print two columns of names and values."""
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -37,7 +37,7 @@ def print_summary(title: str, rows: Mapping[str, str]) -> None:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Rows under a header; every column but the first holds figures."""
+    """Print rows under a header; every column but the first holds numbers."""
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left", overflow="fold", min_width=6 if i else None)
@@ -47,10 +47,10 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def print_path(what: str, path: Path) -> None:
-    """Where something was written, on a line that is not broken and can be copied."""
+    """Print where something was written, on one line that can be copied."""
     rich.get_console().print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
 
 
 def print_line(text: str) -> None:
-    """A sentence, as it is."""
+    """Print a sentence without highlighting or markup."""
     rich.get_console().print(text, soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""A run's curves, read back from its event files."""
+"""Read a run's curves back from its event files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from metalearn.core.errors import RunError
 
-logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it announces every file read, and what a resumed run hides
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it logs every file read, and what a resumed run hides
 
 EVENT_FILES = "events.out.tfevents.*"
 
 
 class ScalarEvent(NamedTuple):
-    """One value of a curve; ``wall_time`` in seconds since 1970."""
+    """A point of a curve; ``wall_time`` in seconds since 1970."""
 
     step: int
     wall_time: float
@@ -24,28 +24,28 @@ class ScalarEvent(NamedTuple):
 
 
 def read_scalars(run_dir: Path) -> dict[str, list[ScalarEvent]]:
-    """Every curve of a run by its tag, whole, and in the order of its steps.
+    """Return every curve of a run by its tag, with all points in the order of their steps.
 
-    A resumed run has several event files. What the earlier wrote after the meta-step from which the run went on counts
-    no more. Folders below, such as those of evaluations, are runs of their own.
+    A resumed run has several event files; points after the meta-step that it resumed from are dropped. Sub-folders,
+    such as those of evaluations, are other runs.
 
     Raises:
         RunError: if the folder holds no event file.
     """
     if not any(run_dir.glob(EVENT_FILES)):
         raise RunError(
-            f"{run_dir} holds no event file ({EVENT_FILES}): the run has not begun, or was copied without it."
+            f"{run_dir} holds no event file ({EVENT_FILES}): the run has not started, or was copied without it."
         )
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})  # 0: all; the default is 10,000 a tag
     events.Reload()
     return {
-        tag: _without_repeats([ScalarEvent(e.step, e.wall_time, e.value) for e in events.Scalars(tag)])
+        tag: _drop_superseded([ScalarEvent(e.step, e.wall_time, e.value) for e in events.Scalars(tag)])
         for tag in events.Tags()["scalars"]
     }
 
 
-def _without_repeats(points: list[ScalarEvent]) -> list[ScalarEvent]:
-    """A later point replaces those at its step and beyond, as in TensorBoard: a final test may be taken twice."""
+def _drop_superseded(points: list[ScalarEvent]) -> list[ScalarEvent]:
+    """Drop points at and after the step of a later written one, as TensorBoard does: a test may be repeated."""
     kept: list[ScalarEvent] = []
     for point in points:
         while kept and kept[-1].step >= point.step:

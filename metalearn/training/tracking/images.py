@@ -1,4 +1,4 @@
-"""What a training shows of itself beside its curves: pictures of tasks, and the second-order term."""
+"""Images of validation tasks with the adapted model's predictions, for TensorBoard and ``sinusoid.png``."""
 
 from __future__ import annotations
 
@@ -9,92 +9,146 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from metalearn.core import serialization as files
 from metalearn.core.errors import NonFiniteLossError
 from metalearn.core.types import Episodes, Params
 from metalearn.data.sinusoid import SinusoidSampler
-from metalearn.inner import adapt, lr_key, meta_params_at_step, predict
+from metalearn.inner import adapt, predict
 from metalearn.training.experiment import Experiment
 from metalearn.training.state import TrainState
-from metalearn.training.tracking.curvature import curvature, support_eigenvalue
-from metalearn.training.tracking.pictures import draw_tasks
 from metalearn.training.tracking.tensorboard import TensorBoardLogger
 
 log = logging.getLogger(__name__)
 
-_TASKS_SHOWN = 4
+_NUM_TASKS = 4
+_CELL, _GAP, _LEFT, _TOP = 56, 6, 34, 22  # pixels
+_CORRECT_COLOUR, _WRONG_COLOUR = (0, 158, 115), (213, 94, 0)  # Okabe and Ito's green and vermilion, for every eye
+_MAX_ROWS, _MAX_QUERIES = 20, 8
+_SINUSOID_STEPS = (0, 1, 10)
+_SINUSOID_POINTS = 200
 
 
-def second_order_metrics(experiment: Experiment, state: TrainState, episodes: Episodes) -> dict[str, float]:
-    """What is to be seen of it at this meta-step, by tag; nothing at most of them."""
-    log_config = experiment.config.log
-    seen: dict[str, float] = {}
-    has_one = experiment.algorithm.engine is None and experiment.inner.steps > 0
-    if has_one and log_config.curvature_every and state.iteration % log_config.curvature_every == 0:
-        seen |= curvature(experiment.forward, state.params, episodes, experiment.inner, loss=experiment.score.loss)
-    if log_config.eigenvalue_every and state.iteration % log_config.eigenvalue_every == 0:
-        point = meta_params_at_step(state.params, experiment.inner)
-        seen |= support_eigenvalue(experiment.forward, point, episodes, loss=experiment.score.loss)
-    return seen
-
-
-def learned_lr_metrics(state: TrainState) -> dict[str, float]:
-    """Mean, smallest and largest of the step sizes that are learned, by tag; nothing if none are."""
-    rates = [p.flatten() for name, p in state.params.items() if name.startswith(lr_key(""))]
-    if not rates:
-        return {}
-    flat = torch.cat(rates)
-    return {
-        f"rates/{name}": value
-        for name, value in zip(
-            ("mean", "smallest", "largest"), torch.stack([flat.mean(), *flat.aminmax()]).tolist(), strict=True
-        )
-    }
-
-
-def log_lr_histograms(state: TrainState, tracker: TensorBoardLogger) -> None:
-    """Histograms of the learned step sizes, one for each parameter of the model."""
-    for name, p in state.params.items():
-        if name.startswith(lr_key("")):
-            tracker.histogram(f"rates/{name.removeprefix(lr_key(''))}", p, state.iteration)
+def log_task_images(experiment: Experiment, state: TrainState, tensorboard: TensorBoardLogger) -> None:
+    """Log the image of the first validation tasks, if ``log.images`` asks for it and it can be drawn."""
+    if not experiment.config.log.images:
+        return
+    try:
+        tensorboard.log_image("validation/tasks", render_tasks(experiment, state.params), state.iteration)
+    except NonFiniteLossError as error:  # the next meta-step stops the run, if training meets it as well
+        log.warning("no picture at meta-step %d: %s", state.iteration, error)
 
 
 def save_sinusoid_plot(experiment: Experiment, params: Params, run_dir: Path) -> Path | None:
-    """Write ``sinusoid.png``: the functions of validation tasks before and after 1 and 10 steps; else nothing."""
+    """Write ``sinusoid.png``: predictions on validation tasks after 0, 1 and 10 steps; nothing for other data sets."""
     if not isinstance(experiment.validation, SinusoidSampler):
         return None
     path = run_dir / "sinusoid.png"
     buffer = io.BytesIO()
     try:
         Image.fromarray(render_tasks(experiment, params)).save(buffer, format="png")
-    except NonFiniteLossError as error:  # ten steps may lead where those of the test do not
+    except NonFiniteLossError as error:  # ten steps may diverge where those of the test do not
         log.warning("no %s: %s", path.name, error)
         return None
     files.atomic_write_bytes(path, buffer.getvalue())
     return path
 
 
-def log_task_images(experiment: Experiment, state: TrainState, tracker: TensorBoardLogger) -> None:
-    """The picture of this validation, where one is wanted and can be drawn."""
-    if not experiment.config.log.images:
-        return
-    try:
-        tracker.image("validation/tasks", render_tasks(experiment, state.params), state.iteration)
-    except NonFiniteLossError as error:  # the next meta-step stops the run, if training meets it as well
-        log.warning("no picture at meta-step %d: %s", state.iteration, error)
-
-
+@torch.no_grad()
 def render_tasks(experiment: Experiment, params: Params) -> NDArray[np.uint8]:
-    """The first validation tasks, with the predictions of the adapted model."""
+    """Draw the first validation tasks with the adapted model's predictions, ``[height, width, 3]``."""
     if isinstance(experiment.validation, SinusoidSampler):
-        from metalearn.training.tracking.sinusoid_figure import sinusoid_figure  # here, as it brings matplotlib
+        return _draw_sinusoids(experiment, params, experiment.validation)
+    tasks = experiment.validation.tasks(0, _NUM_TASKS)
+    fast = adapt(experiment.forward, params, tasks.support_x, tasks.support_y, experiment.eval_inner)
+    return draw_tasks(tasks, predict(experiment.forward, fast, tasks.query_x))
 
-        buffer = io.BytesIO()
-        sinusoid_figure(experiment, params).savefig(buffer, format="png", dpi=100)
-        return np.asarray(Image.open(buffer).convert("RGB"))
-    tasks = experiment.validation.tasks(0, _TASKS_SHOWN)
-    with torch.no_grad():
-        fast = adapt(experiment.forward, params, tasks.support_x, tasks.support_y, experiment.eval_inner)
-        return draw_tasks(tasks, predict(experiment.forward, fast, tasks.query_x))
+
+def draw_tasks(episodes: Episodes, predictions: Tensor) -> NDArray[np.uint8]:
+    """Draw a batch of tasks side by side, ``[height, width, 3]``: a row per class, support images, then queries.
+
+    A query's frame is green if its prediction is correct; else vermilion, with the wrong label on it.
+
+    Args:
+        episodes: images in [0, 1], ``[T, examples, 1 or 3, height, width]``, labels 0 to N - 1.
+        predictions: logits of the queries, ``[T, Q, N]``.
+    """
+    return np.hstack([_draw_task(one, p) for one, p in zip(episodes.split(1), predictions.split(1), strict=True)])
+
+
+def _draw_task(episodes: Episodes, predictions: Tensor) -> NDArray[np.uint8]:
+    support, query = episodes.support_x[0].cpu(), episodes.query_x[0].cpu()
+    support_y, query_y = episodes.support_y[0].tolist(), episodes.query_y[0].tolist()
+    predicted = predictions[0].argmax(dim=-1).tolist()
+    ways = min(predictions.shape[-1], _MAX_ROWS)
+    shots = max(support_y.count(label) for label in range(ways))
+    queries = min(max(query_y.count(label) for label in range(ways)), _MAX_QUERIES)
+
+    # An empty sheet with its headings.
+    pitch = _CELL + _GAP
+    split = _LEFT + shots * pitch + 2 * _GAP
+    sheet = Image.new("RGB", (max(split + queries * pitch, 230), _TOP + ways * pitch), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    draw.text((_LEFT, 4), "support", fill="black", font=font)
+    correct = sum(p == y for p, y in zip(predicted, query_y, strict=True))
+    draw.text((split, 4), f"queries: {correct} of {len(query_y)} right", fill="black", font=font)
+
+    # A row per class.
+    for label in range(ways):
+        top = _TOP + label * pitch
+        draw.text((8, top + _CELL // 2 - 8), str(label), fill="black", font=font)
+        for column, i in enumerate(i for i, y in enumerate(support_y) if y == label):
+            sheet.paste(_to_cell(support[i]), (_LEFT + column * pitch, top))
+        for column, i in enumerate([i for i, y in enumerate(query_y) if y == label][:queries]):
+            left = split + column * pitch
+            sheet.paste(_to_cell(query[i]), (left, top))
+            colour = _CORRECT_COLOUR if predicted[i] == label else _WRONG_COLOUR
+            draw.rectangle((left, top, left + _CELL - 1, top + _CELL - 1), outline=colour, width=3)
+            if predicted[i] != label:
+                draw.rectangle((left, top, left + 19, top + 17), fill=colour)
+                draw.text((left + 3, top + 1), str(predicted[i]), fill="white", font=font)
+    return np.asarray(sheet)
+
+
+def _to_cell(image: Tensor) -> Image.Image:
+    pixels = (image.clamp(0, 1) * 255).byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels).resize((_CELL, _CELL), Image.Resampling.NEAREST)
+
+
+def _draw_sinusoids(experiment: Experiment, params: Params, sampler: SinusoidSampler) -> NDArray[np.uint8]:
+    """Draw sinusoids, their support points, and the network's function of x after 0, 1 and 10 inner steps."""
+    from matplotlib.figure import Figure  # here, because only sinusoids need matplotlib
+
+    from metalearn.training.tracking.plot_style import line_style
+
+    # Adapt, and predict x in [-5, 5].
+    tasks = sampler.tasks(0, _NUM_TASKS)
+    x = torch.linspace(-5, 5, _SINUSOID_POINTS)
+    inputs = x.to(experiment.device).view(1, -1, 1).expand(tasks.tasks, -1, 1)
+    functions = []
+    for k in _SINUSOID_STEPS:
+        inner = experiment.algorithm.eval_inner(k)
+        fast = adapt(experiment.forward, params, tasks.support_x, tasks.support_y, inner, loss=experiment.metric.loss)
+        functions.append(predict(experiment.forward, fast, inputs).squeeze(-1).cpu())
+
+    # A panel per task.
+    figure = Figure(figsize=(13.0, 3.6), layout="constrained")
+    for t in range(_NUM_TASKS):
+        axes = figure.add_subplot(1, _NUM_TASKS, t + 1)
+        amplitude, phase = sampler.curve(t)
+        axes.plot(x, amplitude * torch.sin(x - phase), color="#666666", linewidth=3, alpha=0.5, label="the curve")
+        for i, (k, y) in enumerate(zip(_SINUSOID_STEPS, functions, strict=True)):
+            name = "before" if k == 0 else f"after {k} step{'s' if k > 1 else ''}"
+            axes.plot(x, y[t], color=line_style(i).colour, dashes=line_style(i).dashes, label=name)
+        axes.plot(tasks.support_x[t].cpu(), tasks.support_y[t].cpu(), "o", color="black", markersize=5, label="support")
+        title = f"{amplitude:.1f} sin(x - {phase:.1f})"
+        axes.set(xlabel="x", ylabel="y" if t == 0 else "", ylim=(-6.2, 6.2), title=title)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return np.asarray(Image.open(buffer).convert("RGB"))

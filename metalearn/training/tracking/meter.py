@@ -1,4 +1,4 @@
-"""What meta-steps show and cost, gathered over windows so that a GPU need not wait for the CPU at every step."""
+"""Metrics, times and memory of meta-steps, read once per window so that a GPU need not sync at every step."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ class Meter:
     """Means, times and peak memory of meta-steps.
 
     Args:
-        device: where the steps run. On CUDA the peak is the allocator's, over all steps: the data set, the parameters
-            and the optimiser's state are in it. Elsewhere it is the most bytes that tensors made in a meta-step take
+        device: of the steps. On CUDA the peak is the allocator's, over all steps: it includes the data set, the
+            parameters and the optimizer's state. Elsewhere it is the most bytes that tensors made in a meta-step take
             at once, measured in the first, which takes longer for it and is not timed.
 
-    ``training_s`` are the seconds of all timed steps: validation and logging do not count. ``logging_s`` are those
-    spent on what is only shown: the event file, pictures, and looks at the second-order term; ``checkpoint_s`` those
-    spent on putting the run's state away.
+    ``training_s`` are the seconds of all timed steps, without validation and logging. ``logging_s`` are those spent on
+    the event file, images and second-order diagnostics; ``checkpoint_s`` those spent on saving the state.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,10 +33,10 @@ class Meter:
         self.training_s = 0.0
         self.logging_s = 0.0
         self.checkpoint_s = 0.0
-        self._figures: list[Mapping[str, Tensor]] = []
-        self._timed = 0
+        self._metrics: list[Mapping[str, Tensor]] = []
+        self._timed_steps = 0
         self._window_ms: list[float] = []
-        self._measured_step_ms = math.nan  # of the step whose memory was measured: only if there is no other
+        self._measured_step_ms = math.nan  # of the step whose memory was measured: used only if there is no other
         self.open_window()
 
     @property
@@ -46,104 +45,103 @@ class Meter:
         return median(self._window_ms[1:] or self._window_ms or [self._measured_step_ms])
 
     def open_window(self) -> None:
-        """Start to measure; what happened since the last window closed does not count."""
-        self._figures = []
-        self._timed = 0
-        self._passed_s = 0.0
-        self.go_on()
+        """Start a window; what happened since the last one closed does not count."""
+        self._metrics = []
+        self._timed_steps = 0
+        self._elapsed_s = 0.0
+        self.resume_clock()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def go_on(self) -> None:
-        """Let the window's clock run on from here."""
-        self._wait()
-        self._opened = time.perf_counter()
+    def resume_clock(self) -> None:
+        """Start the window's clock."""
+        self._synchronize()
+        self._clock_started = time.perf_counter()
+
+    def _pause_clock(self) -> None:
+        self._synchronize()
+        now = time.perf_counter()
+        self._elapsed_s += now - self._clock_started
+        self._clock_started = now
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around one meta-step."""
+    def time_step(self) -> Iterator[None]:
+        """Measure one meta-step."""
         if self.device.type == "cuda" or self.peak_bytes:
-            began = time.perf_counter()
+            started = time.perf_counter()
             try:
                 yield
-            except BaseException:  # no meta-step, and no meta-step's time
-                self._opened += time.perf_counter() - began
+            except BaseException:  # the time of a failed step does not count
+                self._clock_started += time.perf_counter() - started
                 raise
-            self._timed += 1
+            self._timed_steps += 1
             return
-        live = PeakTensorMemory()
-        with live:
+        with PeakTensorMemory() as memory:
             yield
-        self.peak_bytes = live.peak
-        self._measured_step_ms = 1000 * (time.perf_counter() - self._opened)
-        self._opened = time.perf_counter()
+        self.peak_bytes = memory.peak
+        self._measured_step_ms = 1000 * (time.perf_counter() - self._clock_started)
+        self._clock_started = time.perf_counter()
 
     @contextmanager
     def logging(self) -> Iterator[None]:
-        """Around what is only shown; not within a window."""
+        """Measure logging, between two windows."""
         started = time.perf_counter()
         yield
         self.logging_s += time.perf_counter() - started
 
     @contextmanager
     def checkpoint(self) -> Iterator[None]:
-        """Around putting the state away, within a window, whose clock stands still."""
-        self._stand_still()
+        """Measure saving the state, within a window, whose clock is paused."""
+        self._pause_clock()
         started = time.perf_counter()
         try:
             yield
         finally:
             self.checkpoint_s += time.perf_counter() - started
-            self.go_on()
+            self.resume_clock()
 
-    def _stand_still(self) -> None:
-        self._wait()
-        now = time.perf_counter()
-        self._passed_s += now - self._opened
-        self._opened = now
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def add(self, figures: Mapping[str, Tensor]) -> None:
-        """Note a step's figures, scalars on the device, without reading them."""
-        self._figures.append(figures)
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add a step's metrics, scalars on the device, without reading them."""
+        self._metrics.append(metrics)
 
     def close_window(self) -> dict[str, float]:
-        """Read the window's figures, as TensorBoard's tags and values; ``open_window`` starts the next."""
-        means = {f"train/{name}": values.mean().item() for name, values in self._stacked().items()}
-        self._stand_still()
+        """Return the window's mean metrics by TensorBoard tag; ``open_window`` starts the next."""
+        means = {f"train/{name}": values.mean().item() for name, values in self._stack_metrics().items()}
+        self._pause_clock()
         if self.device.type == "cuda":
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device))
-        if self._timed:
-            self.training_s += self._passed_s
-            self._window_ms.append(1000 * self._passed_s / self._timed)
+        if self._timed_steps:
+            self.training_s += self._elapsed_s
+            self._window_ms.append(1000 * self._elapsed_s / self._timed_steps)
             means["time/meta_step_ms"] = self._window_ms[-1]
         return {**means, "time/training_s": self.training_s, "memory/peak_mib": self.peak_bytes / MIB}
 
-    def _stacked(self) -> dict[str, Tensor]:
-        """The window's figures so far, ``[steps]`` each; of no step that was skipped."""
-        names = self._figures[0] if self._figures else ()
-        return {name: torch.stack([figures[name] for figures in self._figures]) for name in names}
+    def _stack_metrics(self) -> dict[str, Tensor]:
+        """Return the window's metrics so far, ``[steps]`` each, without skipped steps."""
+        names = self._metrics[0] if self._metrics else ()
+        return {name: torch.stack([metrics[name] for metrics in self._metrics]) for name in names}
 
-    def content(self) -> dict[str, Any]:
-        """What a resumed run's meter goes on from, within ``checkpoint``: the window that is open is in it."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run's meter needs, the open window included; to be called within ``checkpoint``."""
         return {
             "peak_bytes": self.peak_bytes,
             "training_s": self.training_s,
             "logging_s": self.logging_s,
             "checkpoint_s": self.checkpoint_s,
             "window_ms": list(self._window_ms),
-            "window": {"figures": self._stacked(), "timed": self._timed, "passed_s": self._passed_s},
+            "window": {"figures": self._stack_metrics(), "timed": self._timed_steps, "passed_s": self._elapsed_s},
         }
 
-    def restore(self, content: Mapping[str, Any]) -> None:
-        """Go on from what ``content`` gave; ``go_on`` starts the clock."""
+    def load_state_dict(self, content: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned; ``resume_clock`` starts the clock."""
         for name in ("peak_bytes", "training_s", "logging_s", "checkpoint_s"):
             setattr(self, name, content[name])
         self._window_ms = list(content["window_ms"])
         window = content["window"]
-        figures = {name: values.to(self.device).unbind() for name, values in window["figures"].items()}
-        self._figures = [dict(zip(figures, step, strict=True)) for step in zip(*figures.values(), strict=True)]
-        self._timed, self._passed_s = window["timed"], window["passed_s"]
+        metrics = {name: values.to(self.device).unbind() for name, values in window["figures"].items()}
+        self._metrics = [dict(zip(metrics, step, strict=True)) for step in zip(*metrics.values(), strict=True)]
+        self._timed_steps, self._elapsed_s = window["timed"], window["passed_s"]

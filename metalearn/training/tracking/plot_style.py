@@ -1,69 +1,80 @@
-"""One look for all plots of a comparison: a colour, a marker and a line style for each line, and sparse axes.
-
-The colours are Okabe and Ito's, which colour-blind readers can tell apart; marker and line style do so in grey print.
-"""
+"""Helpers for plots in the style of ``metalearn.mplstyle``: line styles, panels, legends and intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+import metalearn
 from metalearn.training.evaluation import MeanCI
 
 GREY = "#666666"
-_WIDTH, _MARGIN = 9.0, 0.1  # inches
-_LEGEND_CHARACTERS = 100  # that a line of the legend holds
-
-# Without the yellow, which is too faint on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
+_FILE = Path(metalearn.__file__).with_name("metalearn.mplstyle")
+_STYLE = matplotlib.rc_params_from_file(_FILE, use_default_template=False)
+_COLOURS = _STYLE["axes.prop_cycle"].by_key()["color"]
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")  # one more than colours: the ninth line differs from the first
 _DASHES = ((), (5, 2), (6, 2, 1, 2), (1, 1.5), (10, 3), (3, 1, 1, 1, 1, 1), (2, 3), (10, 2, 2, 2, 2, 2))
+_WIDTH = 9.0  # inches
+_LEGEND_CHARACTERS = 100  # per line of a legend
 
 
 class LineStyle(NamedTuple):
-    """How a line is drawn; ``dashes`` are lengths of ink and of gaps in line widths, none for a solid line."""
+    """Colour, marker and dashes of a line; ``dashes`` are lengths of ink and of gaps in line widths, empty if solid."""
 
     colour: str
     marker: str
     dashes: tuple[float, ...]
 
 
+NEUTRAL = LineStyle("#444444", "o", ())
+"""For data that belongs to no single variant."""
+
+
+@contextmanager
+def metalearn_style() -> Iterator[None]:
+    """Draw in the project's style; a context manager or a decorator."""
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
 def line_style(position: int) -> LineStyle:
-    """That of the variant at a position."""
+    """Return the style of the line at a position; any two of the first 72 differ."""
     return LineStyle(
         _COLOURS[position % len(_COLOURS)], _MARKERS[position % len(_MARKERS)], _DASHES[position % len(_DASHES)]
     )
 
 
-NEUTRAL = LineStyle("#444444", "o", ())
-"""Of what belongs to no variant alone."""
+# By default the first variant of a comparison is second order, as unroll computes it, and the second first order.
+ENGINE_STYLES = {name: line_style(i) for i, name in enumerate(("unroll", "first order", "checkpoint", "adjoint"))}
 
 
 def escape_mathtext(text: str) -> str:
-    """Text that matplotlib does not take for a formula."""
+    """Escape dollar signs, so that matplotlib does not read the text as a formula."""
     return text.replace("$", r"\$")
 
 
+@metalearn_style()
 def new_figure(title: str, note: str, *, height: float = 4.8, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side that share the vertical axis' position, not its scale."""
-    figure = Figure(figsize=(_WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=_MARGIN, h_pad=_MARGIN))
-    figure.suptitle(f"{escape_mathtext(title)}\n{escape_mathtext(note)}", fontsize="large")
+    """Return a figure, ``height`` inches high, and its panels, which stand side by side with scales of their own."""
+    figure = Figure(figsize=(_WIDTH, height))
+    figure.suptitle(f"{escape_mathtext(title)}\n{escape_mathtext(note)}")
     axes = [figure.add_subplot(1, panels, panel + 1) for panel in range(panels)]
     for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.3)
-        panel.set_axisbelow(True)
+        panel.grid(alpha=_STYLE["grid.alpha"])  # matplotlib creates grid lines when it draws, outside of the style
     return figure, axes
 
 
 def label_rows(axes: Axes, names: Sequence[str]) -> None:
-    """A row for each name, from top to bottom."""
+    """Use the vertical axis for one row per name, from top to bottom."""
     axes.set_yticks(range(len(names)), [escape_mathtext(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
@@ -71,28 +82,32 @@ def label_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.spines["left"].set_visible(False)
 
 
+def set_log_axes(axes: Axes, xlabel: str, ticks: Sequence[int]) -> None:
+    """Make both axes logarithmic, with ticks at the values on the horizontal one and at 1, 2, 5, ... on the other."""
+    axes.set(xscale="log", yscale="log", xlabel=xlabel)
+    axes.set_xticks(ticks, [str(value) for value in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+@metalearn_style()
 def draw_line(axes: Axes, x: Sequence[float], y: Sequence[float], at: LineStyle, name: str, *, marks: int = 1) -> None:
-    """A line in its look, with a marker on every ``marks``-th point."""
-    (line,) = axes.plot(
-        x,
-        y,
-        color=at.colour,
-        marker=at.marker,
-        markersize=5,
-        markevery=marks,
-        linewidth=1.6,
-        label=escape_mathtext(name),
-    )
+    """Draw a line in a style, with a marker on every ``marks``-th point."""
+    label = escape_mathtext(name)
+    (line,) = axes.plot(x, y, color=at.colour, marker=at.marker, markevery=marks, label=label)
     if at.dashes:
         line.set_dashes(at.dashes)
 
 
+@metalearn_style()
 def draw_estimate(
     axes: Axes, row: float, percent: MeanCI, seeds: Sequence[float], at: LineStyle, *, hollow: bool
 ) -> None:
-    """A mean with its interval, and a faint dot per seed beside it."""
-    beside = row + (0.13 if hollow else -0.13)
-    axes.plot(seeds, [beside] * len(seeds), "o", color=at.colour, alpha=0.35, markersize=4.5, markeredgewidth=0)
+    """Draw a mean with its interval in a row, and a faint dot per seed next to it."""
+    dots = [row + (0.13 if hollow else -0.13)] * len(seeds)
+    axes.plot(seeds, dots, "o", color=at.colour, alpha=0.35, markersize=4.5, markeredgewidth=0)
     axes.errorbar(
         [percent.mean],
         [row],
@@ -101,12 +116,11 @@ def draw_estimate(
         color=at.colour,
         markerfacecolor="white" if hollow else at.colour,
         markersize=7,
-        capsize=3,
     )
 
 
 def legend_handle(label: str, *, hollow: bool = False, seed: bool = False) -> Line2D:
-    """An entry of a legend that explains the marks of ``draw_estimate``."""
+    """Return a legend entry that explains the marks of ``draw_estimate``."""
     return Line2D(
         [],
         [],
@@ -121,24 +135,19 @@ def legend_handle(label: str, *, hollow: bool = False, seed: bool = False) -> Li
     )
 
 
+@metalearn_style()
 def legend_below(figure: Figure, entries: Iterable[Line2D] = ()) -> None:
-    """A legend below all panels: of the entries, or else of everything that has a label, once."""
+    """Add a legend below all panels: the entries, or else every labelled line, each label once."""
     found: dict[str, Artist] = {str(entry.get_label()): entry for entry in entries}
     if not found:
         for axes in figure.axes:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 found.setdefault(label, handle)
-    longest = max(map(len, found)) + 8  # the line that stands before the name, and a gap
-    figure.legend(
-        list(found.values()),
-        list(found),
-        loc="outside lower center",
-        ncols=max(1, min(len(found), _LEGEND_CHARACTERS // longest)),
-        frameon=False,
-        handlelength=4,
-    )
+    longest = max(map(len, found)) + 8  # with the line in front of the label, and a gap
+    columns = max(1, min(len(found), _LEGEND_CHARACTERS // longest))
+    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns)
 
 
 def to_percent(estimate: MeanCI) -> MeanCI:
-    """Of a fraction."""
+    """Convert fractions to percent."""
     return MeanCI(100 * estimate.mean, 100 * estimate.ci95)

@@ -1,35 +1,52 @@
-"""What a run shows in TensorBoard. The tags are listed in the README."""
+"""TensorBoard event files of a run. The README lists the tags.
+
+HParams: a run records its own hyperparameters. Which of them a table of runs shows is recorded once for all runs of a
+folder, because TensorBoard takes the first such list that it finds; so a run must not write one. Without a list
+TensorBoard shows all keys, and every curve as a metric.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.hparams.api_pb2 import (
+    DATA_TYPE_FLOAT64,
+    DATA_TYPE_STRING,
+    Experiment,
+    HParamInfo,
+    MetricInfo,
+    MetricName,
+)
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams as torch_hparams
 
+from metalearn.core.types import Params
+from metalearn.inner import lr_key
 from metalearn.training.evaluation import Evaluation, MeanCI
-from metalearn.training.tracking.event_files import EVENT_FILES, ScalarEvent, read_scalars
-from metalearn.training.tracking.hparams import Value, experiment_summary, session_summaries
-
-if TYPE_CHECKING:  # the lab brings all lessons and matplotlib, which no training needs
-    from metalearn.lessons import Lesson
-
+from metalearn.training.tracking.event_files import EVENT_FILES, read_scalars
 
 log = logging.getLogger(__name__)
 
-_OF_THE_END = ("test/", "time/median_meta_step_ms")
+Value = bool | int | float | str | Sequence[Any] | None
+"""The value of a configuration key."""
+
 _LONGEST_WAIT_S = 10.0
 
 
 def _interval_tags(tag: str) -> list[str]:
-    """The tags of an estimate: its mean and the ends of its interval."""
+    """Return the tags of a mean and of the ends of its interval."""
     return [tag, f"{tag}_low", f"{tag}_high"]
 
 
@@ -55,18 +72,71 @@ LAYOUT: dict[str, dict[str, list[str | list[str]]]] = {
     },
 }
 
+METRICS = {
+    "test/accuracy": "test accuracy",
+    "memory/peak_mib": "peak memory, MiB",
+    "time/median_meta_step_ms": "meta-step, ms (median)",
+}
+"""Tags of the metrics that a table of runs compares, with the headings of their columns."""
 
-class TensorBoardLogger:
-    """Writes a run's event file; a context manager, so that nothing is lost when the run ends early.
+
+Writer = TypeVar("Writer", bound="EventWriter")
+
+
+class EventWriter:
+    """Writes an event file; a context manager, so that nothing is lost when the run ends early.
 
     Args:
-        run_dir: where the event file goes; its folder's name is the run's in TensorBoard.
+        folder: of the event file; its name is the run's in TensorBoard.
+        purge_step: step from which TensorBoard hides what earlier event files of the folder hold.
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int | None = None) -> None:
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def __enter__(self: Writer) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is left and close the file."""
+        self._writer.close()
+
+    def log_text(self, tag: str, markdown: str) -> None:
+        """Log Markdown."""
+        self._writer.add_text(tag, markdown)
+
+    def log_scalars(self, values: Mapping[str, float], iteration: int = 0) -> None:
+        """Log points of several curves at one meta-step."""
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, iteration)
+
+    def log_image(self, tag: str, image: NDArray[np.uint8], iteration: int = 0) -> None:
+        """Log an image ``[height, width, 3]``."""
+        self._writer.add_image(tag, image, iteration, dataformats="HWC")
+
+    def add_summary(self, summary: Summary) -> None:
+        """Write a record of TensorBoard's own format."""
+        self._writer._get_file_writer().add_summary(summary)
+
+    def flush(self) -> None:
+        """Write everything logged so far to disk."""
+        self._writer.flush()
+
+
+class TensorBoardLogger(EventWriter):
+    """Logs a run.
+
+    Args:
+        run_dir: the run's folder.
         config: as YAML.
-        resumed_at: the meta-step that an interrupted run goes on from; what it showed later is hidden, and what it
-            showed before is not shown twice.
-        position: what ``position`` gave then.
-        aside: a folder that the event files of a finished run go to, where that goes on; its curves are copied, but for
-            those of its test.
+        resumed_at: meta-step that an interrupted run resumes from; later points are hidden, and earlier ones are not
+            written twice.
+        file_sizes: result of ``file_sizes`` at the checkpoint.
     """
 
     def __init__(
@@ -75,102 +145,126 @@ class TensorBoardLogger:
         *,
         config: str,
         resumed_at: int | None = None,
-        position: Mapping[str, int] | None = None,
-        aside: Path | None = None,
+        file_sizes: Mapping[str, int] | None = None,
     ) -> None:
         self._run_dir = run_dir
-        self._shown: dict[tuple[str, int], float] = {}
-        _warn_of_lost_points(run_dir, position or {})
-        copied = _archive_event_files(run_dir, aside) if aside else {}
-        earlier = resumed_at is not None and any(run_dir.glob(EVENT_FILES))
-        if resumed_at is not None and earlier:
+        self._logged: dict[tuple[str, int], float] = {}
+        _warn_truncated(run_dir, file_sizes or {})
+        is_first = resumed_at is None or not any(run_dir.glob(EVENT_FILES))
+        if resumed_at is not None and not is_first:
             curves = read_scalars(run_dir)
-            self._shown = {(tag, p.step): p.value for tag in curves for p in curves[tag] if p.step <= resumed_at}
+            self._logged = {(tag, p.step): p.value for tag in curves for p in curves[tag] if p.step <= resumed_at}
             _wait_for_next_second(run_dir)
-        self._tags = {tag for tag, _ in self._shown} | set(copied)
-        # Some readers purge only from the second session on: the first must be marked as well.
-        self._writer = SummaryWriter(str(run_dir), purge_step=0 if resumed_at is None else resumed_at + 1)
-        if not earlier:
-            self._writer.add_text("config", f"```yaml\n{config}```")
+        self._tags = {tag for tag, _ in self._logged}
+        # Some readers purge only from the second session on, so the first must set it as well.
+        super().__init__(run_dir, purge_step=0 if resumed_at is None else resumed_at + 1)
+        if is_first:
+            self.log_text("config", f"```yaml\n{config}```")
             self._writer.add_custom_scalars(LAYOUT)
-        for tag, points in copied.items():
-            for point in points:
-                self._writer.add_scalar(tag, point.value, point.step, point.wall_time)
 
-    def __enter__(self) -> TensorBoardLogger:
-        return self
+    def log_scalars(self, values: Mapping[str, float], iteration: int = 0) -> None:
+        """Log points of several curves at one meta-step, but for those that an earlier process has logged."""
+        new = {t: value for t, value in values.items() if self._logged.get((t, iteration)) != float(np.float32(value))}
+        super().log_scalars(new, iteration)
+        self._tags.update(values)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._writer.close()
-
-    def scalars(self, values: Mapping[str, float], iteration: int) -> None:
-        """Points of several curves at one meta-step."""
-        for tag, value in values.items():
-            if self._shown.get((tag, iteration)) != _as_float32(value):
-                self._writer.add_scalar(tag, value, iteration)
-            self._tags.add(tag)
-
-    def position(self) -> dict[str, int]:
-        """Bytes of every event file, after all that was shown is written."""
-        self._writer.flush()
+    def file_sizes(self) -> dict[str, int]:
+        """Return the bytes of every event file, after writing everything logged so far."""
+        self.flush()
         return {path.name: path.stat().st_size for path in sorted(self._run_dir.glob(EVENT_FILES))}
 
-    def validation(self, result: Evaluation, iteration: int) -> None:
-        """Score on validation tasks, with the ends of its interval as curves of their own."""
-        self._estimate(f"validation/{result.score.name}", result.final, iteration)
-        self._writer.flush()
+    def log_validation(self, result: Evaluation, iteration: int) -> None:
+        """Log the score on validation tasks with the ends of its interval."""
+        self._log_interval(f"validation/{result.metric.name}", result.final, iteration)
+        self.flush()
 
-    def test(self, result: Evaluation, iteration: int = 0) -> None:
-        """Test score, and with its interval against the number of inner steps (on the step axis).
+    def log_test(self, result: Evaluation, iteration: int = 0) -> None:
+        """Log the test score, and with its interval against the number of inner steps (on the step axis).
 
         Args:
             result: on test classes.
             iteration: meta-steps that the tested parameters have taken.
         """
-        name = result.score.name
-        self.scalars({f"test/{name}": result.final.mean}, iteration)
+        name = result.metric.name
+        self.log_scalars({f"test/{name}": result.final.mean}, iteration)
         for step, estimate in enumerate(result.per_step):
-            self._estimate(f"test/{name}_by_inner_step", estimate, step)
+            self._log_interval(f"test/{name}_by_inner_step", estimate, step)
         if result.nontransductive:
             steps = len(result.per_step) - 1
-            self.scalars({f"test/{name}_nontransductive": result.nontransductive.mean}, steps)
+            self.log_scalars({f"test/{name}_nontransductive": result.nontransductive.mean}, steps)
 
-    def _estimate(self, tag: str, estimate: MeanCI, step: int) -> None:
+    def _log_interval(self, tag: str, estimate: MeanCI, step: int) -> None:
         mean, ci95 = estimate.mean, estimate.ci95
-        self.scalars(dict(zip(_interval_tags(tag), (mean, mean - ci95, mean + ci95), strict=True)), step)
+        self.log_scalars(dict(zip(_interval_tags(tag), (mean, mean - ci95, mean + ci95), strict=True)), step)
 
-    def hparams(self, values: Mapping[str, Value], metrics: Mapping[str, float], iteration: int = 0) -> None:
+    def log_hparams(self, values: Mapping[str, Value], metrics: Mapping[str, float], iteration: int = 0) -> None:
         """Make the run a row of the HParams table; once, at its end.
 
         Args:
-            values: dotted keys of the configuration.
-            metrics: by tag, those of ``hparams.METRICS``; one that the run shows already is left alone.
+            values: of dotted configuration keys.
+            metrics: by tag, those of ``METRICS``; one that the run has logged already is left alone.
             iteration: meta-steps taken.
         """
-        for summary in session_summaries(values):
-            self._writer._get_file_writer().add_summary(summary)  # add_hparams would make a run of its own
-        self.scalars({tag: value for tag, value in metrics.items() if tag not in self._tags}, iteration)
-        self._writer.flush()
+        # SummaryWriter.add_hparams would make a run of its own.
+        _, start, end = torch_hparams({name: to_hparam_value(value) for name, value in values.items()}, {})
+        self.add_summary(start)
+        self.add_summary(end)
+        self.log_scalars({tag: value for tag, value in metrics.items() if tag not in self._tags}, iteration)
+        self.flush()
 
-    def histogram(self, tag: str, values: Tensor, iteration: int) -> None:
-        """How the entries of a tensor are spread."""
-        self._writer.add_histogram(tag, values.detach().cpu().numpy(), iteration)
-
-    def image(self, tag: str, picture: NDArray[np.uint8], iteration: int) -> None:
-        """A picture ``[height, width, 3]``."""
-        self._writer.add_image(tag, picture, iteration, dataformats="HWC")
-
-
-def _as_float32(value: float) -> float:
-    """As an event file keeps it, in single precision."""
-    return float(np.float32(value))
+    def log_lr_histograms(self, params: Params, iteration: int) -> None:
+        """Log histograms of the learned step sizes, one for each parameter of the model."""
+        for name, p in params.items():
+            if name.startswith(lr_key("")):
+                tag = f"rates/{name.removeprefix(lr_key(''))}"
+                self._writer.add_histogram(tag, p.detach().cpu().numpy(), iteration)
 
 
-def _warn_of_lost_points(run_dir: Path, position: Mapping[str, int]) -> None:
-    """Say so if an event file has lost what it held when the state was put away."""
-    for name, size in position.items():
+def learned_lr_metrics(params: Params) -> dict[str, float]:
+    """Return mean, smallest and largest of the learned step sizes by tag; empty if none are learned."""
+    rates: list[Tensor] = [p.flatten() for name, p in params.items() if name.startswith(lr_key(""))]
+    if not rates:
+        return {}
+    flat = torch.cat(rates)
+    values = torch.stack([flat.mean(), *flat.aminmax()]).tolist()
+    return {f"rates/{name}": value for name, value in zip(("mean", "smallest", "largest"), values, strict=True)}
+
+
+def to_hparam_value(value: Value) -> float | str:
+    """Return numbers as they are, everything else as on the command line."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, (int, float, str)):
+        return value
+    return f"[{', '.join(str(to_hparam_value(v)) for v in value)}]"
+
+
+def experiment_summary(runs: Iterable[Mapping[str, Value]]) -> Summary:
+    """Return the columns of a table of runs: the metrics, and the keys that differ, or all keys if none differ.
+
+    With all keys, those alike in every run would push the metrics off the screen; the run's text ``config`` has them.
+    No range of values is set: TensorBoard would hide runs outside of it, such as those of another comparison.
+    """
+    texts = [{name: to_hparam_value(value) for name, value in run.items()} for run in runs]
+    infos = []
+    for name in sorted({name for run in texts for name in run}):
+        found = [run.get(name) for run in texts]
+        is_number = all(isinstance(value, (int, float)) for value in found if value is not None)
+        kind = DATA_TYPE_FLOAT64 if is_number else DATA_TYPE_STRING
+        infos.append(HParamInfo(name=name, type=kind, differs=len(set(found)) > 1))
+    infos = [info for info in infos if info.differs] or infos
+    metrics = [MetricInfo(name=MetricName(tag=tag), display_name=heading) for tag, heading in METRICS.items()]
+    data = HParamsPluginData(
+        experiment=Experiment(hparam_infos=infos, metric_infos=metrics), version=metadata.PLUGIN_DATA_VERSION
+    )
+    plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString())
+    value = Summary.Value(tag=metadata.EXPERIMENT_TAG, metadata=SummaryMetadata(plugin_data=plugin))
+    return Summary(value=[value])
+
+
+def _warn_truncated(run_dir: Path, file_sizes: Mapping[str, int]) -> None:
+    """Warn if an event file is smaller than it was at the checkpoint."""
+    for name, size in file_sizes.items():
         path = run_dir / name
         now = path.stat().st_size if path.exists() else 0
         if now < size:
@@ -183,71 +277,10 @@ def _warn_of_lost_points(run_dir: Path, position: Mapping[str, int]) -> None:
             )
 
 
-def _archive_event_files(run_dir: Path, folder: Path) -> dict[str, list[ScalarEvent]]:
-    """Move the event files of a finished run, and return its curves but for what its end has shown."""
-    files = list(run_dir.glob(EVENT_FILES))
-    curves = read_scalars(run_dir) if files else {}
-    for path in files:
-        path.replace(folder / path.name)
-    return {tag: points for tag, points in curves.items() if not tag.startswith(_OF_THE_END)}
-
-
 def _wait_for_next_second(run_dir: Path) -> None:
-    """Wait until a new event file's name, which begins with the second, sorts behind all: they are read by name."""
+    """Wait until a new event file sorts after the others: names begin with the second, and set the reading order."""
     newest = int(max(path.name for path in run_dir.glob(EVENT_FILES)).split(".")[3])
     if (ahead := newest + 1 - time.time()) > _LONGEST_WAIT_S:
         log.warning("This machine's clock is %.0f s behind that of the latest event file: curves may look cut", ahead)
     elif ahead > 0:
         time.sleep(ahead)
-
-
-class ReportLogger:
-    """Writes the event file of a comparison's report, over that of an earlier report.
-
-    Args:
-        folder: of the report, beside those of the runs.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def report(
-        self, text: str, pictures: Mapping[str, NDArray[np.uint8]], *, runs: Sequence[Mapping[str, Value]]
-    ) -> None:
-        """Show the report, and give the HParams table its columns.
-
-        Args:
-            text: Markdown.
-            pictures: ``[height, width, 3]`` by name.
-            runs: dotted keys of every run's configuration.
-        """
-        for path in self._folder.glob(EVENT_FILES):
-            path.unlink()
-        with SummaryWriter(str(self._folder)) as writer:
-            writer._get_file_writer().add_summary(experiment_summary(runs))
-            writer.add_text("report", text)
-            for name, picture in pictures.items():
-                writer.add_image(f"report/{name}", picture, dataformats="HWC")
-
-
-class LessonLogger:
-    """Writes the event file of the lab; close it, as with ``contextlib.closing``."""
-
-    def __init__(self, folder: Path) -> None:
-        self._writer = SummaryWriter(str(folder))
-
-    def lesson(self, name: str, lesson: Lesson, pictures: Mapping[str, NDArray[np.uint8]], *, seconds: float) -> None:
-        """Claim, code and pictures, and every number with what it must be as a scalar of its own, at step 0."""
-        self._writer.add_text(name, f"{lesson.claim}\n\n```python\n{lesson.code}\n```")
-        self._writer.add_scalar(f"{name}/seconds", seconds)
-        for check in lesson.checks:
-            if not (isinstance(check.computed, str) or isinstance(check.expected, str)):
-                self._writer.add_scalar(f"{name}/{check.what}", check.computed)
-                self._writer.add_scalar(f"{name}/{check.what} (expected)", check.expected)
-        for figure, picture in pictures.items():
-            self._writer.add_image(f"{name}/{figure}", picture, dataformats="HWC")
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Write what is left."""
-        self._writer.close()

@@ -1,4 +1,4 @@
-"""The table of engines: what it compares, what it refuses, and the file and plot that it writes. Nothing is timed."""
+"""The table of engines: its variants, file and plot, and its error if engines disagree."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from PIL import Image
 
 from metalearn import metagrad
 from metalearn.commands.benchmark import engines as engine_table
-from metalearn.commands.benchmark.check import check_benchmark
 from metalearn.commands.benchmark.engine_settings import EngineBenchmark, EngineCost
 from metalearn.commands.benchmark.engines import run_engine_table, variants
-from metalearn.config.commands_schema import BenchmarkConfig
-from metalearn.config.compose import compose, to_dataclass
 from metalearn.core.errors import RunError
 from metalearn.metagrad.unroll import unroll
+from tests.commands.benchmark import factories
 
 TINY = EngineBenchmark("5way_1shot", 3, 1, 1, 5, 4, steps=(1, 4), timed=(4,))
+OVERRIDES = ["bench.kind=engines", "bench.setting=5way_1shot"]
 
 
 @pytest.fixture(autouse=True)
-def _memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_table, "configure_malloc", lambda: False)  # it would last for the tests that follow
+def _keep_malloc_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_table, "configure_malloc", lambda: False)  # it would last for later tests
 
 
-def test_every_engine_stands_beside_first_order_on_the_same_tasks() -> None:
+def test_variants_include_first_order_and_chunks() -> None:
     names = [
         EngineCost(v.engine, v.second_order, v.task_chunk, v.snapshot_every, 4, 0.0).name for v in variants(TINY, 4)
     ]
@@ -37,16 +36,9 @@ def test_every_engine_stands_beside_first_order_on_the_same_tasks() -> None:
     assert len(names) == len(set(names)) == 12
 
 
-def config(*overrides: str) -> BenchmarkConfig:
-    settings = ["data=glyphs", "bench.kind=engines", "bench.setting=5way_1shot", "bench.repeats=2", *overrides]
-    composed = to_dataclass(compose("benchmark", settings), BenchmarkConfig)
-    check_benchmark(composed)
-    return composed
-
-
 def test_file_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(engine_table, "SETTINGS", (TINY,))
-    run_engine_table(config("bench.memory_limit_mib=0.9"), tmp_path)
+    monkeypatch.setattr(engine_table, "ENGINE_SETTINGS", (TINY,))
+    run_engine_table(factories.config(*OVERRIDES, "bench.memory_limit_mib=0.9"), tmp_path)
     report = json.loads((tmp_path / "benchmark.json").read_text())
     rows = [EngineCost(**row) for row in report["settings"]["5way_1shot"]["rows"]]
     at = {(row.name, row.steps): row for row in rows}
@@ -63,8 +55,8 @@ def test_file_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         assert plot.width > 600
 
 
-def test_engines_that_disagree_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_table, "SETTINGS", (TINY,))
+def test_table_raises_when_engines_disagree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_table, "ENGINE_SETTINGS", (TINY,))
     monkeypatch.setitem(
         metagrad.ENGINES,
         "adjoint",
@@ -73,4 +65,4 @@ def test_engines_that_disagree_are_not_timed(tmp_path: Path, monkeypatch: pytest
         ),
     )
     with pytest.raises(RunError, match=r"engine='adjoint'.* differs from unroll by .*; nothing was timed"):
-        run_engine_table(config(), tmp_path)
+        run_engine_table(factories.config(*OVERRIDES), tmp_path)

@@ -1,4 +1,4 @@
-"""The table of float32's distances: its file, and who stands in it. How far they are is not judged here."""
+"""The table of distances of float32 to float64: its file and its methods."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from metalearn.commands.benchmark import float32
-from metalearn.commands.benchmark.contenders import BY_HAND, OURS
 from metalearn.commands.benchmark.float32 import add_biases, run_float32_table
+from metalearn.commands.benchmark.methods import BY_HAND, OURS
 from metalearn.metagrad import ENGINES
 from metalearn.models import Conv4
 from tests.commands.benchmark.factories import TINY, config
 
 
-def test_every_engine_stands_beside_the_plain_loop(
+def test_table_has_every_engine_and_the_plain_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(float32, "FLOAT32_SETTINGS", (TINY,))
@@ -28,7 +28,7 @@ def test_every_engine_stands_beside_the_plain_loop(
     for pool in ("stride", "max"):
         for biases in (False, True):
             for second_order, expected in names.items():
-                assert {who for *key, who in rows if key == [pool, biases, second_order]} == expected
+                assert {label for *key, label in rows if key == [pool, biases, second_order]} == expected
     for row in rows.values():
         assert row["median"] == sorted(row["distances"])[1]
         assert 0 < row["median"] < 1e-4
@@ -37,9 +37,9 @@ def test_every_engine_stands_beside_the_plain_loop(
     assert "median of 3 seeds" in capsys.readouterr().out
 
 
-def test_biases_are_taken_layer_by_layer() -> None:
+def test_conv4_with_biases_is_not_batched_as_a_whole() -> None:
     module = Conv4(3, width=4, pool="max")
     add_biases(module)
-    assert not module.is_plain()
+    assert not module.supports_batched_forward()
     assert module(torch.zeros(6, 1, 28, 28)).shape == (6, 3)
     assert len([name for name, _ in module.named_parameters() if name.endswith(".0.bias")]) == 4

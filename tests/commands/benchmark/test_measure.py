@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic: ratios, rates, shares, slopes, turns, and the FLOPs that a meta-step needs."""
+"""The benchmark's arithmetic: ratios, rates, time breakdown, slopes, interleaved timing, and FLOPs of a meta-step."""
 
 from __future__ import annotations
 
@@ -9,40 +9,39 @@ import torch
 from torch import nn
 
 from metalearn import InnerLoop
-from metalearn.commands.benchmark.contenders import BY_HAND, build_methods
-from metalearn.commands.benchmark.measure import compute_results, step_components, time_breakdown
-from metalearn.commands.benchmark.slopes import log_log_slope
+from metalearn.commands.benchmark.measure import compute_results, log_log_slope, step_components, time_breakdown
+from metalearn.commands.benchmark.methods import BY_HAND, build_methods
 from metalearn.core.profiling.flops import StepFlops, count_flops, meta_gradient_flops, peak_matmul_flops
 from metalearn.core.profiling.timing import quartiles, ratios, seconds, time_interleaved
 from metalearn.metagrad.baselines import by_hand
 from metalearn.models import MLP, Conv4
-from tests.commands.benchmark.factories import CPU, meta_step
-from tests.conftest import image_episodes
+from tests.commands.benchmark.factories import CPU, tiny_step
+from tests.factories import image_episodes
 
 HAND = {BY_HAND: by_hand.meta_gradient}
 
 
-def test_ratio_is_the_median_of_ratios_within_a_round() -> None:
+def test_ratio_is_median_of_ratios_per_round() -> None:
     # Of the medians it would be 2 / 4; in the rounds the ratios are 1/2, 2/4 and 30/10.
     assert ratios([1.0, 2.0, 30.0], [2.0, 4.0, 10.0])[1] == 0.5
     assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2, 3, 4)
 
 
-def test_everyone_takes_one_turn_a_round_and_the_warm_up_is_thrown_away() -> None:
+def test_timing_is_interleaved_and_drops_the_warm_up() -> None:
     calls: list[str] = []
-    told: list[int] = []
+    rounds: list[int] = []
 
     def taken(key: str) -> float:
         calls.append(key)
         return len(calls)
 
-    assert time_interleaved(taken, ["a", "b"], 2, warm_up=1, on_round=told.append) == {"a": [3, 5], "b": [4, 6]}
+    assert time_interleaved(taken, ["a", "b"], 2, warm_up=1, on_round=rounds.append) == {"a": [3, 5], "b": [4, 6]}
     assert calls == ["a", "b"] * 3
-    assert told == [1, 2, 3]
+    assert rounds == [1, 2, 3]
     assert seconds(lambda: None, CPU) >= 0
 
 
-def test_speed_rate_and_share_of_the_peak() -> None:
+def test_results_have_speed_rate_and_percent_of_peak() -> None:
     found = [c for c in build_methods(InnerLoop(lr=0.1, steps=1), HAND) if c.engine in ("unroll", "")]
     second, hand, first, hand_first = found
     measured = {second.name: [0.5, 0.25], hand.name: [1.0, 1.0], first.name: [0.2, 0.2], hand_first.name: [0.1, 0.1]}
@@ -57,7 +56,7 @@ def test_speed_rate_and_share_of_the_peak() -> None:
     assert rows[1].peak_mib == 7
 
 
-def test_shares_are_differences_of_medians() -> None:
+def test_time_breakdown_is_differences_of_medians() -> None:
     found = build_methods(InnerLoop(lr=0.1, steps=1), {})
     measured = {c.name: [0.9 if c.second_order else 0.5] * 2 for c in found}
     measured |= {"data": [0.05] * 2, "forward": [0.2] * 2, "optimiser": [0.05] * 2}
@@ -67,37 +66,37 @@ def test_shares_are_differences_of_medians() -> None:
     assert time_breakdown(found, {**measured, "forward": [0.6, 0.6]})["share"]["gradient"] == 0
 
 
-def test_the_parts_of_a_meta_step_run() -> None:
-    step = meta_step()
-    asked: list[tuple[int, int]] = []
+def test_step_components_run_and_keep_the_module() -> None:
+    step = tiny_step()
+    calls: list[tuple[int, int]] = []
 
     class Sampler:
         def batch(self, index: int, tasks: int) -> None:
-            asked.append((index, tasks))
+            calls.append((index, tasks))
 
     parts = step_components(step, Sampler(), lr=0.1)  # type: ignore[arg-type]
     before = [p.clone() for p in step.module.parameters()]
     for part in parts.values():
         part()
         part()
-    assert asked == [(0, 2), (1, 2)]
+    assert calls == [(0, 2), (1, 2)]
     assert all(torch.equal(p, q) for p, q in zip(step.module.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("power", [-1.0, 0.0, 0.5, 2.0])
-def test_slope_of_an_exact_power_law(power: float) -> None:
+def test_slope_equals_exponent_of_power_law(power: float) -> None:
     x = [1, 2, 5, 10]
     assert log_log_slope(x, [3 * value**power for value in x]) == pytest.approx(power)
 
 
 @pytest.mark.parametrize(("x", "y"), [([2, 2], [1, 3]), ([1, 2], [1, 0])])
-def test_no_slope_is_made_up(x: list[float], y: list[float]) -> None:
+def test_slope_raises_when_undefined(x: list[float], y: list[float]) -> None:
     with pytest.raises(ValueError, match="two or more different x, and only positive"):
         log_log_slope(x, y)
 
 
-def spent(module: nn.Module, steps: int, *, second_order: bool) -> tuple[int, int]:
-    """FLOPs of a hand-written meta-gradient as torch counts them, and what is said to be needed."""
+def counted_and_needed_flops(module: nn.Module, steps: int, *, second_order: bool) -> tuple[int, int]:
+    """Return the FLOPs of a hand-written meta-gradient as torch counts them, and those of ``meta_gradient_flops``."""
     episodes = image_episodes(dtype=torch.float32)
     inner = InnerLoop(lr=0.1, steps=steps, second_order=second_order)
     needed = meta_gradient_flops(module, episodes, steps)
@@ -106,27 +105,27 @@ def spent(module: nn.Module, steps: int, *, second_order: bool) -> tuple[int, in
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_hand_written_loop_over_matrix_products_spends_what_is_needed(steps: int) -> None:
+def test_mlp_flops_equal_those_of_a_hand_written_loop(steps: int) -> None:
     for second_order in (True, False):
-        counted, needed = spent(MLP(28 * 28, 3, hidden=[16, 16]), steps, second_order=second_order)
+        counted, needed = counted_and_needed_flops(MLP(28 * 28, 3, hidden=[16, 16]), steps, second_order=second_order)
         assert counted == needed
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_autograd_spends_one_needless_product_more_on_convolutions(steps: int) -> None:
+def test_autograd_computes_one_unneeded_product_for_convolutions(steps: int) -> None:
     module = Conv4(3, width=4, pool="max")
-    counted, needed = spent(module, steps, second_order=True)
+    counted, needed = counted_and_needed_flops(module, steps, second_order=True)
     # In every support step it forms the images' gradient, which nobody asks for: one product of the first layer,
     # 3 tasks of 3 images of 28 x 28 positions, 4 filters of 3 x 3.
     assert counted - needed == steps * 2 * 3 * 3 * (28 * 28) * 4 * 9
-    counted, needed = spent(module, steps, second_order=False)
+    counted, needed = counted_and_needed_flops(module, steps, second_order=False)
     assert counted == needed
 
 
-def test_strided_convolutions_spend_little_more_than_is_needed() -> None:
-    counted, needed = spent(Conv4(3, width=16), 2, second_order=True)
+def test_strided_convolutions_need_at_most_10_percent_more() -> None:
+    counted, needed = counted_and_needed_flops(Conv4(3, width=16), 2, second_order=True)
     assert needed < counted < 1.1 * needed  # windows that stand over the edge are computed, and thrown away
 
 
-def test_the_peak_is_a_rate() -> None:
+def test_peak_matmul_flops_is_positive() -> None:
     assert peak_matmul_flops(CPU, size=64) > 0

@@ -1,4 +1,4 @@
-"""The sweeps' file and plot, at small sizes. What is timed is not judged."""
+"""The sweeps' file and plot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from metalearn.commands.benchmark import sweeps
-from metalearn.commands.benchmark.contenders import DisagreementError, check_gradients_equal
+from metalearn.commands.benchmark.methods import DisagreementError, check_gradients_equal
 from metalearn.commands.benchmark.settings import SWEEPS, Sweep
 from metalearn.commands.benchmark.sweeps import run_sweeps
 from metalearn.core.errors import RunError
@@ -32,18 +32,16 @@ def test_file_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         assert plot.width > 600
 
 
-def test_a_sweep_that_fails_is_reported_and_the_others_are_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_sweeps_are_measured_when_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeps, "SWEEPS", (Sweep("width", "w", TINY, (3, 4)), Sweep("tasks", "T", TINY, (1, 2))))
     monkeypatch.setattr(sweeps, "configure_malloc", lambda: False)
 
-    def refuse_width_3(found: Any, module: Any, batches: Any) -> Any:
+    def fail_at_width_3(found: Any, module: Any, batches: Any) -> Any:
         if module.head.in_features == 3:
             raise DisagreementError("one of them is wrong")
         return check_gradients_equal(found, module, batches)
 
-    monkeypatch.setattr(sweeps, "check_gradients_equal", refuse_width_3)
+    monkeypatch.setattr(sweeps, "check_gradients_equal", fail_at_width_3)
     with pytest.raises(RunError, match=r"^1 of 2 settings could not be timed.*\nwidth: one of them is wrong$"):
         run_sweeps(config("bench.kind=sweeps"), tmp_path)
     report = json.loads((tmp_path / "benchmark.json").read_text())["sweeps"]
@@ -52,7 +50,7 @@ def test_a_sweep_that_fails_is_reported_and_the_others_are_measured(
 
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: sweep.name)
-def test_one_number_differs(sweep: Sweep) -> None:
+def test_sweep_settings_differ_in_one_field(sweep: Sweep) -> None:
     for setting, value in zip(sweep.settings(), sweep.values, strict=True):
         assert getattr(setting, sweep.name) == value
         assert replace(setting, name="base", **{sweep.name: getattr(sweep.base, sweep.name)}) == sweep.base

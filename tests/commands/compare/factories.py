@@ -1,4 +1,4 @@
-"""Results that were made up, for what is built from results alone."""
+"""Made-up results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from metalearn.commands.benchmark.engine_settings import EngineCost
 from metalearn.commands.compare.results import CurvePoint, Difference, Results, RunResult, TimeToAccuracy, VariantResult
 from metalearn.training.evaluation import MeanCI
 
-SPREAD = (-0.004, 0.001, 0.003)  # of three seeds around their mean, which it leaves where it is
+SPREAD = (-0.004, 0.001, 0.003)  # of three seeds around their mean; the sum is zero
 ITERATIONS = tuple(range(0, 1001, 50))
 
 
@@ -28,7 +28,7 @@ def finished_run(name: str, seed: int, accuracy: float, *, ms: float, mib: float
 
 
 def curve(top: float, *, ms: float, band: float) -> list[CurvePoint]:
-    """Rising from chance to the top."""
+    """Return a curve that rises from chance to ``top``."""
     means = [top - (top - 0.2) * math.exp(-i / 200) for i in ITERATIONS]
     return [CurvePoint(i, i * ms / 1000, m, m - band, m + band) for i, m in zip(ITERATIONS, means, strict=True)]
 
@@ -36,7 +36,7 @@ def curve(top: float, *, ms: float, band: float) -> list[CurvePoint]:
 def variant(
     name: str, accuracy: float = 0.98, *, seeds: int = 3, ms: float = 48.0, mib: float = 54.5, cosine: float = 0.9
 ) -> VariantResult:
-    """One whose runs are all finished."""
+    """Return a variant whose runs are all finished."""
     spread = SPREAD if seeds == 3 else (0.0,) * seeds
     band = 0.01 if seeds > 1 else 0.0
     return VariantResult(
@@ -57,7 +57,7 @@ def variant(
 
 
 def broken_variant(name: str, reason: str = "the loss is not finite") -> VariantResult:
-    """One that has no figures: a run failed, the other never ended."""
+    """Return a variant without metrics: one run failed, the other is unfinished."""
     runs = [RunResult(0, f"{name}-seed0", "failed", reason), RunResult(1, f"{name}-seed1", "unfinished")]
     return VariantResult(name, [], runs)
 
@@ -68,7 +68,7 @@ def difference(first: VariantResult, other: VariantResult, per_seed: Sequence[fl
 
 
 def cost_rows(limit_at: int | None = None) -> list[EngineCost]:
-    """As measured for 20-way 1-shot; ``unroll`` goes over the limit from one K on."""
+    """Return costs as measured for 20-way 1-shot; ``unroll`` exceeds the limit from ``limit_at`` on."""
     peaks = {
         "first order": (90.0, 90.0, 90.0, 90.0),
         "unroll": (274.0, 800.0, 1456.0, 2769.0),
@@ -112,7 +112,7 @@ def results(
 
 
 def two_orders(per_seed: Sequence[float] = (0.010, 0.012, 0.014), ci95: float = 0.005) -> Results:
-    """First order behind second order, which takes twice the time and one and a half times the memory."""
+    """Return first order behind second order, which takes twice the time and one and a half times the memory."""
     second = variant("second_order", 0.98, ms=48.0, mib=54.0, seeds=len(per_seed))
     first = variant("first_order", 0.968, ms=24.0, mib=36.0, cosine=0.7, seeds=len(per_seed))
     return results([second, first], [difference(second, first, per_seed, ci95)], cost=cost_rows(), seeds=len(per_seed))

@@ -1,4 +1,4 @@
-"""Figures of a comparison, from folders written by hand."""
+"""Results of a comparison, from folders written by hand."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ def write_run(job: Job, tasks: list[float], validation: list[float], seconds: fl
         writer.add_scalar("time/training_s", seconds * i, 100 * i)
         writer.add_scalar("grad/cosine_first_vs_second", 0.5 + 0.1 * i, 100 * i)
     writer.close()
-    alone = [value - 0.1 for value in tasks]
-    (job.folder / "test_tasks.json").write_text(json.dumps({"accuracy": tasks, "accuracy_nontransductive": alone}))
+    nontransductive = [value - 0.1 for value in tasks]
+    (job.folder / "test_tasks.json").write_text(
+        json.dumps({"accuracy": tasks, "accuracy_nontransductive": nontransductive})
+    )
     (job.folder / "metrics.json").write_text(json.dumps(metrics))
 
 
@@ -54,7 +56,7 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Va
     return variants, every
 
 
-def test_figures_of_a_variant(comparison: tuple[list[Variant], list[Job]]) -> None:
+def test_metrics_of_a_variant(comparison: tuple[list[Variant], list[Job]]) -> None:
     variants, every = comparison
     (second, first), target = collect_results(variants, every, {}, None)
     assert target == 0.76, "all four reach 76% (the last 76.4%), not all 77%"
@@ -79,7 +81,7 @@ def test_figures_of_a_variant(comparison: tuple[list[Variant], list[Job]]) -> No
     assert [p.mean for p in first.cosine] == pytest.approx([0.6, 0.7, 0.8])
 
 
-def test_target_that_was_given(comparison: tuple[list[Variant], list[Job]]) -> None:
+def test_time_to_accuracy_when_target_is_set(comparison: tuple[list[Variant], list[Job]]) -> None:
     (second, first), target = collect_results(*comparison, {}, 0.88)
     assert target == 0.88
     assert second.time_to == TimeToAccuracy(6.0, 300, 1), "only seed 0 reaches it"
@@ -96,10 +98,10 @@ def test_differences_are_paired_by_seed(comparison: tuple[list[Variant], list[Jo
     assert difference.per_seed == pytest.approx([0.1, 0.2])
     assert difference.accuracy.mean == pytest.approx(0.15)
     assert difference.accuracy.ci95 == pytest.approx(12.7062 * 0.05, rel=1e-4)
-    assert not difference.clear
+    assert not difference.is_significant
 
 
-def test_one_seed_is_paired_by_task_only_where_the_tasks_are_the_same(
+def test_one_seed_is_paired_by_task_only_when_tasks_are_equal(
     comparison: tuple[list[Variant], list[Job]], tmp_path: Path
 ) -> None:
     variants, every = comparison
@@ -107,16 +109,14 @@ def test_one_seed_is_paired_by_task_only_where_the_tasks_are_the_same(
     found, _ = collect_results(variants, some, {}, None)
     (paired,) = differences(variants, found, tmp_path)
     assert paired.accuracy.ci95 == pytest.approx(0.0, abs=1e-9), "every task differs by 0.1"
-    assert paired.clear
+    assert paired.is_significant
     config = variants[1].config
     other = dataclasses.replace(config, eval=dataclasses.replace(config.eval, queries=5))
     (apart,) = differences([variants[0], dataclasses.replace(variants[1], config=other)], found, tmp_path)
     assert apart.accuracy.ci95 > 0.1
 
 
-def test_failed_and_missing_runs_take_no_others_figures(
-    comparison: tuple[list[Variant], list[Job]], tmp_path: Path
-) -> None:
+def test_failed_and_missing_runs_have_no_metrics(comparison: tuple[list[Variant], list[Job]], tmp_path: Path) -> None:
     variants, every = comparison
     for job in every[1:]:
         (job.folder / "metrics.json").unlink()
@@ -131,7 +131,7 @@ def test_failed_and_missing_runs_take_no_others_figures(
     assert differences(variants, found, tmp_path) == []
 
 
-def test_nothing_finished(comparison: tuple[list[Variant], list[Job]]) -> None:
+def test_no_target_when_nothing_is_finished(comparison: tuple[list[Variant], list[Job]]) -> None:
     variants, every = comparison
     for job in every:
         (job.folder / "metrics.json").unlink()

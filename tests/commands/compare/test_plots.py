@@ -1,4 +1,4 @@
-"""The plots of a comparison: every number that is drawn is one of the results, and what is missing is left out."""
+"""The plots of a comparison draw the results, and leave out what is missing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib.style
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
@@ -16,13 +17,19 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from metalearn.commands.benchmark.engine_settings import EngineCost
-from metalearn.commands.compare.captions import CAPTIONS
-from metalearn.commands.compare.plots import plots
+from metalearn.commands.compare.plots import PLOTS, plots
 from metalearn.commands.compare.results import Results
-from metalearn.training.tracking.plot_style import line_style
+from metalearn.training.tracking.plot_style import line_style, new_figure
 from tests.commands.compare.factories import broken_variant, cost_rows, difference, results, two_orders, variant
 
 LONG_NAMES = [f"engine-adjoint,task_chunk-{i}" for i in range(8)]
+
+
+def draw(name: str, given: Results) -> Figure:
+    """Draw one plot alone."""
+    figure = PLOTS[name].draw(given, PLOTS[name].title)
+    assert figure is not None
+    return figure
 
 
 def line(axes: Axes, label: str) -> Line2D:
@@ -39,7 +46,7 @@ def y_of(drawn: Line2D) -> list[float]:
 
 
 def estimates(axes: Axes) -> list[tuple[float, float]]:
-    """Means and half-widths of horizontal intervals, in the order in which they were drawn."""
+    """Return means and half-widths of horizontal intervals, in the order in which they were drawn."""
     found = []
     for container in axes.containers:
         assert isinstance(container, ErrorbarContainer)
@@ -66,17 +73,17 @@ def tick_labels(labels: Sequence[Any]) -> list[str]:
     return [label.get_text() for label in labels]
 
 
-def test_every_plot_is_there_and_has_a_caption() -> None:
+def test_every_plot_is_drawn_with_its_title() -> None:
     drawn = plots(two_orders())
-    assert list(drawn) == list(CAPTIONS)
+    assert list(drawn) == list(PLOTS)
     for name, figure in drawn.items():
-        assert figure.get_suptitle() == f"{CAPTIONS[name].title}\n" + figure.get_suptitle().split("\n")[1]
+        assert figure.get_suptitle() == f"{PLOTS[name].title}\n" + figure.get_suptitle().split("\n")[1]
         assert "omniglot, 5-way 1-shot" in figure.get_suptitle()
         assert all(axes.get_xlabel() for axes in figure.axes)
 
 
-def test_accuracy_by_both_protocols_with_intervals_and_seeds() -> None:
-    (axes,) = plots(two_orders())["accuracy"].axes
+def test_accuracy_by_both_protocols() -> None:
+    (axes,) = draw("accuracy", two_orders()).axes
     assert estimates(axes) == [pytest.approx(pair) for pair in [(98.0, 0.9), (94.0, 1.2), (96.8, 0.9), (92.8, 1.2)]], (
         "transductive and non-transductive of the first variant, then of the second"
     )
@@ -85,8 +92,8 @@ def test_accuracy_by_both_protocols_with_intervals_and_seeds() -> None:
     assert tick_labels(axes.get_yticklabels()) == ["second_order", "first_order"]
 
 
-def test_accuracy_after_each_inner_step() -> None:
-    from_none, from_one = plots(two_orders())["accuracy_per_step"].axes
+def test_accuracy_per_inner_step() -> None:
+    from_none, from_one = draw("accuracy_per_step", two_orders()).axes
     assert y_of(line(from_none, "first_order")) == pytest.approx([20.0, 92.8, 94.8, 96.8])
     assert y_of(line(from_one, "first_order")) == pytest.approx([92.8, 94.8, 96.8])
     assert x_of(line(from_none, "first_order")) == pytest.approx([0, 1, 2, 3], abs=0.2), "side by side, near the step"
@@ -98,7 +105,7 @@ def test_accuracy_after_each_inner_step() -> None:
 
 def test_validation_against_steps_and_time() -> None:
     given = two_orders()
-    by_step, by_time = plots(given)["validation"].axes
+    by_step, by_time = draw("validation", given).axes
     for each in given.variants:
         assert x_of(line(by_step, each.name)) == [point.iteration for point in each.curve]
         assert x_of(line(by_time, each.name)) == pytest.approx([point.training_s for point in each.curve])
@@ -112,18 +119,18 @@ def test_validation_against_steps_and_time() -> None:
 
 
 @pytest.mark.parametrize(("factor", "unit", "last"), [(20.0, "min", 16.0), (1000.0, "h", 48 / 3.6)])
-def test_long_trainings_are_drawn_in_longer_units(factor: float, unit: str, last: float) -> None:
+def test_time_unit_when_training_is_long(factor: float, unit: str, last: float) -> None:
     slow = variant("slow", ms=48.0)
     slow = dataclasses.replace(
         slow, curve=[point._replace(training_s=factor * point.training_s) for point in slow.curve]
     )
-    _, by_time = plots(results([slow]))["validation"].axes
+    _, by_time = draw("validation", results([slow])).axes
     assert by_time.get_xlabel() == f"training time, {unit}"
     assert x_of(line(by_time, "slow"))[-1] == pytest.approx(last)
 
 
-def test_the_end_of_training_takes_up_half_of_the_axis_and_the_target_is_in_view() -> None:
-    by_step, _ = plots(dataclasses.replace(two_orders(), target_accuracy=0.999))["validation"].axes
+def test_validation_axis_shows_end_of_training_and_target() -> None:
+    by_step, _ = draw("validation", dataclasses.replace(two_orders(), target_accuracy=0.999)).axes
     low, high = by_step.get_ylim()
     ends = [y_of(line(by_step, name))[10] for name in ("first_order", "second_order")]
     assert 20 < low < min(ends) - 0.35 * (high - low)
@@ -131,7 +138,7 @@ def test_the_end_of_training_takes_up_half_of_the_axis_and_the_target_is_in_view
 
 
 def test_differences_in_percentage_points() -> None:
-    figure = plots(two_orders((0.010, 0.012, 0.014), ci95=0.005))["difference"]
+    figure = draw("difference", two_orders((0.010, 0.012, 0.014), ci95=0.005))
     (axes,) = figure.axes
     assert estimates(axes) == [pytest.approx((1.2, 0.5))]
     assert faint_dots(axes) == [pytest.approx([1.0, 1.2, 1.4])]
@@ -140,8 +147,8 @@ def test_differences_in_percentage_points() -> None:
     assert "percentage points" in axes.get_xlabel()
 
 
-def test_cost_against_inner_steps_ends_at_the_limit() -> None:
-    figure = plots(dataclasses.replace(two_orders(), cost=cost_rows(limit_at=10), cost_limit_mib=1000))["cost"]
+def test_cost_ends_at_the_limit() -> None:
+    figure = draw("cost", dataclasses.replace(two_orders(), cost=cost_rows(limit_at=10), cost_limit_mib=1000))
     memory, time = figure.axes
     assert x_of(line(memory, "unroll")) == [1, 5]
     assert y_of(line(memory, "unroll")) == [274, 800]
@@ -153,25 +160,25 @@ def test_cost_against_inner_steps_ends_at_the_limit() -> None:
     assert memory.get_xscale() == memory.get_yscale() == "log"
 
 
-def test_no_limit_is_drawn_where_none_was_reached_and_no_panel_without_figures() -> None:
+def test_cost_has_no_limit_or_panel_without_data() -> None:
     untimed = [dataclasses.replace(row, median_ms=None) for row in cost_rows()]
-    figure = plots(dataclasses.replace(two_orders(), cost=untimed))["cost"]
+    figure = draw("cost", dataclasses.replace(two_orders(), cost=untimed))
     (memory,) = figure.axes
     assert memory.get_ylabel() == "peak memory, MiB"
     assert legend_texts(figure) == ["first order", "unroll", "checkpoint", "adjoint"]
 
 
-def test_small_differences_look_small_on_a_logarithmic_axis() -> None:
+def test_cost_axis_spans_a_minimal_range() -> None:
     close = [EngineCost("unroll", False, None, 1, steps, 90.0 + steps, 30.0 + steps) for steps in (1, 2)]
-    figure = plots(dataclasses.replace(two_orders(), cost=close))["cost"]
+    figure = draw("cost", dataclasses.replace(two_orders(), cost=close))
     for axes in figure.axes:
         low, high = axes.get_ylim()
         assert high / low > 7.9
         assert len([tick for tick in axes.get_yticks() if low <= tick <= high]) >= 2
 
 
-def test_cost_of_the_runs() -> None:
-    time, memory = plots(two_orders())["per_run_cost"].axes
+def test_per_run_cost() -> None:
+    time, memory = draw("per_run_cost", two_orders()).axes
     assert widths(time) == [48, 24]
     assert widths(memory) == [54, 36]
     assert [text.get_text() for text in time.texts] == ["48.0", "24.0"]
@@ -179,33 +186,42 @@ def test_cost_of_the_runs() -> None:
 
 def test_cosine() -> None:
     given = two_orders()
-    (axes,) = plots(given)["cosine"].axes
+    (axes,) = draw("cosine", given).axes
     assert y_of(line(axes, "first_order")) == [point.mean for point in given.variants[1].cosine]
+
+
+def test_style_applies_to_new_figures_only() -> None:
+    before = dict(matplotlib.rcParams)
+    _, (axes,) = new_figure("title", "note")
+    assert not axes.spines["top"].get_visible()
+    assert dict(matplotlib.rcParams) == before
+    with matplotlib.style.context("metalearn.metalearn"):
+        assert matplotlib.rcParams["axes.spines.top"] is False, "the same file, found by name"
 
 
 def test_variants_differ_in_colour_marker_and_dashes() -> None:
     assert all(len({line_style(i)[part] for i in range(8)}) == 8 for part in range(3))
     assert len({line_style(i) for i in range(24)}) == 24
-    (axes,) = plots(results([variant(name) for name in LONG_NAMES]))["cosine"].axes
+    (axes,) = draw("cosine", results([variant(name) for name in LONG_NAMES])).axes
     assert [line(axes, name).get_color() for name in LONG_NAMES] == [line_style(i).colour for i in range(8)]
     assert [line(axes, name).get_marker() for name in LONG_NAMES] == [line_style(i).marker for i in range(8)]
 
 
-def test_the_look_goes_by_position_also_where_another_variant_has_no_figures() -> None:
+def test_style_follows_position_when_another_variant_is_empty() -> None:
     second = variant("second_order")
-    figure = plots(results([broken_variant("first_order"), second]))["validation"]
+    figure = draw("validation", results([broken_variant("first_order"), second]))
     assert line(figure.axes[0], "second_order").get_color() == line_style(1).colour
 
 
-def test_one_seed_has_a_dot_and_no_band() -> None:
+def test_one_seed_has_no_band() -> None:
     drawn = plots(two_orders((0.012,)))
     assert faint_dots(drawn["difference"].axes[0]) == [pytest.approx([1.2])]
     assert not drawn["validation"].axes[0].collections
     assert "one seed" in drawn["validation"].get_suptitle()
-    assert "band" in plots(two_orders())["validation"].get_suptitle()
+    assert "band" in draw("validation", two_orders()).get_suptitle()
 
 
-def test_a_variant_without_figures_is_named_as_such() -> None:
+def test_unfinished_variant_is_labelled() -> None:
     drawn = plots(results([variant("second_order"), broken_variant("first_order")]))
     assert "difference" not in drawn
     assert [text.get_text() for text in drawn["accuracy"].axes[0].texts] == ["no finished run"]
@@ -213,7 +229,7 @@ def test_a_variant_without_figures_is_named_as_such() -> None:
     assert len(drawn["per_run_cost"].axes[0].patches) == 1
 
 
-def test_nothing_finished_gives_no_plot() -> None:
+def test_no_plot_when_nothing_is_finished() -> None:
     assert plots(results([broken_variant("second_order")])) == {}
 
 
@@ -224,7 +240,7 @@ def many() -> Results:
 
 
 @pytest.mark.parametrize("given", [many(), two_orders((0.01,)), results([variant("no $\\formula$")])])
-def test_nothing_is_cut_off_or_hidden(given: Results) -> None:
+def test_nothing_is_cut_off_or_overlaps(given: Results) -> None:
     for name, figure in plots(given).items():
         figure.savefig(io.BytesIO(), format="png", dpi=50)
         width, height = figure.get_size_inches()

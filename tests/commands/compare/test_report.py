@@ -1,4 +1,4 @@
-"""The report of a comparison: what it says, and that nothing in a name or a reason can break it."""
+"""The report of a comparison: its content, and that user text cannot break it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from metalearn.commands.compare.captions import CAPTIONS
-from metalearn.commands.compare.markup import escape
+from metalearn.commands.compare.markdown_report import escape
+from metalearn.commands.compare.plots import PLOTS
 from metalearn.commands.compare.report import write_report
 from metalearn.commands.compare.results import Results
 from metalearn.commands.compare.summary import format_duration, format_number, headline
@@ -24,7 +24,7 @@ _VOID = {"meta", "img", "br", "hr"}
 
 
 class Page(HTMLParser):
-    """What is in a page; fails where tags do not close in the order in which they opened."""
+    """Tags and text of a page; fails if tags are not closed in the order in which they were opened."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Page(HTMLParser):
             self.text.setdefault(tag, []).append(data)
 
     def of(self, tag: str) -> str:
-        """All text within a tag, on one line."""
+        """Return all text within a tag, on one line."""
         return " ".join("".join(self.text.get(tag, [])).split())
 
 
@@ -60,54 +60,57 @@ def page(given: Results, folder: Path) -> Page:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a report of two orders, which tests only read."""
+    """Write a report on two orders; tests only read its folder."""
     folder = tmp_path_factory.mktemp("reports") / "a folder"
     write_report(two_orders(), folder)
     return folder
 
 
-def test_a_clear_difference() -> None:
-    first, *_ = headline(two_orders((0.010, 0.012, 0.014), ci95=0.005))
-    assert first == (
-        "second_order is ahead of first_order by 1.20 ± 0.50 percentage points of test accuracy "
-        "(95% interval over 3 seeds and their tasks): the interval excludes zero."
-    )
+@pytest.mark.parametrize(
+    ("per_seed", "ci95", "sentence"),
+    [
+        (
+            (0.010, 0.012, 0.014),
+            0.005,
+            "second_order is ahead of first_order by 1.20 ± 0.50 percentage points of test accuracy "
+            "(95% interval over 3 seeds and their tasks): the interval excludes zero.",
+        ),
+        (
+            (-0.010, -0.014),
+            0.005,
+            "first_order is ahead of second_order by 1.20 ± 0.50 percentage points of test accuracy "
+            "(95% interval over 2 seeds and their tasks): the interval excludes zero.",
+        ),
+        (
+            (0.003,),
+            0.005,
+            "There is no significant difference between second_order and first_order: 0.30 ± 0.50 percentage points of "
+            "test accuracy (95% interval over the test tasks only, as there is one seed), which includes zero.",
+        ),
+        ((0.0, 0.0), 0.0, "second_order and first_order are equal on every test task."),
+    ],
+)
+def test_headline_begins_with_the_difference(per_seed: tuple[float, ...], ci95: float, sentence: str) -> None:
+    assert headline(two_orders(per_seed, ci95))[0] == sentence
 
 
-def test_the_other_one_ahead() -> None:
-    first, *_ = headline(two_orders((-0.010, -0.012, -0.014), ci95=0.005))
-    assert first.startswith("first_order is ahead of second_order by 1.20 ± 0.50 percentage points")
-
-
-def test_a_difference_that_is_not_clear_over_one_seed() -> None:
-    first, *_ = headline(two_orders((0.003,), ci95=0.005))
-    assert first.startswith("Between second_order and first_order there is no clear difference, 0.30 ± 0.50 percentage")
-    assert "over test tasks alone, as there is one seed" in first
-    assert first.endswith(": it includes zero.")
-
-
-def test_equal_on_every_task() -> None:
-    first, *_ = headline(two_orders((0.0, 0.0), ci95=0.0))
-    assert first == "second_order and first_order are equal on every test task."
-
-
-def test_other_tasks_are_not_called_the_same() -> None:
+def test_headline_mentions_different_tasks_when_unpaired() -> None:
     results = two_orders()
     (each,) = results.differences
     apart = dataclasses.replace(results, differences=[dataclasses.replace(each, paired=False)])
-    assert "they are not tested on the same tasks" in headline(apart)[0]
+    assert "they were tested on different tasks" in headline(apart)[0]
 
 
-def test_times_of_runs_that_shared_the_machine_are_no_headline() -> None:
+def test_headline_omits_times_when_runs_shared_the_machine() -> None:
     _, runs, engines = headline(dataclasses.replace(two_orders(), runs_at_a_time=2))
-    assert runs == "In its runs second_order takes 1.50 times the peak memory (54.0 against 36.0 MiB) of first_order."
+    assert runs == "In the runs, second_order took 1.50 times the peak memory (54.0 against 36.0 MiB) of first_order."
     assert "times the time" in engines, "measured in turns"
 
 
-def test_costs_are_ratios_of_the_runs_and_of_the_engines() -> None:
+def test_headline_gives_costs_as_ratios() -> None:
     _, runs, engines = headline(two_orders())
     assert runs == (
-        "In its runs second_order takes 2.00 times the time per meta-step (48.0 against 24.0 ms) and "
+        "In the runs, second_order took 2.00 times the time per meta-step (48.0 against 24.0 ms) and "
         "1.50 times the peak memory (54.0 against 36.0 MiB) of first_order."
     )
     assert engines == (  # 1500 / 500 ms and 800 / 90 MiB
@@ -116,7 +119,7 @@ def test_costs_are_ratios_of_the_runs_and_of_the_engines() -> None:
     )
 
 
-def test_costs_that_are_missing_are_not_mentioned() -> None:
+def test_headline_omits_costs_that_were_not_measured() -> None:
     given = two_orders()
     bare = [dataclasses.replace(each, meta_step_ms=None, peak_mib=None) for each in given.variants]
     assert len(headline(dataclasses.replace(given, variants=bare, cost=[]))) == 1
@@ -126,20 +129,20 @@ def test_costs_that_are_missing_are_not_mentioned() -> None:
     assert not any("K = 5" in sentence for sentence in headline(dataclasses.replace(given, cost=no_unroll)))
 
 
-def test_a_peak_over_the_limit() -> None:
+def test_headline_gives_lower_bound_when_peak_exceeds_limit() -> None:
     (sentence,) = headline(dataclasses.replace(two_orders(), cost=cost_rows(limit_at=5), cost_limit_mib=900))[2:]
     assert "takes over 10.0 times the peak memory (over 900 against 90.0 MiB) of first order" in sentence
 
 
-def test_failed_and_unfinished_runs_are_in_the_headline() -> None:
+def test_headline_lists_failed_and_unfinished_runs() -> None:
     given = results([variant("second_order"), broken_variant("first_order")])
-    said = headline(given)
-    assert said[0].startswith("second_order reaches 98.00% ± 0.90%")
-    assert "1 of 5 runs failed: first_order seed 0." in said
-    assert "1 of 5 runs is not finished: first_order seed 1." in said
+    sentences = headline(given)
+    assert sentences[0].startswith("second_order reaches 98.00% ± 0.90%")
+    assert "1 of 5 runs failed: first_order seed 0." in sentences
+    assert "1 of 5 runs is not finished: first_order seed 1." in sentences
 
 
-def test_nothing_finished(tmp_path: Path) -> None:
+def test_report_lists_reasons_when_nothing_is_finished(tmp_path: Path) -> None:
     given = results([broken_variant("second_order"), broken_variant("first_order")])
     assert headline(given)[0] == "No run is finished, so there is nothing to compare yet."
     found = page(given, tmp_path)
@@ -149,7 +152,7 @@ def test_nothing_finished(tmp_path: Path) -> None:
     assert variant_rows(given)[1][0] == ["second_order", "-", "-", "-", "-", "-", "-", "0 of 2"]
 
 
-def test_table_of_variants() -> None:
+def test_variant_rows() -> None:
     header, rows = variant_rows(two_orders())
     assert dict(zip(header, rows[0], strict=True)) == {
         "variant": "second_order",
@@ -166,7 +169,7 @@ def test_table_of_variants() -> None:
     assert len(variant_rows(results([slow], target=None))[0]) == 7
 
 
-def test_tables_of_steps_costs_and_runs() -> None:
+def test_rows_of_steps_costs_and_runs() -> None:
     given = two_orders()
     short = dataclasses.replace(given.variants[1], per_step=[MeanCI(0.2, 0.01), MeanCI(0.9, 0.01)])
     _, rows = per_step_rows(dataclasses.replace(given, variants=[given.variants[0], short]))
@@ -178,10 +181,10 @@ def test_tables_of_steps_costs_and_runs() -> None:
     assert run_rows(given)[1][0][:5] == ["second_order-seed0", "0", "finished", "97.60% ± 0.50%", "93.60% ± 0.80%"]
 
 
-def test_the_page_stands_on_its_own(folder: Path) -> None:
+def test_page_loads_nothing_from_outside(folder: Path) -> None:
     found = Page((folder / "report.html").read_text())
     images = [attributes["src"] or "" for tag, attributes in found.tags if tag == "img"]
-    assert len(images) == len(CAPTIONS)
+    assert len(images) == len(PLOTS)
     for source in images:
         kind, _, data = source.partition(",")
         assert kind == "data:image/svg+xml;base64"
@@ -194,10 +197,10 @@ def test_the_page_stands_on_its_own(folder: Path) -> None:
     assert found.of("title") == "omniglot, 5-way 1-shot: second_order against first_order"
 
 
-def test_everything_is_reported(folder: Path) -> None:
+def test_page_contains_every_part(folder: Path) -> None:
     found = Page((folder / "report.html").read_text())
     assert all(sentence in found.of("p") for sentence in headline(two_orders()))
-    for caption in CAPTIONS.values():
+    for caption in PLOTS.values():
         assert caption.title in found.of("h3")
         assert caption.text in found.of("p")
     assert "+1.20 ± 0.50" in found.of("td")
@@ -208,17 +211,17 @@ def test_everything_is_reported(folder: Path) -> None:
     assert "some CPU" in found.of("li")
 
 
-def test_markdown_links_plots_that_are_there(folder: Path) -> None:
+def test_markdown_links_existing_plots(folder: Path) -> None:
     text = (folder / "report.md").read_text()
-    for name, caption in CAPTIONS.items():
+    for name, caption in PLOTS.items():
         assert f"![{caption.title}](plots/{name}.png)" in text
         with Image.open(folder / "plots" / f"{name}.png") as plot:
             assert plot.width == pytest.approx(1350, abs=2)
-    expected = {f"{name}.{kind}" for name in CAPTIONS for kind in ("png", "svg")}
+    expected = {f"{name}.{kind}" for name in PLOTS for kind in ("png", "svg")}
     assert {path.name for path in (folder / "plots").iterdir()} == expected
 
 
-def test_text_of_users_is_only_text(tmp_path: Path) -> None:
+def test_user_text_adds_no_markup(tmp_path: Path) -> None:
     given = results([variant(NASTY), broken_variant("first_order|x", NASTY)])
     given = dataclasses.replace(given, title=NASTY, command=NASTY, config=NASTY, machine={NASTY: NASTY})
     found = page(given, tmp_path)
@@ -231,11 +234,11 @@ def test_text_of_users_is_only_text(tmp_path: Path) -> None:
         assert shown in found.of(tag), tag
 
 
-def test_escaping_keeps_to_one_line_of_printable_text() -> None:
+def test_escape_returns_one_printable_line() -> None:
     assert escape("a\x1b[31m\n\n# b") == r"a \[31m # b"
 
 
-def test_a_mark_in_a_name_makes_no_column(tmp_path: Path) -> None:
+def test_pipe_in_name_adds_no_column(tmp_path: Path) -> None:
     write_report(results([variant("a|b"), broken_variant("c\\|d")]), tmp_path)
     found = Page((tmp_path / "report.html").read_text())
     assert "a|b" in found.of("td")
@@ -245,13 +248,13 @@ def test_a_mark_in_a_name_makes_no_column(tmp_path: Path) -> None:
     assert {line.count("|") for line in lines[start : start + 4]} == {9}, "header, rule and two rows of eight columns"
 
 
-def test_a_plot_in_the_text_of_users_stays_text(tmp_path: Path) -> None:
+def test_image_in_user_text_stays_text(tmp_path: Path) -> None:
     command = '<img alt="x" src="plots/accuracy.png"'
     found = page(dataclasses.replace(results([variant("second_order")]), command=command), tmp_path)
     assert command in found.of("pre")
 
 
-def test_a_new_report_replaces_an_old_one(tmp_path: Path) -> None:
+def test_report_replaces_earlier_one(tmp_path: Path) -> None:
     given = two_orders()
     write_report(given, tmp_path)
     first = (tmp_path / "report.html").read_bytes()
@@ -266,7 +269,7 @@ def test_a_new_report_replaces_an_old_one(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").read_bytes() == first, "the same results give the same page"
 
 
-def test_several_differences_are_listed(tmp_path: Path) -> None:
+def test_headline_is_a_list_when_it_is_long(tmp_path: Path) -> None:
     variants = [variant(name) for name in "abcd"]
     given = results(variants, [difference(variants[0], other, (0.01, 0.02), 0.1) for other in variants[1:]])
     found = page(given, tmp_path)
@@ -274,6 +277,6 @@ def test_several_differences_are_listed(tmp_path: Path) -> None:
     assert found.of("title") == "omniglot, 5-way 1-shot: 4 variants compared"
 
 
-def test_numbers_and_durations() -> None:
+def test_format_number_and_duration() -> None:
     assert [format_number(value) for value in (1234.4, 12.34, 0.567)] == ["1234", "12.3", "0.57"]
     assert [format_duration(value) for value in (35, 378, 8640)] == ["35.0 s", "6.3 min", "2.4 h"]

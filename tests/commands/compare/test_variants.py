@@ -1,4 +1,4 @@
-"""A variant is the command line with its overrides behind it; what cannot be run is refused before anything is."""
+"""A variant is the command line followed by its overrides; all are checked before anything runs."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def config(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> CompareConfig:
         ("data=größe", "data-gr__e"),
     ],
 )
-def test_names_can_be_read(variant: str, name: str) -> None:
+def test_variant_names(variant: str, name: str) -> None:
     assert variant_names([variant]) == [name]
 
 
-def test_keys_are_spelt_out_where_they_would_be_taken_for_one_another() -> None:
+def test_variant_names_spell_out_keys_when_ambiguous() -> None:
     names = variant_names(["inner.lr=0.1", "outer.lr=0.1", "inner.steps=3"])
     assert names == ["inner.lr-0.1", "outer.lr-0.1", "steps-3"]
 
 
-def test_long_names_fit_into_a_folder_and_stay_apart() -> None:
+def test_long_variant_names_are_shortened_and_differ() -> None:
     keys = " ".join(f"data.classes={i}" for i in range(30))
     first, second = variant_names([f"{keys} task.ways=3", f"{keys} task.ways=4"])
     assert len(first) == len(second) == 100
@@ -52,7 +52,7 @@ def test_long_names_fit_into_a_folder_and_stay_apart() -> None:
     assert first[:91] == second[:91]
 
 
-def test_variants_have_the_shared_configuration_and_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variants_override_the_shared_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = config(monkeypatch, "task.ways=7", "compare.variants=['task.shots=2','inner.engine=adjoint task.ways=6']")
     two_shots, adjoint = parse_variants(shared)
     assert (two_shots.name, two_shots.config.task.ways, two_shots.config.task.shots) == ("shots-2", 7, 2)
@@ -61,7 +61,7 @@ def test_variants_have_the_shared_configuration_and_their_own(monkeypatch: pytes
     assert type(adjoint.config) is TrainConfig
 
 
-def test_a_run_is_told_every_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_job_overrides_restore_its_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shared = config(
         monkeypatch,
         "data=glyphs",
@@ -77,7 +77,7 @@ def test_a_run_is_told_every_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert as_train == second.config
 
 
-def test_pairs_come_early(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_jobs_are_ordered_by_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shared = config(monkeypatch)
     names = [job.folder.name for job in jobs(parse_variants(shared), [0, 1], tmp_path)]
     assert names == ["second_order-seed0", "first_order-seed0", "second_order-seed1", "first_order-seed1"]
@@ -88,18 +88,20 @@ def test_pairs_come_early(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     [
         (["compare.variants=['inner.stps=1']"], r"'inner\.stps=1': inner\.stps=1: there is no such key"),
         (["compare.variants=['inner.steps=-1']"], r"'inner\.steps=-1': inner\.steps=-1: must be a whole number"),
-        (["compare.variants=['run.seed=1']"], r"run\.seed=1: this holds for the whole comparison"),
+        (["compare.variants=['run.seed=1']"], r"run\.seed=1: a variant cannot set this"),
         (["compare.variants=['task.ways=3','task.ways=3']"], "two of them are called task.ways-3"),
         (["compare.variants=['task.ways=\"3']"], "No closing quotation"),
         (["compare.variants=[]"], r"compare\.variants=\[\]: must be one or more texts"),
-        (["compare.seeds=[1,1]"], "a seed stands there twice"),
+        (["compare.seeds=[1,1]"], "a seed is listed twice"),
         (["compare.seeds=[-1]"], r"compare\.seeds=\[-1\]: must be one or more whole numbers, at least 0"),
-        (["run.seed=7"], r"run\.seed=7: a comparison has compare\.seeds=\[7\] instead"),
-        (["run.resume=true"], r"run\.resume=True: a comparison goes on by itself \(compare\.resume\)"),
+        (["run.seed=7"], r"run\.seed=7: use compare\.seeds=\[7\] for a comparison"),
+        (["run.resume=true"], r"run\.resume=True: a comparison resumes by itself \(compare\.resume\)"),
         (["compare.target_accuracy=95"], r"must be a number above 0 and at most 1 or null"),
     ],
 )
-def test_what_cannot_be_run_is_refused(overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_compare_raises_when_config_is_wrong(
+    overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match=message):
         check_compare(config(monkeypatch, *overrides))
 
@@ -107,7 +109,7 @@ def test_what_cannot_be_run_is_refused(overrides: list[str], message: str, monke
 @pytest.mark.parametrize(
     "value", [None, True, 3, 1e-5, "a, 'b' \\", "a\\b", "a\\'b=", "\\\\", "/a b/é", [1, 2], "null"]
 )
-def test_values_survive_hydras_grammar(value: object) -> None:
+def test_format_override_round_trips(value: object) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     (parsed,) = OverridesParser.create().parse_overrides([f"key={format_override(value)}"])
@@ -116,7 +118,7 @@ def test_values_survive_hydras_grammar(value: object) -> None:
     assert isinstance(value, str) or read == value
 
 
-def test_sweep_through_a_launcher_composes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_sweep_composes_with_a_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if importlib.util.find_spec("submitit") is None:
         assert not os.environ.get("CI"), "hydra-submitit-launcher belongs to the extra dev"
         pytest.skip("pip install hydra-submitit-launcher")
@@ -133,7 +135,7 @@ def test_sweep_through_a_launcher_composes(monkeypatch: pytest.MonkeyPatch, tmp_
     assert composed.inner.steps == 2
 
 
-def test_unfinished_comparison_of_the_same_configuration_is_found(tmp_path: Path) -> None:
+def test_comparison_dir_name_finds_unfinished_comparison(tmp_path: Path) -> None:
     settings: dict[str, object] = {"variants": ["inner.steps=1"], "jobs": 1, "resume": True}
     wanted: dict[str, dict[str, object]] = {"inner": {"lr": 0.4}, "compare": settings}
     new = comparison_dir_name(tmp_path, wanted, "now")

@@ -1,6 +1,6 @@
 """torch's own database of operations, as functions to differentiate and as models to meta-learn.
 
-python -m tests.core.operations.database          # every operation, mode and engine: what is refused, and what is wrong
+``python -m tests.core.operations.database`` prints which operations are unsupported or wrong, by mode and engine.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _CONVENTIONS = {
         *("linalg.norm.subgradients_at_zero", "nn.functional.normalize", "native_layer_norm", "corrcoef"),
     ),
 }
-"""Operations that are held to double backward alone, and why differences say something else."""
+"""Operations compared with double backward only, and why differences disagree."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Case:
 
 @cache
 def operations() -> dict[str, Any]:
-    """Every operation that torch says has a second derivative, and that draws no random numbers, by its name."""
+    """Return by name each operation that has a second derivative according to torch and draws no random numbers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal.common_methods_invocations import op_db
@@ -78,7 +78,7 @@ def operations() -> dict[str, Any]:
 
 
 def cases(name: str) -> Iterator[Case]:
-    """The operation's samples whose double backward torch can compute, and is finite."""
+    """Yield the operation's samples whose double backward torch can compute and is finite."""
     op = operations()[name]
     torch.manual_seed(0)
     samples = list(op.sample_inputs("cpu", _DTYPE, requires_grad=True))
@@ -122,7 +122,7 @@ def _scalar(op: Any, sample: Any, flat: list[Any], spec: Any) -> Callable[[Param
 
 
 def double_backward(case: Case, v: Params) -> Params | None:
-    """H v by plain autograd; ``None`` where torch has none, or it is not finite."""
+    """Return H v by plain autograd; ``None`` if torch has none, or it is not finite."""
     at = {n: t.clone().requires_grad_() for n, t in case.point.items()}
     try:
         grads = torch.autograd.grad(case.function(at), list(at.values()), create_graph=True, materialize_grads=True)
@@ -138,7 +138,7 @@ def double_backward(case: Case, v: Params) -> Params | None:
 
 
 def differences(case: Case, v: Params, h: float = 1e-6) -> Params:
-    """H v by central differences of the gradient."""
+    """Return H v by central differences of the gradient."""
 
     def gradient(step: float) -> tuple[Tensor, ...]:
         at = {n: (t + step * v[n]).requires_grad_() for n, t in case.point.items()}
@@ -149,15 +149,15 @@ def differences(case: Case, v: Params, h: float = 1e-6) -> Params:
 
 
 def error(got: Params, want: Params) -> float:
-    """Largest difference, relative to the largest entry."""
+    """Return the largest difference, relative to the largest entry."""
     scale = max(max(float(w.abs().max()) for w in want.values()), 1e-8)
     return max(float((got[n] - w).abs().nan_to_num(nan=torch.inf).max()) for n, w in want.items()) / scale
 
 
 def hvp_verdict(name: str, mode: str) -> str:
-    """``right``, ``refused``, or what is wrong: of every sample of an operation, in one mode.
+    """Return ``right``, ``refused`` or the error of one mode over all samples of an operation.
 
-    Against differences of the gradient, as double backward is torch's own, and wrong in places.
+    The reference is differences of the gradient, as torch's own double backward is wrong in places.
     """
     verdict = "right"
     for case in cases(name):
@@ -180,7 +180,7 @@ def hvp_verdict(name: str, mode: str) -> str:
 
 
 def engine_verdict(name: str, engine: str, *, second_order: bool = True) -> str:
-    """As ``hvp_verdict``: the operation is the model of two tasks, against a loop over them."""
+    """Return a verdict like ``hvp_verdict``, for the operation as the model of two tasks, against a loop."""
     verdict = "right"
     x = torch.tensor([[1.0, 0.5], [-0.7, 1.2]], dtype=_DTYPE)
     y = torch.zeros_like(x)
@@ -210,7 +210,7 @@ def engine_verdict(name: str, engine: str, *, second_order: bool = True) -> str:
 
 
 def _agrees_with_differences(result: Callable[[Params], MetaGradient], case: Case, got: Params) -> bool:
-    """Whether <got, v> is the slope of the meta-objective: where torch's own double backward is wrong."""
+    """Return whether <got, v> is the slope of the meta-objective, where double backward is wrong."""
     v, h = case.direction(), 1e-5
     ahead, behind = (result({n: t + s * v[n] for n, t in case.point.items()}).loss for s in (h, -h))
     slope = sum(float((g * v[n]).sum()) for n, g in got.items())
@@ -218,7 +218,7 @@ def _agrees_with_differences(result: Callable[[Params], MetaGradient], case: Cas
 
 
 def _steepest(case: Case) -> float | None:
-    """Largest entry of the gradient; ``None`` if the function has none: it is constant, not finite, or raises."""
+    """Return the largest gradient entry; ``None`` if the function is constant, not finite, or raises."""
     at = {n: t.clone().requires_grad_() for n, t in case.point.items()}
     try:
         value = case.function(at)
@@ -257,11 +257,11 @@ COLUMNS: dict[str, Callable[[str], str]] = {
     **{f"engine {engine}": partial(engine_verdict, engine=engine) for engine in ENGINES},
     "engine unroll, first order": partial(engine_verdict, engine="unroll", second_order=False),
 }
-"""Every way in which an operation is differentiated here."""
+"""Every way to differentiate an operation."""
 
 
 def main() -> None:
-    """Print what is refused or wrong; written to the table by hand."""
+    """Print unsupported and wrong operations."""
     chosen = sys.argv[1:] or list(operations())
     refused: dict[str, list[str]] = {column: [] for column in COLUMNS}
     counts = dict.fromkeys(COLUMNS, 0)

@@ -1,6 +1,6 @@
-"""Every operation of torch's database is right or refused, in every mode and engine, and refused as the table says.
+"""Every operation of torch's database is right or unsupported in every mode and engine, as the table says.
 
-The table, ``refused.json``, is edited by hand, from what ``python -m tests.core.operations.database`` prints.
+The table, ``refused.json``, is edited by hand from the output of ``python -m tests.core.operations.database``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("expecttest", reason="torch's own tests need it: pip install expecttest")
 
 from metalearn.core import operations
-from metalearn.derivatives import inputs as points
+from metalearn.derivatives import inputs as hvp_inputs
 from tests.core.operations import database
 from tests.core.operations.database import COLUMNS
 from tests.core.operations.database import operations as every_operation
@@ -38,7 +38,7 @@ NAMES = sorted(every_operation())
 SAMPLE = sorted({*NAMES[::_EVERY], *(name for name in _ALWAYS if name in every_operation())})
 
 
-def hold(name: str) -> None:
+def check_operation(name: str) -> None:
     for column, verdict in COLUMNS.items():
         outcome = verdict(name)
         assert outcome in ("right", "refused"), f"{column}: {name} is {outcome}"
@@ -47,34 +47,34 @@ def hold(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SAMPLE)
-def test_operation_is_right_or_refused(name: str) -> None:
-    hold(name)
+def test_operation_is_right_or_unsupported(name: str) -> None:
+    check_operation(name)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(SAMPLE)))
-def test_every_other_operation_is_right_or_refused(name: str) -> None:
-    hold(name)
+def test_every_other_operation_is_right_or_unsupported(name: str) -> None:
+    check_operation(name)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("column", COLUMNS)
-def test_the_table_names_operations_that_are_refused(column: str) -> None:
-    """So that it shrinks: what is right now is to be taken out."""
+def test_table_lists_only_unsupported_operations(column: str) -> None:
+    """Check that operations which are right now have left the table."""
     if not torch.__version__.startswith(TABLE["torch"].rpartition(".")[0]):
         pytest.skip(f"the table is of torch {TABLE['torch']}")
     stale = [name for name in REFUSED[column] if name in SAMPLE and COLUMNS[column](name) != "refused"]
     assert not stale, f"{column}: take {stale} out of {database.REFUSED.name}"
 
 
-def test_the_database_is_whole() -> None:
+def test_database_is_complete() -> None:
     assert len(NAMES) > 450
     assert len(SAMPLE) >= 50
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_sweep_sees_what_torch_gets_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_finds_wrong_second_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "nn.functional.linear_cross_entropy.chunked"
     if name not in NAMES:
         pytest.skip("this torch has no linear_cross_entropy")
@@ -83,7 +83,7 @@ def test_the_sweep_sees_what_torch_gets_wrong(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_sweep_sees_a_forward_mode_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(points, "FORWARD_MODE", {})
+def test_sweep_finds_wrong_forward_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hvp_inputs, "FORWARD_MODE", {})
     assert "wrong" in COLUMNS["hvp forward_over_reverse"]("scatter_reduce.prod")
     assert "wrong" in COLUMNS["engine adjoint"]("scatter_reduce.prod")

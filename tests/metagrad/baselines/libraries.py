@@ -1,4 +1,4 @@
-"""The other libraries, for tests that go through each of them."""
+"""The other libraries and small models, for tests of each library."""
 
 from __future__ import annotations
 
@@ -6,36 +6,45 @@ import importlib
 import importlib.util
 import os
 import sys
-from typing import Protocol
 
 import pytest
+import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
-from metalearn import Episodes, InnerLoop, Loss, MetaGradient, Params
+from metalearn import MetaGradient
+from metalearn.core.functional import relative_error
+from metalearn.metagrad.baselines.common import Peer
+from metalearn.models import MLP
 
 LIBRARIES = ("learn2learn", "higher", "torchopt")
 
 
-class PeerAt(Protocol):
-    """A peer's ``meta_gradient``."""
-
-    def __call__(
-        self,
-        module: nn.Module,
-        episodes: Episodes,
-        inner: InnerLoop,
-        *,
-        loss: Loss = cross_entropy,
-        params: Params | None = None,
-    ) -> MetaGradient: ...
-
-
-def peer_at(name: str) -> PeerAt:
-    """A library's, or by hand. Skips where the library is missing; on CI that is a failure."""
+def load_library(name: str) -> Peer:
+    """Import the ``meta_gradient`` of a library, or by hand; skip if the library is missing, and fail on CI."""
     if name in LIBRARIES and importlib.util.find_spec(name) is None:
         if os.environ.get("CI") and sys.version_info >= (3, 11):
             pytest.fail(f"{name} is not installed on CI, so nothing is compared with it")
         pytest.skip(f"{name} is not installed: pip install -r requirements-peers.txt")
-    found: PeerAt = importlib.import_module(f"metalearn.metagrad.baselines.{name}").meta_gradient
+    found: Peer = importlib.import_module(f"metalearn.metagrad.baselines.{name}").meta_gradient
     return found
+
+
+def mlp() -> nn.Module:
+    """Return a small network with BatchNorm."""
+    return MLP(4, 3, hidden=(6,)).double()
+
+
+def smooth() -> nn.Module:
+    """Return a small network without zero gradients."""
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def assert_equal(theirs: MetaGradient, ours: MetaGradient, *, within: float = 1e-9) -> None:
+    """Check that two results are equal up to rounding."""
+    assert list(theirs.grads) == list(ours.grads)
+    assert relative_error(theirs.grads, ours.grads) < within
+    for name, g in ours.grads.items():  # separately, as the gradients of learned rates are small
+        torch.testing.assert_close(theirs.grads[name], g, rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(theirs.loss, ours.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(theirs.support_loss, ours.support_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(theirs.predictions, ours.predictions)

@@ -1,4 +1,4 @@
-"""float32 through the kernels is as near to float64 as through torch's own layers, and so are meta-gradients."""
+"""float32 through the kernels is as close to float64 as torch's own layers, and so are meta-gradients."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ SIZES = {
 
 @dataclass(frozen=True)
 class _Bounds:
-    """On relative errors: twice to three times the largest measured; torch's own layers have about 1e-7 and 3e-7.
+    """Bounds on relative errors: two to three times the largest measured; torch's layers have about 1e-7 and 3e-7.
 
-    With sums over all rows, one after the other, 20 images of 28 x 28 had 3e-5 and 3e-6.
+    With sequential sums over all rows, 20 images of 28 x 28 had 3e-5 and 3e-6.
     """
 
     images: float = 5e-7
@@ -49,7 +49,7 @@ def _error(got: Tensor, expected: Tensor) -> float:
 
 
 def _inputs(examples: int, size: int, dtype: torch.dtype) -> list[Tensor]:
-    """Images as ReLU leaves them, two tensors like them, gamma, beta: the same numbers in every dtype."""
+    """Return images after ReLU, two tensors like them, gamma, beta: the same numbers in every dtype."""
     torch.manual_seed(0)
     images = torch.randn(_T, examples, _C, size, size).relu()
     others = [torch.randn(images.shape), torch.randn(images.shape)]
@@ -57,7 +57,7 @@ def _inputs(examples: int, size: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _by_reverse_mode(examples: int, size: int, dtype: torch.dtype) -> list[Tensor]:
-    """The result, its gradient, and the derivative of that."""
+    """Return the output, its gradient, and the derivative of that."""
     images, g, v, *channels = _inputs(examples, size, dtype)
     x, gamma, beta = at = [t.requires_grad_() for t in (images, *channels)]
     z = batch_norm(x, gamma, beta, _EPS)
@@ -68,7 +68,7 @@ def _by_reverse_mode(examples: int, size: int, dtype: torch.dtype) -> list[Tenso
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_batch_norm_and_two_derivatives(size: tuple[int, int]) -> None:
+def test_reverse_mode_error_of_batch_norm(size: tuple[int, int]) -> None:
     got, expected = (_by_reverse_mode(*size, dtype) for dtype in (torch.float32, torch.float64))
     errors = [_error(*pair) for pair in zip(got, expected, strict=True)]
     z, to_x, to_gamma, to_beta, g_again, x_again, gamma_again = errors
@@ -77,7 +77,7 @@ def test_batch_norm_and_two_derivatives(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_forward_mode_and_forward_over_reverse(size: tuple[int, int]) -> None:
+def test_forward_mode_error_of_batch_norm(size: tuple[int, int]) -> None:
     def pushed(dtype: torch.dtype) -> list[Tensor]:
         images, g, along, gamma, beta = _inputs(*size, dtype)
         with forward_ad.dual_level():
@@ -91,7 +91,7 @@ def test_forward_mode_and_forward_over_reverse(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("shared", ["no gamma or beta", "the same gamma and beta"])
-def test_a_layer_without_weights_of_each_task_is_as_exact(shared: str) -> None:
+def test_error_of_batch_norm_with_shared_weights(shared: str) -> None:
     # Convolutions leave images channels last, of which torch's own BatchNorm under vmap has the wrong statistics.
     layer = nn.BatchNorm2d(_C, affine=shared != "no gamma or beta", track_running_stats=False)
 
@@ -121,7 +121,7 @@ def _distance_to_float64(seed: int) -> float:
     return relative_error(meta_gradient(*functionalize(module), episodes, inner).grads, expected)
 
 
-def test_20_way_meta_gradient_is_near_float64() -> None:
+def test_20_way_meta_gradient_is_close_to_float64() -> None:
     # Once statistics are off by 1e-6, ReLU's kinks lie elsewhere: at these seeds that was 0.14, 0.32 and 0.20. One draw
     # may have an input so near a kink that rounding alone decides; not two of three.
     distances = [_distance_to_float64(seed) for seed in (0, 1, 3)]

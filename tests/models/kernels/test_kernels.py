@@ -1,7 +1,8 @@
-"""The kernels against torch's own layers, task by task, in float64: values, and derivatives to the third order."""
+"""The kernels against torch's layers, task by task, in float64: values and derivatives to the third order."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,8 @@ from metalearn.core.types import Episodes
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import meta_gradient
 from metalearn.metagrad.baselines import by_hand
-from metalearn.models import Conv4, kernels
-from metalearn.models.kernels import STACKED_LAYERS, batch_norm, convolution, relu
+from metalearn.models import Conv4
+from metalearn.models.kernels import STACKED_LAYERS, batch_norm, conv2d, dispatch, relu
 
 _T, _B = 3, 4
 _EPS = 1e-3
@@ -30,14 +31,14 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _by_task(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Torch's layer on one task after the other."""
-    return lambda *args: torch.stack([layer(*own) for own in zip(*args, strict=True)])
+    """Apply torch's layer to one task after the other."""
+    return lambda *args: torch.stack([layer(*task) for task in zip(*args, strict=True)])
 
 
 def _convolution(stride: int, padding: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     steps, zeros = (stride, stride), (padding, padding)
     return (
-        lambda x, w: convolution(x, w, stride=steps, padding=zeros),
+        lambda x, w: conv2d(x, w, stride=steps, padding=zeros),
         _by_task(lambda x, w: functional.conv2d(x, w, stride=steps, padding=zeros)),
     )
 
@@ -70,7 +71,8 @@ def case(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(params=["matrix products", "convolutions"])
 def _either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = 10**6 if request.param == "matrix products" else 0
-    monkeypatch.setattr("metalearn.models.kernels.conv2d._SMALL", rows)
+    module = importlib.import_module("metalearn.models.kernels.conv2d")  # the package has a function of that name
+    monkeypatch.setattr(module, "_MAX_MATMUL_ROWS", rows)
 
 
 def _same(got: Any, expected: Any) -> None:
@@ -78,7 +80,7 @@ def _same(got: Any, expected: Any) -> None:
 
 
 @pytest.mark.usefixtures("_either_way")
-def test_value_and_three_derivatives_by_reverse_mode(case: Any) -> None:
+def test_reverse_mode_equals_torch_to_third_order(case: Any) -> None:
     def derivatives(layer: Callable[..., Tensor]) -> list[Tensor]:
         at = [x.clone().requires_grad_() for x in inputs]
         value = layer(*at)
@@ -96,7 +98,7 @@ def test_value_and_three_derivatives_by_reverse_mode(case: Any) -> None:
 
 
 @pytest.mark.usefixtures("_either_way")
-def test_forward_mode_and_forward_over_reverse_and_its_gradient(case: Any) -> None:
+def test_forward_and_mixed_modes_equal_torch(case: Any) -> None:
     def derivatives(layer: Callable[..., Tensor]) -> list[Any]:
         along = tuple(_random(*x.shape, seed=20 + k) for k, x in enumerate(inputs))
 
@@ -114,24 +116,24 @@ def test_forward_mode_and_forward_over_reverse_and_its_gradient(case: Any) -> No
 
 
 @pytest.mark.usefixtures("_either_way")
-def test_under_vmap_also_with_shared_arguments(case: Any) -> None:
+def test_vmap_with_and_without_shared_arguments(case: Any) -> None:
     ours, theirs, inputs = case
     more = torch.stack([inputs[0], 2 * inputs[0].roll(1, 1)])
     for dims in [(0, *[None] * (len(inputs) - 1)), tuple(0 for _ in inputs)]:
-        given = [more, *(x if d is None else torch.stack([x, -x]) for x, d in zip(inputs[1:], dims[1:], strict=True))]
-        one_by_one = [
-            theirs(*(x if d is None else x[k] for x, d in zip(given, dims, strict=True))) for k in range(len(more))
+        args = [more, *(x if d is None else torch.stack([x, -x]) for x, d in zip(inputs[1:], dims[1:], strict=True))]
+        looped = [
+            theirs(*(x if d is None else x[k] for x, d in zip(args, dims, strict=True))) for k in range(len(more))
         ]
-        _same(vmap(ours, in_dims=dims)(*given), torch.stack(one_by_one))
+        _same(vmap(ours, in_dims=dims)(*args), torch.stack(looped))
 
 
 def of_two(pair: Any) -> Any:
-    """What torch's types say may be three."""
+    """Return the pair; torch's types allow three."""
     return pair
 
 
 class _Plain(nn.Module):
-    """A network of the user's: what the kernels take, beside what they do not."""
+    """A user's model with layers that the kernels support and others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,19 +166,19 @@ def _episodes(dtype: torch.dtype = torch.float64) -> Episodes:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("second_order", [True, False])
-def test_a_model_has_the_same_meta_gradient_with_and_without_them(
+def test_meta_gradient_is_equal_with_and_without_kernels(
     name: str, second_order: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     forward, theta = functionalize(MODELS[name]().double())
     inner = InnerLoop(lr=0.2, steps=2, second_order=second_order)
     seen: list[str] = []
-    for kernel in ("convolution", "batch_norm", "relu"):
+    for kernel in ("conv2d", "batch_norm", "relu"):
         _watch(monkeypatch, kernel, seen)
     with_them = meta_gradient(lambda p, x: forward(p, x), theta, _episodes(), inner)
-    assert {"convolution", "batch_norm", "relu"} == set(seen)
+    assert {"conv2d", "batch_norm", "relu"} == set(seen)
     directly = meta_gradient(forward, theta, _episodes(), inner)
-    monkeypatch.setattr(kernels, "_takes", lambda *tensors: False)
+    monkeypatch.setattr(dispatch, "_supports", lambda *tensors: False)
     seen.clear()
     without = meta_gradient(lambda p, x: forward(p, x), theta, _episodes(), inner)
     assert not seen
@@ -186,18 +188,18 @@ def test_a_model_has_the_same_meta_gradient_with_and_without_them(
 
 
 def _watch(monkeypatch: pytest.MonkeyPatch, name: str, seen: list[str]) -> None:
-    kernel = getattr(kernels, name)
+    kernel = getattr(dispatch, name)
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         seen.append(name)
         return kernel(*args, **kwargs)
 
-    monkeypatch.setattr(kernels, name, watched)
+    monkeypatch.setattr(dispatch, name, watched)
 
 
-def test_layers_that_are_not_batched_over_tasks_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unbatched_layers_use_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    for kernel in ("convolution", "batch_norm", "relu"):
+    for kernel in ("conv2d", "batch_norm", "relu"):
         _watch(monkeypatch, kernel, seen)
     x, module = torch.randn(2, 1, 8, 8), nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
     with CorrectedOperations(kernels=STACKED_LAYERS):
@@ -209,7 +211,7 @@ def test_layers_that_are_not_batched_over_tasks_are_torchs(monkeypatch: pytest.M
     assert seen == ["relu"]  # of the batched examples
 
 
-def test_single_precision_is_as_close_to_double_as_torchs() -> None:
+def test_float32_meta_gradient_is_close_to_float64() -> None:
     torch.manual_seed(0)
     module = Conv4(3, width=4)
     forward, theta = functionalize(module)
@@ -218,7 +220,7 @@ def test_single_precision_is_as_close_to_double_as_torchs() -> None:
     assert relative_error(single, exact) < 1e-4
 
 
-def test_one_image_of_one_pixel_is_refused_as_torch_refuses_it() -> None:
+def test_single_value_per_channel_raises_as_in_torch() -> None:
     norm = nn.BatchNorm2d(2, track_running_stats=False)
     weights = {name: p.expand(_T, *p.shape) for name, p in norm.named_parameters()}
     with CorrectedOperations(kernels=STACKED_LAYERS), pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -237,7 +239,7 @@ class _Scaled(Conv4):
 
 
 class _Residual(nn.Module):
-    """Layers that write in place to what a kernel gave."""
+    """A model whose layers write in place to outputs of kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,7 +269,7 @@ EDITED: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", EDITED)
-def test_a_model_that_was_edited_computes_what_it_says(name: str) -> None:
+def test_edited_model_equals_its_loop(name: str) -> None:
     module = EDITED[name]().double()
     inner = InnerLoop(lr=0.2, steps=2)
     expected = by_hand.meta_gradient(module, _episodes(), inner)
@@ -276,7 +278,7 @@ def test_a_model_that_was_edited_computes_what_it_says(name: str) -> None:
     _same(got.predictions, expected.predictions)
 
 
-def test_a_loss_may_draw_random_numbers() -> None:
+def test_loss_may_draw_random_numbers() -> None:
     forward, theta = functionalize(Conv4(3, width=4).double())
 
     def loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -285,7 +287,7 @@ def test_a_loss_may_draw_random_numbers() -> None:
     assert meta_gradient(forward, theta, _episodes(), InnerLoop(lr=0.1, steps=1), loss=loss).loss.isfinite()
 
 
-def test_what_torch_would_differentiate_wrongly_is_refused_or_left_to_its_own_layers() -> None:
+def test_unsupported_nested_modes_raise_or_use_torch() -> None:
     x, w = _IMAGES, _random(_T, 3, 2, 3, 3, seed=3)
     ours: Callable[..., Tensor] = CASES["convolution"][0][0]
 
@@ -307,7 +309,7 @@ def test_what_torch_would_differentiate_wrongly_is_refused_or_left_to_its_own_la
         torch.autograd.grad(value, at, torch.ones(2, *value.shape, dtype=x.dtype), is_grads_batched=True)
 
 
-def test_a_double_backward_of_duals_has_the_tangents_of_mean_and_deviation() -> None:
+def test_double_backward_of_dual_tensors_equals_torch() -> None:
     (ours, theirs), (x, gamma, beta) = CASES["batch norm"]
 
     def curvature(layer: Callable[..., Tensor], create_graph: bool) -> tuple[Tensor, Tensor]:
@@ -322,7 +324,7 @@ def test_a_double_backward_of_duals_has_the_tangents_of_mean_and_deviation() -> 
     _same(curvature(ours, False), curvature(theirs, True))
 
 
-def test_what_has_no_result_is_refused_by_torch() -> None:
+def test_empty_output_raises_as_in_torch() -> None:
     module = nn.Conv2d(1, 2, 5)
     weights = {name: p.expand(_T, *p.shape) for name, p in module.named_parameters()}
     with CorrectedOperations(kernels=STACKED_LAYERS), pytest.raises(RuntimeError, match=r"[Kk]ernel size"):

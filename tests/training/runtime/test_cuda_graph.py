@@ -1,4 +1,4 @@
-"""A recorded meta-gradient is the one that is asked for, or is not used; on CPUs the recording is a stand-in."""
+"""A captured meta-gradient equals the eager one, or is not used; on CPUs a stand-in captures."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from metalearn.inner.diagnostics import defer_loss_checks
 from metalearn.training.experiment import build_experiment
 from metalearn.training.runtime.cuda_graph import LARGEST_ERROR, CUDAGraphMetaGradient, capture, with_cuda_graph
 from metalearn.training.trainer import train
-from tests.conftest import image_episodes
-from tests.faults.processes import state_of
-from tests.faults.runs import SMALL, bits, timeless
+from tests.factories import image_episodes
+from tests.faults.processes import load_state
+from tests.faults.runs import SMALL, metrics_without_times, tensors_to_bytes
 
 CPU = torch.device("cpu")
 INNER = InnerLoop(lr=0.1, steps=2)
 
 
 class Recorder:
-    """Stands for CUDA: a replay computes again and writes over the first results.
+    """Stands in for CUDA: a replay computes again and overwrites the first results.
 
     Args:
         spoil: what a replay does to its results.
-        frozen: whether replays give the first results for good, as if they did not read what they are given.
+        frozen: whether replays return the first results, as if they did not read their inputs.
     """
 
     def __init__(self, spoil: Callable[[MetaGradient], object] = lambda result: None, frozen: bool = False) -> None:
@@ -75,10 +75,10 @@ def moved(theta: Params, by: float) -> Params:
 
 
 def assert_equal(got: MetaGradient, expected: MetaGradient) -> None:
-    assert bits(vars(got)) == bits(vars(expected))
+    assert tensors_to_bytes(vars(got)) == tensors_to_bytes(vars(expected))
 
 
-def test_a_replay_is_of_what_is_asked_for(model: Any) -> None:
+def test_replay_equals_eager(model: Any) -> None:
     eager, theta = model
     recorder = Recorder()
     gradient = CUDAGraphMetaGradient(eager, CPU, record=recorder)
@@ -88,7 +88,7 @@ def test_a_replay_is_of_what_is_asked_for(model: Any) -> None:
     assert (recorder.recorded, recorder.replayed) == (1, 5)
 
 
-def test_the_parameters_may_change_in_place(model: Any) -> None:
+def test_parameters_may_change_in_place(model: Any) -> None:
     eager, theta = model
     gradient = CUDAGraphMetaGradient(eager, CPU, record=Recorder())
     for _ in range(4):
@@ -97,7 +97,7 @@ def test_the_parameters_may_change_in_place(model: Any) -> None:
         theta["1.weight"].mul_(0.9)
 
 
-def test_losses_outlive_the_next_call_and_gradients_do_not(model: Any) -> None:
+def test_losses_outlive_the_next_call(model: Any) -> None:
     eager, theta = model
     gradient = CUDAGraphMetaGradient(eager, CPU, record=Recorder())
     for _ in range(2):
@@ -110,7 +110,7 @@ def test_losses_outlive_the_next_call_and_gradients_do_not(model: Any) -> None:
     assert not torch.equal(first.grads["1.weight"], grads)
 
 
-def test_other_shapes_are_computed_without_it(model: Any) -> None:
+def test_other_shapes_are_computed_eagerly(model: Any) -> None:
     eager, theta = model
     recorder = Recorder()
     gradient = CUDAGraphMetaGradient(eager, CPU, record=recorder)
@@ -125,7 +125,7 @@ def test_other_shapes_are_computed_without_it(model: Any) -> None:
 
 
 SPOILT: dict[str, tuple[Recorder, int, str]] = {
-    # replays until it is noticed: a frozen one is right for the tasks that it was recorded with
+    # replays until it is noticed: a frozen one is correct for the tasks that it was captured with
     "gradient": (Recorder(lambda r: r.grads["1.weight"].mul_(1.01)), 1, r"a replay's meta-gradient differed by 0\.0"),
     "nan": (Recorder(lambda r: r.grads["3.bias"].fill_(math.nan)), 1, "a replay's meta-gradient differed by nan"),
     "loss": (Recorder(lambda r: r.loss.mul_(2)), 1, "a replay's query loss differed by 1 "),
@@ -135,7 +135,7 @@ SPOILT: dict[str, tuple[Recorder, int, str]] = {
 
 
 @pytest.mark.parametrize("what", SPOILT)
-def test_a_wrong_replay_is_noticed_and_never_used(what: str, model: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_wrong_replay_is_never_used(what: str, model: Any, caplog: pytest.LogCaptureFixture) -> None:
     eager, theta = model
     recorder, replays, message = SPOILT[what]
     gradient = CUDAGraphMetaGradient(eager, CPU, record=recorder)
@@ -145,12 +145,12 @@ def test_a_wrong_replay_is_noticed_and_never_used(what: str, model: Any, caplog:
     assert recorder.replayed == replays
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    said = "run.cuda_graph=true: the meta-gradient is computed without a graph, as "
-    assert re.match(said + message, record.getMessage())
+    prefix = "run.cuda_graph=true: the meta-gradient is computed without a graph, as "
+    assert re.match(prefix + message, record.getMessage())
 
 
 def broken_off(compute: Callable[[], MetaGradient], device: torch.device) -> Any:
-    """As torch.cuda.graph: ending a capture that was broken off raises once more."""
+    """Fail as torch.cuda.graph does: ending a capture that was broken off raises another error."""
     try:
         compute()
         raise RuntimeError("called a synchronizing CUDA operation")
@@ -169,7 +169,7 @@ def out_of_memory(compute: Callable[[], MetaGradient], device: torch.device) -> 
         (out_of_memory, "recording it raised OutOfMemoryError: CUDA out of memory."),
     ],
 )
-def test_what_cannot_be_recorded_is_computed_without(
+def test_failed_capture_falls_back_to_eager(
     record: Any, reason: str, model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     eager, theta = model
@@ -177,11 +177,11 @@ def test_what_cannot_be_recorded_is_computed_without(
     for _ in range(3):
         episodes = batch()
         assert_equal(gradient(theta, episodes), eager(theta, episodes))
-    (said,) = (record.getMessage() for record in caplog.records)
-    assert said.endswith(reason)
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.endswith(reason)
 
 
-def test_nothing_is_held_against_numbers_that_are_not_finite(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_nonfinite_results_are_not_compared(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     eager, theta = model
     recorder = Recorder()
     gradient = CUDAGraphMetaGradient(eager, CPU, record=recorder)
@@ -197,7 +197,7 @@ def test_nothing_is_held_against_numbers_that_are_not_finite(model: Any, caplog:
     assert not caplog.records
 
 
-def test_random_draws_are_those_of_one_meta_gradient() -> None:
+def test_capture_draws_no_random_numbers() -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 8), nn.Dropout(0.5), nn.Linear(8, 3))
     forward, theta = functionalize(module)
     episodes = batch()
@@ -219,33 +219,34 @@ def config(*more: str) -> TrainConfig:
     return to_dataclass(compose("train", [*SMALL, "run.checkpoint_every_s=null", *more]), TrainConfig)
 
 
-def test_without_a_gpu_it_says_so_and_is_what_it_was(caplog: pytest.LogCaptureFixture, model: Any) -> None:
+def test_cuda_graph_on_a_cpu_warns_and_is_eager(caplog: pytest.LogCaptureFixture, model: Any) -> None:
     eager, _ = model
     assert with_cuda_graph(eager, CPU) is eager
     assert "run.cuda_graph=true: there is no GPU in use (run.device is cpu)" in caplog.text
 
 
-def test_training_on_a_cpu_is_bitwise_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_training_on_a_cpu_is_bitwise_equal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     short = ["outer.iterations=3", "eval.every=3"]
     for name in ("true", "false"):
         train(config(*short, f"run.cuda_graph={name}"), tmp_path / name)
     assert len([r for r in caplog.records if "run.cuda_graph" in r.getMessage()]) == 1
-    assert timeless(tmp_path / "true") == timeless(tmp_path / "false")
-    assert bits(state_of(tmp_path / "true")["state"]) == bits(state_of(tmp_path / "false")["state"])
-    train(config(*short, "run.resume=true"), tmp_path / "true")  # the key is none that a run is compared by
+    assert metrics_without_times(tmp_path / "true") == metrics_without_times(tmp_path / "false")
+    ours, theirs = (tensors_to_bytes(load_state(tmp_path / name)["state"]) for name in ("true", "false"))
+    assert ours == theirs
+    train(config(*short, "run.resume=true"), tmp_path / "true")  # the key may differ on resume
 
 
-def test_each_engine_of_an_experiment_has_its_own() -> None:
+def test_replaced_experiment_captures_its_own_graph() -> None:
     experiment = build_experiment(config())
     algorithm = dataclasses.replace(experiment.algorithm, inner=dataclasses.replace(experiment.inner, steps=0))
     other = dataclasses.replace(experiment, algorithm=algorithm)
     episodes = experiment.train.tasks(0, 2)
-    assert len(experiment.gradient(experiment.theta, episodes, 0).support_loss) == 1
-    assert len(other.gradient(experiment.theta, episodes, 0).support_loss) == 0
+    assert len(experiment.meta_gradient(experiment.theta, episodes, 0).support_loss) == 1
+    assert len(other.meta_gradient(experiment.theta, episodes, 0).support_loss) == 0
 
 
 class Branches(nn.Module):
-    """Reads a value back, which a graph cannot."""
+    """Reads a value back, which a graph cannot do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -258,7 +259,7 @@ class Branches(nn.Module):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_graph_is_the_meta_gradient(caplog: pytest.LogCaptureFixture) -> None:
+def test_graph_equals_eager_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
     small = [override for override in SMALL if not override.startswith(("model", "run.device"))]
     overrides = [*small, "model.width=16", "run.device=cuda"]
     experiment = build_experiment(to_dataclass(compose("train", overrides), TrainConfig))
@@ -280,11 +281,11 @@ def test_on_a_gpu_the_graph_is_the_meta_gradient(caplog: pytest.LogCaptureFixtur
             assert relative_error(got.grads, expected.grads) <= LARGEST_ERROR
             torch.testing.assert_close(got.loss, expected.loss, rtol=1e-4, atol=0)
     assert records == 1
-    assert not caplog.records, "it was not given up"
+    assert not caplog.records, "the graph is used"
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_model_that_reads_back_is_computed_without(caplog: pytest.LogCaptureFixture) -> None:
+def test_model_that_syncs_is_computed_eagerly_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
     forward, theta = functionalize(Branches().cuda())
     on_gpu = Episodes(*(t.cuda() for t in vars(batch()).values()))
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +24,35 @@ from metalearn.config.schema import TrainConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
 from metalearn.core.types import Episodes
-from metalearn.training import loop as outer_loop
+from metalearn.training import loop
 from metalearn.training.experiment import Experiment
 from metalearn.training.runtime.distributed import DistributedContext
-from metalearn.training.session import TrainContext
-from metalearn.training.state import TrainState
 from metalearn.training.step import local_tasks
+from metalearn.training.tracking.event_files import read_scalars
 from metalearn.training.trainer import check_same_config
-from tests.conftest import REPO
-from tests.faults.processes import finished, output, start, state_of
-from tests.faults.runs import RUN, SMALL, assert_curves, timeless, whole
+from tests.faults.processes import load_state, read_output, start_training, wait_for_exit
+from tests.faults.runs import RUN, SMALL, assert_steps_increase, metrics_without_times
+from tests.paths import REPO
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_every_task_is_one_processs(size: int) -> None:
+def test_shards_partition_the_tasks(size: int) -> None:
     for count in (7, 8, 16):
-        shares = [DistributedContext(rank, size).share(count) for rank in range(size)]
-        assert [task for share in shares for task in share] == list(range(count))
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        shards = [DistributedContext(rank, size).shard(count) for rank in range(size)]
+        assert [task for shard in shards for task in shard] == list(range(count))
+        assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
-def test_alone_nothing_is_sent() -> None:
+def test_single_process_sends_nothing() -> None:
     alone = DistributedContext()
     tensors = [torch.ones(2), torch.zeros(())]
-    assert all(a is b for a, b in zip(alone.sum(tensors), tensors, strict=True))
+    assert all(a is b for a, b in zip(alone.all_reduce_sum(tensors), tensors, strict=True))
     assert alone.broadcast("x") == "x"
-    assert alone.join(tensors[0]) is tensors[0]
+    assert alone.all_gather(tensors[0]) is tensors[0]
 
 
 def environment(rank: int, size: int, port: int) -> Mapping[str, str]:
-    """As torchrun sets it."""
+    """Return the environment that torchrun sets."""
     return {
         "TORCHELASTIC_RUN_ID": "test",
         "RANK": str(rank),
@@ -70,25 +70,25 @@ def free_port() -> int:
         return port
 
 
-LEFT_BEHIND = """
+PRINT_GLOO_THREADS = """
 import os
 import torch
-from metalearn.training.runtime.distributed import joined
+from metalearn.training.runtime.distributed import init_distributed
 
-with joined(torch.device("cpu")) as ranks:
+with init_distributed(torch.device("cpu")) as ranks:
     import torch._dynamo  # as torch.optim does when an optimiser is first used
 
-    ranks.join(torch.ones(1))
+    ranks.all_gather(torch.ones(1))
 print([name for t in os.listdir("/proc/self/task") if "gloo" in (name := open(f"/proc/self/task/{t}/comm").read())])
 """
 
 
-def test_no_thread_of_the_group_outlives_it() -> None:
-    """One that drops a tensor while Python shuts down ends the process by SIGABRT."""
+def test_no_gloo_thread_outlives_the_group() -> None:
+    """A thread that drops a tensor while Python shuts down ends the process by SIGABRT."""
     port = free_port()
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", LEFT_BEHIND],
+            [sys.executable, "-c", PRINT_GLOO_THREADS],
             env={**os.environ, **environment(rank, 2, port), "OMP_NUM_THREADS": "1"},
             cwd=REPO,
             stdout=subprocess.PIPE,
@@ -100,13 +100,13 @@ def test_no_thread_of_the_group_outlives_it() -> None:
     assert [process.returncode for process in processes] == [0, 0]
 
 
-def together(
+def train_together(
     size: int, folder: Path, *more: str, before: Callable[[], None] | None = None, codes: tuple[int, ...] = ()
 ) -> Path:
-    """A training by several processes; the second and further write their output beside the run."""
+    """Train with several processes, ``before`` called in the last; each writes its output into its own folder."""
     port = free_port()
     processes = [
-        start(
+        start_training(
             [*SMALL, f"hydra.run.dir={folder / RUN}", *more],
             folder / str(rank),
             environment=environment(rank, size, port),
@@ -114,67 +114,73 @@ def together(
         )
         for rank in range(size)
     ]
-    found = tuple(finished(process) for process in processes)
-    assert found == (codes or (0,) * size), "\n".join(output(folder / str(rank)) for rank in range(size))
+    found = tuple(wait_for_exit(process) for process in processes)
+    assert found == (codes or (0,) * size), "\n".join(read_output(folder / str(rank)) for rank in range(size))
     return folder / RUN
 
 
 def gradient_of_the_first_step(run_dir: Path) -> dict[int, Tensor]:
-    """Adam's first moment after one meta-step is a tenth of the meta-gradient."""
-    moments = state_of(run_dir)["state"]["optimizer"]["state"]
+    """Return ten times Adam's first moment after one meta-step, which is the meta-gradient."""
+    moments = load_state(run_dir)["state"]["optimizer"]["state"]
     return {i: 10 * m["exp_avg"] for i, m in moments.items()}
 
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return together(2, tmp_path_factory.mktemp("two"))
+    return train_together(2, tmp_path_factory.mktemp("two"))
 
 
-def test_the_gradient_is_one_processs(tmp_path: Path) -> None:
-    """By two processes of three tasks, so that the shares are uneven, and clipped by the norm of the whole."""
+def test_two_processes_compute_the_gradient_of_one(tmp_path: Path) -> None:
+    """By two processes of three tasks, so that the shards are uneven, and clipped by the norm of the whole."""
     one_step = ["outer.iterations=1", "eval.every=1", "outer.clip_norm=0.01"]
-    alone, shared = together(1, tmp_path / "1", *one_step), together(2, tmp_path / "2", *one_step)
+    alone, shared = (
+        train_together(1, tmp_path / "1", *one_step),
+        train_together(2, tmp_path / "2", *one_step),
+    )
     ours, theirs = gradient_of_the_first_step(shared), gradient_of_the_first_step(alone)
     for i, gradient in theirs.items():
         assert (ours[i] - gradient).norm() <= 1e-5 * gradient.norm()
     assert torch.cat([g.flatten() for g in ours.values()]).norm().item() == pytest.approx(0.01, rel=1e-4)
 
 
-def test_the_first_process_alone_writes(by_two: Path) -> None:
+def test_only_the_main_process_writes(by_two: Path) -> None:
     assert {p.name for p in (by_two.parent / "1").iterdir()} == {"output.txt"}
-    assert output(by_two.parent / "1") == ""
-    assert_curves(by_two)
-    assert timeless(by_two)["processes"] == 2
-    assert timeless(by_two)["iterations"] == 24
+    assert read_output(by_two.parent / "1") == ""
+    assert_steps_increase(by_two)
+    assert metrics_without_times(by_two)["processes"] == 2
+    assert metrics_without_times(by_two)["iterations"] == 24
 
 
-def test_one_process_ends_where_two_do(by_two: Path, tmp_path: Path) -> None:
-    ours, theirs = state_of(by_two)["state"], state_of(whole(tmp_path))["state"]
+def test_two_processes_end_where_one_does(by_two: Path, uninterrupted_run: Path) -> None:
+    ours, theirs = load_state(by_two)["state"], load_state(uninterrupted_run)["state"]
     for name, p in theirs["params"].items():
         torch.testing.assert_close(ours["params"][name], p, rtol=1e-3, atol=1e-4)
-    assert timeless(by_two)["test.accuracy"] == pytest.approx(timeless(whole(tmp_path))["test.accuracy"])
+    assert metrics_without_times(by_two)["test.accuracy"] == pytest.approx(
+        metrics_without_times(uninterrupted_run)["test.accuracy"]
+    )
 
 
-def be_asked_to_end() -> None:
-    """Have this process asked at its fifth meta-step."""
-    step = outer_loop.meta_step
+def signal_itself_at(iteration: int) -> None:
+    """Have this process signal itself when it samples that meta-step's tasks."""
+    sample = loop.local_tasks  # type: ignore[attr-defined]  # possibly another patch of it
 
-    def asked(session: TrainContext, state: TrainState) -> bool:
-        if state.iteration == 4:
+    def signal_and_sample(experiment: Experiment, at: int, ranks: DistributedContext) -> Episodes:
+        if at == iteration:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(session, state)
+        episodes: Episodes = sample(experiment, at, ranks)
+        return episodes
 
-    pytest.MonkeyPatch().setattr(outer_loop, "meta_step", asked)
+    pytest.MonkeyPatch().setattr(loop, "local_tasks", signal_and_sample)
 
 
-def test_all_stop_after_the_same_meta_step(tmp_path: Path) -> None:
-    run_dir = together(2, tmp_path, before=be_asked_to_end, codes=(143, 143))
-    assert state_of(run_dir)["state"]["iteration"] == 5
-    assert "checkpoint of meta-step 5 is kept" in " ".join(output(tmp_path / "0").split())
+def test_all_processes_stop_after_the_same_meta_step(tmp_path: Path) -> None:
+    run_dir = train_together(2, tmp_path, before=partial(signal_itself_at, 4), codes=(143, 143))
+    assert load_state(run_dir)["state"]["iteration"] == 5
+    assert "checkpoint of meta-step 5 is kept" in " ".join(read_output(tmp_path / "0").split())
 
 
 def save_slowly() -> None:
-    """Have this process's saves last, as on a slow disk."""
+    """Slow down this process's saves, as on a slow disk."""
     save = files.save_checked
 
     def slow(content: Any, path: Path) -> None:
@@ -184,44 +190,40 @@ def save_slowly() -> None:
     pytest.MonkeyPatch().setattr(files, "save_checked", slow)
 
 
-def test_processes_that_are_all_asked_to_end_wait_for_the_first_to_save(tmp_path: Path) -> None:
-    """As Slurm and systemd ask; and as torchrun does, that ends the others when one has ended."""
+def test_workers_wait_for_the_main_process_to_save(tmp_path: Path) -> None:
+    """As Slurm and systemd signal all processes; torchrun ends the others when one has ended."""
     port = free_port()
     every_60_s = [o for o in SMALL if not o.startswith("run.checkpoint")] + ["run.checkpoint_every_s=60"]
     more = ["outer.iterations=100000", "eval.every=100000", "log.every=1", f"hydra.run.dir={tmp_path / RUN}"]
-    first = start([*every_60_s, *more], tmp_path / "0", environment=environment(0, 2, port), before=save_slowly)
-    second = start([*every_60_s, *more], tmp_path / "1", environment=environment(1, 2, port))
+    first = start_training(
+        [*every_60_s, *more], tmp_path / "0", environment=environment(0, 2, port), before=save_slowly
+    )
+    second = start_training([*every_60_s, *more], tmp_path / "1", environment=environment(1, 2, port))
     until = time.monotonic() + 60
     while sum(p.stat().st_size for p in (tmp_path / RUN).glob("events*")) < 20_000:  # some ten meta-steps
         assert time.monotonic() < until
         time.sleep(0.05)
     for process in (first, second):
         os.kill(process.pid or 0, signal.SIGTERM)
-    assert finished(second) == 143, output(tmp_path / "1")
-    assert state_of(tmp_path / RUN)["state"]["iteration"] > 0, "it was saved before the second ended"
-    assert finished(first) == 143, output(tmp_path / "0")
+    assert wait_for_exit(second) == 143, read_output(tmp_path / "1")
+    assert load_state(tmp_path / RUN)["state"]["iteration"] > 0, "it was saved before the second ended"
+    assert wait_for_exit(first) == 143, read_output(tmp_path / "0")
 
 
-def be_asked_and_meet_a_nan() -> None:
-    """Both, in one meta-step."""
+def signal_itself_and_meet_a_nan() -> None:
+    """Have both happen to this process in its third meta-step."""
     meet_a_nan()
-    own = outer_loop.local_tasks  # type: ignore[attr-defined]
-
-    def asked(experiment: Experiment, iteration: int, ranks: DistributedContext) -> Episodes:
-        if iteration == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        episodes: Episodes = own(experiment, iteration, ranks)
-        return episodes
-
-    pytest.MonkeyPatch().setattr(outer_loop, "local_tasks", asked)
+    signal_itself_at(2)
 
 
-def test_a_meta_step_that_is_skipped_still_says_who_was_asked_to_end(tmp_path: Path) -> None:
-    run_dir = together(2, tmp_path, "run.on_nonfinite=skip", before=be_asked_and_meet_a_nan, codes=(143, 143))
-    assert state_of(run_dir)["state"]["iteration"] == 3
+def test_skipped_meta_step_still_shares_the_stop_request(tmp_path: Path) -> None:
+    run_dir = train_together(
+        2, tmp_path, "run.on_nonfinite=skip", before=signal_itself_and_meet_a_nan, codes=(143, 143)
+    )
+    assert load_state(run_dir)["state"]["iteration"] == 3
 
 
-def test_processes_with_other_data_are_refused() -> None:
+def test_check_same_config_raises_for_other_data() -> None:
     config = to_dataclass(compose("train", SMALL), TrainConfig)
     check_same_config(config, config, DistributedContext(1, 2))
     auto = dataclasses.replace(config, inner=dataclasses.replace(config.inner, engine="auto"))
@@ -232,7 +234,7 @@ def test_processes_with_other_data_are_refused() -> None:
 
 
 def meet_a_nan() -> None:
-    """Have this process's tasks be none, at its third meta-step."""
+    """Put a NaN into this process's tasks of the third meta-step."""
 
     def poisoned(experiment: Experiment, iteration: int, ranks: DistributedContext) -> Episodes:
         episodes = local_tasks(experiment, iteration, ranks)
@@ -240,34 +242,46 @@ def meet_a_nan() -> None:
             episodes.query_x[0, 0] = math.nan
         return episodes
 
-    pytest.MonkeyPatch().setattr(outer_loop, "local_tasks", poisoned)
+    pytest.MonkeyPatch().setattr(loop, "local_tasks", poisoned)
 
 
-def test_what_one_process_meets_stops_all(tmp_path: Path) -> None:
-    run_dir = together(2, tmp_path, before=meet_a_nan, codes=(2, 2))
-    assert "another process has found a loss or a gradient" in " ".join(output(tmp_path / "0").split())
-    assert "[process 1] DivergedError: Training has diverged at meta-step 3: the query loss of task 1" in output(
+def test_nan_of_one_process_stops_all(tmp_path: Path) -> None:
+    run_dir = train_together(2, tmp_path, before=meet_a_nan, codes=(2, 2))
+    assert "another process has found a loss or a gradient" in " ".join(read_output(tmp_path / "0").split())
+    assert "[process 1] DivergedError: Training has diverged at meta-step 3: the query loss of task 1" in read_output(
         tmp_path / "1"
     )
-    assert state_of(run_dir)["state"]["iteration"] == 2
+    assert load_state(run_dir)["state"]["iteration"] == 2
 
 
-def test_what_one_process_meets_is_skipped_by_all(tmp_path: Path) -> None:
-    run_dir = together(2, tmp_path, "run.on_nonfinite=skip", before=meet_a_nan)
-    assert timeless(run_dir)["iterations.skipped"] == 1
+def test_nan_of_one_process_is_skipped_by_all(tmp_path: Path) -> None:
+    run_dir = train_together(2, tmp_path, "run.on_nonfinite=skip", before=meet_a_nan)
+    assert metrics_without_times(run_dir)["iterations.skipped"] == 1
 
 
-def test_more_processes_than_tasks_are_refused(tmp_path: Path) -> None:
+def test_init_from_is_read_by_the_main_process(tmp_path: Path, uninterrupted_run: Path) -> None:
+    run_dir = train_together(2, tmp_path, f"run.init_from={uninterrupted_run}", "outer.iterations=8")
+    (first, *_) = read_scalars(run_dir)["validation/accuracy"]
+    assert first.step == 0
+    assert first.value == pytest.approx(metrics_without_times(uninterrupted_run)["validation.best_accuracy"]), (
+        "on the same tasks"
+    )
+    alone = train_together(1, tmp_path / "alone", f"run.init_from={uninterrupted_run}", "outer.iterations=8")
+    for name, p in load_state(alone)["state"]["params"].items():
+        torch.testing.assert_close(load_state(run_dir)["state"]["params"][name], p, rtol=1e-3, atol=1e-4)
+
+
+def test_more_processes_than_tasks_raise(tmp_path: Path) -> None:
     port = free_port()
-    process = start(
+    process = start_training(
         [*SMALL, "task.meta_batch=1", f"hydra.run.dir={RUN}"], tmp_path, environment=environment(0, 2, port)
     )
-    other = start([*SMALL, "task.meta_batch=1"], tmp_path / "1", environment=environment(1, 2, port))
-    assert (finished(process), finished(other)) == (2, 2)
-    assert "task.meta_batch=1: 2 processes share these tasks" in output(tmp_path)
+    other = start_training([*SMALL, "task.meta_batch=1"], tmp_path / "1", environment=environment(1, 2, port))
+    assert (wait_for_exit(process), wait_for_exit(other)) == (2, 2)
+    assert "task.meta_batch=1: 2 processes share these tasks" in read_output(tmp_path)
 
 
-def test_a_sweep_by_torchrun_is_refused(tmp_path: Path) -> None:
-    process = start(["--multirun", *SMALL], tmp_path, environment=environment(0, 2, 1))
-    assert finished(process) == 2
-    assert "without --multirun" in output(tmp_path)
+def test_multirun_with_torchrun_raises(tmp_path: Path) -> None:
+    process = start_training(["--multirun", *SMALL], tmp_path, environment=environment(0, 2, 1))
+    assert wait_for_exit(process) == 2
+    assert "without --multirun" in read_output(tmp_path)

@@ -1,4 +1,4 @@
-"""Mixed precision is measured before it is trusted, and a meta-gradient that is not the reference's is refused."""
+"""A lower precision is measured before it is trusted, and raises if its meta-gradient is wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metalearn import Episodes, InnerLoop, MetaGradient, Params, functionalize, meta_gradient
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
-from metalearn.config.validation import validate_train_config as check_config
+from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.core.functional import relative_error
 from metalearn.core.types import Forward, Loss
@@ -25,7 +25,7 @@ from metalearn.training.runtime.precision import (
     check_tf32_available,
     precision_context,
 )
-from tests.conftest import image_episodes
+from tests.factories import image_episodes
 from tests.metagrad.models import MODELS
 
 
@@ -45,7 +45,7 @@ def no_number(forward: Forward, params: Params, episodes: Episodes, inner: Inner
 
 @pytest.mark.parametrize("second_order", [True, False])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_reports_what_rounding_does(engine: str, second_order: bool) -> None:
+def test_report_holds_the_rounding_error(engine: str, second_order: bool) -> None:
     # bfloat16 keeps 8 bits: it cannot leave a gradient unchanged, nor move this small network's by a tenth.
     report = check(Conv4(3, width=6), InnerLoop(lr=0.1, steps=2, engine=engine, second_order=second_order))
     assert report.precision == "bfloat16"
@@ -58,7 +58,7 @@ def test_reports_what_rounding_does(engine: str, second_order: bool) -> None:
     assert f"{report.allowed:.2g}" in str(report)
 
 
-def test_errors_are_those_of_the_definition() -> None:
+def test_errors_equal_their_definitions() -> None:
     module = MODELS["transformer"]()
     episodes = image_episodes(shots=5, queries=5, dtype=torch.float32)
     inner = InnerLoop(lr=0.1, steps=2, engine="adjoint")
@@ -83,16 +83,16 @@ def test_errors_are_those_of_the_definition() -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"),
+    ("broken", "message"),
     [(first_order, "the engine adjoint and unroll differ by "), (no_number, r"its gradient is not finite.*is nan in")],
 )
-def test_a_broken_engine_is_caught(broken: Engine, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_engine_raises(broken: Engine, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENGINES, "adjoint", broken)
-    with pytest.raises(RunError, match=rf"{said}.*Set run\.precision=float32"):
+    with pytest.raises(RunError, match=rf"{message}.*Set run\.precision=float32"):
         check(Conv4(3, width=6), InnerLoop(lr=0.1, steps=2, engine="adjoint"))
 
 
-def test_refused_where_rounding_does_what_moved_parameters_do_not() -> None:
+def test_rounding_beyond_the_null_raises() -> None:
     # BatchNorm over one example a class: rounding moves the gradient by more than the whole second-order term.
     forward, theta = functionalize(MODELS["mlp"]())
     episodes = image_episodes(shots=1, queries=3, dtype=torch.float32)
@@ -102,7 +102,7 @@ def test_refused_where_rounding_does_what_moved_parameters_do_not() -> None:
 
 
 class NearKinks(nn.Module):
-    """Logits by ReLUs of inputs that a millionth, or rounding, puts on either side of their kinks."""
+    """ReLUs of inputs so close to the kinks that rounding moves them across."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,14 +114,14 @@ class NearKinks(nn.Module):
         return logits
 
 
-def test_a_gradient_that_float32_itself_moves_as_far_is_not_refused() -> None:
-    # It used to be: rounding moves this gradient further than half of its second-order term.
+def test_rounding_within_the_null_passes() -> None:
+    # Rounding moves this gradient further than half of its second-order term.
     report = check(NearKinks(), InnerLoop(lr=1e-3, steps=1))
     assert report.rounding_error > 0.5
     assert report.null_error > 0.5
 
 
-def test_what_is_wrong_in_the_precision_is_refused_though_it_is_less_than_half_of_the_second_order_term() -> None:
+def test_wrong_kernel_raises_below_half_of_the_second_order_term() -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 16), nn.Tanh(), Shrunk(16, 3))
     # Measured: 0.44 of the gradient, of which half of the second-order term is 0.63; moved parameters make 0.05.
     with pytest.raises(RunError, match=r"rounding moves the meta-gradient by .*run\.precision=float32"):
@@ -129,21 +129,21 @@ def test_what_is_wrong_in_the_precision_is_refused_though_it_is_less_than_half_o
 
 
 class Shrunk(nn.Linear):
-    """A layer whose kernel is wrong by 10% in bfloat16."""
+    """A layer that is wrong by 10% in bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         return 0.9 * y if torch.is_autocast_enabled("cpu") else y
 
 
-def test_a_smooth_models_rounding_may_be_more_than_twice_its_null() -> None:
+def test_smooth_model_may_exceed_twice_its_null() -> None:
     # Both are some thousandths here, as are those of most models without kinks.
     report = check(nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 3)), InnerLoop(lr=1e-5, steps=1))
     assert report.allowed == 0.05
 
 
 class OtherSign(nn.Module):
-    """Stands for a network of which bfloat16 leaves nothing: its logits come out with the other sign."""
+    """A network whose logits have the wrong sign in bfloat16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,27 +155,27 @@ class OtherSign(nn.Module):
 
 
 @pytest.mark.parametrize("inner", [InnerLoop(lr=1e-3, steps=1, second_order=False), InnerLoop(lr=0.1, steps=0)])
-def test_refused_in_first_order_and_without_steps(inner: InnerLoop) -> None:
+def test_wrong_sign_raises_in_first_order_and_without_steps(inner: InnerLoop) -> None:
     with pytest.raises(RunError, match=r"and 0\.05 is allowed.* Set run\.precision=float32"):
         check(OtherSign(), inner)
 
 
 class Overflows(OtherSign):
-    """Logits by way of numbers above 65504, the largest of float16."""
+    """Logits computed from numbers above 65504, the largest of float16."""
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(x.flatten(1)) * 1e8
         return logits / 1e8
 
 
-def test_overflow_is_blamed_on_the_precision() -> None:
+def test_overflow_names_the_precision() -> None:
     with pytest.raises(RunError, match=r"In float16 the loss or its gradient is not finite.*run\.precision=float32"):
         check(Overflows(), InnerLoop(lr=0.1, steps=1), precision="float16")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("chunk", [None, 1])
-def test_same_draws_throughout_and_none_of_the_runs(chunk: int | None, engine: str) -> None:
+def test_check_precision_repeats_draws_and_preserves_the_generator(chunk: int | None, engine: str) -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 3))
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -188,7 +188,7 @@ def test_same_draws_throughout_and_none_of_the_runs(chunk: int | None, engine: s
     assert report.rounding_error < 0.1, "another mask would move the gradient by its own length"
 
 
-def test_generators_are_left_alone_by_a_refusal() -> None:
+def test_failed_check_preserves_the_generator() -> None:
     before = torch.get_rng_state()
     module = OtherSign()
     episodes = image_episodes(dtype=torch.float32)
@@ -199,7 +199,7 @@ def test_generators_are_left_alone_by_a_refusal() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_float32_is_float32_inside_the_callers_autocast() -> None:
+def test_reference_is_float32_inside_autocast() -> None:
     inner = InnerLoop(lr=0.1, steps=2)
     torch.manual_seed(1)
     outside = check(Conv4(3, width=6), inner)
@@ -215,8 +215,8 @@ def test_relative_error_is_of_the_whole_gradient() -> None:
     assert relative_error({"a": torch.tensor([2.0, 3.0]), "b": torch.tensor([1.0])}, expected) == pytest.approx(1 / 3)
 
 
-def places() -> list[str]:
-    """How GPUs multiply float32: in convolutions, and in matrix products."""
+def fp32_settings() -> list[str]:
+    """Return how GPUs multiply float32, in convolutions and in matrix products."""
     conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     return [conv.fp32_precision, matmul.fp32_precision]
 
@@ -225,24 +225,24 @@ def places() -> list[str]:
     ("precision", "inside"), [("float32", "ieee"), ("tf32", "tf32"), ("bfloat16", "ieee"), ("float16", "ieee")]
 )
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")  # the flags can be set without
-def test_gpus_multiply_as_it_says(precision: str, inside: str) -> None:
-    before = places()
+def test_precision_context_sets_fp32_matmul_precision(precision: str, inside: str) -> None:
+    before = fp32_settings()
     with precision_context(precision, torch.device("cuda")):
-        assert places() == [inside, inside]
+        assert fp32_settings() == [inside, inside]
         with precision_context("float32", torch.device("cuda")):
-            assert places() == ["ieee", "ieee"], "the reference is in all bits"
-        assert places() == [inside, inside]
-    assert places() == before
+            assert fp32_settings() == ["ieee", "ieee"], "the reference is in all bits"
+        assert fp32_settings() == [inside, inside]
+    assert fp32_settings() == before
     with pytest.raises(KeyError), precision_context(precision, torch.device("cuda")):
         raise KeyError
-    assert places() == before
+    assert fp32_settings() == before
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
-def test_cpus_are_left_as_they_are(precision: str) -> None:
-    before = places()
+def test_precision_context_on_a_cpu_only_autocasts(precision: str) -> None:
+    before = fp32_settings()
     with precision_context(precision, torch.device("cpu")):
-        assert places() == before
+        assert fp32_settings() == before
         assert torch.is_autocast_enabled("cpu") == (precision == "bfloat16")
 
 
@@ -250,17 +250,17 @@ def tf32(*more: str) -> TrainConfig:
     return to_dataclass(compose("train", ["data=glyphs", "run.precision=tf32", *more]), TrainConfig)
 
 
-def test_tf32_is_refused_for_a_cpu_by_the_configuration() -> None:
+def test_tf32_on_a_cpu_raises_in_validation() -> None:
     with pytest.raises(
         ConfigError, match=r"^run\.precision=tf32: .* run\.device is a CPU; take run\.precision=float32"
     ):
-        check_config(tf32("run.device=cpu"))
-    check_config(tf32("run.device=cpu"), trains=False)  # a model that a GPU has trained is tested anywhere
-    check_config(tf32("run.device=cuda"))
-    check_config(tf32())
+        validate_train_config(tf32("run.device=cpu"))
+    validate_train_config(tf32("run.device=cpu"), trains=False)  # a model that a GPU has trained is tested anywhere
+    validate_train_config(tf32("run.device=cuda"))
+    validate_train_config(tf32())
 
 
-def test_tf32_is_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_raises_on_an_older_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"run\.precision=tf32: .* run\.device is a CPU"):
         training_device(tf32())
@@ -276,7 +276,7 @@ def test_tf32_is_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.gpu
-def test_tf32s_error_is_stated() -> None:
+def test_tf32_error_is_reported() -> None:
     episodes = image_episodes(shots=5, queries=5, dtype=torch.float32)
     on_gpu = Episodes(*(t.cuda() for t in vars(episodes).values()))
     forward, theta = functionalize(Conv4(3, width=64).cuda())

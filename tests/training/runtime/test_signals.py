@@ -1,4 +1,4 @@
-"""Asked to end: at the next meta-step, in validation, in the test; a second time at once."""
+"""Signals stop a training at the next meta-step, in validation or in the test; a second signal stops it at once."""
 
 from __future__ import annotations
 
@@ -14,35 +14,34 @@ import pytest
 
 from metalearn.config.run_folder import folder_lock
 from metalearn.core.errors import TerminatedError
-from metalearn.training import loop as outer_loop
-from metalearn.training import session
+from metalearn.training import loop
 from metalearn.training.evaluate_run import evaluate_distributed
 from metalearn.training.evaluation import Evaluation
 from metalearn.training.runtime.signals import SIGHUP, StopRequest, sigterm_as_exception
-from tests.faults.processes import finished, output, start, state_of
-from tests.faults.runs import RUN, SMALL, assert_same, resume, whole
+from tests.faults.processes import load_state, read_output, start_training, wait_for_exit
+from tests.faults.runs import RUN, SMALL, assert_runs_equal, resume
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_first_signal_is_noted_and_handlers_are_put_back(number: signal.Signals) -> None:
+def test_first_signal_is_recorded_and_handlers_are_restored(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopRequest() as stop:
-        assert not stop.asked
-        stop.refuse_to_go_on()
+        assert not stop.requested
+        stop.raise_if_requested()
         os.kill(os.getpid(), number)
-        assert stop.asked
+        assert stop.requested
         with pytest.raises(TerminatedError, match=f"Stopped by {number.name}") as stopped:
-            stop.refuse_to_go_on()
+            stop.raise_if_requested()
         assert stopped.value.signal == number
     assert signal.getsignal(number) is before
 
 
-def test_outside_of_the_main_thread_nothing_is_caught() -> None:
+def test_no_signal_is_handled_outside_the_main_thread() -> None:
     seen: list[bool] = []
 
     def elsewhere() -> None:
         with StopRequest() as stop, sigterm_as_exception():
-            seen.append(stop.asked)
+            seen.append(stop.requested)
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
@@ -50,7 +49,7 @@ def test_outside_of_the_main_thread_nothing_is_caught() -> None:
     assert seen == [False]
 
 
-def test_sigterm_as_exception_runs_what_must_be_run() -> None:
+def test_sigterm_as_exception_raises_system_exit() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have told the tests to ignore it
     try:
         with pytest.raises(SystemExit) as ended, sigterm_as_exception(*SIGHUP):
@@ -63,70 +62,67 @@ def test_sigterm_as_exception_runs_what_must_be_run() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_an_exit_that_is_swallowed_is_obeyed_later() -> None:
+def test_swallowed_exit_is_obeyed_later() -> None:
     with sigterm_as_exception():
         with contextlib.suppress(SystemExit):  # as some import might
             os.kill(os.getpid(), signal.SIGTERM)
         with StopRequest() as stop:
             assert stop.signal == signal.SIGTERM
     with StopRequest() as stop:
-        assert not stop.asked
+        assert not stop.requested
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return whole(tmp_path_factory.mktemp("shared"))
+def signal_itself_in(what: str) -> None:
+    """Have this process signal itself in its first validation, or in its test."""
 
-
-def ask_for_the_end_in(what: str) -> None:
-    """Have this process signal itself while it validates, or tests, for the first time."""
-
-    def asked(*args: Any, test: bool, **more: Any) -> Evaluation:
+    def signal_and_evaluate(*args: Any, test: bool, **more: Any) -> Evaluation:
         if test is (what == "test"):
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate_distributed(*args, test=test, **more)
 
-    pytest.MonkeyPatch().setattr(session, "evaluate_distributed", asked)
+    pytest.MonkeyPatch().setattr(loop, "evaluate_distributed", signal_and_evaluate)
 
 
 @pytest.mark.parametrize(("what", "iteration"), [("validation", 8), ("test", 24)])
-def test_validation_and_test_are_taken_again(what: str, iteration: int, uninterrupted: Path, tmp_path: Path) -> None:
-    process = start([*SMALL, f"hydra.run.dir={RUN}"], tmp_path / "a", before=ask_for_the_end_in, given=(what,))
-    assert finished(process) == 143, output(tmp_path / "a")
-    state = state_of(tmp_path / "a" / RUN)["state"]
+def test_interrupted_validation_and_test_are_repeated(
+    what: str, iteration: int, uninterrupted_run: Path, tmp_path: Path
+) -> None:
+    process = start_training([*SMALL, f"hydra.run.dir={RUN}"], tmp_path / "a", before=signal_itself_in, args=(what,))
+    assert wait_for_exit(process) == 143, read_output(tmp_path / "a")
+    state = load_state(tmp_path / "a" / RUN)["state"]
     assert state["iteration"] == iteration
     assert state["validated"] == (0 if what == "validation" else iteration)
-    assert f"checkpoint of meta-step {iteration} is kept" in " ".join(output(tmp_path / "a").split())
+    assert f"checkpoint of meta-step {iteration} is kept" in " ".join(read_output(tmp_path / "a").split())
     assert not (tmp_path / "a" / RUN / "metrics.json").exists()
-    assert_same(resume(tmp_path / "a"), uninterrupted)
+    assert_runs_equal(resume(tmp_path / "a"), uninterrupted_run)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_waiting_for_another_process_ends_at_once(number: int, code: int, tmp_path: Path) -> None:
+def test_waiting_for_the_folder_stops_at_once(number: int, code: int, tmp_path: Path) -> None:
     with folder_lock(tmp_path / RUN, wait=False):
-        process = start([*SMALL, f"hydra.run.dir={RUN}", "run.resume=auto"], tmp_path)
+        process = start_training([*SMALL, f"hydra.run.dir={RUN}", "run.resume=auto"], tmp_path)
         while "waiting for it to end" not in " ".join((tmp_path / "output.txt").read_text().split()):
             assert process.exitcode is None
             time.sleep(0.05)
         os.kill(process.pid or 0, number)
-        assert finished(process, longest_s=30) == code
+        assert wait_for_exit(process, timeout_s=30) == code
     assert not (tmp_path / RUN / "config.yaml").exists()
 
 
-def ask_twice() -> None:
-    """Have this process signal itself twice, in the middle of a meta-step that would last."""
+def signal_itself_twice() -> None:
+    """Have this process signal itself twice in the middle of a long meta-step."""
 
     def slow(*args: Any, **more: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        Path("asked once").touch()
+        Path("signalled once").touch()
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 
-    pytest.MonkeyPatch().setattr(outer_loop, "compute_update", slow)
+    pytest.MonkeyPatch().setattr(loop, "compute_update", slow)
 
 
-def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
-    process = start([*SMALL, f"hydra.run.dir={RUN}"], tmp_path, before=ask_twice)
-    assert finished(process, longest_s=30) == 130
-    assert (tmp_path / "asked once").exists()
-    assert not list((tmp_path / RUN / "checkpoints").glob("*")), "nothing was put away"
+def test_second_signal_ends_at_once(tmp_path: Path) -> None:
+    process = start_training([*SMALL, f"hydra.run.dir={RUN}"], tmp_path, before=signal_itself_twice)
+    assert wait_for_exit(process, timeout_s=30) == 130
+    assert (tmp_path / "signalled once").exists()
+    assert not list((tmp_path / RUN / "checkpoints").glob("*")), "nothing was saved"

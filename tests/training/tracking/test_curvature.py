@@ -1,4 +1,4 @@
-"""The figures on the second-order term, against the dense Hessian of a small problem."""
+"""Second-order diagnostics against the dense Hessian of a small problem."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def flat(forward: Forward, theta: Params, episodes: Episodes, inner: InnerLoop, 
     return torch.cat([g.flatten() for g in grads.values()])
 
 
-def test_figures_are_what_they_are_called() -> None:
+def test_diagnostics_equal_dense_computation() -> None:
     forward, theta = functionalize(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double())
     x, y = torch.randn(6, 7, 4, dtype=torch.float64), torch.randint(3, (6, 7))
     episodes, inner = Episodes(x, y, x.flip(1), y.flip(1)), InnerLoop(lr=0.5, steps=2)
@@ -45,7 +45,7 @@ def test_figures_are_what_they_are_called() -> None:
     assert top == pytest.approx(torch.linalg.eigvalsh(matrix)[-1].item(), rel=0.01)
 
 
-def test_eigenvalue_is_of_one_dropout_mask() -> None:
+def test_eigenvalue_uses_one_dropout_mask() -> None:
     forward, theta = functionalize(nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)).double())
     x, y = torch.randn(1, 7, 4, dtype=torch.float64), torch.randint(3, (1, 7))
 
@@ -59,7 +59,7 @@ def test_eigenvalue_is_of_one_dropout_mask() -> None:
     assert top == pytest.approx(dense.item())
 
 
-def test_first_order_runs_and_other_draws() -> None:
+def test_diagnostics_preserve_the_generator() -> None:
     forward, theta = functionalize(nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)))
     x, y = torch.randn(2, 7, 4), torch.randint(3, (2, 7))
     torch.manual_seed(4)
@@ -67,6 +67,6 @@ def test_first_order_runs_and_other_draws() -> None:
     torch.manual_seed(4)
     got = curvature(forward, theta, Episodes(x, y, x, y), InnerLoop(lr=0.5, steps=1, second_order=False))
     support_eigenvalue(forward, theta, Episodes(x, y, x, y))
-    assert torch.equal(torch.rand(2), expected), "looking must not move the run's draws"
+    assert torch.equal(torch.rand(2), expected), "diagnostics must not change the training"
     assert got["grad/cosine_first_vs_second"] < 0.9999
     assert {"grad/adjoint_norm/step_0", "grad/adjoint_norm/step_1"} < got.keys()

@@ -1,19 +1,19 @@
-"""The picture of a task shows every image, and which predictions were wrong."""
+"""The image of a task shows every example, and which predictions are wrong."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from metalearn.training.tracking.pictures import _RIGHT_COLOUR, _WRONG_COLOUR, draw_tasks
-from tests.conftest import image_episodes
+from metalearn.training.tracking.images import _CORRECT_COLOUR, _WRONG_COLOUR, draw_tasks
+from tests.factories import image_episodes
 
 
 def count(picture: np.ndarray, colour: tuple[int, int, int]) -> int:  # type: ignore[type-arg]
     return int((picture == np.array(colour)).all(axis=-1).sum())
 
 
-def test_frames_tell_right_from_wrong() -> None:
+def test_frames_show_wrong_predictions() -> None:
     episodes = image_episodes(tasks=2, ways=3, queries=2)
     right = torch.nn.functional.one_hot(episodes.query_y, 3).double()
     all_right = draw_tasks(episodes, right)
@@ -26,11 +26,11 @@ def test_frames_tell_right_from_wrong() -> None:
     half = picture.shape[1] // 2
     assert count(picture[:, :half], _WRONG_COLOUR) == 0
     assert count(picture[:, half:], _WRONG_COLOUR) > 100
-    frame = count(all_right, _RIGHT_COLOUR) // 12
-    assert count(picture, _RIGHT_COLOUR) == 11 * frame
+    frame = count(all_right, _CORRECT_COLOUR) // 12
+    assert count(picture, _CORRECT_COLOUR) == 11 * frame
 
 
-def test_colour_images_and_many_classes_fit() -> None:
+def test_draw_tasks_limits_rows_and_queries() -> None:
     episodes = image_episodes(tasks=1, ways=30, queries=10)
     rgb = type(episodes)(
         episodes.support_x.expand(-1, -1, 3, -1, -1),

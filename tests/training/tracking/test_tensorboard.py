@@ -1,4 +1,4 @@
-"""What a run's event file holds, as TensorBoard's own readers see it."""
+"""Event files of runs, as TensorBoard's own readers see them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
@@ -22,10 +21,15 @@ from tensorboard.plugins.hparams.backend_context import Context
 
 from metalearn.training.evaluation import Evaluation
 from metalearn.training.tracking.event_files import EVENT_FILES, read_scalars
-from metalearn.training.tracking.hparams import METRICS, Value, to_hparam_value
-from metalearn.training.tracking.tensorboard import LAYOUT, ReportLogger, TensorBoardLogger
-
-PICTURE = np.full((4, 6, 3), 200, dtype=np.uint8)
+from metalearn.training.tracking.tensorboard import (
+    LAYOUT,
+    METRICS,
+    EventWriter,
+    TensorBoardLogger,
+    Value,
+    experiment_summary,
+    to_hparam_value,
+)
 
 
 def accumulated(folder: Path) -> EventAccumulator:
@@ -40,19 +44,19 @@ def multiplexed(folder: Path) -> EventMultiplexer:
 def evaluation(*accuracies: float) -> Evaluation:
     """Of two tasks 0.1 apart; the standard error is half of that."""
     by_task = torch.tensor(accuracies).unsqueeze(1) + torch.tensor([-0.05, 0.05])
-    return Evaluation(by_task, alone=torch.tensor([0.5, 0.5]))
+    return Evaluation(by_task, nontransductive_scores=torch.tensor([0.5, 0.5]))
 
 
-def test_a_resumed_run_has_every_point_once(tmp_path: Path) -> None:
+def test_resumed_run_has_every_point_once(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with TensorBoardLogger(run, config="a: 1\n") as tracker:
         for step in range(1, 51):
-            tracker.scalars({"x": step, "rare": step} if step % 20 == 0 else {"x": step}, step)
+            tracker.log_scalars({"x": step, "rare": step} if step % 20 == 0 else {"x": step}, step)
     (first,) = run.glob(EVENT_FILES)
     first.write_bytes(first.read_bytes()[:-7])  # it was cut in the middle of a record
     with TensorBoardLogger(run, config="a: 1\n", resumed_at=30) as tracker:
         for step in range(31, 61):
-            tracker.scalars({"x": 1000 + step}, step)
+            tracker.log_scalars({"x": 1000 + step}, step)
     assert len(list(run.glob(EVENT_FILES))) == 2
     expected = [(step, step if step <= 30 else 1000 + step) for step in range(1, 61)]
     assert [(p.step, p.value) for p in read_scalars(run)["x"]] == expected
@@ -66,20 +70,20 @@ def test_a_resumed_run_has_every_point_once(tmp_path: Path) -> None:
 def test_config_and_layout_are_written_once(tmp_path: Path) -> None:
     for resumed_at in (None, 0, 30):
         with TensorBoardLogger(tmp_path, config="a: 1\n", resumed_at=resumed_at) as tracker:
-            tracker.scalars({"x": 1.0}, (resumed_at or 0) + 1)
+            tracker.log_scalars({"x": 1.0}, (resumed_at or 0) + 1)
     events = accumulated(tmp_path)
     for tag in ("config/text_summary", "custom_scalars__config__"):
         assert len(events.Tensors(tag)) == 1, tag
     assert b"a: 1" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
 
 
-def test_files_of_one_second_are_read_in_their_order(tmp_path: Path) -> None:
+def test_event_files_of_one_second_are_read_in_order(tmp_path: Path) -> None:
     """Their names end with a number that counts on from 9 to 10, which sorts before it."""
     for n in range(12):
         with TensorBoardLogger(tmp_path / str(n), config=""):
             pass
     with TensorBoardLogger(tmp_path / "run", config="") as tracker:
-        tracker.scalars({"x": 1.0}, 1)
+        tracker.log_scalars({"x": 1.0}, 1)
     (name,) = (path.name for path in (tmp_path / "run").glob(EVENT_FILES))
     with TensorBoardLogger(tmp_path / "run", config="", resumed_at=1):
         pass
@@ -87,9 +91,9 @@ def test_files_of_one_second_are_read_in_their_order(tmp_path: Path) -> None:
     assert later.split(".")[3] > name.split(".")[3]
 
 
-def test_the_test_is_shown(tmp_path: Path) -> None:
+def test_log_test_logs_scores_and_intervals(tmp_path: Path) -> None:
     with TensorBoardLogger(tmp_path, config="") as tracker:
-        tracker.test(evaluation(0.2, 0.7, 0.75), 400)
+        tracker.log_test(evaluation(0.2, 0.7, 0.75), 400)
     curves = read_scalars(tmp_path)
     points = {tag: {p.step: round(p.value, 6) for p in curve} for tag, curve in curves.items()}
     ends = [points.pop(f"test/accuracy_by_inner_step_{end}") for end in ("low", "high")]
@@ -104,10 +108,16 @@ def test_the_test_is_shown(tmp_path: Path) -> None:
 def write_run(folder: Path, values: dict[str, Value], *, test: float) -> None:
     with TensorBoardLogger(folder, config="") as tracker:
         for step in (10, 20):
-            tracker.scalars({"memory/peak_mib": 50.0 + step, "time/meta_step_ms": 5.0, "train/grad_norm": 1.0}, step)
-        tracker.test(evaluation(0.2, test), 20)
+            curves = {"memory/peak_mib": 50.0 + step, "time/meta_step_ms": 5.0, "train/grad_norm": 1.0}
+            tracker.log_scalars(curves, step)
+        tracker.log_test(evaluation(0.2, test), 20)
         metrics = {"test/accuracy": test, "memory/peak_mib": 70.0, "time/median_meta_step_ms": 6.0}
-        tracker.hparams(values, metrics, 20)
+        tracker.log_hparams(values, metrics, 20)
+
+
+def write_columns(folder: Path, runs: list[dict[str, Value]]) -> None:
+    with EventWriter(folder) as writer:
+        writer.add_summary(experiment_summary(runs))
 
 
 class HParams:
@@ -144,11 +154,11 @@ MLP: dict[str, Value] = {"inner.second_order": False, "inner.task_chunk": 4, "mo
 
 
 @pytest.mark.parametrize("report", [True, False])
-def test_hparams_shows_every_key_of_every_run(report: bool, tmp_path: Path) -> None:
+def test_hparams_table_has_every_key_of_every_run(report: bool, tmp_path: Path) -> None:
     write_run(tmp_path / "second_order-seed0", CONV, test=0.75)
     write_run(tmp_path / "mlp-seed0", MLP, test=0.5)
     if report:
-        ReportLogger(tmp_path / "report").report("", {}, runs=[CONV, MLP])
+        write_columns(tmp_path / "report", [CONV, MLP])
     table = HParams(tmp_path)
     assert set(table.rows) == {"second_order-seed0", "mlp-seed0"}, "no extra run, and the report is none"
     if report:
@@ -176,9 +186,9 @@ def test_hparams_shows_every_key_of_every_run(report: bool, tmp_path: Path) -> N
     )
 
 
-def test_columns_fit_other_runs_as_well(tmp_path: Path) -> None:
+def test_hparams_columns_do_not_hide_other_runs(tmp_path: Path) -> None:
     write_run(tmp_path / "a", CONV, test=0.75)
-    ReportLogger(tmp_path / "report").report("", {}, runs=[CONV, MLP])
+    write_columns(tmp_path / "report", [CONV, MLP])
     infos = HParams(tmp_path).experiment.hparam_infos
     types = {info.name: info.type for info in infos}
     assert types["model.width"] == api_pb2.DATA_TYPE_FLOAT64
@@ -186,22 +196,22 @@ def test_columns_fit_other_runs_as_well(tmp_path: Path) -> None:
     assert not any(info.WhichOneof("domain") for info in infos), "it would hide other runs"
 
 
-def test_runs_that_are_all_alike_show_every_key(tmp_path: Path) -> None:
+def test_hparams_columns_of_equal_runs_are_all_keys(tmp_path: Path) -> None:
     write_run(tmp_path / "a", CONV, test=0.75)
-    ReportLogger(tmp_path / "report").report("", {}, runs=[CONV])
+    write_columns(tmp_path / "report", [CONV])
     assert HParams(tmp_path).columns == sorted(CONV)
 
 
-def test_metrics_do_not_double_a_curve(tmp_path: Path) -> None:
+def test_log_hparams_repeats_no_point(tmp_path: Path) -> None:
     write_run(tmp_path / "run", CONV, test=0.75)
     with TensorBoardLogger(tmp_path / "run", config="", resumed_at=20) as tracker:  # cut after the last meta-step
-        tracker.hparams(CONV, {"memory/peak_mib": 70.0}, 20)
+        tracker.log_hparams(CONV, {"memory/peak_mib": 70.0}, 20)
     points = {tag: [e.step for e in accumulated(tmp_path / "run").Scalars(tag)] for tag in METRICS}
     assert points == {"test/accuracy": [20], "memory/peak_mib": [10, 20], "time/median_meta_step_ms": [20]}
     assert [path.is_file() for path in (tmp_path / "run").iterdir()] == [True, True], "add_hparams makes a folder"
 
 
-def test_values_are_shown_as_they_are_written() -> None:
+def test_to_hparam_value_is_command_line_syntax() -> None:
     values = [to_hparam_value(value) for value in (True, False, None, 3, 0.4, "conv4", [1, None, True], [])]
     assert values == ["true", "false", "null", 3, 0.4, "conv4", "[1, null, true]", "[]"]
 
@@ -211,7 +221,7 @@ def plugin(folder: Path) -> CustomScalarsPlugin:
     return CustomScalarsPlugin(TBContext(data_provider=data, logdir=str(folder)))
 
 
-def test_layouts_of_several_runs_are_one(tmp_path: Path) -> None:
+def test_layouts_of_several_runs_are_merged(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         write_run(tmp_path / name, CONV, test=0.75)
     merged = json.loads(plugin(tmp_path).layout_impl(RequestContext(), ""))
@@ -220,7 +230,7 @@ def test_layouts_of_several_runs_are_one(tmp_path: Path) -> None:
     assert list(titles) == ["Accuracy", "Cost", "Second order"]
 
 
-def test_every_chart_takes_the_curves_that_it_is_about() -> None:
+def test_every_chart_matches_its_curves() -> None:
     tags = [
         *(f"validation/accuracy{end}" for end in ("", "_low", "_high")),
         *(f"train/{name}" for name in ("query_accuracy", "grad_norm", "query_loss")),
@@ -245,16 +255,3 @@ def test_every_chart_takes_the_curves_that_it_is_about() -> None:
         "time/median_meta_step_ms",
         "outer/lr",
     }
-
-
-def test_a_report_replaces_the_one_before(tmp_path: Path) -> None:
-    tracker = ReportLogger(tmp_path / "report")
-    tracker.report("| old |\n|---|", {"accuracy": PICTURE, "gone": PICTURE}, runs=[CONV])
-    tracker.report("| new |\n|---|", {"accuracy": PICTURE}, runs=[CONV, MLP])
-    (_,) = (tmp_path / "report").glob(EVENT_FILES)
-    events = accumulated(tmp_path / "report")
-    (text,) = events.Tensors("report/text_summary")
-    assert text.tensor_proto.string_val[0].decode() == "| new |\n|---|"
-    assert events.Tags()["images"] == ["report/accuracy"]
-    (image,) = events.Images("report/accuracy")
-    assert (image.height, image.width) == (4, 6)

@@ -1,0 +1,172 @@
+"""Methods to compare: this project's engines, a hand-written loop, and other libraries; and a check that they agree."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from metalearn.core.errors import RunError
+from metalearn.core.functional import functionalize, relative_error
+from metalearn.core.types import Episodes, MetaGradient, Params
+from metalearn.inner import InnerLoop
+from metalearn.metagrad import ENGINES, meta_gradient
+from metalearn.metagrad.baselines import by_hand
+from metalearn.metagrad.baselines.common import Peer, installed_peers
+
+log = logging.getLogger(__name__)
+
+OURS, BY_HAND, LEARN2LEARN = "metalearn", "hand-written loop", "learn2learn"
+
+BATCHES, TASKS_COMPARED = 5, 2
+"""Number of batches on which the methods' gradients are compared, and of tasks in each."""
+
+_FLOAT64_TOLERANCE = 1e-9
+_FLOAT32_TOLERANCE = 1e-4
+
+
+class DisagreementError(RunError):
+    """Methods compute different gradients, so that their times cannot be compared."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to compute the meta-gradient of a module."""
+
+    library: str
+    engine: str
+    second_order: bool
+    step: Callable[[nn.Module, Episodes], MetaGradient]
+
+    @property
+    def label(self) -> str:
+        """Library and engine."""
+        return f"{self.library} {self.engine}".strip()
+
+    @property
+    def name(self) -> str:
+        """Library, engine and order."""
+        return f"{self.label}, {order_name(self.second_order)}"
+
+    def gradient(self, module: nn.Module, episodes: Episodes, dtype: torch.dtype) -> Params:
+        """Return the meta-gradient of a copy of the module in ``dtype``."""
+        tasks = Episodes(episodes.support_x.to(dtype), episodes.support_y, episodes.query_x.to(dtype), episodes.query_y)
+        return {name: g.clone() for name, g in self.step(copy.deepcopy(module).to(dtype), tasks).grads.items()}
+
+
+def order_name(second_order: bool) -> str:
+    """Return ``second order`` or ``first order``."""
+    return "second order" if second_order else "first order"
+
+
+def available_baselines() -> dict[str, Peer]:
+    """Return the hand-written loop and the installed libraries; warn about those that are missing."""
+    peers, missing = installed_peers()
+    for name, reason in missing.items():
+        log.warning(
+            "%s is left out: %s. To compare with it, install it with `pip install -r requirements-peers.txt`.",
+            *(name, reason),
+        )
+    return {BY_HAND: by_hand.meta_gradient, **peers}
+
+
+def baseline(peers: Mapping[str, Peer]) -> str:
+    """Return the library whose speed is 1: learn2learn, or the hand-written loop if that is missing."""
+    return LEARN2LEARN if LEARN2LEARN in peers else BY_HAND
+
+
+def build_methods(
+    inner: InnerLoop, peers: Mapping[str, Peer], *, orders: Iterable[bool] = (True, False)
+) -> list[Method]:
+    """Return our engines and all peers in each order; in first order our engines are the same, so it has only one.
+
+    Args:
+        inner: the inner loop; its order and engine are replaced.
+        peers: functions by name.
+        orders: ``True`` is second order.
+    """
+    methods = []
+    for second_order in orders:
+        for engine in ENGINES if second_order else ("unroll",):
+            ours = replace(inner, second_order=second_order, engine=engine)
+            methods.append(Method(OURS, engine, second_order, partial(_our_step, ours)))
+        theirs = replace(inner, second_order=second_order)
+        methods += [Method(name, "", second_order, partial(_peer_step, peer, theirs)) for name, peer in peers.items()]
+    return methods
+
+
+def _our_step(inner: InnerLoop, module: nn.Module, episodes: Episodes) -> MetaGradient:
+    return meta_gradient(*functionalize(module), episodes, inner)
+
+
+def _peer_step(peer: Peer, inner: InnerLoop, module: nn.Module, episodes: Episodes) -> MetaGradient:
+    return peer(module, episodes, inner)
+
+
+def check_gradients_equal(
+    methods: Sequence[Method], module: nn.Module, batches: Sequence[Episodes]
+) -> dict[str, float]:
+    """Check that all methods compute the same gradient, in float64 and in the float32 that is timed.
+
+    float64 verifies the formulas. In float32 an input of ReLU that lies within rounding of its kink may fall on either
+    side of it, and a correct gradient is then off by percents; in most batches no input does. So the median over the
+    batches of each method's distance to its own float64 gradient tells rounding from a wrong kernel.
+
+    Args:
+        methods: each is compared in float64 with the first of its order.
+        module: of any dtype; it is not changed.
+        batches: the tasks of each batch.
+
+    Returns:
+        ``float64``: the largest relative difference; ``float32``: the largest median distance.
+
+    Raises:
+        DisagreementError: naming the method.
+    """
+    references: dict[bool, tuple[str, list[Params]]] = {}
+    largest = {"float64": 0.0, "float32": 0.0}
+    for method in methods:
+        exact = [method.gradient(module, batch, torch.float64) for batch in batches]
+        reference, expected = references.setdefault(method.second_order, (method.name, exact))
+        difference = max(map(_distance, exact, expected))
+        if difference >= _FLOAT64_TOLERANCE:
+            raise DisagreementError(
+                f"{method.name} differs from {reference} by {difference:.1e} in float64, more than the tolerance of "
+                f"{_FLOAT64_TOLERANCE:.0e}: one of them is wrong, and nothing was timed."
+            )
+        rounded = [method.gradient(module, batch, torch.float32) for batch in batches]
+        distance = statistics.median(map(_distance, rounded, exact))
+        if distance >= _FLOAT32_TOLERANCE:
+            raise DisagreementError(
+                f"{method.name} in float32 is {distance:.1e} from its own float64 gradient, in the median of "
+                f"{len(batches)} batches, more than the tolerance of {_FLOAT32_TOLERANCE:.0e}; nothing was timed."
+            )
+        largest = {"float64": max(largest["float64"], difference), "float32": max(largest["float32"], distance)}
+    return largest
+
+
+def _distance(grads: Params, expected: Params) -> float:
+    distance = relative_error(grads, expected)
+    return math.inf if math.isnan(distance) else distance  # comparisons with NaN are false
+
+
+def raise_if_failed(failed: Mapping[str, Exception], settings: int) -> None:
+    """Raise at the end of a benchmark if some of its settings failed.
+
+    Args:
+        failed: the exceptions by the setting's name.
+        settings: total number of settings.
+
+    Raises:
+        RunError: if any has failed.
+    """
+    if failed:
+        reasons = "\n".join(f"{name}: {error}" for name, error in failed.items())
+        raise RunError(f"{len(failed)} of {settings} settings could not be timed; the others are written.\n{reasons}")

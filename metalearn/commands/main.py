@@ -1,0 +1,202 @@
+"""The eight commands, each a function of its configuration and an output folder; ``metalearn COMMAND`` chooses one.
+
+``metalearn train`` and ``python scripts/train.py`` are the same function. A new command is a function here, its schema
+in ``config/commands_schema.py`` and its defaults in ``conf/``. What needs torch is imported inside of the functions, so
+that a wrong key is reported at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import sys
+from pathlib import Path
+
+import metalearn
+from metalearn.commands.adapt.checks import check_adapt
+from metalearn.commands.benchmark.settings import check_benchmark
+from metalearn.commands.cli import command
+from metalearn.commands.compare.variants import check_compare
+from metalearn.commands.reproduce.plan import check_reproduce
+from metalearn.commands.shell import exit_when_stdout_closes
+from metalearn.config.commands_schema import (
+    AdaptConfig,
+    BenchmarkConfig,
+    CompareConfig,
+    EvaluateConfig,
+    GradientsConfig,
+    ReproduceConfig,
+    VerifyConfig,
+)
+from metalearn.config.run_config import load_run_config, relocate_data, resolve_data, resolve_resume
+from metalearn.config.schema import TrainConfig
+from metalearn.config.validation import validate_evaluate_config, validate_train_config
+
+
+def train_worker(config: TrainConfig) -> None:
+    """Be one of the other processes that torchrun has started."""
+    from metalearn.training.trainer import train_worker
+
+    train_worker(resolve_data(config))
+
+
+@command(
+    "train",
+    TrainConfig,
+    validate_train_config,
+    may_continue=lambda config: config.run.resume is not False,
+    follow=train_worker,
+)
+def train(config: TrainConfig, run_dir: Path) -> None:
+    """Train MAML on few-shot tasks, validate while training, and test the best checkpoint once.
+
+    inner.second_order=true differentiates through the inner update (MAML); false does not (first-order MAML).
+    """
+    resolved = resolve_resume(resolve_data(config), run_dir)
+    from metalearn.training.trainer import train
+
+    train(resolved, run_dir)
+
+
+@command("evaluate", EvaluateConfig, validate_evaluate_config)
+def evaluate(config: EvaluateConfig, output_dir: Path) -> None:
+    """Test the best checkpoint of a run again, on the tasks of test classes that the run itself was tested on."""
+    run_dir = Path(config.run.dir)
+    trained = load_run_config(run_dir / "config.yaml")
+    wanted = dataclasses.replace(
+        trained,
+        data=relocate_data(trained.data, config.data.root),
+        run=dataclasses.replace(trained.run, device=config.run.device or trained.run.device),
+        eval=dataclasses.replace(
+            trained.eval,
+            episodes=config.eval.episodes or trained.eval.episodes,
+            queries=config.eval.queries or trained.eval.queries,
+        ),
+    )
+    validate_train_config(wanted, trains=False)
+    from metalearn.training.evaluate_run import evaluate_run
+
+    evaluate_run(wanted, run_dir, output_dir)
+
+
+@command("compare", CompareConfig, check_compare, may_continue=lambda config: True)
+def compare(config: CompareConfig, folder: Path) -> None:
+    """Train every variant with every seed on the same tasks, and report accuracy, memory and time side by side.
+
+    The same command goes on with a comparison that was interrupted. The exit code is 1 if a run failed; the report says
+    why, and the others are not affected.
+    """
+    from metalearn.commands.compare.run import run_comparison
+
+    if not run_comparison(config, folder):
+        sys.exit(1)
+
+
+@command("gradients", GradientsConfig)
+def gradients(config: GradientsConfig, output_dir: Path) -> None:
+    """Run the lessons on second-order gradients, and hold every number against its analytic value.
+
+    The exit code is 1 if one of them is wrong. Figures, TensorBoard and lessons.json lie in the output folder.
+    """
+    from metalearn.commands.gradients import run_lessons
+
+    if not run_lessons(config, output_dir):
+        sys.exit(1)
+
+
+@command("verify", VerifyConfig)
+def verify(config: VerifyConfig, output_dir: Path) -> None:
+    """Prove every engine right on this machine: against unroll, finite differences, learn2learn, higher and TorchOpt.
+
+    The exit code is 1 if a comparison exceeds its bound. All of them lie in verify.json in the output folder.
+    """
+    from metalearn.commands.verify.run import run_verification
+
+    if not run_verification(config, output_dir):
+        sys.exit(1)
+
+
+@command("benchmark", BenchmarkConfig, check_benchmark)
+def benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
+    """Time one meta-step beside learn2learn, higher, TorchOpt and a hand-written loop; all must give the same gradient.
+
+    bench.setting=configured takes the meta-step of a training's configuration instead of the published settings.
+    bench.kind=engines measures memory and time of every engine against the number of inner steps, bench.kind=float32
+    how far meta-gradients are from float64, bench.kind=sweeps how cost grows with inner steps, tasks, ways and width.
+    """
+    if config.bench.kind == "engines":
+        from metalearn.commands.benchmark.engines import run_engine_table
+
+        run_engine_table(config, output_dir)
+    elif config.bench.kind == "float32":
+        from metalearn.commands.benchmark.float32 import run_float32_table
+
+        run_float32_table(resolve_data(config), output_dir)
+    elif config.bench.kind == "sweeps":
+        from metalearn.commands.benchmark.sweeps import run_sweeps
+
+        run_sweeps(config, output_dir)
+    else:
+        from metalearn.commands.benchmark.run import run_benchmark
+
+        run_benchmark(resolve_data(config), output_dir)
+
+
+@command("adapt", AdaptConfig, check_adapt)
+def adapt(config: AdaptConfig, output_dir: Path) -> None:
+    """Adapt the best checkpoint of a run to your own images, one folder a class, and predict others."""
+    from metalearn.commands.adapt.run import run_adapt
+
+    run_adapt(config, output_dir)
+
+
+@command("reproduce", ReproduceConfig, check_reproduce, may_continue=lambda config: True)
+def reproduce(config: ReproduceConfig, folder: Path) -> None:
+    """Train an experiment in the orders and with the seeds that are asked for, and put it beside the published figure.
+
+    The same command goes on with what is not finished. The exit code is 0 when all is, 1 if a run failed, and 75 if the
+    time that minutes= allows was over before. Figures lie in omniglot.json; record=true also writes them to
+    outputs/reference/omniglot.json and README.md below the current folder, which is meant to be a checkout.
+    """
+    from metalearn.commands.reproduce.run import run_reproduction
+
+    sys.exit(run_reproduction(config, folder))
+
+
+COMMANDS = {
+    function.__name__: function
+    for function in (train, evaluate, compare, gradients, verify, benchmark, adapt, reproduce)
+}
+
+
+def main() -> None:
+    """Run the command that the first argument names, with the arguments after it."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in COMMANDS:
+        del sys.argv[1]
+        COMMANDS[name]()
+        return
+    with exit_when_stdout_closes():
+        if name in ("--help", "-h"):
+            print(_usage())
+        elif name == "--version":
+            print(f"metalearn {metalearn.__version__}")
+        else:
+            near = "".join(f" Did you mean {match}?" for match in difflib.get_close_matches(name, COMMANDS, n=1))
+            known = ", ".join(COMMANDS)
+            print(f"metalearn {name}: there is no such command.{near} The commands are {known}.", file=sys.stderr)
+            sys.exit(2)
+
+
+def _usage() -> str:
+    lines = [f"  {name:<11}{(inspect.getdoc(function) or '').splitlines()[0]}" for name, function in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: metalearn COMMAND [KEY=VALUE ...]",
+            "       metalearn COMMAND --help",
+            "       metalearn --version",
+            "",
+            *lines,
+        ]
+    )

@@ -1,0 +1,66 @@
+"""Between a command and the shell: the words that started it, and a reader of its output that goes away."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+_SIGPIPE_EXIT = 128 + 13
+"""The status that a shell reports for a program that SIGPIPE has ended; Python ignores that signal."""
+
+
+def invocation(command: str) -> list[str]:
+    """Return the words that start the command again, without its arguments."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        return ["python", "-m", "metalearn", command]
+    return ["metalearn", command] if program.stem == "metalearn" else ["python", sys.argv[0]]
+
+
+@contextmanager
+def exit_when_stdout_closes() -> Iterator[None]:
+    """Exit without a traceback in the block if nobody reads the output any more, as in ``metalearn --help | head``."""
+    stream = sys.stdout
+    if stream is None:  # the shell has closed it: >&-
+        yield
+        return
+    sys.stdout = _Stdout(stream)
+    try:
+        yield
+        sys.stdout.flush()  # here, where it can be handled, and not by the interpreter on its way out
+    finally:
+        sys.stdout = stream
+
+
+class _Stdout:
+    """A text stream that ends the process once its pipe is broken.
+
+    ``SystemExit`` passes through ``logging`` and ``rich``, which handle a ``BrokenPipeError`` in ways of their own.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._exit()
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._exit()
+
+    def _exit(self) -> NoReturn:
+        # What is buffered still has to go somewhere: https://docs.python.org/3/library/signal.html#note-on-sigpipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        sys.exit(_SIGPIPE_EXIT)

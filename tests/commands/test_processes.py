@@ -1,0 +1,80 @@
+"""Child processes: their output is captured, and none is left behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from metalearn.commands.processes import ProcessPool
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_run_captures_output_and_status(tmp_path: Path) -> None:
+    seen: list[str] = []
+    with ProcessPool() as pool:
+        code = "import os; print('threads', os.environ['OMP_NUM_THREADS'], flush=True); raise SystemExit(3)"
+        status, written = pool.run(python(code), tmp_path / "a" / "log", threads=2, callback=seen.append)
+    assert status == 3
+    assert written == "".join(seen)
+    assert "threads" in written
+    assert (tmp_path / "a" / "log").read_text() == written
+
+
+def test_run_returns_only_its_own_output_when_log_exists(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("RunError: of yesterday\n")
+    with ProcessPool() as pool:
+        _, written = pool.run(python("print('today')"), log, threads=1, callback=lambda piece: None)
+    assert written == "today\n"
+    assert log.read_text() == "RunError: of yesterday\ntoday\n"
+
+
+def test_children_are_terminated_when_interrupted(tmp_path: Path) -> None:
+    code = "import time; print('up', flush=True); time.sleep(600)"
+
+    def stop(piece: str) -> None:
+        raise KeyboardInterrupt
+
+    before = set(psutil.Process().children())
+    pool = ProcessPool()
+    with pytest.raises(KeyboardInterrupt), pool:
+        pool.run(python(code), tmp_path / "log", threads=1, callback=stop)
+    (child,) = pool.running
+    assert child.returncode == -15, "it was asked to end, not killed"
+    left = set(psutil.Process().children()) - before
+    assert not [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_child_is_killed_when_it_ignores_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metalearn.commands.processes._GRACE_S", 0.2)
+    code = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+    )
+    pool = ProcessPool()
+    child = subprocess.Popen(python(code), stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"up\n"
+    pool.running.add(child)
+    started = time.monotonic()
+    with pool:
+        pass
+    assert child.wait(10) == -9
+    assert time.monotonic() - started < 10
+    child.stdout.close()
+
+
+def test_run_raises_when_pool_is_closed(tmp_path: Path) -> None:
+    pool = ProcessPool()
+    with pool:
+        pass
+    with pytest.raises(ChildProcessError, match="being stopped"):
+        pool.run(python("print(1)"), tmp_path / "log", threads=1, callback=lambda piece: None)
+    assert (tmp_path / "log").read_text() == ""

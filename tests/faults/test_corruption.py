@@ -1,0 +1,129 @@
+"""Damaged files of a run: a flipped bit, a cut, code in place of tensors; the state before is taken, and it is said."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from metalearn.training.checkpoints import best_path, load_best, load_latest, state_paths
+from metalearn.training.tracking.event_files import EVENT_FILES
+from tests.faults.cases import cases
+from tests.faults.processes import load_state, read_output
+from tests.faults.runs import (
+    RUN,
+    STEPS,
+    assert_runs_equal,
+    assert_steps_increase,
+    resume,
+    tensors_to_bytes,
+    train_and_kill,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def finished_run(uninterrupted_run: Path, tmp_path: Path) -> Path:
+    """Copy the uninterrupted run."""
+    return Path(shutil.copytree(uninterrupted_run, tmp_path / RUN))
+
+
+@pytest.fixture
+def untested_run(finished_run: Path) -> Path:
+    """Copy the uninterrupted run as if it had been killed before its test."""
+    (finished_run / "metrics.json").unlink()
+    return finished_run
+
+
+FALLS_BACK = "every one detected; falls back to the one before, and says so"
+
+
+@pytest.mark.fault("one flipped bit in a checkpoint", FALLS_BACK)
+@pytest.mark.parametrize("seed", cases(range(300), quick=[0, 10, 11]))
+def test_flipped_bit(seed: int, finished_run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # In the newest state, in its digest, or in the best parameters: in turns of ten, one, and four.
+    newest, before = state_paths(finished_run)
+    path = best_path(finished_run) if seed % 15 > 10 else newest
+    named = str(path)
+    path = path.with_name(path.name + ".sha256") if seed % 15 == 10 else path
+    data = bytearray(path.read_bytes())
+    bit = random.Random(seed).randrange(8 * (64 if path.suffix == ".sha256" else len(data)))
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+    latest = load_latest(finished_run)
+    assert latest is not None
+    if path == best_path(finished_run):
+        expected = latest["state"]
+        best = load_best(finished_run, like=expected["params"], device=CPU)
+        assert tensors_to_bytes([best.iteration, best.validation_score, best.params]) == tensors_to_bytes(
+            expected["best"]
+        )
+    else:
+        assert tensors_to_bytes(latest) == tensors_to_bytes(torch.load(before, weights_only=True))
+    assert named in caplog.text
+
+
+@pytest.mark.fault("checkpoint cut at 0, 10, 50, 90, 99%", FALLS_BACK)
+@pytest.mark.parametrize("percent", cases([0, 10, 50, 90, 99], quick=[2]))
+def test_cut_checkpoint(percent: int, untested_run: Path, tmp_path: Path, uninterrupted_run: Path) -> None:
+    newest = state_paths(untested_run)[0]
+    os.truncate(newest, newest.stat().st_size * percent // 100)
+    assert_runs_equal(resume(tmp_path), uninterrupted_run)
+    said = " ".join(read_output(tmp_path).split())
+    assert "is damaged" in said
+    assert f"The one before it is taken: state-{STEPS - 1:08}.pt" in said
+    assert f"Going on from meta-step {STEPS - 1}" in read_output(tmp_path)
+
+
+class Bomb:
+    """Write a file on being unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> Any:
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.fault("malicious pickle as a checkpoint", "refused, no side effect")
+@pytest.mark.parametrize("place", cases(["state", "plain pickle", "best parameters"], quick=[0]))
+def test_malicious_pickle(
+    place: str, untested_run: Path, tmp_path: Path, uninterrupted_run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Each with a digest that fits, so that only the restricted loading stands between.
+    mark = tmp_path / "it ran"
+    newest, _ = state_paths(untested_run)
+    path = best_path(untested_run) if place == "best parameters" else newest
+    if place == "plain pickle":
+        path.write_bytes(pickle.dumps(Bomb(mark)))
+    else:
+        content = torch.load(path, weights_only=True)
+        torch.save({**content, "params": {"head.bias": [Bomb(mark)]}}, path)
+    path.with_name(path.name + ".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest() + "\n")
+    if place == "best parameters":
+        load_best(untested_run, like=torch.load(newest, weights_only=True)["state"]["params"], device=CPU)
+        assert any("is refused" in line and "could run code" in line for line in caplog.messages)
+    assert_runs_equal(resume(tmp_path), uninterrupted_run)
+    assert place == "best parameters" or "is refused" in read_output(tmp_path)
+    assert not mark.exists()
+
+
+@pytest.mark.fault("event file cut, then resumed", "monotone steps, none doubled")
+@pytest.mark.parametrize("percent", cases([20, 55, 90], quick=[1]))
+def test_cut_event_file(percent: int, tmp_path: Path, uninterrupted_run: Path) -> None:
+    run_dir = train_and_kill(tmp_path, after=8)
+    (events,) = run_dir.glob(EVENT_FILES)
+    os.truncate(events, load_state(run_dir)["event_files"][events.name] * percent // 100)
+    resume(tmp_path)
+    assert_steps_increase(run_dir)
+    assert "its curves lack points that were shown before" in " ".join(read_output(tmp_path).split())
+    ours, theirs = load_state(run_dir)["state"], load_state(uninterrupted_run)["state"]
+    assert ours["iteration"] == theirs["iteration"]

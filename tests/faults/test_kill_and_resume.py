@@ -1,0 +1,113 @@
+"""A training that is killed or asked to stop, at whatever moment, resumes to the same bits."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from metalearn.core import serialization as files
+from tests.faults.cases import cases
+from tests.faults.processes import load_state, read_output, start_training, wait_for_checkpoint, wait_for_exit
+from tests.faults.runs import RUN, SMALL_RUN, STEPS, assert_runs_equal, resume, train_and_kill
+
+CALLS_PER_SAVE = 9  # of os.fsync and os.replace: three files, each synced, renamed, and its folder synced
+
+
+@pytest.mark.fault(
+    "kill -9 at a random step, resume",
+    "final parameters, optimiser, random states, metrics and curves bitwise equal to the uninterrupted run",
+)
+@pytest.mark.parametrize("seed", cases(range(20), quick=[0]))
+def test_kill_at_random_step(seed: int, tmp_path: Path, uninterrupted_run: Path) -> None:
+    train_and_kill(tmp_path, after=random.Random(seed).randrange(1, STEPS))
+    assert_runs_equal(resume(tmp_path), uninterrupted_run)
+
+
+def die_while_saving(call: int, share: float) -> None:
+    """Kill this process at a call of ``os.fsync`` or ``os.replace``, with a share of the data on disk."""
+    calls = 0
+
+    def count(name: str) -> None:
+        real = getattr(os, name)
+
+        def call_or_die(*args: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                if name == "fsync" and not os.path.isdir(f"/proc/self/fd/{args[0]}"):
+                    os.ftruncate(args[0], int(share * os.fstat(args[0]).st_size))  # type: ignore[arg-type]
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
+
+        setattr(files.os, name, call_or_die)  # type: ignore[attr-defined]
+
+    count("fsync")
+    count("replace")
+
+
+@pytest.mark.fault(
+    "kill -9 during a save", "no unreadable checkpoint is ever picked up; at most one save interval lost"
+)
+@pytest.mark.parametrize("seed", cases(range(50), quick=[4]))
+def test_kill_during_save(seed: int, tmp_path: Path, uninterrupted_run: Path) -> None:
+    draw = random.Random(seed)
+    saves = draw.randrange(1, STEPS - 1)
+    call = 3 + CALLS_PER_SAVE * saves + seed % CALLS_PER_SAVE  # the first three write config.yaml
+    process = start_training(SMALL_RUN, tmp_path, before=die_while_saving, args=(call, draw.random()))
+    assert wait_for_exit(process) == -signal.SIGKILL, read_output(tmp_path)
+    at = load_state(tmp_path / RUN)["state"]["iteration"]
+    newest = max(int(p.name.split("-")[1][:8]) for p in (tmp_path / RUN / "checkpoints").glob("*state-*"))
+    assert newest - at <= 1, f"the state after {newest} was being saved, and {at} is what is left"
+    run_dir = resume(tmp_path)
+    assert "damaged" not in read_output(tmp_path), "the state that is picked up is intact"
+    assert not list((run_dir / "checkpoints").glob(".*")), "no partly written file is left"
+    assert_runs_equal(run_dir, uninterrupted_run)
+
+
+@pytest.mark.fault("SIGTERM, SIGINT", "saved, right exit code, resumes bitwise")
+@pytest.mark.parametrize("number", cases([signal.SIGTERM, signal.SIGINT] * 10, quick=[0, 1]))
+def test_stop_by_signal(number: signal.Signals, tmp_path: Path, uninterrupted_run: Path) -> None:
+    process = start_training([*SMALL_RUN, "run.checkpoint_every_s=null"], tmp_path)
+    wait_for_checkpoint(
+        tmp_path / RUN, 8, process
+    )  # saved by the first validation; nothing else saves without a request
+    os.kill(process.pid or 0, number)
+    assert wait_for_exit(process) == {signal.SIGTERM: 143, signal.SIGINT: 130}[number], read_output(tmp_path)
+    kept = load_state(tmp_path / RUN)["state"]["iteration"]
+    assert f"Stopped by {number.name}" in read_output(tmp_path)
+    assert f"checkpoint of meta-step {kept} is kept" in read_output(tmp_path)
+    assert "Traceback" not in read_output(tmp_path)
+    assert_runs_equal(resume(tmp_path), uninterrupted_run)
+
+
+CHANGED = (
+    ["inner.lr=0.2"],
+    ["task.shots=2", "outer.lr=0.1"],
+    ["model.hidden=[9]"],
+    ["run.seed=1", "inner.second_order=false"],
+    ["data.jitter=0.1", "run.accept=[inner.lr]"],
+    ["outer.iterations=30", "eval.every=5", "run.accept=[eval.every]"],
+)
+
+
+@pytest.mark.fault("resume under a changed config", "differing keys listed, refused")
+@pytest.mark.parametrize("changed", cases(CHANGED, quick=[5]))
+def test_resume_with_changed_config(changed: list[str], tmp_path: Path, uninterrupted_run: Path) -> None:
+    run_dir = train_and_kill(tmp_path, after=8)
+    before = load_state(run_dir)
+    assert wait_for_exit(start_training([*SMALL_RUN, "run.resume=true", *changed], tmp_path)) == 2
+    said = read_output(tmp_path)
+    accepted = next((o for o in changed if o.startswith("run.accept")), "")
+    for key in (o.partition("=")[0] for o in changed if o != accepted):
+        if key in accepted:
+            assert f"{key}: " not in said
+        else:
+            assert f"\n{key}: " in said
+            assert " in the folder, " in said
+    assert "run.accept=[" in said
+    assert load_state(run_dir)["total_s"] == before["total_s"], "nothing was trained"
+    assert_runs_equal(resume(tmp_path), uninterrupted_run)

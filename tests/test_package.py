@@ -1,0 +1,137 @@
+"""The wheel, installed into a new environment, gives the commands; nothing of the checkout is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import metalearn
+from metalearn.commands.reproduce.plan import check_reproduce
+from metalearn.config.commands_schema import ReproduceConfig
+from metalearn.config.compose import compose, to_dataclass, user_conf_dir
+from metalearn.core.errors import ConfigError
+from tests.paths import REPO
+
+SMALL = ["data=glyphs", "data.classes=50", "model.width=8", "task.meta_batch=4", "outer.iterations=2", "eval.every=2"]
+SMALL += ["eval.validation_episodes=4", "eval.episodes=8"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if importlib.util.find_spec("hatchling") is None:
+        if os.environ.get("CI"):
+            pytest.fail("hatchling is not installed on CI, so no wheel is built")
+        pytest.skip("hatchling is not installed: pip install -e '.[dev]'")
+    folder = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
+    subprocess.run(build, cwd=REPO, check=True, capture_output=True)
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the scripts of a new environment, which has the wheel and the libraries of this one."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False, symlinks=True)
+    bin_dir = folder / ("Scripts" if os.name == "nt" else "bin")
+    install = [sys.executable, "-m", "pip", "--python", str(bin_dir / "python"), "install", "--no-deps", "--no-index"]
+    subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    # A path file is not looked for in folders that another one names, so that an editable installation stays unseen.
+    libraries = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    packages = sysconfig.get_path("purelib", "venv", vars={"base": str(folder), "platbase": str(folder)})
+    (Path(packages) / "libraries.pth").write_text("\n".join(libraries))
+    return bin_dir
+
+
+def run(environment: Path, *command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    shell = {name: value for name, value in os.environ.items() if name not in ("METALEARN_DATA", "PYTHONPATH")}
+    program = str(environment / command[0])
+    return subprocess.run(
+        [program, *command[1:]],
+        cwd=cwd,
+        env={"OMP_NUM_THREADS": "1", **shell},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_wheel_holds_the_configuration(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.startswith("metalearn/conf/")]
+        shipped = {name.removeprefix("metalearn/"): archive.read(name) for name in names}
+    assert shipped == {p.relative_to(REPO).as_posix(): p.read_bytes() for p in (REPO / "conf").rglob("*.yaml")}
+
+
+def test_trains_from_an_empty_folder(environment: Path, tmp_path: Path) -> None:
+    trained = run(environment, "metalearn", "train", *SMALL, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    (metrics,) = tmp_path.glob("outputs/glyphs-5w1s/maml-second_order-seed0-*/metrics.json")
+    assert json.loads(metrics.read_text())["iterations"] == 2
+    assert list(metrics.parent.glob("events.out.tfevents*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+
+
+def test_command_line_without_a_checkout(environment: Path, tmp_path: Path) -> None:
+    where = run(environment, "python", "-c", "import metalearn; print(metalearn.__file__)", cwd=tmp_path)
+    assert where.stdout.startswith(str(environment.parent))
+    assert run(environment, "metalearn", "--version", cwd=tmp_path).stdout == f"metalearn {metalearn.__version__}\n"
+    commands = run(environment, "metalearn", "--help", cwd=tmp_path).stdout
+    assert "  train      Train MAML on few-shot tasks" in commands
+    typed = run(environment, "metalearn", "evaluate", "--help", cwd=tmp_path)
+    assert "usage: metalearn evaluate [KEY=VALUE" in typed.stdout
+    module = run(environment, "python", "-m", "metalearn", "evaluate", "--help", cwd=tmp_path)
+    assert module.stdout == typed.stdout.replace("usage: metalearn", "usage: python -m metalearn")
+    unknown = run(environment, "metalearn", "trian", cwd=tmp_path)
+    assert unknown.returncode == 2
+    assert "metalearn trian: there is no such command. Did you mean train?" in unknown.stderr
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """Return an experiment file of the user's, below ``tmp_path``."""
+    path = tmp_path / "conf" / "experiment" / "mine.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("# @package _global_\ninner: {lr: 0.125}\n")
+    return path
+
+
+def test_conf_in_the_current_folder_adds_experiments(environment: Path, mine: Path, tmp_path: Path) -> None:
+    shown = run(environment, "metalearn", "train", "experiment=mine", "--cfg", "job", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "inner:\n  lr: 0.125\n" in shown.stdout
+    mine.write_text("# @package _global_\nhydra: {callbacks: {x: {_target_: os.mkdir, path: made}}}\n")
+    refused = run(environment, "metalearn", "train", "experiment=mine", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "this names code to run" in refused.stderr
+    assert not (tmp_path / "made").exists()
+
+
+def test_conf_in_the_current_folder_adds_rows(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = to_dataclass(compose("reproduce", ["row=mine", "overrides=['data=glyphs']"]), ReproduceConfig)
+    with pytest.raises(ConfigError, match="row=mine: there is no such experiment"):
+        check_reproduce(config)
+    monkeypatch.chdir(mine.parents[2])
+    check_reproduce(config)
+
+
+def test_conf_in_the_current_folder_is_searched_by_default(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    assert user_conf_dir() is None, "this one is the shipped one"
+    monkeypatch.chdir(mine.parents[2])
+    assert user_conf_dir() == str(mine.parents[1])
+    assert user_conf_dir(["hydra.searchpath=[elsewhere]"]) is None
+    assert compose("train", ["experiment=mine"]).inner.lr == 0.125
+    with pytest.raises(ConfigError, match="Could not find 'experiment/mine'"):
+        compose("train", ["experiment=mine"], config_dir=str(REPO / "conf"))
