@@ -218,24 +218,24 @@ def reptile(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
 
 
 def imaml(
-    inner: InnerLoop, parts: ModuleParts, *, strength: float = 2.0, cg_steps: int = 5, damping: float = 0.0
+    inner: InnerLoop, parts: ModuleParts, *, proximal_weight: float = 2.0, cg_steps: int = 5, damping: float = 0.0
 ) -> Algorithm:
     """Build implicit MAML: the meta-gradient at a proximal optimum, independent of the steps to it.
 
-        phi = argmin L_support(phi) + strength/2 |phi - theta|^2,    g = (I + H / strength)^-1 dL_query(phi)
+        phi = argmin L_support(phi) + lam/2 |phi - theta|^2,    g = (I + H / lam)^-1 dL_query(phi)
 
     Rajeswaran et al. 2019, arXiv 1909.04630, section 3, algorithms 1 and 2.
 
     Args:
         inner: takes the steps towards phi.
         parts: of the model.
-        strength: lambda, the weight of the proximal term.
-        cg_steps: conjugate gradients on I + H / strength.
+        proximal_weight: lambda, the weight of the proximal term.
+        cg_steps: conjugate gradients on I + H / lambda.
         damping: added to the diagonal.
     """
     return Algorithm(
         "imaml",
-        dataclasses.replace(inner, proximal_weight=strength),
+        dataclasses.replace(inner, proximal_weight=proximal_weight),
         engine=Implicit(cg_steps=cg_steps, damping=damping),
         diagnostics=("cg_residual", "cg_residual_max"),
     )

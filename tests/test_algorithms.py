@@ -173,7 +173,7 @@ def test_algorithm_raises_when_model_lacks_a_part() -> None:
 
 
 def test_imaml_sets_proximal_weight() -> None:
-    algorithm = imaml(INNER, module_parts(conv4()), strength=3.0)
+    algorithm = imaml(INNER, module_parts(conv4()), proximal_weight=3.0)
     assert algorithm.inner.proximal_weight == 3.0
     assert algorithm.eval_inner(2).proximal_weight == 3.0, "test tasks are adapted like training tasks"
 

@@ -37,7 +37,13 @@ ONLY_IN = {
         "config/run_config.py",
         "config/messages.py",
         "config/overrides.py",
+    },
+    "hydra._internal": set[str](),
+    "pydantic": {
+        "config/commands_schema.py",
+        "config/messages.py",
         "config/schema.py",
+        "config/validation.py",
     },
     "tensorboard": {"training/tracking/tensorboard.py", "training/tracking/event_files.py"},
     "torch.utils.tensorboard": {"training/tracking/tensorboard.py"},

@@ -119,8 +119,8 @@ def test_conf_in_the_current_folder_adds_experiments(environment: Path, mine: Pa
 
 
 def test_conf_in_the_current_folder_adds_rows(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = to_dataclass(compose("reproduce", ["row=mine", "overrides=['data=glyphs']"]), ReproduceConfig)
-    with pytest.raises(ConfigError, match="row=mine: there is no such experiment"):
+    config = to_dataclass(compose("reproduce", ["experiment_name=mine", "overrides=['data=glyphs']"]), ReproduceConfig)
+    with pytest.raises(ConfigError, match="experiment_name=mine: there is no such experiment"):
         check_reproduce(config)
     monkeypatch.chdir(mine.parents[2])
     check_reproduce(config)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
-from hydra._internal.utils import get_args_parser  # Hydra's own parser: no public way to read its flags
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -30,7 +29,8 @@ from metalearn.commands.shell import exit_when_stdout_closes, invocation
 from metalearn.config.compose import CONF, Config, compose, group_defaults, to_dataclass, user_conf_dir
 from metalearn.config.messages import help_text
 from metalearn.config.output_names import RUN_FILES
-from metalearn.config.overrides import requested_jobs
+from metalearn.config.overrides import parse_flags, requested_jobs
+from metalearn.config.renamed_keys import rename_overrides
 from metalearn.config.run_folder import check_no_run_in
 from metalearn.core.errors import ConfigError, MetalearnError, RunError, TerminatedError
 from metalearn.training.runtime import torchrun
@@ -40,7 +40,7 @@ from metalearn.training.runtime.signals import sigterm_as_exception
 def command(
     name: str,
     kind: type[Config],
-    check: Callable[[Config], None],
+    check: Callable[[Config], None] = lambda config: None,
     *,
     may_continue: Callable[[Config], bool] = lambda config: False,
     follow: Callable[[Config], None] | None = None,
@@ -59,15 +59,15 @@ def command(
         @functools.wraps(function)
         @exit_when_stdout_closes()
         def command() -> None:
-            flags = get_args_parser().parse_args()
+            sys.argv[1:] = rename_overrides(name, sys.argv[1:])
+            flags = parse_flags()
             _search_user_conf_dir(flags)
             try:
                 if torchrun.world_size() > 1 and (follow is None or flags.multirun):
                     raise ConfigError(_ONE_TRAINING)
                 if flags.help:
-                    config = compose(name)
                     start = shlex.join(invocation(name))
-                    print(help_text(config, start, function.__doc__ or "", group_defaults(name, config)))
+                    print(help_text(compose(name), kind, start, function.__doc__ or "", group_defaults(name)))
                     return
                 jobs = _checked(name, flags, kind, check, may_continue)
             except MetalearnError as error:
@@ -82,7 +82,7 @@ def command(
         def job(config: DictConfig) -> None:
             output_dir = Path(HydraConfig.get().runtime.output_dir)
             with _report_errors(f"what was written so far lies in {output_dir}"):
-                checked = to_dataclass(config, kind)
+                checked = to_dataclass(config, kind, HydraConfig.get().overrides.task)
                 check(checked)
                 if not may_continue(checked):
                     check_no_run_in(output_dir, RUN_FILES)
@@ -110,7 +110,7 @@ def _checked(
     """The configuration of every job, before any begins; none where Hydra is asked for something else."""
     jobs = []
     for overrides, config, folder in requested_jobs(name, flags):
-        job = to_dataclass(config, kind)
+        job = to_dataclass(config, kind, overrides, flags.config_dir)
         check(job)
         _check_is_folder(overrides)
         if flags.multirun and may_continue(job) and not any("hydra.sweep.subdir=" in o for o in overrides):

@@ -31,12 +31,7 @@ from metalearn.config.commands_schema import (
 )
 from metalearn.config.run_config import load_run_config, relocate_data, resolve_data, resolve_resume
 from metalearn.config.schema import TrainConfig
-from metalearn.config.validation import (
-    validate_evaluate_config,
-    validate_gradients_config,
-    validate_train_config,
-    validate_verify_config,
-)
+from metalearn.config.validation import validate_evaluate_config, validate_train_config
 
 
 def train_worker(config: TrainConfig) -> None:
@@ -98,7 +93,7 @@ def compare(config: CompareConfig, folder: Path) -> None:
         sys.exit(1)
 
 
-@command("gradients", GradientsConfig, validate_gradients_config)
+@command("gradients", GradientsConfig)
 def gradients(config: GradientsConfig, output_dir: Path) -> None:
     """Run the lessons on second-order gradients, and hold every number against its analytic value.
 
@@ -110,7 +105,7 @@ def gradients(config: GradientsConfig, output_dir: Path) -> None:
         sys.exit(1)
 
 
-@command("verify", VerifyConfig, validate_verify_config)
+@command("verify", VerifyConfig)
 def verify(config: VerifyConfig, output_dir: Path) -> None:
     """Prove every engine right on this machine: against unroll, finite differences, learn2learn, higher and TorchOpt.
 

@@ -2,184 +2,203 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
 
-from metalearn.config.schema import LARGEST_SEED, TrainConfig, key
+from pydantic import Field, StrictFloat, StrictInt
+from typing_extensions import Doc
 
-LESSONS = (
-    "create_graph",
-    "backward",
-    "orders",
-    "graph",
-    "hvp",
-    "dense_hessian",
-    "finite_differences",
-    "big_product",
-    "newton",
-    "sharpness",
-    "pinn",
-    "maml",
+from metalearn.config.schema import (
+    Bool,
+    Count,
+    Device,
+    Episodes,
+    OnError,
+    Positive,
+    Section,
+    Seed,
+    Steps,
+    Text,
+    TrainConfig,
 )
+
+Lesson = Literal[
+    "all", "create_graph", "backward", "orders", "graph", "hvp", "dense_hessian", "finite_differences", "big_product",
+    "newton", "sharpness", "pinn", "maml",
+]  # fmt: skip
+LESSONS = get_args(Lesson)[1:]
 """Names for ``lesson`` in teaching order; a test holds them equal to ``metalearn.lessons.LESSONS``."""
 
-
-BENCH_SETTINGS = (
-    *("all", "configured", "5way_1shot", "20way_1shot", "5way_1shot_15queries"),
-    *("5way_5shot", "20way_1shot_wide"),
-    *("5way_K1", "5way_K5", "20way_K1", "20way_K5"),
-    *("steps", "tasks", "ways", "width"),
-)
+BenchSetting = Literal[
+    "all", "configured", "5way_1shot", "20way_1shot", "5way_1shot_15queries", "5way_5shot", "20way_1shot_wide",
+    "5way_K1", "5way_K5", "20way_K1", "20way_K5", "steps", "tasks", "ways", "width",
+]  # fmt: skip
+BENCH_SETTINGS = get_args(BenchSetting)
 """Names for ``bench.setting``; a test holds them equal to what ``commands/benchmark`` allows for each kind."""
 
+Repeats = Annotated[StrictInt, Field(ge=2)]
 
-@dataclass
-class BenchConfig:
+
+@dataclass(frozen=True)
+class BenchConfig(Section):
     """What to measure, and how long."""
 
-    kind: str = key(
-        "peers: a meta-step beside other libraries; engines: memory and time of every engine against K; "
-        "float32: its distance to float64; sweeps: how cost grows with K, tasks, ways and width",
-        choices=("peers", "engines", "float32", "sweeps"),
-    )
-    rounds: int = key("times that every contender is timed, in turns; with bench.kind=float32: seeds", at_least=2)
-    setting: str = key(
-        "one of the kind's settings, or all; configured, with bench.kind=peers: the configuration's own meta-step",
-        choices=BENCH_SETTINGS,
-    )
-    limit_mib: float = key("with bench.kind=engines: MiB at which a contender is stopped", above=0)
+    kind: Annotated[
+        Literal["peers", "engines", "float32", "sweeps"],
+        Doc(
+            "peers: a meta-step beside other libraries; engines: memory and time of every engine against "
+            "K; float32: its distance to float64; sweeps: how cost grows with K, tasks, ways and width"
+        ),
+    ]
+    repeats: Annotated[Repeats, Doc("times that every method is timed, in turns; with bench.kind=float32: seeds")]
+    setting: Annotated[
+        BenchSetting,
+        Doc("one of the kind's settings, or all; configured, with bench.kind=peers: the configuration's own meta-step"),
+    ]
+    memory_limit_mib: Annotated[Positive, Doc("with bench.kind=engines: MiB at which a measurement is stopped")]
 
 
-@dataclass
+@dataclass(frozen=True)
 class BenchmarkConfig(TrainConfig):
     """``conf/benchmark.yaml``: a training's configuration, of which one meta-step may be timed."""
 
-    bench: BenchConfig = field(default_factory=BenchConfig)
+    bench: BenchConfig
 
 
-@dataclass
-class EvaluateRunConfig:
+@dataclass(frozen=True)
+class EvaluateRunConfig(Section):
     """Which run, and where to test it."""
 
-    dir: str = key("folder of the run to test")
-    device: str | None = key("null: as the run was trained; or auto, cpu, cuda, cuda:N")
+    dir: Annotated[Text, Doc("folder of the run to test")]
+    device: Annotated[Device | None, Doc("null: as the run was trained")]
 
 
-@dataclass
-class EvaluateEvalConfig:
+@dataclass(frozen=True)
+class EvaluateEvalConfig(Section):
     """How much to test."""
 
-    episodes: int | None = key("tasks of test classes; null: as the run says", at_least=2)
-    queries: int | None = key("query examples per class; null: as the run says", at_least=1)
+    episodes: Annotated[Episodes | None, Doc("tasks of test classes; null: as in the run")]
+    queries: Annotated[Count | None, Doc("query examples per class; null: as in the run")]
 
 
-@dataclass
-class EvaluateDataConfig:
+@dataclass(frozen=True)
+class EvaluateDataConfig(Section):
     """Where the data lies now."""
 
-    root: str | None = key("folder that holds omniglot-py/; null: the run's own, or METALEARN_DATA if that is gone")
+    root: Annotated[Text | None, Doc("holds omniglot-py/; null: as in the run, or METALEARN_DATA if that is gone")]
 
 
-@dataclass
-class EvaluateConfig:
+@dataclass(frozen=True)
+class EvaluateConfig(Section):
     """``conf/evaluate.yaml``."""
 
-    run: EvaluateRunConfig = field(default_factory=EvaluateRunConfig)
-    eval: EvaluateEvalConfig = field(default_factory=EvaluateEvalConfig)
-    data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
+    run: EvaluateRunConfig
+    eval: EvaluateEvalConfig
+    data: EvaluateDataConfig
 
 
-@dataclass
-class AdaptRunConfig:
+@dataclass(frozen=True)
+class AdaptRunConfig(Section):
     """Which run, and where to compute."""
 
-    dir: str = key("folder of the run whose best checkpoint is adapted; nothing is written there")
-    device: str = key("auto: the GPU if there is one; or cpu, cuda, cuda:N")
+    dir: Annotated[Text, Doc("folder of the run whose best checkpoint is adapted; nothing is written there")]
+    device: Annotated[Device, Doc("auto: the GPU if there is one")]
 
 
-@dataclass
-class AdaptConfig:
+@dataclass(frozen=True)
+class AdaptConfig(Section):
     """``conf/adapt.yaml``."""
 
-    run: AdaptRunConfig = field(default_factory=AdaptRunConfig)
-    support: str | None = key("folder with one folder a class, one image or more in each, to adapt to")
-    query: str | None = key("images to predict: a folder of them, or of classes; null: none, only adapt and save")
-    weights: str | None = key("adapted weights that were saved before, in the place of support")
-    steps: int | None = key("inner steps; null: the run's inner.eval_steps", at_least=0)
-    invert: bool | str = key(
-        "exchange black and white, as of dark ink on paper for a run of light ink on black; auto: where the images' "
-        "borders are light and those of the run's data (Omniglot, glyphs) dark",
-        choices=("false", "true", "auto"),
-    )
-    unreadable: str = key("files that cannot be read: stop, or skip them with a warning", choices=("stop", "skip"))
-    save: str | None = key("file for the adapted weights; null: adapted.safetensors in the output folder")
+    run: AdaptRunConfig
+    support: Annotated[Text | None, Doc("folder with one folder a class, one image or more in each, to adapt to")]
+    query: Annotated[Text | None, Doc("images to predict, or folders of classes; null: only adapt and save")]
+    weights: Annotated[Text | None, Doc("adapted weights that were saved before, in the place of support")]
+    steps: Annotated[Steps | None, Doc("inner steps; null: the run's inner.eval_steps")]
+    invert: Annotated[
+        Bool | Literal["auto"],
+        Doc(
+            "exchange black and white, as of dark ink on paper for a run of light ink on black; auto: "
+            "where the images' borders are light and those of the run's data (Omniglot, glyphs) dark"
+        ),
+    ]
+    on_unreadable: Annotated[OnError, Doc("files that cannot be read: stop, or skip with a warning")]
+    save: Annotated[Text | None, Doc("file for the adapted weights; null: adapted.safetensors in the output folder")]
 
 
-@dataclass
-class GradientsConfig:
+@dataclass(frozen=True)
+class GradientsConfig(Section):
     """``conf/gradients.yaml``."""
 
-    lesson: str = key("the lesson on second-order gradients to run, or all of them", choices=("all", *LESSONS))
+    lesson: Annotated[Lesson, Doc("the lesson on second-order gradients to run, or all of them")]
 
 
-@dataclass
-class VerifyRunConfig:
-    """Where the engines are tried, and in which numbers."""
+@dataclass(frozen=True)
+class VerifyRunConfig(Section):
+    """Where the engines are tried, and in which precision."""
 
-    seed: int = key("of parameters, images and dropout", at_least=0, at_most=LARGEST_SEED)
-    device: str = key("auto: the GPU if there is one; or cpu, cuda, cuda:N")
-    dtype: str = key("float64 proves formulas; float32 shows rounding as well", choices=("float64", "float32"))
+    seed: Annotated[Seed, Doc("of parameters, images and dropout")]
+    device: Annotated[Device, Doc("auto: the GPU if there is one")]
+    dtype: Annotated[Literal["float64", "float32"], Doc("float64 proves formulas; float32 shows rounding as well")]
 
 
-@dataclass
-class VerifyCasesConfig:
+@dataclass(frozen=True)
+class VerifyCasesConfig(Section):
     """What the engines are tried on."""
 
-    steps: list[int] = key("numbers of inner steps K", at_least=1)
+    steps: Annotated[list[Count], Field(min_length=1), Doc("numbers of inner steps K")]
 
 
-@dataclass
-class VerifyConfig:
+@dataclass(frozen=True)
+class VerifyConfig(Section):
     """``conf/verify.yaml``."""
 
-    run: VerifyRunConfig = field(default_factory=VerifyRunConfig)
-    verify: VerifyCasesConfig = field(default_factory=VerifyCasesConfig)
+    run: VerifyRunConfig
+    verify: VerifyCasesConfig
 
 
-@dataclass
-class CompareSettings:
+@dataclass(frozen=True)
+class CompareSettings(Section):
     """What is compared, and how."""
 
-    variants: list[str] = key("what to compare, each a list of overrides with spaces between them")
-    seeds: list[int] = key("values of run.seed; every variant is trained with each", at_least=0, at_most=LARGEST_SEED)
-    jobs: int | None = key("runs at a time on this machine; null: one per core, or one on a GPU", at_least=1)
-    target_accuracy: float | None = key(
-        "validation accuracy whose time is reported, as a fraction; null: the highest that all runs reach",
-        above=0,
-        at_most=1,
-    )
-    steps: list[int] = key("numbers K of inner steps at which every engine is measured, beside inner.steps", at_least=1)
-    rounds: int = key("times that every engine is timed, in turns", at_least=2)
-    limit_mib: float = key("MiB at which a measurement of memory is stopped", above=0)
-    resume: bool = key("go on with an unfinished comparison of the same configuration; false: start another")
+    variants: Annotated[
+        list[Text], Field(min_length=1), Doc("what to compare, each a list of overrides with spaces between them")
+    ]
+    seeds: Annotated[list[Seed], Field(min_length=1), Doc("values of run.seed; every variant is trained with each")]
+    jobs: Annotated[Count | None, Doc("runs at a time on this machine; null: one per core, or one on a GPU")]
+    target_accuracy: Annotated[
+        Annotated[StrictFloat, Field(gt=0, le=1)] | None,
+        Doc("validation accuracy whose time is reported, as a fraction; null: the highest that all runs reach"),
+    ]
+    steps: Annotated[
+        list[Count],
+        Field(min_length=1),
+        Doc("numbers K of inner steps at which every engine is measured, beside inner.steps"),
+    ]
+    repeats: Annotated[Repeats, Doc("times that every engine is timed, in turns")]
+    memory_limit_mib: Annotated[Positive, Doc("MiB at which a measurement of memory is stopped")]
+    resume: Annotated[Bool, Doc("resume an unfinished comparison of this configuration; false: start another")]
 
 
-@dataclass
+@dataclass(frozen=True)
 class CompareConfig(TrainConfig):
     """``conf/compare.yaml``: the configuration that all variants share."""
 
-    compare: CompareSettings = field(default_factory=CompareSettings)
+    compare: CompareSettings
 
 
-@dataclass
-class ReproduceConfig:
+@dataclass(frozen=True)
+class ReproduceConfig(Section):
     """``conf/reproduce.yaml``."""
 
-    row: str = key("the experiment to reproduce, a file in conf/experiment/")
-    orders: list[str] = key("second: MAML; first: its first-order approximation", choices=("second", "first"))
-    seeds: list[int] = key("values of run.seed; each order is trained with each", at_least=0, at_most=LARGEST_SEED)
-    minutes: float | None = key(
-        "when to stop; the same command goes on; null: when all is finished", above=0, at_most=1e6
-    )
-    jobs: int = key("runs at a time on this machine", at_least=1)
-    overrides: list[str] = key("more keys of scripts/train.py, for every run", may_be_empty=True)
-    record: bool = key("also write the figures to outputs/reference/omniglot.json and the README's table")
+    experiment_name: Annotated[Text, Doc("the experiment to reproduce, a file in conf/experiment/")]
+    orders: Annotated[
+        list[Literal["second", "first"]], Field(min_length=1), Doc("second: MAML; first: its first-order approximation")
+    ]
+    seeds: Annotated[list[Seed], Field(min_length=1), Doc("values of run.seed; each order is trained with each")]
+    time_limit_minutes: Annotated[
+        Annotated[StrictFloat, Field(gt=0, le=1e6)] | None,
+        Doc("when to stop; the same command resumes; null: when all is finished"),
+    ]
+    jobs: Annotated[Count, Doc("runs at a time on this machine")]
+    overrides: Annotated[list[Text], Doc("more keys of scripts/train.py, for every run")]
+    update_reference: Annotated[Bool, Doc("also write results to outputs/reference/omniglot.json and the README")]

@@ -1,93 +1,209 @@
-"""What of a configuration does not fit its algorithm; found before anything is loaded, without torch."""
+"""Checks over several keys of a training. None needs torch, or data that is loaded."""
 
 from __future__ import annotations
 
-from metalearn.config.schema import MAMLPPConfig, MLPConfig, SinusoidConfig, TrainConfig
+from collections.abc import Callable, Iterator
+from typing import Any
 
-_BY_BACKENDS = {"learn2learn": ("maml", "anil", "meta_sgd"), "higher": ("maml",), "torchopt": ("maml",)}
+from metalearn.config.schema import (
+    Conv4Config,
+    ImagesConfig,
+    MAMLPPConfig,
+    MLPConfig,
+    ResNet12Config,
+    SinusoidConfig,
+    TrainConfig,
+)
+from metalearn.core.errors import DataError
+from metalearn.data.image_folder import check_split_sizes, list_splits
+from metalearn.data.metadata import DRAWINGS_PER_CLASS
+
+_TF32 = (
+    "run.precision=tf32: TF32 is how NVIDIA GPUs since Ampere multiply, and run.device is {}; take "
+    "run.precision=float32 (or bfloat16), or such a GPU"
+)
+_CONFLICTS: tuple[tuple[Callable[[TrainConfig], object], str], ...] = (
+    (
+        lambda c: c.inner.engine == "auto" and c.run.deterministic,
+        "inner.engine=auto with run.deterministic=true: auto chooses by measured times, which differ from run to run; "
+        "name an engine",
+    ),
+    (
+        lambda c: c.run.memory_limit_mib is not None and c.inner.engine != "auto",
+        "run.memory_limit_mib={c.run.memory_limit_mib:g}: only inner.engine=auto heeds it; set that, or leave it out",
+    ),
+    (
+        lambda c: c.inner.checkpoint_every > 1 and c.inner.engine == "unroll",
+        "inner.checkpoint_every={c.inner.checkpoint_every}: inner.engine=unroll keeps graphs and no checkpoints; take "
+        "checkpoint, adjoint or auto, or leave it",
+    ),
+    (
+        lambda c: isinstance(c.data, SinusoidConfig) and not isinstance(c.model, MLPConfig),
+        "model={c.model.name}: data=sinusoid has numbers for inputs, and no images; take model=mlp",
+    ),
+    (
+        lambda c: c.inner.optimizer != "sgd" and c.inner.steps == c.inner.eval_steps == 0,
+        "inner.optimizer={c.inner.optimizer} with inner.steps=0 and inner.eval_steps=0: no step is taken by it",
+    ),
+    (
+        lambda c: c.algorithm.name == "cavia" and not _context(c),
+        "algorithm=cavia with model={c.model.name}: it adapts context parameters, of which the model has none; take "
+        "model=conv4 or mlp with model.context=100",
+    ),
+    (
+        lambda c: c.algorithm.name != "cavia" and _context(c),
+        "model.context={c.model.context}: only algorithm=cavia adapts context parameters; leave it at 0",
+    ),
+    (
+        lambda c: c.algorithm.name == "protonet" and isinstance(c.data, SinusoidConfig),
+        "algorithm=protonet with data=sinusoid: prototypes are of classes, and numbers have none",
+    ),
+    (
+        lambda c: c.algorithm.name in ("reptile", "imaml") and c.inner.steps == 0,
+        "inner.steps=0 with algorithm={c.algorithm.name}: it learns from where the steps lead; take 1 or more",
+    ),
+    (
+        lambda c: c.algorithm.name == "reptile" and c.inner.second_order,
+        "inner.second_order=true with algorithm=reptile: it has no second order; leave it at false",
+    ),
+    (
+        lambda c: _without_batch_norm(c) and isinstance(c.algorithm, MAMLPPConfig) and c.algorithm.per_step_affine,
+        "algorithm.per_step_affine=true with model.batch_norm=false: the model has no BatchNorm; set it to false",
+    ),
+    (
+        lambda c: _without_batch_norm(c) and isinstance(c.algorithm, MAMLPPConfig) and c.algorithm.per_step_statistics,
+        "algorithm.per_step_statistics=true with model.batch_norm=false: the model has no BatchNorm; set it to false",
+    ),
+    (
+        lambda c: c.run.cuda_graph and c.algorithm.name == "imaml",
+        "run.cuda_graph=true with algorithm=imaml: a graph repeats one computation, and this one stops where its "
+        "residual is small",
+    ),
+    (
+        lambda c: (
+            c.run.cuda_graph
+            and isinstance(c.algorithm, MAMLPPConfig)
+            and (c.algorithm.multi_step_share > 0 or c.algorithm.first_order_share > 0)
+        ),
+        "run.cuda_graph=true with algorithm=maml_pp: a graph repeats one computation, and this one changes as the "
+        "training goes on (algorithm.multi_step_share=0 algorithm.first_order_share=0 keep it)",
+    ),
+    (lambda c: c.run.device == "cpu" and c.run.precision == "tf32", _TF32.format("a CPU")),
+)
+"""Combinations of keys that cannot be trained with, and why; ``c`` is the configuration. Testing needs no TF32."""
+_ALGORITHMS_OF_BACKENDS = {"learn2learn": ("maml", "anil", "meta_sgd"), "higher": ("maml",), "torchopt": ("maml",)}
+_NO_ENGINE: dict[str, object] = {"inner.engine": "unroll", "inner.checkpoint_every": 1}
+_NOT_IN_BACKENDS: dict[str, object] = {
+    "inner.clip_norm": None,
+    "run.cuda_graph": False,
+    "run.precision": "float32",
+    "inner.engine": "unroll",
+    "inner.task_chunk": None,
+}
+_NOT_IN_LEARN2LEARN: dict[str, object] = {"inner.optimizer": "sgd", "inner.weight_decay": 0}
 
 
-def algorithm_faults(config: TrainConfig) -> list[str]:
-    """Every key at fault, with what to do."""
-    return [*_rule_faults(config), *_own_faults(config), *_backend_faults(config)]
+def find_conflicts(config: TrainConfig, *, trains: bool = True, partial: bool = False) -> list[str]:
+    """Return a message for every combination of keys that cannot be trained with.
+
+    Args:
+        config: a training's.
+        trains: as in ``validate_train_config``.
+        partial: keys that are not valid are absent; a check that needs one of them is left out.
+    """
+    messages: list[str] = []
+    table = _CONFLICTS if trains else _CONFLICTS[:-1]
+    checks: tuple[Any, ...] = (*table, _ways, _drawings, _image_size, _image_folder, _engine, _backend)
+    for check in checks:
+        try:
+            if callable(check):
+                messages += check(config)
+            elif check[0](config):
+                messages.append(check[1].format(c=config))
+        except AttributeError:
+            if not partial:
+                raise
+    return messages
 
 
-def _rule_faults(config: TrainConfig) -> list[str]:
-    inner, faults = config.inner, []
-    if len(inner.betas) != 2 or not all(beta < 1 for beta in inner.betas):
-        faults.append(f"inner.betas={inner.betas}: must be two numbers below 1, of Adam's mean and of its square")
-    if inner.rule != "sgd" and inner.steps == inner.eval_steps == 0:
-        faults.append(f"inner.rule={inner.rule} with inner.steps=0 and inner.eval_steps=0: no step is taken by it")
-    if inner.momentum >= 1:
-        faults.append(f"inner.momentum={inner.momentum:g}: must be below 1")
-    return faults
+def tf32_error(precision: str, device: str) -> str | None:
+    """Return why this precision needs another device than one without TF32; ``None`` if it does not."""
+    return _TF32.format(device) if precision == "tf32" else None
 
 
-def _own_faults(config: TrainConfig) -> list[str]:
-    name, context, faults = config.algorithm.name, getattr(config.model, "context", 0), []
-    if name == "cavia" and not context:
-        faults.append(
-            f"algorithm=cavia with model={config.model.name}: it adapts context parameters, of which the model has "
-            "none; take model=conv4 or mlp with model.context=100"
+def _context(config: TrainConfig) -> int:
+    return 0 if isinstance(config.model, ResNet12Config) else config.model.context
+
+
+def _without_batch_norm(config: TrainConfig) -> bool:
+    return isinstance(config.model, MLPConfig) and (not config.model.batch_norm or config.model.context > 0)
+
+
+def _ways(config: TrainConfig) -> Iterator[str]:
+    ways, data = config.task.ways, config.data
+    if not isinstance(data, (ImagesConfig, SinusoidConfig)) and ways > (found := data.smallest_split())[0]:
+        yield f"task.ways={ways}: at most {found[0]}, the smallest part {found[1]}"
+
+
+def _drawings(config: TrainConfig) -> Iterator[str]:
+    if isinstance(config.data, (ImagesConfig, SinusoidConfig)):
+        return
+    task, queries = config.task, max(config.task.queries, config.eval.queries)
+    if (each := task.shots + queries) > DRAWINGS_PER_CLASS:
+        name = "task.queries" if queries == task.queries else "eval.queries"
+        yield (
+            f"task.shots={task.shots} and {name}={queries}: together {each}, and a class has {DRAWINGS_PER_CLASS} "
+            f"drawings; choose at most {DRAWINGS_PER_CLASS} in all (unless it is set, eval.queries is task.shots)"
         )
-    if name != "cavia" and context:
-        faults.append(f"model.context={context}: only algorithm=cavia adapts context parameters; leave it at 0")
-    if name == "protonet" and isinstance(config.data, SinusoidConfig):
-        faults.append("algorithm=protonet with data=sinusoid: prototypes are of classes, and numbers have none")
-    if name in ("reptile", "imaml") and config.inner.steps == 0:
-        faults.append(f"inner.steps=0 with algorithm={name}: it learns from where the steps lead; take 1 or more")
-    if name == "reptile" and config.inner.second_order:
-        faults.append("inner.second_order=true with algorithm=reptile: it has no second order; leave it at false")
-    for key, value, only in (
-        ("inner.engine", config.inner.engine, "unroll"),
-        ("inner.snapshot_every", config.inner.snapshot_every, 1),
-    ):
-        if name in ("reptile", "imaml") and value != only:
-            faults.append(f"{key}={value} with algorithm={name}: it has a gradient of its own; leave it at {only}")
-    normless = isinstance(config.model, MLPConfig) and not (config.model.batch_norm and config.model.context == 0)
-    for key in ("per_step_affine", "per_step_statistics"):
-        if normless and getattr(config.algorithm, key, False):
-            faults.append(
-                f"algorithm.{key}=true with model.batch_norm=false: the model has no BatchNorm; set it to false"
-            )
-    is_annealed = isinstance(config.algorithm, MAMLPPConfig) and (
-        config.algorithm.multi_step_share > 0 or config.algorithm.first_order_share > 0
-    )
-    if config.run.cuda_graph and (is_annealed or name == "imaml"):
-        faults.append(
-            f"run.cuda_graph=true with algorithm={name}: a graph repeats one computation, and this one "
-            + (
-                "stops where its residual is small"
-                if name == "imaml"
-                else "changes as the training goes on (algorithm.multi_step_share=0 algorithm.first_order_share=0 "
-                "keep it)"
-            )
+
+
+def _image_size(config: TrainConfig) -> Iterator[str]:
+    """Check the size of images after pooling."""
+    model, least = config.model, 1
+    if isinstance(model, ResNet12Config):
+        least = 2 ** len(model.widths)
+    elif isinstance(model, Conv4Config) and model.pool == "max":
+        least = 16
+    if isinstance(config.data, ImagesConfig) and config.data.size < least:
+        yield (
+            f"data.size={config.data.size}: model={model.name} halves images {least.bit_length() - 1} times and needs "
+            f"at least {least} pixels a side"
         )
-    return faults
 
 
-def _backend_faults(config: TrainConfig) -> list[str]:
-    backend, faults = config.algorithm.backend, []
+def _image_folder(config: TrainConfig) -> Iterator[str]:
+    """List a folder of images; none is read."""
+    data = config.data
+    if isinstance(data, ImagesConfig):
+        try:
+            splits = list_splits(data.root, fractions=data.fractions, seed=data.seed)
+            sizes = {split: [(one.name, len(one.files)) for one in classes] for split, classes in splits.items()}
+            check_split_sizes(sizes, data.root, ways=config.task.ways, needed=config.images_per_class())
+        except DataError as error:
+            yield str(error)
+
+
+def _engine(config: TrainConfig) -> Iterator[str]:
+    if (name := config.algorithm.name) in ("reptile", "imaml"):
+        yield from _only(config, f"algorithm={name}: it has a gradient of its own", _NO_ENGINE)
+
+
+def _backend(config: TrainConfig) -> Iterator[str]:
+    name, backend = config.algorithm.name, config.algorithm.backend
     if backend == "metalearn":
-        return []
-    if config.algorithm.name not in _BY_BACKENDS[backend]:
-        faults.append(
-            f"algorithm.backend={backend} with algorithm={config.algorithm.name}: {backend} is trained with for "
-            f"comparison, on {', '.join(_BY_BACKENDS[backend])}; take algorithm.backend=metalearn"
+        return
+    if name not in _ALGORITHMS_OF_BACKENDS[backend]:
+        yield (
+            f"algorithm.backend={backend} with algorithm={name}: {backend} is trained with for comparison, on "
+            f"{', '.join(_ALGORITHMS_OF_BACKENDS[backend])}; take algorithm.backend=metalearn"
         )
-    wrong: dict[str, tuple[object, object]] = {
-        "inner.clip_norm": (config.inner.clip_norm, None),
-        "run.cuda_graph": (config.run.cuda_graph, False),
-        "run.precision": (config.run.precision, "float32"),
-        "inner.engine": (config.inner.engine, "unroll"),
-        "inner.task_chunk": (config.inner.task_chunk, None),
-    }
-    if backend == "learn2learn":
-        wrong |= {"inner.rule": (config.inner.rule, "sgd"), "inner.weight_decay": (config.inner.weight_decay, 0)}
-    for key, (value, only) in wrong.items():
-        if value != only:
-            shown = "null" if only is None else str(only).lower()
-            faults.append(
-                f"{key}={value} with algorithm.backend={backend}: {backend} has no such thing; leave it at {shown}"
-            )
-    return faults
+    settings = _NOT_IN_BACKENDS | (_NOT_IN_LEARN2LEARN if backend == "learn2learn" else {})
+    yield from _only(config, f"algorithm.backend={backend}: {backend} has no such thing", settings)
+
+
+def _only(config: TrainConfig, reason: str, settings: dict[str, object]) -> Iterator[str]:
+    """Check that every one of these keys has the only value that it may have."""
+    for key, only in settings.items():
+        section, _, name = key.partition(".")
+        if (value := getattr(getattr(config, section), name)) != only:
+            yield f"{key}={value} with {reason}; leave it at {'null' if only is None else str(only).lower()}"

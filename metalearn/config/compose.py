@@ -1,25 +1,26 @@
-"""From ``conf/`` and overrides to a typed configuration, by Hydra; ``command.py`` and ``overrides.py`` know it too."""
+"""Compose ``conf/`` and overrides into a configuration by Hydra, and validate it."""
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from metalearn.config import commands_schema as schema_commands
-from metalearn.config import schema
-from metalearn.config.messages import GROUPS, format_hydra_error, missing_key_error, missing_sections, unknown_keys
+from metalearn.config import commands_schema, schema
+from metalearn.config.messages import GROUPS, file_setting, format_hydra_error
 from metalearn.config.output_names import comparison_dir_name
+from metalearn.config.renamed_keys import REMOVED, rename_keys, rename_overrides
+from metalearn.config.validation import from_dict
 from metalearn.core.errors import ConfigError
 from metalearn.data.metadata import resolve_dataset
 
@@ -36,35 +37,27 @@ Config = TypeVar("Config")
 
 SCHEMAS: dict[str, type] = {
     "train": schema.TrainConfig,
-    "adapt": schema_commands.AdaptConfig,
-    "benchmark": schema_commands.BenchmarkConfig,
-    "compare": schema_commands.CompareConfig,
-    "evaluate": schema_commands.EvaluateConfig,
-    "gradients": schema_commands.GradientsConfig,
-    "reproduce": schema_commands.ReproduceConfig,
-    "verify": schema_commands.VerifyConfig,
-    **dict.fromkeys(schema.PLAIN_ALGORITHMS, schema.AlgorithmConfig),
-    "maml_pp": schema.MAMLPPConfig,
-    "imaml": schema.IMAMLConfig,
-    "omniglot": schema.OmniglotConfig,
-    "glyphs": schema.GlyphsConfig,
-    "images": schema.ImagesConfig,
-    "sinusoid": schema.SinusoidConfig,
-    "conv4": schema.Conv4Config,
-    "mlp": schema.MLPConfig,
-    "resnet12": schema.ResNet12Config,
+    "adapt": commands_schema.AdaptConfig,
+    "benchmark": commands_schema.BenchmarkConfig,
+    "compare": commands_schema.CompareConfig,
+    "evaluate": commands_schema.EvaluateConfig,
+    "gradients": commands_schema.GradientsConfig,
+    "reproduce": commands_schema.ReproduceConfig,
+    "verify": commands_schema.VerifyConfig,
 }
+"""The schema of every primary file in ``conf/``."""
 
 
 def compose(
     name: str, overrides: Sequence[str] = (), config_dir: str | None = None, *, return_hydra_config: bool = False
 ) -> DictConfig:
-    """Compose ``conf/NAME.yaml`` as the command line would.
+    """Compose ``conf/NAME.yaml`` as the command line would; ``to_dataclass`` validates it.
 
     Raises:
-        ConfigError: naming the key, the value and what is allowed.
+        ConfigError: naming the override or file that cannot be composed.
     """
-    register_schemas()
+    register_resolvers()
+    overrides = rename_overrides(name, overrides)
     config_dir = config_dir or user_conf_dir(overrides)
     for group in GROUPS:
         if f"{group}=null" in overrides:
@@ -72,12 +65,11 @@ def compose(
     running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a command may compose while it runs
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra.compose(
-                name, [*overrides, *searchpath_override(config_dir)], return_hydra_config=return_hydra_config
-            )
+            folders = search_folders(overrides, config_dir)
+            given = [*(_allow_unknown(o, folders) for o in overrides), *searchpath_override(config_dir)]
+            return hydra.compose(name, given, return_hydra_config=return_hydra_config)
     except _REFUSALS as error:
-        places = [CONF, *([Path(config_dir)] if config_dir else [])]
-        raise ConfigError(format_hydra_error(error, overrides, places)) from error
+        raise ConfigError(format_hydra_error(error, overrides)) from error
     finally:
         GlobalHydra.instance().hydra = running
 
@@ -93,16 +85,29 @@ def user_conf_dir(overrides: Sequence[str] = ()) -> str | None:
     return None if told or not folder.is_dir() or folder.samefile(CONF) else str(folder)
 
 
+def _allow_unknown(override: str, folders: Sequence[Path]) -> str:
+    """Let Hydra pass a key that it does not know, so that validation names all of them at once."""
+    key = override.partition("=")[0]
+    is_key = re.fullmatch(r"(?!hydra\b)\w[\w.]*", key) and not any((folder / key).is_dir() for folder in folders)
+    return f"++{override}" if is_key else override
+
+
 def searchpath_override(config_dir: str | None) -> list[str]:
-    """The flag ``--config-dir`` as the override that means the same."""
+    """Return the flag ``--config-dir`` as the override that means the same."""
     folder = str(Path(config_dir).absolute()).replace("'", "\\'") if config_dir else ""
     return [f"hydra.searchpath=['file://{folder}']"] if config_dir else []
 
 
-def group_defaults(name: str, config: DictConfig) -> dict[str, DictConfig]:
-    """The section of every option of every group, as ``GROUP=OPTION``; none if the schema has no groups."""
-    kind = OmegaConf.get_type(config)
-    if kind is None or not issubclass(kind, schema.TrainConfig):
+def search_folders(overrides: Sequence[str], config_dir: str | None = None) -> list[Path]:
+    """Return the folders in which Hydra looks for files, ``conf/`` last."""
+    given = [o.partition("=")[2].strip("[]").split(",") for o in overrides if o.startswith("hydra.searchpath=")]
+    named = [place.strip(" '\"").removeprefix("file://") for places in given for place in places]
+    return [*map(Path, named), *([Path(config_dir)] if config_dir else []), CONF]
+
+
+def group_defaults(name: str) -> dict[str, DictConfig]:
+    """Return the section of every option of every group, as ``GROUP=OPTION``; none if the command has no groups."""
+    if not issubclass(SCHEMAS[name], schema.TrainConfig):
         return {}
     choices = [f"{group}={option}" for group in GROUPS for option in options(group)]
     return {choice: compose(name, [choice])[choice.partition("=")[0]] for choice in choices}
@@ -110,45 +115,67 @@ def group_defaults(name: str, config: DictConfig) -> dict[str, DictConfig]:
 
 def options(group: str, config_dir: str | None = None) -> list[str]:
     """Return the names of a group's options, with those that ``config_dir`` adds."""
-    folders = [CONF, *([Path(config_dir)] if config_dir else [])]
-    return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
+    return sorted({file.stem for folder in search_folders((), config_dir) for file in (folder / group).glob("*.yaml")})
 
 
-def to_dataclass(config: DictConfig, kind: type[Config]) -> Config:
-    """A composed configuration as the schema's own objects.
+def to_dataclass(
+    config: DictConfig, kind: type[Config], overrides: Sequence[str] = (), config_dir: str | None = None
+) -> Config:
+    """Validate a composed configuration, and return it as an object of its schema.
+
+    Args:
+        config: composed.
+        kind: the schema.
+        overrides: that it was composed with; for messages, and because they count more than former names in files.
+        config_dir: of the flag ``--config-dir``, for messages.
 
     Raises:
-        ConfigError: for keys that ``+`` added, missing values and broken interpolations.
+        ConfigError: listing every key that is unknown, missing, of the wrong type or out of range, and every conflict.
     """
+    errors: dict[str, str] = {}
     try:
-        faults = unknown_keys(config) + [
-            missing_key_error(config, name) for name in sorted(OmegaConf.missing_keys(config))
-        ]
-        if faults:
-            raise ConfigError("\n".join(faults))
-        checked = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        raise ConfigError(format_hydra_error(error, [], [CONF])) from error
-    if not isinstance(checked, kind):
-        raise ConfigError(f"this configuration lacks its schema, {kind.__name__}; start from a file in {CONF}")
-    if faults := missing_sections(checked):
-        raise ConfigError("\n".join(faults))
-    return checked
+        plain = resolve_values(config, errors)
+    except RecursionError:
+        raise ConfigError(f"{' '.join(overrides)}: this refers to itself, without end") from None
+    rename_keys(plain, {override.partition("=")[0].lstrip("+") for override in overrides})
+    for key, instead in REMOVED.items():
+        section, _, name = key.partition(".")
+        if isinstance(plain.get(section), dict) and name in plain[section]:
+            errors[key] = f"{key}={plain[section].pop(name)}: this key was removed; {instead}"
+    folders = search_folders(overrides, config_dir or user_conf_dir(overrides))
+    return from_dict(plain, kind, errors, lambda key: file_setting(key, overrides, folders))
+
+
+def resolve_values(config: DictConfig, errors: dict[str, str], prefix: str = "") -> dict[str, Any]:
+    """Return plain dictionaries with interpolations resolved and without missing values."""
+    result: dict[str, Any] = {}
+    for key in config:
+        full = f"{prefix}{key!s}"
+        if OmegaConf.is_missing(config, key):
+            continue
+        try:
+            value = config[key]
+            if isinstance(value, DictConfig):
+                value = resolve_values(value, errors, f"{full}.")
+            elif isinstance(value, ListConfig):
+                value = OmegaConf.to_container(value, resolve=True)
+        except OmegaConfBaseException as error:
+            errors[full] = f"{full}: {str(error).splitlines()[0]}"
+            value = None
+        result[str(key)] = value
+    return result
 
 
 @functools.cache
-def register_schemas() -> None:
-    """Tell Hydra of the schemas, and of the names for runs."""
-    store = ConfigStore.instance()
-    for name, node in SCHEMAS.items():
-        store.store(group="schema", name=name, node=node)
+def register_resolvers() -> None:
+    """Tell Hydra how runs and comparisons are named."""
     OmegaConf.register_new_resolver("run_name", _run_name)
     OmegaConf.register_new_resolver("comparison_name", _comparison_name)
     OmegaConf.register_new_resolver("moment", timestamp)
 
 
 def timestamp() -> str:
-    """The time of day to the microsecond, so that runs started together have folders of their own."""
+    """Return the time of day to the microsecond, so that runs that start together have different folders."""
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
 
 

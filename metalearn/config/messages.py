@@ -1,86 +1,181 @@
-"""What a user is told of the configuration: every key on ``--help``, and the key at fault when one is refused."""
+"""Texts about the configuration: every key for ``--help``, and a message for every error."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import difflib
+import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from hydra.errors import OverrideParseException
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf import DictConfig, OmegaConf
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from typing_extensions import Doc
 from yaml import YAMLError
 
-from metalearn.config.validation import describe_allowed, iter_fields
-
 GROUPS = ("algorithm", "data", "model")
+_WORDS: dict[Any, tuple[str, str]] = {
+    bool: ("true or false", "booleans"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("text", "texts"),
+}
+_LIMITS = ((Ge, ", at least {:g}"), (Gt, " above {:g}"), (Le, " and at most {}"), (Lt, " and below {:g}"))
 
 
-def help_text(config: DictConfig, script: str, description: str, options: Mapping[str, DictConfig]) -> str:
-    """Every key of a configuration with its default, meaning and range.
-
-    Args:
-        config: composed, without overrides.
-        script: the words that start the command.
-        description: what it does.
-        options: sections of the groups' options, by ``GROUP=OPTION``; a group without one is a plain section.
-    """
-    lines = [
-        inspect.cleandoc(description),
-        "",
-        f"usage: {script} [KEY=VALUE ...] [GROUP=OPTION ...] [--cfg job] [--multirun] [--hydra-help]",
-        "",
-        "Keys, with their defaults:",
-    ]
-    if own := _section("", config):
-        lines += ["", *own]
-    grouped = {name.partition("=")[0] for name in options}
-    for section in config:
-        node = config._get_node(section)
-        if section not in grouped and isinstance(node, DictConfig):
-            lines += ["", *_section(str(section), node)]
-    for name, node in options.items():
-        lines += ["", f"With {name}:", *_section(name.partition("=")[0], node)]
-    if options:
-        lines += ["", "experiment=NAME sets the keys that conf/experiment/NAME.yaml holds; --cfg job shows the result."]
-    return "\n".join(lines)
+def section_classes(hint: Any) -> tuple[Any, ...]:
+    """Return the classes of a section: one, or one for each option of its group; none for a key that is no section."""
+    base = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return tuple(c for c in (base, *get_args(base)) if is_dataclass(c))
 
 
-def _section(section: str, node: DictConfig) -> list[str]:
-    """A line for every key that is no section itself; ``section`` is empty for those that stand in none."""
-    lines = []
-    kind = OmegaConf.get_type(node)
-    for f in dataclasses.fields(kind):  # type: ignore[arg-type]  # a section's type is its schema
-        if isinstance(node._get_node(f.name), DictConfig):
-            continue
-        default = _as_yaml(OmegaConf.to_container(node, resolve=False)[f.name])  # type: ignore[index,call-overload]
-        meaning = f"{f.metadata['meaning']} ({describe_allowed(f, get_type_hints(kind)[f.name])})"
-        head = f"  {section}{'.' if section else ''}{f.name}={default}"
-        lines += textwrap.wrap(meaning, 118, initial_indent=f"{head:<34}  ", subsequent_indent=" " * 36)
-    return lines
+@functools.cache
+def hints(kind: Any) -> dict[str, Any]:
+    """Return the annotated type of every key of a section, or of every section of a configuration."""
+    found = get_type_hints(kind, include_extras=True)
+    return {f.name: found[f.name] for f in fields(kind)}
 
 
-def _as_yaml(value: Any) -> str:
+def section_class(kind: type, section: str, name: object) -> type | None:
+    """Return the class of a section, for its ``name`` where it is a group; ``None`` if it cannot be known."""
+    classes: tuple[type, ...] = section_classes(hints(kind).get(section))
+    if len(classes) > 1:
+        classes = tuple(c for c in classes if name in get_args(get_args(hints(c)["name"])[0]))
+    return classes[0] if classes else None
+
+
+def description(hint: Any) -> str:
+    """Return what a key means."""
+    return next((str(mark.documentation) for mark in get_args(hint)[1:] if isinstance(mark, Doc)), "")
+
+
+def describe_allowed(hint: Any, *, plural: bool = False) -> str:
+    """Describe the values that a key may have."""
+    base, marks = (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
+    fields = [mark for mark in marks if isinstance(mark, FieldInfo)]
+    limits = [limit for mark in marks for limit in (mark.metadata if isinstance(mark, FieldInfo) else [mark])]
+    origin, arguments = get_origin(base), get_args(base)
+    if examples := [example for mark in fields for example in mark.examples or ()]:
+        return f"{', '.join(examples[:-1])} or {examples[-1]}"
+    if origin in (Union, types.UnionType):
+        if arguments[0] is bool or get_args(arguments[0])[:1] == (bool,):
+            return f"one of false, true, {', '.join(get_args(arguments[1]))}"
+        return f"{describe_allowed(arguments[0])} or null"
+    if origin is Literal:
+        choices = ", ".join(map(str, arguments))
+        return f"one of {choices}" if len(arguments) > 1 else choices
+    if origin is list and get_origin(arguments[0]) is Literal:
+        return describe_allowed(arguments[0])
+    if origin is list:
+        least = next((limit.min_length for limit in limits if isinstance(limit, MinLen)), 0)
+        most = next((limit.max_length for limit in limits if isinstance(limit, MaxLen)), None)
+        number = str(least) if least == most else "one or more" if least else "a list of"
+        return f"{number} {describe_allowed(arguments[0], plural=True)}"
+    words = _WORDS[base][plural]
+    return words + "".join(
+        text.format(getattr(limit, mark.__name__.lower()))
+        for mark, text in _LIMITS
+        for limit in limits
+        if type(limit) is mark
+    )
+
+
+def format_value(value: Any) -> str:
+    """Format a value as YAML does, as far as a message needs it."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    return "(required)" if value == "???" else str(value)
+    return str(value)
 
 
-def format_hydra_error(error: Exception, overrides: Sequence[str], places: list[Path]) -> str:
-    """A refusal by Hydra or OmegaConf in the words of the schema: the key, the value, what is allowed.
+def format_errors(
+    error: ValidationError, kind: type, plain: Mapping[str, Any], file_of: Callable[[str], str]
+) -> dict[str, str]:
+    """Return a message for every key at fault.
 
     Args:
-        error: what was raised.
-        overrides: of the command line, to quote the value that was given.
-        places: folders of YAML files, to quote the value from the one at fault.
+        error: of the validation.
+        kind: the schema.
+        plain: the configuration, as it was validated.
+        file_of: name the file that sets a key, as `` (in experiment/mine.yaml)``; empty for the command line.
     """
-    cause = _cause(error)
+    messages: dict[str, str] = {}
+    for each in error.errors(include_url=False):
+        section, *inside = map(str, each["loc"])
+        node: Any = plain.get(section)
+        classes = section_classes(hints(kind).get(section))
+        if len(classes) > 1 and inside:
+            del inside[0]  # pydantic puts the option before the key
+        if each["type"] == "union_tag_invalid":
+            key = f"{section}.name"
+            text = f"{key}={node['name']}: must be {_options(classes)}; choose with {section}=NAME"
+        elif not classes:
+            key, text = section, _format_key_error(each, section, node, kind, kind, file_of)
+        elif not inside:
+            key, text = section, _format_section_error(each["type"], section, node, classes)
+        elif (owner := _owner(classes, kind, section, node)) is None:
+            key, name = f"{section}.name", node["name"]
+            text = f"{key}={name}: the other keys are not of this option. Choose it as a whole, {section}={name}"
+        else:
+            key = f"{section}.{inside[0]}"
+            text = _format_key_error(each, key, node.get(inside[0]), owner, kind, file_of)
+        messages.setdefault(key, text)
+    return messages
+
+
+def _owner(classes: Sequence[type], kind: type, section: str, node: Mapping[str, Any]) -> type | None:
+    """Return the class of a section; ``None`` if its keys are those of another option than its name says."""
+    owner = section_class(kind, section, node.get("name")) or classes[0]
+    fitting = [c for c in classes if set(hints(c)) == set(node)]
+    return None if fitting and owner not in fitting else owner
+
+
+def _format_section_error(error: str, section: str, node: Any, classes: Sequence[type]) -> str:
+    keys = ", ".join(dict.fromkeys(key for c in classes for key in hints(c)))
+    if error != "missing":
+        return f"{section}={format_value(node)}: must be a section, with the keys {keys}"
+    how = f"choose with {section}=NAME {_options(classes)}" if len(classes) > 1 else f"a section with the keys {keys}"
+    return f"{section} is required: {how}"
+
+
+def _format_key_error(error: Any, key: str, value: Any, owner: type, kind: type, file_of: Callable[[str], str]) -> str:
+    shown, hint = f"{key}={format_value(value)}", hints(owner).get(key.rpartition(".")[2])
+    if error["type"] == "missing":
+        return f"{key} is required: {description(hint)}"
+    if error["type"] == "unexpected_keyword_argument":
+        return f"{shown}: there is no such key{file_of(key)}. {_nearest(key, kind, list(hints(owner)))}"
+    if error["type"] == "value_error":
+        return f"{shown}: {error['ctx']['error']}{file_of(key)}"
+    return f"{shown}: must be {describe_allowed(hint)}{file_of(key)} ({description(hint)})"
+
+
+def _options(classes: Sequence[type]) -> str:
+    return "one of " + ", ".join(name for c in classes for name in get_args(get_args(hints(c)["name"])[0]))
+
+
+def _nearest(key: str, kind: type, known: Sequence[str]) -> str:
+    """Suggest the key that was probably meant, and list those of the section."""
+    prefix, dot, last = key.rpartition(".")
+    if key == "experiment":
+        return "A file in experiment/ must open with the line '# @package _global_'."
+    if not prefix:
+        found = [s for s in known for c in section_classes(hints(kind)[s]) if key in hints(c)]
+        if found:
+            return f"Did you mean {' or '.join(f'{s}.{key}' for s in dict.fromkeys(found))}?"
+    close = difflib.get_close_matches(last, known, n=1)
+    hint = f"Did you mean {prefix}{dot}{close[0]}? " if close else ""
+    return f"{hint}The keys{' of ' + prefix if prefix else ''} are {', '.join(known)}."
+
+
+def format_hydra_error(error: Exception, overrides: Sequence[str]) -> str:
+    """Return what Hydra or OmegaConf could not compose: the override or file, and what to write."""
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override}: {error}\nWrite KEY=VALUE without spaces, and quote a value that holds ~, = or commas, "
@@ -88,100 +183,75 @@ def format_hydra_error(error: Exception, overrides: Sequence[str], places: list[
         )
     if isinstance(error, YAMLError):
         return f"a YAML file cannot be read: {error}"
-    if cause is None or cause.full_key in (None, "", "_dummy_"):  # Hydra's stand-in for a group
-        text = re.sub(r"\nConfig search path:.*", "", str(error), flags=re.DOTALL).strip() or type(error).__name__
-        if found := re.search(r"Could not find '(\w+)/(\w+)'", text):
-            close = difflib.get_close_matches(found[2], re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE), n=1)
-            text += f"\nDid you mean {found[1]}={close[0]}?" if close else ""
-        named = any(override.partition("=")[0].lstrip("+~") in text for override in overrides)
-        return text if named or not overrides else f"{' '.join(overrides)}: this cannot be composed: {text}"
-    source = re.match(r"In '(.+?)':", str(error))
-    key, where = str(cause.full_key), f" (in {source[1]}.yaml)" if source else ""
-    value = cause.value if cause.value is not None else _given(key, overrides, source[1] if source else None, places)
-    shown = key if value is None else f"{key}={value}"
-    kind = cause.object_type
-    if dataclasses.is_dataclass(kind):
-        known = {f.name: f for f in dataclasses.fields(kind)}
-        if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
-            return f"{shown}: there is no such key{where}. {_nearest(key, kind)}"
-        if isinstance(cause, ValidationError) and (f := known.get(str(cause.key))) and f.metadata:
-            return (
-                f"{shown}: must be {describe_allowed(f, get_type_hints(kind)[f.name])}{where} ({f.metadata['meaning']})"
-            )
-    return f"{shown}: {str(cause).splitlines()[0]}{where}"
+    text = re.sub(r"\nConfig search path:.*", "", str(error), flags=re.DOTALL).strip() or type(error).__name__
+    if found := re.search(r"Could not find '(\w+)/(\w+)'", text):
+        close = difflib.get_close_matches(found[2], re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE), n=1)
+        text += f"\nDid you mean {found[1]}={close[0]}?" if close else ""
+    named = any(override.partition("=")[0].lstrip("+~") in text for override in overrides)
+    return text if named or not overrides else f"{' '.join(overrides)}: this cannot be composed: {text}"
 
 
-def _cause(error: BaseException | None) -> OmegaConfBaseException | None:
-    while error is not None:
-        if isinstance(error, OmegaConfBaseException):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+def help_text(config: DictConfig, kind: type, script: str, about: str, options: Mapping[str, DictConfig]) -> str:
+    """Return every key of a configuration with its default, meaning and range.
+
+    Args:
+        config: composed, without overrides.
+        kind: its schema.
+        script: the words that start the command.
+        about: what it does.
+        options: sections of the groups' options, by ``GROUP=OPTION``.
+    """
+    usage = f"usage: {script} [KEY=VALUE ...] [GROUP=OPTION ...] [--cfg job] [--multirun] [--hydra-help]"
+    lines = [inspect.cleandoc(about), "", usage, "", "Keys, with their defaults:"]
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    sections = {name: classes for name, hint in hints(kind).items() if (classes := section_classes(hint))}
+    top = {name: hint for name, hint in hints(kind).items() if name not in sections}
+    if top:
+        lines += ["", *_help_lines("", top, plain)]
+    for name, classes in sections.items():
+        if len(classes) == 1:
+            lines += ["", *_help_lines(f"{name}.", hints(classes[0]), plain[name])]
+    for choice, node in options.items():
+        group = choice.partition("=")[0]
+        owner = section_class(kind, group, node.name)
+        assert owner is not None
+        values: Any = OmegaConf.to_container(node, resolve=False)
+        lines += ["", f"With {choice}:", *_help_lines(f"{group}.", hints(owner), values)]
+    if options:
+        lines += ["", "experiment=NAME sets the keys that conf/experiment/NAME.yaml holds; --cfg job shows the result."]
+    return "\n".join(lines)
 
 
-def _given(key: str, overrides: Sequence[str], source: str | None, places: list[Path]) -> Any:
-    """The value that the command line or the YAML file at fault gives the key, if it can be found."""
-    for override in overrides:
-        name, _, value = override.partition("=")
-        if name.lstrip("+~") == key:
-            return value
-    for place in places if source else []:
-        file = place / f"{source}.yaml"
-        if file.is_file():
-            with contextlib.suppress(OmegaConfBaseException, OSError):  # a file that is no dictionary, say
-                return OmegaConf.select(OmegaConf.load(file), key)
-    return None
+def _help_lines(prefix: str, keys: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+    for name, hint in keys.items():
+        default = "(required)" if values[name] == "???" else format_value(values[name])
+        head = f"  {prefix}{name}={default}"
+        text = f"{description(hint)} ({describe_allowed(hint)})"
+        yield from textwrap.wrap(text, 118, initial_indent=f"{head:<34}  ", subsequent_indent=" " * 36)
 
 
-def _nearest(key: str, kind: Any) -> str:
-    """What was probably meant, and the keys that there are in a section of this type."""
-    known = [f.name for f in dataclasses.fields(kind)]
-    prefix, _, last = key.rpartition(".")
-    if key == "experiment":
-        return "A file in experiment/ must open with the line '# @package _global_'."
-    inside = [] if prefix else [f"{s}.{key}" for s in known if key in _keys_of(get_type_hints(kind)[s])]
-    if inside:
-        return f"Did you mean {' or '.join(inside)}?"
-    dot = "." if prefix else ""
-    close = difflib.get_close_matches(last, known, n=1)
-    hint = f"Did you mean {prefix}{dot}{close[0]}? " if close else ""
-    return f"{hint}The keys{' of ' + prefix if prefix else ''} are {', '.join(known)}."
+def file_setting(key: str, overrides: Sequence[str], folders: Sequence[Path]) -> str:
+    """Return `` (in GROUP/NAME.yaml)`` for the chosen file that sets a key, or "" if none or the command line does."""
+    names = [override.partition("=")[::2] for override in overrides]
+    if key in [name.lstrip("+~") for name, _ in names]:
+        return ""
+    for name, value in names:
+        group = name.lstrip("+")
+        if found := next((f for folder in folders if (f := _sets(key, folder, group, value))), None):
+            return f" (in {group}/{found}.yaml)"
+    return ""
 
 
-def _keys_of(section: type) -> set[str]:
-    """The keys of a section, whichever option of its group is chosen; none of a key that is no section."""
-    if not dataclasses.is_dataclass(section):
-        return set()
-    return {f.name for kind in (section, *section.__subclasses__()) for f in dataclasses.fields(kind)}
-
-
-def unknown_keys(config: DictConfig, prefix: str = "") -> list[str]:
-    """Keys that ``+key=value`` added to a typed section; Hydra lets them pass."""
-    kind = OmegaConf.get_type(config)
-    known = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-    faults = []
-    for name in config:
-        node, full = config._get_node(name), f"{prefix}{name!s}"
-        if known and name not in known:
-            faults.append(f"{full}={config[name]}: there is no such key. {_nearest(full, kind)}")
-        elif isinstance(node, DictConfig):
-            faults += unknown_keys(node, f"{full}.")
-    return faults
-
-
-def missing_key_error(config: DictConfig, name: str) -> str:
-    """That a key has no value, and what it means."""
-    section, _, key = name.rpartition(".")
-    kind = OmegaConf.get_type(OmegaConf.select(config, section)) if section else OmegaConf.get_type(config)
-    meaning = next((f.metadata.get("meaning") for f in dataclasses.fields(kind) if f.name == key), None)  # type: ignore[arg-type]
-    return f"{name} is required" + (f": {meaning}" if meaning else "")
-
-
-def missing_sections(config: Any) -> list[str]:
-    """What deletions and interpolations took away unnoticed by OmegaConf: ``~inner``, ``run=${task.ways}``."""
-    replaced = [
-        f"{name}={getattr(config, name)}: must be a section, with the keys {', '.join(sorted(keys))}."
-        for name, kind in get_type_hints(type(config)).items()
-        if (keys := _keys_of(kind)) and not isinstance(getattr(config, name), kind)
-    ]
-    return replaced or [f"{name} is required" for name, value, _, _ in iter_fields(config) if value == MISSING]
+def _sets(key: str, folder: Path, group: str, name: str) -> str | None:
+    """Return the name of a group's file, or of one that it builds on, that holds a key."""
+    file = folder / group / f"{name}.yaml"
+    try:
+        content: Any = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
+        if any(
+            OmegaConf.select(content, k, default="absent") != "absent" for k in (key, key.removeprefix(f"{group}."))
+        ):
+            return name
+        parents = [each for each in content.get("defaults") or [] if isinstance(each, str) and each != name]
+    except Exception:  # a file that is no dictionary, say: the message goes without its name
+        return None
+    return next((found for each in parents if (found := _sets(key, folder, group, each))), None)

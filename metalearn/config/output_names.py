@@ -1,4 +1,4 @@
-"""What variants and comparisons are called on disk and in legends. Imports neither torch nor Hydra."""
+"""Names of variants and comparisons, on disk and in legends. Imports neither torch nor Hydra."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from metalearn.config.renamed_keys import rename_keys
 from metalearn.config.run_folder import TRAINING_FILES, is_locked
 
 COMPARISON_FILE = "comparison.yaml"
@@ -26,14 +27,14 @@ _LONGEST = 100  # characters of a name; file systems allow 255 bytes
 
 
 def split(variant: str) -> list[str]:
-    """The overrides of a variant, as a shell would split them."""
+    """Split a variant into its overrides, as a shell would."""
     return shlex.split(variant)
 
 
 def variant_names(variants: Sequence[str]) -> list[str]:
-    """A name for each: ``first_order`` for ``inner.second_order=false``, ``engine-adjoint,steps-5`` for these two keys.
+    """Return a name for each variant, as ``first_order`` or ``engine-adjoint,steps-5``.
 
-    Where two would be called the same, as ``inner.lr=0.1`` and ``outer.lr=0.1``, their keys are spelt out.
+    Where two would have the same name, as ``inner.lr=0.1`` and ``outer.lr=0.1``, their keys are spelt out.
     """
     short = [_name(variant, whole_keys=False) for variant in variants]
     return [_name(variant, whole_keys=short.count(name) > 1) for variant, name in zip(variants, short, strict=True)]
@@ -51,14 +52,14 @@ def _name(variant: str, *, whole_keys: bool) -> str:
 
 
 def _cut(name: str) -> str:
-    """A long name's beginning, with a digest of all of it."""
+    """Return a long name's beginning, with a digest of all of it."""
     if len(name) <= _LONGEST:
         return name
     return f"{name[: _LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def comparison_dir_name(parent: Path, config: dict[str, Any], moment: str) -> str:
-    """Where a comparison goes, below ``parent``: an unfinished one of the same configuration, or a folder of its own.
+    """Return the folder of a comparison: an unfinished one of the same configuration, or a new one.
 
     Args:
         parent: of all comparisons on the same tasks.
@@ -78,7 +79,7 @@ def comparison_dir_name(parent: Path, config: dict[str, Any], moment: str) -> st
 
 
 def running_twin(folder: Path, config: dict[str, Any]) -> Path | None:
-    """Another folder beside this one where the same comparison is at work."""
+    """Return another folder beside this one in which the same comparison is running."""
     for record in folder.parent.glob(f"*/{COMPARISON_FILE}"):
         other = record.parent
         if other != folder and is_locked(other) and comparison_key(read_record(other)) == comparison_key(config):
@@ -87,7 +88,7 @@ def running_twin(folder: Path, config: dict[str, Any]) -> Path | None:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a run of a comparison is missing or failed, as far as is known."""
+    """Return whether a run of a comparison is missing or failed, as far as is known."""
     try:
         return json.loads((folder / RESULTS_FILE).read_text())["complete"] is not True
     except (OSError, ValueError, KeyError):
@@ -95,16 +96,19 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The configuration in a comparison's folder; empty if it cannot be read."""
+    """Read the configuration in a comparison's folder; empty if it cannot be read."""
     try:
         content = yaml.safe_load((folder / COMPARISON_FILE).read_text())
     except (OSError, yaml.YAMLError):
         return {}
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    rename_keys(content)
+    return content
 
 
 def comparison_key(config: dict[str, Any]) -> dict[str, Any]:
-    """The values that make it the same comparison, by their dotted keys."""
+    """Return the values that make it the same comparison, by their dotted keys."""
     return {
         key: value
         for section, values in config.items()

@@ -1,4 +1,4 @@
-"""The overrides of a command line, job by job: what is asked for, that it names no code, and how to ask for more."""
+"""The command line: its flags, the overrides of every job, and that they name no code."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import argparse
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from hydra._internal.utils import get_args_parser  # Hydra's own parser: no public way to read its flags
+import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
@@ -17,39 +16,58 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from metalearn.config.compose import CONF, compose, register_schemas, searchpath_override
+from metalearn.config.compose import CONF, compose, register_resolvers, search_folders, searchpath_override
 from metalearn.config.messages import format_hydra_error
 from metalearn.config.security import CLI_ONLY_SECTIONS, check_flags, check_no_code
 from metalearn.core.errors import ConfigError
 
 
+def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the flags that Hydra documents, as Hydra does; the rest is ``overrides``.
+
+    Args:
+        arguments: of the command line; ``None`` takes those of this process.
+    """
+    parser = argparse.ArgumentParser(add_help=False, usage="%(prog)s [KEY=VALUE ...] [FLAG ...]; see --help")
+    parser.add_argument("overrides", nargs="*")
+    for flags in (
+        *(("--help", "-h"), ("--hydra-help",), ("--resolve",), ("--run", "-r"), ("--multirun", "-m")),
+        ("--shell-completion", "-sc"),
+    ):
+        parser.add_argument(*flags, action="store_true")
+    parser.add_argument("--version", action="version", version=f"Hydra {hydra.__version__}")
+    parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
+    parser.add_argument("--package", "-p")
+    parser.add_argument("--config-path", "-cp")
+    parser.add_argument("--config-name", "-cn")
+    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--experimental-rerun")
+    info = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
+    parser.add_argument("--info", "-i", const="all", nargs="?", choices=info)
+    return parser.parse_args(arguments)
+
+
 def requested_jobs(name: str, flags: argparse.Namespace) -> Iterator[tuple[list[str], DictConfig, str]]:
-    """Overrides, configuration and output folder of every job; nothing in them names code that Hydra would run.
+    """Yield overrides, configuration and output folder of every job; nothing in them names code that Hydra would run.
 
     Raises:
         ConfigError: for a flag, a file or an override that does.
     """
-    register_schemas()
+    register_resolvers()
     parsed = _parsed(flags.overrides)
-    check_flags(
-        rerun=flags.experimental_rerun,
-        config_path=flags.config_path,
-        config_name=flags.config_name,
-        config_dir=flags.config_dir,
-        searchpath=[p for o in parsed if o.key_or_group == "hydra.searchpath" for p in _as_list(o.value())],
-        shipped=[file.stem for file in CONF.glob("*.yaml")],
-    )
+    searchpath = [p for o in parsed if o.key_or_group == "hydra.searchpath" for p in _as_list(o.value())]
+    check_flags(vars(flags), searchpath, [file.stem for file in CONF.glob("*.yaml")])
     if flags.info or flags.shell_completion:  # these configure no loggers, and call nothing
         return
     lines = [str(o.input_line) for o in parsed]
-    own = compose(
-        name, [o for o in lines if re.match(r"\+*hydra[./](launcher|sweeper)\b", o)], return_hydra_config=True
-    )
-    chosen = {section: _plain(own)["hydra"][section] for section in CLI_ONLY_SECTIONS}
+    on_command_line = [line for line in lines if re.match(r"\+*hydra[./](launcher|sweeper)\b", line)]
+    alone = _plain(compose("gradients", on_command_line, return_hydra_config=True))  # the smallest primary file
+    chosen = {section: alone["hydra"][section] for section in CLI_ONLY_SECTIONS}
 
     def safe(overrides: list[str]) -> tuple[DictConfig, str]:
         config = compose(flags.config_name or name, overrides, flags.config_dir, return_hydra_config=True)
-        check_no_code(_plain(config), given=[*lines, *overrides, *searchpath_override(flags.config_dir)], chosen=chosen)
+        given = [*lines, *overrides, *searchpath_override(flags.config_dir)]
+        check_no_code(_plain(config), given=[*given, *(f"++{override}" for override in given)], chosen=chosen)
         try:
             folder = str(config.hydra.sweep.dir if flags.multirun else config.hydra.run.dir)
         except OmegaConfBaseException:  # a name that cannot be made, of keys that are at fault themselves
@@ -61,7 +79,7 @@ def requested_jobs(name: str, flags: argparse.Namespace) -> Iterator[tuple[list[
     if flags.multirun or flags.hydra_help:  # what Hydra itself composes, before any job
         safe([str(o.input_line) for o in parsed if not o.is_sweep_override()])
     if not flags.hydra_help:
-        for overrides in sweep_jobs(_expanded(parsed, flags.config_dir)) if flags.multirun else [flags.overrides]:
+        for overrides in sweep_jobs(_expand_globs(parsed, flags.config_dir)) if flags.multirun else [flags.overrides]:
             yield overrides, *safe(overrides)
 
 
@@ -69,13 +87,12 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise ConfigError(format_hydra_error(error, overrides, [CONF])) from error
+        raise ConfigError(format_hydra_error(error, overrides)) from error
 
 
-def _expanded(parsed: Sequence[Override], config_dir: str | None) -> list[str]:
-    """Overrides in which a ``glob`` over the options of a group is the list of those."""
-    places = [CONF, *([Path(config_dir)] if config_dir else [])]
-    lines = []
+def _expand_globs(parsed: Sequence[Override], config_dir: str | None) -> list[str]:
+    """Return the overrides with every ``glob`` over the options of a group replaced by their list."""
+    places, lines = search_folders([str(one.input_line) for one in parsed], config_dir), []
     for one in parsed:
         value, group = one.value(), one.key_or_group
         options = sorted({file.stem for place in places for file in (place / group).glob("*.yaml")})
@@ -95,25 +112,25 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def recompose_with(name: str, more: Sequence[str]) -> DictConfig:
-    """Compose what the running command composes, with more overrides; of several for a key the last counts.
+    """Compose what the running command composes, with more overrides; the last of several for a key counts.
 
     Raises:
         ConfigError: as ``compose`` does.
     """
-    flags = get_args_parser().parse_args()
+    flags = parse_flags()
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else flags.overrides
     last = {override.partition("=")[0].lstrip("+"): override for override in [*given, *more]}
     return compose(flags.config_name or name, list(last.values()), flags.config_dir)
 
 
 def launcher_overrides() -> list[str]:
-    """What the running command was told of Hydra's launcher; empty for the basic one."""
+    """Return the running command's overrides for Hydra's launcher; none for the basic one."""
     given = [str(o) for o in HydraConfig.get().overrides.hydra if re.match(r"\+?hydra[./]launcher\b", str(o))]
     return given if any(o.lstrip("+").startswith("hydra/launcher=") and not o.endswith("=basic") for o in given) else []
 
 
 def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of every job of a ``--multirun``, as Hydra's basic sweeper makes them.
+    """Return the overrides of every job of a ``--multirun``, as Hydra's basic sweeper makes them.
 
     Raises:
         ConfigError: for an override that cannot be parsed.

@@ -1,4 +1,4 @@
-"""A run's folder belongs to one process at a time. Imports no torch: refusals need not wait for it."""
+"""A run's folder, which belongs to one process at a time. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from metalearn.core.errors import RunError, RunExistsError
 log = logging.getLogger(__name__)
 
 TRAINING_FILES = ("config.yaml", "metrics.json", "checkpoints")
-"""By these a folder is known to hold a training."""
+"""A folder with one of these holds a training."""
 
 LOCK = ".lock"
-"""The file whose lock says that a process is at work in the folder; the system releases it when that dies."""
+"""The file that is locked while a process works in the folder; the system releases it when that dies."""
 
 
 def check_no_run_in(folder: Path, files: Iterable[str]) -> None:
-    """Refuse a folder that holds one of these.
+    """Check that a folder holds none of these files.
 
     Raises:
-        FolderTakenError: naming it.
+        RunExistsError: naming the file.
     """
     for file in files:
         if (folder / file).exists():
@@ -33,7 +33,7 @@ def check_no_run_in(folder: Path, files: Iterable[str]) -> None:
 
 @contextmanager
 def folder_lock(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Be the only process at work in a folder.
+    """Make this process the only one that works in a folder.
 
     Args:
         folder: made if it is missing.
@@ -58,7 +58,7 @@ def folder_lock(folder: Path, *, wait: bool) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process is at work in a folder at this moment."""
+    """Return whether a process works in a folder at this moment."""
     if not (folder / LOCK).exists():
         return False
     try:

@@ -1,301 +1,355 @@
-"""Every key of a training: its type, what it means, and what is allowed. Imports neither torch nor Hydra.
+"""Every key of a training: its type, range and meaning in one place. Imports neither torch nor Hydra.
 
-Defaults are not here but in ``conf/``: a default lives in one place.
+Defaults are in ``conf/``. pydantic validates a composed configuration against these classes; checks of several keys are
+in ``compatibility.py``. To add a key, write it here and in ``conf/``, and use it.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from omegaconf import MISSING
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from typing_extensions import Doc
 
 from metalearn.data.image_folder import list_splits
 from metalearn.data.metadata import GLYPH_SPLIT_FRACTIONS, OMNIGLOT_SPLITS, glyph_split_sizes
 
-ENGINES = ("unroll", "checkpoint", "adjoint")
-"""Names for ``inner.engine``; a test holds them equal to ``metalearn.metagrad.ENGINES``, which needs torch."""
+Engine = Literal["unroll", "checkpoint", "adjoint", "auto"]
+ENGINES = get_args(Engine)[:-1]
+"""Engines to choose or to let ``auto`` choose from; a test holds them equal to ``metalearn.metagrad.ENGINES``."""
 
-PLAIN_ALGORITHMS = ("maml", "anil", "boil", "meta_sgd", "reptile", "cavia", "protonet")
-"""Names for ``algorithm`` of those without keys of their own; a test holds the rest to ``metalearn.algorithms``."""
-
-BACKENDS = ("metalearn", "learn2learn", "higher", "torchopt")
-"""Names for ``algorithm.backend``."""
+PlainAlgorithm = Literal["maml", "anil", "boil", "meta_sgd", "reptile", "cavia", "protonet"]
+PLAIN_ALGORITHMS = get_args(PlainAlgorithm)
+"""Algorithms without options of their own."""
 
 LARGEST_SEED = 2**63 - 1
 """The largest int64."""
 
+Bool = StrictBool
+Text = StrictStr
+Seed = Annotated[StrictInt, Field(ge=0, le=LARGEST_SEED)]
+Count = Annotated[StrictInt, Field(ge=1)]
+Steps = Annotated[StrictInt, Field(ge=0)]
+Episodes = Annotated[StrictInt, Field(ge=2)]
+Positive = Annotated[StrictFloat, Field(gt=0)]
+NonNegative = Annotated[StrictFloat, Field(ge=0)]
+Share = Annotated[StrictFloat, Field(ge=0, le=1)]
+Momentum = Annotated[StrictFloat, Field(ge=0, lt=1)]
+Device = Annotated[
+    Text, Field(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]*))?)$", examples=["auto", "cpu", "cuda", "cuda:N"])
+]
+OnError = Literal["stop", "skip"]
 
-def key(
-    meaning: str,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    choices: tuple[str, ...] | None = None,
-    may_be_empty: bool = False,
-) -> Any:
-    """A configuration key without a default, with what ``--help`` says of it and the range that is checked."""
-    limits = {"at_least": at_least, "above": above, "at_most": at_most, "choices": choices}
-    limits["may_be_empty"] = may_be_empty
-    return field(default=MISSING, metadata={"meaning": meaning, **limits})
+
+def _check_sum(fractions: list[float]) -> list[float]:
+    if abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError("must be three shares that add up to 1, of classes for training, validation and test")
+    return fractions
 
 
-@dataclass
-class TaskConfig:
+@dataclass(frozen=True)
+class Section:
+    """A section of a configuration: no unknown key, no NaN, no infinity."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class TaskConfig(Section):
     """What a task is, and how many make a meta-step."""
 
-    ways: int = key("N, classes per task", at_least=2)
-    shots: int = key("support examples per class", at_least=1)
-    queries: int = key("query examples per class", at_least=1)
-    meta_batch: int = key("T, tasks per meta-step, and tasks at a time in evaluation", at_least=1)
+    ways: Annotated[StrictInt, Field(ge=2), Doc("N, classes per task")]
+    shots: Annotated[Count, Doc("support examples per class")]
+    queries: Annotated[Count, Doc("query examples per class")]
+    meta_batch: Annotated[Count, Doc("T, tasks per meta-step, and tasks at a time in evaluation")]
 
 
-@dataclass
-class InnerConfig:
+@dataclass(frozen=True)
+class InnerConfig(Section):
     """The inner loop, and how it is differentiated."""
 
-    lr: float = key("step size of the inner gradient descent", above=0)
-    steps: int = key("inner steps in training", at_least=0)
-    eval_steps: int = key("inner steps in validation and test; may differ from inner.steps", at_least=0)
-    second_order: bool = key("differentiate through the inner gradients (MAML); false: first-order MAML")
-    engine: str = key(
-        "how the meta-gradient is computed; auto: the fastest that fits run.memory_limit", choices=(*ENGINES, "auto")
-    )
-    task_chunk: int | None = key("tasks per pass, to save memory; null: all at once", at_least=1)
-    snapshot_every: int = key("checkpoint and adjoint keep every s-th step's weights, and recompute others", at_least=1)
-    rule: str = key("the update rule, differentiated as the rest", choices=("sgd", "momentum", "nesterov", "adam"))
-    momentum: float = key("of the rules momentum and nesterov", at_least=0, at_most=1)
-    betas: list[float] = key("of the rule adam: how slowly its two averages move", at_least=0, at_most=1)
-    eps: float = key("of the rule adam: added to the root; small ones make meta-gradients large", above=0)
-    weight_decay: float = key("times the adapted parameters, added to their gradients", at_least=0)
-    clip_norm: float | None = key("largest norm of a task's inner gradient; null: not clipped", above=0)
+    lr: Annotated[Positive, Doc("step size of the inner gradient descent")]
+    steps: Annotated[Steps, Doc("inner steps in training")]
+    eval_steps: Annotated[Steps, Doc("inner steps in validation and test; may differ from inner.steps")]
+    second_order: Annotated[Bool, Doc("differentiate through the inner gradients (MAML); false: first-order MAML")]
+    engine: Annotated[Engine, Doc("computes the meta-gradient; auto: the fastest that fits run.memory_limit_mib")]
+    task_chunk: Annotated[Count | None, Doc("tasks per pass, to save memory; null: all at once")]
+    checkpoint_every: Annotated[
+        Count, Doc("checkpoint and adjoint keep every s-th step's weights, and recompute others")
+    ]
+    optimizer: Annotated[
+        Literal["sgd", "momentum", "nesterov", "adam"], Doc("update rule of the inner loop; all are differentiated")
+    ]
+    momentum: Annotated[Momentum, Doc("with inner.optimizer=momentum or nesterov: decay of the velocity")]
+    betas: Annotated[
+        list[Momentum],
+        Field(min_length=2, max_length=2),
+        Doc("with inner.optimizer=adam: decay of the mean and of the square"),
+    ]
+    eps: Annotated[Positive, Doc("with inner.optimizer=adam: added to the root; small ones make meta-gradients large")]
+    weight_decay: Annotated[NonNegative, Doc("times the adapted parameters, added to their gradients")]
+    clip_norm: Annotated[Positive | None, Doc("largest norm of a task's inner gradient; null: not clipped")]
 
 
-@dataclass
-class OuterConfig:
+@dataclass(frozen=True)
+class OuterConfig(Section):
     """The meta-optimiser."""
 
-    lr: float = key("Adam's learning rate", above=0)
-    iterations: int = key("meta-steps", at_least=1)
-    schedule: str = key("learning rate over the run; cosine falls to 0", choices=("constant", "cosine"))
-    clip_norm: float | None = key("largest global norm of the meta-gradient; null: not clipped", above=0)
+    lr: Annotated[Positive, Doc("Adam's learning rate")]
+    iterations: Annotated[Count, Doc("meta-steps")]
+    schedule: Annotated[Literal["constant", "cosine"], Doc("learning rate over the run; cosine falls to 0")]
+    clip_norm: Annotated[Positive | None, Doc("largest global norm of the meta-gradient; null: not clipped")]
 
 
-@dataclass
-class EvalConfig:
+@dataclass(frozen=True)
+class EvalConfig(Section):
     """Validation and test."""
 
-    every: int = key("meta-steps between validations", at_least=1)
-    queries: int = key("query examples per class in validation and test; Finn et al. take as many as shots", at_least=1)
-    validation_episodes: int = key("tasks of validation classes in each validation", at_least=2)
-    episodes: int = key("tasks of test classes in the final test", at_least=2)
+    every: Annotated[Count, Doc("meta-steps between validations")]
+    queries: Annotated[Count, Doc("query examples per class in validation and test; Finn et al. take as many as shots")]
+    validation_episodes: Annotated[Episodes, Doc("tasks of validation classes in each validation")]
+    episodes: Annotated[Episodes, Doc("tasks of test classes in the final test")]
 
 
-@dataclass
-class DataConfig:
+@dataclass(frozen=True)
+class DataConfig(Section):
     """Base of the options of ``data``."""
 
-    name: str = key("the data set")
+    name: Annotated[Text, Doc("the data set")]
 
     def smallest_split(self) -> tuple[int, str]:
-        """Classes in the smallest split, and its description."""
+        """Return the number of classes in the smallest split, and its description."""
         raise NotImplementedError
 
 
-@dataclass
+@dataclass(frozen=True)
 class OmniglotConfig(DataConfig):
     """``conf/data/omniglot.yaml``."""
 
-    name: str = key("the data set", choices=("omniglot",))
-    root: str | None = key("folder that holds omniglot-py/; null: the user's cache, filled by download")
-    fallback: str | None = key("what to train on where Omniglot cannot be had; null: stop", choices=("glyphs",))
-    split: str = key("classic: 1100/100/423 random classes; alphabets: whole ones", choices=tuple(OMNIGLOT_SPLITS))
-    rotations: bool = key("rotate training classes by multiples of 90 degrees into new ones")
+    name: Annotated[Literal["omniglot"], Doc("the data set")]
+    root: Annotated[Text | None, Doc("folder that holds omniglot-py/; null: the user's cache, filled by download")]
+    fallback: Annotated[Literal["glyphs"] | None, Doc("what to train on where Omniglot is not available; null: stop")]
+    split: Annotated[
+        Literal["classic", "alphabets"], Doc("classic: 1100/100/423 random classes; alphabets: whole ones")
+    ]
+    rotations: Annotated[Bool, Doc("rotate training classes by multiples of 90 degrees into new ones")]
 
-    def smallest_split(self) -> tuple[int, str]:
-        """As the base says."""
+    def smallest_split(self) -> tuple[int, str]:  # noqa: D102
         return OMNIGLOT_SPLITS[self.split].smallest, f"of Omniglot's {self.split} split"
 
 
-@dataclass
+@dataclass(frozen=True)
 class GlyphsConfig(DataConfig):
     """``conf/data/glyphs.yaml``."""
 
-    name: str = key("the data set", choices=("glyphs",))
-    classes: int = key("characters to invent: 70% to train on, 10% validation, 20% test", at_least=20)
-    jitter: float = key("how differently one character is drawn, as a fraction of the image's width", at_least=0)
-    seed: int = key("of the characters and drawings", at_least=0, at_most=LARGEST_SEED)
+    name: Annotated[Literal["glyphs"], Doc("the data set")]
+    classes: Annotated[StrictInt, Field(ge=20), Doc("characters to invent: 70% to train on, 10% validation, 20% test")]
+    jitter: Annotated[NonNegative, Doc("how differently one character is drawn, as a fraction of the image's width")]
+    seed: Annotated[Seed, Doc("of the characters and drawings")]
 
-    def smallest_split(self) -> tuple[int, str]:
-        """As the base says."""
-        return glyph_split_sizes(
-            self.classes
-        ).smallest, f"of {self.classes} glyphs ({GLYPH_SPLIT_FRACTIONS[1]:.0%} validate)"
+    def smallest_split(self) -> tuple[int, str]:  # noqa: D102
+        where = f"of {self.classes} glyphs ({GLYPH_SPLIT_FRACTIONS[1]:.0%} validate)"
+        return glyph_split_sizes(self.classes).smallest, where
 
 
-@dataclass
+@dataclass(frozen=True)
 class ImagesConfig(DataConfig):
     """``conf/data/images.yaml``."""
 
-    name: str = key("the data set", choices=("images",))
-    root: str = key("folder that holds one folder a class, or train/, val/ and test/ with these")
-    size: int = key("height and width that images are cropped and resized to, in pixels", at_least=1)
-    channels: int = key("1: grey; 3: colour", at_least=1, at_most=3)
-    fractions: list[float] = key(
-        "shares of the classes for training, validation and test, where no folders say so", above=0, at_most=1
-    )
-    seed: int = key("of that split", at_least=0, at_most=LARGEST_SEED)
-    unreadable: str = key("files that cannot be read: stop, or skip them with a warning", choices=("stop", "skip"))
+    name: Annotated[Literal["images"], Doc("the data set")]
+    root: Annotated[Text, Doc("folder that holds one folder a class, or train/, val/ and test/ with these")]
+    size: Annotated[Count, Doc("height and width that images are cropped and resized to, in pixels")]
+    channels: Annotated[Literal[1, 3], Doc("1: grey; 3: colour")]
+    fractions: Annotated[
+        list[Annotated[StrictFloat, Field(gt=0, le=1)]],
+        Field(min_length=3, max_length=3),
+        AfterValidator(_check_sum),
+        Doc("shares of the classes for training, validation and test, where no folders say so"),
+    ]
+    seed: Annotated[Seed, Doc("of the split by fractions")]
+    on_unreadable: Annotated[OnError, Doc("files that cannot be read: stop, or skip with a warning")]
 
-    def smallest_split(self) -> tuple[int, str]:
-        """As the base says; the folder is listed for it."""
+    def smallest_split(self) -> tuple[int, str]:  # noqa: D102  # lists the folder
         splits = list_splits(self.root, fractions=self.fractions, seed=self.seed)
         return min(map(len, splits.values())), f"of the images in {self.root}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class SinusoidConfig(DataConfig):
     """``conf/data/sinusoid.yaml``."""
 
-    name: str = key("the data set", choices=("sinusoid",))
+    name: Annotated[Literal["sinusoid"], Doc("the data set")]
 
-    def smallest_split(self) -> tuple[int, str]:
-        """As the base says."""
+    def smallest_split(self) -> tuple[int, str]:  # noqa: D102
         return sys.maxsize, "of sinusoids, of which there is no end"
 
 
-@dataclass
-class ModelConfig:
+AnyData = OmniglotConfig | GlyphsConfig | ImagesConfig | SinusoidConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
     """Base of the options of ``model``."""
 
-    name: str = key("the network")
+    name: Annotated[Text, Doc("the network")]
 
 
-@dataclass
+ContextSize = Annotated[Steps, Doc("context parameters, which algorithm=cavia adapts; 0: none")]
+
+
+@dataclass(frozen=True)
 class Conv4Config(ModelConfig):
     """``conf/model/conv4.yaml``."""
 
-    name: str = key("the network", choices=("conv4",))
-    width: int = key("filters of every convolution", at_least=1)
-    pool: str = key("stride: stride-2 convolutions (Finn); max: max-pooling (Vinyals)", choices=("stride", "max"))
-    context: int = key("context parameters, which algorithm=cavia adapts; 0: none", at_least=0)
+    name: Annotated[Literal["conv4"], Doc("the network")]
+    width: Annotated[Count, Doc("filters of every convolution")]
+    pool: Annotated[Literal["stride", "max"], Doc("stride: stride-2 convolutions (Finn); max: max-pooling (Vinyals)")]
+    context: ContextSize
 
 
-@dataclass
+@dataclass(frozen=True)
 class MLPConfig(ModelConfig):
     """``conf/model/mlp.yaml``."""
 
-    name: str = key("the network", choices=("mlp",))
-    hidden: list[int] = key("width of each hidden layer", at_least=1)
-    batch_norm: bool = key("BatchNorm before each ReLU")
-    context: int = key("context parameters, which algorithm=cavia adapts; 0: none", at_least=0)
+    name: Annotated[Literal["mlp"], Doc("the network")]
+    hidden: Annotated[list[Count], Field(min_length=1), Doc("width of each hidden layer")]
+    batch_norm: Annotated[Bool, Doc("BatchNorm before each ReLU")]
+    context: ContextSize
 
 
-@dataclass
+@dataclass(frozen=True)
 class ResNet12Config(ModelConfig):
     """``conf/model/resnet12.yaml``."""
 
-    name: str = key("the network", choices=("resnet12",))
-    widths: list[int] = key("filters of each residual block", at_least=1)
+    name: Annotated[Literal["resnet12"], Doc("the network")]
+    widths: Annotated[list[Count], Field(min_length=1), Doc("filters of each residual block")]
 
 
-@dataclass
-class AlgorithmConfig:
-    """Base of the options of ``algorithm``, and all keys of most of them."""
-
-    name: str = key("the meta-learner", choices=PLAIN_ALGORITHMS)
-    backend: str = key("whose meta-gradient is trained with; the others are for comparison", choices=BACKENDS)
+AnyModel = Conv4Config | MLPConfig | ResNet12Config
 
 
-@dataclass
+@dataclass(frozen=True)
+class AlgorithmConfig(Section):
+    """Base of the options of ``algorithm``."""
+
+    name: Annotated[Text, Doc("the meta-learner")]
+    backend: Annotated[
+        Literal["metalearn", "learn2learn", "higher", "torchopt"],
+        Doc("library that computes the meta-gradient; the others are for comparison"),
+    ]
+
+
+@dataclass(frozen=True)
+class PlainAlgorithmConfig(AlgorithmConfig):
+    """The algorithms without options of their own, as ``conf/algorithm/maml.yaml``."""
+
+    name: Annotated[PlainAlgorithm, Doc("the meta-learner")]
+
+
+@dataclass(frozen=True)
 class MAMLPPConfig(AlgorithmConfig):
     """``conf/algorithm/maml_pp.yaml``; outer.schedule=cosine is the sixth of its parts."""
 
-    name: str = key("the meta-learner", choices=("maml_pp",))
-    learned_lr: bool = key("learn a step size for every parameter tensor and inner step (LSLR)")
-    multi_step_share: float = key(
-        "share of the training in which the query loss after every step counts (MSL); 0: in none", at_least=0, at_most=1
-    )
-    first_order_share: float = key(
-        "share of the training that is first order, before the second begins (DA); 0: none", at_least=0, at_most=1
-    )
-    per_step_affine: bool = key("BatchNorm's scale and shift for every inner step, not adapted (BNWB)")
-    per_step_statistics: bool = key(
-        "BatchNorm's statistics for every inner step, by which queries are predicted one by one (BNRS)"
-    )
+    name: Annotated[Literal["maml_pp"], Doc("the meta-learner")]
+    learned_lr: Annotated[Bool, Doc("learn a step size for every parameter tensor and inner step (LSLR)")]
+    multi_step_share: Annotated[Share, Doc("share of training with the query loss after every step (MSL); 0: none")]
+    first_order_share: Annotated[Share, Doc("share of training, from its start, that is first order (DA); 0: none")]
+    per_step_affine: Annotated[Bool, Doc("BatchNorm's scale and shift for every inner step, not adapted (BNWB)")]
+    per_step_statistics: Annotated[
+        Bool, Doc("BatchNorm's statistics for every inner step, to predict queries singly (BNRS)")
+    ]
 
 
-@dataclass
+@dataclass(frozen=True)
 class IMAMLConfig(AlgorithmConfig):
     """``conf/algorithm/imaml.yaml``."""
 
-    name: str = key("the meta-learner", choices=("imaml",))
-    strength: float = key("lambda, of the pull to theta in the inner problem", above=0)
-    cg_steps: int = key("conjugate gradients on I + H / lambda, at most", at_least=1)
-    damping: float = key("added to the diagonal of that matrix", at_least=0)
+    name: Annotated[Literal["imaml"], Doc("the meta-learner")]
+    proximal_weight: Annotated[Positive, Doc("lambda, of the pull to theta in the inner problem")]
+    cg_steps: Annotated[Count, Doc("conjugate gradients on I + H / lambda, at most")]
+    damping: Annotated[NonNegative, Doc("added to the diagonal of that matrix")]
 
 
-@dataclass
-class RunConfig:
-    """Where and how reproducibly."""
-
-    seed: int = key("of the initial parameters and of every task", at_least=0, at_most=LARGEST_SEED)
-    device: str = key("auto: the GPU if there is one; or cpu, cuda, cuda:N")
-    resume: bool | str = key(
-        "true: go on with the run in hydra.run.dir; auto: if there is one, else start it",
-        choices=("false", "true", "auto"),
-    )
-    init_from: str | None = key("folder of another run, from whose best parameters this one starts")
-    checkpoint_seconds: float | None = key(
-        "seconds between checkpoints, beside one at each validation; 0: after every step; null: no others",
-        at_least=0,
-    )
-    on_nonfinite: str = key(
-        "a loss or gradient that is NaN or infinite: stop, or skip that meta-step and count it",
-        choices=("stop", "skip"),
-    )
-    deterministic: bool = key("refuse operations that are not reproducible bit by bit")
-    precision: str = key(
-        "float32: all its bits, also in GPUs' convolutions, which torch alone would have in TF32; tf32 (GPUs only) and "
-        "bfloat16 (autocast): checked against float32 at the start",
-        choices=("float32", "tf32", "bfloat16"),
-    )
-    cuda_graph: bool = key("replay the meta-gradient as one CUDA graph; where that fails, say so and go on without")
-    memory_limit: float | None = key("MiB that inner.engine=auto may take; null: most of what is free", above=0)
+AnyAlgorithm = PlainAlgorithmConfig | MAMLPPConfig | IMAMLConfig
 
 
-@dataclass
-class LogConfig:
-    """What TensorBoard is shown, and how often."""
+@dataclass(frozen=True)
+class RunConfig(Section):
+    """Where a run computes, and how reproducibly."""
 
-    every: int = key("meta-steps between points in TensorBoard; figures are means over them", at_least=1)
-    images: bool = key("a grid of support and query images with predictions, at each validation")
-    curvature_every: int | None = key(
-        "meta-steps between looks at the second-order term (see grad/ in the README); null: never", at_least=1
-    )
-    eigenvalue_every: int | None = key(
-        "meta-steps between estimates of the support loss's largest eigenvalue (costly); null: never",
-        at_least=1,
-    )
+    seed: Annotated[Seed, Doc("of the initial parameters and of every task")]
+    device: Annotated[Device, Doc("auto: the GPU if there is one")]
+    resume: Annotated[Bool | Literal["auto"], Doc("true: resume the run in hydra.run.dir; auto: if there is one")]
+    init_from: Annotated[Text | None, Doc("folder of a run from whose best parameters to start; null: random ones")]
+    checkpoint_every_s: Annotated[
+        NonNegative | None, Doc("seconds between checkpoints, beside those at validations; 0: every step; null: none")
+    ]
+    on_nonfinite: Annotated[
+        OnError, Doc("a loss or gradient that is NaN or infinite: stop, or skip and count the meta-step")
+    ]
+    deterministic: Annotated[Bool, Doc("forbid operations that are not reproducible bit by bit")]
+    precision: Annotated[
+        Literal["float32", "tf32", "bfloat16"],
+        Doc(
+            "float32: all its bits, also in GPUs' convolutions, which torch alone would have in TF32; tf32 "
+            "(GPUs only) and bfloat16 (autocast): checked against float32 at the start"
+        ),
+    ]
+    cuda_graph: Annotated[Bool, Doc("replay the meta-gradient as one CUDA graph; where that fails, warn and go on")]
+    memory_limit_mib: Annotated[Positive | None, Doc("MiB that inner.engine=auto may take; null: most of what is free")]
 
 
-@dataclass
-class TrainConfig:
+@dataclass(frozen=True)
+class LogConfig(Section):
+    """What TensorBoard shows, and how often."""
+
+    every: Annotated[Count, Doc("meta-steps between points in TensorBoard; scalars are means over them")]
+    images: Annotated[Bool, Doc("a grid of support and query images with predictions, at each validation")]
+    curvature_every: Annotated[
+        Count | None, Doc("meta-steps between points of the second-order term (grad/ in the README); null: never")
+    ]
+    eigenvalue_every: Annotated[
+        Count | None, Doc("meta-steps between estimates of the support loss's top eigenvalue (costly); null: never")
+    ]
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
     """``conf/train.yaml``."""
 
-    task: TaskConfig = field(default_factory=TaskConfig)
-    inner: InnerConfig = field(default_factory=InnerConfig)
-    outer: OuterConfig = field(default_factory=OuterConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    task: TaskConfig
+    inner: InnerConfig
+    outer: OuterConfig
+    eval: EvalConfig
+    data: Annotated[AnyData, Field(discriminator="name")]
+    model: Annotated[AnyModel, Field(discriminator="name")]
+    algorithm: Annotated[AnyAlgorithm, Field(discriminator="name")]
+    run: RunConfig
+    log: LogConfig
 
     def images_per_class(self) -> dict[str, int]:
-        """Images that a task takes of a class, shots and queries, in each split."""
-        in_training, later = (self.task.shots + queries for queries in (self.task.queries, self.eval.queries))
-        return {"train": in_training, "validation": later, "test": later}
+        """Return the images that a task takes of a class, shots and queries, in each split."""
+        train, evaluation = (self.task.shots + queries for queries in (self.task.queries, self.eval.queries))
+        return {"train": train, "validation": evaluation, "test": evaluation}
+
+
+def iter_fields(config: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Iterate over every leaf key of a configuration and its value, as ``("inner.lr", 0.4)``."""
+    assert is_dataclass(config)
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            yield from iter_fields(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value
+
+
+_NOT_COMPARED = (*("run.resume", "run.checkpoint_every_s", "run.on_nonfinite", "run.cuda_graph"), "data.root")
+
+
+def result_keys(config: object) -> dict[str, Any]:
+    """Return every leaf key and its value, without those that do not change a run's results."""
+    return {name: value for name, value in iter_fields(config) if name not in _NOT_COMPARED}

@@ -1,9 +1,8 @@
-"""No configuration names code to run: what Hydra would call, import, export or overwrite because a file says so.
+"""No configuration names code that Hydra would call, import, export or overwrite because a file says so.
 
-The keys of this project are typed, and none is the name of a class or function. Hydra's own section is not typed so: it
-holds callbacks, loggers and launchers as names of Python objects. Here that section is read as text, before anything in
-it is resolved or used, and everything is refused that this project has no need of. Imports nothing but the
-standard library.
+Hydra's own section holds callbacks, loggers and launchers as names of Python objects. It is read as text here, before
+anything in it is resolved or used, and whatever this project does not need is an error. Imports only the standard
+library.
 """
 
 from __future__ import annotations
@@ -15,66 +14,52 @@ from typing import Any
 from metalearn.core.errors import ConfigError
 
 CLI_ONLY_SECTIONS = ("launcher", "sweeper")
-"""Sections that the command line alone sets: a launcher's settings end in shell scripts."""
+"""Sections that only the command line sets: a launcher's settings end in shell scripts."""
 
 _PLUGIN = re.compile(r"(hydra\._internal\.core_plugins|hydra_plugins)(\.\w+)+")
 _LOGGERS = (
-    "logging.FileHandler",
-    "logging.Formatter",
-    "logging.NullHandler",
-    "logging.StreamHandler",
+    *("logging.FileHandler", "logging.Formatter", "logging.NullHandler", "logging.StreamHandler"),
     "rich.logging.RichHandler",
 )
 _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 _LOG_FILE = "${hydra.runtime.output_dir}/${hydra.job.name}.log"
-_LOGGING = ("job_logging", "hydra_logging")
 
 Path = tuple[str, ...]
 
 
-def check_flags(
-    *,
-    rerun: str | None,
-    config_path: str | None,
-    config_name: str | None,
-    config_dir: str | None,
-    searchpath: Sequence[Any],
-    shipped: Collection[str],
-) -> None:
-    """Refuse flags that run code while Hydra only reads, or that make Hydra read what is not checked here.
+def check_flags(flags: Mapping[str, Any], searchpath: Sequence[Any], primary_files: Collection[str]) -> None:
+    """Check that no flag runs code while Hydra only reads, or makes Hydra read what is not checked here.
 
     Args:
-        rerun: a pickle, of ``--experimental-rerun``.
-        config_path: of ``--config-path``.
-        config_name: of ``--config-name``.
-        config_dir: of ``--config-dir``.
+        flags: of the command line.
         searchpath: value of ``hydra.searchpath`` on the command line.
-        shipped: names of the primary files in ``conf/``.
+        primary_files: names of the shipped ones, in ``conf/``.
 
     Raises:
         ConfigError: naming the flag and what to write instead.
     """
     instead = "Put an experiment file into DIR/experiment/ and give --config-dir DIR experiment=NAME"
-    faults = []
+    rerun, path, name = flags["experimental_rerun"], flags["config_path"], flags["config_name"]
+    errors = []
     if rerun is not None:
-        faults.append(
+        errors.append(
             f"--experimental-rerun={rerun}: a pickle can run any code when it is read. Give KEY=VALUE instead"
         )
-    if config_path is not None:
-        faults.append(f"--config-path={config_path}: the primary files are the shipped ones. {instead}")
-    if config_name is not None and config_name not in shipped:
-        names = ", ".join(sorted(shipped))
-        faults.append(f"--config-name={config_name}: must be one of the shipped files, {names}. {instead}")
-    if config_dir is not None and searchpath:
-        faults.append("hydra.searchpath and --config-dir: give one of them; hydra.searchpath takes several folders")
+    if path is not None:
+        errors.append(f"--config-path={path}: the primary files are the shipped ones. {instead}")
+    if name is not None and name not in primary_files:
+        names = ", ".join(sorted(primary_files))
+        errors.append(f"--config-name={name}: must be one of the shipped files, {names}. {instead}")
+    if flags["config_dir"] is not None and searchpath:
+        errors.append("hydra.searchpath and --config-dir: give one of them; hydra.searchpath takes several folders")
     for place in searchpath:
         if not isinstance(place, str) or ("://" in place and not place.startswith("file://")):
-            faults.append(f"hydra.searchpath={place}: must be a folder; other sources import Python packages")
-    _raise(faults)
+            errors.append(f"hydra.searchpath={place}: must be a folder; other sources import Python packages")
+    _raise_if(errors)
 
 
 def check_no_code(config: Any, *, given: Collection[str], chosen: Mapping[str, Any]) -> None:
-    """Refuse a configuration that names code, commands or environment variables.
+    """Check that a configuration names no code, command or environment variable.
 
     Args:
         config: as it was composed, as plain containers, nothing resolved, with the section ``hydra``.
@@ -84,19 +69,19 @@ def check_no_code(config: Any, *, given: Collection[str], chosen: Mapping[str, A
     Raises:
         ConfigError: naming every such key, its value, why, and what to do.
     """
-    faults = []
+    errors = []
     if not isinstance(config, dict) or not isinstance(config.get("hydra"), dict):
         raise ConfigError("hydra: the section is missing, or stands for another. Leave it as it is in conf/.")
     for path, value in _leaves(config):
-        if (reason := _reason(path, value, given)) is not None:
-            faults.append(f"{'.'.join(path)}={str(value)[:100]}: {reason}")
+        if (reason := _why_forbidden(path, value, given)) is not None:
+            errors.append(f"{'.'.join(path)}={str(value)[:100]}: {reason}")
     for section, alone in chosen.items():
-        faults += _set_by_files(section, config["hydra"].get(section), alone)
-    _raise(faults)
+        errors += _set_by_files(section, config["hydra"].get(section), alone)
+    _raise_if(errors)
 
 
-def _reason(path: Path, value: Any, given: Collection[str]) -> str | None:
-    """Why a value is refused, and what to do; ``None`` if it is harmless."""
+def _why_forbidden(path: Path, value: Any, given: Collection[str]) -> str | None:
+    """Return why a value is forbidden, and what to do; ``None`` if it is harmless."""
     place = path[1:]
     if path[-1] == "_target_" or "_target_" in path[:-1]:
         if place in (("launcher", "_target_"), ("sweeper", "_target_")) and _PLUGIN.fullmatch(str(value)):
@@ -118,10 +103,10 @@ def _reason(path: Path, value: Any, given: Collection[str]) -> str | None:
         return "must be null or .hydra, so that nothing is written outside of a run's folder"
     if place == ("job", "name") and not re.fullmatch(r"[\w-]+", str(value)):
         return "must be letters, digits, _ and -, as a log file is called by it"
-    return _reason_in_logging(path, value) if place[0] in _LOGGING else None
+    return _why_forbidden_in_logging(path, value) if place[0] in ("job_logging", "hydra_logging") else None
 
 
-def _reason_in_logging(path: Path, value: Any) -> str | None:
+def _why_forbidden_in_logging(path: Path, value: Any) -> str | None:
     if "()" in path or "." in path:
         return "this calls a function of its choice, or sets attributes. Remove it; handlers and formats are enough"
     if path[-1] == "class":
@@ -134,7 +119,7 @@ def _reason_in_logging(path: Path, value: Any) -> str | None:
 
 
 def _set_by_files(section: str, composed: Any, alone: Any) -> list[str]:
-    """Faults for the keys of a section that are not as the command line alone sets them."""
+    """Return an error for every key of a section that is not as the command line alone sets it."""
     now, before = dict(_leaves(composed)), dict(_leaves(alone))
     keys = [key for key in now if key not in before or now[key] != before[key]]
     keys += [key for key in before if key not in now and not any(other[: len(key)] == key for other in now)]
@@ -148,7 +133,7 @@ def _set_by_files(section: str, composed: Any, alone: Any) -> list[str]:
 
 
 def _leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every value that is no container, with the keys that lead to it; an empty container holds none."""
+    """Iterate over all values that are no containers, with the keys that lead to them."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from _leaves(value, (*path, str(key)))
@@ -159,6 +144,6 @@ def _leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield path, node
 
 
-def _raise(faults: Sequence[str]) -> None:
-    if faults:
-        raise ConfigError("\n".join(f"{fault}." for fault in faults))
+def _raise_if(errors: Sequence[str]) -> None:
+    if errors:
+        raise ConfigError("\n".join(f"{error}." for error in errors))

@@ -201,9 +201,9 @@ def _handle_unreadable(paths: Sequence[Path], unreadable: Mapping[int, str], cho
     what = f"{len(unreadable)} of {len(paths)} images cannot be read"
     if choice == "stop":
         raise UnreadableImagesError(
-            "\n".join([f"{what}:", *lines, "Replace or remove them, or pass them over with data.unreadable=skip."])
+            "\n".join([f"{what}:", *lines, "Replace or remove them, or pass them over with data.on_unreadable=skip."])
         )
-    log.warning("%s", "\n".join([f"{what} and are skipped (data.unreadable=skip):", *lines]))
+    log.warning("%s", "\n".join([f"{what} and are skipped (data.on_unreadable=skip):", *lines]))
 
 
 def _load_or_decode(root: Path, paths: Sequence[Path], fmt: _ImageFormat) -> _DecodeResult:

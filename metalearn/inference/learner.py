@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from metalearn.algorithms import Algorithm
-from metalearn.config.schema import SinusoidConfig, TrainConfig
-from metalearn.config.validation import result_keys
+from metalearn.config.schema import SinusoidConfig, TrainConfig, result_keys
 from metalearn.core.errors import DataError, MetalearnError, RunError
 from metalearn.core.functional import expand_over_tasks
 from metalearn.core.types import Episodes, Forward, Params

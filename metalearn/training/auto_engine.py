@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -69,15 +70,16 @@ def resolve_auto_engine(experiment: Experiment) -> Experiment:
     """Replace ``inner.engine=auto`` by the engine that it stands for, also in the configuration.
 
     Raises:
-        RunError: if nothing fits into ``run.memory_limit``.
+        RunError: if nothing fits into ``run.memory_limit_mib``.
     """
     if experiment.inner.engine != "auto":
         return experiment
     config = experiment.config
     problem = first_meta_step(experiment)
     with experiment.precision():
-        inner = choose_engine(problem, experiment.algorithm.peak_memory_inner, limit_mib=config.run.memory_limit)
-    resolved = {name: getattr(inner, name) for name in ("engine", "task_chunk", "snapshot_every")}
+        inner = choose_engine(problem, experiment.algorithm.peak_memory_inner, limit_mib=config.run.memory_limit_mib)
+    resolved: dict[str, Any] = {"engine": inner.engine, "task_chunk": inner.task_chunk}
+    resolved["checkpoint_every"] = inner.snapshot_every
     return with_config(experiment, replace(config, inner=replace(config.inner, **resolved)))
 
 
@@ -170,6 +172,6 @@ def _does_not_fit_error(problem: MetaStepProblem, inner: InnerLoop, limit: int) 
     needed = min(two.peak(replace(sparse, engine=engine), 2**62) for engine in ENGINES)
     return (
         f"inner.engine=auto: no engine fits into {limit / MIB:#.3g} MiB; one task at a time takes at least "
-        f"{1.01 * needed / MIB:#.3g} MiB. Raise run.memory_limit, or take fewer examples (task.ways, task.shots, "
+        f"{1.01 * needed / MIB:#.3g} MiB. Raise run.memory_limit_mib, or take fewer examples (task.ways, task.shots, "
         "task.queries), a narrower model or inner.second_order=false."
     )

@@ -215,7 +215,7 @@ def load_data(config: TrainConfig) -> ImageSplits:
             channels=data.channels,
             fractions=data.fractions,
             seed=data.seed,
-            on_unreadable=data.unreadable,
+            on_unreadable=data.on_unreadable,
             ways=config.task.ways,
             needed=config.images_per_class(),
         )
@@ -259,8 +259,8 @@ def build_inner_loop(settings: InnerConfig) -> InnerLoop:
         second_order=settings.second_order,
         engine=settings.engine,
         task_chunk=settings.task_chunk,
-        snapshot_every=settings.snapshot_every,
-        rule=rules[settings.rule](),
+        snapshot_every=settings.checkpoint_every,
+        rule=rules[settings.optimizer](),
         weight_decay=settings.weight_decay,
         clip_norm=settings.clip_norm,
     )

@@ -197,7 +197,7 @@ def _out_of_memory_message(experiment: Experiment, reason: str, processes: int) 
             lines.append(f"  {keys}" + (f"   about {mib:.0f} MiB" if mib else ""))
     lines += [
         "  inner.engine=auto   measures, and takes the fastest that fits",
-        "  inner.snapshot_every=s   near the square root of inner.steps, where those are many",
+        "  inner.checkpoint_every=s   near the square root of inner.steps, where those are many",
         "Smaller tasks take less as well (task.ways, task.shots, task.queries), and so does a narrower model.",
     ]
     return "\n".join(lines)

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 from metalearn.config.run_config import changed_keys, to_yaml
 from metalearn.config.run_folder import folder_lock
-from metalearn.config.schema import TrainConfig
-from metalearn.config.validation import result_keys
+from metalearn.config.schema import TrainConfig, result_keys
 from metalearn.core.errors import ConfigError, RunError, TerminatedError
 from metalearn.core.profiling.hardware import configure_malloc
 from metalearn.training.auto_engine import resolve_auto_engine
@@ -112,7 +111,7 @@ def _train_main(
         ) as tensorboard,
         progress_bar() as progress,
     ):
-        checkpointer = Checkpointer(run_dir, config_yaml, meter, tensorboard, config.run.checkpoint_seconds, started_at)
+        checkpointer = Checkpointer(run_dir, config_yaml, meter, tensorboard, config.run.checkpoint_every_s, started_at)
         context = TrainContext(experiment, run_dir, meter, stop, progress, ranks, checkpointer)
         best, result = train_and_test(context, state)
         metrics = {

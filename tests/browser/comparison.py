@@ -26,7 +26,7 @@ _SMALL = [
     "log.eigenvalue_every=10",
     f"compare.seeds=[{','.join(map(str, SEEDS))}]",
     "compare.steps=[1,2]",
-    "compare.rounds=2",
+    "compare.repeats=2",
 ]
 
 

@@ -183,12 +183,12 @@ def test_error_names_unreadable_file(run: Path, folders: Path) -> None:
     (folders / "support" / "d" / "broken.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"(?s)d/broken\.png: .*pass them over with unreadable=skip"):
         adapt(run, folders)
-    assert len(rows(adapt(run, folders, "unreadable=skip"))) == 10
+    assert len(rows(adapt(run, folders, "on_unreadable=skip"))) == 10
     for path in (folders / "support" / "d").glob("[01].*"):
         path.write_bytes(b"")
     (folders / "out").rename(folders / "before")
     with pytest.raises(DataError, match=r"no readable image in d\. Add images"):
-        adapt(run, folders, "unreadable=skip")
+        adapt(run, folders, "on_unreadable=skip")
 
 
 def test_adapt_raises_when_folders_are_invalid(run: Path, folders: Path) -> None:
@@ -230,7 +230,7 @@ def test_adapt_raises_when_query_class_is_not_in_weights(run: Path, folders: Pat
         (["save=/"], r"save=/: this exists, and is not overwritten"),
         (["invert=maybe"], r"invert=maybe: must be one of false, true, auto"),
         (["steps=-1"], r"steps=-1: must be a whole number, at least 0 or null"),
-        (["unreadable=stopp"], r"unreadable=stopp: must be one of stop, skip"),
+        (["on_unreadable=stopp"], r"on_unreadable=stopp: must be one of stop, skip"),
         (["run.dir=typo"], r"run\.dir=typo: not a run's folder, as it holds no config\.yaml"),
         (["run.device=gpu"], r"run\.device=gpu: must be auto, cpu, cuda or cuda:N"),
     ],

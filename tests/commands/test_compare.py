@@ -30,7 +30,7 @@ SMALL = [
     "log.curvature_every=10",
     "compare.seeds=[0]",
     "compare.steps=[1]",
-    "compare.rounds=2",
+    "compare.repeats=2",
     "compare.jobs=2",
 ]
 

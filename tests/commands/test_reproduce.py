@@ -38,7 +38,7 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def configuration(*overrides: str) -> ReproduceConfig:
-    config = to_dataclass(compose("reproduce", [f"row={ROW}", *overrides]), ReproduceConfig)
+    config = to_dataclass(compose("reproduce", [f"experiment_name={ROW}", *overrides]), ReproduceConfig)
     check_reproduce(config)
     return config
 
@@ -76,28 +76,34 @@ def finish(config: ReproduceConfig, folder: Path, **changed: Any) -> None:
     ("overrides", "message"),
     [
         (
-            ["row=omniglot_5way_1sht"],
-            r"row=omniglot_5way_1sht: .*Did you mean omniglot_5way_1shot.*The rows are omniglot_",
+            ["experiment_name=omniglot_5way_1sht"],
+            r"experiment_name=omniglot_5way_1sht: .*Did you mean omniglot_5way_1shot.*The rows are omniglot_",
         ),
-        (["row=../train"], r"row=\.\./train: there is no such experiment"),
+        (["experiment_name=../train"], r"experiment_name=\.\./train: there is no such experiment"),
         (["orders=[third]"], r"orders=\['third'\]: must be one of second, first"),
         (["orders=[first,first]"], r"orders=\[first,first\]: first is listed twice"),
         (["seeds=[]"], r"seeds=\[\]: must be one or more whole numbers"),
         (["seeds=[0,1,0]"], r"seeds=\[0,1,0\]: 0 is listed twice; leave one out"),
-        (["minutes=0"], r"minutes=0\.0: must be a number above 0"),
+        (["time_limit_minutes=0"], r"time_limit_minutes=0: must be a number above 0"),
         (["jobs=0"], r"jobs=0: must be a whole number, at least 1"),
         (["overrides=['run.seed=3']"], r"overrides, 'run\.seed=3': seeds= lists the seeds; leave it out"),
         (["overrides=['+hydra.run.dir=x']"], r"overrides, '\+hydra\.run\.dir=x': folders are named by row"),
         (["overrides=['data.fallback=glyphs']"], r"never falls back to other data; data=glyphs asks for it"),
         (["overrides=['inner.second_ordr=true']"], r"Did you mean inner\.second_order\?"),
-        (["overrides=['inner.steps=-1']"], rf"row={ROW}: inner\.steps=-1: must be a whole number"),
+        (["overrides=['inner.steps=-1']"], rf"experiment_name={ROW}: inner\.steps=-1: must be a whole number"),
         (["overrides=['algorithm=maml++']"], r"maml\+\+"),
-        (["overrides=['data.root=/nonexistent']"], rf"row={ROW}: data\.root=/nonexistent: there is no such folder"),
         (
-            ["record=true", "overrides=['outer.lr=0.1']"],
-            r"record=true with overrides=\['outer\.lr=0\.1'\]: .*own in conf/",
+            ["overrides=['data.root=/nonexistent']"],
+            rf"{ROW}: data\.root=/nonexistent: there is no such folder",
         ),
-        (["record=true", "overrides=['data=glyphs']"], r"record=true with overrides=\['data=glyphs'\]"),
+        (
+            ["update_reference=true", "overrides=['outer.lr=0.1']"],
+            r"update_reference=true with overrides=\['outer\.lr=0\.1'\]: .*own in conf/",
+        ),
+        (
+            ["update_reference=true", "overrides=['data=glyphs']"],
+            r"=true with overrides=\['data=glyphs'\]",
+        ),
     ],
 )
 def test_check_raises_when_config_is_wrong(overrides: list[str], message: str) -> None:
@@ -106,12 +112,12 @@ def test_check_raises_when_config_is_wrong(overrides: list[str], message: str) -
 
 
 def test_recorded_row_may_override_how_it_is_computed(tmp_path: Path) -> None:
-    config = configuration("record=true", f"overrides=['inner.engine=adjoint','data.root={tmp_path}/data']")
+    config = configuration("update_reference=true", f"overrides=['inner.engine=adjoint','data.root={tmp_path}/data']")
     (row,) = build_rows(config, tmp_path)
     assert row.jobs[0].config.inner.engine == "adjoint"
     assert row.overrides == ["inner.engine=adjoint"], "the location of the data is left out"
     assert row.command == (
-        f"python scripts/reproduce.py row={ROW} 'orders=[second]' 'seeds=[0,1,2]' "
+        f"python scripts/reproduce.py experiment_name={ROW} 'orders=[second]' 'seeds=[0,1,2]' "
         """'overrides=['"'"'inner.engine=adjoint'"'"']'"""
     )
 
@@ -142,7 +148,7 @@ def test_published_accuracies() -> None:
 
 
 def test_results_are_over_seeds_and_recorded(recorded: Path) -> None:
-    config = configuration("orders=[second,first]", "record=true")
+    config = configuration("orders=[second,first]", "update_reference=true")
     finish(config, recorded / "rows")
     assert run_reproduction(config, recorded / "rows") == FINISHED
     second, first = read_rows(recorded / run.REFERENCE)
@@ -186,7 +192,7 @@ def test_results_are_over_seeds_and_recorded(recorded: Path) -> None:
 
 
 def test_interval_is_over_tasks_when_one_seed(recorded: Path) -> None:
-    config = configuration("seeds=[0]", "record=true")
+    config = configuration("seeds=[0]", "update_reference=true")
     finish(config, recorded / "rows")
     run_reproduction(config, recorded / "rows")
     (row,) = read_rows(recorded / run.REFERENCE)
@@ -197,7 +203,7 @@ def test_interval_is_over_tasks_when_one_seed(recorded: Path) -> None:
 def test_row_is_not_replaced_when_it_has_more_seeds(recorded: Path) -> None:
     reference = recorded / run.REFERENCE
     (recorded / "README.md").write_text("no markers\n")
-    two = configuration("seeds=[0,1]", "record=true")
+    two = configuration("seeds=[0,1]", "update_reference=true")
     finish(two, recorded / "rows")
     run_reproduction(two, recorded / "rows")
     (row,) = read_rows(reference)
@@ -207,9 +213,9 @@ def test_row_is_not_replaced_when_it_has_more_seeds(recorded: Path) -> None:
     with pytest.raises(
         RunError, match=rf"seeds=\[0\]: .*omniglot\.json holds {ROW}, second order, with more seeds, \[0, 1\]"
     ):
-        run_reproduction(configuration("seeds=[0]", "record=true"), recorded / "rows")
+        run_reproduction(configuration("seeds=[0]", "update_reference=true"), recorded / "rows")
     assert reference.read_text() == before
-    three = configuration("record=true")
+    three = configuration("update_reference=true")
     finish(three, recorded / "rows")
     run_reproduction(three, recorded / "rows")
     kept, row = read_rows(reference)
@@ -242,7 +248,7 @@ def test_only_finished_orders_are_saved_at_time_limit(
     recorded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finish(configuration("orders=[first]"), recorded / "rows")
-    config = configuration("orders=[second,first]", "minutes=7")
+    config = configuration("orders=[second,first]", "time_limit_minutes=7")
 
     def over(*arguments: Any, **settings: Any) -> None:
         raise TimeLimitReached
@@ -251,7 +257,7 @@ def test_only_finished_orders_are_saved_at_time_limit(
     state = recorded / "rows" / ROW / "second_order-seed0" / "checkpoints" / "state-00004321.pt"
     state.parent.mkdir(parents=True)
     state.touch()
-    monkeypatch.setattr("sys.argv", ["scripts/reproduce.py", f"row={ROW}", "minutes=7"])
+    monkeypatch.setattr("sys.argv", ["scripts/reproduce.py", f"experiment_name={ROW}", "time_limit_minutes=7"])
     assert run_reproduction(config, recorded / "rows") == UNFINISHED
     (row,) = read_rows(recorded / "rows" / "omniglot.json")
     assert row["order"] == "first"
@@ -259,7 +265,7 @@ def test_only_finished_orders_are_saved_at_time_limit(
     assert "The time limit of 7 minutes is reached." in output
     assert "second_order-seed0: 4321 of 15000 meta-steps" in output
     assert "3 of 6 runs are finished. The same command resumes here:" in output
-    assert f"python scripts/reproduce.py row={ROW} minutes=7" in output
+    assert f"python scripts/reproduce.py experiment_name={ROW} time_limit_minutes=7" in output
 
 
 @pytest.mark.parametrize(

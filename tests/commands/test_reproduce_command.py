@@ -37,7 +37,7 @@ SMALL = (
 def test_same_command_resumes_after_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     small = ",".join(f"'{override}'" for override in SMALL)
-    overrides = ["row=omniglot_5way_1shot_cpu", "seeds=[5]", "minutes=1", f"overrides=[{small}]"]
+    overrides = ["experiment_name=omniglot_5way_1shot_cpu", "seeds=[5]", "time_limit_minutes=1", f"overrides=[{small}]"]
     config = to_dataclass(compose("reproduce", overrides), ReproduceConfig)
     check_reproduce(config)
     folder = tmp_path / "omniglot_5way_1shot_cpu" / "second_order-seed5"
@@ -78,8 +78,8 @@ def test_same_command_resumes_after_time_limit(tmp_path: Path, monkeypatch: pyte
 
 
 def test_no_folder_is_created_when_row_is_unknown(tmp_path: Path) -> None:
-    result = command("reproduce.py", "row=nope", cwd=tmp_path)
+    result = command("reproduce.py", "experiment_name=nope", cwd=tmp_path)
     assert result.returncode == 2, result.stdout
-    assert "row=nope: there is no such experiment. The rows are omniglot_20way_1shot" in result.stderr
+    assert "experiment_name=nope: there is no such experiment. The rows are omniglot_20way_1shot" in result.stderr
     assert "Traceback" not in result.stderr + result.stdout
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ def test_readme_table_equals_committed_results() -> None:
 
 def test_recorded_rows_follow_the_protocol() -> None:
     if not (REPO / REFERENCE).exists():
-        pytest.skip("no row is recorded: python scripts/reproduce.py row=… record=true")
+        pytest.skip("no row is recorded: python scripts/reproduce.py experiment_name=… update_reference=true")
     for row in read_rows(REPO / REFERENCE):
         assert row["dataset"] == "omniglot"
         assert row["test_tasks"] >= 600

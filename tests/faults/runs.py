@@ -31,7 +31,7 @@ SMALL = [
     "log.every=3",
     "log.images=false",
     "run.device=cpu",
-    "run.checkpoint_seconds=0",
+    "run.checkpoint_every_s=0",
 ]
 RUN = "run"
 SMALL_RUN = [*SMALL, f"hydra.run.dir={RUN}"]

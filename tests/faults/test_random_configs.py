@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from unittest import mock
 
 import pytest
@@ -15,8 +16,8 @@ from hypothesis import strategies as st
 
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.run_config import resolve_data
-from metalearn.config.schema import TrainConfig
-from metalearn.config.validation import iter_fields, validate_train_config
+from metalearn.config.schema import TrainConfig, iter_fields
+from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
 from metalearn.data import metadata as catalog
 from tests.faults.cases import cases, check_random_cases
@@ -30,7 +31,7 @@ KEYS = words("""
 task task.ways task.shots task.queries inner inner.lr inner.steps inner.second_order inner.engine inner.task_chunk
 outer outer.lr outer.schedule outer.clip_norm eval eval.queries eval.episodes data data.name data.root data.fallback
 data.split data.rotations data.classes data.jitter model model.name model.width model.hidden model.batch_norm algorithm
-run run.seed run.device run.resume run.precision run.memory_limit log log.every log.images experiment
+run run.seed run.device run.resume run.precision run.memory_limit_mib log log.every log.images experiment
 inner.second_ordr nope inner.lr.deep
 """)
 RIGHT = words("""
@@ -154,7 +155,7 @@ def check_config(case: Case, folder: Path) -> None:
         (folder / "experiment").mkdir()
         (folder / "experiment" / "mine.yaml").write_bytes(case.file)
     try:
-        with mock.patch.object(catalog, "_reachable", return_value=False):
+        with mock.patch.object(catalog, "_has_network", return_value=False):
             composed = compose("train", case.overrides, str(folder) if case.file is not None else None)
             config = to_dataclass(composed, TrainConfig)
             validate_train_config(config)
@@ -163,7 +164,9 @@ def check_config(case: Case, folder: Path) -> None:
         assert_names_a_key(str(error), case)
         return
     right = dict(override.split("=") for override in case.overrides if override in RIGHT)
-    for name, value, _, kind in iter_fields(config):
+    for name, value in iter_fields(config):
+        section, _, key = name.partition(".")
+        kind = get_type_hints(type(getattr(config, section)))[key]
         assert has_type(value, kind), f"{name}={value!r} is no {kind}"
         if name in right and set(case.overrides) <= set(RIGHT):
             assert value == yaml.safe_load(right[name]), f"{name}={value!r}, and {right[name]} was asked for"
@@ -179,14 +182,14 @@ def assert_names_a_key(message: str, case: Case) -> None:
 
 
 def has_type(value: Any, kind: Any) -> bool:
-    if kind == bool | str:
-        return isinstance(value, (bool, str))
-    for base in (bool, int, float, str):
-        if kind == base | None and value is None:
-            return True
-        if kind in (base, base | None):
-            return type(value) is base
-    return isinstance(value, list) and all(has_type(v, kind.__args__[0]) for v in value)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(has_type(value, each) for each in arguments)
+    if origin is Literal:
+        return any(value == each and type(value) is type(each) for each in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(has_type(v, arguments[0]) for v in value)
+    return type(value) is kind
 
 
 @pytest.mark.fault(

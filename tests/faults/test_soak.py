@@ -44,7 +44,7 @@ def record_memory(every: int) -> None:
 
 def growth_of_memory(folder: Path, *, steps: int, every: int) -> dict[str, float]:
     """Train for so many meta-steps and return by which share memory grew after the second measurement."""
-    more = [f"outer.iterations={steps}", f"eval.every={every}", "log.every=10", "run.checkpoint_seconds=5"]
+    more = [f"outer.iterations={steps}", f"eval.every={every}", "log.every=10", "run.checkpoint_every_s=5"]
     process = start_training([*SMALL_RUN, *more], folder, before=record_memory, args=(every,))
     assert wait_for_exit(process, timeout_s=900) == 0, read_output(folder)
     usage: list[dict[str, Any]] = [json.loads(line) for line in (folder / "memory.jsonl").read_text().splitlines()]
@@ -74,7 +74,7 @@ def test_memory_growth(tmp_path: Path, record_property: Callable[[str, object], 
 
 
 def test_long_interval_saves_at_validations_only(tmp_path: Path) -> None:
-    run_dir = train(tmp_path, "run.checkpoint_seconds=1000")
+    run_dir = train(tmp_path, "run.checkpoint_every_s=1000")
     assert [p.stem for p in state_paths(run_dir)] == ["state-00000024", "state-00000016"]
 
 

@@ -85,7 +85,7 @@ def test_maml_pp_anneals_and_tracks_statistics(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rule", ["momentum", "nesterov", "adam"])
 def test_every_rule_trains(rule: str, tmp_path: Path) -> None:
-    more = [f"inner.rule={rule}", "inner.lr=0.01", "inner.weight_decay=0.01", "inner.clip_norm=1"]
+    more = [f"inner.optimizer={rule}", "inner.lr=0.01", "inner.weight_decay=0.01", "inner.clip_norm=1"]
     assert run(tmp_path / "run", *tiny("maml"), *more)["iterations"] == 4
 
 
@@ -181,8 +181,11 @@ def test_failed_process_reports_the_same_metric_names(monkeypatch: pytest.Monkey
         (["algorithm.backend=higher", "inner.engine=adjoint"], "inner.engine=adjoint with algorithm.backend=higher"),
         (["algorithm.backend=higher", "algorithm=meta_sgd"], "algorithm=meta_sgd: higher is trained with for comp"),
         (["algorithm.backend=torchopt", "inner.clip_norm=1"], "inner.clip_norm=1.0 with algorithm.backend=torchopt"),
-        (["algorithm.backend=learn2learn", "inner.rule=adam"], "inner.rule=adam with algorithm.backend=learn2learn"),
-        (["algorithm=protonet", "inner.rule=adam"], "no step is taken by it"),
+        (
+            ["algorithm.backend=learn2learn", "inner.optimizer=adam"],
+            "inner.optimizer=adam with algorithm.backend",
+        ),
+        (["algorithm=protonet", "inner.optimizer=adam"], "no step is taken by it"),
         (["algorithm=reptile", "inner.second_order=true"], "inner.second_order=true with algorithm=reptile"),
         (["algorithm=imaml", "inner.engine=auto"], "inner.engine=auto with algorithm=imaml"),
         (["algorithm=maml_pp", "model=mlp", "model.batch_norm=false"], "algorithm.per_step_affine=true with model.ba"),
@@ -211,7 +214,13 @@ def test_comparison_raises_for_regression() -> None:
 
 def test_maml_pp_is_a_row_of_the_reproduced_table(tmp_path: Path) -> None:
     config = ReproduceConfig(
-        "omniglot_5way_1shot_maml_pp", orders=["second"], seeds=[0], minutes=None, jobs=1, overrides=[], record=False
+        "omniglot_5way_1shot_maml_pp",
+        orders=["second"],
+        seeds=[0],
+        time_limit_minutes=None,
+        jobs=1,
+        overrides=[],
+        update_reference=False,
     )
     [row] = build_rows(config, tmp_path)
     assert row.jobs[0].config.algorithm.name == "maml_pp"

@@ -36,7 +36,7 @@ from tests.faults.processes import load_state
 from tests.faults.runs import SMALL
 from tests.training.run_folders import run
 
-AT_VALIDATIONS = [*SMALL, "run.checkpoint_seconds=null"]
+AT_VALIDATIONS = [*SMALL, "run.checkpoint_every_s=null"]
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_digests_without_a_state_are_removed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["run.checkpoint_seconds=-1"], r"run\.checkpoint_seconds=-1\.0: must be a number, at least 0 or null"),
+        (["run.checkpoint_every_s=-1"], r"run\.checkpoint_every_s=-1: must be a number, at least 0 or null"),
         (["run.on_nonfinite=ignore"], r"run\.on_nonfinite=ignore: must be one of stop, skip"),
     ],
 )
@@ -213,4 +213,4 @@ def test_invalid_settings_raise(overrides: list[str], message: str, tmp_path: Pa
 
 
 def test_keys_that_change_no_result_may_differ_on_resume(finished: Path) -> None:
-    run(finished, *AT_VALIDATIONS, "run.resume=true", "run.on_nonfinite=skip", "run.checkpoint_seconds=5")
+    run(finished, *AT_VALIDATIONS, "run.resume=true", "run.on_nonfinite=skip", "run.checkpoint_every_s=5")

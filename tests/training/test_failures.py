@@ -42,7 +42,7 @@ from tests.faults.runs import SMALL, metrics_without_times, tensors_to_bytes
 
 
 def config(*more: str) -> TrainConfig:
-    return to_dataclass(compose("train", [*SMALL, "run.checkpoint_seconds=null", *more]), TrainConfig)
+    return to_dataclass(compose("train", [*SMALL, "run.checkpoint_every_s=null", *more]), TrainConfig)
 
 
 def poison(at: range, patch: pytest.MonkeyPatch) -> None:

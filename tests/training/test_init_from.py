@@ -17,7 +17,7 @@ from tests.faults.processes import load_state
 from tests.faults.runs import SMALL, assert_steps_increase, metrics_without_times, tensors_to_bytes
 from tests.training.run_folders import run, run_interrupted
 
-AT_VALIDATIONS = [*SMALL, "run.checkpoint_seconds=null"]
+AT_VALIDATIONS = [*SMALL, "run.checkpoint_every_s=null"]
 
 
 @pytest.fixture(scope="module")

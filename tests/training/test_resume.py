@@ -171,7 +171,7 @@ def test_run_that_another_process_started_meanwhile_raises(tmp_path: Path, monke
 
 
 def test_resume_raises_without_a_run(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"holds no run to go on with.*run\.resume=auto"):
+    with pytest.raises(RunError, match=r"holds no run to resume.*run\.resume=auto"):
         run(tmp_path / "none", *FORTY, "run.resume=true")
     assert not (tmp_path / "none").exists()
 

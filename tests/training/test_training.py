@@ -128,7 +128,7 @@ def test_every_engine_takes_the_same_steps(engine: str, tmp_path: Path) -> None:
     runs = {}
     for name, overrides in {
         "unroll": [],
-        engine: [f"inner.engine={engine}", "inner.task_chunk=3", "inner.snapshot_every=2"],
+        engine: [f"inner.engine={engine}", "inner.task_chunk=3", "inner.checkpoint_every=2"],
     }.items():
         metrics = run(tmp_path / name, *base, *overrides)
         assert metrics["engine"] == name
@@ -137,13 +137,13 @@ def test_every_engine_takes_the_same_steps(engine: str, tmp_path: Path) -> None:
 
 
 def test_auto_engine_is_resolved_before_the_first_step(tmp_path: Path) -> None:
-    metrics = run(tmp_path / "run", *quick(), "inner.engine=auto", "run.memory_limit=2")
+    metrics = run(tmp_path / "run", *quick(), "inner.engine=auto", "run.memory_limit_mib=2")
     assert metrics["engine"] in ENGINES
     assert metrics["memory.peak_mib"] <= 2.5  # the optimiser's step is in it as well
     kept = load_run_config(tmp_path / "run" / "config.yaml").inner
     assert (kept.engine, kept.task_chunk) == (metrics["engine"], metrics["task_chunk"]), "evaluate.py finds it settled"
     with pytest.raises(RunError, match=r"no engine fits into 0\.100 MiB"):
-        run(tmp_path / "tight", *quick(), "inner.engine=auto", "run.memory_limit=0.1")
+        run(tmp_path / "tight", *quick(), "inner.engine=auto", "run.memory_limit_mib=0.1")
 
 
 def test_second_order_metrics_are_logged_when_due(tmp_path: Path) -> None:

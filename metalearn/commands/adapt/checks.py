@@ -8,7 +8,7 @@ from pathlib import Path
 from metalearn.config.commands_schema import AdaptConfig
 from metalearn.config.run_config import load_run_config
 from metalearn.config.schema import SinusoidConfig
-from metalearn.config.validation import check_ranges, run_faults
+from metalearn.config.validation import run_dir_errors
 from metalearn.core.errors import ConfigError, DataError
 from metalearn.data.image_folder import list_classes, list_images, preview_names
 
@@ -20,8 +20,7 @@ def check_adapt(config: AdaptConfig) -> None:
         ConfigError: listing every invalid key, or if the run is a regression.
         DataError: if a folder's layout is invalid, naming the class or the file.
     """
-    check_ranges(config)
-    errors = run_faults(config.run.dir, config.run.device) + _combination_errors(config) + _path_errors(config)
+    errors = run_dir_errors(config.run.dir) + _combination_errors(config) + _path_errors(config)
     if errors:
         raise ConfigError("\n".join(errors))
     trained = load_run_config(Path(config.run.dir) / "config.yaml")

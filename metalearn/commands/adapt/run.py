@@ -84,7 +84,7 @@ def _read(
 ) -> FolderImages | None:
     if folder is None:
         return None
-    return learner.read(folder, on_unreadable=config.unreadable, invert=False, may_be_flat=may_be_flat)
+    return learner.read(folder, on_unreadable=config.on_unreadable, invert=False, may_be_flat=may_be_flat)
 
 
 def _predict(learner: Learner, query: FolderImages, images: Tensor, folder: str) -> Predictions:

@@ -60,7 +60,7 @@ def run_engine_table(config: BenchmarkConfig, output_dir: Path) -> None:
     """
     configure_malloc()
     device = resolve_device(config.run.device)
-    limit_mib, rounds = config.bench.limit_mib, config.bench.rounds
+    limit_mib, rounds = config.bench.memory_limit_mib, config.bench.repeats
     report = {"machine": describe_hardware(device), "limit_mib": limit_mib, "rounds": rounds}
     measured: dict[str, object] = {}
     path = output_dir / "benchmark.json"

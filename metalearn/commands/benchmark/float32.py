@@ -65,7 +65,7 @@ class Float32Error:
 
 
 def run_float32_table(config: BenchmarkConfig, output_dir: Path) -> None:
-    """Measure, print a table for each setting, and write ``benchmark.json``; ``bench.rounds`` is the number of seeds.
+    """Measure, print a table for each setting, and write ``benchmark.json``; ``bench.repeats`` is the number of seeds.
 
     Raises:
         ConfigError: if the device does not exist, or the data set has no images.
@@ -73,11 +73,11 @@ def run_float32_table(config: BenchmarkConfig, output_dir: Path) -> None:
     """
     device = resolve_device(config.run.device)
     splits = load_data(config).to(device)
-    seeds = range(config.run.seed, config.run.seed + config.bench.rounds)
+    seeds = range(config.run.seed, config.run.seed + config.bench.repeats)
     settings = [s for s in FLOAT32_SETTINGS if config.bench.setting in ("all", s.name)]
     report = {
         "command": f"python scripts/benchmark.py bench.kind=float32 bench.setting={config.bench.setting} "
-        f"bench.rounds={config.bench.rounds} data={config.data.name}",
+        f"bench.repeats={config.bench.repeats} data={config.data.name}",
         "machine": describe_hardware(device),
         "dataset": config.data.name,
         "seeds": list(seeds),

@@ -85,7 +85,7 @@ def run_benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
     report: dict[str, Any] = {
         "machine": describe_hardware(device),
         "dataset": config.data.name,
-        "rounds": config.bench.rounds,
+        "rounds": config.bench.repeats,
         "yardstick": against,
         "settings": {},
     }
@@ -157,7 +157,7 @@ def measure_case(case: Case, peers: dict[str, Peer], config: BenchmarkConfig, pr
     Raises:
         DisagreementError: if two methods disagree on the meta-gradient.
     """
-    rounds = config.bench.rounds
+    rounds = config.bench.repeats
     bar = progress.add_task(case.name, total=rounds + 1, note="same meta-gradient?")
     methods = build_methods(case.step.inner, peers)
     batches = [case.sampler.batch(index, TASKS_COMPARED) for index in range(BATCHES)]

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from metalearn.commands.benchmark.engine_settings import ENGINE_SETTINGS, TaskSpec
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.config.compose import compose, to_dataclass
-from metalearn.config.validation import iter_fields, validate_train_config
+from metalearn.config.schema import iter_fields
+from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
 
 CONFIGURED = "configured"
@@ -101,8 +102,8 @@ def check_benchmark(config: BenchmarkConfig) -> None:
     kind, setting = config.bench.kind, config.bench.setting
     if setting not in SETTINGS_OF[kind]:
         raise ConfigError(f"bench.setting={setting}: bench.kind={kind} has {', '.join(SETTINGS_OF[kind])}")
-    default = {name: value for name, value, _, _ in iter_fields(to_dataclass(compose("benchmark"), BenchmarkConfig))}
-    changed = {name: value for name, value, _, _ in iter_fields(config) if value != default.get(name)}
+    default = dict(iter_fields(to_dataclass(compose("benchmark"), BenchmarkConfig)))
+    changed = {name: value for name, value in iter_fields(config) if value != default.get(name)}
     if unsupported := [f"{name}={value}" for name, value in changed.items() if name in _UNSUPPORTED]:
         raise ConfigError(
             f"{', '.join(unsupported)}: a benchmark computes in plain float32, without these; leave it out"

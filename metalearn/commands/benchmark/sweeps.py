@@ -52,7 +52,7 @@ def run_sweeps(config: BenchmarkConfig, output_dir: Path) -> None:
     configure_malloc()
     device = resolve_device(config.run.device)
     peers = available_baselines()
-    report: dict[str, Any] = {"machine": describe_hardware(device), "rounds": config.bench.rounds, "sweeps": {}}
+    report: dict[str, Any] = {"machine": describe_hardware(device), "rounds": config.bench.repeats, "sweeps": {}}
     path = output_dir / "benchmark.json"
     slopes: dict[str, list[SweepSeries]] = {}
     failed: dict[str, Exception] = {}
@@ -62,7 +62,7 @@ def run_sweeps(config: BenchmarkConfig, output_dir: Path) -> None:
                 continue
             torch.manual_seed(config.run.seed)
             try:
-                lines = measure_sweep(sweep, peers, config.bench.rounds, device, progress)
+                lines = measure_sweep(sweep, peers, config.bench.repeats, device, progress)
             except (DisagreementError, NonFiniteError) as error:
                 failed[sweep.name] = error
                 report["sweeps"][sweep.name] = {**asdict(sweep), "failed": str(error)}

@@ -46,8 +46,8 @@ def measure_engine_costs(
         "precision": config.run.precision,
         "lr": config.inner.lr,
         "steps": steps,
-        "rounds": settings.rounds,
-        "limit_mib": settings.limit_mib,
+        "rounds": settings.repeats,
+        "limit_mib": settings.memory_limit_mib,
     }
     path = folder / COST_FILE
     if path.exists():
@@ -60,7 +60,9 @@ def measure_engine_costs(
             ]
     experiment = build_experiment(config)
     problem = MetaStepProblem(experiment.forward, experiment.theta, experiment.train.batch(0, config.task.meta_batch))
-    plan = MeasurementPlan("memory and time against K", steps, steps, settings.rounds, int(settings.limit_mib * MIB))
+    plan = MeasurementPlan(
+        "memory and time against K", steps, steps, settings.repeats, int(settings.memory_limit_mib * MIB)
+    )
     with experiment.precision():
         rows = measure(problem, lambda k: compared_inner_loops(config.inner.lr, k), plan, progress)
     content = {**conditions, "rows": [asdict(row) for row in rows]}

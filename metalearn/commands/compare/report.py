@@ -24,7 +24,7 @@ from metalearn.commands.compare.summary import headline, missing_runs
 from metalearn.commands.compare.tables import variant_rows
 from metalearn.commands.compare.variants import Job
 from metalearn.config.output_names import RESULTS_FILE
-from metalearn.config.validation import result_keys
+from metalearn.config.schema import result_keys
 from metalearn.core import serialization as files
 from metalearn.training.tracking.console import print_line, print_path, print_table
 from metalearn.training.tracking.event_files import EVENT_FILES

@@ -179,7 +179,7 @@ def collect(
         variants=found,
         differences=differences(variants, found, folder),
         cost=costs,
-        cost_limit_mib=config.compare.limit_mib,
+        cost_limit_mib=config.compare.memory_limit_mib,
         cost_machine=dict(here),
         runs_at_a_time=1 if launcher_overrides() else runs_at_a_time(every, config.compare.jobs),
     )

@@ -17,8 +17,8 @@ from metalearn.config.compose import to_dataclass
 from metalearn.config.output_names import split, variant_names
 from metalearn.config.overrides import recompose_with
 from metalearn.config.run_config import resolve_data
-from metalearn.config.schema import SinusoidConfig, TrainConfig
-from metalearn.config.validation import iter_fields, validate_train_config
+from metalearn.config.schema import SinusoidConfig, TrainConfig, iter_fields
+from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
 
 _COMPARISON_KEYS = ("run.seed", "run.resume", "compare", "hydra")
@@ -60,7 +60,7 @@ class Job:
     def overrides(self) -> list[str]:
         """Every key of the configuration, for ``scripts/train.py``, without the keys that the launcher adds."""
         groups = [f"{group}={getattr(self.config, group).name}" for group in ("algorithm", "data", "model")]
-        values = {name: value for name, value, _, _ in iter_fields(self.config) if name not in _KEYS_OF_LAUNCHER}
+        values = {name: value for name, value in iter_fields(self.config) if name not in _KEYS_OF_LAUNCHER}
         return groups + [f"{name}={format_override(value)}" for name, value in values.items()]
 
 

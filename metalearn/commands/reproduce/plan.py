@@ -14,7 +14,7 @@ from metalearn.config.commands_schema import ReproduceConfig
 from metalearn.config.compose import compose, options, to_dataclass, user_conf_dir
 from metalearn.config.run_config import resolve_data, resolve_resume
 from metalearn.config.schema import OmniglotConfig, TrainConfig
-from metalearn.config.validation import check_ranges, validate_train_config
+from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError, RunError
 
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
@@ -31,18 +31,18 @@ MIN_TEST_TASKS = 600
 """Number of test tasks that a recorded accuracy needs at least."""
 
 _RESERVED_KEYS = {
-    "experiment": "row= names the experiment",
+    "experiment": "experiment_name= names the experiment",
     "inner.second_order": "orders= lists the orders",
     "run.seed": "seeds= lists the seeds",
     "run.resume": "a reproduction resumes by itself",
-    "run.accept": "a row's runs have one configuration",
+    "run.init_from": "a row's runs start from random parameters",
     "data.fallback": "a published row never falls back to other data; data=glyphs asks for it",
     "hydra": "folders are named by row, order and seed, below hydra.run.dir",
 }
 """Keys that ``overrides=`` may not set, and why."""
 _HARMLESS_KEYS = (
-    *("run.device", "run.checkpoint_seconds", "run.on_nonfinite", "run.deterministic", "run.memory_limit"),
-    *("run.cuda_graph", "inner.engine", "inner.task_chunk", "inner.snapshot_every", "data.root", "log."),
+    *("run.device", "run.checkpoint_every_s", "run.on_nonfinite", "run.deterministic", "run.memory_limit_mib"),
+    *("run.cuda_graph", "inner.engine", "inner.task_chunk", "inner.checkpoint_every", "data.root", "log."),
 )
 """Beginnings of keys that a recorded row may override: they change how it is computed, and not its definition."""
 
@@ -101,7 +101,7 @@ class TableRow:
         """Command line that reproduces the row."""
         overrides = [f"overrides={format_override(self.overrides)}"] if self.overrides else []
         seeds = ",".join(map(str, self.seeds))
-        arguments = [f"row={self.experiment}", f"orders=[{self.order}]", f"seeds=[{seeds}]", *overrides]
+        arguments = [f"experiment_name={self.experiment}", f"orders=[{self.order}]", f"seeds=[{seeds}]", *overrides]
         return shlex.join(["python", "scripts/reproduce.py", *arguments])
 
 
@@ -111,30 +111,33 @@ def check_reproduce(config: ReproduceConfig) -> None:
     Raises:
         ConfigError: naming the key, the value and what to do.
     """
-    check_ranges(config)
     experiments = options("experiment", user_conf_dir())
-    if config.row not in experiments:
-        similar = difflib.get_close_matches(config.row, experiments, n=1)
+    if config.experiment_name not in experiments:
+        similar = difflib.get_close_matches(config.experiment_name, experiments, n=1)
         hint = "".join(f"Did you mean {name}? " for name in similar)
         raise ConfigError(
-            f"row={config.row}: there is no such experiment. {hint}The rows are {', '.join(experiments)}; a file in "
-            "conf/experiment/ adds one"
+            f"experiment_name={config.experiment_name}: there is no such experiment. {hint}The rows are "
+            f"{', '.join(experiments)}; a file in conf/experiment/ adds one"
         )
-    for name, values in (("orders", config.orders), ("seeds", [str(seed) for seed in config.seeds])):
+    for name, values in (("orders", list[str](config.orders)), ("seeds", [str(seed) for seed in config.seeds])):
         if repeated := [value for value in values if values.count(value) > 1]:
             raise ConfigError(f"{name}=[{','.join(values)}]: {repeated[0]} is listed twice; leave one out")
     for override in config.overrides:
         for name, reason in _RESERVED_KEYS.items():
             if _key(override) == name or _key(override).startswith((f"{name}.", f"{name}/")):
                 raise ConfigError(f"overrides, {override!r}: {reason}; leave it out")
-    for row in build_rows(config, Path()):
+    try:
+        rows = build_rows(config, Path())
+    except ConfigError as error:
+        raise ConfigError(f"experiment_name={config.experiment_name}: {error}") from error
+    for row in rows:
         training = row.jobs[0].config
         try:  # Omniglot must be there: a published row is never trained on the fallback
             omniglot = isinstance(training.data, OmniglotConfig)
             validate_train_config(replace_in(training, "data", fallback=None) if omniglot else training)
         except ConfigError as error:
-            raise ConfigError(f"row={config.row}: {error}") from error
-        if config.record:
+            raise ConfigError(f"experiment_name={config.experiment_name}: {error}") from error
+        if config.update_reference:
             _check_recordable(config, training)
 
 
@@ -145,14 +148,14 @@ def _key(override: str) -> str:
 def _check_recordable(config: ReproduceConfig, training: TrainConfig) -> None:
     if other := [override for override in config.overrides if not _key(override).startswith(_HARMLESS_KEYS)]:
         raise ConfigError(
-            f"record=true with overrides={other}: this is not the setting of {config.row}, and would be recorded "
-            "under its name; put it into a file of its own in conf/experiment/, and use that as row"
+            f"update_reference=true with overrides={other}: this is not the setting of {config.experiment_name}, and "
+            "would be recorded under its name; put it into a file of its own in conf/experiment/, and use that as row"
         )
     if training.data.name != "omniglot":
-        raise ConfigError(f"record=true with data={training.data.name}: the table is about Omniglot only")
+        raise ConfigError(f"update_reference=true with data={training.data.name}: the table is about Omniglot only")
     if training.eval.episodes < MIN_TEST_TASKS:
         raise ConfigError(
-            f"record=true with eval.episodes={training.eval.episodes}: a recorded row is tested on at least "
+            f"update_reference=true with eval.episodes={training.eval.episodes}: a recorded row is tested on at least "
             f"{MIN_TEST_TASKS} tasks"
         )
 
@@ -171,13 +174,13 @@ def build_rows(config: ReproduceConfig, folder: Path) -> list[TableRow]:
     rows = []
     for order in config.orders:
         name = f"{order}_order"
-        choice = [f"experiment={config.row}", f"inner.second_order={format_override(order == 'second')}"]
+        choice = [f"experiment={config.experiment_name}", f"inner.second_order={format_override(order == 'second')}"]
         training = to_dataclass(compose("train", [*choice, *config.overrides]), TrainConfig)
         jobs = [
-            Job(name, folder / config.row / f"{name}-seed{seed}", replace_in(training, "run", seed=seed))
+            Job(name, folder / config.experiment_name / f"{name}-seed{seed}", replace_in(training, "run", seed=seed))
             for seed in config.seeds
         ]
-        rows.append(TableRow(config.row, order, overrides, jobs))
+        rows.append(TableRow(config.experiment_name, order, overrides, jobs))
     return rows
 
 
@@ -190,7 +193,7 @@ def resolve_row(row: TableRow) -> TableRow:
     data = resolve_data(row.jobs[0].config).data
     jobs = []
     for job in row.jobs:
-        training = replace_in(replace_section(job.config, "data", data), "run", resume="auto", accept=[])
+        training = replace_in(replace_section(job.config, "data", data), "run", resume="auto")
         try:
             jobs.append(dataclasses.replace(job, config=resolve_resume(training, job.folder)))
         except RunError as error:
@@ -200,5 +203,5 @@ def resolve_row(row: TableRow) -> TableRow:
 
 def _without_advice(message: str) -> str:
     """Remove the advice to accept other values, as a row has one configuration."""
-    before, found, _ = message.partition("\nGo on with the same values")
+    before, found, _ = message.partition("\nResume with the same values")
     return f"{before}\nUse the same values, or another folder with hydra.run.dir=PATH." if found else before

@@ -70,22 +70,22 @@ def run_reproduction(config: ReproduceConfig, folder: Path) -> int:
     """
     rows = [resolve_row(row) for row in build_rows(config, folder)]
     every = [job for row in rows for job in row.jobs]
-    with folder_lock(folder / config.row, wait=False), sigterm_as_exception(*SIGHUP):
+    with folder_lock(folder / config.experiment_name, wait=False), sigterm_as_exception(*SIGHUP):
         for row in rows:
-            for path in output_files(folder, record=config.record):
+            for path in output_files(folder, record=config.update_reference):
                 check_enough_seeds(path, row.experiment, row.order, row.seeds)
-        print_path("Row folder", folder / config.row)
+        print_path("Row folder", folder / config.experiment_name)
         try:
-            reasons = train_missing(every, config.minutes, config.jobs)
+            reasons = train_missing(every, config.time_limit_minutes, config.jobs)
         except TimeLimitReached:
-            print_line(f"The time limit of {config.minutes:g} minutes is reached.")
+            print_line(f"The time limit of {config.time_limit_minutes:g} minutes is reached.")
             reasons = {}
         except (KeyboardInterrupt, SystemExit):
             print_unfinished(every, {})
             raise
         results = [found for row in rows if (found := collect_row(row)) is not None]
         for found in results:
-            save_row(found, folder, record=config.record)
+            save_row(found, folder, record=config.update_reference)
     if results:
         print_rows(results)
     if len(results) == len(rows):

@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch.nn.functional import cross_entropy
 
-from metalearn.config.validation import tf32_error
+from metalearn.config.compatibility import tf32_error
 from metalearn.core.errors import ConfigError, NonFiniteError, RunError
 from metalearn.core.functional import relative_error
 from metalearn.core.types import Episodes, Forward, Loss, Params

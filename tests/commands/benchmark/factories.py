@@ -15,7 +15,7 @@ TINY = MetaStepSpec("5way_1shot", 3, 1, 1, tasks=2, width=4, steps=1, lr=0.1)
 
 
 def config(*overrides: str) -> BenchmarkConfig:
-    keys = ["data=glyphs", "data.classes=50", "bench.rounds=2", "run.device=cpu", *overrides]
+    keys = ["data=glyphs", "data.classes=50", "bench.repeats=2", "run.device=cpu", *overrides]
     composed = to_dataclass(compose("benchmark", keys), BenchmarkConfig)
     check_benchmark(composed)
     return composed

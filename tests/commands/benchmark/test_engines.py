@@ -38,7 +38,7 @@ def test_variants_include_first_order_and_chunks() -> None:
 
 def test_file_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(engine_table, "ENGINE_SETTINGS", (TINY,))
-    run_engine_table(factories.config(*OVERRIDES, "bench.limit_mib=0.9"), tmp_path)
+    run_engine_table(factories.config(*OVERRIDES, "bench.memory_limit_mib=0.9"), tmp_path)
     report = json.loads((tmp_path / "benchmark.json").read_text())
     rows = [EngineCost(**row) for row in report["settings"]["5way_1shot"]["rows"]]
     at = {(row.name, row.steps): row for row in rows}

@@ -20,7 +20,7 @@ def test_table_has_every_engine_and_the_plain_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(float32, "FLOAT32_SETTINGS", (TINY,))
-    run_float32_table(config("bench.kind=float32", "bench.rounds=3", "run.seed=4"), tmp_path)
+    run_float32_table(config("bench.kind=float32", "bench.repeats=3", "run.seed=4"), tmp_path)
     report = json.loads((tmp_path / "benchmark.json").read_text())
     assert report["seeds"] == [4, 5, 6]
     rows = {(row["pool"], row["biases"], row["second_order"], row["who"]): row for row in report["rows"]}

@@ -216,7 +216,7 @@ def test_capture_draws_no_random_numbers() -> None:
 
 
 def config(*more: str) -> TrainConfig:
-    return to_dataclass(compose("train", [*SMALL, "run.checkpoint_seconds=null", *more]), TrainConfig)
+    return to_dataclass(compose("train", [*SMALL, "run.checkpoint_every_s=null", *more]), TrainConfig)
 
 
 def test_cuda_graph_on_a_cpu_warns_and_is_eager(caplog: pytest.LogCaptureFixture, model: Any) -> None:

@@ -193,7 +193,7 @@ def save_slowly() -> None:
 def test_workers_wait_for_the_main_process_to_save(tmp_path: Path) -> None:
     """Slurm and systemd signal all processes; torchrun ends the others when one has ended."""
     port = free_port()
-    every_60_s = [o for o in SMALL if not o.startswith("run.checkpoint")] + ["run.checkpoint_seconds=60"]
+    every_60_s = [o for o in SMALL if not o.startswith("run.checkpoint")] + ["run.checkpoint_every_s=60"]
     more = ["outer.iterations=100000", "eval.every=100000", "log.every=1", f"hydra.run.dir={tmp_path / RUN}"]
     first = start_training(
         [*every_60_s, *more], tmp_path / "0", environment=environment(0, 2, port), before=save_slowly

@@ -1,0 +1,67 @@
+"""Former names of keys, still accepted on the command line, in experiment files and in the ``config.yaml`` of runs."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Iterable
+from typing import Any
+
+RENAMED = {
+    "run.checkpoint_seconds": "run.checkpoint_every_s",
+    "run.memory_limit": "run.memory_limit_mib",
+    "inner.snapshot_every": "inner.checkpoint_every",
+    "inner.rule": "inner.optimizer",
+    "algorithm.strength": "algorithm.proximal_weight",
+    "data.unreadable": "data.on_unreadable",
+    "compare.limit_mib": "compare.memory_limit_mib",
+    "compare.rounds": "compare.repeats",
+    "bench.limit_mib": "bench.memory_limit_mib",
+    "bench.rounds": "bench.repeats",
+}
+RENAMED_IN = {
+    "adapt": {"unreadable": "on_unreadable"},
+    "reproduce": {
+        "row": "experiment_name",
+        "experiment": "experiment_name",  # a group of Hydra's, so that no key can have this name
+        "minutes": "time_limit_minutes",
+        "record": "update_reference",
+    },
+}
+"""Keys in no section, by the command that had them."""
+
+REMOVED = {"run.accept": "start a new run from the parameters of another with run.init_from=RUN_FOLDER"}
+"""Keys that there were, and what to do instead."""
+
+
+def rename_overrides(command: str, overrides: Iterable[str]) -> list[str]:
+    """Return the overrides of a command under the present names of their keys, with a warning for each former one."""
+    table, result = RENAMED | RENAMED_IN.get(command, {}), []
+    for override in overrides:
+        found = re.match(r"([+~]*)([\w.]+)(.*)", override, flags=re.DOTALL)
+        if found and found[2] in table:
+            _warn(found[2], table[found[2]])
+            override = f"{found[1]}{table[found[2]]}{found[3]}"
+        result.append(override)
+    return result
+
+
+def rename_keys(config: dict[str, Any], given: Collection[str] = ()) -> None:
+    """Rename the former keys of a configuration in place, with a warning for each.
+
+    Args:
+        config: sections of keys.
+        given: keys of the command line, which count more than those of files.
+    """
+    for former, present in RENAMED.items():
+        section, _, name = former.partition(".")
+        node = config.get(section)
+        if isinstance(node, dict) and name in node:
+            value = node.pop(name)
+            _warn(former, present)
+            if present not in given:
+                node[present.partition(".")[2]] = value
+
+
+def _warn(former: str, present: str) -> None:
+    warnings.warn(f"{former} is called {present} now; the former name will be removed.", FutureWarning, stacklevel=4)
