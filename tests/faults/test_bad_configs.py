@@ -46,7 +46,7 @@ ON_THE_COMMAND_LINE: list[Case] = [
     ("train", ("outer.lr= 1=2",), r"outer\.lr= 1=2: [\s\S]*Write KEY=VALUE without spaces"),
     ("evaluate", (), r"run\.dir is required"),
     ("evaluate", ("run.dir=.", "eval.episodes=1"), r"eval\.episodes=1: must be a whole number, at least 2"),
-    ("compare", ("compare.seeds=[1,1]",), r"compare\.seeds=\[1, 1\]: a seed stands there twice"),
+    ("compare", ("compare.seeds=[1,1]",), r"compare\.seeds=\[1, 1\]: a seed is listed twice"),
     (
         "compare",
         ("compare.variants=['inner.stps=1']",),
