@@ -32,8 +32,6 @@ class TiedWeight(Net):
 
 
 class TiedOfTwoNames(Net):
-    """A layer under two names whose weight a third layer shares."""
-
     def __init__(self) -> None:
         super().__init__()
         self.c = self.b = self.a
@@ -59,7 +57,7 @@ class InAList(nn.Module):
 
 
 class SharedBuffer(Net):
-    """A buffer under two names that forward writes to and reads, and one that it creates."""
+    """Two names of a buffer that forward writes to and reads, buffers that it creates, and a frozen parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,6 +130,8 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "pruned": pruned,
     "lstm": Recurrent,
     "batch norm in eval": lambda: chain(nn.BatchNorm1d(5)).eval(),
+    "batch norm without statistics": lambda: chain(nn.BatchNorm1d(5, track_running_stats=False)),
+    "converted batch norm": lambda: torch.func.replace_all_batch_norm_modules_(chain(nn.BatchNorm1d(5))),
     "instance norm, dropout": lambda: chain(nn.LayerNorm(5), nn.Dropout(0.1)),
     "transformer": lambda: chain(nn.TransformerEncoderLayer(5, 1, 8)),
     "averaged": lambda: torch.optim.swa_utils.AveragedModel(Net()),
@@ -165,6 +165,7 @@ def check_unchanged(module: nn.Module, before: list[tuple[str, object, Any]]) ->
 def test_forward_does_not_change_the_module(name: str) -> None:
     module = MODULES[name]()
     forward, theta = functionalize(module)
+    assert theta.keys() == {n for n, p in module.named_parameters() if p.requires_grad}
     before = state_of(module)
     forward({n: 2 * p for n, p in theta.items()}, X)
     check_unchanged(module, before)

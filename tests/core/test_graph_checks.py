@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from metalearn.metagrad import ENGINES
 
 DOUBLE = torch.float64
 N = 3
+X, THETA = torch.randn(2, 4, 3, dtype=DOUBLE), {"w": torch.randn(3, 2, dtype=DOUBLE)}
+TASKS = Episodes(X, torch.zeros(2, 4), X, torch.zeros(2, 4))
 
 
 def cube_backward(ctx: Any, g: Tensor) -> Tensor:
@@ -69,16 +72,14 @@ def test_once_differentiable_function_raises(cube: Any, engine: str) -> None:
         out: Tensor = cube.apply(x @ params["w"])
         return out
 
-    x, theta = torch.randn(2, 4, 3, dtype=DOUBLE), {"w": torch.randn(3, 2, dtype=DOUBLE)}
-    tasks = Episodes(x, torch.zeros(2, 4), x, torch.zeros(2, 4))
     inner = InnerLoop(lr=0.1, steps=1, engine=engine)
     # A loss that is linear in the prediction: what flows back is a constant, and torch raises nothing.
     with pytest.raises(ValueError, match=rf"backward of {cube.__name__}, .*@once_differentiable"):
-        meta_gradient(forward, theta, tasks, inner, loss=lambda p, y: p.mean())
-    first = InnerLoop(lr=0.1, steps=1, engine=engine, second_order=False)
-    assert meta_gradient(forward, theta, tasks, first, loss=lambda p, y: p.mean()).grads["w"].any()
+        meta_gradient(forward, THETA, TASKS, inner, loss=lambda p, y: p.mean())
+    first = dataclasses.replace(inner, second_order=False)
+    assert meta_gradient(forward, THETA, TASKS, first, loss=lambda p, y: p.mean()).grads["w"].any()
     with pytest.raises(ValueError, match=r"once_differentiable"):
-        hvp(lambda w: cube.apply(w).sum(), theta["w"], theta["w"], mode="reverse_over_reverse")
+        hvp(lambda w: cube.apply(w).sum(), THETA["w"], THETA["w"], mode="reverse_over_reverse")
 
 
 class PassedThrough(torch.autograd.Function):
@@ -139,9 +140,7 @@ def test_function_with_zero_gradient_is_accepted() -> None:
         out: Tensor = x @ params["w"] + Rounded.apply(x @ params["w"])
         return out
 
-    x, theta = torch.randn(2, 4, 3, dtype=DOUBLE), {"w": torch.randn(3, 2, dtype=DOUBLE)}
-    tasks = Episodes(x, torch.zeros(2, 4), x, torch.zeros(2, 4))
-    assert meta_gradient(forward, theta, tasks, InnerLoop(lr=0.1, steps=1), loss=lambda p, y: p.mean()).grads["w"].any()
+    assert meta_gradient(forward, THETA, TASKS, InnerLoop(lr=0.1, steps=1), loss=lambda p, y: p.mean()).grads["w"].any()
 
 
 class Largest(torch.autograd.Function):
