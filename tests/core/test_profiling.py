@@ -49,7 +49,8 @@ def test_saved_tensors_and_backward_pass_are_counted() -> None:
 
 def peak(module: nn.Module, episodes: Episodes, inner: InnerLoop) -> int:
     forward, theta = functionalize(module)
-    with PeakTensorMemory() as live:
+    live = PeakTensorMemory()
+    with live:
         meta_gradient(forward, theta, episodes, inner)
     return live.peak
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from metalearn.derivatives import (
-    nth_derivative,
-)
+from metalearn.derivatives import nth_derivative
 
 DOUBLE = torch.float64
 
@@ -54,19 +53,23 @@ def test_nth_derivative_along_a_direction(mode: str) -> None:
     assert got == [1.0, 4.0, 10.0, 12.0, 0.0]
 
 
-def test_nth_derivative_raises_on_bad_arguments() -> None:
-    with pytest.raises(ValueError, match=r"order=-1; it must be a whole number, 0 or more"):
-        nth_derivative(torch.sin, torch.tensor(1.0), -1)
-    with pytest.raises(ValueError, match=r"order=1\.0"):
-        nth_derivative(torch.sin, torch.tensor(1.0), 1.0)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("f", "x", "order", "mode", "error", "message"),
+    [
+        (torch.sin, 1.0, -1, "reverse", ValueError, r"order=-1; it must be a whole number, 0 or more"),
+        (torch.sin, 1.0, 1.0, "reverse", ValueError, r"order=1\.0"),
+        (torch.sin, 1.0, 1, "jet", ValueError, r"mode='jet' is not one of reverse, forward"),
+        (torch.sin, 1, 1, "reverse", TypeError, r"torch\.int64"),
+        (lambda x: torch.stack([x, x]), 1.0, 1, "reverse", ValueError, r"to a tensor of shape \(2,\).*along=v"),
+    ],
+)
+def test_nth_derivative_raises_on_bad_arguments(
+    f: Any, x: float, order: Any, mode: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        nth_derivative(f, torch.tensor(x), order, mode=mode)
     with pytest.raises(ValueError, match=r"x is a dictionary; say along which direction"):
         nth_derivative(lambda p: p["a"], {"a": torch.tensor(1.0)}, 1)
-    with pytest.raises(ValueError, match=r"maps one number to a tensor of shape \(2,\).*along=v"):
-        nth_derivative(lambda x: torch.stack([x, x]), torch.tensor(1.0), 1)
-    with pytest.raises(ValueError, match=r"mode='jet' is not one of reverse, forward"):
-        nth_derivative(torch.sin, torch.tensor(1.0), 1, mode="jet")
-    with pytest.raises(TypeError, match=r"torch\.int64"):
-        nth_derivative(torch.sin, torch.tensor(1), 1)
 
 
 def test_third_derivatives_wrong_in_torch_raise() -> None:
