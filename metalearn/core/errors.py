@@ -52,7 +52,7 @@ class NonFiniteGradientError(NonFiniteError):
     Args:
         parameter: its name.
         value: the first entry that is not finite.
-        task: index in the batch, from 0; ``None`` if the gradient of every task is finite.
+        task: index in the batch; ``None`` if the gradient of every task is finite.
         step: inner steps taken before the one that the gradient did not come back through; K for the query loss.
         what: name of the derivative.
     """
@@ -85,14 +85,9 @@ class NonFiniteGradientError(NonFiniteError):
 
 
 class NonFiniteLossError(NonFiniteError):
-    """A support or query loss that is NaN or infinite, so that it has no meaningful gradient.
+    """A loss (``kind``: support or query) that is NaN or infinite, so that it has no meaningful gradient.
 
-    Args:
-        kind: ``"support"`` or ``"query"``.
-        task: which task of the batch, from 0.
-        step: inner steps taken before it.
-        value: the loss.
-        before: the task's support loss one step earlier; ``None`` before the first.
+    ``before``: the task's support loss one step earlier; ``None`` before the first.
     """
 
     def __init__(self, kind: str, *, task: int, step: int, value: float, before: float | None) -> None:

@@ -43,8 +43,7 @@ class ModuleParts:
             raise AttributeError(f"ModuleParts has no attribute {name!r}")
         new = f"{name.removesuffix('s')}_params"
         warnings.warn(f"ModuleParts.{name} is called {new} now", FutureWarning, stacklevel=2)
-        value: frozenset[str] = getattr(self, new)
-        return value
+        return getattr(self, new)
 
 
 def module_parts(module: nn.Module, *, head: str | None = None) -> ModuleParts:
@@ -79,11 +78,7 @@ def module_parts(module: nn.Module, *, head: str | None = None) -> ModuleParts:
 
 
 def _find_head(module: nn.Module, head: str | None) -> nn.Linear | None:
-    """Return the layer that gives the outputs: the one called ``head``, or by its usual name, or the last one.
-
-    Raises:
-        ValueError: if there is no linear layer called ``head``, or the head is ambiguous.
-    """
+    """Return the layer that gives the outputs: the one called ``head``, or by its usual name, or the last one."""
     linear = {n: m for n, m in module.named_modules(remove_duplicate=head is None) if isinstance(m, nn.Linear)}
     if head is not None:
         if head not in linear:

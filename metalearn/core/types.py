@@ -23,12 +23,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def check_tensors(values: Mapping[str, object]) -> None:
-    """Check that every value is a tensor with values.
-
-    Raises:
-        TypeError: if one is no tensor.
-        ValueError: if one is on the meta device, where ``vmap`` would compute with uninitialised memory.
-    """
+    """Raise ``TypeError`` for what is no tensor, and ``ValueError`` for a meta tensor, which holds no values."""
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is {type(value).__name__} and must be a Tensor; convert it with torch.as_tensor.")
@@ -37,12 +32,7 @@ def check_tensors(values: Mapping[str, object]) -> None:
 
 
 def check_examples(name: str, x: Tensor, y: Tensor) -> None:
-    """Check that inputs and targets belong together.
-
-    Args:
-        name: ``"support"`` or ``"query"``, for the message.
-        x: inputs, ``[T, examples, ...]``.
-        y: targets, ``[T, examples, ...]``.
+    """Check that inputs ``[T, examples, ...]`` and targets of the set ``name`` belong together.
 
     Raises:
         TypeError: if one is no tensor.

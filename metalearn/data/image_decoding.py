@@ -50,13 +50,9 @@ class UnreadableImagesError(DataError):
 
 
 class FolderImages(NamedTuple):
-    """A folder of images.
+    """A folder of images ``[examples, channels, size, size]`` uint8.
 
-    Args:
-        images: ``[examples, channels, size, size]`` uint8.
-        labels: ``[examples]`` int64, positions in ``classes``; ``None`` for images without classes.
-        classes: names, sorted; empty for images without classes.
-        paths: path of every image.
+    ``labels`` ``[examples]`` are positions in ``classes``, sorted names; without classes they are ``None`` and empty.
     """
 
     images: Tensor
@@ -137,14 +133,9 @@ def load_image_splits(
 def read_folder(
     path: str | Path, *, size: int, channels: int, on_unreadable: str = "stop", may_be_flat: bool = False
 ) -> FolderImages:
-    """Read every image of a folder of classes, as a support or query set.
+    """Read every image of a folder, one sub-folder a class, as a support or query set; settings as above.
 
-    Args:
-        path: holds one folder a class.
-        size: height and width to resize to, in pixels.
-        channels: 1 for grey, 3 for colour.
-        on_unreadable: ``"stop"`` at files that cannot be read, or ``"skip"`` them with a warning.
-        may_be_flat: whether it may hold images without classes instead.
+    With ``may_be_flat`` the folder may hold images without classes instead.
 
     Raises:
         UnreadableImagesError: listing files that cannot be read.

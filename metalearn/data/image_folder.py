@@ -94,13 +94,7 @@ def list_images(folder: Path) -> list[Path] | None:
 def check_split_sizes(
     splits: Mapping[str, Sequence[tuple[str, int]]], root: str | Path, *, ways: int, needed: Mapping[str, int]
 ) -> None:
-    """Check that every split is large enough for a task.
-
-    Args:
-        splits: names of the classes and their numbers of images, by split.
-        root: for the message.
-        ways: N, classes per task.
-        needed: K + Q, by split.
+    """Check that every split has ``ways`` classes, each with as many images as the split needs (K + Q).
 
     Raises:
         DataError: listing every split with too few classes, and every class with too few images.

@@ -78,11 +78,7 @@ def _unpack(base: Path) -> None:
 
 
 def _check_members_inside(archive: Path) -> None:
-    """Check that an archive writes only below the folder that it is unpacked to.
-
-    Raises:
-        DataError: naming the archive and the member that is absolute, climbs out with ``..`` or is a link.
-    """
+    """Raise ``DataError`` for a member that is absolute, climbs out with ``..`` or is a link."""
     with zipfile.ZipFile(archive) as opened:
         for member in opened.infolist():
             name = member.filename

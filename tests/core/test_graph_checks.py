@@ -23,8 +23,7 @@ TASKS = Episodes(X, torch.zeros(2, 4), X, torch.zeros(2, 4))
 
 
 def cube_backward(ctx: Any, g: Tensor) -> Tensor:
-    slope: Tensor = 3 * ctx.saved_tensors[0] ** 2 * g
-    return slope
+    return 3 * ctx.saved_tensors[0] ** 2 * g
 
 
 class Cube(torch.autograd.Function):
@@ -69,8 +68,7 @@ class BatchedCube(torch.autograd.Function):
 @pytest.mark.parametrize("cube", [Cube, BatchedCube, WrappedCube, NumpyCube, NoGradCube])
 def test_once_differentiable_function_raises(cube: Any, engine: str) -> None:
     def forward(params: Params, x: Tensor) -> Tensor:
-        out: Tensor = cube.apply(x @ params["w"])
-        return out
+        return cube.apply(x @ params["w"])
 
     inner = InnerLoop(lr=0.1, steps=1, engine=engine)
     # A loss that is linear in the prediction: what flows back is a constant, and torch raises nothing.
@@ -137,8 +135,7 @@ class Rounded(torch.autograd.Function):
 
 def test_function_with_zero_gradient_is_accepted() -> None:
     def forward(params: Params, x: Tensor) -> Tensor:
-        out: Tensor = x @ params["w"] + Rounded.apply(x @ params["w"])
-        return out
+        return x @ params["w"] + Rounded.apply(x @ params["w"])
 
     assert meta_gradient(forward, THETA, TASKS, InnerLoop(lr=0.1, steps=1), loss=lambda p, y: p.mean()).grads["w"].any()
 

@@ -56,8 +56,7 @@ class HeadFirst(nn.Module):
         self.out, self.stem, self.deep = nn.Linear(8, 3), nn.Linear(5, 8), nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.out(torch.tanh(self.deep(torch.tanh(self.stem(x)))))
-        return logits
+        return self.out(torch.tanh(self.deep(torch.tanh(self.stem(x)))))
 
 
 def tied_head(*, head_first: bool = False) -> nn.Module:

@@ -182,8 +182,7 @@ def test_hvp_limit_with_zeros_in_the_direction(mode: str) -> None:
     x = {"a": ZERO, "b": AT_ZERO}
 
     def f(p: Params) -> Tensor:
-        total: Tensor = p["a"].norm() ** 2 + p["b"].norm() ** 2
-        return total
+        return p["a"].norm() ** 2 + p["b"].norm() ** 2
 
     got = hvp(f, x, {"a": ZERO, "b": AT_ZERO}, mode=mode)
     torch.testing.assert_close(got["a"], ZERO, rtol=0, atol=1e-9)

@@ -122,8 +122,7 @@ def film_by_hand(module: ContextConv4, x: Tensor) -> Tensor:
         if number == 2:
             x = scale.view(1, -1, 1, 1) * x + shift.view(1, -1, 1, 1)
         x = relu(x)
-    logits: Tensor = module.head(x.mean(dim=(-2, -1)))
-    return logits
+    return module.head(x.mean(dim=(-2, -1)))
 
 
 def test_context_conv4_scales_and_shifts_the_third_block() -> None:

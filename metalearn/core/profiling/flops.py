@@ -73,12 +73,7 @@ def count_flops(step: Callable[[], object]) -> int:
 
 
 def peak_matmul_flops(device: torch.device, *, size: int | None = None) -> float:
-    """Return the FLOP/s of the fastest of several float32 ``torch.mm`` of square matrices, on all threads.
-
-    Args:
-        device: on which the products run.
-        size: rows and columns; ``None`` picks a size that is large enough for the device.
-    """
+    """Return the FLOP/s of the fastest of several float32 ``torch.mm`` of ``size`` rows and columns, on all threads."""
     rows = size or _MATRIX_SIZE[device.type]
     a, b = (torch.rand(rows, rows, device=device) for _ in range(2))
     best = min(seconds(lambda: torch.mm(a, b), device) for _ in range(1 + _REPEATS))

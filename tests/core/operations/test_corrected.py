@@ -27,8 +27,7 @@ class Words(nn.Module):
         self.words, self.head = nn.Embedding(WORDS, 4, **options), nn.Linear(4, N)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(torch.tanh(self.words(x)).mean(dim=1))
-        return logits
+        return self.head(torch.tanh(self.words(x)).mean(dim=1))
 
 
 def sentences() -> Episodes:
@@ -201,10 +200,8 @@ def test_batch_norm_with_running_statistics_raises(order: str) -> None:
         h = x @ params["w"]
         h = h if h.sum() > 1e9 else h * 1  # a branch, so that tasks are taken one after another
         if order == "functional":
-            written: Tensor = functional.batch_norm(h, mean, var, training=True)
-            return written
-        out: Tensor = torch.batch_norm(h, None, None, mean, var, True, 0.1, 1e-5, False)
-        return out
+            return functional.batch_norm(h, mean, var, training=True)
+        return torch.batch_norm(h, None, None, mean, var, True, 0.1, 1e-5, False)
 
     x, theta = torch.randn(2, 4, 3, dtype=DOUBLE), {"w": torch.randn(3, 3, dtype=DOUBLE)}
     tasks = Episodes(x, torch.zeros(2, 4).long(), x, torch.zeros(2, 4).long())

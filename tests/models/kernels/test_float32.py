@@ -92,8 +92,7 @@ def test_error_of_batch_norm_with_shared_weights(shared: str) -> None:
         images = torch.rand(_T, 30, 1, 28, 28, generator=torch.Generator().manual_seed(1)).to(dtype)
         own = copy.deepcopy(layer).to(dtype).requires_grad_(False)
         with CorrectedOperations(kernels=STACKED_LAYERS):
-            z: Tensor = vmap(lambda x, w: own(nn.functional.conv2d(x, w, padding=1)))(images, weight)
-            return z
+            return vmap(lambda x, w: own(nn.functional.conv2d(x, w, padding=1)))(images, weight)
 
     assert _error(normalised(torch.float32), normalised(torch.float64)) < _IMAGES
 

@@ -143,8 +143,7 @@ class _Plain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.first(x)))
         x = self.inplace(self.plain(self.dilated(x)))
-        logits: Tensor = self.head(x.mean(dim=(-2, -1)))
-        return logits
+        return self.head(x.mean(dim=(-2, -1)))
 
 
 MODELS = {
@@ -250,8 +249,7 @@ class _Residual(nn.Module):
         x = self.relu(self.third(self.relu(self.norm(self.first(x)))))
         y = self.other(functional.conv2d(input=x, weight=self.second.weight, padding=1))
         y += x
-        logits: Tensor = self.head(self.relu(y).mean(dim=(-2, -1)))
-        return logits
+        return self.head(self.relu(y).mean(dim=(-2, -1)))
 
 
 EDITED: dict[str, Callable[[], nn.Module]] = {
