@@ -93,16 +93,13 @@ class NonFiniteLossError(NonFiniteError):
     def __init__(self, kind: str, *, task: int, step: int, value: float, before: float | None) -> None:
         self.kind, self.task, self.step, self.value, self.before = kind, task, step, value, before
         self.task: int
-        if before is None:
-            why = (
-                "no inner step was taken yet, so look at the task's inputs and targets, at the parameters, and for "
-                "log(0), 0/0 or sqrt(0) in the model or the loss"
-            )
-        else:
-            why = (
-                f"the support loss was {before:.4g} one step earlier; take a smaller inner.lr or fewer inner.steps, or "
-                "look for log(0), 0/0 or sqrt(0) in the model or the loss"
-            )
+        zero = "log(0), 0/0 or sqrt(0) in the model or the loss"
+        why = (
+            f"no inner step was taken yet, so look at the task's inputs and targets, at the parameters, and for {zero}"
+            if before is None
+            else f"the support loss was {before:.4g} one step earlier; take a smaller inner.lr or fewer inner.steps, "
+            f"or look for {zero}"
+        )
         super().__init__(f"the {kind} loss of task {task} is {value} after {step} inner steps: {why}.")
 
     def with_task_offset(self, first: int) -> NonFiniteLossError:

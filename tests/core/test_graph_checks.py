@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from metalearn import Episodes, InnerLoop, Params, functionalize, meta_gradient
 from metalearn.derivatives import hvp
-from metalearn.metagrad import ENGINES
 
 DOUBLE = torch.float64
 N = 3
@@ -64,7 +63,6 @@ class BatchedCube(torch.autograd.Function):
     backward = staticmethod(once_differentiable(cube_backward))  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("cube", [Cube, BatchedCube, WrappedCube, NumpyCube, NoGradCube])
 def test_once_differentiable_function_raises(cube: Any, engine: str) -> None:
     def forward(params: Params, x: Tensor) -> Tensor:
@@ -102,7 +100,6 @@ def test_straight_through_function_is_accepted() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("batched", [True, False])
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_activation_checkpointing_inside_model_raises(engine: str, batched: bool, reentrant: bool) -> None:
     class Again(nn.Module):

@@ -44,16 +44,9 @@ def test_load_checked_raises_on_flipped_bits(path: Path) -> None:
 def test_interrupted_save_leaves_a_readable_file(
     path: Path, monkeypatch: pytest.MonkeyPatch, writes_before: int
 ) -> None:
-    left, replace = [writes_before], os.replace
-
-    def cut_off(source: Path, target: Path) -> None:
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", cut_off)
-    with pytest.raises(KeyboardInterrupt):
+    outcomes = iter([os.replace] * writes_before)
+    monkeypatch.setattr(os, "replace", lambda *paths: next(outcomes)(*paths))
+    with pytest.raises(StopIteration):
         files.save_checked({"n": 2}, path)
     assert files.load_checked(path) == {"n": 2 if writes_before == 2 else 1}
     monkeypatch.undo()

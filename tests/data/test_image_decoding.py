@@ -25,8 +25,14 @@ pytestmark = pytest.mark.usefixtures("image_cache")
 
 
 def decode_one(path: Path, *, channels: int = 3, size: int = 16) -> torch.Tensor:
-    """Decode the only image of a folder."""
     return read_folder(path.parent, size=size, channels=channels, may_be_flat=True).images[0]
+
+
+def decode(pixels: Any, path: Path, *, channels: int = 1, size: int = 16, **options: Any) -> torch.Tensor:
+    """Save pixels as an image, alone in its folder, and decode it."""
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return decode_one(path, channels=channels, size=size)
 
 
 def splits(root: Path, **settings: Any) -> ImageSplits:
@@ -77,18 +83,15 @@ def test_decoding_every_mode(mode: str, file: str, colour: tuple[int, ...] | Non
 
 def test_decoding_sixteen_bits(tmp_path: Path) -> None:
     steps = np.linspace(0, 65535, 16).astype(np.uint16)
-    Image.fromarray(np.tile(steps, (16, 1))).save(tmp_path / "a.png")
-    assert decode_one(tmp_path / "a.png", channels=1)[0, 0].tolist() == [round(int(s) / 257) for s in steps]
+    assert decode(np.tile(steps, (16, 1)), tmp_path / "a.png")[0, 0].tolist() == [round(int(s) / 257) for s in steps]
 
 
-@pytest.mark.parametrize("how", ["RGBA", "LA", "palette"])
-def test_transparent_pixels_become_white(how: str, tmp_path: Path) -> None:
-    if how == "palette":
-        image = Image.new("P", (8, 8), 0)
+@pytest.mark.parametrize(("mode", "colour"), [("RGBA", (0, 0, 0, 0)), ("LA", (0, 0)), ("P", 0)])
+def test_transparent_pixels_become_white(mode: str, colour: Any, tmp_path: Path) -> None:
+    image = Image.new(mode, (8, 8), colour)
+    if mode == "P":
         image.putpalette([10, 20, 30] * 256)
-        image.save(tmp_path / "a.png", transparency=0)
-    else:
-        Image.new(how, (8, 8), (0, 0, 0, 0) if how == "RGBA" else (0, 0)).save(tmp_path / "a.png")
+    image.save(tmp_path / "a.png", **{"transparency": 0} if mode == "P" else {})  # type: ignore[arg-type]
     assert (decode_one(tmp_path / "a.png") == 255).all()
 
 
@@ -97,8 +100,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     pixels[:8] = 255  # the upper half is white; orientation 6 has the camera's top on the right
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    got = decode_one(tmp_path / "a.png")[0]
+    got = decode(pixels, tmp_path / "a.png", exif=exif)[0]
     assert got[:, 12].float().mean() > 250
     assert got[:, 3].float().mean() < 5
 
@@ -106,24 +108,16 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
 def test_central_square_is_resized_with_antialiasing(tmp_path: Path) -> None:
     pixels = np.zeros((64, 128), dtype=np.uint8)
     pixels[:, 32:96:2] = 255  # stripes in the middle square, which antialiasing makes grey; black beside it
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    got = decode_one(tmp_path / "a.png", channels=1, size=8)[0]
+    got = decode(pixels, tmp_path / "a.png", size=8)[0]
     assert got.min() > 100, "no black margin, and no stripe that was picked"
     assert got.max() < 155
-    tall = tmp_path / "tall"
-    tall.mkdir()
-    Image.fromarray(np.rot90(pixels).copy()).save(tall / "a.png")
-    assert decode_one(tall / "a.png", channels=1, size=8).min() > 100
+    assert decode(np.rot90(pixels).copy(), tmp_path / "tall" / "a.png", size=8).min() > 100
 
 
 def test_large_jpeg_equals_png(tmp_path: Path) -> None:
     ramp = np.tile(np.linspace(0, 255, 800).astype(np.uint8), (800, 1))
-    for folder in ("j", "p"):
-        (tmp_path / folder).mkdir()
-    Image.fromarray(ramp).save(tmp_path / "j/a.jpg", quality=95)
-    Image.fromarray(ramp).save(tmp_path / "p/a.png")
-    difference = decode_one(tmp_path / "j/a.jpg").int() - decode_one(tmp_path / "p/a.png").int()
-    assert difference.abs().max() <= 4
+    jpeg, png = decode(ramp, tmp_path / "j" / "a.jpg", quality=95), decode(ramp, tmp_path / "p" / "a.png")
+    assert (jpeg.int() - png.int()).abs().max() <= 4
 
 
 def test_classes_of_different_sizes_are_not_padded(tmp_path: Path) -> None:

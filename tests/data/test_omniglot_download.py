@@ -25,7 +25,6 @@ pytestmark = pytest.mark.usefixtures("small_omniglot")
 
 @pytest.fixture
 def packed(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder of the two archives."""
     pack(root)
     publish(root, monkeypatch)
     return root / "omniglot-py"

@@ -38,7 +38,6 @@ def sinusoids(*, seed: int = 0, split: str = "train", device: str = "cpu", queri
 
 
 def xy(episodes: Episodes) -> tuple[Tensor, Tensor]:
-    """Return the inputs and targets of both sets."""
     x, y = (episodes.support_x, episodes.query_x), (episodes.support_y, episodes.query_y)
     return torch.cat(x, dim=1), torch.cat(y, dim=1)
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from metalearn import Params, derivatives
 from metalearn.core.profiling.memory import PeakTensorMemory
-from metalearn.derivatives import HVP_MODES, gauss_newton_vp, gradient, hessian, hvp
+from metalearn.derivatives import gauss_newton_vp, gradient, hessian, hvp
 
 DOUBLE = torch.float64
 
@@ -40,7 +40,6 @@ CLOSED_FORMS: dict[str, tuple[Callable[[Any], Tensor], Any, Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", HVP_MODES)
 @pytest.mark.parametrize("name", CLOSED_FORMS)
 def test_hvp_equals_closed_form_and_changes_nothing(name: str, mode: str) -> None:
     f, x, v, want = CLOSED_FORMS[name]
@@ -71,7 +70,6 @@ def test_no_grad_is_constant_in_reverse_mode_and_raises_in_forward_mode() -> Non
             hvp(stopped, x, v, mode=mode)
 
 
-@pytest.mark.parametrize("mode", HVP_MODES)
 def test_inference_mode_raises(mode: str) -> None:
     x = tensor(1.0, 2.0)
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"no gradients inside torch\.inference_mode"):
@@ -93,7 +91,6 @@ BAD_INPUTS: list[tuple[Any, Any, Any, type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize("mode", HVP_MODES)
 @pytest.mark.parametrize(
     ("f", "x", "v", "error", "message"), BAD_INPUTS, ids=[message[:20] for *_, message in BAD_INPUTS]
 )
@@ -148,7 +145,6 @@ def test_derivatives_is_exported() -> None:
         assert derivatives.free_bytes is derivatives.available_memory
 
 
-@pytest.mark.parametrize("mode", HVP_MODES)
 def test_hvp_accepts_state_dict_and_parameter_dict(mode: str) -> None:
     module, x, y = nn.Linear(3, 2), torch.randn(5, 3), torch.randint(2, (5,))
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from metalearn import Params
 from metalearn.core.errors import NonFiniteGradientError
-from metalearn.derivatives import HVP_MODES, gradient, hessian, hvp, nth_derivative, top_eigenvalues
+from metalearn.derivatives import gradient, hessian, hvp, nth_derivative, top_eigenvalues
 
 DOUBLE = torch.float64
 
@@ -27,7 +27,6 @@ def test_missing_forward_formula_raises_and_names_another_mode() -> None:
         hvp(huber, x, v)
 
 
-@pytest.mark.parametrize("mode", HVP_MODES)
 def test_fused_attention_equals_its_formula(mode: str) -> None:
     q, v = torch.randn(1, 2, 3, 4, dtype=DOUBLE), torch.randn(1, 2, 3, 4, dtype=DOUBLE)
     torch.testing.assert_close(
@@ -97,7 +96,6 @@ MEANS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("mode", HVP_MODES)
 @pytest.mark.parametrize("name", MEANS)
 def test_hvp_of_mean_squared_error_equals_differences(name: str, mode: str) -> None:
     f, x, v = MEANS[name], torch.randn(3, 2, dtype=DOUBLE), torch.randn(3, 2, dtype=DOUBLE)
@@ -107,7 +105,6 @@ def test_hvp_of_mean_squared_error_equals_differences(name: str, mode: str) -> N
     assert torch.isfinite(top_eigenvalues(f, x, mode=mode)).all()
 
 
-@pytest.mark.parametrize("mode", HVP_MODES)
 def test_batch_norm_with_running_statistics_raises_unchanged(mode: str) -> None:
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     before = {name: t.clone() for name, t in module.state_dict().items()}
@@ -152,14 +149,12 @@ KINKED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("mode", HVP_MODES)
 @pytest.mark.parametrize("name", SMOOTH)
 def test_hvp_at_removable_singularity_is_the_limit(name: str, mode: str) -> None:
     f, factor = SMOOTH[name]
     torch.testing.assert_close(hvp(f, ZERO, AT_ZERO, mode=mode), factor * AT_ZERO, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("mode", HVP_MODES)
 @pytest.mark.parametrize("name", KINKED)
 def test_hvp_raises_without_second_derivative(name: str, mode: str) -> None:
     with pytest.raises(NonFiniteGradientError, match=r"hvp's product is .* in parameter 'x'.*infinite at 0"):
@@ -168,7 +163,6 @@ def test_hvp_raises_without_second_derivative(name: str, mode: str) -> None:
         hvp(lambda p: KINKED[name](p["w"]), {"w": ZERO}, {"w": AT_ZERO}, mode=mode)
 
 
-@pytest.mark.parametrize("mode", HVP_MODES)
 def test_hvp_of_norm_with_a_kink_is_zero(mode: str) -> None:
     for f in (lambda x: x.norm(1), lambda x: torch.linalg.vector_norm(x, 1), lambda x: torch.dist(x, ZERO, 1)):
         assert not hvp(f, ZERO, AT_ZERO, mode=mode).any()
@@ -177,7 +171,6 @@ def test_hvp_of_norm_with_a_kink_is_zero(mode: str) -> None:
     torch.testing.assert_close(got, 2 * rows)
 
 
-@pytest.mark.parametrize("mode", HVP_MODES)
 def test_hvp_limit_with_zeros_in_the_direction(mode: str) -> None:
     x = {"a": ZERO, "b": AT_ZERO}
 

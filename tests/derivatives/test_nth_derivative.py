@@ -15,14 +15,17 @@ from metalearn.derivatives import nth_derivative
 DOUBLE = torch.float64
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.fixture(params=["reverse", "forward"])
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.mark.parametrize(("order", "expected"), [(0, 8.0), (1, 12.0), (2, 12.0), (3, 6.0), (4, 0.0), (5, 0.0)])
 def test_nth_derivative_of_a_cube(order: int, expected: float, mode: str) -> None:
     assert nth_derivative(lambda x: x**3, torch.tensor(2.0), order, mode=mode).item() == expected
     assert nth_derivative(lambda x: x * x * x, torch.tensor(2.0), order, mode=mode).item() == expected
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_nth_derivative_at_input_that_requires_grad(mode: str) -> None:
     x = torch.tensor(2.0, requires_grad=True)
     with torch.no_grad():
@@ -36,7 +39,6 @@ def test_twelfth_derivative() -> None:
     assert got.item() == pytest.approx(math.factorial(12))
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_nth_derivative_at_every_entry(mode: str) -> None:
     # The n-th derivative of sin x is sin(x + n pi / 2).
     x = torch.linspace(-2, 2, 6, dtype=DOUBLE).reshape(2, 3)
@@ -44,7 +46,6 @@ def test_nth_derivative_at_every_entry(mode: str) -> None:
         torch.testing.assert_close(nth_derivative(torch.sin, x, order, mode=mode), torch.sin(x + order * math.pi / 2))
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_nth_derivative_along_a_direction(mode: str) -> None:
     # f = a^2 b along (1, 2) from (1, 1): (1 + t)^2 (1 + 2t) = 1 + 4t + 5t^2 + 2t^3, so 1, 4, 10, 12, 0.
     x = {"a": torch.tensor(1.0), "b": torch.tensor(1.0)}

@@ -1,20 +1,13 @@
 """Count the FLOPs of a meta-step, and measure the peak rate of this machine.
 
-Count in products of a layer: f is the forward pass, y = W x in every layer, and f_1 its first layer's share. A gradient
-adds the weights' product, dW = dy x^T, and the input's, dx = W^T dy, of the same size each, but the first layer's
-input needs none:
+With f the FLOPs of a forward pass, y = W x in every layer, and f_1 its first layer's share:
 
-    gradient            3 f - f_1
-
-Differentiating that gradient g again, for a Hessian product v^T dg/dtheta, goes back through each of these products.
-Each is linear in two factors, so that going back through one costs two: 6 more in a layer. In the first layer y and dW
-are there, each with one factor that needs a derivative: 2 more.
-
-    gradient and Hessian product      9 f - 5 f_1
+    gradient                          3 f - f_1      dW = dy x^T and dx = W^T dy; the first layer needs no dx
+    gradient and Hessian product      9 f - 5 f_1    each product is linear in two factors, so going back costs two more
 
 A meta-gradient of K inner steps needs K of the latter on the support set (first order: of the former) and one gradient
-on the query set. What is not a matrix product or a convolution is not counted; a convolution's products with the zeros
-around an image are, as counters of FLOPs do (15% of conv4's on 28 x 28 pixels with stride 2). One multiply-add is two.
+on the query set. Only matrix products and convolutions are counted, the zeros around an image included, as counters of
+FLOPs do (15% of conv4's on 28 x 28 pixels with stride 2). One multiply-add is two.
 """
 
 from __future__ import annotations

@@ -140,8 +140,6 @@ def double_backward(case: Case, v: Params) -> Params | None:
 
 
 def differences(case: Case, v: Params, h: float = 1e-6) -> Params:
-    """Return H v by central differences of the gradient."""
-
     def gradient(step: float) -> tuple[Tensor, ...]:
         at = {n: (t + step * v[n]).requires_grad_() for n, t in case.point.items()}
         return _grad(case.function(at), at)
@@ -258,7 +256,6 @@ COLUMNS: dict[str, Callable[[str], str]] = {
 
 
 def main() -> None:
-    """Print unsupported and wrong operations."""
     chosen = sys.argv[1:] or list(operations())
     refused: dict[str, list[str]] = {column: [] for column in COLUMNS}
     for name in chosen:

@@ -31,6 +31,7 @@ _ALWAYS = {
         "nn.functional.embedding",
     ),
     *("nn.functional.mse_loss", "select_scatter", "as_strided", "scatter_reduce.prod", "sinc"),
+    "nn.functional.linear_cross_entropy.chunked",
 }
 NAMES = sorted(every_operation())
 SAMPLE = sorted({*NAMES[::_EVERY], *(_ALWAYS & set(NAMES))})

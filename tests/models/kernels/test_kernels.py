@@ -128,28 +128,31 @@ def test_vmap_with_and_without_shared_arguments(case: Any) -> None:
         _same(vmap(ours, in_dims=dims)(*args), torch.stack(looped))
 
 
-class _Plain(nn.Module):
-    """A user's model with layers that the kernels support and others."""
+class _User(nn.Module):
+    """A user's model: layers that the kernels support and others, of which some write to outputs of kernels."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Conv2d(1, 4, 3, padding=1)
-        self.norm = nn.BatchNorm2d(4, track_running_stats=False)
+        self.first, self.last = (nn.Conv2d(n, 4, 3, padding=1, bias=n == 1) for n in (1, 4))
+        self.narrow = nn.Conv2d(4, 4, (3, 2), stride=(2, 1), bias=False)
         self.dilated = nn.Conv2d(4, 4, 3, dilation=2, padding="same", groups=2)
+        self.norm, self.last_norm = (nn.BatchNorm2d(4, track_running_stats=False) for _ in range(2))
         self.plain = nn.BatchNorm2d(4, affine=False, track_running_stats=False)
-        self.inplace = nn.ReLU(inplace=True)
+        self.relu = nn.ReLU(inplace=True)
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.first(x)))
-        x = self.inplace(self.plain(self.dilated(x)))
-        return self.head(x.mean(dim=(-2, -1)))
+        x = self.relu(self.narrow(self.relu(self.norm(self.first(x)))))
+        x = torch.relu(self.plain(self.dilated(x)))
+        y = self.last_norm(functional.conv2d(input=x, weight=self.last.weight, padding=1))
+        y += x
+        return self.head(self.relu(y).mean(dim=(-2, -1)))
 
 
 MODELS = {
     "conv4": lambda: Conv4(3, width=4),
     "conv4 with max-pooling": lambda: Conv4(3, width=4, pool="max"),
-    "a model of the user's": _Plain,
+    "a model of the user's": _User,
 }
 
 
@@ -234,24 +237,6 @@ class _Scaled(Conv4):
         return 3 * super().forward(x)
 
 
-class _Residual(nn.Module):
-    """A model whose layers write in place to outputs of kernels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = (nn.Conv2d(n, 4, 3, padding=1, bias=False) for n in (1, 4))
-        self.norm, self.other = (nn.BatchNorm2d(4, track_running_stats=False) for _ in range(2))
-        self.third = nn.Conv2d(4, 4, (3, 2), stride=(2, 1), bias=False)
-        self.relu = nn.ReLU(inplace=True)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.third(self.relu(self.norm(self.first(x)))))
-        y = self.other(functional.conv2d(input=x, weight=self.second.weight, padding=1))
-        y += x
-        return self.head(self.relu(y).mean(dim=(-2, -1)))
-
-
 EDITED: dict[str, Callable[[], nn.Module]] = {
     "a subclass": lambda: _Scaled(3, width=4),
     "another activation": lambda: _edited(lambda m: setattr(m.features[0], "2", nn.LeakyReLU())),
@@ -259,7 +244,7 @@ EDITED: dict[str, Callable[[], nn.Module]] = {
     "a hook": lambda: _edited(lambda m: m.head.register_forward_hook(lambda layer, x, y: y.square())),
     "frozen features": lambda: _edited(lambda m: m.features.requires_grad_(False)),
     "a head without bias": lambda: _edited(lambda m: setattr(m, "head", nn.Linear(4, 3, bias=False))),
-    "layers in place": _Residual,
+    "layers in place": _User,
 }
 
 
