@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from metalearn.core.deprecation import adopt_former_methods
 from metalearn.core.module_checks import check_module, check_signature
 from metalearn.core.types import Forward, Params, check_tensors
 
@@ -56,11 +56,8 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
     check_signature(module)
     defined = vars(type(module))
     if "forward_of_tasks" in defined and "batched_forward" not in defined:
-        warnings.warn(
-            f"{type(module).__name__}: forward_of_tasks and is_plain are called batched_forward and "
-            "supports_batched_forward now",
-            FutureWarning,
-            stacklevel=2,
+        adopt_former_methods(
+            type(module), {"forward_of_tasks": "batched_forward", "is_plain": "supports_batched_forward"}
         )
     params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
     if not params:
@@ -121,19 +118,13 @@ class ModuleForward:
     def batched_forward(self) -> Callable[[Params, Tensor], Tensor | None] | None:
         """Predictions of all tasks at once, if the module's class defines them; ``None`` where they do not apply."""
         defined = vars(type(self.module))
-        has_batched = "batched_forward" in defined or "forward_of_tasks" in defined
-        return self._batched_forward if has_batched and "forward" in defined else None
+        return self._batched_forward if {"batched_forward", "forward"} <= defined.keys() else None
 
     def _batched_forward(self, fast: Params, x: Tensor) -> Tensor | None:
         module: Any = self.module
-        if "batched_forward" in vars(type(module)):
-            batched, supports = module.batched_forward, module.supports_batched_forward
-        else:  # the former names
-            batched = module.forward_of_tasks
-            supports = getattr(module, "is_plain", None) or module.supports_batched_forward
         hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
-        names = {name for name, _ in module.named_parameters()}
-        return batched(fast, x) if not hooked and fast.keys() == names and supports() else None
+        applies = not hooked and fast.keys() == dict(module.named_parameters()).keys()
+        return module.batched_forward(fast, x) if applies and module.supports_batched_forward() else None
 
     def _replacements(self, params: Params) -> dict[int, Tensor]:
         """Return the tensor that replaces each of the module's tensors during a pass, by the id of the latter."""

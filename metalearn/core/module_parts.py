@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,10 +9,13 @@ from itertools import pairwise
 
 from torch import nn
 
+from metalearn.core.deprecation import renamed
+
 _HEAD_NAMES = ("head", "heads", "fc", "classifier")
 _MAX_LISTED = 10
 
 
+@renamed(norms="norm_params", context="context_params", all="all_params")
 @dataclass(frozen=True)
 class ModuleParts:
     """Names of parameters by role, as ``functionalize`` names them: a shared one has the name in its first layer.
@@ -36,14 +38,6 @@ class ModuleParts:
     def body(self) -> frozenset[str]:
         """All parameters but the head's."""
         return self.all_params - set(self.head)
-
-    def __getattr__(self, name: str) -> frozenset[str]:
-        """Return a field under its former name, with a warning."""
-        if name not in ("norms", "context", "all"):
-            raise AttributeError(f"ModuleParts has no attribute {name!r}")
-        new = f"{name.removesuffix('s')}_params"
-        warnings.warn(f"ModuleParts.{name} is called {new} now", FutureWarning, stacklevel=2)
-        return getattr(self, new)
 
 
 def module_parts(module: nn.Module, *, head: str | None = None) -> ModuleParts:

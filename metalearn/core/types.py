@@ -6,11 +6,12 @@ K inner steps; ``theta`` meta-parameters, ``fast`` adapted parameters ``[T, ...]
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
 from torch import Tensor
+
+from metalearn.core.deprecation import renamed
 
 Params = dict[str, Tensor]
 """Named parameters of one model (``theta``), or of T adapted copies stacked along dimension 0 (``fast``)."""
@@ -89,6 +90,7 @@ class Episodes:
         return [Episodes(*tensors) for tensors in zip(*parts, strict=True)]
 
 
+@renamed(figures="diagnostics")
 @dataclass(frozen=True, eq=False)
 class MetaGradient:
     """The result of every engine.
@@ -106,9 +108,3 @@ class MetaGradient:
     predictions: Tensor
     support_loss: Tensor
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def figures(self) -> Mapping[str, Tensor]:
-        """Return ``diagnostics`` under its former name, with a warning."""
-        warnings.warn("MetaGradient.figures is called diagnostics now", FutureWarning, stacklevel=2)
-        return self.diagnostics

@@ -19,13 +19,9 @@ def load_or_build(
     *,
     is_current: Callable[[Any], bool] = lambda content: True,
 ) -> Any:
-    """Return the content of a cached file, or build it if there is none, it is damaged or outdated.
+    """Return the content of a cached file, or build it if there is none, or it is damaged or not ``is_current``.
 
-    Args:
-        path: the file.
-        what: name of the content, for the warning if it cannot be saved.
-        build: returns the content, and whether to save it.
-        is_current: whether a loaded content may be used.
+    ``build`` returns the content, and whether to save it; ``what`` is its name in the warning if that fails.
     """
     try:
         if is_current(content := files.load_checked(path)):

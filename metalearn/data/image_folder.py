@@ -42,12 +42,8 @@ Splits = dict[str, list[ImageClass]]
 def list_splits(root: str | Path, *, fractions: Sequence[float] = (0.6, 0.2, 0.2), seed: int = 0) -> Splits:
     """List the classes of every split, by folder if there is a ``train/``, else by fractions.
 
-    A split by fractions depends only on the names of the classes and the seed.
-
-    Args:
-        root: a folder as above. Hidden entries and files that are no images are ignored.
-        fractions: of the classes for training, validation and test, if there are no folders of splits.
-        seed: of the split by fractions.
+    A split by fractions depends only on the names of the classes and the seed. Hidden entries and files that are no
+    images are ignored.
 
     Raises:
         DataError: if there is no such folder, no image in it, an image outside of a class, or a split is missing.

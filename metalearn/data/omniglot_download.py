@@ -111,8 +111,5 @@ def _temporary_folder(parent: Path) -> Iterator[Path]:
     """Yield a folder on the same disk and remove it afterwards, with those that killed processes left."""
     for leftover in parent.glob(f"{_UNPACKING}*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=_UNPACKING))
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=_UNPACKING, ignore_cleanup_errors=True) as temporary:
+        yield Path(temporary)

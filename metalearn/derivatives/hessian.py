@@ -18,10 +18,7 @@ _CHUNK_SIZE = 64  # rows
 def hessian(f: ScalarFunction, x: Input, *, memory_limit: int | None = None) -> Any:
     """Return the dense Hessian by ``torch.func.jacrev`` of the gradient, after checking that it fits.
 
-    Args:
-        f: maps ``x`` to a scalar.
-        x: n numbers in all.
-        memory_limit: bytes that it may take; ``None`` for the free memory of the device.
+    It may take ``memory_limit`` bytes, by default the free memory of the device.
 
     Returns:
         For a Tensor of shape ``s``: ``[*s, *s]``. For a dictionary: a dictionary of dictionaries, ``[a][b]`` of shape

@@ -45,17 +45,11 @@ def gradient(f: ScalarFunction, x: Input) -> Input:
 
 
 def hvp(f: ScalarFunction, x: Input, v: Input, *, mode: str = "forward_over_reverse") -> Input:
-    """Return the Hessian-vector product H v of ``f`` at ``x`` in the memory of a few gradients.
+    """Return the Hessian-vector product H v of a scalar function ``f`` at ``x``, in the memory of a few gradients.
 
         forward_over_reverse:  d/dt grad f(x + t v)           no graph of a gradient: the least memory on deep networks
         reverse_over_reverse:  d/dx <grad f(x), v>            needs no forward-mode formulas
         reverse_over_forward:  d/dx (d/dt f(x + t v))         needs no second derivative of a backward formula
-
-    Args:
-        f: maps ``x`` to a scalar.
-        x: where to differentiate.
-        v: direction, shaped like ``x``.
-        mode: one of ``HVP_MODES``.
 
     Returns:
         H v, shaped like ``x``; detached.
@@ -159,12 +153,7 @@ def gauss_newton_vp(model: Callable[[Any], Tensor], loss: ScalarFunction, x: Inp
         G v = J^T (d2 loss / dz2) J v,    J = dz/dx,  z = model(x)
 
     It is the Hessian without the curvature of the model, and positive semi-definite if the loss is convex.
-
-    Args:
-        model: maps ``x`` to predictions z of any shape.
-        loss: maps predictions to a scalar.
-        x: where to differentiate.
-        v: direction, shaped like ``x``.
+    ``model`` maps ``x`` to predictions of any shape, ``loss`` these to a scalar.
 
     Returns:
         G v, shaped like ``x``.

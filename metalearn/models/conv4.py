@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
@@ -10,6 +14,12 @@ from metalearn.core.types import Params
 from metalearn.models.kernels import batch_norm, conv2d, relu
 
 _EPS = 1e-5
+_SETTINGS: dict[type, Callable[[nn.Module], Any]] = {
+    nn.Conv2d: attrgetter("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "bias"),
+    nn.BatchNorm2d: attrgetter("eps", "affine", "running_mean"),
+    nn.ReLU: attrgetter("inplace"),
+    nn.MaxPool2d: attrgetter("kernel_size", "stride", "padding", "ceil_mode"),
+}
 
 
 class Conv4(nn.Module):
@@ -63,9 +73,13 @@ class Conv4(nn.Module):
         """Return whether the layers are still those that ``batched_forward`` computes."""
         return type(self.head) is nn.Linear and self.head.bias is not None and self._describe() == self._layers
 
-    def _describe(self) -> list[tuple[type, str]]:
-        """Return the types and settings of all layers but the head."""
-        return [(type(layer), layer.extra_repr()) for layer in self.features.modules()]
+    def _describe(self) -> list[Any]:
+        """Return the types of all layers but the head, and the settings that ``batched_forward`` relies on."""
+        return [
+            (type(layer), _SETTINGS[type(layer)](layer) if type(layer) in _SETTINGS else None)
+            for block in self.features
+            for layer in (block, *block.children())
+        ]
 
     def batched_forward(self, params: Params, x: Tensor) -> Tensor:
         """Return logits ``[T, examples, ways]`` of T tasks, each with its own parameters, faster than ``vmap``."""

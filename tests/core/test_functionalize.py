@@ -253,8 +253,12 @@ def test_former_names_of_batched_forward_work_and_warn() -> None:
         def forward_of_tasks(self, params: dict[str, Tensor], x: Tensor) -> Tensor:
             return -x * params["scale"].unsqueeze(1)
 
-    with pytest.warns(FutureWarning, match="Scaled: forward_of_tasks and is_plain are called batched_forward"):
+    with pytest.warns(FutureWarning) as warned:
         forward, theta = functionalize(Scaled())
+    assert [str(w.message) for w in warned] == [
+        "the method forward_of_tasks of Scaled is called batched_forward now",
+        "the method is_plain of Scaled is called supports_batched_forward now",
+    ]
     assert isinstance(forward, ModuleForward)
     assert forward.batched_forward is not None
     x = torch.ones(2, 4, 1, 3, 3)

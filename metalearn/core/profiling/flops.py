@@ -35,12 +35,9 @@ class StepFlops(NamedTuple):
 
 
 def meta_gradient_flops(module: nn.Module, episodes: Episodes, steps: int) -> StepFlops:
-    """Return the FLOPs of K inner steps and their meta-gradient.
+    """Return the FLOPs of K inner steps and their meta-gradient, for tasks of classification.
 
-    Args:
-        module: every parameter must be trainable, and only the first layer may see the inputs.
-        episodes: T tasks of the same shape; classification.
-        steps: K.
+    Every parameter must be trainable, and only the first layer may see the inputs.
     """
     support = count_flops(lambda: module(episodes.support_x[0]))
     support_gradient = count_flops(lambda: _gradient(module, episodes.support_x[0], episodes.support_y[0]))
