@@ -62,8 +62,7 @@ def list_splits(root: str | Path, *, fractions: Sequence[float] = (0.6, 0.2, 0.2
 def list_classes(folder: Path) -> list[ImageClass]:
     """List the sub-folders of a folder, each with the images in it and below it.
 
-    Raises:
-        DataError: if there is no such folder, no sub-folder with an image, or an image outside of the sub-folders.
+    Raises ``DataError`` without such a folder, without an image in a sub-folder, or with one outside of them.
     """
     names, loose = _list_entries(folder)
     if names and loose:
@@ -92,8 +91,7 @@ def check_split_sizes(
 ) -> None:
     """Check that every split has ``ways`` classes, each with as many images as the split needs (K + Q).
 
-    Raises:
-        DataError: listing every split with too few classes, and every class with too few images.
+    Raises ``DataError``, which lists every split with too few classes and every class with too few images.
     """
     errors = []
     for split, classes in splits.items():

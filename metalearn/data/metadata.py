@@ -71,10 +71,8 @@ def omniglot_base(root: str | None) -> Path:
 def omniglot_source(root: str | None) -> str:
     """Return where Omniglot comes from: ``"disk"``, ``"archives"`` (on disk, still packed) or ``"download"``.
 
-    A root that was given but does not exist is taken as a mistake and not created.
-
-    Raises:
-        DataError: if it is unavailable; the message says why, without a remedy.
+    A root that was given but does not exist is taken as a mistake and not created. Raises ``DataError``, which says why
+    but names no remedy, if Omniglot is unavailable.
     """
     try:
         folder, base = omniglot_root(root), omniglot_base(root)

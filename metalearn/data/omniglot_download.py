@@ -29,12 +29,9 @@ _UNPACKING = ".unpacking-"
 
 
 def ensure_omniglot(root: str | None) -> None:
-    """Unpack or download Omniglot below ``root`` if its folders are not there yet.
+    """Unpack or download Omniglot below ``root`` if its folders are not there yet; raise ``DataError`` if that fails.
 
     Runs that start together wait for each other, and an interrupted download leaves nothing behind.
-
-    Raises:
-        DataError: if it is unavailable, an archive is damaged, or the download fails.
     """
     if omniglot_source(root) == "disk":
         return

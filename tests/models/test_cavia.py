@@ -136,9 +136,3 @@ def test_context_conv4_scales_and_shifts_the_third_block() -> None:
 
 def test_context_of_a_submodule_is_found() -> None:
     assert module_parts(nn.Sequential(nn.Identity(), ContextConv4(3))).context_params == {"1.context"}
-
-
-@pytest.mark.parametrize("make", [lambda n: ContextMLP(1, 1, context=n), lambda n: ContextConv4(3, context=n)])
-def test_empty_context_raises(make: Callable[[int], nn.Module]) -> None:
-    with pytest.raises(ValueError, match="context=0; it must be 1 or more"):
-        make(0)

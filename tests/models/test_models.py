@@ -18,7 +18,7 @@ from metalearn.config.schema import ResNet12Config, TrainConfig
 from metalearn.core.functional import relative_error
 from metalearn.derivatives import gradcheck
 from metalearn.metagrad import ENGINES
-from metalearn.models import MLP, Conv4, ResNet12
+from metalearn.models import MLP, ContextConv4, ContextMLP, Conv4, ResNet12
 from metalearn.training.experiment import build_model
 
 NARROW = (2, 3, 4, 5)
@@ -48,11 +48,6 @@ def test_conv4_equals_finns(pool: str) -> None:
     assert model(torch.rand(7, 1, 28, 28)).shape == (7, 5)
     sizes = [x.shape[-1] for x in accumulate(model.features, lambda x, f: f(x), initial=torch.rand(2, 1, 28, 28))]
     assert sizes == {"stride": [28, 14, 7, 4, 2], "max": [28, 14, 7, 3, 1]}[pool]
-
-
-def test_conv4_raises_on_unknown_pool() -> None:
-    with pytest.raises(ValueError, match="pool='avg'; it must be 'stride' or 'max'"):
-        Conv4(5, pool="avg")
 
 
 def test_mlp_equals_finns() -> None:
@@ -97,10 +92,19 @@ def test_each_block_halves_the_image_size() -> None:
     assert ResNet12(7, channels=1, widths=(4,))(torch.rand(2, 1, 2, 2)).shape == (2, 7)
 
 
-@pytest.mark.parametrize("widths", [(), (4, 0)])
-def test_invalid_widths_raise(widths: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"ResNet12: widths=\(.*at least one width, each at least 1"):
-        ResNet12(5, widths=widths)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Conv4(5, pool="avg"), "pool='avg'; it must be 'stride' or 'max'"),
+        (lambda: ResNet12(5, widths=()), r"ResNet12: widths=\(\).*at least one width, each at least 1"),
+        (lambda: ResNet12(5, widths=(4, 0)), r"ResNet12: widths=\(4, 0\).*at least one width, each at least 1"),
+        (lambda: ContextMLP(1, 1, context=0), "context=0; it must be 1 or more"),
+        (lambda: ContextConv4(3, context=0), "context=0; it must be 1 or more"),
+    ],
+)
+def test_invalid_sizes_raise(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("model", COLOUR)
