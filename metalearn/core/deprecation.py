@@ -11,21 +11,10 @@ T = TypeVar("T")
 
 
 def renamed(**new_names: str) -> Callable[[type[T]], type[T]]:
-    """Let a dataclass be used with the former names of its fields, properties and methods.
+    """Let a dataclass be used with the former names of its fields, properties and methods, given as ``former="new"``.
 
     A former name is accepted as a keyword argument, also by ``dataclasses.replace``, and as an attribute. Each use
     emits a ``FutureWarning`` that names the new one.
-
-    Args:
-        new_names: the new name by the former one.
-
-    Example:
-        >>> @renamed(size="width")
-        ... @dataclass(frozen=True)
-        ... class Box:
-        ...     width: int
-        >>> Box(size=2).size
-        2
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -57,11 +46,7 @@ def _alias(owner: str, old: str, new: str) -> property:
 def adopt_former_methods(cls: type, new_names: Mapping[str, str]) -> None:
     """Give a user's class the new names of methods that it defines under former ones, with one warning for each.
 
-    A class without any of them is left alone.
-
-    Args:
-        cls: implements an interface whose methods were renamed.
-        new_names: the new name by the former one.
+    A class without any of them, which does not implement the interface, is left alone.
     """
     if not any(hasattr(cls, name) for names in new_names.items() for name in names if not name.startswith("__")):
         return

@@ -52,7 +52,7 @@ class NonFiniteGradientError(NonFiniteError):
     Args:
         parameter: its name.
         value: the first entry that is not finite.
-        task: index in the batch, from 0; ``None`` if the gradient of every task is finite.
+        task: index in the batch; ``None`` if the gradient of every task is finite.
         step: inner steps taken before the one that the gradient did not come back through; K for the query loss.
         what: name of the derivative.
     """
@@ -85,29 +85,21 @@ class NonFiniteGradientError(NonFiniteError):
 
 
 class NonFiniteLossError(NonFiniteError):
-    """A support or query loss that is NaN or infinite, so that it has no meaningful gradient.
+    """A loss (``kind``: support or query) that is NaN or infinite, so that it has no meaningful gradient.
 
-    Args:
-        kind: ``"support"`` or ``"query"``.
-        task: which task of the batch, from 0.
-        step: inner steps taken before it.
-        value: the loss.
-        before: the task's support loss one step earlier; ``None`` before the first.
+    ``before``: the task's support loss one step earlier; ``None`` before the first.
     """
 
     def __init__(self, kind: str, *, task: int, step: int, value: float, before: float | None) -> None:
         self.kind, self.task, self.step, self.value, self.before = kind, task, step, value, before
         self.task: int
-        if before is None:
-            why = (
-                "no inner step was taken yet, so look at the task's inputs and targets, at the parameters, and for "
-                "log(0), 0/0 or sqrt(0) in the model or the loss"
-            )
-        else:
-            why = (
-                f"the support loss was {before:.4g} one step earlier; take a smaller inner.lr or fewer inner.steps, or "
-                "look for log(0), 0/0 or sqrt(0) in the model or the loss"
-            )
+        zero = "log(0), 0/0 or sqrt(0) in the model or the loss"
+        why = (
+            f"no inner step was taken yet, so look at the task's inputs and targets, at the parameters, and for {zero}"
+            if before is None
+            else f"the support loss was {before:.4g} one step earlier; take a smaller inner.lr or fewer inner.steps, "
+            f"or look for {zero}"
+        )
         super().__init__(f"the {kind} loss of task {task} is {value} after {step} inner steps: {why}.")
 
     def with_task_offset(self, first: int) -> NonFiniteLossError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from metalearn.core.deprecation import adopt_former_methods
 from metalearn.core.module_checks import check_module, check_signature
 from metalearn.core.types import Forward, Params, check_tensors
 
@@ -56,11 +56,8 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
     check_signature(module)
     defined = vars(type(module))
     if "forward_of_tasks" in defined and "batched_forward" not in defined:
-        warnings.warn(
-            f"{type(module).__name__}: forward_of_tasks and is_plain are called batched_forward and "
-            "supports_batched_forward now",
-            FutureWarning,
-            stacklevel=2,
+        adopt_former_methods(
+            type(module), {"forward_of_tasks": "batched_forward", "is_plain": "supports_batched_forward"}
         )
     params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
     if not params:
@@ -73,11 +70,7 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
 
 @dataclass(frozen=True, eq=False)
 class ModuleForward:
-    """A module as a pure function of its parameters; can be pickled and copied if the module can.
-
-    Args:
-        module: the user's module; no pass changes it.
-    """
+    """A module, which no pass changes, as a pure function; can be pickled and copied if the module can."""
 
     module: nn.Module
 
@@ -125,20 +118,13 @@ class ModuleForward:
     def batched_forward(self) -> Callable[[Params, Tensor], Tensor | None] | None:
         """Predictions of all tasks at once, if the module's class defines them; ``None`` where they do not apply."""
         defined = vars(type(self.module))
-        has_batched = "batched_forward" in defined or "forward_of_tasks" in defined
-        return self._batched_forward if has_batched and "forward" in defined else None
+        return self._batched_forward if {"batched_forward", "forward"} <= defined.keys() else None
 
     def _batched_forward(self, fast: Params, x: Tensor) -> Tensor | None:
         module: Any = self.module
-        if "batched_forward" in vars(type(module)):
-            batched, supports = module.batched_forward, module.supports_batched_forward
-        else:  # the former names
-            batched = module.forward_of_tasks
-            supports = getattr(module, "is_plain", None) or module.supports_batched_forward
         hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
-        names = {name for name, _ in module.named_parameters()}
-        prediction: Tensor | None = batched(fast, x) if not hooked and fast.keys() == names and supports() else None
-        return prediction
+        applies = not hooked and fast.keys() == dict(module.named_parameters()).keys()
+        return module.batched_forward(fast, x) if applies and module.supports_batched_forward() else None
 
     def _replacements(self, params: Params) -> dict[int, Tensor]:
         """Return the tensor that replaces each of the module's tensors during a pass, by the id of the latter."""
@@ -160,10 +146,10 @@ class ModuleForward:
 
 @contextmanager
 def _replace_tensors(module: nn.Module, values: Mapping[int, Tensor]) -> Iterator[None]:
-    """Replace a module's tensors during a pass, and restore the module afterwards, even after an error.
+    """Replace a module's tensors, in all places of each, during a pass, and restore it afterwards, even after an error.
 
-    Each layer is visited once, and a tied tensor replaced in all its places: ``torch.func.functional_call`` does not
-    restore a submodule that is reachable under two names (https://github.com/pytorch/pytorch/issues/164759).
+    ``torch.func.functional_call`` does not restore a submodule that is reachable under two names
+    (https://github.com/pytorch/pytorch/issues/164759).
     """
     modules = list(module.modules())
     places: list[dict[str, Any]] = [place for m in modules for place in (m._parameters, m._buffers)]
@@ -189,19 +175,12 @@ def _replace_tensors(module: nn.Module, values: Mapping[int, Tensor]) -> Iterato
 
 
 def _attributes_to_restore(m: nn.Module) -> dict[str, Any]:
-    """Return the attributes that a pass must not change: all of torch's own layers, as LSTMs keep weights in them.
-
-    A user's layer may hand something to the loss (``self.kl = ...``), which stays.
-    """
+    """Return all attributes of torch's own layers (LSTMs keep weights there); a user's may hand some to the loss."""
     return dict(vars(m)) if str(type(m).forward.__module__).startswith("torch.") else {"training": m.training}
 
 
 def check_not_inference_mode() -> None:
-    """Check that autograd is available: inference mode would make every gradient look like zero.
-
-    Raises:
-        RuntimeError: inside ``torch.inference_mode()``.
-    """
+    """Raise ``RuntimeError`` in inference mode, where every gradient would look like zero."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "there are no gradients inside torch.inference_mode(), and adapting takes gradients; use torch.no_grad(), "
@@ -210,11 +189,7 @@ def check_not_inference_mode() -> None:
 
 
 def check_forward(forward: object) -> None:
-    """Check that ``forward`` is a function, as ``functionalize`` makes it of a module, and no module.
-
-    Raises:
-        TypeError: saying how to make it.
-    """
+    """Raise ``TypeError`` if ``forward`` is a module, or no function."""
     if isinstance(forward, nn.Module) or not callable(forward):
         raise TypeError(
             f"forward is {type(forward).__name__} and must be a function of (params, x): forward, theta = "
@@ -223,11 +198,7 @@ def check_forward(forward: object) -> None:
 
 
 def check_param_dict(params: object) -> None:
-    """Check that parameters are a dictionary.
-
-    Raises:
-        TypeError: naming the type.
-    """
+    """Raise ``TypeError`` unless parameters are a dictionary."""
     if not isinstance(params, (Mapping, nn.ParameterDict)):
         raise TypeError(
             f"params is {type(params).__name__} and must be a dictionary of tensors, as functionalize gives."
@@ -302,8 +273,7 @@ def vjp(outputs: Params, inputs: Params, lam: Params, *, create_graph: bool = Fa
 
 def global_norm(tree: Params) -> Tensor:
     """Return the Euclidean norm over every entry of every tensor."""
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p) for p in tree.values()]))
-    return norm
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p) for p in tree.values()]))
 
 
 def relative_error(got: Params, expected: Params) -> float:

@@ -12,13 +12,10 @@ from torch import Tensor
 
 @contextmanager
 def forbid_activation_checkpointing() -> Iterator[None]:
-    """Forbid activation checkpointing inside a model, where it would give a wrong gradient.
+    """Raise ``ValueError`` for activation checkpointing inside a model.
 
     It runs layers again in the backward pass, when the module has its own weights again and not those of the task. It
     is recognised by its saved-tensor hooks, unless the caller has installed hooks too.
-
-    Raises:
-        ValueError: naming what to do.
     """
     with ExitStack() as stack:
         with suppress(RuntimeError):  # the caller's hooks
@@ -39,16 +36,10 @@ ACTIVATION_CHECKPOINT_ERROR = (
 
 
 def check_twice_differentiable(value: Tensor, inputs: Iterable[Tensor] = ()) -> None:
-    """Check a graph for an ``autograd.Function`` whose backward torch silently treats as a constant.
+    """Raise ``ValueError`` for an ``autograd.Function`` whose backward torch silently treats as a constant.
 
-    That is one marked ``@once_differentiable``, or one that leaves autograd by ``torch.no_grad`` or numpy.
-
-    Args:
-        value: the output of the graph.
-        inputs: tensors at which to stop.
-
-    Raises:
-        ValueError: naming the Function.
+    That is one marked ``@once_differentiable``, or one that leaves autograd by ``torch.no_grad`` or numpy. The graph of
+    ``value`` is searched down to ``inputs``.
     """
     seen: set[Any] = {x.grad_fn for x in inputs} | {None}
     nodes: list[Any] = [value.grad_fn]

@@ -16,11 +16,7 @@ _HOOK_ERROR = (
 
 
 def check_module(module: nn.Module) -> None:
-    """Check that a module can run with other parameters than its own, without being changed by it.
-
-    Raises:
-        ValueError: naming the layer or the parameter, and the remedy.
-    """
+    """Raise ``ValueError``, naming the layer and the remedy, if a module cannot be a pure function of parameters."""
     for name, layer in module.named_modules():
         if error := _layer_error(layer):
             place = f"layer '{name}'" if name else "the module"
@@ -31,11 +27,7 @@ def check_module(module: nn.Module) -> None:
 
 
 def check_signature(module: nn.Module) -> None:
-    """Check that a module takes one tensor.
-
-    Raises:
-        TypeError: naming its signature.
-    """
+    """Raise ``TypeError`` unless a module takes one tensor."""
     try:
         signature = inspect.signature(module.forward)
     except (TypeError, ValueError):  # of a builtin function

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,10 +9,13 @@ from itertools import pairwise
 
 from torch import nn
 
+from metalearn.core.deprecation import renamed
+
 _HEAD_NAMES = ("head", "heads", "fc", "classifier")
 _MAX_LISTED = 10
 
 
+@renamed(norms="norm_params", context="context_params", all="all_params")
 @dataclass(frozen=True)
 class ModuleParts:
     """Names of parameters by role, as ``functionalize`` names them: a shared one has the name in its first layer.
@@ -36,15 +38,6 @@ class ModuleParts:
     def body(self) -> frozenset[str]:
         """All parameters but the head's."""
         return self.all_params - set(self.head)
-
-    def __getattr__(self, name: str) -> frozenset[str]:
-        """Return a field under its former name, with a warning."""
-        if name not in ("norms", "context", "all"):
-            raise AttributeError(f"ModuleParts has no attribute {name!r}")
-        new = f"{name.removesuffix('s')}_params"
-        warnings.warn(f"ModuleParts.{name} is called {new} now", FutureWarning, stacklevel=2)
-        value: frozenset[str] = getattr(self, new)
-        return value
 
 
 def module_parts(module: nn.Module, *, head: str | None = None) -> ModuleParts:
@@ -79,11 +72,7 @@ def module_parts(module: nn.Module, *, head: str | None = None) -> ModuleParts:
 
 
 def _find_head(module: nn.Module, head: str | None) -> nn.Linear | None:
-    """Return the layer that gives the outputs: the one called ``head``, or by its usual name, or the last one.
-
-    Raises:
-        ValueError: if there is no linear layer called ``head``, or the head is ambiguous.
-    """
+    """Return the layer that gives the outputs: the one called ``head``, or by its usual name, or the last one."""
     linear = {n: m for n, m in module.named_modules(remove_duplicate=head is None) if isinstance(m, nn.Linear)}
     if head is not None:
         if head not in linear:

@@ -12,6 +12,7 @@ by name and replaces those in its tables:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -81,10 +82,7 @@ def _unsupported_under_vmap(reason: str) -> Handler:
 
 
 def _graph_property(func: Any, tensor: Tensor) -> Any:
-    """Read a property of a batched tensor that concerns the graph, which ``vmap`` gets wrong.
-
-    ``requires_grad`` is always false there, and a ``grad_fn`` is dropped.
-    """
+    """Read a property of the graph, which ``vmap`` gets wrong: ``requires_grad`` is false, and ``grad_fn`` dropped."""
     if not is_batchedtensor(tensor):
         return func(tensor)
     if func in _GRAPH_PROPERTIES:
@@ -104,8 +102,7 @@ def _weight_norm(func: Any, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """Compute by the formula: the second derivative of torch's fused kernel is off by 8 to 48%."""
     others = [d for d in range(v.ndim) if d != dim]  # dim=-1 is torch's for the norm of all entries
     norm = torch.linalg.vector_norm(v) if dim == -1 else torch.linalg.vector_norm(v, dim=others, keepdim=True)
-    weight: Tensor = v * (g / norm)
-    return weight
+    return v * (g / norm)
 
 
 def _linear_cross_entropy(func: Any, *args: Any, options: Any = None, **kwargs: Any) -> Any:
@@ -116,8 +113,7 @@ def _linear_cross_entropy(func: Any, *args: Any, options: Any = None, **kwargs: 
 def _sinc(func: Any, x: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Compute by the series near 0, where torch's second derivative is 0/0."""
     if out is not None:
-        result: Tensor = func(x, out=out)  # autograd raises on it
-        return result
+        return func(x, out=out)  # autograd raises on it
     z = torch.pi * x
     small = z.abs() < 1e-2
     square = torch.where(small, z * z, 0.0)
@@ -129,18 +125,20 @@ def _sinc(func: Any, x: Tensor, *, out: Tensor | None = None) -> Tensor:
 def _embedding(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Stop the gradient of the padding row in every task, and make no gradient sparse (no second derivative).
 
-    torch's batching rule leaves out row ``padding_idx`` of the first task only; its forward mode lets a tangent of that
-    row through.
+    torch's batching rule does so in the first task only, and its forward mode not at all.
     """
-    bound = (_bind_functional if func is functional.embedding else _bind_torch)(*args, **kwargs)
-    words, weight, padding = bound["input"], bound["weight"], bound["padding_idx"]
-    if bound["max_norm"] is not None:
+    is_functional = func is functional.embedding
+    bound = (_FUNCTIONAL_EMBEDDING if is_functional else _TORCH_EMBEDDING).bind(*args, **kwargs).arguments
+    words, weight, padding = bound["input" if is_functional else "indices"], bound["weight"], bound.get("padding_idx")
+    if not is_functional and padding is not None and padding < 0:
+        padding = None  # torch.embedding's -1 is no row
+    if bound.get("max_norm") is not None:
         raise ValueError(
             f"embedding: max_norm={bound['max_norm']} rescales the weights in place at every call, which no gradient "
             "goes through and all tasks would share. Build nn.Embedding without max_norm, and normalise the rows in "
             "the model: torch.renorm(weight, 2, 0, max_norm)."
         )
-    vectors = functional.embedding(words, weight, scale_grad_by_freq=bound["scale_grad_by_freq"])
+    vectors = functional.embedding(words, weight, scale_grad_by_freq=bound.get("scale_grad_by_freq", False))
     if padding is None:
         return vectors
     if not -weight.shape[0] <= padding < weight.shape[0]:
@@ -148,34 +146,16 @@ def _embedding(func: Any, *args: Any, **kwargs: Any) -> Any:
     return torch.where((words == padding % weight.shape[0]).unsqueeze(-1), vectors.detach(), vectors)
 
 
-def _bind_functional(
-    input: Tensor,  # noqa: A002  # as torch calls it
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> dict[str, Any]:
-    return locals()
-
-
-def _bind_torch(
-    weight: Tensor,
-    indices: Tensor,
-    padding_idx: int = -1,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> dict[str, Any]:
-    padding = None if padding_idx < 0 else padding_idx
-    return _bind_functional(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
+_FUNCTIONAL_EMBEDDING = inspect.signature(functional.embedding)
+_TORCH_EMBEDDING = inspect.signature(
+    lambda weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False: None
+)
 
 
 def _hardsigmoid(func: Any, x: Tensor, inplace: bool = False) -> Tensor:
     """Compute by the formula with the kernel's slope, 1/6 in float32: the kernel has no second derivative."""
     if inplace:
-        written: Tensor = func(x, inplace)
-        return written
+        return func(x, inplace)
     clipped = functional.relu6(x + 3)
     sloped = _SIXTH * clipped
     return sloped + (clipped / 6 - sloped).detach()

@@ -6,11 +6,12 @@ K inner steps; ``theta`` meta-parameters, ``fast`` adapted parameters ``[T, ...]
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
 from torch import Tensor
+
+from metalearn.core.deprecation import renamed
 
 Params = dict[str, Tensor]
 """Named parameters of one model (``theta``), or of T adapted copies stacked along dimension 0 (``fast``)."""
@@ -23,12 +24,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def check_tensors(values: Mapping[str, object]) -> None:
-    """Check that every value is a tensor with values.
-
-    Raises:
-        TypeError: if one is no tensor.
-        ValueError: if one is on the meta device, where ``vmap`` would compute with uninitialised memory.
-    """
+    """Raise ``TypeError`` for what is no tensor, and ``ValueError`` for a meta tensor, which holds no values."""
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is {type(value).__name__} and must be a Tensor; convert it with torch.as_tensor.")
@@ -37,12 +33,7 @@ def check_tensors(values: Mapping[str, object]) -> None:
 
 
 def check_examples(name: str, x: Tensor, y: Tensor) -> None:
-    """Check that inputs and targets belong together.
-
-    Args:
-        name: ``"support"`` or ``"query"``, for the message.
-        x: inputs, ``[T, examples, ...]``.
-        y: targets, ``[T, examples, ...]``.
+    """Check that inputs ``[T, examples, ...]`` and targets of the set ``name`` belong together.
 
     Raises:
         TypeError: if one is no tensor.
@@ -99,6 +90,7 @@ class Episodes:
         return [Episodes(*tensors) for tensors in zip(*parts, strict=True)]
 
 
+@renamed(figures="diagnostics")
 @dataclass(frozen=True, eq=False)
 class MetaGradient:
     """The result of every engine.
@@ -116,9 +108,3 @@ class MetaGradient:
     predictions: Tensor
     support_loss: Tensor
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def figures(self) -> Mapping[str, Tensor]:
-        """Return ``diagnostics`` under its former name, with a warning."""
-        warnings.warn("MetaGradient.figures is called diagnostics now", FutureWarning, stacklevel=2)
-        return self.diagnostics

@@ -68,18 +68,16 @@ def _task_tensors(number: int, item: Any) -> list[Tensor]:
 
 
 def _as_tensor(number: int, name: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    if not isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray):
+        try:
+            return torch.from_numpy(np.asarray(value, order="C"))  # torch takes no negative strides
+        except TypeError as error:  # of strings or objects
+            raise TypeError(f"batches: {name} of item {number} is an array that torch cannot take: {error}") from error
+    if not isinstance(value, Tensor):
         raise TypeError(
             f"batches: {name} of item {number} is {type(value).__name__}; it must be a tensor or a numpy array."
         )
-    try:
-        return torch.from_numpy(value)
-    except TypeError as error:  # of strings or objects
-        raise TypeError(f"batches: {name} of item {number} is an array that torch cannot take: {error}") from error
-    except ValueError:  # negative strides
-        return torch.from_numpy(value.copy())
+    return value
 
 
 def _check_same_shapes(number: int, tensors: list[Tensor], first: int, first_tensors: list[Tensor]) -> None:

@@ -27,15 +27,9 @@ def make_glyphs(
     jitter: float = 0.13,
     seed: int = 0,
 ) -> Tensor:
-    """Draw a set of characters.
+    """Draw instances (``drawings``) of each of ``classes`` characters of a few strokes.
 
-    Args:
-        classes: number of characters.
-        drawings: instances of each.
-        size: height and width in pixels.
-        strokes: curves per character.
-        jitter: standard deviation of a control point between drawings, as a fraction of the image's width.
-        seed: of all random numbers.
+    ``jitter`` is the standard deviation of a control point between drawings, as a fraction of the image's width.
 
     Returns:
         ``[classes, drawings, 1, size, size]`` uint8, white on black.

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from PIL import Image, ImageOps
 from rich.progress import track
 from torch import Tensor
 
-from metalearn.core import serialization as files
 from metalearn.core.errors import DataError
+from metalearn.data.cache import load_or_build
 from metalearn.data.image_folder import (
     MAX_LISTED,
     ImageClass,
@@ -50,13 +50,9 @@ class UnreadableImagesError(DataError):
 
 
 class FolderImages(NamedTuple):
-    """A folder of images.
+    """A folder of images ``[examples, channels, size, size]`` uint8.
 
-    Args:
-        images: ``[examples, channels, size, size]`` uint8.
-        labels: ``[examples]`` int64, positions in ``classes``; ``None`` for images without classes.
-        classes: names, sorted; empty for images without classes.
-        paths: path of every image.
+    ``labels`` ``[examples]`` are positions in ``classes``, sorted names; without classes they are ``None`` and empty.
     """
 
     images: Tensor
@@ -77,17 +73,6 @@ class _ImageFormat:
             raise ValueError(f"images: channels={self.channels}; it must be 1 (grey) or 3 (red, green, blue).")
         if self.size < 1:
             raise ValueError(f"images: size={self.size}; it must be at least 1.")
-
-
-class _DecodeResult(NamedTuple):
-    """Pixels of the readable files, and the errors of the others by position.
-
-    ``permanent``: whether the errors lie in the files, and not in a disk or a permission that may be fixed meanwhile.
-    """
-
-    images: Tensor
-    unreadable: dict[int, str]
-    permanent: bool = True
 
 
 def load_image_splits(
@@ -130,16 +115,16 @@ def load_image_splits(
         )
     # Sorted by path, which no setting of the split changes, so that one cache serves all splits.
     paths = sorted(path for classes in splits.values() for one in classes for path in one.files)
-    decoded = _load_or_decode(Path(root).expanduser(), paths, fmt)
-    _handle_unreadable(paths, decoded.unreadable, on_unreadable)
-    row = {path: i for i, path in enumerate(p for j, p in enumerate(paths) if j not in decoded.unreadable)}
+    images, unreadable = _load_or_decode(Path(root).expanduser(), paths, fmt)
+    _handle_unreadable(paths, unreadable, on_unreadable)
+    row = {path: i for i, path in enumerate(p for j, p in enumerate(paths) if j not in unreadable)}
     readable = {
         split: [ImageClass(one.name, [path for path in one.files if path in row]) for one in classes]
         for split, classes in splits.items()
     }
     check_split_sizes(_sizes(readable), root, ways=ways, needed=needed)
     train, validation, test = (
-        decoded.images[[row[path] for one in classes for path in one.files]] for classes in readable.values()
+        images[[row[path] for one in classes for path in one.files]] for classes in readable.values()
     )
     counts = ClassSizes(*([len(one.files) for one in classes] for classes in readable.values()))
     return ImageSplits("images", train, validation, test, counts)
@@ -148,14 +133,9 @@ def load_image_splits(
 def read_folder(
     path: str | Path, *, size: int, channels: int, on_unreadable: str = "stop", may_be_flat: bool = False
 ) -> FolderImages:
-    """Read every image of a folder of classes, as a support or query set.
+    """Read every image of a folder, one sub-folder a class, as a support or query set; settings as above.
 
-    Args:
-        path: holds one folder a class.
-        size: height and width to resize to, in pixels.
-        channels: 1 for grey, 3 for colour.
-        on_unreadable: ``"stop"`` at files that cannot be read, or ``"skip"`` them with a warning.
-        may_be_flat: whether it may hold images without classes instead.
+    With ``may_be_flat`` the folder may hold images without classes instead.
 
     Raises:
         UnreadableImagesError: listing files that cannot be read.
@@ -172,15 +152,15 @@ def read_folder(
         raise DataError(f"{folder}: this folder cannot be looked into ({error})") from error
     paths = flat or [file for one in classes for file in one.files]
     labels = [label for label, one in enumerate(classes) for _ in one.files]
-    decoded = _decode_all(paths, fmt)
-    _handle_unreadable(paths, decoded.unreadable, on_unreadable)
-    rows = [i for i in range(len(paths)) if i not in decoded.unreadable]
+    images, unreadable, _ = _decode_all(paths, fmt)
+    _handle_unreadable(paths, unreadable, on_unreadable)
+    rows = [i for i in range(len(paths)) if i not in unreadable]
     without = [one.name for label, one in enumerate(classes) if label not in {labels[i] for i in rows}]
     if without or not rows:
         what = f"no readable image in {preview_names(without)}" if without else "no readable image"
         raise DataError(f"{folder} holds {what}. Add images, or remove such classes.")
     readable_labels = torch.tensor([labels[i] for i in rows]) if classes else None
-    return FolderImages(decoded.images, readable_labels, [one.name for one in classes], [paths[i] for i in rows])
+    return FolderImages(images, readable_labels, [one.name for one in classes], [paths[i] for i in rows])
 
 
 def _check_on_unreadable(choice: str) -> None:
@@ -206,28 +186,20 @@ def _handle_unreadable(paths: Sequence[Path], unreadable: Mapping[int, str], cho
     log.warning("%s", "\n".join([f"{what} and are skipped (data.on_unreadable=skip):", *lines]))
 
 
-def _load_or_decode(root: Path, paths: Sequence[Path], fmt: _ImageFormat) -> _DecodeResult:
-    """Load the images from the cache, which has one file per folder and format, or decode them."""
+def _load_or_decode(root: Path, paths: Sequence[Path], fmt: _ImageFormat) -> tuple[Tensor, dict[int, str]]:
+    """Return ``_decode_all`` from the cache, which has one file per folder and format, or decode the images."""
+    fingerprint = _fingerprint(root, paths)
+
+    def build() -> tuple[dict[str, Any], bool]:
+        images, unreadable, permanent = _decode_all(paths, fmt)
+        return {"fingerprint": fingerprint, "images": images, "unreadable": unreadable}, permanent
+
     place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:12]
     cached = cache_dir() / f"images-{fmt.size}px-{fmt.channels}c-{place}.pt"
-    fingerprint = _fingerprint(root, paths)
-    try:
-        content = files.load_checked(cached)
-        if content["fingerprint"] == fingerprint:
-            return _DecodeResult(content["images"], content["unreadable"])
-    except OSError:  # no cache yet, or it cannot be read
-        pass
-    except files.CorruptFileError as error:
-        log.warning("%s It is rebuilt.", error)
-    decoded = _decode_all(paths, fmt)
-    if decoded.permanent:
-        try:
-            files.save_checked(
-                {"fingerprint": fingerprint, "images": decoded.images, "unreadable": decoded.unreadable}, cached
-            )
-        except OSError as error:
-            log.warning("The images could not be cached, so every run will read them again: %s", error)
-    return decoded
+    content = load_or_build(
+        cached, "The images", build, is_current=lambda content: content["fingerprint"] == fingerprint
+    )
+    return content["images"], content["unreadable"]
 
 
 def _fingerprint(root: Path, paths: Sequence[Path]) -> str:
@@ -243,7 +215,11 @@ def _fingerprint(root: Path, paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _decode_all(paths: Sequence[Path], fmt: _ImageFormat) -> _DecodeResult:
+def _decode_all(paths: Sequence[Path], fmt: _ImageFormat) -> tuple[Tensor, dict[int, str], bool]:
+    """Return the readable images, the errors of the others by position, and whether these errors lie in the files.
+
+    They may lie in a disk or a permission instead, which somebody may fix.
+    """
     images = torch.empty(len(paths), fmt.channels, fmt.size, fmt.size, dtype=torch.uint8)
     pixels = images.numpy()
     unreadable: dict[int, str] = {}
@@ -265,7 +241,7 @@ def _decode_all(paths: Sequence[Path], fmt: _ImageFormat) -> _DecodeResult:
                 unreadable[number] = str(error).rstrip(".") or type(error).__name__
                 permanent = permanent and not (isinstance(error, OSError) and error.errno is not None)
     readable = [i for i in range(len(paths)) if i not in unreadable]
-    return _DecodeResult(images[readable] if unreadable else images, unreadable, permanent)
+    return images[readable] if unreadable else images, unreadable, permanent
 
 
 def _decode(path: Path, fmt: _ImageFormat) -> NDArray[np.uint8]:

@@ -42,12 +42,8 @@ Splits = dict[str, list[ImageClass]]
 def list_splits(root: str | Path, *, fractions: Sequence[float] = (0.6, 0.2, 0.2), seed: int = 0) -> Splits:
     """List the classes of every split, by folder if there is a ``train/``, else by fractions.
 
-    A split by fractions depends only on the names of the classes and the seed.
-
-    Args:
-        root: a folder as above. Hidden entries and files that are no images are ignored.
-        fractions: of the classes for training, validation and test, if there are no folders of splits.
-        seed: of the split by fractions.
+    A split by fractions depends only on the names of the classes and the seed. Hidden entries and files that are no
+    images are ignored.
 
     Raises:
         DataError: if there is no such folder, no image in it, an image outside of a class, or a split is missing.
@@ -66,8 +62,7 @@ def list_splits(root: str | Path, *, fractions: Sequence[float] = (0.6, 0.2, 0.2
 def list_classes(folder: Path) -> list[ImageClass]:
     """List the sub-folders of a folder, each with the images in it and below it.
 
-    Raises:
-        DataError: if there is no such folder, no sub-folder with an image, or an image outside of the sub-folders.
+    Raises ``DataError`` without such a folder, without an image in a sub-folder, or with one outside of them.
     """
     names, loose = _list_entries(folder)
     if names and loose:
@@ -94,16 +89,9 @@ def list_images(folder: Path) -> list[Path] | None:
 def check_split_sizes(
     splits: Mapping[str, Sequence[tuple[str, int]]], root: str | Path, *, ways: int, needed: Mapping[str, int]
 ) -> None:
-    """Check that every split is large enough for a task.
+    """Check that every split has ``ways`` classes, each with as many images as the split needs (K + Q).
 
-    Args:
-        splits: names of the classes and their numbers of images, by split.
-        root: for the message.
-        ways: N, classes per task.
-        needed: K + Q, by split.
-
-    Raises:
-        DataError: listing every split with too few classes, and every class with too few images.
+    Raises ``DataError``, which lists every split with too few classes and every class with too few images.
     """
     errors = []
     for split, classes in splits.items():

@@ -71,27 +71,20 @@ def omniglot_base(root: str | None) -> Path:
 def omniglot_source(root: str | None) -> str:
     """Return where Omniglot comes from: ``"disk"``, ``"archives"`` (on disk, still packed) or ``"download"``.
 
-    A root that was given but does not exist is taken as a mistake and not created.
-
-    Raises:
-        DataError: if it is unavailable; the message says why, without a remedy.
+    A root that was given but does not exist is taken as a mistake and not created. Raises ``DataError``, which says why
+    but names no remedy, if Omniglot is unavailable.
     """
     try:
-        return _find_source(root)
+        folder, base = omniglot_root(root), omniglot_base(root)
+        if root and not folder.is_dir():
+            raise DataError(f"data.root={root}: there is no such folder")
+        missing = [part for part in OMNIGLOT_PARTS if not (base / part).is_dir()]
+        if missing and all((base / f"{part}.zip").is_file() for part in missing):
+            return "archives"
+        if len(missing) < len(OMNIGLOT_PARTS):
+            return "disk"  # if a part is missing, reading it raises
     except (OSError, RuntimeError) as error:  # a name too long, a missing permission, the home of an unknown user
         raise DataError(f"data.root={root}: this folder cannot be looked into ({str(error).rstrip('.')})") from error
-
-
-def _find_source(root: str | None) -> str:
-    folder = omniglot_root(root)
-    if root and not folder.is_dir():
-        raise DataError(f"data.root={root}: there is no such folder")
-    base = omniglot_base(root)
-    missing = [part for part in OMNIGLOT_PARTS if not (base / part).is_dir()]
-    if missing and all((base / f"{part}.zip").is_file() for part in missing):
-        return "archives"
-    if len(missing) < len(OMNIGLOT_PARTS):
-        return "disk"  # if a part is missing, reading it raises
     if _has_network():
         return "download"
     raise DataError(f"{folder} holds no Omniglot, and it cannot be downloaded from here")
@@ -112,18 +105,16 @@ def resolve_dataset(name: str, root: str | None, fallback: str | None) -> str:
     Raises:
         DataError: if Omniglot is unavailable and there is no fallback; the message names three remedies.
     """
-    if name != "omniglot":
+    if name != "omniglot" or (reason := omniglot_unavailable_reason(root)) is None:
         return name
-    if (reason := omniglot_unavailable_reason(root)) is not None:
-        if fallback is None:
-            raise DataError(
-                f"{reason}, and data.fallback=null forbids another data set. Three ways out:\n"
-                "  data.root=FOLDER       a folder that holds omniglot-py/ (METALEARN_DATA=FOLDER does the same)\n"
-                "  mkdir -p FOLDER        with a network, an existing or the default folder is filled by download\n"
-                "  data.fallback=glyphs   train on the embedded glyphs instead (or data=glyphs)"
-            )
-        return fallback
-    return name
+    if fallback is None:
+        raise DataError(
+            f"{reason}, and data.fallback=null forbids another data set. Three ways out:\n"
+            "  data.root=FOLDER       a folder that holds omniglot-py/ (METALEARN_DATA=FOLDER does the same)\n"
+            "  mkdir -p FOLDER        with a network, an existing or the default folder is filled by download\n"
+            "  data.fallback=glyphs   train on the embedded glyphs instead (or data=glyphs)"
+        )
+    return fallback
 
 
 @cache

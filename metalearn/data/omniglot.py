@@ -8,7 +8,6 @@ read.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +22,11 @@ from PIL import Image, ImageOps
 from rich.progress import track
 from torch import Tensor
 
-from metalearn.core import serialization as files
 from metalearn.core.errors import DataError
+from metalearn.data.cache import load_or_build
 from metalearn.data.metadata import DRAWINGS_PER_CLASS, OMNIGLOT_PARTS, OMNIGLOT_SPLITS, cache_dir, omniglot_base
 from metalearn.data.omniglot_download import ensure_omniglot
 from metalearn.data.splits import ImageSplits, with_rotations
-
-log = logging.getLogger(__name__)
 
 SIZE = 28
 _DECODING = "28px-lanczos-1"  # part of the cache's name: another way to decode needs another name
@@ -86,19 +83,7 @@ def load_characters(root: str | None = None) -> OmniglotImages:
     except OSError as error:
         raise DataError(f"Omniglot in {base} cannot be read: {error}") from error
     cached = cache_dir() / f"omniglot-{_DECODING}-{fingerprint[:16]}.pt"
-    try:
-        images = files.load_checked(cached)
-    except OSError:  # no cache yet, or it cannot be read
-        images = None
-    except files.CorruptFileError as error:
-        log.warning("%s It is rebuilt.", error)
-        images = None
-    if images is None:
-        images = _decode(drawings)
-        try:
-            files.save_checked(images, cached)
-        except OSError as error:
-            log.warning("Omniglot could not be cached, so every run will read it again: %s", error)
+    images = load_or_build(cached, "Omniglot", lambda: (_decode(drawings), True))
     classes = [drawing.parent for drawing in drawings[::DRAWINGS_PER_CLASS]]
     return OmniglotImages(images, [c.parent.name for c in classes], [c.parent.parent.name for c in classes])
 
@@ -192,16 +177,10 @@ def _classic_split() -> list[list[int]]:
 
 
 def _alphabet_split(characters: OmniglotImages) -> list[list[int]]:
-    background = sorted({a for a, part in zip(characters.alphabets, characters.parts, strict=True) if _is_train(part)})
+    pairs = zip(characters.alphabets, characters.parts, strict=True)
+    background = sorted({alphabet for alphabet, part in pairs if part == "images_background"})
     held_out = set(np.random.RandomState(0).permutation(background)[:_VALIDATION_ALPHABETS].tolist())
-    train: list[int] = []
-    validation: list[int] = []
-    test: list[int] = []
+    splits: list[list[int]] = [[], [], []]
     for index, (alphabet, part) in enumerate(zip(characters.alphabets, characters.parts, strict=True)):
-        chosen = test if not _is_train(part) else validation if alphabet in held_out else train
-        chosen.append(index)
-    return [train, validation, test]
-
-
-def _is_train(part: str) -> bool:
-    return part == "images_background"
+        splits[2 if part == "images_evaluation" else 1 if alphabet in held_out else 0].append(index)
+    return splits

@@ -29,12 +29,9 @@ _UNPACKING = ".unpacking-"
 
 
 def ensure_omniglot(root: str | None) -> None:
-    """Unpack or download Omniglot below ``root`` if its folders are not there yet.
+    """Unpack or download Omniglot below ``root`` if its folders are not there yet; raise ``DataError`` if that fails.
 
     Runs that start together wait for each other, and an interrupted download leaves nothing behind.
-
-    Raises:
-        DataError: if it is unavailable, an archive is damaged, or the download fails.
     """
     if omniglot_source(root) == "disk":
         return
@@ -78,11 +75,7 @@ def _unpack(base: Path) -> None:
 
 
 def _check_members_inside(archive: Path) -> None:
-    """Check that an archive writes only below the folder that it is unpacked to.
-
-    Raises:
-        DataError: naming the archive and the member that is absolute, climbs out with ``..`` or is a link.
-    """
+    """Raise ``DataError`` for a member that is absolute, climbs out with ``..`` or is a link."""
     with zipfile.ZipFile(archive) as opened:
         for member in opened.infolist():
             name = member.filename
@@ -115,8 +108,5 @@ def _temporary_folder(parent: Path) -> Iterator[Path]:
     """Yield a folder on the same disk and remove it afterwards, with those that killed processes left."""
     for leftover in parent.glob(f"{_UNPACKING}*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=_UNPACKING))
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=_UNPACKING, ignore_cleanup_errors=True) as temporary:
+        yield Path(temporary)

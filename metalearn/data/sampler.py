@@ -120,14 +120,10 @@ class EpisodeSampler:
         else:
             drawn = self.images[self._offsets_and_sizes[0][classes][:, :, None] + drawings]
         x = drawn.to(torch.float32).div_(255)
-        support_x, query_x = x[:, :, :shots].flatten(1, 2), x[:, :, shots:].flatten(1, 2)
-        labels = torch.arange(ways, device=x.device)
-        return Episodes(
-            support_x=support_x,
-            support_y=labels.repeat_interleave(shots).repeat(count, 1),
-            query_x=query_x,
-            query_y=labels.repeat_interleave(queries).repeat(count, 1),
-        )
+        y = torch.arange(ways, device=x.device)[:, None].expand(count, ways, shots + queries)
+        sets = ((t[:, :, :shots], t[:, :, shots:]) for t in (x, y))
+        (support_x, query_x), (support_y, query_y) = ((a.flatten(1, 2), b.flatten(1, 2)) for a, b in sets)
+        return Episodes(support_x, support_y, query_x, query_y)
 
     def draw(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Draw the classes ``[T, N]`` and drawings ``[T, N, K + Q]``, numbered within each class, of those tasks."""

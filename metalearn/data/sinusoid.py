@@ -29,17 +29,10 @@ class Sinusoid(NamedTuple):
 
 @dataclass(frozen=True)
 class SinusoidSampler:
-    """A sampler of regression tasks as a pure function of (seed, split, index).
+    """A sampler of regression tasks with K support points (``shots``) and Q queries of one curve each.
 
-    A task's support set does not depend on ``queries``. Everything is computed in float64 and rounded once, so that
-    devices agree up to the last bit of their sines.
-
-    Args:
-        shots: K, support points of a curve.
-        queries: Q, further points of the same curve.
-        seed: of the whole stream of tasks.
-        split: name of the split, which makes training and test tasks of one seed independent.
-        device: of the episodes.
+    Tasks are a pure function of (seed, split, index), and support sets do not depend on ``queries``. Everything is
+    computed in float64 and rounded once, so that devices agree up to the last bit of their sines.
 
     Raises:
         ValueError: if there is not at least one shot and one query.

@@ -22,14 +22,9 @@ class ClassSizes(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ImageSplits:
-    """Class-indexed images, each ``[classes, drawings, channels, height, width]`` uint8.
+    """Class-indexed images of each split, ``[classes, drawings, channels, height, width]`` uint8.
 
-    Args:
-        name: name of the data set.
-        train: classes for meta-training.
-        validation: classes for choosing the checkpoint.
-        test: classes for the final test.
-        counts: class sizes if they differ; then each tensor is ``[total, channels, height, width]``, class after class.
+    With ``counts``, class sizes that differ, each tensor is ``[total, channels, height, width]``, class after class.
     """
 
     name: str

@@ -26,13 +26,7 @@ def top_eigenvalues(
 ) -> Tensor:
     """Return the k largest eigenvalues of the Hessian by Lanczos through ``hvp``, without forming the matrix.
 
-    Args:
-        f: maps ``x`` to a scalar.
-        x: n numbers in all.
-        k: number of eigenvalues, at most n.
-        tol: relative accuracy.
-        seed: of the initial vector.
-        mode: of the products, see ``hvp``.
+    ``tol`` is their relative accuracy, ``seed`` that of the initial vector, ``mode`` that of the products.
 
     Returns:
         ``[k]``, largest first, float64, on the CPU.

@@ -27,14 +27,10 @@ DEFAULT_STEP_SIZES = tuple(10.0**-e for e in range(1, 11))
 
 @dataclass(frozen=True)
 class DirectionalCheck:
-    """A directional derivative and its central differences at each step size.
+    """A directional derivative <gradient, v> and its central differences (``estimates``) at each of ``steps``.
 
-    Args:
-        analytic: <gradient, v>.
-        steps: h, largest first.
-        estimates: the central difference at each h.
-        scale: denominator of relative errors: the larger of |analytic| and the gradient's root mean square, as the
-            slope along a direction may happen to be tiny.
+    ``scale``, the denominator of relative errors, is the larger of |analytic| and the gradient's root mean square, as
+    the slope along a direction may happen to be tiny.
     """
 
     analytic: float

@@ -6,10 +6,9 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from metalearn.core.operations import CorrectedOperations, unsupported
+from metalearn.core.operations import unsupported
 from metalearn.derivatives.inputs import Input, ScalarFunction, as_input, as_scalar_function
 from metalearn.derivatives.singular import check_finite, is_finite
 
@@ -19,10 +18,7 @@ _CHUNK_SIZE = 64  # rows
 def hessian(f: ScalarFunction, x: Input, *, memory_limit: int | None = None) -> Any:
     """Return the dense Hessian by ``torch.func.jacrev`` of the gradient, after checking that it fits.
 
-    Args:
-        f: maps ``x`` to a scalar.
-        x: n numbers in all.
-        memory_limit: bytes that it may take; ``None`` for the free memory of the device.
+    It may take ``memory_limit`` bytes, by default the free memory of the device.
 
     Returns:
         For a Tensor of shape ``s``: ``[*s, *s]``. For a dictionary: a dictionary of dictionaries, ``[a][b]`` of shape
@@ -50,24 +46,16 @@ def hessian(f: ScalarFunction, x: Input, *, memory_limit: int | None = None) -> 
             "for products with it, or top_eigenvalues(f, x, k) for its spectrum: both take the memory of a few vectors."
         )
     # In chunks of rows, as torch.func.hessian's single batch of n rows takes the activations n times.
-    rows = torch.func.jacrev(torch.func.grad(_check_vmap_support(f)), chunk_size=_CHUNK_SIZE)(tree_map(torch.detach, x))
+    value = as_scalar_function(
+        f, {"masked_select": unsupported("its Hessian is wrong under torch.vmap; index by x[mask]")}
+    )
+    rows = torch.func.jacrev(torch.func.grad(value), chunk_size=_CHUNK_SIZE)(tree_map(torch.detach, x))
     matrix = tree_map(torch.detach, rows)
     if not (torch._C._are_functorch_transforms_active() or is_finite(matrix)) and torch.isfinite(
         as_scalar_function(f)(x)
     ):
         check_finite("the Hessian", matrix)
     return matrix
-
-
-def _check_vmap_support(f: ScalarFunction) -> ScalarFunction:
-    """Return ``f``, raising where ``torch.vmap`` over the rows gets a derivative wrong."""
-    table = {"masked_select": unsupported("its Hessian is wrong under torch.vmap; index by x[mask]")}
-
-    def checked(x: Any) -> Tensor:
-        with CorrectedOperations(table):
-            return as_scalar_function(f)(x)
-
-    return checked
 
 
 def hessian_bytes(x: Input) -> int:
@@ -87,8 +75,7 @@ def available_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     import psutil  # the mathematics imports torch alone
 
-    available: int = psutil.virtual_memory().available
-    return available
+    return psutil.virtual_memory().available
 
 
 def _format_bytes(size: int) -> str:

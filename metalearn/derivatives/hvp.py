@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,21 +41,15 @@ def gradient(f: ScalarFunction, x: Input) -> Input:
         TypeError: if ``x`` holds anything but floating-point tensors.
     """
     value, vjp_fn = vjp(as_scalar_function(f), as_input("x", x))
-    return cast(Input, vjp_fn(torch.ones_like(value)))
+    return vjp_fn(torch.ones_like(value))
 
 
 def hvp(f: ScalarFunction, x: Input, v: Input, *, mode: str = "forward_over_reverse") -> Input:
-    """Return the Hessian-vector product H v of ``f`` at ``x`` in the memory of a few gradients.
+    """Return the Hessian-vector product H v of a scalar function ``f`` at ``x``, in the memory of a few gradients.
 
         forward_over_reverse:  d/dt grad f(x + t v)           no graph of a gradient: the least memory on deep networks
         reverse_over_reverse:  d/dx <grad f(x), v>            needs no forward-mode formulas
         reverse_over_forward:  d/dx (d/dt f(x + t v))         needs no second derivative of a backward formula
-
-    Args:
-        f: maps ``x`` to a scalar.
-        x: where to differentiate.
-        v: direction, shaped like ``x``.
-        mode: one of ``HVP_MODES``.
 
     Returns:
         H v, shaped like ``x``; detached.
@@ -79,7 +73,7 @@ def hvp(f: ScalarFunction, x: Input, v: Input, *, mode: str = "forward_over_reve
     x = as_input("x", x)
     product = two_sided_limit(lambda at: value_and_hvp(f, at, v, mode=mode)[1], partial(gradient, f), x, product)
     check_finite("hvp's product", product)
-    return cast(Input, product)
+    return product
 
 
 def value_and_hvp(f: ScalarFunction, x: Input, v: Input, *, mode: str) -> tuple[Tensor, Input]:
@@ -90,7 +84,7 @@ def value_and_hvp(f: ScalarFunction, x: Input, v: Input, *, mode: str) -> tuple[
     direction = check_direction("v", x, v)
     with explain_unsupported(_MODE_ADVICE[mode]):
         value, product = HVP_MODES[mode](as_scalar_function(f), x, direction)
-    return value, cast(Input, product)
+    return value, product
 
 
 _MODE_ADVICE = {
@@ -139,7 +133,7 @@ def _reverse_over_forward(f: ScalarFunction, x: Any, v: Any) -> tuple[Tensor, An
     def slope(x: Any) -> Tensor:
         value, along = jvp(checked, x, v)
         values.append(value.detach())
-        return cast(Tensor, along)
+        return along
 
     product = gradient(slope, x)
     return values[0], product
@@ -159,12 +153,7 @@ def gauss_newton_vp(model: Callable[[Any], Tensor], loss: ScalarFunction, x: Inp
         G v = J^T (d2 loss / dz2) J v,    J = dz/dx,  z = model(x)
 
     It is the Hessian without the curvature of the model, and positive semi-definite if the loss is convex.
-
-    Args:
-        model: maps ``x`` to predictions z of any shape.
-        loss: maps predictions to a scalar.
-        x: where to differentiate.
-        v: direction, shaped like ``x``.
+    ``model`` maps ``x`` to predictions of any shape, ``loss`` these to a scalar.
 
     Returns:
         G v, shaped like ``x``.
@@ -188,4 +177,4 @@ def gauss_newton_vp(model: Callable[[Any], Tensor], loss: ScalarFunction, x: Inp
     _, vjp_fn = vjp(corrected, x)
     product = vjp_fn(hvp(loss, z, jv, mode="reverse_over_reverse"))
     check_finite("gauss_newton_vp's product", product)
-    return cast(Input, product)
+    return product

@@ -24,6 +24,7 @@ from metalearn.core.operations import (
     RUNNING_STATISTICS_ERROR,
     STATELESS,
     CorrectedOperations,
+    Handler,
 )
 from metalearn.core.types import Params
 
@@ -34,15 +35,15 @@ ScalarFunction = Callable[[Any], Tensor]
 """Maps an input to a Tensor without dimensions."""
 
 
-def as_scalar_function(f: ScalarFunction) -> ScalarFunction:
-    """Return ``f``, raising if it returns more than one number or changes the model that it calls."""
+def as_scalar_function(f: ScalarFunction, operations: Mapping[str, Handler] | None = None) -> ScalarFunction:
+    """Return ``f`` with ``operations`` replaced, raising if it gives several numbers or changes the model it calls."""
 
     def checked(x: Any) -> Tensor:
         # Attention by its formula, as the fused kernels have no second derivative.
         with (
             forbid_activation_checkpointing(),
             sdpa_kernel(SDPBackend.MATH),
-            CorrectedOperations(STATELESS, {"add_": _add_inplace}),
+            CorrectedOperations(STATELESS, {"add_": _add_inplace}, operations or {}),
         ):
             value = f(x)
         if isinstance(value, Tensor) and value.is_complex():
@@ -87,11 +88,7 @@ def as_input(name: str, x: Any) -> Any:
 
 
 def check_direction(name: str, x: Any, v: Any) -> Any:
-    """Return a direction, with its entries in the order of ``x``.
-
-    Raises:
-        ValueError: if its shapes or dtypes differ from those of ``x``.
-    """
+    """Return a direction with its entries in the order of ``x``; raise ``ValueError`` if shapes or dtypes differ."""
     v = as_input(name, v)
     shapes = [tree_map(lambda t: tuple(t.shape), tree) for tree in (x, v)]
     if shapes[0] != shapes[1]:
@@ -127,14 +124,11 @@ def jvp(f: Callable[[Any], Any], x: Any, v: Any, *, has_aux: bool = False) -> An
 
 
 def check_forward_mode_support(f: Callable[[Any], Tensor], *, nested: int = 0) -> Callable[[Any], Tensor]:
-    """Return ``f``, raising ``NotImplementedError`` where forward mode would be wrong.
+    """Return ``f``, raising ``NotImplementedError`` where its forward-mode derivative would be wrong.
 
-    That is in operations with wrong formulas, and inside ``torch.no_grad()``: reverse mode treats what is computed
-    there as constant, forward mode does not.
-
-    Args:
-        f: maps an input to a Tensor.
-        nested: how many more times the forward-mode derivative is differentiated.
+    That is in operations with wrong formulas, of which some are wrong only if the derivative is differentiated
+    ``nested`` more times, and inside ``torch.no_grad()``: reverse mode treats what is computed there as constant,
+    forward mode does not.
     """
     wrong = (FORWARD_MODE, NESTED, NESTED_TWICE)[min(nested, 2)]
     table = {**wrong, "_set_grad_enabled": _forbid_no_grad}
@@ -157,10 +151,9 @@ def _forbid_no_grad(func: Any, enabled: bool) -> Any:
 
 @contextmanager
 def explain_unsupported(mode: str) -> Iterator[None]:
-    """Turn errors of torch's transforms into one ``NotImplementedError`` that names the operation and another mode.
+    """Turn errors of torch's transforms into one ``NotImplementedError`` that names the operation.
 
-    Args:
-        mode: how derivatives are taken and what to use instead, for the message.
+    ``mode`` says how derivatives are taken and what to use instead.
     """
     try:
         yield

@@ -91,8 +91,7 @@ def _forward(values: Callable[[Tensor], Tensor], t: Tensor, order: int) -> Tenso
 
 
 def _directional_derivative(f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    slope: Tensor = jvp(f, t, torch.ones_like(t))[1]
-    return slope
+    return jvp(f, t, torch.ones_like(t))[1]
 
 
 _MODES = {"reverse": _reverse, "forward": _forward}

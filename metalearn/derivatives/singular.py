@@ -25,15 +25,7 @@ def is_finite(tree: Any) -> bool:
 
 
 def check_finite(what: str, derivative: Any) -> None:
-    """Check that a derivative is finite.
-
-    Args:
-        what: its name in the message.
-        derivative: a tensor, or a dictionary of tensors or of dictionaries of them.
-
-    Raises:
-        NonFiniteGradientError: naming the entry.
-    """
+    """Raise ``NonFiniteGradientError``, naming the entry, if a derivative called ``what`` is not finite."""
     if not is_finite(derivative) and (found := first_nonfinite(derivative)):
         raise NonFiniteGradientError(found[0], value=found[1], what=what)
 
@@ -48,18 +40,10 @@ def first_nonfinite(derivative: Any) -> tuple[str, float] | None:
 
 
 def two_sided_limit(product: Callable[[Any], Any], gradient: Callable[[Any], Any], x: Any, at_x: Any) -> Any:
-    """Return the limit of H v at x from both sides, or ``at_x`` if there is none.
+    """Return the limit of H v (``product``) at x from both sides, or ``at_x`` if there is none.
 
-    The limit is taken along two random directions without zeros, as v may be zero where the formula is 0/0.
-
-    Args:
-        product: maps an input to H v.
-        gradient: maps an input to the gradient.
-        x: where the product is not finite.
-        at_x: the product at x.
-
-    Returns:
-        A product with an error of order h^2: 1e-12 in float64, 1e-5 in float32, relative to the third derivatives.
+    The limit is taken along two random directions without zeros, as v may be zero where the formula is 0/0. It has an
+    error of order h^2: 1e-12 in float64, 1e-5 in float32, relative to the third derivatives.
     """
     first, second = (_limit_along(product, gradient, x, seed=seed) for seed in (0, 1))
     if first is None or second is None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from metalearn.models.conv4 import Conv4
+from metalearn.models.mlp import MLP
 
 
 class ContextMLP(nn.Module):
@@ -45,17 +46,12 @@ class ContextMLP(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, hidden: Sequence[int] = (40, 40), context: int = 5) -> None:
         super().__init__()
         self.context = _zero_context("ContextMLP", context)
-        layers: list[nn.Module] = []
-        width = inputs + context
-        for units in hidden:
-            layers += [nn.Linear(width, units), nn.ReLU()]
-            width = units
-        self.layers = nn.Sequential(*layers, nn.Linear(width, outputs))
+        network = MLP(inputs + context, outputs, hidden=hidden, batch_norm=False)
+        self.layers = nn.Sequential(*network.layers[1:])  # the input is flattened before phi joins it
 
     def forward(self, x: Tensor) -> Tensor:
         """Return outputs ``[examples, outputs]`` of inputs ``[examples, ...]``."""
-        prediction: Tensor = self.layers(torch.cat([x.flatten(1), self.context.expand(len(x), -1)], dim=1))
-        return prediction
+        return self.layers(torch.cat([x.flatten(1), self.context.expand(len(x), -1)], dim=1))
 
 
 class ContextConv4(nn.Module):
@@ -107,8 +103,7 @@ class ContextConv4(nn.Module):
             h = layer(h)
         gamma, beta = self.film(self.context).view(2, -1, 1, 1)
         h = relu(gamma * h + beta)
-        logits: Tensor = self.head(fourth(h).mean(dim=(-2, -1)))
-        return logits
+        return self.head(fourth(h).mean(dim=(-2, -1)))
 
 
 def _zero_context(model: str, entries: int) -> nn.Parameter:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,6 +14,12 @@ from metalearn.core.types import Params
 from metalearn.models.kernels import batch_norm, conv2d, relu
 
 _EPS = 1e-5
+_SETTINGS: dict[type, Callable[[nn.Module], Any]] = {
+    nn.Conv2d: attrgetter("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "bias"),
+    nn.BatchNorm2d: attrgetter("eps", "affine", "running_mean"),
+    nn.ReLU: attrgetter("inplace"),
+    nn.MaxPool2d: attrgetter("kernel_size", "stride", "padding", "ceil_mode"),
+}
 
 
 class Conv4(nn.Module):
@@ -55,46 +63,26 @@ class Conv4(nn.Module):
         self.head = nn.Linear(width, ways)
         self._max_pool = pool == "max"
         self._stride = (1, 1) if self._max_pool else (2, 2)
+        self._layers = self._describe()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``[examples, ways]`` of images ``[examples, channels, height, width]``."""
-        logits: Tensor = self.head(self.features(x).mean(dim=(-2, -1)))
-        return logits
+        return self.head(self.features(x).mean(dim=(-2, -1)))
 
     def supports_batched_forward(self) -> bool:
         """Return whether the layers are still those that ``batched_forward`` computes."""
-        has_head = type(self.head) is nn.Linear and self.head.bias is not None
-        return has_head and all(map(self._supports_block, self.features))
+        return type(self.head) is nn.Linear and self.head.bias is not None and self._describe() == self._layers
 
-    def _supports_block(self, block: nn.Module) -> bool:
-        kinds = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, *([nn.MaxPool2d] if self._max_pool else [])]
-        if type(block) is not nn.Sequential or [type(layer) for layer in block] != kinds:
-            return False
-        layers: list[Any] = list(block.children())
-        conv, norm, relu, *pool = layers
-        expected = {
-            "kernel_size": (3, 3),
-            "stride": self._stride,
-            "padding": (1, 1),
-            "dilation": (1, 1),
-            "groups": 1,
-            "padding_mode": "zeros",
-            "bias": None,
-        }
-        return (
-            all(getattr(conv, name) == value for name, value in expected.items())
-            and (norm.eps, norm.affine, norm.running_mean) == (_EPS, True, None)
-            and not relu.inplace
-            and all((p.kernel_size, p.stride, p.padding, p.ceil_mode) == (2, 2, 0, False) for p in pool)
-        )
+    def _describe(self) -> list[Any]:
+        """Return the types of all layers but the head, and the settings that ``batched_forward`` relies on."""
+        return [
+            (type(layer), _SETTINGS[type(layer)](layer) if type(layer) in _SETTINGS else None)
+            for block in self.features
+            for layer in (block, *block.children())
+        ]
 
     def batched_forward(self, params: Params, x: Tensor) -> Tensor:
-        """Return logits ``[T, examples, ways]`` of T tasks, each with its own parameters, faster than ``vmap``.
-
-        Args:
-            params: every parameter of the module, ``[T, ...]``.
-            x: ``[T, examples, channels, height, width]``.
-        """
+        """Return logits ``[T, examples, ways]`` of T tasks, each with its own parameters, faster than ``vmap``."""
         for number in range(len(self.features)):
             weight, gamma, beta = (params[f"features.{number}.{name}"] for name in ("0.weight", "1.weight", "1.bias"))
             x = relu(batch_norm(conv2d(x, weight, stride=self._stride, padding=(1, 1)), gamma, beta, _EPS))

@@ -38,5 +38,4 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return outputs ``[examples, ways]`` of inputs ``[examples, ...]``."""
-        prediction: Tensor = self.layers(x)
-        return prediction
+        return self.layers(x)

@@ -47,8 +47,7 @@ class ResNet12(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``[examples, ways]`` of images ``[examples, channels, height, width]``."""
-        logits: Tensor = self.head(self.blocks(x).mean(dim=(-2, -1)))
-        return logits
+        return self.head(self.blocks(x).mean(dim=(-2, -1)))
 
 
 class _Block(nn.Module):
@@ -65,8 +64,7 @@ class _Block(nn.Module):
         self.end = nn.Sequential(nn.LeakyReLU(_SLOPE), nn.MaxPool2d(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.end(self.residual(x) + self.shortcut(x))
-        return y
+        return self.end(self.residual(x) + self.shortcut(x))
 
 
 def _conv_norm(inputs: int, outputs: int, size: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:

@@ -35,6 +35,7 @@ def quantised() -> nn.Module:
     return chain(layer) if layer is not None else pytest.skip("this torch has no quantised layers")
 
 
+STATISTICS = r"layer '1'.*track_running_stats=False.*model\.eval\(\)"
 UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "DataParallel": (lambda: nn.DataParallel(Net()), r"the module \(DataParallel\).*model\.module, unwrapped"),
     "inner DataParallel": (lambda: chain(nn.DataParallel(nn.Linear(5, 5))), r"layer '1' \(DataParallel\)"),
@@ -52,7 +53,9 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         hooked(lambda m: m.a.bias.register_post_accumulate_grad_hook(ignore)),
         r"parameter 'a\.bias' has a gradient hook, which is never called.*\.remove\(\)",
     ),
-    "BatchNorm in training": (lambda: chain(nn.BatchNorm1d(5)), r"layer '1'.*track_running_stats=False"),
+    "BatchNorm": (lambda: chain(nn.BatchNorm1d(5)), STATISTICS),
+    "InstanceNorm": (lambda: chain(nn.InstanceNorm1d(5, track_running_stats=True)), STATISTICS),
+    "no parameter": (nn.ReLU, "ReLU has no trainable parameter.*requires_grad=True"),
 }
 
 
@@ -89,5 +92,5 @@ def test_train_mode_set_later_raises() -> None:
     forward, theta = functionalize(module)
     meta_gradient(forward, theta, TASKS, InnerLoop(lr=0.1, steps=1))
     module.train()  # as a training loop does at the top of each epoch
-    with pytest.raises(ValueError, match=r"layer '1' \(BatchNorm1d\).*track_running_stats=False.*model\.eval\(\)"):
+    with pytest.raises(ValueError, match=STATISTICS):
         meta_gradient(forward, theta, TASKS, InnerLoop(lr=0.1, steps=1))

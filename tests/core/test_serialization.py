@@ -14,6 +14,13 @@ import torch
 from metalearn.core import serialization as files
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Return the path of a file of ``save_checked``."""
+    files.save_checked({"n": 1}, tmp_path / "a.pt")
+    return tmp_path / "a.pt"
+
+
 def test_round_trip(tmp_path: Path) -> None:
     content = {"w": torch.randn(3), "n": 1, "name": "x", "list": [1.5, None]}
     files.save_checked(content, tmp_path / "sub" / "a.pt")
@@ -22,8 +29,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert loaded == content
 
 
-def test_load_checked_raises_on_flipped_bits(tmp_path: Path) -> None:
-    path = tmp_path / "a.pt"
+def test_load_checked_raises_on_flipped_bits(path: Path) -> None:
     files.save_checked({"w": torch.randn(16)}, path)
     data = path.read_bytes()
     for position in range(0, len(data), 37):
@@ -36,31 +42,20 @@ def test_load_checked_raises_on_flipped_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("writes_before", [0, 1, 2])
 def test_interrupted_save_leaves_a_readable_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes_before: int
+    path: Path, monkeypatch: pytest.MonkeyPatch, writes_before: int
 ) -> None:
-    path = tmp_path / "a.pt"
-    files.save_checked({"n": 1}, path)
-    left, replace = [writes_before], os.replace
-
-    def cut_off(source: Path, target: Path) -> None:
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", cut_off)
-    with pytest.raises(KeyboardInterrupt):
+    outcomes = iter([os.replace] * writes_before)
+    monkeypatch.setattr(os, "replace", lambda *paths: next(outcomes)(*paths))
+    with pytest.raises(StopIteration):
         files.save_checked({"n": 2}, path)
     assert files.load_checked(path) == {"n": 2 if writes_before == 2 else 1}
     monkeypatch.undo()
     files.save_checked({"n": 3}, path)
     assert files.load_checked(path) == {"n": 3}
-    assert len((tmp_path / "a.pt.sha256").read_bytes().split()) == 1
+    assert len(path.with_name("a.pt.sha256").read_bytes().split()) == 1
 
 
-def test_file_replaced_while_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.pt"
-    files.save_checked({"n": 1}, path)
+def test_file_replaced_while_read_is_read_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, turn = Path.read_bytes, [0]
 
     def read_then_replaced(self: Path) -> bytes:
@@ -83,17 +78,14 @@ def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
 
 
-def test_load_checked_raises_on_garbage_digest(tmp_path: Path) -> None:
-    files.save_checked({"n": 1}, tmp_path / "a.pt")
-    (tmp_path / "a.pt.sha256").write_bytes(b"\xff\xfe")
+def test_load_checked_raises_on_garbage_or_missing_digest(path: Path) -> None:
+    digest = path.with_name("a.pt.sha256")
+    digest.write_bytes(b"\xff\xfe")
     with pytest.raises(files.CorruptFileError, match="is damaged"):
-        files.load_checked(tmp_path / "a.pt")
-
-
-def test_load_checked_raises_without_digest(tmp_path: Path) -> None:
-    torch.save({"w": torch.zeros(1)}, tmp_path / "a.pt")
+        files.load_checked(path)
+    digest.unlink()
     with pytest.raises(files.CorruptFileError, match=r"no digest file \(a\.pt\.sha256\)"):
-        files.load_checked(tmp_path / "a.pt")
+        files.load_checked(path)
 
 
 def test_load_checked_runs_no_code(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,31 +14,25 @@ X, Y = torch.zeros(2, 5, 3), torch.zeros(2, 5).long()
 
 
 @pytest.mark.parametrize(
-    ("tensors", "message"),
+    ("tensors", "error", "message"),
     [
-        ((X, Y, X[:1], Y[:1]), r"same number of tasks.*'query_x': \(1, 5, 3\)"),
-        ((X, Y[:, :4], X, Y), r"same numbers of tasks and examples, got .*'support_y': \(2, 4\)"),
-        ((X, Y, X, Y[:, :4]), r"same numbers of tasks and examples, got .*'query_y': \(2, 4\)"),
-        ((X[:, :0], Y[:, :0], X, Y), r"the support set is empty.*\(2, 0, 3\)"),
-        ((X[:0], Y[:0], X[:0], Y[:0]), r"the support set is empty"),
-        ((X, Y[:, 0], X, Y), r"support_y has shape \(2,\); it must lead with \[tasks, examples\]"),
+        ((X, Y, X[:1], Y[:1]), ValueError, r"same number of tasks.*'query_x': \(1, 5, 3\)"),
+        ((X, Y[:, :4], X, Y), ValueError, r"same numbers of tasks and examples, got .*'support_y': \(2, 4\)"),
+        ((X, Y, X, Y[:, :4]), ValueError, r"same numbers of tasks and examples, got .*'query_y': \(2, 4\)"),
+        ((X[:, :0], Y[:, :0], X, Y), ValueError, r"the support set is empty.*\(2, 0, 3\)"),
+        ((X[:0], Y[:0], X[:0], Y[:0]), ValueError, r"the support set is empty"),
+        ((X, Y[:, 0], X, Y), ValueError, r"support_y has shape \(2,\); it must lead with \[tasks, examples\]"),
+        # vmap would compute with memory that nobody wrote to: a loss of 6e-311, and no error.
+        ((X, Y, X.to("meta"), Y), ValueError, "query_x is on the meta device and holds no values"),
+        *(
+            ((X, Y, X, other), TypeError, f"query_y is {type(other).__name__} and must be a Tensor.*as_tensor")
+            for other in (None, Y.tolist(), Y.numpy(), "labels")
+        ),
     ],
 )
-def test_episodes_raise_on_shapes_that_do_not_match(tensors: tuple[torch.Tensor, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_episodes_raise_on_invalid_tensors(tensors: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         Episodes(*tensors)
-
-
-@pytest.mark.parametrize("other", [None, Y.tolist(), Y.numpy(), "labels"])
-def test_episodes_raise_on_other_types(other: object) -> None:
-    with pytest.raises(TypeError, match=rf"query_y is {type(other).__name__} and must be a Tensor.*as_tensor"):
-        Episodes(X, Y, X, other)  # type: ignore[arg-type]
-
-
-def test_episodes_raise_on_meta_tensors() -> None:
-    # vmap would compute with memory that nobody wrote to: a loss of 6e-311, and no error.
-    with pytest.raises(ValueError, match="query_x is on the meta device and holds no values"):
-        Episodes(X, Y, X.to("meta"), Y)
 
 
 def test_episodes_accept_any_dtype() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,14 @@ pytestmark = pytest.mark.usefixtures("image_cache")
 
 
 def decode_one(path: Path, *, channels: int = 3, size: int = 16) -> torch.Tensor:
-    """Decode the only image of a folder."""
     return read_folder(path.parent, size=size, channels=channels, may_be_flat=True).images[0]
+
+
+def decode(pixels: Any, path: Path, *, channels: int = 1, size: int = 16, **options: Any) -> torch.Tensor:
+    """Save pixels as an image, alone in its folder, and decode it."""
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return decode_one(path, channels=channels, size=size)
 
 
 def splits(root: Path, **settings: Any) -> ImageSplits:
@@ -42,28 +49,22 @@ def orange_image(mode: str) -> Image.Image:
 GREY = 151  # of orange, by ITU-R 601: 0.299 * 255 + 0.587 * 128
 
 
+MODES: list[tuple[str, tuple[int, ...] | None, str]] = [
+    ("RGB", ORANGE, "png PNG jpg webp ppm"),
+    ("L", (GREY,) * 3, "png jpeg"),
+    ("P", (255, 102, 0), "png"),  # the nearest of the web's 216 colours
+    ("RGBA", ORANGE, "png tiff"),
+    ("LA", (GREY,) * 3, "png"),
+    ("1", None, "bmp"),
+    ("CMYK", ORANGE, "jpg tif"),
+    ("YCbCr", ORANGE, "jpg"),
+    ("I;16", (150,) * 3, "png tif pgm"),
+]
+
+
 @pytest.mark.parametrize(
     ("mode", "file", "colour"),
-    [
-        ("RGB", "a.png", ORANGE),
-        ("RGB", "a.PNG", ORANGE),
-        ("RGB", "a.jpg", ORANGE),
-        ("RGB", "a.webp", ORANGE),
-        ("RGB", "a.ppm", ORANGE),
-        ("L", "a.png", (GREY, GREY, GREY)),
-        ("L", "a.jpeg", (GREY, GREY, GREY)),
-        ("P", "a.png", (255, 102, 0)),  # the nearest of the web's 216 colours
-        ("RGBA", "a.png", ORANGE),
-        ("RGBA", "a.tiff", ORANGE),
-        ("LA", "a.png", (GREY, GREY, GREY)),
-        ("1", "a.bmp", None),
-        ("CMYK", "a.jpg", ORANGE),
-        ("CMYK", "a.tif", ORANGE),
-        ("YCbCr", "a.jpg", ORANGE),
-        ("I;16", "a.png", (150, 150, 150)),
-        ("I;16", "a.tif", (150, 150, 150)),
-        ("I;16", "a.pgm", (150, 150, 150)),
-    ],
+    [(mode, f"a.{ext}", colour) for mode, colour, extensions in MODES for ext in extensions.split()],
 )
 def test_decoding_every_mode(mode: str, file: str, colour: tuple[int, ...] | None, tmp_path: Path) -> None:
     saved = orange_image(mode)
@@ -82,18 +83,15 @@ def test_decoding_every_mode(mode: str, file: str, colour: tuple[int, ...] | Non
 
 def test_decoding_sixteen_bits(tmp_path: Path) -> None:
     steps = np.linspace(0, 65535, 16).astype(np.uint16)
-    Image.fromarray(np.tile(steps, (16, 1))).save(tmp_path / "a.png")
-    assert decode_one(tmp_path / "a.png", channels=1)[0, 0].tolist() == [round(int(s) / 257) for s in steps]
+    assert decode(np.tile(steps, (16, 1)), tmp_path / "a.png")[0, 0].tolist() == [round(int(s) / 257) for s in steps]
 
 
-@pytest.mark.parametrize("how", ["RGBA", "LA", "palette"])
-def test_transparent_pixels_become_white(how: str, tmp_path: Path) -> None:
-    if how == "palette":
-        image = Image.new("P", (8, 8), 0)
+@pytest.mark.parametrize(("mode", "colour"), [("RGBA", (0, 0, 0, 0)), ("LA", (0, 0)), ("P", 0)])
+def test_transparent_pixels_become_white(mode: str, colour: Any, tmp_path: Path) -> None:
+    image = Image.new(mode, (8, 8), colour)
+    if mode == "P":
         image.putpalette([10, 20, 30] * 256)
-        image.save(tmp_path / "a.png", transparency=0)
-    else:
-        Image.new(how, (8, 8), (0, 0, 0, 0) if how == "RGBA" else (0, 0)).save(tmp_path / "a.png")
+    image.save(tmp_path / "a.png", **{"transparency": 0} if mode == "P" else {})  # type: ignore[arg-type]
     assert (decode_one(tmp_path / "a.png") == 255).all()
 
 
@@ -102,8 +100,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     pixels[:8] = 255  # the upper half is white; orientation 6 has the camera's top on the right
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    got = decode_one(tmp_path / "a.png")[0]
+    got = decode(pixels, tmp_path / "a.png", exif=exif)[0]
     assert got[:, 12].float().mean() > 250
     assert got[:, 3].float().mean() < 5
 
@@ -111,24 +108,16 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
 def test_central_square_is_resized_with_antialiasing(tmp_path: Path) -> None:
     pixels = np.zeros((64, 128), dtype=np.uint8)
     pixels[:, 32:96:2] = 255  # stripes in the middle square, which antialiasing makes grey; black beside it
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    got = decode_one(tmp_path / "a.png", channels=1, size=8)[0]
+    got = decode(pixels, tmp_path / "a.png", size=8)[0]
     assert got.min() > 100, "no black margin, and no stripe that was picked"
     assert got.max() < 155
-    tall = tmp_path / "tall"
-    tall.mkdir()
-    Image.fromarray(np.rot90(pixels).copy()).save(tall / "a.png")
-    assert decode_one(tall / "a.png", channels=1, size=8).min() > 100
+    assert decode(np.rot90(pixels).copy(), tmp_path / "tall" / "a.png", size=8).min() > 100
 
 
 def test_large_jpeg_equals_png(tmp_path: Path) -> None:
     ramp = np.tile(np.linspace(0, 255, 800).astype(np.uint8), (800, 1))
-    for folder in ("j", "p"):
-        (tmp_path / folder).mkdir()
-    Image.fromarray(ramp).save(tmp_path / "j/a.jpg", quality=95)
-    Image.fromarray(ramp).save(tmp_path / "p/a.png")
-    difference = decode_one(tmp_path / "j/a.jpg").int() - decode_one(tmp_path / "p/a.png").int()
-    assert difference.abs().max() <= 4
+    jpeg, png = decode(ramp, tmp_path / "j" / "a.jpg", quality=95), decode(ramp, tmp_path / "p" / "a.png")
+    assert (jpeg.int() - png.int()).abs().max() <= 4
 
 
 def test_classes_of_different_sizes_are_not_padded(tmp_path: Path) -> None:
@@ -145,74 +134,61 @@ def test_classes_of_different_sizes_are_not_padded(tmp_path: Path) -> None:
         assert [(r, g) for r, g, _ in images[:, :, 4, 4].tolist()] == expected
 
 
-def broken(root: Path, kinds: list[str]) -> list[Path]:
-    """Make files in class ``c0`` that cannot be read."""
-    paths = []
-    for kind in kinds:
-        path = root / "c0" / f"bad {kind}"
-        if kind == "truncated.jpg":
-            Image.effect_noise((64, 64), 50).save(path)
-            path.write_bytes(path.read_bytes()[:-600])
-        elif kind == "flipped.png":
-            Image.effect_noise((64, 64), 50).save(path)
-            data = bytearray(path.read_bytes())
-            data[-13] ^= 1  # in the checksum of the pixels, which decode all the same
-            path.write_bytes(data)
-        elif kind == "text.jpg":
-            path.write_text("no image")
-        elif kind == "empty.png":
-            path.touch()
-        elif kind == "bomb.png":
-            save_image(path, size=(300, 300))
-        elif kind == "nowhere.png":
-            path.symlink_to("nowhere")
-        elif kind == "float.tiff":
-            Image.new("F", (8, 8)).save(path)
-        else:
-            assert kind == "pipe.png"
-            os.mkfifo(path)
-        paths.append(path)
-    return paths
+def noise(path: Path, edit: Callable[[bytearray], bytes | bytearray]) -> None:
+    Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(edit(bytearray(path.read_bytes())))
 
 
-KINDS = ["truncated.jpg", "flipped.png", "text.jpg", "empty.png", "bomb.png", "nowhere.png", "float.tiff", "pipe.png"]
+BROKEN: dict[str, Callable[[Path], object]] = {
+    "truncated.jpg": lambda path: noise(path, lambda data: data[:-600]),
+    # in the checksum of the pixels, which decode all the same
+    "flipped.png": lambda path: noise(path, lambda data: data[:-13] + bytes([data[-13] ^ 1]) + data[-12:]),
+    "text.jpg": lambda path: path.write_text("no image"),
+    "empty.png": Path.touch,
+    "bomb.png": lambda path: save_image(path, size=(300, 300)),
+    "nowhere.png": lambda path: path.symlink_to("nowhere"),
+    "float.tiff": lambda path: Image.new("F", (8, 8)).save(path),
+    "pipe.png": os.mkfifo,
+}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_unreadable_file_raises(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder of five classes of two images."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200 * 200)
-    root = make_classes(tmp_path / "root", {f"c{i}": 2 for i in range(5)})
-    (path,) = broken(root, [kind])
+    return make_classes(tmp_path / "root", {f"c{i}": 2 for i in range(5)})
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_unreadable_file_raises(kind: str, folder: Path) -> None:
+    path = folder / "c0" / f"bad {kind}"
+    BROKEN[kind](path)
     with pytest.raises(UnreadableImagesError, match=rf"1 of 11 images cannot be read:\n  .*bad {kind}: .+\nReplace"):
-        splits(root)
+        splits(folder)
     path.unlink()
-    splits(root)
+    splits(folder)
 
 
-def test_unreadable_files_are_counted_or_skipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200 * 200)
-    root = make_classes(tmp_path / "root", {f"c{i}": 2 for i in range(5)})
-    clean = splits(root)
-    broken(root, KINDS)
+def test_unreadable_files_are_counted_or_skipped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clean = splits(folder)
+    for kind, make in BROKEN.items():
+        make(folder / "c0" / f"bad {kind}")
     with pytest.raises(UnreadableImagesError, match="8 of 18 images cannot be read") as stopped:
-        splits(root)
+        splits(folder)
     assert len(str(stopped.value).splitlines()) == 1 + 5 + 1 + 1
     assert "and 3 more" in str(stopped.value)
     for _ in ("read", "from the cache"):
         caplog.clear()
-        skipped = splits(root, on_unreadable="skip")
+        skipped = splits(folder, on_unreadable="skip")
         assert "8 of 18 images cannot be read and are skipped" in caplog.text
         assert "bad bomb.png" in caplog.text
         assert skipped.counts == clean.counts
         assert torch.equal(skipped.train, clean.train)
     with pytest.raises(UnreadableImagesError):
-        splits(root)
+        splits(folder)
 
 
-def test_fixed_permission_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = make_classes(tmp_path / "root", {f"c{i}": 2 for i in range(5)})
+def test_fixed_permission_is_noticed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = images_module._decode
 
     def closed(path: Path, form: Any) -> Any:
@@ -222,10 +198,10 @@ def test_fixed_permission_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(images_module, "_decode", closed)
     with pytest.raises(UnreadableImagesError, match=r"2 of 10 images cannot be read:\n.*Permission denied"):
-        splits(root)
+        splits(folder)
     monkeypatch.undo()
     monkeypatch.setenv("METALEARN_CACHE", str(tmp_path / "cache"))
-    splits(root)
+    splits(folder)
 
 
 @pytest.mark.parametrize("settings", [{"channels": 2}, {"size": 0}, {"on_unreadable": "maybe"}])
@@ -236,7 +212,6 @@ def test_invalid_settings_raise(settings: dict[str, Any], tmp_path: Path) -> Non
 
 
 def record_decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Record the paths of images as they are decoded."""
     seen: list[Path] = []
     decode = images_module._decode
 
@@ -248,48 +223,47 @@ def record_decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return seen
 
 
-def test_cache_is_used_until_the_folder_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, seen = make_classes(tmp_path / "root", {f"c{i}": 2 for i in range(5)}), record_decoded(monkeypatch)
-    first = splits(root)
+def test_cache_is_used_until_the_folder_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = record_decoded(monkeypatch)
+    first = splits(folder)
     assert len(seen) == 10
-    assert torch.equal(splits(root).train, first.train)
-    splits(root, seed=7)
+    assert torch.equal(splits(folder).train, first.train)
+    splits(folder, seed=7)
     assert len(seen) == 10, "neither a second look nor another split reads again"
-    splits(root, channels=1)
-    splits(root, size=9)
+    splits(folder, channels=1)
+    splits(folder, size=9)
     assert len(seen) == 30, "another form does"
-    stat = (root / "c1" / "000.png").stat()
-    save_image(root / "c1" / "000.png", (1, 2, 3))
-    os.utime(root / "c1" / "000.png", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    splits(root)
+    stat = (folder / "c1" / "000.png").stat()
+    save_image(folder / "c1" / "000.png", (1, 2, 3))
+    os.utime(folder / "c1" / "000.png", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    splits(folder)
     assert len(seen) == 40, "a changed file"
-    (root / "c1" / "000.png").rename(root / "c1" / "new.png")
-    splits(root)
+    (folder / "c1" / "000.png").rename(folder / "c1" / "new.png")
+    splits(folder)
     assert len(seen) == 50, "a renamed one"
     assert len(list(cache_dir().glob("images-8px-3c-*.pt"))) == 1, "old files do not pile up"
 
 
-def test_corrupt_image_cache_is_rebuilt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    root = make_classes(tmp_path / "root", {f"c{i}": 2 for i in range(5)})
-    first = splits(root)
+def test_corrupt_image_cache_is_rebuilt(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = splits(folder)
     (file,) = cache_dir().glob("images-*.pt")
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    assert torch.equal(splits(root).train, first.train)
+    assert torch.equal(splits(folder).train, first.train)
     assert "is damaged: its SHA-256 differs" in caplog.text
     caplog.clear()
-    splits(root)
+    splits(folder)
     assert not caplog.records
 
 
 def test_unwritable_image_cache_only_warns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("METALEARN_CACHE", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
-        splits(make_classes(tmp_path / "root", {f"c{i}": 2 for i in range(5)}))
+        splits(folder)
     assert "The images could not be cached" in caplog.text
 
 

@@ -36,12 +36,6 @@ def test_glyph_splits_use_every_class(classes: int) -> None:
     assert sizes.smallest >= 2
 
 
-def test_omniglot_base_finds_both_layouts(tmp_path: Path) -> None:
-    (tmp_path / "omniglot-py" / "images_background").mkdir(parents=True)
-    assert omniglot_source(str(tmp_path)) == "disk"
-    assert omniglot_source(str(tmp_path / "omniglot-py")) == "disk"
-
-
 def test_archives_need_no_network(tmp_path: Path) -> None:
     (tmp_path / "omniglot-py").mkdir()
     for part in catalog.OMNIGLOT_PARTS:
@@ -50,7 +44,7 @@ def test_archives_need_no_network(tmp_path: Path) -> None:
     (tmp_path / "omniglot-py" / "images_background").mkdir()
     assert omniglot_source(str(tmp_path)) == "archives", "one of the two is still packed"
     (tmp_path / "omniglot-py" / "images_evaluation").mkdir()
-    assert omniglot_source(str(tmp_path)) == "disk"
+    assert omniglot_source(str(tmp_path)) == omniglot_source(str(tmp_path / "omniglot-py")) == "disk"
 
 
 def test_download_needs_an_existing_or_the_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,8 +59,5 @@ def test_fallback_when_omniglot_is_unavailable(tmp_path: Path) -> None:
     assert resolve_dataset("omniglot", str(tmp_path), "glyphs") == "glyphs"
     assert resolve_dataset("omniglot", str(tmp_path / "typo"), "glyphs") == "glyphs"
     assert resolve_dataset("glyphs", None, None) == "glyphs"
-
-
-def test_no_fallback_raises_with_three_remedies(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"(?s)holds no Omniglot.*Three ways out.*data\.root=.*mkdir.*data\.fallback="):
         resolve_dataset("omniglot", str(tmp_path), None)

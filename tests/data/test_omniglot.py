@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from metalearn.core.errors import DataError
 from metalearn.data import metadata as catalog
 from metalearn.data import omniglot
 from metalearn.data.splits import with_rotations
+
+DRAWING = "images_background/A/c1/0000"
 
 
 def test_images_are_white_on_black_in_sorted_order(root: Path) -> None:
@@ -40,84 +44,78 @@ def test_second_load_uses_the_cache(root: Path, monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(omniglot.load_characters(str(root)).images, first)
 
 
-def test_corrupt_omniglot_cache_is_rebuilt(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first = omniglot.load_characters(str(root)).images
-    (cached,) = catalog.cache_dir().glob("*.pt")
-    data = bytearray(cached.read_bytes())
-    data[len(data) // 2] ^= 1
-    cached.write_bytes(data)
-    assert torch.equal(omniglot.load_characters(str(root)).images, first)
-    assert "is damaged" in caplog.text
-
-
-def test_unwritable_omniglot_cache_only_warns(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "a file").touch()
-    monkeypatch.setenv("METALEARN_CACHE", str(tmp_path / "a file" / "below"))
-    assert omniglot.load_characters(str(root)).images.shape[0] == 5
-
-
-def test_change_after_caching_is_noticed(root: Path) -> None:
-    omniglot.load_characters(str(root))
-    victim = root / "omniglot-py/images_background/A/c1/0000_07.png"
-    victim.write_bytes(victim.read_bytes()[:60])
-    with pytest.raises(DataError, match=r"0000_07\.png is damaged"):
-        omniglot.load_characters(str(root))
-
-
-def _truncate(base: Path) -> None:
-    file = base / "images_background/B/c1/0002_05.png"
-    file.write_bytes(file.read_bytes()[:-20])
-
-
-def _empty(base: Path) -> None:
-    (base / "images_background/B/c1/0002_05.png").write_bytes(b"")
-
-
-def _flip(base: Path) -> None:
-    file = base / "images_background/B/c1/0002_05.png"
-    data = bytearray(file.read_bytes())
+def flipped(data: bytearray) -> bytearray:
     data[data.index(b"IDAT") + 9] ^= 16
-    file.write_bytes(data)
+    return data
 
 
-def _other_size(base: Path) -> None:
-    Image.new("1", (28, 28)).save(base / "images_background/B/c1/0002_05.png")
-
-
-def _gigantic(base: Path) -> None:
-    file = base / "images_background/B/c1/0002_05.png"
-    data = bytearray(file.read_bytes())
+def gigantic(data: bytearray) -> bytearray:
     data[16:24] = b"\x7f\xff\xff\xff" * 2  # width and height
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-    file.write_bytes(data)
+    return data
 
 
-def _other_format(base: Path) -> None:
-    Image.new("L", (105, 105)).save(base / "images_background/B/c1/0002_05.png", format="JPEG")
+def encoded(mode: str, size: int, file_format: str) -> bytes:
+    Image.new(mode, (size, size)).save(file := io.BytesIO(), format=file_format)
+    return file.getvalue()
 
 
-@pytest.mark.parametrize("damage", [_truncate, _empty, _flip, _other_size, _gigantic, _other_format])
-def test_corrupt_drawing_raises(root: Path, damage: object) -> None:
-    damage(root / "omniglot-py")  # type: ignore[operator]
+DAMAGES: dict[str, Callable[[bytearray], bytes | bytearray]] = {
+    "truncated": lambda data: data[:-20],
+    "empty": lambda data: b"",
+    "flipped": flipped,
+    "gigantic": gigantic,
+    "other size": lambda data: encoded("1", 28, "PNG"),
+    "other format": lambda data: encoded("L", 105, "JPEG"),
+}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_corrupt_drawing_raises(root: Path, damage: str, cached: bool) -> None:
+    if cached:
+        omniglot.load_characters(str(root))
+    file = root / "omniglot-py/images_background/B/c1/0002_05.png"
+    file.write_bytes(DAMAGES[damage](bytearray(file.read_bytes())))
     with pytest.raises(DataError, match=r"images_background/B/c1/0002_05\.png is damaged"):
         omniglot.load_characters(str(root))
 
 
+def replace_by_link(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("gone")
+
+
+def replace_by_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 @pytest.mark.parametrize(
-    ("missing", "message"),
+    ("place", "change", "message"),
     [
-        ("images_evaluation", r"incomplete: the folder images_evaluation is missing"),
-        ("images_evaluation/D", r"incomplete: images_evaluation holds 1 characters and not 2"),
-        ("images_background/A/c2", r"incomplete: images_background holds 2 characters and not 3"),
-        ("images_background/A/c2/0001_20.png", r"incomplete: images_background/A/c2 holds 19 drawings and not 20"),
+        ("images_evaluation", shutil.rmtree, r"incomplete: the folder images_evaluation is missing"),
+        ("images_evaluation/D", shutil.rmtree, r"incomplete: images_evaluation holds 1 characters and not 2"),
+        ("images_background/A/c2", shutil.rmtree, r"incomplete: images_background holds 2 characters and not 3"),
+        (f"{DRAWING}_20.png", Path.unlink, r"incomplete: images_background/A/c1 holds 19 drawings and not 20"),
+        (
+            f"{DRAWING}_03.png",
+            lambda p: p.rename(p.with_name("0007_03.png")),
+            r"A/c1 holds 20 drawings and not 20 of one",
+        ),
+        (
+            f"{DRAWING}_03.png",
+            lambda p: shutil.copy(p, p.with_name("0000_04.png")),
+            r"images_background is damaged: .*pixels are not the published ones",
+        ),
+        (f"{DRAWING}_03.png", replace_by_link, r"cannot be read: .*0000_03\.png"),
+        (f"{DRAWING}_03.png", replace_by_pipe, r"0000_03\.png is no file"),
     ],
 )
-def test_incomplete_omniglot_raises(root: Path, missing: str, message: str) -> None:
-    path = root / "omniglot-py" / missing
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+def test_incomplete_or_changed_omniglot_raises(
+    root: Path, place: str, change: Callable[[Path], object], message: str
+) -> None:
+    change(root / "omniglot-py" / place)
     with pytest.raises(DataError, match=message):
         omniglot.load_characters(str(root))
 
@@ -128,36 +126,6 @@ def test_other_files_are_ignored(root: Path) -> None:
     for stray in (".DS_Store", "A/.DS_Store", "A/c1/notes.txt", "A/c1/._0000_03.png", "A/c1/0000_04 (1).png"):
         (base / "images_background" / stray).touch()
     assert omniglot.load_characters(str(root)).images.shape[0] == 5
-
-
-def test_pixels_that_differ_from_published_ones_raise(root: Path) -> None:
-    base = root / "omniglot-py" / "images_background"
-    shutil.copy(base / "A/c1/0000_03.png", base / "A/c1/0000_04.png")
-    with pytest.raises(DataError, match=r"images_background is damaged: .*pixels are not the published ones"):
-        omniglot.load_characters(str(root))
-
-
-def test_unexpected_names_raise(root: Path) -> None:
-    folder = root / "omniglot-py" / "images_background" / "A" / "c1"
-    (folder / "0000_03.png").rename(folder / "0007_03.png")
-    with pytest.raises(DataError, match=r"A/c1 holds 20 drawings and not 20 of one number"):
-        omniglot.load_characters(str(root))
-
-
-def test_broken_link_raises(root: Path) -> None:
-    file = root / "omniglot-py" / "images_background" / "A" / "c1" / "0000_03.png"
-    file.unlink()
-    file.symlink_to(root / "gone")
-    with pytest.raises(DataError, match=r"cannot be read: .*0000_03\.png"):
-        omniglot.load_characters(str(root))
-
-
-def test_pipe_raises(root: Path) -> None:
-    file = root / "omniglot-py" / "images_background" / "A" / "c1" / "0000_03.png"
-    file.unlink()
-    os.mkfifo(file)
-    with pytest.raises(DataError, match=r"0000_03\.png is no file"):
-        omniglot.load_characters(str(root))
 
 
 def test_name_may_be_invalid_unicode(root: Path) -> None:

@@ -23,6 +23,18 @@ from tests.data.conftest import PARTS, pack, publish
 pytestmark = pytest.mark.usefixtures("small_omniglot")
 
 
+@pytest.fixture
+def packed(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pack(root)
+    publish(root, monkeypatch)
+    return root / "omniglot-py"
+
+
+@pytest.fixture
+def _network(small_omniglot: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "_has_network", lambda: True)
+
+
 def test_archives_are_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = omniglot.load_characters(str(root)).images
     pack(root)
@@ -31,22 +43,20 @@ def test_archives_are_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert not list(root.rglob(".unpacking-*"))
 
 
-def test_one_archive_of_two_is_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pack(root)
-    publish(root, monkeypatch)
-    omniglot.load_characters(str(root))
-    shutil.rmtree(root / "omniglot-py" / "images_evaluation")
-    assert omniglot.load_characters(str(root)).images.shape[0] == 5
+def test_one_archive_of_two_is_unpacked(packed: Path) -> None:
+    omniglot.load_characters(str(packed.parent))
+    shutil.rmtree(packed / "images_evaluation")
+    assert omniglot.load_characters(str(packed.parent)).images.shape[0] == 5
 
 
-def test_corrupt_archive_raises_and_is_not_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pack(root)
-    publish(root, monkeypatch)
-    archive = root / "omniglot-py" / "images_evaluation.zip"
-    archive.write_bytes(archive.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"images_evaluation\.zip is damaged: its MD5 is not the published"):
-        omniglot.load_characters(str(root))
-    assert not (root / "omniglot-py" / "images_evaluation").exists()
+@pytest.mark.parametrize("end", [-100, -1])
+def test_digest_is_compared_before_unpacking(packed: Path, monkeypatch: pytest.MonkeyPatch, end: int) -> None:
+    archive = packed / "images_background.zip"
+    archive.write_bytes(archive.read_bytes()[:end] + b"x")
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(DataError, match=r"images_background\.zip is damaged: its MD5 is not the published"):
+        omniglot.load_characters(str(packed.parent))
+    assert not (packed / "images_background").exists()
 
 
 @pytest.mark.parametrize(
@@ -68,21 +78,11 @@ def test_archive_with_members_outside_raises(name: str, root: Path, monkeypatch:
     assert not list(root.parent.rglob("made*"))
 
 
-def test_digest_is_compared_before_unpacking(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pack(root)
-    publish(root, monkeypatch)
-    archive = root / "omniglot-py" / "images_background.zip"
-    archive.write_bytes(archive.read_bytes()[:-1] + b"x")
-    monkeypatch.setattr(zipfile, "ZipFile", lambda *_, **__: pytest.fail("opened"))
-    with pytest.raises(DataError, match=r"images_background\.zip is damaged"):
-        omniglot.load_characters(str(root))
-
-
+@pytest.mark.usefixtures("_network")
 def test_torchvision_compares_digest_before_unpacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(url: str, filename: str, **_: object) -> None:
         Path(filename).write_bytes(b"not the archive")
 
-    monkeypatch.setattr(catalog, "_has_network", lambda: True)
     monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", wrong)
     monkeypatch.setattr("torchvision.datasets.utils.extract_archive", lambda *_, **__: pytest.fail("unpacked"))
@@ -90,18 +90,15 @@ def test_torchvision_compares_digest_before_unpacking(tmp_path: Path, monkeypatc
         omniglot.load_characters(str(tmp_path))
 
 
-def test_interrupted_unpacking_leaves_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pack(root)
-    publish(root, monkeypatch)
-
+def test_interrupted_unpacking_leaves_nothing(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def half(archive: str, to: str) -> None:
         (Path(to) / "images_background" / "A").mkdir(parents=True)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("torchvision.datasets.utils.extract_archive", half)
     with pytest.raises(KeyboardInterrupt):
-        omniglot.load_characters(str(root))
-    assert sorted(p.name for p in (root / "omniglot-py").iterdir()) == [f"{part}.zip" for part in sorted(PARTS)]
+        omniglot.load_characters(str(packed.parent))
+    assert sorted(p.name for p in packed.iterdir()) == [f"{part}.zip" for part in sorted(PARTS)]
 
 
 def fake_download(root: Path) -> Callable[..., None]:
@@ -114,17 +111,17 @@ def fake_download(root: Path) -> Callable[..., None]:
     return download
 
 
+@pytest.mark.usefixtures("_network")
 def test_download_fills_the_default_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "_has_network", lambda: True)
     monkeypatch.setattr("torchvision.datasets.Omniglot", fake_download(root))
     assert omniglot.load_characters(None).images.shape[0] == 5
     assert sorted(p.name for p in (catalog.cache_dir() / "data" / "omniglot-py").iterdir()) == sorted(PARTS)
 
 
+@pytest.mark.usefixtures("_network")
 def test_concurrent_run_waits_and_does_not_download(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog, "_has_network", lambda: True)
     monkeypatch.setattr("torchvision.datasets.Omniglot", lambda *_, **__: pytest.fail("downloaded again"))
     here = tmp_path / "shared"
     here.mkdir()
@@ -136,12 +133,12 @@ def test_concurrent_run_waits_and_does_not_download(
     assert waiting.result(timeout=30).images.shape[0] == 5
 
 
+@pytest.mark.usefixtures("_network")
 def test_failed_download_raises_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(to: str, *, background: bool, download: bool) -> None:
         (Path(to) / "omniglot-py" / "images_background").mkdir(parents=True)
         raise RuntimeError("File not found or corrupted.")
 
-    monkeypatch.setattr(catalog, "_has_network", lambda: True)
     monkeypatch.setattr("torchvision.datasets.Omniglot", fails)
     with pytest.raises(DataError, match=r"could not be saved in .*File not found or corrupted.*data=glyphs"):
         omniglot.load_characters(str(tmp_path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from metalearn.derivatives.gradcheck import DirectionalCheck, directional
 
 DOUBLE = torch.float64
+ONE = torch.ones(1, dtype=DOUBLE)
 
 
 def cube(x: Tensor) -> Tensor:
@@ -17,7 +20,7 @@ def cube(x: Tensor) -> Tensor:
 
 def test_errors_fall_then_rise_with_smaller_steps() -> None:
     # Central differences of x^3: the error is h^2 f'''/6 = h^2, relative to f' = 3, and eps / h from rounding.
-    check = directional(cube, torch.ones(1, dtype=DOUBLE), torch.ones(1, dtype=DOUBLE))
+    check = directional(cube, ONE, ONE)
     assert check.analytic == 3
     for h, error in list(zip(check.steps, check.errors, strict=True))[:3]:
         assert error == pytest.approx(h * h / 3, rel=1e-3)
@@ -35,9 +38,7 @@ def test_wrong_gradient_has_large_error() -> None:
 
 def test_error_of_wrong_gradient_is_large_despite_one_lucky_step() -> None:
     # The difference at h = 0.1 is 3 + 0.01: a gradient of 3.01 is met there exactly, and nowhere else.
-    check = directional(
-        cube, torch.ones(1, dtype=DOUBLE), torch.ones(1, dtype=DOUBLE), gradient_at_x=torch.tensor([3.01], dtype=DOUBLE)
-    )
+    check = directional(cube, ONE, ONE, gradient_at_x=3.01 * ONE)
     assert min(check.errors) < 1e-12
     assert check.error > 1e-3
 
@@ -56,14 +57,22 @@ def test_direction_with_zero_slope() -> None:
     assert check.error < 1e-8
 
 
-def test_directional_raises_on_bad_arguments() -> None:
-    x = torch.ones(2, dtype=DOUBLE)
-    with pytest.raises(ValueError, match=r"give at least two positive step sizes"):
-        directional(cube, x, steps=[1e-3])
-    with pytest.raises(ValueError, match=r"give at least two positive"):
-        directional(cube, x, steps=[1e-3, 0.0])
-    with pytest.raises(ValueError, match=r"the direction v has length zero"):
-        directional(cube, x, torch.zeros(2, dtype=DOUBLE))
+ONES, X = torch.ones(2, dtype=DOUBLE), {"a": torch.ones(2, dtype=DOUBLE), "b": torch.ones(3, dtype=DOUBLE)}
+
+
+@pytest.mark.parametrize(
+    ("x", "settings", "message"),
+    [
+        (ONES, {"steps": [1e-3]}, "give at least two positive step sizes"),
+        (ONES, {"steps": [1e-3, 0.0]}, "give at least two positive step sizes"),
+        (ONES, {"v": 0 * ONES}, "the direction v has length zero"),
+        (ONES, {"v": ONES[0]}, "v must be shaped like x"),
+        (X, {"gradient_at_x": {"a": ONES}}, "gradient_at_x must be shaped like x"),
+    ],
+)
+def test_directional_raises_on_bad_arguments(x: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        directional(cube, x, **settings)
 
 
 def test_error_is_infinite_where_difference_is_nan() -> None:
@@ -73,18 +82,10 @@ def test_error_is_infinite_where_difference_is_nan() -> None:
     assert outside.error < 1e-7
 
 
-def test_directional_raises_on_other_shapes() -> None:
-    x = {"a": torch.ones(2, dtype=DOUBLE), "b": torch.ones(3, dtype=DOUBLE)}
-
-    def f(p: dict[str, Tensor]) -> Tensor:
-        return (p["a"] ** 2).sum() + (p["b"] ** 3).sum()
-
-    other_order = {"b": torch.full((3,), 3.0, dtype=DOUBLE), "a": torch.full((2,), 2.0, dtype=DOUBLE)}
-    assert directional(f, x, gradient_at_x=other_order).error < 1e-8
-    with pytest.raises(ValueError, match=r"gradient_at_x must be shaped like x"):
-        directional(f, x, gradient_at_x={"a": torch.ones(2, dtype=DOUBLE)})
-    with pytest.raises(ValueError, match=r"v must be shaped like x"):
-        directional(cube, torch.ones(2, dtype=DOUBLE), torch.tensor(1.0, dtype=DOUBLE))
+def test_gradient_may_have_another_order() -> None:
+    gradient = {"b": torch.full((3,), 3.0, dtype=DOUBLE), "a": torch.full((2,), 2.0, dtype=DOUBLE)}
+    check = directional(lambda p: (p["a"] ** 2).sum() + (p["b"] ** 3).sum(), X, gradient_at_x=gradient)
+    assert check.error < 1e-8
 
 
 def test_error_needs_two_neighbouring_steps() -> None:

@@ -1,17 +1,15 @@
-"""The dense Hessian against closed forms."""
+"""The dense Hessian and its largest eigenvalues against closed forms and known spectra."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
 from metalearn.core.profiling.memory import PeakTensorMemory
-from metalearn.derivatives import (
-    hessian,
-    hessian_bytes,
-    hvp,
-)
+from metalearn.derivatives import hessian, hessian_bytes, top_eigenvalues
 
 DOUBLE = torch.float64
 
@@ -68,19 +66,42 @@ def test_hessian_raises_before_computing_if_it_does_not_fit() -> None:
     assert not called
 
 
-def test_hessian_times_vector_equals_hvp() -> None:
-    w = torch.randn(4, 6, dtype=DOUBLE)
-
-    def f(x: Tensor) -> Tensor:
-        return torch.logsumexp(torch.tanh(w @ x), dim=0)
-
-    x, v = torch.randn(6, dtype=DOUBLE), torch.randn(6, dtype=DOUBLE)
-    torch.testing.assert_close(hessian(f, x) @ v, hvp(f, x, v))
-
-
 def test_hessian_of_masked_select_raises() -> None:
     x, mask = torch.randn(5, dtype=DOUBLE), torch.tensor([True, False, True, True, False])
     with pytest.raises(NotImplementedError, match=r"^masked_select: .*x\[mask\]"):
         hessian(lambda x: x.masked_select(mask).pow(3).sum(), x)
     got = hessian(lambda x: x[mask].pow(3).sum(), x)
     torch.testing.assert_close(got, torch.diag(6 * x * mask))
+
+
+@pytest.mark.parametrize("n", [5, 80])
+@pytest.mark.parametrize("k", [1, 3])
+def test_top_eigenvalues_of_a_known_spectrum(k: int, n: int) -> None:
+    q = torch.linalg.qr(torch.randn(n, n, dtype=DOUBLE)).Q
+    spectrum = torch.linspace(-9, 4, n, dtype=DOUBLE)  # the largest is not the largest in size
+    a = q @ torch.diag(spectrum) @ q.T
+    got = top_eigenvalues(lambda p: p["x"] @ a @ p["x"] / 2, {"x": torch.randn(n, dtype=DOUBLE)}, k, tol=1e-6)
+    torch.testing.assert_close(got, spectrum.flip(0)[:k], rtol=1e-5, atol=1e-5)
+
+
+def test_top_eigenvalues_in_bfloat16() -> None:
+    a = torch.linspace(1, 3, 100)
+    got = top_eigenvalues(lambda x: (a.to(x) * x * x).sum() / 2, torch.randn(100).bfloat16(), tol=0.02)
+    assert got.item() == pytest.approx(3.0, rel=0.03)
+
+
+@pytest.mark.parametrize(("k", "match"), [(4, "k=4; it must be at least 1 and at most n = 3"), (0, "k=0")])
+def test_top_eigenvalues_raises_on_bad_k(k: int, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        top_eigenvalues(lambda x: x.sum(), torch.zeros(3), k)
+
+
+@pytest.mark.parametrize("n", [5, 100])
+def test_top_eigenvalues_raises_on_nan(n: int) -> None:
+    with pytest.raises(ArithmeticError, match=r"product with the Hessian is not finite; look for NaN in f"):
+        top_eigenvalues(lambda x: (x * math.nan).pow(2).sum(), torch.randn(n))
+
+
+@pytest.mark.parametrize("n", [5, 100])
+def test_top_eigenvalues_of_a_linear_function_are_zero(n: int) -> None:
+    assert top_eigenvalues(lambda x: 3 * x.sum(), torch.randn(n), 2).tolist() == [0.0, 0.0]

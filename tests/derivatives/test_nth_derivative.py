@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from metalearn.derivatives import (
-    nth_derivative,
-)
+from metalearn.derivatives import nth_derivative
 
 DOUBLE = torch.float64
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.fixture(params=["reverse", "forward"])
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.mark.parametrize(("order", "expected"), [(0, 8.0), (1, 12.0), (2, 12.0), (3, 6.0), (4, 0.0), (5, 0.0)])
 def test_nth_derivative_of_a_cube(order: int, expected: float, mode: str) -> None:
     assert nth_derivative(lambda x: x**3, torch.tensor(2.0), order, mode=mode).item() == expected
     assert nth_derivative(lambda x: x * x * x, torch.tensor(2.0), order, mode=mode).item() == expected
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_nth_derivative_at_input_that_requires_grad(mode: str) -> None:
     x = torch.tensor(2.0, requires_grad=True)
     with torch.no_grad():
@@ -37,7 +39,6 @@ def test_twelfth_derivative() -> None:
     assert got.item() == pytest.approx(math.factorial(12))
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_nth_derivative_at_every_entry(mode: str) -> None:
     # The n-th derivative of sin x is sin(x + n pi / 2).
     x = torch.linspace(-2, 2, 6, dtype=DOUBLE).reshape(2, 3)
@@ -45,7 +46,6 @@ def test_nth_derivative_at_every_entry(mode: str) -> None:
         torch.testing.assert_close(nth_derivative(torch.sin, x, order, mode=mode), torch.sin(x + order * math.pi / 2))
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_nth_derivative_along_a_direction(mode: str) -> None:
     # f = a^2 b along (1, 2) from (1, 1): (1 + t)^2 (1 + 2t) = 1 + 4t + 5t^2 + 2t^3, so 1, 4, 10, 12, 0.
     x = {"a": torch.tensor(1.0), "b": torch.tensor(1.0)}
@@ -54,19 +54,23 @@ def test_nth_derivative_along_a_direction(mode: str) -> None:
     assert got == [1.0, 4.0, 10.0, 12.0, 0.0]
 
 
-def test_nth_derivative_raises_on_bad_arguments() -> None:
-    with pytest.raises(ValueError, match=r"order=-1; it must be a whole number, 0 or more"):
-        nth_derivative(torch.sin, torch.tensor(1.0), -1)
-    with pytest.raises(ValueError, match=r"order=1\.0"):
-        nth_derivative(torch.sin, torch.tensor(1.0), 1.0)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("f", "x", "order", "mode", "error", "message"),
+    [
+        (torch.sin, 1.0, -1, "reverse", ValueError, r"order=-1; it must be a whole number, 0 or more"),
+        (torch.sin, 1.0, 1.0, "reverse", ValueError, r"order=1\.0"),
+        (torch.sin, 1.0, 1, "jet", ValueError, r"mode='jet' is not one of reverse, forward"),
+        (torch.sin, 1, 1, "reverse", TypeError, r"torch\.int64"),
+        (lambda x: torch.stack([x, x]), 1.0, 1, "reverse", ValueError, r"to a tensor of shape \(2,\).*along=v"),
+    ],
+)
+def test_nth_derivative_raises_on_bad_arguments(
+    f: Any, x: float, order: Any, mode: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        nth_derivative(f, torch.tensor(x), order, mode=mode)
     with pytest.raises(ValueError, match=r"x is a dictionary; say along which direction"):
         nth_derivative(lambda p: p["a"], {"a": torch.tensor(1.0)}, 1)
-    with pytest.raises(ValueError, match=r"maps one number to a tensor of shape \(2,\).*along=v"):
-        nth_derivative(lambda x: torch.stack([x, x]), torch.tensor(1.0), 1)
-    with pytest.raises(ValueError, match=r"mode='jet' is not one of reverse, forward"):
-        nth_derivative(torch.sin, torch.tensor(1.0), 1, mode="jet")
-    with pytest.raises(TypeError, match=r"torch\.int64"):
-        nth_derivative(torch.sin, torch.tensor(1), 1)
 
 
 def test_third_derivatives_wrong_in_torch_raise() -> None:

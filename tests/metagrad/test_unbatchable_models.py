@@ -149,7 +149,7 @@ def test_spectral_norm_starts_every_pass_with_the_same_vectors(
 
     def logits(params: Params, x: Tensor) -> Tensor:
         fresh = {name: b.clone() for name, b in buffers.items()}
-        return torch.func.functional_call(module, (params, fresh), (x,))  # type: ignore[no-any-return]
+        return torch.func.functional_call(module, (params, fresh), (x,))
 
     theta = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
     total = torch.zeros((), dtype=DOUBLE)

@@ -1,20 +1,13 @@
 """Count the FLOPs of a meta-step, and measure the peak rate of this machine.
 
-Count in products of a layer: f is the forward pass, y = W x in every layer, and f_1 its first layer's share. A gradient
-adds the weights' product, dW = dy x^T, and the input's, dx = W^T dy, of the same size each, but the first layer's
-input needs none:
+With f the FLOPs of a forward pass, y = W x in every layer, and f_1 its first layer's share:
 
-    gradient            3 f - f_1
-
-Differentiating that gradient g again, for a Hessian product v^T dg/dtheta, goes back through each of these products.
-Each is linear in two factors, so that going back through one costs two: 6 more in a layer. In the first layer y and dW
-are there, each with one factor that needs a derivative: 2 more.
-
-    gradient and Hessian product      9 f - 5 f_1
+    gradient                          3 f - f_1      dW = dy x^T and dx = W^T dy; the first layer needs no dx
+    gradient and Hessian product      9 f - 5 f_1    each product is linear in two factors, so going back costs two more
 
 A meta-gradient of K inner steps needs K of the latter on the support set (first order: of the former) and one gradient
-on the query set. What is not a matrix product or a convolution is not counted; a convolution's products with the zeros
-around an image are, as counters of FLOPs do (15% of conv4's on 28 x 28 pixels with stride 2). One multiply-add is two.
+on the query set. Only matrix products and convolutions are counted, the zeros around an image included, as counters of
+FLOPs do (15% of conv4's on 28 x 28 pixels with stride 2). One multiply-add is two.
 """
 
 from __future__ import annotations
@@ -42,12 +35,9 @@ class StepFlops(NamedTuple):
 
 
 def meta_gradient_flops(module: nn.Module, episodes: Episodes, steps: int) -> StepFlops:
-    """Return the FLOPs of K inner steps and their meta-gradient.
+    """Return the FLOPs of K inner steps and their meta-gradient, for tasks of classification.
 
-    Args:
-        module: every parameter must be trainable, and only the first layer may see the inputs.
-        episodes: T tasks of the same shape; classification.
-        steps: K.
+    Every parameter must be trainable, and only the first layer may see the inputs.
     """
     support = count_flops(lambda: module(episodes.support_x[0]))
     support_gradient = count_flops(lambda: _gradient(module, episodes.support_x[0], episodes.support_y[0]))
@@ -73,12 +63,7 @@ def count_flops(step: Callable[[], object]) -> int:
 
 
 def peak_matmul_flops(device: torch.device, *, size: int | None = None) -> float:
-    """Return the FLOP/s of the fastest of several float32 ``torch.mm`` of square matrices, on all threads.
-
-    Args:
-        device: on which the products run.
-        size: rows and columns; ``None`` picks a size that is large enough for the device.
-    """
+    """Return the FLOP/s of the fastest of several float32 ``torch.mm`` of ``size`` rows and columns, on all threads."""
     rows = size or _MATRIX_SIZE[device.type]
     a, b = (torch.rand(rows, rows, device=device) for _ in range(2))
     best = min(seconds(lambda: torch.mm(a, b), device) for _ in range(1 + _REPEATS))

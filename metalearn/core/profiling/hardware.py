@@ -46,11 +46,10 @@ def one_thread() -> Iterator[None]:
 
 
 def configure_malloc() -> bool:
-    """Let glibc keep freed memory for the rest of this process; return whether it does.
+    """Let glibc keep freed memory for the rest of this process; return whether it does (False without glibc).
 
-    glibc returns it to the system after each meta-step by default; every page is then zeroed and mapped again at the
-    next write, which took up to a quarter of a second-order meta-step on a CPU. Kept memory counts as resident memory
-    of the process. Without glibc nothing is done.
+    By default every meta-step's memory is returned to the system, zeroed and mapped again, which took up to a quarter
+    of a second-order meta-step on a CPU. Kept memory counts as resident memory of the process.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

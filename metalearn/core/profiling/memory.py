@@ -25,17 +25,14 @@ class PeakTensorMemory(TorchDispatchMode):
     It sees every operation, in forward and backward passes and below ``vmap``, but not the temporary memory of a
     kernel. A step runs several times slower inside it.
 
+    Raises:
+        MemoryLimitError: inside an operation, as soon as more than ``limit`` bytes are alive.
+
     Example:
         >>> with PeakTensorMemory() as live:
         ...     x = torch.zeros(1024)
         >>> live.peak
         4096
-
-    Args:
-        limit: bytes at which to give up; ``None`` for no limit.
-
-    Raises:
-        MemoryLimitError: inside an operation, as soon as more than ``limit`` bytes are alive.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -73,11 +70,6 @@ class PeakTensorMemory(TorchDispatchMode):
 
 def peak_bytes(step: Callable[[], object], device: torch.device, *, limit: int | None = None) -> int:
     """Return the peak memory of one step, beyond what was allocated before it.
-
-    Args:
-        step: measured; runs once.
-        device: on which it runs; on a CPU the bytes of live tensors count, on CUDA the allocator's.
-        limit: bytes at which to give up.
 
     Raises:
         MemoryLimitError: if it takes more than ``limit`` bytes, or runs out of memory.

@@ -34,17 +34,9 @@ def time_interleaved(
     warm_up: int = 1,
     on_round: Callable[[int], object] = lambda done: None,
 ) -> dict[Key, list[float]]:
-    """Time each alternative once per round.
+    """Return ``rounds`` times of each key, each timed once per round, after ``warm_up`` rounds that do not count.
 
-    Args:
-        seconds_of: runs one alternative once and returns its seconds.
-        keys: the alternatives, in order.
-        rounds: number of timed rounds.
-        warm_up: rounds before those, which are not counted.
-        on_round: called with the number of rounds done, warm-up included.
-
-    Returns:
-        A list of ``rounds`` times for every key.
+    ``seconds_of`` runs one alternative once; ``on_round`` is called with the number of rounds done, warm-up included.
     """
     times: dict[Key, list[float]] = {key: [] for key in keys}
     for turn in range(warm_up + rounds):

@@ -30,16 +30,11 @@ _REDUCED_DIMS = (0, 2, 3)
 
 
 def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """Normalise the images of T tasks, each by the statistics of its own B images.
+    """Normalise the images ``[T, B, C, H, W]`` of T tasks, each by the statistics of its own B images.
 
-    Args:
-        x: ``[T, B, C, H, W]``.
-        gamma: ``[T, C]``.
-        beta: ``[T, C]``.
-        eps: added to the variance.
+    ``gamma`` and ``beta`` are ``[T, C]``.
     """
-    z: Tensor = _batch_norm(x, gamma, beta, eps)[0]
-    return z
+    return _batch_norm(x, gamma, beta, eps)[0]
 
 
 class _BatchNorm(Kernel):

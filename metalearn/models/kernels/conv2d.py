@@ -52,20 +52,9 @@ class ConvGeometry(NamedTuple):
 
 
 def conv2d(x: Tensor, weight: Tensor, *, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """Compute T convolutions without bias or dilation.
-
-    Args:
-        x: images, ``[T, B, C, H, W]``.
-        weight: ``[T, O, C, h, w]``.
-        stride: vertical and horizontal.
-        padding: zeros on each side, vertical and horizontal.
-
-    Returns:
-        ``[T, B, O, H', W']``.
-    """
+    """Convolve images ``[T, B, C, H, W]`` with weights ``[T, O, C, h, w]`` to ``[T, B, O, H', W']``, without bias."""
     image, window = (x.shape[-2], x.shape[-1]), (weight.shape[-2], weight.shape[-1])
-    out: Tensor = _conv(x, weight, ConvGeometry(stride, padding, image, window))
-    return out
+    return _conv(x, weight, ConvGeometry(stride, padding, image, window))
 
 
 class _Bilinear(Kernel):
@@ -147,10 +136,9 @@ class _ConvWeightGrad(_Bilinear):
             matrix = _flatten_positions(g).mT @ _im2col(x, geometry)
             return matrix.view(tasks, outputs, *geometry.window, inputs).permute(0, 1, 4, 2, 3)
         like = g.new_empty(tasks * outputs, *geometry.window, inputs).permute(0, 3, 1, 2)
-        w: Tensor = _convolution_backward(
+        return _convolution_backward(
             merge_tasks_into_channels(g), merge_tasks_into_channels(x), like, geometry, tasks, of_input=False
         ).unflatten(0, (tasks, outputs))
-        return w
 
     @staticmethod
     def backward(ctx: Any, w: Tensor) -> Any:
@@ -169,8 +157,7 @@ def _convolution_backward(
     grads = torch.ops.aten.convolution_backward(
         g, x, w, None, geometry.stride, geometry.padding, (1, 1), False, (0, 0), tasks, (of_input, not of_input, False)
     )
-    grad: Tensor = grads[0] if of_input else grads[1]
-    return grad
+    return grads[0] if of_input else grads[1]
 
 
 def _weight_matrix(w: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ from metalearn.models.kernels.layout import Kernel
 
 def relu(x: Tensor) -> Tensor:
     """Return max(x, 0) of a tensor that leads with T."""
-    out: Tensor = _relu(x)
-    return out
+    return _relu(x)
 
 
 class _ReLU(Kernel):
@@ -40,8 +39,7 @@ class _ReLUBackward(Kernel):
 
     @staticmethod
     def forward(g: Tensor, y: Tensor) -> Tensor:
-        out: Tensor = torch.ops.aten.threshold_backward(g, y, 0)
-        return out
+        return torch.ops.aten.threshold_backward(g, y, 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

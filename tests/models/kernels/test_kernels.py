@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -103,12 +104,12 @@ def test_forward_and_mixed_modes_equal_torch(case: Any) -> None:
         along = tuple(_random(*x.shape, seed=20 + k) for k, x in enumerate(inputs))
 
         def gradient(*at: Tensor) -> Any:
-            value, pull = of_two(vjp(lambda *a: layer(*a).sin(), *at))
+            value, pull, *_ = vjp(lambda *a: layer(*a).sin(), *at)
             return pull(_random(*value.shape, seed=30))
 
         pushed = jvp(lambda *a: layer(*a).sin(), inputs, along)
         curved = jvp(gradient, inputs, along)
-        total, pull = of_two(vjp(lambda *a: sum(g.square().sum() for g in jvp(gradient, a, along)[1]), *inputs))
+        total, pull, *_ = vjp(lambda *a: sum(g.square().sum() for g in jvp(gradient, a, along)[1]), *inputs)
         return [pushed, curved, total, pull(torch.ones_like(total))]
 
     ours, theirs, inputs = case
@@ -127,109 +128,107 @@ def test_vmap_with_and_without_shared_arguments(case: Any) -> None:
         _same(vmap(ours, in_dims=dims)(*args), torch.stack(looped))
 
 
-def of_two(pair: Any) -> Any:
-    """Return the pair; torch's types allow three."""
-    return pair
-
-
-class _Plain(nn.Module):
-    """A user's model with layers that the kernels support and others."""
+class _User(nn.Module):
+    """A user's model: layers that the kernels support and others, of which some write to outputs of kernels."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Conv2d(1, 4, 3, padding=1)
-        self.norm = nn.BatchNorm2d(4, track_running_stats=False)
+        self.first, self.last = (nn.Conv2d(n, 4, 3, padding=1, bias=n == 1) for n in (1, 4))
+        self.narrow = nn.Conv2d(4, 4, (3, 2), stride=(2, 1), bias=False)
         self.dilated = nn.Conv2d(4, 4, 3, dilation=2, padding="same", groups=2)
+        self.norm, self.last_norm = (nn.BatchNorm2d(4, track_running_stats=False) for _ in range(2))
         self.plain = nn.BatchNorm2d(4, affine=False, track_running_stats=False)
-        self.inplace = nn.ReLU(inplace=True)
+        self.relu = nn.ReLU(inplace=True)
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.first(x)))
-        x = self.inplace(self.plain(self.dilated(x)))
-        logits: Tensor = self.head(x.mean(dim=(-2, -1)))
-        return logits
+        x = self.relu(self.narrow(self.relu(self.norm(self.first(x)))))
+        x = torch.relu(self.plain(self.dilated(x)))
+        y = self.last_norm(functional.conv2d(input=x, weight=self.last.weight, padding=1))
+        y += x
+        return self.head(self.relu(y).mean(dim=(-2, -1)))
 
 
 MODELS = {
     "conv4": lambda: Conv4(3, width=4),
     "conv4 with max-pooling": lambda: Conv4(3, width=4, pool="max"),
-    "a model of the user's": _Plain,
+    "a model of the user's": _User,
 }
 
 
-def _episodes(dtype: torch.dtype = torch.float64) -> Episodes:
-    labels = torch.arange(3).repeat(_T, 2)
-    support, query = (_random(_T, 6, 1, 16, 16, seed=seed).to(dtype) for seed in (40, 41))
-    return Episodes(support, labels, query, labels)
+_LABELS = torch.arange(3).repeat(_T, 2)
+EPISODES = Episodes(_random(_T, 6, 1, 16, 16, seed=40), _LABELS, _random(_T, 6, 1, 16, 16, seed=41), _LABELS)
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the kernels that are called, as they are."""
+    names: list[str] = []
+
+    def record(name: str, kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        names.append(name)
+        return kernel(*args, **kwargs)
+
+    for name in ("conv2d", "batch_norm", "relu"):
+        monkeypatch.setattr(dispatch, name, partial(record, name, getattr(dispatch, name)))
+    return names
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("second_order", [True, False])
 def test_meta_gradient_is_equal_with_and_without_kernels(
-    name: str, second_order: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, second_order: bool, called: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.manual_seed(0)
     forward, theta = functionalize(MODELS[name]().double())
     inner = InnerLoop(lr=0.2, steps=2, second_order=second_order)
-    seen: list[str] = []
-    for kernel in ("conv2d", "batch_norm", "relu"):
-        _watch(monkeypatch, kernel, seen)
-    with_them = meta_gradient(lambda p, x: forward(p, x), theta, _episodes(), inner)
-    assert {"conv2d", "batch_norm", "relu"} == set(seen)
-    directly = meta_gradient(forward, theta, _episodes(), inner)
+    with_them = meta_gradient(lambda p, x: forward(p, x), theta, EPISODES, inner)
+    assert {"conv2d", "batch_norm", "relu"} == set(called)
+    directly = meta_gradient(forward, theta, EPISODES, inner)
     monkeypatch.setattr(dispatch, "_supports", lambda *tensors: False)
-    seen.clear()
-    without = meta_gradient(lambda p, x: forward(p, x), theta, _episodes(), inner)
-    assert not seen
+    called.clear()
+    without = meta_gradient(lambda p, x: forward(p, x), theta, EPISODES, inner)
+    assert not called
     for result in (with_them, directly):
         assert relative_error(result.grads, without.grads) < 1e-12
         _same(result.predictions, without.predictions)
 
 
-def _watch(monkeypatch: pytest.MonkeyPatch, name: str, seen: list[str]) -> None:
-    kernel = getattr(dispatch, name)
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        seen.append(name)
-        return kernel(*args, **kwargs)
-
-    monkeypatch.setattr(dispatch, name, watched)
+def call_by_task(module: nn.Module, x: Tensor, in_dims: Any = 0) -> Any:
+    """Call a module with the same weights for every task, stacked, as ``vmap`` batches them."""
+    weights = {name: p.expand(len(x), *p.shape) for name, p in module.named_parameters()}
+    return vmap(lambda p, x: torch.func.functional_call(module, p, (x,)), in_dims)(weights, x)
 
 
-def test_unbatched_layers_use_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-    for kernel in ("conv2d", "batch_norm", "relu"):
-        _watch(monkeypatch, kernel, seen)
+def test_unbatched_layers_use_torch(called: list[str]) -> None:
     x, module = torch.randn(2, 1, 8, 8), nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
     with CorrectedOperations(kernels=STACKED_LAYERS):
         module(x)
         vmap(module)(x.unsqueeze(0))  # the examples are batched, the weights are not
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            weights = {name: p.expand(2, *p.shape) for name, p in module.named_parameters()}
-            vmap(lambda p, x: torch.func.functional_call(module, p, (x,)), (0, None))(weights, x)
-    assert seen == ["relu"]  # of the batched examples
+            call_by_task(module, x, (0, None))
+    assert called == ["relu"]  # of the batched examples
 
 
-def test_float32_meta_gradient_is_close_to_float64() -> None:
-    torch.manual_seed(0)
-    module = Conv4(3, width=4)
-    forward, theta = functionalize(module)
-    exact = meta_gradient(*functionalize(module.double()), _episodes(), InnerLoop(lr=0.2, steps=2)).grads
-    single = meta_gradient(forward, theta, _episodes(torch.float32), InnerLoop(lr=0.2, steps=2)).grads
-    assert relative_error(single, exact) < 1e-4
+@pytest.mark.parametrize(
+    ("layer", "x", "error", "message"),
+    [
+        (nn.Conv2d(1, 2, 5), torch.randn(_T, 2, 1, 3, 3), RuntimeError, r"[Kk]ernel size"),
+        (
+            nn.BatchNorm2d(2, track_running_stats=False),
+            torch.randn(_T, 1, 2, 1, 1),
+            ValueError,
+            "more than 1 value per channel",
+        ),
+    ],
+)
+def test_invalid_input_raises_as_in_torch(layer: nn.Module, x: Tensor, error: type[Exception], message: str) -> None:
+    with CorrectedOperations(kernels=STACKED_LAYERS), pytest.raises(error, match=message):
+        call_by_task(layer, x)
 
 
-def test_single_value_per_channel_raises_as_in_torch() -> None:
-    norm = nn.BatchNorm2d(2, track_running_stats=False)
-    weights = {name: p.expand(_T, *p.shape) for name, p in norm.named_parameters()}
-    with CorrectedOperations(kernels=STACKED_LAYERS), pytest.raises(ValueError, match="more than 1 value per channel"):
-        vmap(lambda p, x: torch.func.functional_call(norm, p, (x,)))(weights, torch.randn(_T, 1, 2, 1, 1))
-
-
-def _changed(change: Callable[[Conv4], object]) -> Conv4:
+def _edited(edit: Callable[[Conv4], object]) -> Conv4:
     model = Conv4(3, width=4)
-    change(model)
+    edit(model)
     return model
 
 
@@ -238,33 +237,14 @@ class _Scaled(Conv4):
         return 3 * super().forward(x)
 
 
-class _Residual(nn.Module):
-    """A model whose layers write in place to outputs of kernels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = (nn.Conv2d(n, 4, 3, padding=1, bias=False) for n in (1, 4))
-        self.norm, self.other = (nn.BatchNorm2d(4, track_running_stats=False) for _ in range(2))
-        self.third = nn.Conv2d(4, 4, (3, 2), stride=(2, 1), bias=False)
-        self.relu = nn.ReLU(inplace=True)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.third(self.relu(self.norm(self.first(x)))))
-        y = self.other(functional.conv2d(input=x, weight=self.second.weight, padding=1))
-        y += x
-        logits: Tensor = self.head(self.relu(y).mean(dim=(-2, -1)))
-        return logits
-
-
 EDITED: dict[str, Callable[[], nn.Module]] = {
     "a subclass": lambda: _Scaled(3, width=4),
-    "another activation": lambda: _changed(lambda m: setattr(m.features[0], "2", nn.LeakyReLU())),
-    "another eps": lambda: _changed(lambda m: setattr(m.get_submodule("features.0.1"), "eps", 0.1)),
-    "a hook": lambda: _changed(lambda m: m.head.register_forward_hook(lambda layer, x, y: y.square())),
-    "frozen features": lambda: _changed(lambda m: m.features.requires_grad_(False)),
-    "a head without bias": lambda: _changed(lambda m: setattr(m, "head", nn.Linear(4, 3, bias=False))),
-    "layers in place": _Residual,
+    "another activation": lambda: _edited(lambda m: setattr(m.features[0], "2", nn.LeakyReLU())),
+    "another eps": lambda: _edited(lambda m: setattr(m.get_submodule("features.0.1"), "eps", 0.1)),
+    "a hook": lambda: _edited(lambda m: m.head.register_forward_hook(lambda layer, x, y: y.square())),
+    "frozen features": lambda: _edited(lambda m: m.features.requires_grad_(False)),
+    "a head without bias": lambda: _edited(lambda m: setattr(m, "head", nn.Linear(4, 3, bias=False))),
+    "layers in place": _User,
 }
 
 
@@ -272,8 +252,8 @@ EDITED: dict[str, Callable[[], nn.Module]] = {
 def test_edited_model_equals_its_loop(name: str) -> None:
     module = EDITED[name]().double()
     inner = InnerLoop(lr=0.2, steps=2)
-    expected = by_hand.meta_gradient(module, _episodes(), inner)
-    got = meta_gradient(*functionalize(module), _episodes(), inner)
+    expected = by_hand.meta_gradient(module, EPISODES, inner)
+    got = meta_gradient(*functionalize(module), EPISODES, inner)
     assert relative_error(got.grads, {n: expected.grads[n] for n in got.grads}) < 1e-11
     _same(got.predictions, expected.predictions)
 
@@ -284,18 +264,16 @@ def test_loss_may_draw_random_numbers() -> None:
     def loss(prediction: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(functional.dropout(prediction, 0.5), target)
 
-    assert meta_gradient(forward, theta, _episodes(), InnerLoop(lr=0.1, steps=1), loss=loss).loss.isfinite()
+    assert meta_gradient(forward, theta, EPISODES, InnerLoop(lr=0.1, steps=1), loss=loss).loss.isfinite()
 
 
 def test_unsupported_nested_modes_raise_or_use_torch() -> None:
     x, w = _IMAGES, _random(_T, 3, 2, 3, 3, seed=3)
     ours: Callable[..., Tensor] = CASES["convolution"][0][0]
 
-    def second(layer: Callable[..., Tensor]) -> Tensor:
-        along = torch.ones_like(x)
-        first = lambda x: jvp(lambda x: layer(x, w).sin(), (x,), (along,))[1]  # noqa: E731
-        derivative: Tensor = jvp(first, (x,), (along,))[1]
-        return derivative
+    def second(layer: Callable[..., Tensor]) -> Any:
+        along = (torch.ones_like(x),)
+        return jvp(lambda x: jvp(lambda x: layer(x, w).sin(), (x,), along)[1], (x,), along)[1]
 
     with pytest.raises(NotImplementedError, match="forward-mode AD within forward-mode AD"):
         second(ours)
@@ -322,10 +300,3 @@ def test_double_backward_of_dual_tensors_equals_torch() -> None:
             return primal.detach(), tangent.detach()
 
     _same(curvature(ours, False), curvature(theirs, True))
-
-
-def test_empty_output_raises_as_in_torch() -> None:
-    module = nn.Conv2d(1, 2, 5)
-    weights = {name: p.expand(_T, *p.shape) for name, p in module.named_parameters()}
-    with CorrectedOperations(kernels=STACKED_LAYERS), pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
-        vmap(lambda p, x: torch.func.functional_call(module, p, (x,)))(weights, torch.randn(_T, 2, 1, 3, 3))
