@@ -21,7 +21,7 @@ from metalearn.inner import adapt, task_losses
 from metalearn.metagrad.implicit import Implicit, conjugate_gradients
 from metalearn.metagrad.meta_gradient import _in_chunks
 from metalearn.models import MLP
-from tests.metagrad.settings import HEAD, vectors
+from tests.metagrad.settings import HEAD, small_mlp, vectors
 
 
 def regression(*, tasks: int = 3) -> Episodes:
@@ -242,7 +242,7 @@ def test_dropout_mask_is_the_same_for_all_products(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_unsupported_setting_raises(settings: dict[str, Any], message: str) -> None:
-    forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
+    forward, theta = small_mlp()
     with pytest.raises(ValueError, match=message):
         Implicit()(forward, theta, vectors(), InnerLoop(0.2, 2, **{"proximal_weight": 1.0, **settings}), cross_entropy)
 

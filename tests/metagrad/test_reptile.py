@@ -18,7 +18,7 @@ from metalearn.inner import Adam, Momentum, ZeroContext
 from metalearn.metagrad.meta_gradient import _in_chunks
 from metalearn.metagrad.reptile import reptile
 from metalearn.models import MLP
-from tests.metagrad.settings import HEAD, vectors
+from tests.metagrad.settings import HEAD, small_mlp, vectors
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 RULES: dict[str, tuple[dict[str, Any], MakeOptimizer]] = {
@@ -74,7 +74,7 @@ def test_displacement_equals_plain_loop(rule: str) -> None:
 
 
 def test_one_step_equals_gradient_of_joint_training() -> None:
-    forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
+    forward, theta = small_mlp()
     episodes = vectors()
     at = {name: p.clone().requires_grad_() for name, p in theta.items()}
     losses = [cross_entropy(forward(at, x), y) for x, y in (all_examples(episodes, t) for t in range(episodes.tasks))]
@@ -97,7 +97,7 @@ def test_gradient_descent_takes_the_papers_step() -> None:
 
 
 def test_second_order_and_chunks_change_nothing() -> None:
-    forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
+    forward, theta = small_mlp()
     episodes = vectors()
     first, second = (
         reptile(forward, theta, episodes, InnerLoop(0.2, 3, second_order=order), cross_entropy)
@@ -110,7 +110,7 @@ def test_second_order_and_chunks_change_nothing() -> None:
 
 
 def test_theta_that_requires_gradients_is_not_changed() -> None:
-    forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
+    forward, theta = small_mlp()
     before = {name: p.clone() for name, p in theta.items()}
     at = {name: p.requires_grad_() for name, p in theta.items()}
     got = reptile(forward, at, vectors(), InnerLoop(0.2, 2), cross_entropy)
@@ -129,7 +129,7 @@ def test_theta_that_requires_gradients_is_not_changed() -> None:
     ids=lambda settings: next(iter(settings)),
 )
 def test_unsupported_setting_raises(settings: dict[str, Any]) -> None:
-    forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
+    forward, theta = small_mlp()
     with pytest.raises(ValueError, match=rf"reptile: inner\.{next(iter(settings))}=.* has no gradient for"):
         reptile(forward, theta, vectors(), InnerLoop(0.2, 2, **settings), cross_entropy)
 
