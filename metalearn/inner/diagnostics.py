@@ -193,14 +193,7 @@ def _describe_tensor(name: str, value: object) -> str:
 
 @contextmanager
 def check_no_inplace_writes(tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Check that a forward pass does not write to its inputs.
-
-    Args:
-        tensors: by their names in the message.
-
-    Raises:
-        ValueError: naming the tensor.
-    """
+    """Raise a ``ValueError`` that names the tensor, if a forward pass writes to one of its inputs."""
     versions = {name: t._version for name, t in tensors.items() if not t.is_inference()}  # counts in-place changes
     yield
     for name, version in versions.items():
@@ -230,11 +223,9 @@ def loss_checks_deferred() -> bool:
 
 
 def check_losses_finite(support_losses: list[Tensor], query_losses: Tensor | None = None) -> None:
-    """Check that no loss is NaN or infinite; do nothing inside ``defer_loss_checks``.
+    """Check that no support loss before each inner step, and no query loss, is NaN or infinite, ``[T]`` each.
 
-    Args:
-        support_losses: before each inner step, ``[T]`` each.
-        query_losses: ``[T]``.
+    Do nothing inside ``defer_loss_checks``.
 
     Raises:
         NonFiniteLossError: naming the first inner step, and its first task.

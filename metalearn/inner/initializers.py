@@ -1,7 +1,4 @@
-"""Initial parameters of a task that are not theta itself: for ``InnerLoop.initializer``.
-
-Each is a function of T stacked copies of theta and the support sets, and differentiable in theta.
-"""
+"""Initial parameters of a task that are not theta itself, for ``InnerLoop.initializer``; differentiable in theta."""
 
 from __future__ import annotations
 
@@ -18,10 +15,7 @@ from metalearn.inner.losses import task_predictions
 
 @dataclass(frozen=True)
 class ZeroContext:
-    """phi_0 = 0: every task starts with zero context parameters, and theta's are never changed.
-
-    Args:
-        names: of the context parameters.
+    """phi_0 = 0: every task starts with zero context parameters ``names``, and theta's are never changed.
 
     Reference: Zintgraf et al. 2019 (CAVIA), arXiv 1810.03642, algorithm 1.
     """

@@ -22,14 +22,7 @@ class TaskLosses(NamedTuple):
 
 
 def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: Loss) -> TaskLosses:
-    """Compute the loss of every task under the task's own parameters.
-
-    Args:
-        forward: one task's model.
-        fast: stacked parameters, each ``[T, ...]``.
-        x: inputs ``[T, examples, ...]``.
-        y: targets ``[T, examples, ...]``.
-        loss: one task's mean loss.
+    """Compute the loss of every task under its own parameters ``fast``, for inputs and targets ``[T, examples, ...]``.
 
     Raises:
         TypeError: if ``forward`` or ``loss`` does not return a tensor.

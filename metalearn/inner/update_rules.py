@@ -35,19 +35,12 @@ class UpdateRule(Protocol):
     """Maps gradients to directions, for T tasks at once. Make it a frozen dataclass: it is part of the settings."""
 
     def init(self, fast: Params) -> Params:
-        """Return the rule's state before the first step: tensors ``[T, ...]`` under names made by ``state_key``.
-
-        Args:
-            fast: the adapted parameters, ``[T, ...]``.
-        """
+        """Return the state before the first step from the adapted parameters: ``[T, ...]``, named by ``state_key``."""
 
     def update(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
         """Return directions, named and shaped like the gradients, and the new state, by differentiable operations.
 
-        Args:
-            k: number of the step, from 0.
-            grads: each task's gradients, ``[T, ...]``.
-            state: from ``init`` or the step before.
+        ``k`` counts steps from 0; gradients are ``[T, ...]``; ``state`` is from ``init`` or the step before.
         """
 
 

@@ -45,11 +45,7 @@ class ForwardPass:
     lam: Params = field(init=False)
 
     def compute_query_loss(self, final_state: InnerState) -> None:
-        """Compute the query loss after the last step, and lam_K.
-
-        Raises:
-            NonFiniteLossError: if a loss is NaN or infinite.
-        """
+        """Compute the query loss after the last step, and lam_K; raise if a loss is NaN or infinite."""
         self.query, self.lam = self.query_gradient(final_state, self.inner.steps)
         check_losses_finite(self.trajectory.support_losses, self.query.losses)
 
@@ -62,9 +58,8 @@ class ForwardPass:
         with torch.enable_grad():
             at = {name: w.detach().requires_grad_() for name, w in state.items()}
             fast = params_at_step(at, self.inner, k)
-            losses, predictions = task_losses(
-                self.forward, fast, self.episodes.query_x, self.episodes.query_y, loss=self.loss
-            )
+            query = self.episodes.query_x, self.episodes.query_y
+            losses, predictions = task_losses(self.forward, fast, *query, loss=self.loss)
             lam = grad_of(weight * losses.mean(), at, create_graph=False)
         return TaskLosses(weight * losses.detach(), predictions.detach()), lam
 
@@ -116,14 +111,7 @@ def take_inner_steps(
 
 
 def build_result(grads: Params, losses: Tensor, predictions: Tensor, support_losses: list[Tensor]) -> MetaGradient:
-    """Build the result of an engine.
-
-    Args:
-        grads: d(mean objective) / d theta.
-        losses: the objective of each task, ``[T]``.
-        predictions: on the query sets, at theta_K.
-        support_losses: before each step, ``[T]`` each.
-    """
+    """Build an engine's result from the objective of each task ``[T]``, and the support losses ``[T]`` of each step."""
     losses = losses.detach()
     return MetaGradient(
         loss=losses.mean(),
@@ -142,17 +130,7 @@ def vjp_init_state(forward: Forward, params: Params, episodes: Episodes, inner: 
 
 
 def check_unsupported_settings(engine: str, name: str, inner: InnerLoop, reasons: Mapping[str, str]) -> None:
-    """Check that no setting is used that an engine cannot differentiate.
-
-    Args:
-        engine: its function, for the message.
-        name: as papers call it.
-        inner: the settings.
-        reasons: why there is no gradient, by setting.
-
-    Raises:
-        ValueError: naming the first setting that is used.
-    """
+    """Raise a ``ValueError`` for the first setting in use that an engine cannot differentiate, for the given reason."""
     for setting, reason in reasons.items():
         if value := getattr(inner, setting):
             raise ValueError(f"{engine}: inner.{setting}={value!r}, which {name} has no gradient for: {reason}.")

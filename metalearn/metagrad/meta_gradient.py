@@ -116,11 +116,7 @@ def _check_finite_gradient(
     locate_step: Callable[[Episodes], int | None],
     episodes: Episodes,
 ) -> None:
-    """Check that a meta-gradient is finite by one reduction; find the fault by one meta-gradient for each task.
-
-    Raises:
-        NonFiniteGradientError: naming the parameter, and the task and inner step if one task's gradient is not finite.
-    """
+    """Check that a meta-gradient is finite by one reduction; find the fault by one meta-gradient for each task."""
     if is_finite(grads):
         return
     for task, episode in enumerate(episodes.split(1)):

@@ -84,10 +84,7 @@ class Trajectory:
                 yield segment.pop()
 
     def check_recomputation(self, recomputed: dict[int, Tensor]) -> None:
-        """Check that the model computed the same support losses in the backward pass.
-
-        Args:
-            recomputed: total support loss by step.
+        """Check that the model computed the same total support losses, by step, in the backward pass.
 
         Raises:
             ValueError: naming the step: the model draws from other generators than torch's, or has changed.
@@ -112,16 +109,9 @@ class Trajectory:
 def rollout(
     step_fn: StepFn, state: InnerState, *, steps: int, snapshot_every: int | None
 ) -> tuple[InnerState, Trajectory]:
-    """Take K inner steps.
+    """Take K inner steps without a graph; return the state after the last, and the trajectory.
 
-    Args:
-        step_fn: takes one step; it must not build a graph.
-        state: before the first.
-        steps: K.
-        snapshot_every: keep the beginning of every s-th step; ``None`` keeps none, and there is no way back.
-
-    Returns:
-        The state after the last step, and the trajectory.
+    Every s-th step's beginning is kept, s = ``snapshot_every``; ``None`` keeps none, and there is no way back.
     """
     snapshots, support_losses = [], []
     for k in range(steps):
