@@ -20,26 +20,23 @@ _IN_PLACE = (
     "the model changes it in place, so that every later pass sees something else. Compute a new tensor: w = 0.9 * w, "
     "not w *= 0.9 or w.mul_(0.9); no inplace=True in a first layer, no max_norm= of an embedding."
 )
-_OVERWRITES = (
-    "the model overwrites a tensor in place that its gradient needs, or that tasks share: a parameter, an input or an "
-    "activation. Compute a new tensor: w = 0.9 * w, not w *= 0.9 or w.mul_(0.9); h = h + 1, not h += 1."
-)
-_DATA = (
-    "the model reads or writes .data, which hides from autograd what it does. Read with .detach(), and compute a new "
-    "tensor instead of writing: w = 0.9 * w."
-)
-_RECURRENT = (
-    "cuDNN's kernels for nn.LSTM, nn.GRU and nn.RNN have no second derivative. Call the layer inside of "
-    "torch.backends.cudnn.flags(enabled=False), or write the recurrence out of nn.Linear layers."
-)
 _KNOWN_ERRORS = (
     (
         r"leaf Variable that requires grad is being used in an in-place|refers to a single memory location"
         r"|modified by an inplace operation|would mutate a captured Tensor|vmap: inplace arithmetic",
-        _OVERWRITES,
+        "the model overwrites a tensor in place that its gradient needs, or that tasks share: a parameter, an input or "
+        "an activation. Compute a new tensor: w = 0.9 * w, not w *= 0.9 or w.mul_(0.9); h = h + 1, not h += 1.",
     ),
-    (r"accessing `data` under vmap", _DATA),
-    (r"derivative for '?(aten::)?_(cudnn|thnn|miopen).*(rnn|lstm|gru)", _RECURRENT),
+    (
+        r"accessing `data` under vmap",
+        "the model reads or writes .data, which hides from autograd what it does. Read with .detach(), and compute a "
+        "new tensor instead of writing: w = 0.9 * w.",
+    ),
+    (
+        r"derivative for '?(aten::)?_(cudnn|thnn|miopen).*(rnn|lstm|gru)",
+        "cuDNN's kernels for nn.LSTM, nn.GRU and nn.RNN have no second derivative. Call the layer inside of "
+        "torch.backends.cudnn.flags(enabled=False), or write the recurrence out of nn.Linear layers.",
+    ),
     (
         r"derivative for '?(aten::)?_scaled_dot_product_\w+_backward",
         "this attention kernel has no second derivative. metalearn asks for one that has, and the model overrules it: "

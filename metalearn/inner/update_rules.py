@@ -73,14 +73,8 @@ class SGD(_Rule):
 class Momentum(_Rule):
     """v_k = mu v_{k-1} + g_k, from v = 0;  d_k = v_k, or with Nesterov's g_k + mu v_k.
 
-    Equals ``torch.optim.SGD`` without dampening (Sutskever et al. 2013, with the step size outside of v).
-
-    Args:
-        momentum: mu, at least 0 and below 1.
-        nesterov: whether to look ahead.
-
-    Raises:
-        ValueError: if mu is out of range.
+    Equals ``torch.optim.SGD`` without dampening (Sutskever et al. 2013, with the step size outside of v). mu =
+    ``momentum`` must be at least 0 and below 1.
     """
 
     momentum: float = 0.9
@@ -108,12 +102,7 @@ class Adam(_Rule):
     with derivative 1 / eps at g = 0: with the usual eps of 1e-8 meta-gradients may be huge where an entry of the
     gradient is nearly 0, and a larger one tames them. An entry that has always been 0 passes nothing through v.
 
-    Args:
-        betas: of the two averages, each at least 0 and below 1.
-        eps: positive.
-
-    Raises:
-        ValueError: if a number is out of range.
+    ``betas`` of the two averages must be at least 0 and below 1, and ``eps`` positive.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)

@@ -130,14 +130,9 @@ def _last_nonfinite_step(
     forward: Forward, params: Params, episode: Episodes, inner: InnerLoop, loss: Loss
 ) -> int | None:
     """Return the last inner step whose adjoint is not finite; ``None`` if there is none or it cannot be computed."""
-    steps: list[int] = []
-
-    def record(k: int, lam: Params) -> None:
-        if not is_finite(lam):
-            steps.append(k)
-
+    finite: dict[int, bool] = {}
     try:
-        adjoint(forward, params, episode, inner, loss, callback=record)
+        adjoint(forward, params, episode, inner, loss, callback=lambda k, lam: finite.update({k: is_finite(lam)}))
     except (ArithmeticError, ValueError, RuntimeError):  # the model does not support this engine
         return None
-    return max(steps, default=None)
+    return max((k for k, is_fine in finite.items() if not is_fine), default=None)

@@ -53,21 +53,13 @@ class Snapshot:
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """K inner steps that were taken.
-
-    Args:
-        step_fn: takes one step.
-        steps: K.
-        snapshot_every: s, the distance between snapshots.
-        snapshots: of the steps 0, s, 2s, ...; emptied by ``reversed_steps``, so that each is freed after its use.
-        support_losses: before each step, ``[T]`` each.
-    """
+    """K inner steps that were taken."""
 
     step_fn: StepFn
     steps: int
     snapshot_every: int
-    snapshots: list[Snapshot]
-    support_losses: list[Tensor]
+    snapshots: list[Snapshot]  # of the steps 0, s, 2s, ...; ``reversed_steps`` frees each after its use
+    support_losses: list[Tensor]  # before each step, ``[T]`` each
 
     def reversed_steps(self) -> Iterator[Snapshot]:
         """Yield the beginnings of the steps K - 1, ..., 0, in this order; works once."""
@@ -104,19 +96,3 @@ class Trajectory:
                 "Draw random numbers from torch's own generators (no torch.Generator, random or numpy), keep no "
                 "state that a pass changes, or use engine='unroll', which computes everything once."
             )
-
-
-def rollout(
-    step_fn: StepFn, state: InnerState, *, steps: int, snapshot_every: int | None
-) -> tuple[InnerState, Trajectory]:
-    """Take K inner steps without a graph; return the state after the last, and the trajectory.
-
-    Every s-th step's beginning is kept, s = ``snapshot_every``; ``None`` keeps none, and there is no way back.
-    """
-    snapshots, support_losses = [], []
-    for k in range(steps):
-        if snapshot_every is not None and k % snapshot_every == 0:
-            snapshots.append(Snapshot.of(k, state))
-        state, losses = step_fn(k, state)
-        support_losses.append(losses)
-    return state, Trajectory(step_fn, steps, snapshot_every or 1, snapshots, support_losses)

@@ -16,20 +16,11 @@ from numpy.typing import NDArray
 
 from metalearn.config import commands_schema as schema_commands
 from metalearn.lessons import LESSONS, Check, Lesson, backward, big_product, finite_differences, maml, newton
-from metalearn.lessons.lesson import source_of
 from tests.lessons.conftest import RunLesson
 from tests.paths import REPO
 
 Vector = NDArray[np.float64]
 REFERENCE = json.loads((REPO / "outputs/reference/lab/lessons.json").read_text())["lessons"]
-
-
-def documented(x: int) -> int:
-    """To be left out.
-
-    With a second paragraph.
-    """
-    return x + 1
 
 
 @pytest.mark.parametrize(
@@ -51,10 +42,6 @@ def test_check_and_lesson_passed(computed: float | str, expected: float | str, t
     assert check.passed is passed
     assert Lesson("", "", "", [Check("", 1.0, 1.0), check]).passed is passed
     assert not Lesson("", "", "", []).passed
-
-
-def test_source_of_omits_docstring() -> None:
-    assert source_of(documented) == "def documented(x: int) -> int:\n    return x + 1"
 
 
 def test_schema_and_reference_list_all_lessons() -> None:

@@ -71,16 +71,13 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "as_strided": lambda h: h.as_strided((len(h), 4), (4, 1)) ** 2,
     "select_scatter": lambda h: h.select_scatter(h[:, 1] ** 2, 1, 0),
 }
+weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5], dtype=DOUBLE), label_smoothing=0.1)
 Case = tuple[Callable[[], nn.Module], Loss, tuple[Tensor, Tensor]]
 CASES: dict[str, Case] = {
     **{name: (partial(between, f), functional.cross_entropy, LABELS) for name, f in FUNCTIONS.items()},
     **{k.__name__: (partial(recurrent, k), functional.cross_entropy, LABELS) for k in (nn.LSTM, nn.GRU, nn.RNN)},
     "boolean mask": (partial(between, torch.tanh), masked, LABELS),
-    "weights and smoothing": (
-        partial(between, torch.tanh),
-        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5], dtype=DOUBLE), label_smoothing=0.1),
-        LABELS,
-    ),
+    "weights and smoothing": (partial(between, torch.tanh), weighted, LABELS),
     "gaussian likelihood": (
         partial(between, torch.tanh, out=2),
         lambda p, y: functional.gaussian_nll_loss(p[:, 0], y, functional.softplus(p[:, 1])),

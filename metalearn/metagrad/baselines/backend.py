@@ -30,17 +30,10 @@ BACKENDS = tuple(PEERS.values())
 
 @dataclass(frozen=True, eq=False)
 class BaselineGradient:
-    """A meta-gradient by another library, at any theta. Made by ``backend``.
-
-    Args:
-        peer: the library's ``meta_gradient``.
-        module: a private copy, into which theta is copied.
-        loss: one task's mean loss.
-        name: of the library.
-    """
+    """A meta-gradient by another library, at any theta. Made by ``backend``."""
 
     peer: Peer
-    module: nn.Module
+    module: nn.Module  # a private copy, into which theta is copied
     loss: Loss
     name: str
 

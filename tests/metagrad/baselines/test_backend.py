@@ -18,22 +18,19 @@ from metalearn.commands.verify.cases import PatchTransformer
 from metalearn.core.errors import ConfigError
 from metalearn.core.functional import relative_error
 from metalearn.inner import Adam, with_learned_lrs
-from metalearn.metagrad.baselines.backend import BACKENDS, backend
+from metalearn.metagrad.baselines.backend import backend
 from metalearn.metagrad.baselines.common import UnsupportedSettingError
 from tests.factories import image_episodes
 from tests.metagrad.baselines.libraries import LIBRARIES, load_library, mlp, smooth
 from tests.metagrad.settings import assert_equal, vectors
 
 
-def test_backend_names() -> None:
-    assert sorted(BACKENDS) == sorted(LIBRARIES)
-
-
 def squared_distance(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (prediction - target[:, None]).square().mean()
 
 
-CASES: list[tuple[str, Callable[[], nn.Module], dict[str, Any], Loss]] = [
+Case = tuple[str, Callable[[], nn.Module], dict[str, Any], Loss]
+CASES: list[Case] = [
     *[(name, mlp, {}, loss) for name in LIBRARIES for loss in (cross_entropy, squared_distance)],
     ("learn2learn", mlp, {"learned_lr": "parameter"}, cross_entropy),
     *[
@@ -44,15 +41,11 @@ CASES: list[tuple[str, Callable[[], nn.Module], dict[str, Any], Loss]] = [
 
 
 @pytest.mark.parametrize("second_order", [True, False])
-@pytest.mark.parametrize(("name", "model", "settings", "loss"), CASES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
 def test_backend_equals_ours_at_every_theta_and_changes_no_input(
-    name: str,
-    model: Callable[[], nn.Module],
-    settings: dict[str, Any],
-    loss: Loss,
-    second_order: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    case: Case, second_order: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    name, model, settings, loss = case
     load_library(name)
     module, episodes = model(), vectors()
     forward, params = functionalize(module)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metalearn import InnerLoop, Params, functionalize, meta_gradient
+from metalearn import InnerLoop, functionalize, meta_gradient
 from metalearn.core.functional import relative_error
 from metalearn.inner import SGD, Adam, Momentum, with_learned_lrs
 from metalearn.metagrad.baselines.common import UnsupportedSettingError, check_supported
@@ -105,17 +105,15 @@ def test_adam_at_zero_gradients() -> None:
     assert load_library("torchopt")(module, episodes, inner).grads["weight"].isnan().any()
 
 
-@dataclasses.dataclass(frozen=True)
-class Reversed(SGD):
-    def update(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
-        return {n: -g for n, g in grads.items()}, state
+class Plain(SGD):
+    pass
 
 
 class Heavier(Momentum):
     pass
 
 
-@pytest.mark.parametrize("rule", [Reversed(), Heavier()])
+@pytest.mark.parametrize("rule", [Plain(), Heavier()])
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_subclass_of_a_rule_raises(name: str, rule: SGD | Momentum) -> None:
     library = load_library(name)
