@@ -37,10 +37,7 @@ def is_norm_statistic(name: str) -> bool:
 
 
 def statistics_at(theta: Params, k: int) -> list[ChannelMoments] | None:
-    """Return the statistics after k steps, layer by layer; ``None`` if theta has none.
-
-    The last ones serve for more steps than were recorded.
-    """
+    """Return the statistics after k steps, or the last ones, layer by layer; ``None`` if theta has none."""
     layers = sum(name.startswith(_MEAN) for name in theta)
     pairs = [(theta[f"{_MEAN}{i}"], theta[f"{_VAR}{i}"]) for i in range(layers)]
     return [ChannelMoments(m[min(k, len(m) - 1)], v[min(k, len(v) - 1)]) for m, v in pairs] or None

@@ -87,8 +87,5 @@ def _named_tensors(fast: Params, *examples: Tensor) -> dict[str, Tensor]:
 
 
 def total_support_loss(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: Loss) -> Tensor:
-    """Return the sum of the tasks' support losses.
-
-    Its gradient holds every task's own gradient, and its Hessian is block-diagonal over tasks.
-    """
+    """Return the sum of the support losses: its gradient is each task's, its Hessian block-diagonal over tasks."""
     return task_losses(forward, fast, x, y, loss=loss).losses.sum()

@@ -88,10 +88,7 @@ def adapted_param_names(state: InnerState, inner: InnerLoop) -> list[str]:
 
 
 def params_at_step(state: InnerState, inner: InnerLoop, k: int) -> Params:
-    """Return the model's parameters after k steps, ``[T, ...]``: of per-step parameters, the k-th value.
-
-    After more steps than were trained the last value is used.
-    """
+    """Return the model's parameters after k steps, ``[T, ...]``: of per-step parameters, value k or the last."""
     return {
         name: w[:, min(k, w.shape[1] - 1)] if name in inner.per_step_params else w
         for name, w in without_state(state).items()

@@ -127,9 +127,6 @@ def module_with_params(module: nn.Module, params: Params | None, inner: InnerLoo
     """Return a module whose parameters are theta, and theta: these parameters, and learned step sizes as leaves.
 
     It is the given module if theta is its own parameters, and else a copy.
-
-    Raises:
-        TypeError, ValueError: as ``as_leaf_params``.
     """
     theta = as_leaf_params(module, params, inner)
     if any(theta[name] is not p for name, p in trainable(module).items()):
@@ -139,12 +136,7 @@ def module_with_params(module: nn.Module, params: Params | None, inner: InnerLoo
 
 
 def copy_params_(module: nn.Module, params: Params) -> None:
-    """Copy theta's values into a module's parameters.
-
-    Raises:
-        TypeError: if one is not a floating-point tensor.
-        ValueError: naming a parameter that the module lacks, or has in another shape, dtype or device.
-    """
+    """Copy theta's values into a module's parameters; raise if names, shapes, dtypes or devices differ."""
     own = trainable(module)
     check_params(params)
     _check_params_match_module(own, params)
