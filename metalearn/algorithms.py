@@ -84,13 +84,7 @@ class Algorithm:
         return dataclasses.replace(self.inner, steps=steps, second_order=False, query_weights=None)
 
     def meta_gradient(
-        self,
-        forward: Forward,
-        theta: Params,
-        episodes: Episodes,
-        *,
-        loss: Loss = cross_entropy,
-        progress: float = 1.0,
+        self, forward: Forward, theta: Params, episodes: Episodes, *, loss: Loss = cross_entropy, progress: float = 1.0
     ) -> MetaGradient:
         """Compute ``metalearn.meta_gradient`` at a training progress in [0, 1].
 
@@ -173,16 +167,14 @@ def maml_pp(
     if learned_lr:
         inner = dataclasses.replace(inner, learned_lr="layer_and_step")
     if per_step_affine and parts.norm_params:
-        inner = dataclasses.replace(
-            inner, per_step_params=parts.norm_params, adapted_params=parts.all_params - parts.norm_params
-        )
+        adapted = parts.all_params - parts.norm_params
+        inner = dataclasses.replace(inner, per_step_params=parts.norm_params, adapted_params=adapted)
 
-    is_annealed = multi_step_share > 0 or first_order_share > 0
-    annealing = partial(_annealed, multi_step_share=multi_step_share, first_order_share=first_order_share)
-    statistics = per_step_statistics and bool(parts.norm_params)
-    return Algorithm(
-        "maml_pp", inner, annealing=annealing if is_annealed else _unchanged, tracks_norm_statistics=statistics
-    )
+    annealing: Annealing = _unchanged
+    if multi_step_share > 0 or first_order_share > 0:
+        annealing = partial(_annealed, multi_step_share=multi_step_share, first_order_share=first_order_share)
+    tracks_statistics = per_step_statistics and bool(parts.norm_params)
+    return Algorithm("maml_pp", inner, annealing=annealing, tracks_norm_statistics=tracks_statistics)
 
 
 def _annealed(inner: InnerLoop, progress: float, *, multi_step_share: float, first_order_share: float) -> InnerLoop:
@@ -292,14 +284,6 @@ def _head(algorithm: str, parts: ModuleParts) -> tuple[str, ...]:
 
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
-    "maml": maml,
-    "anil": anil,
-    "boil": boil,
-    "meta_sgd": meta_sgd,
-    "maml_pp": maml_pp,
-    "reptile": reptile,
-    "imaml": imaml,
-    "cavia": cavia,
-    "protonet": protonet,
+    f.__name__: f for f in (maml, anil, boil, meta_sgd, maml_pp, reptile, imaml, cavia, protonet)
 }
 """By name; ``ALGORITHMS[name](inner, parts, **options)``."""

@@ -97,10 +97,8 @@ def test_maml_pp_sets_each_improvement() -> None:
     assert orders == [False, False, True, True]
     assert whole.inner_at(0.0).query_weights == pytest.approx((0, 1 / 3, 1 / 3, 1 / 3))
     assert whole.inner_at(0.2).query_weights is None
-    bare = maml_pp(
-        *(INNER, parts), learned_lr=False, multi_step_share=0, first_order_share=0, per_step_affine=False,
-        per_step_statistics=False,
-    )  # fmt: skip
+    none = dict.fromkeys(("learned_lr", "per_step_affine", "per_step_statistics"), False)
+    bare = maml_pp(INNER, parts, multi_step_share=0, first_order_share=0, **none)
     assert bare.inner == INNER
     assert not bare.is_annealed
     assert not bare.tracks_norm_statistics
@@ -161,15 +159,14 @@ def test_fixed_statistics_make_prediction_nontransductive() -> None:
 
 def test_algorithm_raises_when_model_lacks_a_part() -> None:
     headless = module_parts(nn.Sequential(nn.Conv2d(1, 3, 3)))
-    for algorithm in (anil, boil, protonet):
-        with pytest.raises(ValueError, match=r"has no trainable nn\.Linear to be its head"):
-            algorithm(INNER, headless)
-    with pytest.raises(ValueError, match="no body to adapt"):
-        boil(INNER, module_parts(nn.Linear(3, 2)))
-    with pytest.raises(ValueError, match="no parameter called 'context'"):
-        cavia(INNER, module_parts(conv4()))
-    with pytest.raises(ValueError, match="needs a weight and a bias"):
-        protonet(INNER, module_parts(nn.Linear(3, 2, bias=False)))
+    for algorithm, parts, message in (
+        *((f, headless, r"has no trainable nn\.Linear to be its head") for f in (anil, boil, protonet)),
+        (boil, module_parts(nn.Linear(3, 2)), "no body to adapt"),
+        (cavia, module_parts(conv4()), "no parameter called 'context'"),
+        (protonet, module_parts(nn.Linear(3, 2, bias=False)), "needs a weight and a bias"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            algorithm(INNER, parts)
 
 
 def test_imaml_sets_proximal_weight() -> None:

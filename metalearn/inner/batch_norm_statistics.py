@@ -9,6 +9,7 @@ normalises by the batch nonetheless. Means over current tasks, not running ones:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -36,10 +37,7 @@ def is_norm_statistic(name: str) -> bool:
 
 
 def statistics_at(theta: Params, k: int) -> list[ChannelMoments] | None:
-    """Return the statistics after k steps, layer by layer; ``None`` if theta has none.
-
-    The last ones serve for more steps than were recorded.
-    """
+    """Return the statistics after k steps, or the last ones, layer by layer; ``None`` if theta has none."""
     layers = sum(name.startswith(_MEAN) for name in theta)
     pairs = [(theta[f"{_MEAN}{i}"], theta[f"{_VAR}{i}"]) for i in range(layers)]
     return [ChannelMoments(m[min(k, len(m) - 1)], v[min(k, len(v) - 1)]) for m, v in pairs] or None
@@ -59,9 +57,16 @@ def record_statistics(forward: Forward, fast: Params, x: Tensor) -> list[Channel
     """Return the statistics of each BatchNorm layer for inputs ``[T, examples, ...]``, as means over the tasks."""
 
     def one_task(params: Params, x: Tensor) -> list[ChannelMoments]:
-        with _Recorder() as recorder:
+        moments: list[ChannelMoments] = []
+
+        def record(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            dims = [d for d in range(x.ndim) if d != 1]
+            wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # 8 bits are too few for sums
+            moments.append(ChannelMoments(wide.mean(dim=dims), wide.var(dim=dims, correction=0)))
+            return functional.batch_norm(x, *args, **kwargs)
+
+        with _ReplaceBatchNorm(record):
             forward(params, x)
-        moments: list[ChannelMoments] = recorder.moments
         return moments
 
     layers: list[ChannelMoments] = over_tasks(one_task, fast, x, model=forward)
@@ -72,55 +77,36 @@ def with_fixed_statistics(forward: Forward, statistics: list[ChannelMoments]) ->
     """Return the model with these statistics in its BatchNorms, so that examples do not influence one another."""
 
     def nontransductive(params: Params, x: Tensor) -> Tensor:
-        with _FixedStatistics(statistics):
+        remaining = iter(statistics)
+
+        def normalise(
+            x: Tensor,
+            running_mean: Tensor | None,
+            running_var: Tensor | None,
+            weight: Tensor | None = None,
+            bias: Tensor | None = None,
+            training: bool = False,
+            momentum: float = 0.1,
+            eps: float = 1e-5,
+        ) -> Tensor:
+            mean, var = next(remaining)
+            shape = (1, -1, *[1] * (x.ndim - 2))
+            y = (x - mean.view(shape)) * torch.rsqrt(var + eps).view(shape)
+            y = y if weight is None else y * weight.view(shape)
+            return y if bias is None else y + bias.view(shape)
+
+        with _ReplaceBatchNorm(normalise):
             return forward(params, x)
 
     return nontransductive
 
 
-class _BatchNormMode(TorchFunctionMode):
-    """Intercepts every call of ``batch_norm``."""
+class _ReplaceBatchNorm(TorchFunctionMode):
+    """Calls a function in the place of ``torch.nn.functional.batch_norm``."""
+
+    def __init__(self, replacement: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.replacement = replacement
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.batch_norm:
-            return self.batch_norm(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def batch_norm(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        raise NotImplementedError
-
-
-class _Recorder(_BatchNormMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.moments: list[ChannelMoments] = []
-
-    def batch_norm(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        dims = [d for d in range(x.ndim) if d != 1]
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # autocast's 8 bits are too few for sums
-        self.moments.append(ChannelMoments(wide.mean(dim=dims), wide.var(dim=dims, correction=0)))
-        return functional.batch_norm(x, *args, **kwargs)
-
-
-class _FixedStatistics(_BatchNormMode):
-    def __init__(self, statistics: list[ChannelMoments]) -> None:
-        super().__init__()
-        self._remaining = iter(statistics)
-
-    def batch_norm(
-        self,
-        x: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        mean, var = next(self._remaining)
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        y = (x - mean.view(shape)) * torch.rsqrt(var + eps).view(shape)
-        y = y if weight is None else y * weight.view(shape)
-        return y if bias is None else y + bias.view(shape)
+        return (self.replacement if func is functional.batch_norm else func)(*args, **(kwargs or {}))

@@ -45,18 +45,13 @@ def is_batchable(model: object, loss: object = None) -> bool:
 
 
 def over_tasks(function: Callable[..., Any], *stacked: Any, model: object, loss: object = None) -> Any:
-    """Compute a function of one task for all tasks; differentiable.
-
-    Dropout draws a mask for every task.
+    """Compute a function of one task for all tasks; differentiable. Dropout draws a mask for every task.
 
     Args:
-        function: from one task's tensors, alone or in dictionaries, to tensors.
+        function: from one task's tensors, alone or in dictionaries, to tensors; its results are stacked, ``[T, ...]``.
         stacked: the function's arguments, each tensor ``[T, ...]``.
         model: that the function calls, remembered if it cannot be batched.
         loss: that the function calls as well.
-
-    Returns:
-        The function's result, each tensor ``[T, ...]``.
 
     Raises:
         ValueError: if the model checkpoints activations.
@@ -71,9 +66,8 @@ def over_tasks(function: Callable[..., Any], *stacked: Any, model: object, loss:
         with differentiable_layers(), _restore_batched_attributes(model):
             return torch.vmap(function, randomness="different")(*stacked)
     except (RuntimeError, AssertionError) as error:
-        if any(
-            frame.f_globals.get("__name__") == "torch.utils.checkpoint" for frame, _ in walk_tb(error.__traceback__)
-        ):
+        modules = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
+        if "torch.utils.checkpoint" in modules:
             raise ValueError(ACTIVATION_CHECKPOINT_ERROR) from error
         if isinstance(error, (RecursionError, torch.AcceleratorError)) or _NEVER_RETRIED.search(str(error)):
             raise

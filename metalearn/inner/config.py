@@ -16,6 +16,9 @@ from metalearn.inner.update_rules import FORMER_METHODS, SGD, UpdateRule
 LEARNED_LR_MODES = ("parameter", "layer", "layer_and_step")
 """Names for ``InnerLoop.learned_lr``."""
 
+_WHOLE_NUMBERS = ("steps", "task_chunk", "snapshot_every")
+_NUMBERS = ("lr", "weight_decay", "proximal_weight", "clip_norm")
+
 Initializer = Callable[[Forward, Params, Tensor, Tensor], Params]
 """``initializer(forward, fast, support_x, support_y)``: the tasks' first parameters, from T copies of theta."""
 
@@ -76,14 +79,40 @@ class InnerLoop:
     initializer: Initializer | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.second_order, bool):
-            raise ValueError(f"InnerLoop: second_order={self.second_order!r}; it must be True or False.")
-        if not isinstance(self.engine, str):
-            raise ValueError(f"InnerLoop: engine={self.engine!r}; it must be a name, as in engine='unroll'.")
-        if self.learned_lr is not None and self.learned_lr not in LEARNED_LR_MODES:
-            raise ValueError(
-                f"InnerLoop: learned_lr={self.learned_lr!r}; it must be one of {', '.join(LEARNED_LR_MODES)}, or None."
-            )
+        lr, decay, proximal, clip = map(_as_float, (self.lr, self.weight_decay, self.proximal_weight, self.clip_norm))
+        for name, is_valid, needed in (
+            ("lr", 0 < lr < math.inf, "a positive number"),
+            ("steps", _is_whole(self.steps, least=0), "a whole number, 0 or more"),
+            ("second_order", isinstance(self.second_order, bool), "True or False"),
+            ("engine", isinstance(self.engine, str), "a name, as in engine='unroll'"),
+            ("task_chunk", self.task_chunk is None or _is_whole(self.task_chunk), "at least 1, or None for all tasks"),
+            ("snapshot_every", _is_whole(self.snapshot_every), "a whole number, 1 or more"),
+            (
+                "learned_lr",
+                self.learned_lr in (None, *LEARNED_LR_MODES),
+                f"one of {', '.join(LEARNED_LR_MODES)}, or None",
+            ),
+            ("weight_decay", 0 <= decay < math.inf, "a number, 0 or more"),
+            ("proximal_weight", 0 <= proximal < math.inf, "a number, 0 or more"),
+            ("clip_norm", self.clip_norm is None or 0 < clip < math.inf, "a positive number, or None"),
+        ):
+            if not is_valid:
+                raise ValueError(f"InnerLoop: {name}={getattr(self, name)!r}; it must be {needed}.")
+        # Python's own numbers, as numpy's and fractions do not multiply tensors
+        for convert, names in ((int, _WHOLE_NUMBERS), (float, _NUMBERS)):
+            for name in names:
+                if (value := getattr(self, name)) is not None:
+                    object.__setattr__(self, name, convert(value))
+        self._check_rule()
+        for setting in ("adapted_params", "per_step_params"):
+            if isinstance(value := getattr(self, setting), str):
+                raise ValueError(f"InnerLoop: {setting}={value!r}; it must be a set of names, as in {{{value!r}}}.")
+            object.__setattr__(self, setting, value if value is None else frozenset(value))
+        if self.adapted_params is not None and not self.adapted_params:
+            raise ValueError("InnerLoop: adapted_params is empty; name a parameter, or take steps=0 to adapt nothing.")
+        self._convert_query_weights()
+
+    def _check_rule(self) -> None:
         if isinstance(self.rule, type):
             raise ValueError(
                 f"InnerLoop: rule={self.rule.__name__} is a class; make one of it: {self.rule.__name__}()."
@@ -94,40 +123,6 @@ class InnerLoop:
                 f"InnerLoop: rule={self.rule!r} has no {missing[0]}; it must be an update rule: metalearn.SGD(), "
                 "Momentum(), Adam(), or one of your own with init and update (metalearn.UpdateRule)."
             )
-        for setting in ("adapted_params", "per_step_params"):
-            if isinstance(names := getattr(self, setting), str):
-                raise ValueError(f"InnerLoop: {setting}={names!r}; it must be a set of names, as in {{{names!r}}}.")
-            object.__setattr__(self, setting, names if names is None else frozenset(names))
-        if self.adapted_params is not None and not self.adapted_params:
-            raise ValueError("InnerLoop: adapted_params is empty; name a parameter, or take steps=0 to adapt nothing.")
-        self._convert_numbers()
-        self._convert_query_weights()
-
-    def _convert_numbers(self) -> None:
-        """Check the ranges; convert to Python's own numbers, as numpy's and fractions do not multiply tensors."""
-        for name, least, needed in (
-            ("steps", 0, "a whole number, 0 or more"),
-            ("snapshot_every", 1, "a whole number, 1 or more"),
-            ("task_chunk", 1, "at least 1, or None for all tasks"),
-        ):
-            value = getattr(self, name)
-            if name == "task_chunk" and value is None:
-                continue
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-                raise ValueError(f"InnerLoop: {name}={value!r}; it must be {needed}.")
-            object.__setattr__(self, name, int(value))
-        for name, may_be_zero, needed in (
-            ("lr", False, "a positive number"),
-            ("weight_decay", True, "a number, 0 or more"),
-            ("proximal_weight", True, "a number, 0 or more"),
-            ("clip_norm", False, "a positive number, or None"),
-        ):
-            if name == "clip_norm" and self.clip_norm is None:
-                continue
-            number = _as_float(getattr(self, name))
-            if not math.isfinite(number) or number < 0 or (number == 0 and not may_be_zero):
-                raise ValueError(f"InnerLoop: {name}={getattr(self, name)!r}; it must be {needed}.")
-            object.__setattr__(self, name, number)
 
     def _convert_query_weights(self) -> None:
         if self.query_weights is None:
@@ -150,6 +145,10 @@ class InnerLoop:
     def query_loss_weights(self) -> tuple[float, ...]:
         """w_0, ..., w_K of the query losses."""
         return self.query_weights or (*(0.0,) * self.steps, 1.0)
+
+
+def _is_whole(value: object, *, least: int = 1) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def _as_float(value: object) -> float:

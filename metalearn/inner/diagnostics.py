@@ -20,26 +20,23 @@ _IN_PLACE = (
     "the model changes it in place, so that every later pass sees something else. Compute a new tensor: w = 0.9 * w, "
     "not w *= 0.9 or w.mul_(0.9); no inplace=True in a first layer, no max_norm= of an embedding."
 )
-_OVERWRITES = (
-    "the model overwrites a tensor in place that its gradient needs, or that tasks share: a parameter, an input or an "
-    "activation. Compute a new tensor: w = 0.9 * w, not w *= 0.9 or w.mul_(0.9); h = h + 1, not h += 1."
-)
-_DATA = (
-    "the model reads or writes .data, which hides from autograd what it does. Read with .detach(), and compute a new "
-    "tensor instead of writing: w = 0.9 * w."
-)
-_RECURRENT = (
-    "cuDNN's kernels for nn.LSTM, nn.GRU and nn.RNN have no second derivative. Call the layer inside of "
-    "torch.backends.cudnn.flags(enabled=False), or write the recurrence out of nn.Linear layers."
-)
 _KNOWN_ERRORS = (
     (
         r"leaf Variable that requires grad is being used in an in-place|refers to a single memory location"
         r"|modified by an inplace operation|would mutate a captured Tensor|vmap: inplace arithmetic",
-        _OVERWRITES,
+        "the model overwrites a tensor in place that its gradient needs, or that tasks share: a parameter, an input or "
+        "an activation. Compute a new tensor: w = 0.9 * w, not w *= 0.9 or w.mul_(0.9); h = h + 1, not h += 1.",
     ),
-    (r"accessing `data` under vmap", _DATA),
-    (r"derivative for '?(aten::)?_(cudnn|thnn|miopen).*(rnn|lstm|gru)", _RECURRENT),
+    (
+        r"accessing `data` under vmap",
+        "the model reads or writes .data, which hides from autograd what it does. Read with .detach(), and compute a "
+        "new tensor instead of writing: w = 0.9 * w.",
+    ),
+    (
+        r"derivative for '?(aten::)?_(cudnn|thnn|miopen).*(rnn|lstm|gru)",
+        "cuDNN's kernels for nn.LSTM, nn.GRU and nn.RNN have no second derivative. Call the layer inside of "
+        "torch.backends.cudnn.flags(enabled=False), or write the recurrence out of nn.Linear layers.",
+    ),
     (
         r"derivative for '?(aten::)?_scaled_dot_product_\w+_backward",
         "this attention kernel has no second derivative. metalearn asks for one that has, and the model overrules it: "
@@ -193,14 +190,7 @@ def _describe_tensor(name: str, value: object) -> str:
 
 @contextmanager
 def check_no_inplace_writes(tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Check that a forward pass does not write to its inputs.
-
-    Args:
-        tensors: by their names in the message.
-
-    Raises:
-        ValueError: naming the tensor.
-    """
+    """Raise a ``ValueError`` that names the tensor, if a forward pass writes to one of its inputs."""
     versions = {name: t._version for name, t in tensors.items() if not t.is_inference()}  # counts in-place changes
     yield
     for name, version in versions.items():
@@ -230,11 +220,9 @@ def loss_checks_deferred() -> bool:
 
 
 def check_losses_finite(support_losses: list[Tensor], query_losses: Tensor | None = None) -> None:
-    """Check that no loss is NaN or infinite; do nothing inside ``defer_loss_checks``.
+    """Check that no support loss before each inner step, and no query loss, is NaN or infinite, ``[T]`` each.
 
-    Args:
-        support_losses: before each inner step, ``[T]`` each.
-        query_losses: ``[T]``.
+    Do nothing inside ``defer_loss_checks``.
 
     Raises:
         NonFiniteLossError: naming the first inner step, and its first task.

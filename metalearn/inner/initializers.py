@@ -1,7 +1,4 @@
-"""Initial parameters of a task that are not theta itself: for ``InnerLoop.initializer``.
-
-Each is a function of T stacked copies of theta and the support sets, and differentiable in theta.
-"""
+"""Initial parameters of a task that are not theta itself, for ``InnerLoop.initializer``; differentiable in theta."""
 
 from __future__ import annotations
 
@@ -18,10 +15,7 @@ from metalearn.inner.losses import task_predictions
 
 @dataclass(frozen=True)
 class ZeroContext:
-    """phi_0 = 0: every task starts with zero context parameters, and theta's are never changed.
-
-    Args:
-        names: of the context parameters.
+    """phi_0 = 0: every task starts with zero context parameters ``names``, and theta's are never changed.
 
     Reference: Zintgraf et al. 2019 (CAVIA), arXiv 1810.03642, algorithm 1.
     """
@@ -59,7 +53,10 @@ class PrototypeHead:
     def __call__(self, forward: Forward, fast: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """Return ``fast`` with the head that classifies by class means."""
         ways = self.ways or fast[self.weight].shape[1]
-        means = class_means(embeddings(forward, fast, support_x, self.weight, self.bias), support_y, ways)
+        embedded = embeddings(forward, fast, support_x, self.weight, self.bias)  # [T, S, D]
+        classes = torch.arange(ways, device=support_y.device).view(1, -1, 1)
+        members = (support_y.unsqueeze(1) == classes).to(embedded.dtype)  # [T, N, S]
+        means = members @ embedded / members.sum(dim=-1, keepdim=True).clamp(min=1)  # 0 for a class without an example
         return {**fast, self.weight: 2 * means, self.bias: -(means * means).sum(dim=-1)}
 
 
@@ -86,12 +83,3 @@ def embeddings(forward: Forward, fast: Params, x: Tensor, weight: str, bias: str
     if embedded.shape[-1] != width:
         raise ValueError(wrong_layer)
     return embedded
-
-
-def class_means(embedded: Tensor, labels: Tensor, ways: int) -> Tensor:
-    """Return the mean of each class, ``[T, N, D]``, of embeddings ``[T, S, D]`` with labels ``[T, S]``.
-
-    A class without an example has the mean 0.
-    """
-    members = (labels.unsqueeze(1) == torch.arange(ways, device=labels.device).view(1, -1, 1)).to(embedded.dtype)
-    return members @ embedded / members.sum(dim=-1, keepdim=True).clamp(min=1)

@@ -34,17 +34,9 @@ def inner_step(
 ) -> tuple[InnerState, Tensor]:
     """Take the k-th gradient step of every task.
 
-    If ``state`` carries a graph and gradients are enabled, the result is differentiable through it, and with
-    ``inner.second_order`` through the inner gradient as well.
-
-    Args:
-        forward: one task's model.
-        state: from ``init_state`` or the step before.
-        support_x: ``[T, S, ...]``.
-        support_y: ``[T, S, ...]``.
-        inner: the settings.
-        loss: one task's mean loss.
-        k: from 0.
+    If ``state``, from ``init_state`` or the step before, carries a graph and gradients are enabled, the result is
+    differentiable through it, and with ``inner.second_order`` through the inner gradient as well. ``support_x`` and
+    ``support_y`` are ``[T, S, ...]``, and k counts from 0.
 
     Returns:
         ``(state, losses)``: after the step, and the support losses ``[T]`` before it, detached.
@@ -93,8 +85,7 @@ def adapt(
         params: meta-parameters theta, each ``[...]``, with learned step sizes if ``inner`` has them.
         support_x: ``[T, S, ...]``.
         support_y: ``[T, S, ...]``; int64 labels for the default loss.
-        inner: step size, number of steps, update rule, and whether the result is differentiable through the inner
-            gradients.
+        inner: the settings; with ``second_order`` the result is differentiable through the inner gradients.
         loss: ``loss(prediction, target)``, the mean over one task's examples.
 
     Returns:

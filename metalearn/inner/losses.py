@@ -22,14 +22,7 @@ class TaskLosses(NamedTuple):
 
 
 def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: Loss) -> TaskLosses:
-    """Compute the loss of every task under the task's own parameters.
-
-    Args:
-        forward: one task's model.
-        fast: stacked parameters, each ``[T, ...]``.
-        x: inputs ``[T, examples, ...]``.
-        y: targets ``[T, examples, ...]``.
-        loss: one task's mean loss.
+    """Compute the loss of every task under its own parameters ``fast``, for inputs and targets ``[T, examples, ...]``.
 
     Raises:
         TypeError: if ``forward`` or ``loss`` does not return a tensor.
@@ -94,8 +87,5 @@ def _named_tensors(fast: Params, *examples: Tensor) -> dict[str, Tensor]:
 
 
 def total_support_loss(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: Loss) -> Tensor:
-    """Return the sum of the tasks' support losses.
-
-    Its gradient holds every task's own gradient, and its Hessian is block-diagonal over tasks.
-    """
+    """Return the sum of the support losses: its gradient is each task's, its Hessian block-diagonal over tasks."""
     return task_losses(forward, fast, x, y, loss=loss).losses.sum()

@@ -37,8 +37,7 @@ def lr_key(name: str) -> str:
 def with_learned_lrs(theta: Params, inner: InnerLoop) -> Params:
     """Return theta with the step sizes that ``inner.learned_lr`` asks for, all of them ``inner.lr``.
 
-    Returns:
-        ``theta`` and, for every adapted parameter, ``lr::NAME``: shaped like it, ``[]``, or ``[K]``.
+    They are ``lr::NAME`` for every adapted parameter: shaped like it, ``[]``, or ``[K]``.
 
     Example:
         >>> theta = {"w": torch.zeros(3)}
@@ -89,10 +88,7 @@ def adapted_param_names(state: InnerState, inner: InnerLoop) -> list[str]:
 
 
 def params_at_step(state: InnerState, inner: InnerLoop, k: int) -> Params:
-    """Return the model's parameters after k steps, ``[T, ...]``: of per-step parameters, the k-th value.
-
-    After more steps than were trained the last value is used.
-    """
+    """Return the model's parameters after k steps, ``[T, ...]``: of per-step parameters, value k or the last."""
     return {
         name: w[:, min(k, w.shape[1] - 1)] if name in inner.per_step_params else w
         for name, w in without_state(state).items()
@@ -105,14 +101,7 @@ def meta_params_at_step(theta: Params, inner: InnerLoop, k: int = 0) -> Params:
 
 
 def apply_update(state: InnerState, grads: Params, inner: InnerLoop, k: int) -> InnerState:
-    """Return the state of every task after the k-th step; differentiable in the state and the gradients.
-
-    Args:
-        state: before the step.
-        grads: of the adapted parameters, ``[T, ...]``.
-        inner: the settings.
-        k: from 0.
-    """
+    """Return the state of every task after step k; differentiable in the state and the gradients ``[T, ...]``."""
     if inner.clip_norm is not None:
         grads = clip_by_norm(grads, inner.clip_norm)
     if inner.weight_decay:
@@ -180,10 +169,7 @@ def _lr_at_step(state: InnerState, name: str, inner: InnerLoop, k: int) -> Tenso
 def check_params_match_config(theta: Params, inner: InnerLoop, *, training: bool = False) -> None:
     """Check that an inner loop fits the meta-parameters.
 
-    Args:
-        theta: the meta-parameters.
-        inner: the settings.
-        training: whether per-step entries must be for exactly K steps; else the last one serves for more steps.
+    In training per-step entries must be for exactly K steps; else the last one serves for more steps.
 
     Raises:
         ValueError: naming the missing, unknown or wrongly shaped entry, and the function that makes it.

@@ -35,19 +35,12 @@ class UpdateRule(Protocol):
     """Maps gradients to directions, for T tasks at once. Make it a frozen dataclass: it is part of the settings."""
 
     def init(self, fast: Params) -> Params:
-        """Return the rule's state before the first step: tensors ``[T, ...]`` under names made by ``state_key``.
-
-        Args:
-            fast: the adapted parameters, ``[T, ...]``.
-        """
+        """Return the state before the first step from the adapted parameters: ``[T, ...]``, named by ``state_key``."""
 
     def update(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
         """Return directions, named and shaped like the gradients, and the new state, by differentiable operations.
 
-        Args:
-            k: number of the step, from 0.
-            grads: each task's gradients, ``[T, ...]``.
-            state: from ``init`` or the step before.
+        ``k`` counts steps from 0; gradients are ``[T, ...]``; ``state`` is from ``init`` or the step before.
         """
 
 
@@ -80,14 +73,8 @@ class SGD(_Rule):
 class Momentum(_Rule):
     """v_k = mu v_{k-1} + g_k, from v = 0;  d_k = v_k, or with Nesterov's g_k + mu v_k.
 
-    Equals ``torch.optim.SGD`` without dampening (Sutskever et al. 2013, with the step size outside of v).
-
-    Args:
-        momentum: mu, at least 0 and below 1.
-        nesterov: whether to look ahead.
-
-    Raises:
-        ValueError: if mu is out of range.
+    Equals ``torch.optim.SGD`` without dampening (Sutskever et al. 2013, with the step size outside of v). mu =
+    ``momentum`` must be at least 0 and below 1.
     """
 
     momentum: float = 0.9
@@ -115,12 +102,7 @@ class Adam(_Rule):
     with derivative 1 / eps at g = 0: with the usual eps of 1e-8 meta-gradients may be huge where an entry of the
     gradient is nearly 0, and a larger one tames them. An entry that has always been 0 passes nothing through v.
 
-    Args:
-        betas: of the two averages, each at least 0 and below 1.
-        eps: positive.
-
-    Raises:
-        ValueError: if a number is out of range.
+    ``betas`` of the two averages must be at least 0 and below 1, and ``eps`` positive.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)

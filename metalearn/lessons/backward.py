@@ -10,8 +10,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from matplotlib.figure import Figure
@@ -33,7 +32,7 @@ _TENSORS = 40
 _SIZE = 32_768  # numbers of float64 in each, 0.25 MiB
 
 
-def by_backward(reset: Callable[[Tensor], None]) -> float:
+def by_backward(reset: Callable[[Tensor], object]) -> float:
     """Return the second derivative of x^2 at 3 by two backward passes."""
     x = leaf(3.0)
     (x**2).backward(create_graph=True)
@@ -43,20 +42,6 @@ def by_backward(reset: Callable[[Tensor], None]) -> float:
     second = grad_of(x).item()
     x.grad = None  # otherwise x is never freed
     return second
-
-
-def to_none(x: Tensor) -> None:
-    """Drop the gradient; the tensor itself lives on as ``dy``."""
-    x.grad = None
-
-
-def to_zero(x: Tensor) -> None:
-    """Overwrite the gradient, and with it ``dy``, which is the same tensor."""
-    grad_of(x).zero_()
-
-
-def leave(x: Tensor) -> None:
-    """Do nothing."""
 
 
 def backward(x: Tensor) -> None:
@@ -79,12 +64,15 @@ def alive_after(differentiate: Callable[[Tensor], None]) -> tuple[str, str]:
     """Return whether x outlives its name, and whether it also outlives a garbage collection."""
     x = leaf(3.0)
     reference = weakref.ref(x)
-    with no_garbage_collection():
-        differentiate(x)
-        del x
-        unnamed = alive_or_freed(reference)
+    was_enabled = gc.isenabled()
+    gc.disable()  # only reference counting frees memory
+    differentiate(x)
+    del x
+    unnamed = "alive" if reference() is not None else "freed"
+    if was_enabled:
+        gc.enable()
     gc.collect()
-    collected = alive_or_freed(reference)
+    collected = "alive" if reference() is not None else "freed"
     break_cycle(reference)
     return unnamed, collected
 
@@ -112,27 +100,10 @@ def grad_of(x: Tensor) -> Tensor:
     return x.grad
 
 
-def alive_or_freed(reference: weakref.ref[Tensor]) -> str:
-    """Return a word for a check."""
-    return "alive" if reference() is not None else "freed"
-
-
 def break_cycle(reference: weakref.ref[Tensor]) -> None:
     """Break the cycle, so that the lesson itself leaks nothing."""
     if (x := reference()) is not None:
         x.grad = None
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Disable the garbage collector, so that only reference counting frees memory."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def cycle_warnings(differentiate: Callable[[Tensor], None]) -> list[str]:
@@ -182,13 +153,14 @@ def _values() -> list[Check]:
     y = x**2
     y.backward(retain_graph=True)
     y.backward()
+    zeroed = by_backward(lambda x: grad_of(x).zero_())  # overwrites dy as well, which is the same tensor
     return [
         Check("x.grad after backward on x^2 at 3", first, 6.0),
         Check("x.grad.requires_grad", has_graph, "True"),
-        Check("second backward, x.grad = None before it", by_backward(to_none), 2.0),
-        Check("second backward, x.grad left: 6 + 2", by_backward(leave), 8.0),
+        Check("second backward, x.grad = None before it", by_backward(lambda x: setattr(x, "grad", None)), 2.0),
+        Check("second backward, x.grad left: 6 + 2", by_backward(lambda x: None), 8.0),
         Check("the first derivative as it reads then", first_afterwards, 8.0),
-        Check("second backward, x.grad.zero_() before it", by_backward(to_zero), 0.0, source="observed"),
+        Check("second backward, x.grad.zero_() before it", zeroed, 0.0, source="observed"),
         Check("y.backward() twice: 6 + 6, no second derivative", grad_of(x).item(), 12.0),
     ]
 
@@ -208,33 +180,23 @@ def _lifetimes() -> list[Check]:
 
 
 def _memory(memory: dict[str, list[float]]) -> list[Check]:
-    leaked = 2 * _TENSORS * _SIZE * 8 / 2**20  # x and x.grad, 8 bytes a number
+    what, leaked = f"MiB held after {_TENSORS} tensors:", 2 * _TENSORS * _SIZE * 8 / 2**20  # x and x.grad, 8 bytes each
     return [
-        Check(f"MiB held after {_TENSORS} tensors: backward", memory["backward"][-1], leaked),
-        Check(
-            f"MiB held after {_TENSORS} tensors: backward, then x.grad = None",
-            memory["backward_then_reset"][-1],
-            0.0,
-        ),
-        Check(f"MiB held after {_TENSORS} tensors: autograd.grad", memory["autograd_grad"][-1], 0.0),
+        Check(f"{what} backward", memory["backward"][-1], leaked),
+        Check(f"{what} backward, then x.grad = None", memory["backward_then_reset"][-1], 0.0),
+        Check(f"{what} autograd.grad", memory["autograd_grad"][-1], 0.0),
     ]
 
 
 def _plot(memory: dict[str, list[float]]) -> Figure:
     figure, (axes,) = panels(1, width=7.5, height=3.6)
-    count = range(1, _TENSORS + 1)
-    axes.plot(count, memory["backward"], color=VERMILION, linewidth=2, label="backward(create_graph=True)")
-    axes.plot(count, memory["backward_then_reset"], color=GREEN, linewidth=4, label="the same, then x.grad = None")
-    axes.plot(
-        count,
-        memory["autograd_grad"],
-        color=BLUE,
-        linewidth=1.8,
-        linestyle="--",
-        label="autograd.grad(create_graph=True)",
-    )
-    axes.set(
-        xlabel="tensors differentiated and dropped", ylabel="still in memory [MiB]", title="x and x.grad, 0.25 MiB each"
-    )
+    for name, colour, style, width, label in (
+        ("backward", VERMILION, "-", 2, "backward(create_graph=True)"),
+        ("backward_then_reset", GREEN, "-", 4, "the same, then x.grad = None"),
+        ("autograd_grad", BLUE, "--", 1.8, "autograd.grad(create_graph=True)"),
+    ):
+        axes.plot(range(1, _TENSORS + 1), memory[name], style, color=colour, linewidth=width, label=label)
+    axes.set(xlabel="tensors differentiated and dropped", ylabel="still in memory [MiB]")
+    axes.set_title("x and x.grad, 0.25 MiB each")
     axes.legend(frameon=False, loc="upper left")
     return figure

@@ -79,16 +79,6 @@ def in_the_input(activation: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor
     return y.detach(), dy.detach(), d2y
 
 
-def relu_in_its_weights(w: Tensor) -> Tensor:
-    """Compute two layers of one unit each, w2 relu(w1 x), at x = 3."""
-    return w[1] * torch.relu(w[0] * 3.0)
-
-
-def squared_error(w: Tensor) -> Tensor:
-    """Compute the loss of the same network, for the target 29."""
-    return (relu_in_its_weights(w) - 29.0) ** 2
-
-
 KINKS = torch.tensor([-2.2, -1.3, -0.4, 0.7, 1.6], dtype=torch.float64)
 HEIGHTS = torch.tensor([1.0, -1.8, 1.5, -1.6, 1.4], dtype=torch.float64)
 GRID = torch.linspace(-3, 3, 241, dtype=torch.float64) + 0.003  # no point of it is a kink
@@ -110,17 +100,22 @@ def lesson() -> Lesson:
 
 
 def _second_derivatives() -> list[Check]:
-    without = value_or_error(lambda: twice(create_graph=False)[1])
-    retained = value_or_error(lambda: twice(create_graph=False, retain_graph=True)[1])
+    dy, d2y = twice(create_graph=True)
+    wrong = {
+        "create_graph=False": value_or_error(lambda: twice(create_graph=False)[1]),
+        "retain_graph=True instead": value_or_error(lambda: twice(create_graph=False, retain_graph=True)[1]),
+        "dy/dx detached": value_or_error(detached),
+    }
+    sums = {
+        "create_graph=True": (penalised(create_graph=True), 51.0),  # x^3 + (2 x)^2: 3 x^2 + 8 x = 27 + 24
+        "create_graph=False": (penalised(create_graph=False), 27.0),  # x^3 + a constant: 3 x^2
+        "dy/dx detached": (penalised(create_graph=True, detach=True), 27.0),
+    }
     return [
-        Check("dy/dx of x^2 at 3", twice(create_graph=True)[0].item(), 6.0),
-        Check("d2y/dx2 of x^2, create_graph=True", twice(create_graph=True)[1].item(), 2.0),
-        Check("d2y/dx2 of x^2, create_graph=False", without, "RuntimeError", source="observed"),
-        Check("d2y/dx2 of x^2, retain_graph=True instead", retained, "RuntimeError", source="observed"),
-        Check("d2y/dx2 of x^2, dy/dx detached", value_or_error(detached), "RuntimeError", source="observed"),
-        Check("d/dx of x^3 + (dy/dx)^2, create_graph=True", penalised(create_graph=True).item(), 51.0),
-        Check("d/dx of x^3 + (dy/dx)^2, create_graph=False", penalised(create_graph=False).item(), 27.0),
-        Check("d/dx of x^3 + (dy/dx)^2, dy/dx detached", penalised(create_graph=True, detach=True).item(), 27.0),
+        Check("dy/dx of x^2 at 3", dy.item(), 6.0),
+        Check("d2y/dx2 of x^2, create_graph=True", d2y.item(), 2.0),
+        *(Check(f"d2y/dx2 of x^2, {how}", value, "RuntimeError", source="observed") for how, value in wrong.items()),
+        *(Check(f"d/dx of x^3 + (dy/dx)^2, {how}", sum_.item(), known) for how, (sum_, known) in sums.items()),
     ]
 
 
@@ -129,8 +124,12 @@ def _piecewise_linear() -> list[Check]:
     tanh = in_the_input(torch.nn.Tanh(), GRID)
     t = torch.tanh(GRID[:, None] - KINKS)
     formula = (-2 * t * (1 - t**2) * HEIGHTS).sum(dim=1)
+
+    def two_layers(w: Tensor) -> Tensor:
+        return w[1] * torch.relu(w[0] * 3.0)  # of one unit each, at x = 3
+
     w = torch.tensor([2.0, 5.0], dtype=torch.float64)
-    network, loss = hessian(relu_in_its_weights, w), hessian(squared_error, w)
+    network, loss = hessian(two_layers, w), hessian(lambda w: (two_layers(w) - 29.0) ** 2, w)
     return [
         Check("largest |d2y/dx2| of a ReLU network in its input", curvature, 0.0),
         Check("tanh network: largest error of d2y/dx2", (tanh[2] - formula).abs().max().item(), 0.0, tolerance=1e-12),
@@ -159,15 +158,11 @@ def _no_way_to_x() -> list[Check]:
 
 def _plot() -> Figure:
     figure, axes = panels(3, width=11, height=3.4)
-    for name, activation, colour, style in (
-        ("ReLU", torch.nn.ReLU(), BLUE, "-"),
-        ("tanh", torch.nn.Tanh(), VERMILION, "--"),
-    ):
-        for panel, values in zip(axes, in_the_input(activation, GRID), strict=True):
-            panel.plot(GRID, values, color=colour, linestyle=style, linewidth=1.8, label=f"{name} network")
-    for panel, title in zip(
-        axes, ("network, y(x)", "first derivative, dy/dx", "second derivative, d²y/dx²"), strict=True
-    ):
+    titles = ("network, y(x)", "first derivative, dy/dx", "second derivative, d²y/dx²")
+    relu, tanh = in_the_input(torch.nn.ReLU(), GRID), in_the_input(torch.nn.Tanh(), GRID)
+    for panel, title, by_relu, by_tanh in zip(axes, titles, relu, tanh, strict=True):
+        panel.plot(GRID, by_relu, color=BLUE, linewidth=1.8, label="ReLU network")
+        panel.plot(GRID, by_tanh, "--", color=VERMILION, linewidth=1.8, label="tanh network")
         panel.set(title=title, xlabel="input x")
         panel.axhline(0, color="black", linewidth=0.5, zorder=0)
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)

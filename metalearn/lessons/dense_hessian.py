@@ -56,14 +56,12 @@ def quartic(x: Tensor) -> Tensor:
 
 def batched(x: Tensor) -> Tensor:
     """Compute 64 rows per pass."""
-    h: Tensor = hessian(quartic, x)
-    return h
+    return hessian(quartic, x)  # type: ignore[no-any-return]  # a Tensor of a Tensor
 
 
 def row_by_row(x: Tensor) -> Tensor:
     """Compute one row per backward pass."""
-    h: Tensor = torch.autograd.functional.hessian(quartic, x)
-    return h
+    return torch.autograd.functional.hessian(quartic, x)  # type: ignore[no-any-return]
 
 
 def one_product(x: Tensor) -> Tensor:
@@ -111,37 +109,33 @@ def peak(route: Callable[[Tensor], Tensor], x: Tensor) -> int:
     """Return the peak bytes of all tensors."""
     with PeakTensorMemory() as live:
         route(x)
-    most: int = live.peak
-    return most
+    return int(live.peak)
 
 
 def _entries() -> list[Check]:
     """Compare both methods at n = 1,000 with diag(x^2) + 1/n."""
     x = _random_point(1000)
     known = torch.diag(x.square()) + 1 / 1000
-    errors = {
-        name: (route(x) - known).abs().max().item()
+    return [
+        Check(f"n = 1,000, {name}: largest error of an entry", (route(x) - known).abs().max().item(), 0.0, 1e-5)
         for name, route in (("hessian", batched), ("row by row", row_by_row))
-    }
-    return [Check(f"n = 1,000, {name}: largest error of an entry", error, 0.0, 1e-5) for name, error in errors.items()]
+    ]
 
 
 def exponent(measured: list[Measured]) -> float:
     """Fit the p in bytes = c n^p by least squares in the logarithms."""
-    p: float = np.polyfit([math.log(m.n) for m in measured], [math.log(m.entries) for m in measured], 1)[0]
-    return float(p)
+    return float(np.polyfit([math.log(m.n) for m in measured], [math.log(m.entries) for m in measured], 1)[0])
 
 
 def _growth(measured: dict[str, list[Measured]]) -> list[Check]:
     x = _random_point(1000)
     at = {name: {m.n: m for m in found} for name, found in measured.items()}
+    ratio = at["hessian"][1000].entries / at["hessian"][100].entries
     return [
         Check("n = 1,000: bytes of the matrix", at["hessian"][1000].entries, 4_000_000),
         Check("n = 1,000: peak over hessian_bytes", peak(batched, x) / hessian_bytes(x), 1.0, 0.25, "measured"),
         Check("n = 1,000: bytes of a product", at["one hvp"][1000].entries, 4_000),
-        Check(
-            "bytes at n = 1,000 over bytes at n = 100", at["hessian"][1000].entries / at["hessian"][100].entries, 100.0
-        ),
+        Check("bytes at n = 1,000 over bytes at n = 100", ratio, 100.0),
         *(
             Check(f"p in bytes = c n^p, {name}", exponent(measured[name]), p, 1e-9)
             for name, p in (("hessian", 2.0), ("row by row", 2.0), ("one hvp", 1.0))
@@ -181,9 +175,8 @@ def _plot(measured: dict[str, list[Measured]]) -> Figure:
     styles = {"hessian": (BLUE, "o-"), "row by row": (VERMILION, "s--"), "one hvp": (GREEN, "^-.")}
     for name, found in measured.items():
         colour, style = styles[name]
-        memory.loglog(
-            *zip(*((m.n, m.peak) for m in found if m.peak), strict=True), style, color=colour, label=f"{name}, peak"
-        )
+        peaks = {m.n: m.peak for m in found if m.peak}
+        memory.loglog(list(peaks), list(peaks.values()), style, color=colour, label=f"{name}, peak")
         clock.loglog([m.n for m in found], [m.seconds for m in found], style, color=colour, label=name)
     span = np.array([10.0, 1e6])
     free = available_memory(torch.device("cpu"))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,23 +40,14 @@ sides are one array and the difference is 0; dividing the central difference by 
 torch.autograd.gradcheck on float32 inputs, whose default step of 1e-6 rejects a correct gradient."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """A difference formula, and its predicted errors on f = exp.
-
-    Args:
-        name: name of the formula.
-        estimate: maps x and h to an estimate of exp(x), which is its own derivative of every order.
-        order: p of the truncation error, which falls as h^p.
-        rounding: q of the rounding error, which grows as eps / h^q.
-        best: maps eps to the step where the two are equal, at about eps^(p / (p + q)).
-    """
+class Method(NamedTuple):
+    """A difference formula, and its predicted errors on f = exp."""
 
     name: str
-    estimate: Callable[[Tensor, float], Tensor]
-    order: int
-    rounding: int
-    best: Callable[[float], float]
+    estimate: Callable[[Tensor, float], Tensor]  # from x and h to exp(x), which is its own derivative of every order
+    order: int  # p of the truncation error, which falls as h^p
+    rounding: int  # q of the rounding error, which grows as eps / h^q
+    best: Callable[[float], float]  # from eps to the step where the two are equal, about eps^(1 / (p + q))
 
 
 def forward(x: Tensor, h: float) -> Tensor:
@@ -156,16 +147,10 @@ def _product() -> list[Check]:
     p, h = torch.softmax(x, 0), METHODS[3].best(torch.finfo(torch.float64).eps)
     known = p * v - p * p.dot(v)
     up, down = (gradient(log_sum_exp, x + step * v) for step in (h, -h))
-    found = {"difference of gradients": (up - down) / (2 * h), "hvp": hvp(log_sum_exp, x, v)}
-    tolerance = {"difference of gradients": 1e-8, "hvp": 1e-13}
+    ways = (("difference of gradients", (up - down) / (2 * h), 1e-8), ("hvp", hvp(log_sum_exp, x, v), 1e-13))
     return [
-        Check(
-            f"H v of log sum exp by {way}: relative error",
-            ((z - known).norm() / known.norm()).item(),
-            0.0,
-            tolerance[way],
-        )
-        for way, z in found.items()
+        Check(f"H v of log sum exp by {way}: relative error", ((z - known).norm() / known.norm()).item(), 0, tolerance)
+        for way, z, tolerance in ways
     ]
 
 
@@ -181,9 +166,8 @@ def too_small(x: Tensor, h: float = 1e-8) -> Tensor:
 
 def aliased(x: Tensor, h: float = 1e-3) -> Tensor:
     """Fail, as both names are one tensor, which is shifted up and down again."""
-    up = x
+    up = down = x
     up += h
-    down = x
     down -= h
     return (torch.square(up) - torch.square(down)) / (2 * h)
 
@@ -195,10 +179,11 @@ def halved(x: Tensor, h: float = 1e-3) -> Tensor:
 
 def _broken() -> list[Check]:
     """Check the results of the broken versions for the derivative 2, and of gradcheck on a correct gradient."""
+    one = torch.tensor(1.0, dtype=torch.float64)
     wrong = {
-        "x^2 at 1 in float32, step 1e-8": (too_small(torch.tensor(1.0)), 0.0),
-        "x^2 at 1, both sides one tensor": (aliased(torch.tensor(1.0, dtype=torch.float64)), 0.0),
-        "x^2 at 1, divided by h": (halved(torch.tensor(1.0, dtype=torch.float64)), 4.0),
+        "x^2 at 1 in float32, step 1e-8": (too_small(one.float()), 0.0),
+        "x^2 at 1, both sides one tensor": (aliased(one.clone()), 0.0),
+        "x^2 at 1, divided by h": (halved(one), 4.0),
     }
     return [
         *(Check(f"{what}: gives, for 2", found.item(), n, 1e-9, "by hand") for what, (found, n) in wrong.items()),

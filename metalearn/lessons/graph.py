@@ -46,8 +46,8 @@ def one_step(*, second_order: bool) -> Step:
     """Take one inner step of a model with one weight."""
     theta = expand_over_tasks({"w": leaf(0.5)}, 1)
     inner = InnerLoop(lr=0.1, steps=1, second_order=second_order)
-    fast, _ = inner_step(predict, theta, *SUPPORT, inner, loss=squared_error, k=0)
-    query, _ = task_losses(predict, fast, *QUERY, loss=squared_error)
+    fast, _ = inner_step(predict, theta, SUPPORT[0], SUPPORT[1], inner, loss=squared_error, k=0)
+    query, _ = task_losses(predict, fast, QUERY[0], QUERY[1], loss=squared_error)
     return Step(query.sum(), fast["w"])
 
 
@@ -69,13 +69,9 @@ def square_and_derivative(*, create_graph: bool) -> tuple[Tensor, Tensor]:
     return y, dy
 
 
-def _pair(x: list[float], y: list[float]) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets of one task."""
-    return torch.tensor([x], dtype=torch.float64), torch.tensor([y], dtype=torch.float64)
-
-
-SUPPORT = _pair([1.0, 2.0], [0.8, -0.4])
-QUERY = _pair([-1.0, 1.5], [-0.5, 0.2])
+SUPPORT = torch.tensor([[[1.0, 2.0]], [[0.8, -0.4]]], dtype=torch.float64)
+QUERY = torch.tensor([[[-1.0, 1.5]], [[-0.5, 0.2]]], dtype=torch.float64)
+"""Inputs and targets of one task of two examples."""
 
 
 def lesson() -> Lesson:
@@ -132,8 +128,8 @@ def _added(step: Step) -> set[Node]:
 
 
 def _double_backward(step: Step) -> str:
-    found = any("TanhBackwardBackward" in name_of(node) for node in nodes(step.query))
-    return "present" if found else "absent"
+    names = map(name_of, nodes(step.query))
+    return "present" if any("TanhBackwardBackward" in name for name in names) else "absent"
 
 
 def _square_plot(y: Tensor, dy: Tensor) -> Figure:

@@ -11,13 +11,10 @@ import math
 from collections.abc import Collection, Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.text import Text
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from metalearn.lessons.lesson import BLUE, VERMILION
-
-LEAF = "AccumulateGrad"
 
 
 def inputs(node: Node) -> list[Node]:
@@ -26,12 +23,7 @@ def inputs(node: Node) -> list[Node]:
 
 
 def nodes(output: Tensor, *, without: Collection[Node] = ()) -> list[Node]:
-    """Return every node reachable from the output, once each and inputs last (a topological order).
-
-    Args:
-        output: without a graph it has no nodes.
-        without: nodes to skip.
-    """
+    """Return every node reachable from the output, once each and inputs last (a topological order)."""
     found: list[Node] = []
     seen: set[Node] = set(without)
     stack: list[tuple[Node, bool]] = [(output.grad_fn, False)] if output.grad_fn is not None else []
@@ -60,7 +52,7 @@ def depth(output: Tensor) -> int:
 
 def is_leaf(node: Node) -> bool:
     """Return whether the node is a leaf that requires a gradient."""
-    return name_of(node) == LEAF
+    return name_of(node) == "AccumulateGrad"
 
 
 def name_of(node: Node) -> str:
@@ -79,49 +71,34 @@ def draw(
 ) -> None:
     """Draw a graph with the output on top; every arrow goes from an operation to its inputs, as the backward pass does.
 
-    Args:
-        axes: to draw on.
-        output: of the graph.
-        title: above the plot.
-        notes: text to the right of some nodes.
-        added: nodes in another colour, to the right of those that they branch from.
-        rows: height in rows, so that panels share a scale; ``None`` for the height of the graph.
+    Some nodes have notes on their right; those ``added`` have another colour, to the right of those that they branch
+    from. ``rows`` is the height, so that panels share a scale; ``None`` takes the height of the graph.
     """
     places = _layout(nodes(output), added)
-    boxes = {node: _box(axes, place, name_of(node), node in added) for node, place in places.items()}
+    colours = {node: VERMILION if node in added else BLUE for node in places}
+    boxes = {}
+    for node, place in places.items():
+        frame = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": colours[node], "linewidth": 1.6}
+        boxes[node] = axes.text(*place, name_of(node), ha="center", va="center", fontsize=9, bbox=frame)
     for node, note in (notes or {}).items():
         axes.annotate(note, (1, 0.5), (7, 0), boxes[node], "offset points", va="center", fontsize=9, style="italic")
-    for node, box in boxes.items():
-        for child in inputs(node):
-            _arrow(axes, places[node], places[child], (box, boxes[child]), node in added or child in added)
+    for node, child in [(parent, child) for parent in places for child in inputs(parent)]:
+        start, end = places[node], places[child]
+        is_added = node in added or child in added
+        passes_others = start[0] == end[0] and start[1] - end[1] > 1 and is_added
+        style = {
+            "arrowstyle": "-|>",
+            "color": VERMILION if is_added else BLUE,
+            "patchA": boxes[node].get_bbox_patch(),
+            "patchB": boxes[child].get_bbox_patch(),
+            "connectionstyle": f"arc3,rad={-1.2 if passes_others else 0}",
+        }
+        axes.annotate("", xy=end, xytext=start, arrowprops=style)
     columns, depths = zip(*places.values(), strict=True)
     height = -min(depths) if rows is None else rows - 1
     axes.set(xlim=(min(columns) - 0.6, max(columns) + 0.9), ylim=(-height - 0.5, 0.5))
     axes.set_title(title, fontsize=11)
     axes.axis("off")
-
-
-def _box(axes: Axes, place: tuple[float, float], name: str, is_added: bool) -> Text:
-    frame = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": _colour(is_added), "linewidth": 1.6}
-    return axes.text(*place, name, ha="center", va="center", fontsize=9, bbox=frame)
-
-
-def _arrow(
-    axes: Axes, start: tuple[float, float], end: tuple[float, float], boxes: tuple[Text, Text], is_added: bool
-) -> None:
-    passes_others = start[0] == end[0] and start[1] - end[1] > 1 and is_added
-    style = {
-        "arrowstyle": "-|>",
-        "color": _colour(is_added),
-        "patchA": boxes[0].get_bbox_patch(),
-        "patchB": boxes[1].get_bbox_patch(),
-        "connectionstyle": f"arc3,rad={-1.2 if passes_others else 0}",
-    }
-    axes.annotate("", xy=end, xytext=start, arrowprops=style)
-
-
-def _colour(is_added: bool) -> str:
-    return VERMILION if is_added else BLUE
 
 
 def _layout(order: Sequence[Node], added: Collection[Node]) -> dict[Node, tuple[float, float]]:

@@ -1,7 +1,4 @@
-"""The parts of a lesson: a claim, the code that tests it, computed and expected numbers, notes and plots.
-
-Figures are made without pyplot, which keeps every figure in a global list.
-"""
+"""The parts of a lesson: a claim, the code that tests it, computed and expected numbers, notes and plots."""
 
 from __future__ import annotations
 
@@ -23,21 +20,13 @@ BLUE, GREEN, VERMILION, GREY = "#0072B2", "#009E73", "#D55E00", "#777777"
 
 @dataclass(frozen=True)
 class Check:
-    """A number that a lesson computed, and its expected value.
+    """A number that a lesson computed, and its expected value."""
 
-    Args:
-        name: the quantity, in mathematics or words.
-        computed: the number, or a word such as the name of an error.
-        expected: its analytic value.
-        tolerance: largest absolute difference; 0 for words and whole numbers.
-        source: of the expected value: ``"analytic"``, or another reference.
-    """
-
-    name: str
-    computed: float | str
+    name: str  # of the quantity, in mathematics or words
+    computed: float | str  # the number, or a word such as the name of an error
     expected: float | str
-    tolerance: float = 0.0
-    source: str = "analytic"
+    tolerance: float = 0.0  # largest absolute difference; 0 for words and whole numbers
+    source: str = "analytic"  # of the expected value
 
     @property
     def passed(self) -> bool:
@@ -49,23 +38,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Lesson:
-    """The result of a lesson.
-
-    Args:
-        title: one line.
-        claim: what the lesson shows, and which common mistake it corrects, in a few sentences.
-        code: the important lines, as they ran (see ``source_of``).
-        checks: every number, with its verdict.
-        notes: measurements without an expected value (seconds, bytes), one line each.
-        plots: figures by file name without extension.
-    """
+    """The result of a lesson."""
 
     title: str
-    claim: str
-    code: str
+    claim: str  # what the lesson shows, and which common mistake it corrects, in a few sentences
+    code: str  # the important lines, as they ran (see ``source_of``)
     checks: list[Check]
-    notes: list[str] = field(default_factory=list)
-    plots: dict[str, Figure] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # measurements without an expected value (seconds, bytes)
+    plots: dict[str, Figure] = field(default_factory=dict)  # by file name without extension
 
     @property
     def passed(self) -> bool:
@@ -98,9 +78,14 @@ def error_message(compute: Callable[[], object]) -> str:
     """Return the error that a computation raises, as ``Name: first sentence``."""
     try:
         compute()
-    except Exception as error:  # of any kind
+    except Exception as error:  # of any kind: the error is the result
         return f"{type(error).__name__}: {str(error).partition('. ')[0]}"
     return "no error"
+
+
+def yes_or_no(fact: bool) -> str:
+    """Return the word for a check."""
+    return "yes" if fact else "no"
 
 
 def leaf(value: float) -> Tensor:
@@ -111,7 +96,10 @@ def leaf(value: float) -> Tensor:
 def panels(
     columns: int, *, width: float, height: float, shares: Sequence[float] | None = None
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure, in inches, and its panels from left to right, with ``shares`` of the width, by default equal."""
+    """Return a figure, in inches, and its panels from left to right, with ``shares`` of the width, by default equal.
+
+    It is made without pyplot, which keeps every figure in a global list.
+    """
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False, width_ratios=shares)
     return figure, list(np.asarray(axes).flat)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, mse_loss
@@ -80,32 +79,23 @@ def query_loss(theta: Tensor) -> Tensor:
     return mse_loss(forward({"theta": theta}, SINE.query_x[0]), SINE.query_y[0])
 
 
-def _sine() -> Episodes:
-    """Return one task: a sine, with five support points and seven query points between and outside of them."""
-    support, query = (
-        torch.linspace(-end, end, count, dtype=torch.float64)[None] for end, count in ((2.0, 5), (2.6, 7))
-    )
-    return Episodes(support, torch.sin(support + 0.5), query, torch.sin(query + 0.5))
-
-
-SINE = _sine()
+_SUPPORT, _QUERY = (torch.linspace(-end, end, n, dtype=torch.float64)[None] for end, n in ((2.0, 5), (2.6, 7)))
+SINE = Episodes(_SUPPORT, torch.sin(_SUPPORT + 0.5), _QUERY, torch.sin(_QUERY + 0.5))
+"""One task: a sine, with five support points and seven query points between and outside of them."""
 THETA = torch.randn(3 * HIDDEN + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def lesson() -> Lesson:
     """Run the lesson."""
     first, second = _both()
-    cosines = {steps: _cosine(*_both(steps=steps)) for steps in (1, 3, 5)}
+    cosines = {steps: cosine_similarity(*_both(steps=steps), dim=0).item() for steps in (1, 3, 5)}
     return Lesson(
         title="maml: the Hessian term of the meta-gradient",
         claim=_CLAIM,
         code=source_of(meta, by_hessians),
         checks=[
-            *_by_hand(),
-            *_one_step(first, second),
-            *_three_steps(),
-            *_finite_differences(first, second),
-            *_scaling(),
+            *(*_by_hand(), *_one_step(first, second), *_three_steps()),
+            *(*_finite_differences(first, second), *_scaling()),
         ],
         notes=[
             f"relative gap, alpha = {ALPHA}, K = 1: {_relative(second, first):.3f}",
@@ -119,17 +109,13 @@ def _by_hand() -> list[Check]:
     """Check the line with support (1, 3), query (2, 5) and theta = 1, where H = 2."""
     task = Episodes(*(torch.tensor([[v]], dtype=torch.float64) for v in (1.0, 3.0, 2.0, 5.0)))
     checks = []
+    theta = {"theta": torch.tensor(1.0, dtype=torch.float64)}
     for alpha, steps, first, second in ((0.1, 1, -8.8, -7.04), (0.1, 3, -4.192, -2.146304), (0.6, 1, 7.2, -1.44)):
         for order, expected in (("first", first), ("second", second)):
-            value = _of_line(task, alpha=alpha, steps=steps, second_order=order == "second")
+            inner = InnerLoop(lr=alpha, steps=steps, second_order=order == "second", engine="unroll")
+            value = meta_gradient(line, theta, task, inner, loss=mse_loss).grads["theta"].item()
             checks.append(Check(f"line, alpha = {alpha}, K = {steps}: {order} order", value, expected, tolerance=1e-12))
     return checks
-
-
-def _of_line(task: Episodes, *, alpha: float, steps: int, second_order: bool) -> float:
-    theta = {"theta": torch.tensor(1.0, dtype=torch.float64)}
-    inner = InnerLoop(lr=alpha, steps=steps, second_order=second_order, engine="unroll")
-    return meta_gradient(line, theta, task, inner, loss=mse_loss).grads["theta"].item()
 
 
 def _one_step(first: Tensor, second: Tensor) -> list[Check]:
@@ -155,10 +141,9 @@ def _three_steps() -> list[Check]:
 
 
 def _finite_differences(first: Tensor, second: Tensor) -> list[Check]:
-    def after_adapting(theta: Tensor) -> Tensor:
-        return query_loss(adapted(theta))
-
-    right, wrong = (directional(after_adapting, THETA, gradient_at_x=g).error for g in (second, first))
+    right, wrong = (
+        directional(lambda theta: query_loss(adapted(theta)), THETA, gradient_at_x=g).error for g in (second, first)
+    )
     source = "finite differences"
     return [
         Check("error of second order along a direction, relative", right, 0.0, 1e-8, source),
@@ -188,37 +173,27 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 def _length(v: Tensor) -> float:
-    length: float = torch.linalg.vector_norm(v).item()
-    return length
-
-
-def _cosine(a: Tensor, b: Tensor) -> float:
-    return cosine_similarity(a, b, dim=0).item()
+    return float(torch.linalg.vector_norm(v))
 
 
 def _plot(first: Tensor, second: Tensor) -> Figure:
     figure, axes = panels(3, width=13, height=4)
-    _draw_term(axes[0], second - first, -ALPHA * hessian(support_loss, THETA) @ first)
+    term = -ALPHA * hessian(support_loss, THETA) @ first
+    index = list(range(1, len(term) + 1))
+    axes[0].bar(index, term, color=GREY, alpha=0.5, label=r"$-\alpha H g$, dense Hessian")
+    axes[0].plot(index, second - first, "o", color=VERMILION, markersize=5, label="second - first, unroll")
+    axes[0].axhline(0, color="black", linewidth=0.5)
+    title = rf"Hessian term, K = 1, $\alpha$ = {ALPHA}"
+    axes[0].set(title=title, xlabel="weight", ylabel="component of the meta-gradient")
     rates = torch.logspace(-3, -0.5, 21).tolist()
     for steps, colour, marker in ((1, BLUE, "o"), (3, VERMILION, "s"), (5, GREEN, "D")):
         pairs = [_both(alpha=alpha, steps=steps) for alpha in rates]
         style = {"color": colour, "marker": marker, "markersize": 4, "label": f"K = {steps}"}
         axes[1].loglog(rates, [_relative(second, first) for first, second in pairs], **style)
-        axes[2].semilogx(rates, [_cosine(*pair) for pair in pairs], **style)
-    axes[1].set(
-        title="relative gap, |second - first| / |first|", xlabel=r"inner step size $\alpha$", ylabel="relative gap"
-    )
-    axes[2].set(title="cosine between first and second order", xlabel=r"inner step size $\alpha$", ylabel="cosine")
-    axes[1].legend(frameon=False)
+        axes[2].semilogx(rates, [cosine_similarity(*pair, dim=0) for pair in pairs], **style)
+    step_size = r"inner step size $\alpha$"
+    axes[1].set(title="relative gap, |second - first| / |first|", xlabel=step_size, ylabel="relative gap")
+    axes[2].set(title="cosine between first and second order", xlabel=step_size, ylabel="cosine")
+    for panel in axes[:2]:
+        panel.legend(frameon=False)
     return figure
-
-
-def _draw_term(axes: Axes, difference: Tensor, term: Tensor) -> None:
-    index = list(range(1, len(term) + 1))
-    axes.bar(index, term, color=GREY, alpha=0.5, label=r"$-\alpha H g$, dense Hessian")
-    axes.plot(index, difference, "o", color=VERMILION, markersize=5, label="second - first, unroll")
-    axes.axhline(0, color="black", linewidth=0.5)
-    axes.set(
-        title=rf"Hessian term, K = 1, $\alpha$ = {ALPHA}", xlabel="weight", ylabel="component of the meta-gradient"
-    )
-    axes.legend(frameon=False)

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from metalearn.derivatives import ScalarFunction, gradient, hessian, hvp
-from metalearn.lessons.lesson import BLUE, VERMILION, Check, Lesson, panels, source_of
+from metalearn.lessons.lesson import BLUE, VERMILION, Check, Lesson, panels, source_of, yes_or_no
 
 N = 10
 _PRODUCT_COST = 3  # gradients, rounded up from what the lesson on hvp measures
@@ -50,8 +50,7 @@ class Iterate:
     @property
     def distance(self) -> float:
         """Distance from the minimum."""
-        away: float = (self.x - 1).norm().item()
-        return away
+        return float((self.x - 1).norm())
 
 
 def rosenbrock(x: Tensor) -> Tensor:
@@ -147,31 +146,16 @@ def ratios(path: list[Iterate]) -> list[float]:
 
 
 def _checks(newton: list[Iterate], plain: list[Iterate]) -> list[Check]:
-    last = ratios(newton)[-3:]
-    same = plain[newton[-1].cost - 1]
+    last, theorem = ratios(newton)[-3:], "Nocedal & Wright 2006, theorem 7.2"
+    falls, small = yes_or_no(last[0] > last[1] > last[2]), yes_or_no(max(last[1:]) < 0.1)
+    near = yes_or_no(plain[newton[-1].cost - 1].distance < 0.1)
     return [
         Check("Newton-CG: distance from (1, ..., 1)", newton[-1].distance, 0.0, 1e-8),
         Check("Newton-CG: value of f", rosenbrock(newton[-1].x).item(), 0.0, 1e-15),
-        Check(
-            "Newton-CG: |g_k+1| / |g_k| falls in each of the last three steps",
-            _yes_or_no(last[0] > last[1] > last[2]),
-            "yes",
-            source="Nocedal & Wright 2006, theorem 7.2",
-        ),
-        Check(
-            "Newton-CG: the last two of these are below 0.1", _yes_or_no(max(last[1:]) < 0.1), "yes", source="the same"
-        ),
-        Check(
-            "gradient descent, same budget: within 0.1 of (1, ..., 1)",
-            _yes_or_no(same.distance < 0.1),
-            "no",
-            source="measured",
-        ),
+        Check("Newton-CG: |g_k+1| / |g_k| falls in each of the last three steps", falls, "yes", source=theorem),
+        Check("Newton-CG: the last two of these are below 0.1", small, "yes", source="the same"),
+        Check("gradient descent, same budget: within 0.1 of (1, ..., 1)", near, "no", source="measured"),
     ]
-
-
-def _yes_or_no(true: bool) -> str:
-    return "yes" if true else "no"
 
 
 def _notes(newton: list[Iterate], plain: list[Iterate], lr: float) -> list[str]:
@@ -190,10 +174,8 @@ def _notes(newton: list[Iterate], plain: list[Iterate], lr: float) -> list[str]:
 
 def _plot(newton: list[Iterate], plain: list[Iterate], lr: float) -> Figure:
     figure, (steps, costs) = panels(2, width=10, height=4)
-    for path, colour, style, name in (
-        (newton, BLUE, "o-", "Newton-CG"),
-        (plain, VERMILION, "-", f"gradient descent, step {lr:.1e}"),
-    ):
+    by_descent = f"gradient descent, step {lr:.1e}"
+    for path, colour, style, name in ((newton, BLUE, "o-", "Newton-CG"), (plain, VERMILION, "-", by_descent)):
         norms = [max(i.norm, 1e-13) for i in path]  # an exact 0 has no logarithm
         steps.semilogy(range(len(path)), norms, style, color=colour, markersize=3, label=name)
         costs.loglog([i.cost for i in path], norms, style, color=colour, markersize=3, label=name)

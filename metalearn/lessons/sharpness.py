@@ -21,7 +21,7 @@ from metalearn.core.profiling.hardware import one_thread
 from metalearn.core.types import Params
 from metalearn.data.glyphs import make_glyphs
 from metalearn.derivatives import ScalarFunction, gradient, hessian, top_eigenvalues
-from metalearn.lessons.lesson import BLUE, GREEN, VERMILION, Check, Lesson, panels, source_of
+from metalearn.lessons.lesson import BLUE, GREEN, VERMILION, Check, Lesson, panels, source_of, yes_or_no
 
 _STEPS, _EVERY = 1200, 20
 _AT_THE_EDGE = (0.25, 0.4)  # 2 / lr = 8 and 5, which the sharpness reaches
@@ -105,17 +105,18 @@ def dense_sharpness(loss: ScalarFunction, theta: Params) -> float:
     """Return the largest of all eigenvalues of the Hessian."""
     blocks = hessian(loss, theta)
     rows = [torch.cat([blocks[a][b].flatten(p.ndim).flatten(0, -2) for b in theta], dim=1) for a, p in theta.items()]
-    largest: float = torch.linalg.eigvalsh(torch.cat(rows))[-1].item()
-    return largest
+    return float(torch.linalg.eigvalsh(torch.cat(rows))[-1])
 
 
 def _against_dense(loss: ScalarFunction, run: Run) -> list[Check]:
-    checks = []
-    for when, theta in (("start", run.start), ("end", run.end)):
-        dense = dense_sharpness(loss, theta)
-        error = abs(top_eigenvalues(loss, theta).item() / dense - 1)
-        checks.append(Check(f"sharpness at the {when}: Lanczos against dense, relative", error, 0.0, 1e-3, "eigvalsh"))
-    return checks
+    errors = {
+        when: abs(top_eigenvalues(loss, theta).item() / dense_sharpness(loss, theta) - 1)
+        for when, theta in (("start", run.start), ("end", run.end))
+    }
+    return [
+        Check(f"sharpness at the {when}: Lanczos against dense, relative", error, 0.0, 1e-3, "eigvalsh")
+        for when, error in errors.items()
+    ]
 
 
 def _quadratic() -> list[Check]:
@@ -132,16 +133,16 @@ def _quadratic() -> list[Check]:
         first = x.norm()
         for _ in range(50):
             x = x - lr * gradient(f, x)
-        factor: float = (x.norm() / first).item()
-        return factor
+        return float(x.norm() / first)
 
     anywhere = torch.randn(50, dtype=torch.float64, generator=draw)
+    falls_or_grows = ["falls" if grown(anywhere, lr) < 1 else "grows" for lr in (0.19, 0.21)]
     return [
         Check("quadratic: lambda_max", top_eigenvalues(f, anywhere).item(), 10.0, 1e-2),
         Check("quadratic, lr = 0.95 x 2 / lambda_max: growth in 50 steps", grown(q[:, 0], 0.19), 0.9**50, 1e-9),
         Check("quadratic, lr = 1.05 x 2 / lambda_max: growth in 50 steps", grown(q[:, 0], 0.21), 1.1**50, 1e-6),
-        Check("the first, from anywhere", "falls" if grown(anywhere, 0.19) < 1 else "grows", "falls"),
-        Check("the second, from anywhere", "falls" if grown(anywhere, 0.21) < 1 else "grows", "grows"),
+        Check("the first, from anywhere", falls_or_grows[0], "falls"),
+        Check("the second, from anywhere", falls_or_grows[1], "grows"),
     ]
 
 
@@ -163,17 +164,17 @@ def _edge(run: Run) -> list[Check]:
     fell = bool(above) and run.losses[-1] < run.losses[above[0]] / 2
     return [
         Check(f"{name}: sharpness over 2 / lr, mean of the last quarter", _late(run) / line, 1.0, 0.15, source),
-        Check(f"{name}: sharpness above 2 / lr at some step", "yes" if above else "no", "yes", 0.0, source),
-        Check(f"{name}: loss halved at least since that step", "yes" if fell else "no", "yes", 0.0, source),
+        Check(f"{name}: sharpness above 2 / lr at some step", yes_or_no(bool(above)), "yes", 0.0, source),
+        Check(f"{name}: loss halved at least since that step", yes_or_no(fell), "yes", 0.0, source),
     ]
 
 
 def _below(run: Run) -> list[Check]:
     """Check a run below the edge: the sharpness stays below 2 / lr, and the loss falls in every step."""
-    reached = max(run.sharpness.values()) > 2 / run.lr
+    reached = yes_or_no(max(run.sharpness.values()) > 2 / run.lr)
     return [
-        Check(f"lr = {run.lr}: sharpness above 2 / lr at some step", "yes" if reached else "no", "no", 0.0, "measured"),
-        Check(f"lr = {run.lr}: loss rises in some step", "yes" if _rises(run) else "no", "no", 0.0, "measured"),
+        Check(f"lr = {run.lr}: sharpness above 2 / lr at some step", reached, "no", source="measured"),
+        Check(f"lr = {run.lr}: loss rises in some step", yes_or_no(_rises(run) > 0), "no", source="measured"),
     ]
 
 

@@ -98,17 +98,11 @@ def _backward_through_update(
 
 
 class UpdateVJP(NamedTuple):
-    """The transposed Jacobians of ``apply_update`` times lam.
-
-    Args:
-        in_state: with respect to the state.
-        in_grads: with respect to the gradients.
-        is_variable: whether they change with the gradients or the state: not so for SGD, momentum and decay.
-    """
+    """The transposed Jacobians of ``apply_update`` times lam."""
 
     in_state: Params
     in_grads: Params
-    is_variable: bool
+    is_variable: bool  # whether they change with the gradients or the state: not so for SGD, momentum and decay
 
 
 def vjp_update(state: InnerState, grads: Params, inner: InnerLoop, k: int, lam: Params) -> UpdateVJP:

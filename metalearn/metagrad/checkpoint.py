@@ -28,9 +28,8 @@ def checkpoint(forward: Forward, params: Params, episodes: Episodes, inner: Inne
     lam, recomputed = forward_pass.lam, {}
     for snapshot in forward_pass.trajectory.reversed_steps():
         with snapshot.replay_rng():
-            recomputed[snapshot.step], lam = vjp_step(
-                forward_pass.trajectory.step_fn, snapshot.step, snapshot.state, lam
-            )
+            k, step_fn = snapshot.step, forward_pass.trajectory.step_fn
+            recomputed[k], lam = vjp_step(step_fn, k, snapshot.state, lam)
         lam = forward_pass.add_query_gradient(snapshot, lam)
     forward_pass.trajectory.check_recomputation(recomputed)
     return forward_pass.result(lam)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,19 +20,15 @@ from metalearn.inner import (
     params_at_step,
     task_losses,
 )
-from metalearn.metagrad.trajectory import Snapshot, Trajectory, rollout
+from metalearn.metagrad.trajectory import Snapshot, Trajectory
 
 
 @dataclass(eq=False)
 class ForwardPass:
-    """K inner steps taken without graphs, and the adjoint at their end.
+    """K inner steps taken without graphs, and the adjoint at their end; raises if a loss is NaN or infinite.
 
-    Args:
-        forward, params, episodes, inner, loss: of the meta-gradient.
-        trajectory: snapshots for the backward pass; empty when every step's Jacobian is the identity.
-        query: query losses of the objective, ``[T]``, and predictions at theta_K; the backward pass adds the losses
-            before the last step.
-        lam: lam_K, d(mean objective) / d state_K; 0 for entries that the query loss does not reach.
+    ``query`` has the query losses of the objective, ``[T]``, and predictions at theta_K; the backward pass adds the
+    losses before the last step. ``lam`` is lam_K, d(mean objective) / d state_K; 0 where the query loss does not reach.
     """
 
     forward: Forward
@@ -40,16 +36,12 @@ class ForwardPass:
     episodes: Episodes
     inner: InnerLoop
     loss: Loss
-    trajectory: Trajectory
+    trajectory: Trajectory  # without snapshots when every step's Jacobian is the identity
+    final_state: InitVar[InnerState]
     query: TaskLosses = field(init=False)
     lam: Params = field(init=False)
 
-    def compute_query_loss(self, final_state: InnerState) -> None:
-        """Compute the query loss after the last step, and lam_K.
-
-        Raises:
-            NonFiniteLossError: if a loss is NaN or infinite.
-        """
+    def __post_init__(self, final_state: InnerState) -> None:
         self.query, self.lam = self.query_gradient(final_state, self.inner.steps)
         check_losses_finite(self.trajectory.support_losses, self.query.losses)
 
@@ -62,9 +54,8 @@ class ForwardPass:
         with torch.enable_grad():
             at = {name: w.detach().requires_grad_() for name, w in state.items()}
             fast = params_at_step(at, self.inner, k)
-            losses, predictions = task_losses(
-                self.forward, fast, self.episodes.query_x, self.episodes.query_y, loss=self.loss
-            )
+            query = self.episodes.query_x, self.episodes.query_y
+            losses, predictions = task_losses(self.forward, fast, *query, loss=self.loss)
             lam = grad_of(weight * losses.mean(), at, create_graph=False)
         return TaskLosses(weight * losses.detach(), predictions.detach()), lam
 
@@ -79,8 +70,14 @@ class ForwardPass:
         return {name: lam[name] + gradient[name] for name in lam}
 
     def result(self, lam: Params) -> MetaGradient:
-        """Return the meta-gradient from lam_0, the adjoint before the first step."""
-        grads = vjp_init_state(self.forward, self.params, self.episodes, self.inner, lam)
+        """Return the meta-gradient from lam_0, the adjoint before the first step.
+
+        All tasks share theta, so that their adjoints ``[T, ...]`` add up to ``[...]``.
+        """
+        support = self.episodes.support_x, self.episodes.support_y
+        with torch.enable_grad():
+            theta = {name: p.detach().requires_grad_() for name, p in self.params.items()}
+            grads = vjp(init_state(self.forward, theta, *support, self.inner), theta, lam)
         return build_result(grads, self.query.losses, self.query.predictions, self.trajectory.support_losses)
 
 
@@ -89,22 +86,20 @@ def run_forward(forward: Forward, params: Params, episodes: Episodes, inner: Inn
 
     No snapshot is kept where every step's Jacobian is the identity: in first order, if a step is plain and the
     objective is the last query loss.
-
-    Raises:
-        NonFiniteLossError: if a loss is NaN or infinite.
     """
     is_identity = not inner.second_order and inner.is_plain_sgd and not any(inner.query_loss_weights[:-1])
     snapshot_every = None if is_identity else inner.snapshot_every
     state, trajectory = take_inner_steps(forward, params, episodes, inner, loss, snapshot_every=snapshot_every)
-    forward_pass = ForwardPass(forward, params, episodes, inner, loss, trajectory)
-    forward_pass.compute_query_loss(state)
-    return forward_pass
+    return ForwardPass(forward, params, episodes, inner, loss, trajectory, state)
 
 
 def take_inner_steps(
     forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss, *, snapshot_every: int | None
 ) -> tuple[InnerState, Trajectory]:
-    """Take K inner steps without graphs; return the state after the last, and the trajectory."""
+    """Take K inner steps without graphs; return the state after the last, and the trajectory.
+
+    Every s-th step's beginning is kept, s = ``snapshot_every``; ``None`` keeps none, and there is no way back.
+    """
 
     def step_fn(k: int, state: InnerState) -> tuple[InnerState, Tensor]:
         return inner_step(forward, state, episodes.support_x, episodes.support_y, inner, loss=loss, k=k)
@@ -112,18 +107,17 @@ def take_inner_steps(
     theta = {name: p.detach() for name, p in params.items()}
     with torch.no_grad():
         state = init_state(forward, theta, episodes.support_x, episodes.support_y, inner)
-    return rollout(step_fn, state, steps=inner.steps, snapshot_every=snapshot_every)
+    snapshots, support_losses = [], []
+    for k in range(inner.steps):
+        if snapshot_every is not None and k % snapshot_every == 0:
+            snapshots.append(Snapshot.of(k, state))
+        state, losses = step_fn(k, state)
+        support_losses.append(losses)
+    return state, Trajectory(step_fn, inner.steps, snapshot_every or 1, snapshots, support_losses)
 
 
 def build_result(grads: Params, losses: Tensor, predictions: Tensor, support_losses: list[Tensor]) -> MetaGradient:
-    """Build the result of an engine.
-
-    Args:
-        grads: d(mean objective) / d theta.
-        losses: the objective of each task, ``[T]``.
-        predictions: on the query sets, at theta_K.
-        support_losses: before each step, ``[T]`` each.
-    """
+    """Build an engine's result from the objective of each task ``[T]``, and the support losses ``[T]`` of each step."""
     losses = losses.detach()
     return MetaGradient(
         loss=losses.mean(),
@@ -133,26 +127,8 @@ def build_result(grads: Params, losses: Tensor, predictions: Tensor, support_los
     )
 
 
-def vjp_init_state(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, lam: Params) -> Params:
-    """Transpose ``init_state``: all tasks share theta, so that their adjoints ``[T, ...]`` add up to ``[...]``."""
-    with torch.enable_grad():
-        at = {name: p.detach().requires_grad_() for name, p in params.items()}
-        state = init_state(forward, at, episodes.support_x, episodes.support_y, inner)
-        return vjp(state, at, lam)
-
-
 def check_unsupported_settings(engine: str, name: str, inner: InnerLoop, reasons: Mapping[str, str]) -> None:
-    """Check that no setting is used that an engine cannot differentiate.
-
-    Args:
-        engine: its function, for the message.
-        name: as papers call it.
-        inner: the settings.
-        reasons: why there is no gradient, by setting.
-
-    Raises:
-        ValueError: naming the first setting that is used.
-    """
+    """Raise a ``ValueError`` for the first setting in use that an engine cannot differentiate, for the given reason."""
     for setting, reason in reasons.items():
         if value := getattr(inner, setting):
             raise ValueError(f"{engine}: inner.{setting}={value!r}, which {name} has no gradient for: {reason}.")

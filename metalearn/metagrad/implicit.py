@@ -94,8 +94,7 @@ class Implicit:
         rho = inner.proximal_weight
         # Solve the inner problem: phi = theta_K
         phi, trajectory = take_inner_steps(forward, params, episodes, inner, loss, snapshot_every=None)
-        forward_pass = ForwardPass(forward, params, episodes, inner, loss, trajectory)
-        forward_pass.compute_query_loss(phi)
+        forward_pass = ForwardPass(forward, params, episodes, inner, loss, trajectory, phi)
         # Solve (I + H/rho) x = dL_query(phi)
         hessian = _hessian(forward, phi, episodes, inner, loss)
 
@@ -116,10 +115,9 @@ class Implicit:
 def _hessian(
     forward: Forward, phi: InnerState, episodes: Episodes, inner: InnerLoop, loss: Loss
 ) -> Callable[[Params], Params]:
-    """Return the function v -> H v at phi, with a block for every task.
+    """Return the function v -> H v at phi: from the adapted parameters to all; in first order H is 0.
 
-    v has entries for the adapted parameters, and H v for all parameters of the model. Dropout draws the same mask for
-    all products, so that H is one matrix. In first order H is 0.
+    Dropout draws the same mask for all products, so that H is one matrix.
     """
     snapshot = Snapshot.of(inner.steps, phi)
     zero = {name: torch.zeros_like(w) for name, w in params_at_step(phi, inner, inner.steps).items()}
@@ -143,11 +141,8 @@ def conjugate_gradients(
     If A is not positive definite, a task stops at the first direction with d.Ad <= 0 (Steihaug 1983); if that is the
     very first one, with x = b, the first-order gradient (Nocedal & Wright 2006, algorithm 7.1). NaN passes on to x.
 
-    Args:
-        product: A v of all tasks, for v named and shaped like ``b``; A is symmetric and has a block for every task.
-        b: right-hand sides, each ``[T, ...]``.
-        steps: largest number of iterations, one product each; n of them solve n equations, up to rounding.
-        tolerance: a task stops where |b - A x| / |b| is no larger.
+    ``product`` is v -> A v of all tasks, for v named and shaped like ``b``, each ``[T, ...]``. A task stops after
+    ``steps`` products, or where |b - A x| / |b| is no larger than ``tolerance``.
 
     Returns:
         ``(x, residuals)``: the iterates, and |b - A x| / |b| of each task, ``[T]``; 0 where b is 0, and so is x.

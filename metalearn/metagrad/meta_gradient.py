@@ -116,11 +116,7 @@ def _check_finite_gradient(
     locate_step: Callable[[Episodes], int | None],
     episodes: Episodes,
 ) -> None:
-    """Check that a meta-gradient is finite by one reduction; find the fault by one meta-gradient for each task.
-
-    Raises:
-        NonFiniteGradientError: naming the parameter, and the task and inner step if one task's gradient is not finite.
-    """
+    """Check that a meta-gradient is finite by one reduction; find the fault by one meta-gradient for each task."""
     if is_finite(grads):
         return
     for task, episode in enumerate(episodes.split(1)):
@@ -134,14 +130,9 @@ def _last_nonfinite_step(
     forward: Forward, params: Params, episode: Episodes, inner: InnerLoop, loss: Loss
 ) -> int | None:
     """Return the last inner step whose adjoint is not finite; ``None`` if there is none or it cannot be computed."""
-    steps: list[int] = []
-
-    def record(k: int, lam: Params) -> None:
-        if not is_finite(lam):
-            steps.append(k)
-
+    finite: dict[int, bool] = {}
     try:
-        adjoint(forward, params, episode, inner, loss, callback=record)
+        adjoint(forward, params, episode, inner, loss, callback=lambda k, lam: finite.update({k: is_finite(lam)}))
     except (ArithmeticError, ValueError, RuntimeError):  # the model does not support this engine
         return None
-    return max(steps, default=None)
+    return max((k for k, is_fine in finite.items() if not is_fine), default=None)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
-from metalearn.inner import InnerLoop, check_losses_finite, init_state, inner_step, params_at_step, task_losses
-from metalearn.metagrad.common import build_result, check_unsupported_settings
+from metalearn.inner import InnerLoop, check_losses_finite, params_at_step, task_losses
+from metalearn.metagrad.common import build_result, check_unsupported_settings, take_inner_steps
 
 _UNSUPPORTED = {
     "learned_lr": "step sizes are not displaced by an inner step",
@@ -43,15 +43,11 @@ def reptile(forward: Forward, params: Params, episodes: Episodes, inner: InnerLo
     check_unsupported_settings("reptile", "Reptile", inner, _UNSUPPORTED)
     x = torch.cat([episodes.support_x, episodes.query_x], dim=1)
     y = torch.cat([episodes.support_y, episodes.query_y], dim=1)
-    theta = {name: p.detach() for name, p in params.items()}
-    support_losses = []
+    together = Episodes(x, y, episodes.query_x, episodes.query_y)
     with torch.no_grad():
-        state = init_state(forward, theta, x, y, inner)
-        for k in range(inner.steps):
-            state, losses = inner_step(forward, state, x, y, inner, loss=loss, k=k)
-            support_losses.append(losses)
+        state, trajectory = take_inner_steps(forward, params, together, inner, loss, snapshot_every=None)
         fast = params_at_step(state, inner, inner.steps)
         query = task_losses(forward, fast, episodes.query_x, episodes.query_y, loss=loss)
-    check_losses_finite(support_losses, query.losses)
-    grads = {name: (p - state[name]).mean(dim=0) / inner.lr for name, p in theta.items()}
-    return build_result(grads, query.losses, query.predictions, support_losses)
+        grads = {name: (p - state[name]).mean(dim=0) / inner.lr for name, p in params.items()}
+    check_losses_finite(trajectory.support_losses, query.losses)
+    return build_result(grads, query.losses, query.predictions, trajectory.support_losses)

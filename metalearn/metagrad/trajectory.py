@@ -53,21 +53,13 @@ class Snapshot:
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """K inner steps that were taken.
-
-    Args:
-        step_fn: takes one step.
-        steps: K.
-        snapshot_every: s, the distance between snapshots.
-        snapshots: of the steps 0, s, 2s, ...; emptied by ``reversed_steps``, so that each is freed after its use.
-        support_losses: before each step, ``[T]`` each.
-    """
+    """K inner steps that were taken."""
 
     step_fn: StepFn
     steps: int
     snapshot_every: int
-    snapshots: list[Snapshot]
-    support_losses: list[Tensor]
+    snapshots: list[Snapshot]  # of the steps 0, s, 2s, ...; ``reversed_steps`` frees each after its use
+    support_losses: list[Tensor]  # before each step, ``[T]`` each
 
     def reversed_steps(self) -> Iterator[Snapshot]:
         """Yield the beginnings of the steps K - 1, ..., 0, in this order; works once."""
@@ -84,10 +76,7 @@ class Trajectory:
                 yield segment.pop()
 
     def check_recomputation(self, recomputed: dict[int, Tensor]) -> None:
-        """Check that the model computed the same support losses in the backward pass.
-
-        Args:
-            recomputed: total support loss by step.
+        """Check that the model computed the same total support losses, by step, in the backward pass.
 
         Raises:
             ValueError: naming the step: the model draws from other generators than torch's, or has changed.
@@ -107,26 +96,3 @@ class Trajectory:
                 "Draw random numbers from torch's own generators (no torch.Generator, random or numpy), keep no "
                 "state that a pass changes, or use engine='unroll', which computes everything once."
             )
-
-
-def rollout(
-    step_fn: StepFn, state: InnerState, *, steps: int, snapshot_every: int | None
-) -> tuple[InnerState, Trajectory]:
-    """Take K inner steps.
-
-    Args:
-        step_fn: takes one step; it must not build a graph.
-        state: before the first.
-        steps: K.
-        snapshot_every: keep the beginning of every s-th step; ``None`` keeps none, and there is no way back.
-
-    Returns:
-        The state after the last step, and the trajectory.
-    """
-    snapshots, support_losses = [], []
-    for k in range(steps):
-        if snapshot_every is not None and k % snapshot_every == 0:
-            snapshots.append(Snapshot.of(k, state))
-        state, losses = step_fn(k, state)
-        support_losses.append(losses)
-    return state, Trajectory(step_fn, steps, snapshot_every or 1, snapshots, support_losses)

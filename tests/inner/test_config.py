@@ -13,16 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from metalearn import Episodes, InnerLoop, Params, functionalize, meta_gradient
+from metalearn import InnerLoop, Params, functionalize, meta_gradient
 from metalearn.inner import SGD, Adam, Momentum, ZeroContext
 from metalearn.metagrad import ENGINES
 from tests.metagrad.settings import vectors
-
-
-def seeded_vectors() -> Episodes:
-    torch.manual_seed(5)
-    return vectors()
-
 
 ZERO_BIAS = ZeroContext(frozenset({"bias"}))
 FORMER_FIELDS = {
@@ -75,16 +69,10 @@ def test_wrong_setting_of_a_rule_raises(make: Any) -> None:
 
 def test_numpy_numbers_and_fractions_are_converted() -> None:
     settings: dict[str, Any] = {"steps": 2, "task_chunk": 2, "snapshot_every": 2}
-    inner = InnerLoop(lr=0.5, engine="checkpoint", **settings)
-    converted = InnerLoop(
-        lr=Fraction(1, 2),  # type: ignore[arg-type]
-        engine="checkpoint",
-        **{name: np.int64(value) for name, value in settings.items()},  # type: ignore[arg-type]
-    )
-    assert inner == converted
-    forward, theta = functionalize(nn.Linear(4, 3).double())
-    expected, got = (meta_gradient(forward, theta, seeded_vectors(), each).grads for each in (inner, converted))
-    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    converted = InnerLoop(lr=Fraction(1, 2), **{n: np.int64(v) for n, v in settings.items()})  # type: ignore[arg-type]
+    assert converted == InnerLoop(lr=0.5, **settings)
+    assert {type(getattr(converted, name)) for name in settings} == {int}
+    assert type(converted.lr) is float
 
 
 @pytest.mark.parametrize("old", FORMER_FIELDS)
@@ -137,11 +125,12 @@ def former_rules() -> list[Any]:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_rule_with_former_methods_equals_momentum(engine: str) -> None:
     forward, theta = functionalize(nn.Linear(4, 3).double())
+    episodes = vectors()
     for rule, scale in zip(former_rules(), (1, 2, 0.5), strict=True):
         inner = InnerLoop(0.2, 3, engine=engine, rule=rule)
-        got = meta_gradient(forward, theta, seeded_vectors(), inner).grads
+        got = meta_gradient(forward, theta, episodes, inner).grads
         momentum = dataclasses.replace(inner, lr=0.2 * scale, rule=Momentum())
-        torch.testing.assert_close(got, meta_gradient(forward, theta, seeded_vectors(), momentum).grads)
+        torch.testing.assert_close(got, meta_gradient(forward, theta, episodes, momentum).grads)
 
 
 def test_former_methods_warn_once_for_each_class() -> None:
@@ -161,21 +150,6 @@ def test_former_methods_of_our_rules_work_and_warn() -> None:
         assert SGD()(0, grads, {}) == (grads, {})  # type: ignore[operator]
     with pytest.warns(FutureWarning, match=r"Momentum\.start is called init now"):
         assert Momentum().start(grads).keys() == {"momentum::w"}  # type: ignore[attr-defined]
-
-
-def test_subclass_of_sgd_is_not_plain() -> None:
-    class Reversed(SGD):
-        def update(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
-            return {name: -g for name, g in grads.items()}, state
-
-    forward, theta = functionalize(nn.Linear(4, 3).double())
-    results = [
-        meta_gradient(forward, theta, seeded_vectors(), InnerLoop(0.2, 2, engine=engine, rule=Reversed())).grads
-        for engine in ENGINES
-    ]
-    assert not InnerLoop(0.2, 2, rule=Reversed()).is_plain_sgd
-    for grads in results[1:]:
-        torch.testing.assert_close(grads, results[0])
 
 
 def test_former_state_name_works_and_warns() -> None:

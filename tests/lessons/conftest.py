@@ -1,17 +1,18 @@
-"""The lesson under test."""
+"""The lessons under test."""
 
 from __future__ import annotations
 
-import importlib
+import functools
+from collections.abc import Callable
 
 import pytest
 
-from metalearn.lessons import Lesson
+from metalearn.lessons import LESSONS, Lesson
+
+RunLesson = Callable[[str], Lesson]
 
 
-@pytest.fixture(scope="module")
-def lesson(request: pytest.FixtureRequest) -> Lesson:
-    """Run the lesson that the test module is named after."""
-    name = request.module.__name__.rpartition("test_")[2]
-    result: Lesson = importlib.import_module(f"metalearn.lessons.{name}").lesson()
-    return result
+@pytest.fixture(scope="session")
+def run_lesson() -> RunLesson:
+    """Return a function that runs a lesson, by its name in ``LESSONS``, once."""
+    return functools.cache(lambda name: LESSONS[name]())

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from metalearn import Episodes, Forward, InnerLoop, Params, functionalize
+from metalearn import Episodes, Forward, InnerLoop, MetaGradient, Params, functionalize
+from metalearn.core.functional import relative_error
 from metalearn.inner import Adam, Momentum, PrototypeHead, ZeroContext, with_learned_lrs, with_per_step_params
 from metalearn.models import MLP
 
@@ -43,9 +44,14 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
 }
 
 
+def small_mlp() -> tuple[Forward, Params]:
+    """Return a network of 4 inputs, 6 hidden units with BatchNorm and 3 classes in float64, and its parameters."""
+    return functionalize(MLP(4, 3, hidden=(6,)).double())
+
+
 def model_with_setting(setting: str, **more: Any) -> tuple[Forward, Params, InnerLoop]:
-    """Return a small network in float64, theta with random rates and per-step parameters, and the inner loop."""
-    forward, theta = functionalize(MLP(4, 3, hidden=(6,)).double())
+    """Return the small network, theta with random rates and per-step parameters, and the inner loop."""
+    forward, theta = small_mlp()
     inner = InnerLoop(**{"lr": 0.2, "steps": 3, **SETTINGS[setting], **more})
     theta = with_learned_lrs(with_per_step_params(theta, inner), inner)
     return forward, {n: p + 0.05 * torch.randn_like(p) for n, p in theta.items()}, inner
@@ -60,3 +66,20 @@ def vectors(*, tasks: int = 3, ways: int = 3, shots: int = 2, queries: int = 3) 
         torch.randn(tasks, ways * queries, 4, dtype=torch.float64),
         labels.repeat_interleave(queries).repeat(tasks, 1),
     )
+
+
+def sequences(tasks: int = 3, *, dtype: torch.dtype = torch.float32) -> Episodes:
+    """Return random tasks of 6 support and 6 query sequences ``[5, 8]`` of 3 classes."""
+    x, y = torch.randn(tasks, 6, 5, 8, dtype=dtype), torch.randint(3, (tasks, 6))
+    return Episodes(x, y, x.flip(1), y.flip(1))
+
+
+def assert_equal(got: MetaGradient, expected: MetaGradient, *, within: float = 1e-9) -> None:
+    """Check that two results are equal up to rounding."""
+    assert list(got.grads) == list(expected.grads)
+    assert relative_error(got.grads, expected.grads) < within
+    for name, g in expected.grads.items():  # separately, as the gradients of learned rates are small
+        torch.testing.assert_close(got.grads[name], g, rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(got.support_loss, expected.support_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(got.predictions, expected.predictions)

@@ -1,7 +1,9 @@
-"""A non-finite meta-gradient of finite losses raises with its parameter, task and inner step."""
+"""Non-finite losses and meta-gradients raise with their task and inner step, unless the caller defers the check."""
 
 from __future__ import annotations
 
+import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -9,12 +11,59 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from metalearn import Episodes, InnerLoop, Params, meta_gradient
-from metalearn.core.errors import NonFiniteGradientError
-from metalearn.inner.diagnostics import defer_loss_checks
+from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient
+from metalearn.core.errors import NonFiniteGradientError, NonFiniteLossError
+from metalearn.inner.diagnostics import check_losses_finite, defer_loss_checks
 from metalearn.metagrad import ENGINES
+from tests.metagrad.models import linear_on_sequences
+from tests.metagrad.settings import sequences
 
 DOUBLE = torch.float64
+LOSSES = [torch.tensor([1.0, math.inf])]
+
+
+def test_deferred_check_does_nothing_inside_and_raises_outside() -> None:
+    with defer_loss_checks():
+        check_losses_finite(LOSSES)
+        with defer_loss_checks():
+            check_losses_finite(LOSSES)
+        check_losses_finite(LOSSES)
+        with ThreadPoolExecutor() as other_threads:
+            error = other_threads.submit(check_losses_finite, LOSSES).exception()
+    assert isinstance(error, NonFiniteLossError), "another thread defers nothing"
+    with pytest.raises(KeyError), defer_loss_checks():
+        raise KeyError
+    with pytest.raises(NonFiniteLossError, match="the support loss of task 1 is inf after 0 inner steps"):
+        check_losses_finite(LOSSES)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize(("kind", "step"), [("support", 0), ("query", 2)])
+def test_nan_loss_raises_with_task_and_step(kind: str, step: int, chunk: int | None, engine: str) -> None:
+    forward, theta = functionalize(linear_on_sequences())
+    episodes = sequences(5)
+    getattr(episodes, f"{kind}_x")[3, 0] = math.nan
+    inner = InnerLoop(lr=0.1, steps=2, engine=engine, task_chunk=chunk)
+    message = f"the {kind} loss of task 3 is nan after {step} inner steps"
+    with pytest.raises(NonFiniteLossError, match=message) as caught:
+        meta_gradient(forward, theta, episodes, inner)
+    assert (caught.value.kind, caught.value.task, caught.value.step) == (kind, 3, step)
+    if kind == "support":
+        with pytest.raises(NonFiniteLossError, match=message):
+            adapt(forward, theta, episodes.support_x, episodes.support_y, inner)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_diverging_inner_loop_raises_with_remedy(engine: str) -> None:
+    # L(w) = w^4 / 4 from w = 1 with lr = 1e4 overshoots to -1e4, 1e16, ...: infinite in float32 within some steps.
+    def forward(params: Params, x: Tensor) -> Tensor:
+        return params["w"] ** 4 / 4 * torch.ones_like(x[:, 0])
+
+    x, theta = torch.ones(1, 1, 1), {"w": torch.tensor(1.0)}
+    inner = InnerLoop(lr=1e4, steps=8, engine=engine)
+    with pytest.raises(NonFiniteLossError, match=r"one step earlier; take a smaller inner\.lr or fewer inner\.steps"):
+        meta_gradient(forward, theta, Episodes(x, x, x, x), inner, loss=lambda prediction, target: prediction.mean())
 
 
 def penalised(params: Params, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,31 +19,20 @@ from metalearn.core.functional import relative_error
 from metalearn.inner.batching import is_batchable
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.baselines.by_hand import meta_gradient as by_hand
+from tests.metagrad.models import Lambda
 
 DOUBLE = torch.float64
 T, S, Q, N = 3, 6, 5, 3
 
 
-class Between(nn.Module):
-    """A function between two linear layers."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor], out: int = N) -> None:
-        super().__init__()
-        self.body, self.function, self.head = nn.Linear(4, 4), function, nn.Linear(4, out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.function(torch.tanh(self.body(x))))
-        return logits
+def between(function: Callable[[Tensor], Tensor], out: int = N) -> nn.Sequential:
+    """Return a network with a function before its last layer."""
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Lambda(function), nn.Linear(4, out)).double()
 
 
-class Recurrent(nn.Module):
-    def __init__(self, kind: Any) -> None:
-        super().__init__()
-        self.recurrent, self.head = kind(2, 4, batch_first=True), nn.Linear(4, N)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.recurrent(x.unflatten(-1, (2, 2)))[0][:, -1])
-        return logits
+def recurrent(kind: Any) -> nn.Sequential:
+    last = Lambda(lambda output: output[0][:, -1])
+    return nn.Sequential(nn.Unflatten(-1, (2, 2)), kind(2, 4, batch_first=True), last, nn.Linear(4, N)).double()
 
 
 class WrittenBeforeSetupContext(torch.autograd.Function):
@@ -64,54 +54,37 @@ def hooked(h: Tensor) -> Tensor:
     return h
 
 
-def hooked_if_in_a_graph(h: Tensor) -> Tensor:
-    return hooked(h) if h.grad_fn is not None else h
-
-
-def hooked_if_no_leaf(h: Tensor) -> Tensor:
-    return h if h.is_leaf else hooked(h)
-
-
-def hooked_if_asked(h: Tensor) -> Tensor:
-    return hooked(h) if h.requires_grad else h
+def masked(prediction: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(prediction[labels > 0], labels[labels > 0], reduction="sum")
 
 
 TARGETS = torch.randn(T, S, dtype=DOUBLE), torch.randn(T, Q, dtype=DOUBLE)
 LABELS = torch.randint(N, (T, S)), torch.randint(N, (T, Q))
-CASES: dict[str, tuple[Callable[[], nn.Module], Loss, tuple[Tensor, Tensor]]] = {
-    "branch": (lambda: Between(lambda h: h if h.sum() > 0 else -h), functional.cross_entropy, LABELS),
-    "item": (lambda: Between(lambda h: h * round(h.sum().item())), functional.cross_entropy, LABELS),
-    "lstm": (lambda: Recurrent(nn.LSTM), functional.cross_entropy, LABELS),
-    "gru": (lambda: Recurrent(nn.GRU), functional.cross_entropy, LABELS),
-    "rnn": (lambda: Recurrent(nn.RNN), functional.cross_entropy, LABELS),
-    "old function": (lambda: Between(WrittenBeforeSetupContext.apply), functional.cross_entropy, LABELS),
-    "hook": (lambda: Between(hooked), functional.cross_entropy, LABELS),
-    "hook if a gradient is required": (lambda: Between(hooked_if_asked), functional.cross_entropy, LABELS),
-    "hook if in a graph": (lambda: Between(hooked_if_in_a_graph), functional.cross_entropy, LABELS),
-    "hook if no leaf": (lambda: Between(hooked_if_no_leaf), functional.cross_entropy, LABELS),
-    "as_strided": (lambda: Between(lambda h: h.as_strided((len(h), 4), (4, 1)) ** 2), functional.cross_entropy, LABELS),
-    "select_scatter": (
-        lambda: Between(lambda h: h.select_scatter(h[:, 1] ** 2, 1, 0)),
-        functional.cross_entropy,
-        LABELS,
-    ),
-    "boolean mask": (
-        lambda: Between(torch.tanh),
-        lambda p, y: functional.cross_entropy(p[y > 0], y[y > 0], reduction="sum"),
-        LABELS,
-    ),
-    "weights and smoothing": (
-        lambda: Between(torch.tanh),
-        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5], dtype=DOUBLE), label_smoothing=0.1),
-        LABELS,
-    ),
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "branch": lambda h: h if h.sum() > 0 else -h,
+    "item": lambda h: h * round(h.sum().item()),
+    "old function": WrittenBeforeSetupContext.apply,
+    "hook": hooked,
+    "hook if a gradient is required": lambda h: hooked(h) if h.requires_grad else h,
+    "hook if in a graph": lambda h: hooked(h) if h.grad_fn is not None else h,
+    "hook if no leaf": lambda h: h if h.is_leaf else hooked(h),
+    "as_strided": lambda h: h.as_strided((len(h), 4), (4, 1)) ** 2,
+    "select_scatter": lambda h: h.select_scatter(h[:, 1] ** 2, 1, 0),
+}
+weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5], dtype=DOUBLE), label_smoothing=0.1)
+Case = tuple[Callable[[], nn.Module], Loss, tuple[Tensor, Tensor]]
+CASES: dict[str, Case] = {
+    **{name: (partial(between, f), functional.cross_entropy, LABELS) for name, f in FUNCTIONS.items()},
+    **{k.__name__: (partial(recurrent, k), functional.cross_entropy, LABELS) for k in (nn.LSTM, nn.GRU, nn.RNN)},
+    "boolean mask": (partial(between, torch.tanh), masked, LABELS),
+    "weights and smoothing": (partial(between, torch.tanh), weighted, LABELS),
     "gaussian likelihood": (
-        lambda: Between(torch.tanh, out=2),
+        partial(between, torch.tanh, out=2),
         lambda p, y: functional.gaussian_nll_loss(p[:, 0], y, functional.softplus(p[:, 1])),
         TARGETS,
     ),
     "numpy targets": (
-        lambda: Between(torch.tanh, out=1),
+        partial(between, torch.tanh, out=1),
         lambda p, y: functional.mse_loss(p[:, 0], torch.from_numpy(y.numpy())),
         TARGETS,
     ),
@@ -128,7 +101,7 @@ def episodes(targets: tuple[Tensor, Tensor] = LABELS) -> Episodes:
 @pytest.mark.parametrize("case", CASES)
 def test_unbatchable_model_equals_plain_loop(case: str, engine: str) -> None:
     make, loss, targets = CASES[case]
-    module = make().double()
+    module = make()
     tasks, inner = episodes(targets), InnerLoop(lr=0.1, steps=2, engine=engine)
     want = by_hand(module, tasks, inner, loss=loss)
     for _ in range(2):  # the second time the model is known to be unbatchable
@@ -142,8 +115,8 @@ def test_unbatchable_model_equals_plain_loop(case: str, engine: str) -> None:
 def test_spectral_norm_starts_every_pass_with_the_same_vectors(
     normalise: Any, engine: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    module = Between(torch.tanh).double()
-    normalise(module.body)
+    module = between(torch.tanh)
+    normalise(module[0])
     tasks, inner = episodes(), InnerLoop(lr=0.1, steps=1, engine=engine)
     buffers = {name: b.clone() for name, b in module.named_buffers()}
 
@@ -163,14 +136,14 @@ def test_spectral_norm_starts_every_pass_with_the_same_vectors(
         for _ in range(2):
             assert relative_error(meta_gradient(*functionalize(module), tasks, inner).grads, want) < 1e-9
     assert all(torch.equal(b, buffers[name]) for name, b in module.named_buffers())
-    assert caplog.text.count("writes to its buffer 'body.") == 1
+    assert caplog.text.count("writes to its buffer '0.") == 1
 
 
 def test_unbatchable_model_warns_once(caplog: pytest.LogCaptureFixture) -> None:
-    class Own(Recurrent):
+    class Own(nn.Sequential):
         """Of this test alone, as a class and a reason are warned of once."""
 
-    forward, theta = functionalize(Own(nn.LSTM).double())
+    forward, theta = functionalize(Own(*recurrent(nn.LSTM)))
     tasks, inner = episodes(), InnerLoop(lr=0.1, steps=1)
     with caplog.at_level(logging.WARNING):
         fast = adapt(forward, theta, tasks.support_x, tasks.support_y, inner)
@@ -180,10 +153,21 @@ def test_unbatchable_model_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "aten::lstm" in warnings[0]
 
 
-def test_error_of_the_model_is_not_logged_as_unbatchable(caplog: pytest.LogCaptureFixture) -> None:
-    forward, theta = functionalize(Between(lambda h: h @ torch.ones(3, 3, dtype=DOUBLE)).double())
-    with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError, match=r"shapes cannot be multiplied"):
+def raises(h: Tensor) -> Tensor:
+    raise RuntimeError("mine")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [(raises, r"^mine\nRaised in"), (lambda h: h @ torch.ones(3, 3, dtype=DOUBLE), r"shapes cannot be multiplied")],
+)
+def test_error_of_the_model_does_not_make_it_unbatchable(
+    function: Callable[[Tensor], Tensor], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    forward, theta = functionalize(between(function))
+    with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError, match=message):
         meta_gradient(forward, theta, episodes(), InnerLoop(lr=0.1, steps=1))
+    assert is_batchable(forward)
     assert not caplog.records
 
 
@@ -196,7 +180,7 @@ def test_random_layer_without_batching_rule_draws_for_every_task(layer: str) -> 
         "rsample": lambda h: torch.distributions.Normal(h, 1.0).rsample(),
         "rrelu": lambda h: functional.rrelu(h - 1, training=True),
     }
-    forward, theta = functionalize(Between(layers[layer]).double())
+    forward, theta = functionalize(between(layers[layer]))
     x = torch.ones(1, 1, 4, dtype=DOUBLE).expand(40, 1, 4)
     fast = {name: p.expand(40, *p.shape) for name, p in theta.items()}
     assert len(predict(forward, fast, x).unique(dim=0)) > 1
@@ -209,7 +193,7 @@ def test_random_layer_without_batching_rule_draws_for_every_task(layer: str) -> 
 def test_failed_vmap_does_not_change_random_draws(kind: Any, engine: str) -> None:
     def first(engine: str) -> Params:
         torch.manual_seed(1)
-        module = nn.Sequential(nn.Dropout(0.5), Recurrent(kind)).double()  # new, so that vmap is tried
+        module = nn.Sequential(nn.Dropout(0.5), recurrent(kind))  # new, so that vmap is tried
         return meta_gradient(*functionalize(module), episodes(), InnerLoop(lr=0.5, steps=2, engine=engine)).grads
 
     assert relative_error(first(engine), first("unroll")) < 1e-9
@@ -230,24 +214,9 @@ def test_module_keeps_no_batched_tensor() -> None:
     copy.deepcopy(module)
 
 
-def test_error_of_the_model_does_not_make_it_unbatchable(caplog: pytest.LogCaptureFixture) -> None:
-    class Raises(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            raise RuntimeError("mine")
-
-    forward, theta = functionalize(Raises(4, N).double())
-    with pytest.raises(RuntimeError, match=r"^mine\nRaised in"):
-        meta_gradient(forward, theta, episodes(), InnerLoop(lr=0.1, steps=1))
-    assert is_batchable(forward)
-    assert not caplog.records
-
-
 def test_unbatchable_loss_leaves_the_model_batchable_with_others() -> None:
-    forward, theta = functionalize(Between(torch.tanh).double())
+    forward, theta = functionalize(between(torch.tanh))
     tasks, inner = episodes(), InnerLoop(lr=0.1, steps=1)
-
-    def masked(p: Tensor, y: Tensor) -> Tensor:
-        return functional.cross_entropy(p[y > 0], y[y > 0], reduction="sum")
 
     meta_gradient(forward, theta, tasks, inner, loss=masked)
     assert not is_batchable(forward, masked)
@@ -257,8 +226,8 @@ def test_unbatchable_loss_leaves_the_model_batchable_with_others() -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_data_attribute_is_a_constant(engine: str) -> None:
-    module = Between(lambda h: (h if h.sum() > 0 else -h) * h.detach()).double()
-    hidden = Between(lambda h: (h if h.sum() > 0 else -h) * h.data).double()
+    module = between(lambda h: (h if h.sum() > 0 else -h) * h.detach())
+    hidden = between(lambda h: (h if h.sum() > 0 else -h) * h.data)
     hidden.load_state_dict(module.state_dict())
     tasks, inner = episodes(), InnerLoop(lr=0.5, steps=2, engine=engine)
     want = by_hand(module, tasks, inner)
@@ -266,7 +235,7 @@ def test_data_attribute_is_a_constant(engine: str) -> None:
 
 
 def test_empty_parameter_gets_empty_gradient() -> None:
-    module = Between(torch.tanh).double()
+    module = between(torch.tanh)
     module.register_parameter("none", nn.Parameter(torch.empty(0, dtype=DOUBLE)))
     for engine in ENGINES:
         grads = meta_gradient(*functionalize(module), episodes(), InnerLoop(lr=0.1, steps=1, engine=engine)).grads

@@ -30,38 +30,19 @@ BACKENDS = tuple(PEERS.values())
 
 @dataclass(frozen=True, eq=False)
 class BaselineGradient:
-    """A meta-gradient by another library, at any theta. Made by ``backend``.
-
-    Args:
-        peer: the library's ``meta_gradient``.
-        module: a private copy, into which theta is copied.
-        loss: one task's mean loss.
-        name: of the library.
-    """
+    """A meta-gradient by another library, at any theta. Made by ``backend``."""
 
     peer: Peer
-    module: nn.Module
+    module: nn.Module  # a private copy, into which theta is copied
     loss: Loss
     name: str
 
     def check_supported(self, inner: InnerLoop) -> None:
-        """Check that the library supports an inner loop, before anything is computed.
-
-        Raises:
-            UnsupportedSettingError: naming the setting of ``inner``.
-        """
+        """Raise ``UnsupportedSettingError`` if the library does not compute a setting of ``inner``."""
         check_supported(self.name, inner, sys.modules[self.peer.__module__].SUPPORTED)
 
     def __call__(self, params: Params, episodes: Episodes, inner: InnerLoop) -> MetaGradient:
-        """Compute the meta-gradient at ``params``, which are not changed and need not require gradients.
-
-        Args:
-            params: theta, each ``[...]``, with learned step sizes if ``inner`` has them.
-            episodes: T tasks.
-            inner: the inner loop.
-
-        Returns:
-            The result of ``metalearn.meta_gradient``; ``grads`` has the names of ``params``.
+        """Compute ``metalearn.meta_gradient`` at ``params``, which are not changed and need not require gradients.
 
         Raises:
             UnsupportedSettingError: naming the setting of ``inner`` that the library does not support.
@@ -82,9 +63,6 @@ def backend(name: str, module: nn.Module, *, loss: Loss = cross_entropy) -> Base
         module: the model. It is copied once, here, and not changed; later changes of its frozen parameters, buffers or
             mode have no effect.
         loss: one task's mean loss.
-
-    Returns:
-        ``compute(params, episodes, inner) -> MetaGradient``.
 
     Raises:
         ConfigError: if the name is unknown, or the library is not installed or cannot be imported.

@@ -14,22 +14,17 @@ from metalearn.core.types import Episodes, Loss, MetaGradient, Params
 from metalearn.inner import InnerLoop
 from metalearn.metagrad.baselines.common import (
     SupportedSettings,
+    TaskResult,
     as_leaf_params,
     average_over_tasks,
     check_supported,
-    iter_tasks,
 )
 
 SUPPORTED: SupportedSettings = {}
 
 
 def meta_gradient(
-    module: nn.Module,
-    episodes: Episodes,
-    inner: InnerLoop,
-    *,
-    loss: Loss = cross_entropy,
-    params: Params | None = None,
+    module: nn.Module, episodes: Episodes, inner: InnerLoop, *, loss: Loss = cross_entropy, params: Params | None = None
 ) -> MetaGradient:
     """Compute ``metalearn.meta_gradient`` with plain steps, as described by ``common.Peer``.
 
@@ -37,24 +32,18 @@ def meta_gradient(
     """
     check_supported("the loop by hand", inner, SUPPORTED)
     theta = as_leaf_params(module, params, inner)
-    total = [torch.zeros_like(p) for p in theta.values()]
-    losses, predictions, support_losses = [], [], []
-    for support_x, support_y, query_x, query_y in iter_tasks(episodes):
+
+    def one_task(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> TaskResult:
         buffers = {name: b.clone() for name, b in module.named_buffers()}
-        fast = theta
+        fast, support_losses = theta, []
         for _ in range(inner.steps):
             support_loss = loss(functional_call(module, (fast, buffers), (support_x,)), support_y)
             support_losses.append(support_loss.detach())
-            step = _gradients(support_loss, fast, create_graph=inner.second_order)
-            fast = {name: p - inner.lr * g for (name, p), g in zip(fast.items(), step, strict=True)}
+            grads = torch.autograd.grad(
+                support_loss, list(fast.values()), create_graph=inner.second_order, materialize_grads=True
+            )
+            fast = {name: p - inner.lr * g for (name, p), g in zip(fast.items(), grads, strict=True)}
         prediction = functional_call(module, (fast, buffers), (query_x,))
-        query_loss = loss(prediction, query_y)
-        for g, task_g in zip(total, _gradients(query_loss / episodes.tasks, theta, create_graph=False), strict=True):
-            g += task_g
-        losses.append(query_loss.detach())
-        predictions.append(prediction.detach())
-    return average_over_tasks(dict(zip(theta, total, strict=True)), losses, predictions, support_losses)
+        return TaskResult(loss(prediction, query_y), prediction, support_losses, theta)
 
-
-def _gradients(loss: Tensor, at: Params, *, create_graph: bool) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss, list(at.values()), create_graph=create_graph, materialize_grads=True)
+    return average_over_tasks(one_task, theta, episodes)

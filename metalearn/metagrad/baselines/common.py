@@ -7,32 +7,25 @@ import importlib
 import importlib.util
 import io
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import MISSING, Field, fields
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from metalearn.core.errors import ConfigError
-from metalearn.core.functional import check_params
+from metalearn.core.functional import check_params, grad_of
 from metalearn.core.types import Episodes, Loss, MetaGradient, Params
-from metalearn.inner import SGD, InnerLoop, check_params_match_config, without_state
+from metalearn.inner import SGD, InnerLoop, Momentum, check_params_match_config, without_state
 
 
 class Peer(Protocol):
     """Computes ``metalearn.meta_gradient`` by another library, or by hand."""
 
     def __call__(
-        self,
-        module: nn.Module,
-        episodes: Episodes,
-        inner: InnerLoop,
-        *,
-        loss: Loss = cross_entropy,
-        params: Params | None = None,
+        self, module: nn.Module, episodes: Episodes, inner: InnerLoop, *, loss: Loss = ..., params: Params | None = None
     ) -> MetaGradient:
         """Compute the meta-gradient; neither the module's parameters nor their ``.grad`` are changed.
 
@@ -40,7 +33,7 @@ class Peer(Protocol):
             module: the model; where the library writes to it and ``params`` are given, a copy is used.
             episodes: T tasks.
             inner: the inner loop; ``engine`` and ``task_chunk`` are ignored.
-            loss: one task's mean loss.
+            loss: one task's mean loss, by default ``cross_entropy``.
             params: theta, in place of the module's own parameters.
 
         Raises:
@@ -89,24 +82,16 @@ class UnsupportedSettingError(ConfigError, ValueError):
 def check_supported(name: str, inner: InnerLoop, supported: SupportedSettings) -> None:
     """Check that a library computes all of an inner loop: an ignored setting would give the numbers of another one.
 
-    Args:
-        name: of the library.
-        inner: the settings; unsupported ones must have their default value.
-        supported: what the library computes besides plain gradient steps.
-
     Raises:
-        UnsupportedSettingError: naming the first setting, the library and what it offers.
+        UnsupportedSettingError: naming the first unsupported setting without its default, and what the library offers.
     """
     for setting in fields(InnerLoop):
         value = getattr(inner, setting.name)
         if setting.name not in _ALWAYS_SUPPORTED | _IGNORED and not _is_supported(setting, value, supported):
-            extras = [
-                f"{key}={' or '.join(v.__name__ if isinstance(v, type) else repr(v) for v in values)}"
-                if values
-                else key
-                for key, values in supported.items()
-            ]
-            offered = " and ".join(["it offers plain gradient steps", *extras])
+            offered = "it offers plain gradient steps"
+            for key, values in supported.items():
+                names = [v.__name__ if isinstance(v, type) else repr(v) for v in values or ()]
+                offered += f" and {key}={' or '.join(names)}" if names else f" and {key}"
             raise UnsupportedSettingError(name, f"{setting.name}={reprlib.repr(value)}", offered)
 
 
@@ -124,12 +109,7 @@ def trainable(module: nn.Module) -> Params:
 
 
 def as_leaf_params(module: nn.Module, params: Params | None, inner: InnerLoop) -> Params:
-    """Return theta as leaves that require gradients, in the given order.
-
-    Args:
-        module: whose parameters theta names.
-        params: theta, with learned step sizes if ``inner`` has them; ``None``: the module's own.
-        inner: the settings.
+    """Return theta, by default the module's own parameters, as leaves that require gradients, in the given order.
 
     Raises:
         TypeError: if one is not a floating-point tensor.
@@ -147,9 +127,6 @@ def module_with_params(module: nn.Module, params: Params | None, inner: InnerLoo
     """Return a module whose parameters are theta, and theta: these parameters, and learned step sizes as leaves.
 
     It is the given module if theta is its own parameters, and else a copy.
-
-    Raises:
-        TypeError, ValueError: as ``as_leaf_params``.
     """
     theta = as_leaf_params(module, params, inner)
     if any(theta[name] is not p for name, p in trainable(module).items()):
@@ -159,12 +136,7 @@ def module_with_params(module: nn.Module, params: Params | None, inner: InnerLoo
 
 
 def copy_params_(module: nn.Module, params: Params) -> None:
-    """Copy theta's values into a module's parameters.
-
-    Raises:
-        TypeError: if one is not a floating-point tensor.
-        ValueError: naming a parameter that the module lacks, or has in another shape, dtype or device.
-    """
+    """Copy theta's values into a module's parameters; raise if names, shapes, dtypes or devices differ."""
     own = trainable(module)
     check_params(params)
     _check_params_match_module(own, params)
@@ -191,26 +163,40 @@ def _check_params_match_module(own: Params, params: Params) -> None:
             )
 
 
-def iter_tasks(episodes: Episodes) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Iterate over the tasks: support_x, support_y, query_x and query_y of each."""
-    return zip(episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y, strict=True)
+class TaskResult(NamedTuple):
+    """What one task adds to the mean: its query loss and prediction with a graph, and detached support losses.
 
-
-def average_over_tasks(
-    grads: Params, losses: list[Tensor], predictions: list[Tensor], support_losses: list[Tensor]
-) -> MetaGradient:
-    """Build the result of a batch from its tasks.
-
-    Args:
-        grads: of the mean query loss.
-        losses: query losses, detached scalars, one for each task.
-        predictions: detached, ``[Q, ...]``, one for each task.
-        support_losses: detached scalars, the steps of the first task, then those of the next.
+    ``at`` has the tensors whose gradients are theta's, by theta's names.
     """
-    by_task = torch.stack(support_losses).view(len(losses), -1) if support_losses else losses[0].new_empty(1, 0)
+
+    query_loss: Tensor
+    prediction: Tensor
+    support_losses: list[Tensor]
+    at: Params
+
+
+def average_over_tasks(one_task: Callable[..., TaskResult], theta: Params, episodes: Episodes) -> MetaGradient:
+    """Compute ``one_task(support_x, support_y, query_x, query_y)`` for each task, and the mean over tasks."""
+    grads = {name: torch.zeros_like(p) for name, p in theta.items()}
+    losses, predictions, support_losses = [], [], []
+    for task in zip(episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y, strict=True):
+        result = one_task(*task)
+        for name, g in grad_of(result.query_loss / episodes.tasks, result.at, create_graph=False).items():
+            grads[name] += g
+        losses.append(result.query_loss.detach())
+        predictions.append(result.prediction.detach())
+        support_losses.append(torch.stack(result.support_losses) if result.support_losses else losses[0].new_empty(0))
     return MetaGradient(
         loss=torch.stack(losses).mean(),
         grads=grads,
         predictions=torch.stack(predictions),
-        support_loss=by_task.mean(dim=0),
+        support_loss=torch.stack(support_losses).mean(dim=0),
     )
+
+
+def sgd_arguments(inner: InnerLoop) -> dict[str, Any]:
+    """Return the arguments of a library's SGD for the rules ``SGD`` and ``Momentum``."""
+    momentum = inner.rule.momentum if isinstance(inner.rule, Momentum) else 0.0
+    # torch refuses Nesterov's momentum of 0, which is the same as none
+    nesterov = isinstance(inner.rule, Momentum) and inner.rule.nesterov and momentum > 0
+    return {"lr": inner.lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": inner.weight_decay}

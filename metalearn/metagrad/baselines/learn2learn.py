@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
-import torch
 from learn2learn.algorithms import MAML, MetaSGD
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from metalearn.core.functional import grad_of
 from metalearn.core.types import Episodes, Loss, MetaGradient, Params
 from metalearn.inner import InnerLoop, adapted_param_names, lr_key
 from metalearn.metagrad.baselines.common import (
     SupportedSettings,
+    TaskResult,
     UnsupportedSettingError,
     average_over_tasks,
     check_supported,
-    iter_tasks,
     module_with_params,
 )
 
@@ -27,12 +24,7 @@ SUPPORTED: SupportedSettings = {"learned_lr": ("parameter",), "adapted_params": 
 
 
 def meta_gradient(
-    module: nn.Module,
-    episodes: Episodes,
-    inner: InnerLoop,
-    *,
-    loss: Loss = cross_entropy,
-    params: Params | None = None,
+    module: nn.Module, episodes: Episodes, inner: InnerLoop, *, loss: Loss = cross_entropy, params: Params | None = None
 ) -> MetaGradient:
     """Compute ``metalearn.meta_gradient`` with plain steps, as described by ``common.Peer``.
 
@@ -48,22 +40,22 @@ def meta_gradient(
     parts = _covering_submodules(module, adapted_param_names(theta, inner))
     names = [f"{prefix}.{name}".lstrip(".") for prefix, part in parts.items() for name, _ in part.named_parameters()]
     algorithm = _algorithm(parts[""] if "" in parts else nn.ModuleList(parts.values()), theta, names, inner)
-    grads = {name: torch.zeros_like(p) for name, p in theta.items()}
-    losses, predictions, support_losses = [], [], []
-    for support_x, support_y, query_x, query_y in iter_tasks(episodes):
-        with _restore_buffers(module):  # clones share them
-            learner = algorithm.clone()
-            for _ in range(inner.steps):
-                support_loss = loss(_predict(module, learner, names, parts, support_x), support_y)
-                support_losses.append(support_loss.detach())
-                learner.adapt(support_loss)
-            prediction = _predict(module, learner, names, parts, query_x)
-            query_loss = loss(prediction, query_y)
-            for name, g in grad_of(query_loss / episodes.tasks, theta, create_graph=False).items():
-                grads[name] += g
-        losses.append(query_loss.detach())
-        predictions.append(prediction.detach())
-    return average_over_tasks(grads, losses, predictions, support_losses)
+    buffers = {name: b.clone() for name, b in module.named_buffers()}
+
+    def one_task(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> TaskResult:
+        _restore_buffers(module, buffers)  # clones share them
+        learner, support_losses = algorithm.clone(), []
+        for _ in range(inner.steps):
+            support_loss = loss(_predict(module, learner, names, parts, support_x), support_y)
+            support_losses.append(support_loss.detach())
+            learner.adapt(support_loss)
+        prediction = _predict(module, learner, names, parts, query_x)
+        return TaskResult(loss(prediction, query_y), prediction, support_losses, theta)
+
+    try:
+        return average_over_tasks(one_task, theta, episodes)
+    finally:
+        _restore_buffers(module, buffers)
 
 
 def _algorithm(wrapped: nn.Module, theta: Params, names: list[str], inner: InnerLoop) -> MAML | MetaSGD:
@@ -107,11 +99,6 @@ def _predict(
     return prediction
 
 
-@contextmanager
-def _restore_buffers(module: nn.Module) -> Iterator[None]:
-    before = {name: b.clone() for name, b in module.named_buffers()}
-    try:
-        yield
-    finally:
-        for name, b in module.named_buffers():
-            b.detach().copy_(before[name])
+def _restore_buffers(module: nn.Module, values: Params) -> None:
+    for name, b in module.named_buffers():
+        b.detach().copy_(values[name])

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torchopt
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
@@ -15,22 +15,18 @@ from metalearn.core.types import Episodes, Loss, MetaGradient, Params
 from metalearn.inner import SGD, Adam, InnerLoop, Momentum
 from metalearn.metagrad.baselines.common import (
     SupportedSettings,
+    TaskResult,
     as_leaf_params,
     average_over_tasks,
     check_supported,
-    iter_tasks,
+    sgd_arguments,
 )
 
 SUPPORTED: SupportedSettings = {"rule": (SGD, Momentum, Adam), "weight_decay": None}
 
 
 def meta_gradient(
-    module: nn.Module,
-    episodes: Episodes,
-    inner: InnerLoop,
-    *,
-    loss: Loss = cross_entropy,
-    params: Params | None = None,
+    module: nn.Module, episodes: Episodes, inner: InnerLoop, *, loss: Loss = cross_entropy, params: Params | None = None
 ) -> MetaGradient:
     """Compute ``metalearn.meta_gradient`` with SGD, ``Momentum`` or ``Adam``, as described by ``common.Peer``.
 
@@ -42,25 +38,21 @@ def meta_gradient(
     """
     check_supported("TorchOpt", inner, SUPPORTED)
     theta = as_leaf_params(module, params, inner)
-    grads = {name: torch.zeros_like(p) for name, p in theta.items()}
-    losses, predictions, support_losses = [], [], []
-    for support_x, support_y, query_x, query_y in iter_tasks(episodes):
+
+    def one_task(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> TaskResult:
         optimizer = _optimizer(inner)  # one for each task: its momentum depends on earlier calls
         buffers = {name: b.clone() for name, b in module.named_buffers()}
-        fast, state = theta, optimizer.init(theta)
+        fast, state, support_losses = theta, optimizer.init(theta), []
         for _ in range(inner.steps):
             support_loss = loss(functional_call(module, (fast, buffers), support_x), support_y)
             support_losses.append(support_loss.detach())
-            step = grad_of(support_loss, fast, create_graph=inner.second_order)
-            updates, state = optimizer.update(step, state, params=fast, inplace=False)
+            grads = grad_of(support_loss, fast, create_graph=inner.second_order)
+            updates, state = optimizer.update(grads, state, params=fast, inplace=False)
             fast = torchopt.apply_updates(fast, updates, inplace=False)
         prediction = functional_call(module, (fast, buffers), query_x)
-        query_loss = loss(prediction, query_y)
-        for name, g in grad_of(query_loss / episodes.tasks, theta, create_graph=False).items():
-            grads[name] += g
-        losses.append(query_loss.detach())
-        predictions.append(prediction.detach())
-    return average_over_tasks(grads, losses, predictions, support_losses)
+        return TaskResult(loss(prediction, query_y), prediction, support_losses, theta)
+
+    return average_over_tasks(one_task, theta, episodes)
 
 
 def _optimizer(inner: InnerLoop) -> torchopt.base.GradientTransformation:
@@ -69,6 +61,4 @@ def _optimizer(inner: InnerLoop) -> torchopt.base.GradientTransformation:
         # As tensors: it takes 1 - beta ** step in float32 if beta is a Python number, and 1 - 0.999 to 4 digits.
         betas: Any = tuple(torch.tensor(beta, dtype=torch.float64) for beta in rule.betas)
         return torchopt.adam(lr=inner.lr, betas=betas, eps=rule.eps, weight_decay=inner.weight_decay)
-    momentum = rule.momentum if isinstance(rule, Momentum) else 0.0
-    nesterov = isinstance(rule, Momentum) and rule.nesterov and momentum > 0  # torch refuses both; the same as none
-    return torchopt.sgd(lr=inner.lr, momentum=momentum, nesterov=nesterov, weight_decay=inner.weight_decay)
+    return torchopt.sgd(**sgd_arguments(inner))

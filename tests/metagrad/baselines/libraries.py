@@ -8,11 +8,8 @@ import os
 import sys
 
 import pytest
-import torch
 from torch import nn
 
-from metalearn import MetaGradient
-from metalearn.core.functional import relative_error
 from metalearn.metagrad.baselines.common import Peer
 from metalearn.models import MLP
 
@@ -37,14 +34,3 @@ def mlp() -> nn.Module:
 def smooth() -> nn.Module:
     """Return a small network without zero gradients."""
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-
-
-def assert_equal(theirs: MetaGradient, ours: MetaGradient, *, within: float = 1e-9) -> None:
-    """Check that two results are equal up to rounding."""
-    assert list(theirs.grads) == list(ours.grads)
-    assert relative_error(theirs.grads, ours.grads) < within
-    for name, g in ours.grads.items():  # separately, as the gradients of learned rates are small
-        torch.testing.assert_close(theirs.grads[name], g, rtol=1e-6, atol=1e-10)
-    torch.testing.assert_close(theirs.loss, ours.loss, rtol=1e-12, atol=0)
-    torch.testing.assert_close(theirs.support_loss, ours.support_loss, rtol=1e-12, atol=0)
-    torch.testing.assert_close(theirs.predictions, ours.predictions)
