@@ -29,13 +29,9 @@ _SUPPORT = f"support{SEPARATOR}x"
 
 @dataclass(frozen=True, eq=False)
 class AdaptedModel:
-    """A model adapted to one task.
+    """A model adapted to one task in ``steps`` inner steps.
 
-    Args:
-        weights: parameters by name, without a task dimension.
-        support_x: support inputs, ``[S, ...]``.
-        classes: labels by position, sorted; empty for a regression.
-        steps: number of inner steps taken.
+    Weights are without a task dimension, support inputs ``[S, ...]``, classes sorted; a regression has none.
     """
 
     weights: Params
