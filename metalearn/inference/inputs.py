@@ -1,4 +1,4 @@
-"""Convert images, numbers and labels of many types to the tensors and lists that a learner computes with."""
+"""Convert images, numbers and labels of many types to tensors and lists; raise ``DataError`` for what does not fit."""
 
 from __future__ import annotations
 
@@ -65,11 +65,7 @@ def as_images(images: Examples, shape: torch.Size) -> Tensor:
 
 
 def as_numbers(name: str, values: Examples | Iterable[Any]) -> Tensor:
-    """Return inputs or targets of a regression as ``[S, 1]`` float32, from ``[S]`` or ``[S, 1]``.
-
-    Raises:
-        DataError: if there are none, their shape is another, or they are not finite numbers.
-    """
+    """Return inputs or targets of a regression as ``[S, 1]`` float32, from ``[S]`` or ``[S, 1]``."""
     x = _as_tensor(name, values)
     if x.ndim == 1:
         x = x.unsqueeze(1)
@@ -86,11 +82,7 @@ def as_numbers(name: str, values: Examples | Iterable[Any]) -> Tensor:
 
 
 def as_targets(values: Examples | Iterable[Any], count: int) -> Tensor:
-    """Return the targets of ``count`` inputs of a regression, ``[count, 1]`` float32.
-
-    Raises:
-        DataError: if there are more or fewer than inputs, or as ``as_numbers``.
-    """
+    """Return the targets of ``count`` inputs of a regression, ``[count, 1]`` float32."""
     y = as_numbers("targets", values)
     if len(y) != count:
         raise DataError(f"{len(y)} targets for {count} inputs; give one target an input.")
@@ -98,15 +90,7 @@ def as_targets(values: Examples | Iterable[Any], count: int) -> Tensor:
 
 
 def as_labels(labels: Examples | Iterable[Any], count: int) -> list[Any]:
-    """Return one label an image, as plain Python objects.
-
-    Args:
-        labels: a tensor, an array or a sequence of hashable objects.
-        count: number of images.
-
-    Raises:
-        DataError: if there are more or fewer than images, or one is not hashable.
-    """
+    """Return one hashable label for each of ``count`` images, as plain Python objects."""
     if isinstance(labels, (str, bytes)):
         raise DataError(f"labels={labels!r}: give one label an image, as in [{labels!r}, ...].")
     if isinstance(labels, (Tensor, np.ndarray)):
@@ -121,11 +105,7 @@ def as_labels(labels: Examples | Iterable[Any], count: int) -> list[Any]:
 
 
 def unique_classes(labels: Sequence[Any]) -> tuple[Any, ...]:
-    """Return the different labels, sorted.
-
-    Raises:
-        DataError: if there is only one, or if they cannot be sorted.
-    """
+    """Return the different labels, sorted; at least two."""
     different = set(labels)
     if len(different) < 2:
         raise DataError(
@@ -140,11 +120,7 @@ def unique_classes(labels: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def class_indices(labels: Sequence[Any], classes: Sequence[Any]) -> Tensor:
-    """Return the positions of labels in ``classes``, ``[S]`` int64.
-
-    Raises:
-        DataError: naming labels that are not in ``classes``.
-    """
+    """Return the positions of labels in ``classes``, ``[S]`` int64."""
     index = {one: i for i, one in enumerate(classes)}
     unknown = list(dict.fromkeys(one for one in labels if one not in index))
     if unknown:

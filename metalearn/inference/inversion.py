@@ -15,12 +15,9 @@ _LIGHT = 0.5  # brightness of a border, from 0 (black) to 1
 
 
 def should_invert(choice: bool | str, images: Tensor, data: DataConfig) -> bool:
-    """Return whether to exchange black and white; an automatic decision is logged with its reason.
+    """Return whether to exchange black and white; the decision for ``"auto"`` is logged with its reason.
 
-    Args:
-        choice: ``auto``, true or false.
-        images: ``[images, channels, height, width]`` uint8, of the support set if there is one.
-        data: the run's data configuration.
+    ``images`` are uint8 ``[images, channels, height, width]``, of the support set if there is one.
     """
     if choice != "auto":
         return str(choice).lower() == "true"
@@ -57,11 +54,12 @@ def apply_inversion(images: Tensor, inverted: bool) -> Tensor:
 
 def warn_if_inverted(images: Tensor, data: DataConfig) -> None:
     """Warn if images ``[images, C, H, W]`` in [0, 1] are dark on light and the run's are light on dark."""
-    if isinstance(data, (OmniglotConfig, GlyphsConfig)):
-        light = border_brightness((images.detach().cpu() * 255).byte()) > _LIGHT
-        if light.double().mean() > 0.5:
-            log.warning(
-                "The run was trained on white drawings on black (%s), and these images' borders are light: give "
-                "1 - images (255 - images for uint8), or read folders with Learner.read, which inverts them.",
-                data.name,
-            )
+    if not isinstance(data, (OmniglotConfig, GlyphsConfig)):
+        return
+    light = border_brightness((images.detach().cpu() * 255).byte()) > _LIGHT
+    if light.double().mean() > 0.5:
+        log.warning(
+            "The run was trained on white drawings on black (%s), and these images' borders are light: give "
+            "1 - images (255 - images for uint8), or read folders with Learner.read, which inverts them.",
+            data.name,
+        )

@@ -61,12 +61,7 @@ class Learner:
     """A trained model that adapts to new classes, made by ``load``. Only ``adapt`` and ``restore`` change it.
 
     Args:
-        run_dir: folder of the run.
-        config: configuration of the run.
-        device: where the learner computes.
-        forward: the model as a pure function.
         theta: meta-parameters, learned step sizes and running statistics.
-        algorithm: the run's algorithm with its inner loop.
         head: names of weight and bias of the last linear layer.
         iteration: meta-steps of training before the checkpoint.
 
@@ -90,25 +85,17 @@ class Learner:
 
     @property
     def is_regression(self) -> bool:
-        """True if the run predicts numbers instead of classes (``data=sinusoid``)."""
+        """Whether the run predicts numbers instead of classes (``data=sinusoid``)."""
         return isinstance(self.config.data, SinusoidConfig)
 
     @property
     def classes_(self) -> list[Any]:
-        """Labels of the adapted model, sorted: the columns of ``predict_proba``; empty for a regression.
-
-        Raises:
-            NotAdaptedError: before ``adapt``.
-        """
+        """Labels of the adapted model, sorted: the columns of ``predict_proba``; empty for a regression."""
         return list(self._state().classes)
 
     @property
     def steps_(self) -> int:
-        """Number of inner steps taken.
-
-        Raises:
-            NotAdaptedError: before ``adapt``.
-        """
+        """Number of inner steps taken."""
         return self._state().steps
 
     def read(
@@ -153,7 +140,7 @@ class Learner:
         return read._replace(images=apply_inversion(read.images, inverted))
 
     def adapt(self, images: Examples, labels: Examples | Iterable[Any], *, steps: int | None = None) -> Learner:
-        """Adapt the checkpoint to these classes by the run's algorithm, replacing any earlier classes.
+        """Adapt the checkpoint to these classes by the run's algorithm, replacing earlier classes; return the learner.
 
         If the number of classes differs from ``task.ways``, the head is built from the classes' mean embeddings
         (``PrototypeHead``) and then adapted by the usual steps.
@@ -163,9 +150,6 @@ class Learner:
                 regression the inputs, ``[S]`` or ``[S, 1]``.
             labels: one hashable and sortable label an image; for a regression the targets, ``[S]`` or ``[S, 1]``.
             steps: inner steps; ``None`` is the run's ``inner.eval_steps``.
-
-        Returns:
-            The learner itself.
 
         Raises:
             DataError: if the images do not fit the run, the labels do not fit them, or there are fewer than 2 classes.
@@ -199,15 +183,9 @@ class Learner:
     """``adapt`` under the name that scikit-learn users expect."""
 
     def predict(self, images: Examples, *, transductive: bool = False) -> list[Any]:
-        """Return the most probable label of each image; for a regression a float for each input.
+        """Return the most probable label of each image ``[Q, ...]``; for a regression a float for each input.
 
-        Args:
-            images: ``[Q, ...]``, as for ``adapt``.
-            transductive: as for ``predict_proba``.
-
-        Raises:
-            NotAdaptedError: before ``adapt``.
-            DataError: if the images do not fit the run.
+        ``transductive`` is as for ``predict_proba``.
         """
         outputs = self._outputs(images, transductive)
         if self.is_regression:
@@ -238,16 +216,9 @@ class Learner:
         return self._outputs(images, transductive, progress).softmax(dim=-1)
 
     def score(self, images: Examples, labels: Examples | Iterable[Any], *, transductive: bool = False) -> float:
-        """Return the accuracy; for a regression the mean squared error, as in ``metrics.json``.
+        """Return the accuracy on images ``[Q, ...]``; for a regression the mean squared error, as in ``metrics.json``.
 
-        Args:
-            images: ``[Q, ...]``, as for ``adapt``.
-            labels: true labels, each in ``classes_``; for a regression the targets.
-            transductive: as for ``predict_proba``.
-
-        Raises:
-            NotAdaptedError: before ``adapt``.
-            DataError: if the images do not fit the run, or a label is not in ``classes_``.
+        ``labels`` are the true ones, each in ``classes_``, or the targets; ``transductive`` as for ``predict_proba``.
         """
         outputs = self._outputs(images, transductive)
         if self.is_regression:
@@ -259,26 +230,17 @@ class Learner:
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Save the adapted weights as a safetensors file; after ``restore`` predictions are bitwise the same.
 
-        Args:
-            path: the file; missing folders are created.
-            overwrite: whether an existing file may be replaced.
-
-        Returns:
-            The path.
+        Missing folders are created.
 
         Raises:
-            NotAdaptedError: before ``adapt``.
-            RunError: if the file exists, or if labels are neither strings nor integers.
+            RunError: if the file exists and ``overwrite`` is false, or if labels are neither strings nor integers.
         """
         target = Path(path).expanduser()
         write_weights(self._state(), self._origin, target, overwrite=overwrite)
         return target
 
     def restore(self, path: str | Path) -> Learner:
-        """Load the adapted weights that ``save`` wrote, in place of adapting.
-
-        Returns:
-            The learner itself.
+        """Load the adapted weights that ``save`` wrote, in place of adapting; return the learner.
 
         Raises:
             RunError: if the file is missing or damaged, or of another run; then with the differences.

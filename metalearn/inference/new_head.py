@@ -25,9 +25,7 @@ log = logging.getLogger(__name__)
 class PrototypeInitializer:
     """An initializer for ``InnerLoop``: the head is ``PrototypeHead``'s, all other parameters are theta's.
 
-    Args:
-        head: makes the head of the new number of classes.
-        per_step: the inner loop's parameters of every step; embeddings are computed with those of the first.
+    Embeddings are computed with the first step's value of the parameters ``per_step``.
     """
 
     head: PrototypeHead
@@ -41,17 +39,10 @@ class PrototypeInitializer:
 
 
 def inner_for_ways(inner: InnerLoop, ways: int, *, trained: int, algorithm: str, head: Sequence[str]) -> InnerLoop:
-    """Return the inner loop of a task of ``ways`` classes.
-
-    Args:
-        inner: the run's inner loop.
-        ways: N.
-        trained: the run's ``task.ways``.
-        algorithm: its name, for the message.
-        head: names of weight and bias of the model's last linear layer.
+    """Return the inner loop of a task of ``ways`` classes, where the run was trained for ``trained``.
 
     Raises:
-        RunError: if the algorithm or the model only supports ``trained`` classes.
+        RunError: if the algorithm, or a model with these parameters in its ``head``, only supports ``trained`` classes.
     """
     if ways == trained:
         return inner

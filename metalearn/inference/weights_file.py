@@ -29,13 +29,9 @@ _SUPPORT = f"support{SEPARATOR}x"
 
 @dataclass(frozen=True, eq=False)
 class AdaptedModel:
-    """A model adapted to one task.
+    """A model adapted to one task in ``steps`` inner steps.
 
-    Args:
-        weights: parameters by name, without a task dimension.
-        support_x: support inputs, ``[S, ...]``.
-        classes: labels by position, sorted; empty for a regression.
-        steps: number of inner steps taken.
+    Weights are without a task dimension, support inputs ``[S, ...]``, classes sorted; a regression has none.
     """
 
     weights: Params
@@ -52,15 +48,7 @@ class AdaptedModel:
 
 @dataclass(frozen=True)
 class CheckpointOrigin:
-    """The run that weights were adapted from.
-
-    Args:
-        run: its folder.
-        algorithm: its name.
-        config_digest: SHA-256 of the run's ``config.yaml``.
-        keys: the configuration by dotted key.
-        theta_digest: SHA-256 of the meta-parameters; it alone identifies the run.
-    """
+    """The run that weights were adapted from; the SHA-256 of its meta-parameters alone identifies it."""
 
     run: str
     algorithm: str
@@ -79,11 +67,7 @@ def tensor_digest(tensors: Params) -> str:
 
 
 def write_weights(adapted: AdaptedModel, origin: CheckpointOrigin, path: Path, *, overwrite: bool) -> None:
-    """Write the file atomically.
-
-    Raises:
-        RunError: if the file exists and ``overwrite`` is false, or if a label is neither a string nor an integer.
-    """
+    """Write the file atomically; raise ``RunError`` if it exists already, or a label cannot be saved."""
     if odd := [one for one in adapted.classes if type(one) not in (str, int)]:
         raise RunError(
             f"label {odd[0]!r} is a {type(odd[0]).__name__}, and only strings and integers can be saved; adapt with "
@@ -110,11 +94,7 @@ def write_weights(adapted: AdaptedModel, origin: CheckpointOrigin, path: Path, *
 
 
 def read_weights(path: Path, origin: CheckpointOrigin) -> AdaptedModel:
-    """Read a file that ``write_weights`` wrote, to the CPU.
-
-    Args:
-        path: the file.
-        origin: the run that is to use the weights.
+    """Read to the CPU what ``write_weights`` wrote, for the run ``origin``.
 
     Raises:
         RunError: if the file is missing, damaged or another format, or of another run; then with the differences.

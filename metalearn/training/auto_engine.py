@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from metalearn.core.errors import RunError
 from metalearn.core.profiling.memory import MIB, MemoryLimitError, peak_bytes
+from metalearn.core.profiling.timing import seconds
 from metalearn.core.types import Episodes, Forward, Loss, Params
 from metalearn.derivatives import available_memory
 from metalearn.inner import InnerLoop
@@ -55,23 +55,11 @@ class MetaStepProblem:
 
     def seconds(self, inner: InnerLoop) -> float:
         """Return the seconds of one meta-gradient."""
-        self._synchronize()
-        started = time.perf_counter()
-        self.step(inner)
-        self._synchronize()
-        return time.perf_counter() - started
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        return seconds(lambda: self.step(inner), self.device)
 
 
 def resolve_auto_engine(experiment: Experiment) -> Experiment:
-    """Replace ``inner.engine=auto`` by the engine that it stands for, also in the configuration.
-
-    Raises:
-        RunError: if nothing fits into ``run.memory_limit_mib``.
-    """
+    """Replace ``inner.engine=auto`` by the engine that it stands for, also in the configuration."""
     if experiment.inner.engine != "auto":
         return experiment
     config = experiment.config
@@ -92,15 +80,10 @@ def first_meta_step(experiment: Experiment) -> MetaStepProblem:
 
 
 def choose_engine(problem: MetaStepProblem, inner: InnerLoop, *, limit_mib: float | None) -> InnerLoop:
-    """Return the inner loop with the fastest engine, task chunk and snapshot interval that fit.
+    """Return the inner loop with the fastest engine, task chunk and snapshot interval that fit into ``limit_mib``.
 
-    Args:
-        problem: the inputs of a meta-step.
-        inner: its engine is replaced; a ``task_chunk`` or ``snapshot_every`` that is set is kept.
-        limit_mib: MiB for one meta-step's tensors; ``None`` takes 80% of what is free.
-
-    Raises:
-        RunError: if nothing fits, naming the memory that the smallest setting takes.
+    A ``task_chunk`` or ``snapshot_every`` that is set is kept. Without a limit, 80% of the free memory is taken. Raise
+    ``RunError`` if nothing fits, naming the memory that the smallest setting takes.
     """
     free = _FRACTION_OF_FREE * available_memory(problem.device)
     limit = int(free if limit_mib is None else min(limit_mib * MIB, free))
@@ -109,7 +92,7 @@ def choose_engine(problem: MetaStepProblem, inner: InnerLoop, *, limit_mib: floa
         fitting = [chunked for one in _variants(inner) for chunked in _chunks(problem, one, limit)]
         if not fitting:
             raise RunError(_does_not_fit_error(problem, inner, limit))
-        times = {one: seconds for one in fitting if (seconds := _best_time(problem, one)) is not None}
+        times = {one: best_s for one in fitting if (best_s := _best_time(problem, one)) is not None}
         for best in sorted(times, key=lambda one: times[one]):
             try:
                 peak = problem.peak(best, limit)

@@ -32,13 +32,8 @@ _FORMAT = 1
 class Checkpointer:
     """Saves the training state; only the main process has one.
 
-    Args:
-        run_dir: the run's folder.
-        config_yaml: the run's configuration, saved with the state.
-        meter: its times and open window are saved with the state.
-        tensorboard: flushed before the state is saved.
-        every_s: seconds between two checkpoints; ``None``: only at validations.
-        started_at: when the run would have started without interruptions, on the clock of ``time.perf_counter``.
+    It saves every ``every_s`` seconds, or only at validations. ``started_at`` is when the run would have started
+    without interruptions, on the clock of ``time.perf_counter``.
     """
 
     run_dir: Path
@@ -100,11 +95,7 @@ class Checkpointer:
 
 
 def claim_folder(run_dir: Path, config_yaml: str) -> None:
-    """Make a locked folder this run's own by writing its ``config.yaml``.
-
-    Raises:
-        RunExistsError: if the folder holds another run, or this one without its configuration.
-    """
+    """Write ``config.yaml`` into a locked folder; raise ``RunExistsError`` if it holds another run."""
     check_no_run_in(run_dir, TRAINING_FILES)
     files.atomic_write_text(run_dir / "config.yaml", config_yaml)
 
@@ -125,13 +116,7 @@ def state_paths(run_dir: Path) -> list[Path]:
 
 
 def save_state(content: dict[str, Any], iteration: int, run_dir: Path) -> None:
-    """Save a state atomically, then remove the superseded ones.
-
-    Args:
-        content: plain containers.
-        iteration: meta-steps taken.
-        run_dir: the run's folder.
-    """
+    """Save a state of plain containers atomically, then remove the superseded ones."""
     path = state_path(run_dir, iteration)
     files.save_checked({"format": _FORMAT, **content}, path)
     earlier = [other for other in state_paths(run_dir) if other < path]
@@ -150,11 +135,7 @@ def remove_unfinished(run_dir: Path) -> None:
 
 
 def load_latest(run_dir: Path) -> dict[str, Any] | None:
-    """Load the newest undamaged state; ``None`` if none was saved yet.
-
-    Raises:
-        RunError: if there are some, and all are damaged.
-    """
+    """Load the newest undamaged state; ``None`` if there is none yet. Raise ``RunError`` if all are damaged."""
     damaged: list[str] = []
     for path in state_paths(run_dir):
         try:
@@ -183,11 +164,7 @@ def load_latest(run_dir: Path) -> dict[str, Any] | None:
 
 def save_best(best: BestCheckpoint, run_dir: Path) -> None:
     """Write ``best.pt`` atomically."""
-    content = {
-        "params": best.params,
-        "iteration": best.iteration,
-        "validation_accuracy": best.validation_score,
-    }
+    content = {"params": best.params, "iteration": best.iteration, "validation_accuracy": best.validation_score}
     files.save_checked(content, best_path(run_dir))
 
 
@@ -207,13 +184,8 @@ def sync_best(best: BestCheckpoint | None, run_dir: Path) -> None:
 def load_best(run_dir: Path, *, like: Params, device: torch.device) -> BestCheckpoint:
     """Load a run's best parameters from ``best.pt``, or from the latest state if that is damaged or missing.
 
-    Args:
-        run_dir: the run's folder.
-        like: parameters of the model that they must fit.
-        device: where to put them.
-
     Raises:
-        RunError: if they are missing, damaged, or of another model.
+        RunError: if they are missing, damaged, or do not fit the parameters ``like``.
     """
     path = best_path(run_dir)
     try:

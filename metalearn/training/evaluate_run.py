@@ -34,16 +34,7 @@ def evaluate_distributed(
 ) -> Evaluation:
     """Evaluate on validation or test tasks; the accuracy of a test by both BatchNorm protocols.
 
-    Args:
-        experiment: the model and its tasks.
-        params: meta-parameters.
-        episodes: number of tasks.
-        test: whether on test classes.
-        ranks: the processes, each of which takes a shard of the tasks.
-        progress: called with the number of tasks that this process has done.
-
-    Raises:
-        LostRankError: if a process is gone.
+    Every process takes a shard of the tasks, and calls ``progress`` with the number of tasks that it has done.
     """
     shard = ranks.shard(episodes)
     local = evaluate(
@@ -69,13 +60,7 @@ def evaluate_distributed(
 def evaluate_run(config: TrainConfig, run_dir: Path, output_dir: Path) -> None:
     """Test a run's best checkpoint again and write ``metrics.json`` into ``output_dir``.
 
-    Args:
-        config: the run's own, possibly with another device and number of tasks.
-        run_dir: the run's folder.
-        output_dir: another folder.
-
-    Raises:
-        RunError: if the checkpoint is missing or damaged.
+    ``config`` is the run's own, possibly with another device and number of tasks.
     """
     experiment = build_experiment(config)
     best = load_best(run_dir, like=experiment.theta, device=experiment.device)

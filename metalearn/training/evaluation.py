@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +31,7 @@ class Metric:
 
     Args:
         name: in ``metrics.json`` and TensorBoard.
-        loss: training loss.
         per_task: maps predictions ``[T, Q, ...]`` and targets ``[T, Q, ...]`` to scores ``[T]``.
-        higher_is_better: how the best checkpoint is chosen.
         as_percent: whether the score is a fraction that is printed as a percentage.
     """
 
@@ -90,14 +88,11 @@ class MeanCI:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Scores of every task (accuracies as fractions), so that two models can be compared on the same tasks.
+    """Scores of every task, so that two models can be compared on the same tasks.
 
     Args:
-        scores: ``[inner steps + 1, tasks]``, after 0, 1, ... steps, each query set predicted as one batch
-            (transductive BatchNorm).
-        nontransductive_scores: ``[tasks]``, after the last step, each query predicted without seeing the others;
-            ``None`` if not computed.
-        metric: of the scores.
+        scores: ``[inner steps + 1, tasks]``, each query set predicted as one batch (transductive BatchNorm).
+        nontransductive_scores: ``[tasks]``, after the last step, each query predicted without seeing the others.
     """
 
     scores: Tensor
@@ -139,32 +134,17 @@ def evaluate(
     metric: Metric = ACCURACY,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Adapt to ``episodes`` of the sampler's tasks and predict their queries.
+    """Adapt to ``episodes`` of the sampler's tasks, from number ``first``, and predict their queries.
 
-    Args:
-        forward: one task's model.
-        params: meta-parameters.
-        sampler: of held-out classes.
-        inner: step size and number of steps.
-        episodes: number of tasks.
-        first: index of the first task.
-        batch: tasks at a time; changes the result only by rounding.
-        nontransductive: whether to predict each query on its own as well: with the statistics that ``params`` hold, or
-            in a batch of the support set and itself.
-        metric: scores the predictions.
-        progress: called with the number of tasks done.
+    ``batch`` tasks are taken at a time, which changes the result only by rounding; ``progress`` is called with the
+    number done. With ``nontransductive`` each query is predicted on its own as well: with the statistics of ``params``,
+    or in a batch of the support set and itself.
     """
     scores: list[list[Tensor]] = [[] for _ in range(inner.steps + 1)]
     nontransductive_scores: list[Tensor] = []
     for done in range(0, episodes, batch):
         tasks = sampler.tasks(first + done, min(batch, episodes - done))
-        state = init_state(forward, params, tasks.support_x, tasks.support_y, inner)
-        for step in range(inner.steps + 1):
-            if step > 0:
-                state, _ = inner_step(
-                    *(forward, state, tasks.support_x, tasks.support_y, inner), loss=metric.loss, k=step - 1
-                )
-            fast = params_at_step(state, inner, step)
+        for step, fast in enumerate(_fast_by_step(forward, params, tasks, inner, metric.loss)):
             scores[step].append(metric.per_task(predict(forward, fast, tasks.query_x), tasks.query_y))
         if nontransductive:
             predictions = predict_nontransductive(forward, fast, tasks, statistics_at(params, inner.steps))
@@ -209,10 +189,14 @@ def collect_norm_statistics(
     forward: Forward, params: Params, tasks: Episodes, inner: InnerLoop, *, loss: Loss
 ) -> Params:
     """Return BatchNorm's input statistics on the queries after 0, 1, ... inner steps, as entries of theta."""
+    by_step = _fast_by_step(forward, params, tasks, inner, loss)
+    return statistics_to_params([record_statistics(forward, fast, tasks.query_x) for fast in by_step])
+
+
+def _fast_by_step(forward: Forward, params: Params, tasks: Episodes, inner: InnerLoop, loss: Loss) -> Iterator[Params]:
+    """Yield the adapted parameters after 0, 1, ... inner steps."""
     state = init_state(forward, params, tasks.support_x, tasks.support_y, inner)
-    by_step = []
-    for k in range(inner.steps + 1):
-        if k > 0:
-            state, _ = inner_step(forward, state, tasks.support_x, tasks.support_y, inner, loss=loss, k=k - 1)
-        by_step.append(record_statistics(forward, params_at_step(state, inner, k), tasks.query_x))
-    return statistics_to_params(by_step)
+    yield params_at_step(state, inner, 0)
+    for k in range(inner.steps):
+        state, _ = inner_step(forward, state, tasks.support_x, tasks.support_y, inner, loss=loss, k=k)
+        yield params_at_step(state, inner, k + 1)

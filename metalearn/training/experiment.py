@@ -48,21 +48,7 @@ _NUM_STATISTICS_BATCHES = 4
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """The immutable parts of a run on its device: data, model, algorithm, metric.
-
-    Args:
-        config: that it was built from.
-        dataset: name of the data set.
-        device: of all tensors.
-        module: the network that ``forward`` was made of.
-        forward: the model as a pure function.
-        theta: initial meta-parameters, those that the algorithm adds included.
-        algorithm: the meta-learner.
-        metric: training loss and score.
-        train: sampler of training tasks.
-        validation: sampler of the tasks that choose the checkpoint.
-        test: sampler of the tasks of the final test.
-    """
+    """The immutable parts of a run; ``theta`` holds the parameters of ``module`` and those that the algorithm adds."""
 
     config: TrainConfig
     dataset: str
@@ -122,11 +108,7 @@ class Experiment:
         return None if name == "metalearn" else backend(name, self.module, loss=self.metric.loss)
 
     def check_backend(self) -> None:
-        """Check that the library of ``algorithm.backend`` is installed and supports the inner loop.
-
-        Raises:
-            ConfigError: naming it, and how to install it, or what it lacks.
-        """
+        """Raise ``ConfigError`` if the library of ``algorithm.backend`` is missing, or lacks the inner loop."""
         if self._backend:
             self._backend.check_supported(self.inner)
 
@@ -151,13 +133,14 @@ class Experiment:
 def build_experiment(config: TrainConfig) -> Experiment:
     """Load the data and build the model, seeded by ``run.seed``.
 
-    Raises:
-        ConfigError: if the device does not exist, or the algorithm does not fit the model.
-        DataError: if the data set is missing or damaged.
+    Raise ``ConfigError`` if the device does not exist, or the algorithm does not fit the model; ``DataError`` if the
+    data set is missing or damaged.
     """
     device = resolve_device(config.run.device)
     if config.run.deterministic:
-        _make_deterministic()
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.deterministic = True
     train, validation, test = build_samplers(config, device)
     seed_all(config.run.seed)
     module = build_model(config, train.example_shape).to(device)
@@ -199,12 +182,7 @@ def build_samplers(config: TrainConfig, device: torch.device) -> tuple[TaskSampl
 
 
 def load_data(config: TrainConfig) -> ImageSplits:
-    """Load an image data set into main memory.
-
-    Raises:
-        ConfigError: if the data set has no images.
-        DataError: if it is missing or damaged.
-    """
+    """Load an image data set; raise ``DataError`` if it is damaged or missing, ``ConfigError`` for other data."""
     data = config.data
     if isinstance(data, OmniglotConfig):
         return load_omniglot(data.root, split=data.split, rotations=data.rotations)
@@ -227,11 +205,7 @@ def load_data(config: TrainConfig) -> ImageSplits:
 
 
 def build_algorithm(config: TrainConfig, module: nn.Module) -> Algorithm:
-    """Return the configured algorithm for a network.
-
-    Raises:
-        ConfigError: if it does not fit the network.
-    """
+    """Return the configured algorithm for a network; raise ``ConfigError`` if it does not fit the network."""
     options = {name: value for name, value in vars(config.algorithm).items() if name not in ("name", "backend")}
     name = config.algorithm.name
     try:
@@ -283,22 +257,14 @@ def build_model(config: TrainConfig, example_shape: torch.Size) -> nn.Module:
 
 
 def training_device(config: TrainConfig) -> torch.device:
-    """Return the device of a training, before anything is loaded.
-
-    Raises:
-        ConfigError: if the device does not exist, or cannot compute with ``run.precision``.
-    """
+    """Return the device; raise ``ConfigError`` if it does not exist, or cannot compute with ``run.precision``."""
     device = resolve_device(config.run.device)
     check_tf32_available(config.run.precision, device)
     return device
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device: for ``auto`` the first GPU or else the CPU; under ``torchrun`` this process's own GPU.
-
-    Raises:
-        ConfigError: if the device does not exist.
-    """
+    """Return the device: for ``auto`` the first GPU or else the CPU; under ``torchrun`` this process's own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and torchrun.world_size() > 1:
@@ -312,9 +278,3 @@ def resolve_device(name: str) -> torch.device:
             "cpu, and under torchrun no more processes than GPUs"
         )
     return device
-
-
-def _make_deterministic() -> None:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic = True

@@ -20,13 +20,7 @@ import torch
 from metalearn.config.run_config import parse_run_config, to_yaml
 from metalearn.config.schema import TrainConfig
 from metalearn.core import serialization as files
-from metalearn.core.errors import (
-    OUT_OF_MEMORY,
-    NonFiniteError,
-    NonFiniteGradientError,
-    RemoteNonFiniteError,
-    RunError,
-)
+from metalearn.core.errors import OUT_OF_MEMORY, NonFiniteError, NonFiniteGradientError, RemoteNonFiniteError, RunError
 from metalearn.core.functional import functionalize
 from metalearn.core.profiling.memory import MIB
 from metalearn.core.types import Episodes, MetaGradient, Params
@@ -42,13 +36,7 @@ MAX_DUMPS = 20
 
 
 class DivergedError(RunError):
-    """A training whose losses, gradients or parameters are no longer finite.
-
-    Args:
-        reason: where it was found.
-        config: of the run.
-        meta_step: at which it was found.
-    """
+    """A training whose losses, gradients or parameters are no longer finite."""
 
     def __init__(self, reason: str, config: TrainConfig, meta_step: int) -> None:
         skip = "" if config.run.on_nonfinite == "skip" else "; run.on_nonfinite=skip passes such meta-steps by"
@@ -64,12 +52,7 @@ def locate_nonfinite_gradient(
 ) -> NonFiniteError:
     """Find where a meta-gradient of finite losses is not finite, by computing it again.
 
-    Args:
-        experiment: computes the meta-gradient.
-        state: before the meta-step.
-        episodes: this process's tasks.
-        grads: mean meta-gradient of the tasks.
-        single_process: whether no other process's tasks may be the cause.
+    ``single_process`` says that no other process's tasks may be the cause.
     """
     norms = {name: g.norm() for name, g in grads.items()}
     name = next((n for n, norm in norms.items() if not torch.isfinite(norm)), None)
@@ -84,39 +67,23 @@ def locate_nonfinite_gradient(
 
 
 def dump_episode(
-    error: NonFiniteError,
-    episodes: Episodes,
-    params: Params,
-    *,
-    first: int,
-    iteration: int,
-    config: TrainConfig,
-    run_dir: Path,
+    error: NonFiniteError, episodes: Episodes, state: TrainState, *, first: int, config: TrainConfig, run_dir: Path
 ) -> Path | None:
-    """Save a task with the parameters at which it was not finite.
+    """Save a task with the parameters at which it was not finite, and return the file.
 
-    Args:
-        error: names the task of the batch.
-        episodes: this process's tasks of the batch.
-        params: before the meta-step.
-        first: number of this process's first task in the batch.
-        iteration: meta-steps taken before.
-        config: of the run, saved with the task.
-        run_dir: its folder.
-
-    Returns:
-        The file; ``None`` if the task is not known in this process, or if ``MAX_DUMPS`` are saved already.
+    Returns ``None`` if the task is not known in this process, whose first task is number ``first`` of the batch, or if
+    ``MAX_DUMPS`` are saved already.
     """
     folder = run_dir / FOLDER
-    path = folder / f"meta-step-{iteration + 1:08}.pt"
+    path = folder / f"meta-step-{state.iteration + 1:08}.pt"
     is_full = not path.exists() and len(list(folder.glob("*.pt"))) >= MAX_DUMPS
     if error.task is None or is_full:
         return None
     content = {
         "error": str(error),
-        "iteration": iteration,
-        "task_of_stream": iteration * config.task.meta_batch + error.task,
-        "params": {name: p.detach() for name, p in params.items()},
+        "iteration": state.iteration,
+        "task_of_stream": state.iteration * config.task.meta_batch + error.task,
+        "params": {name: p.detach() for name, p in state.params.items()},
         "episode": dict(vars(episodes.split(1)[error.task - first])),
         "config": to_yaml(config),
     }
@@ -127,10 +94,7 @@ def dump_episode(
 def replay_episode(path: Path | str) -> MetaGradient:
     """Compute a saved episode's meta-gradient again, on a CPU; its task is number 0.
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        RunError: if it is damaged, or not a saved episode.
-        NonFiniteError: as in the run, if a CPU computes the same.
+    Raise ``NonFiniteError`` as in the run, if a CPU computes the same; ``RunError`` if the file is damaged or another.
     """
     content = files.load_checked(Path(path))
     if not isinstance(content, dict) or "episode" not in content:
@@ -155,15 +119,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explain_out_of_memory(experiment: Experiment, *, processes: int = 1) -> Iterator[None]:
-    """Replace torch's out-of-memory error by one that says how much a meta-step takes and which keys lower it.
-
-    Args:
-        experiment: that is trained.
-        processes: number that share a batch's tasks.
-
-    Raises:
-        RunError: if memory runs out.
-    """
+    """Replace torch's out-of-memory error by a ``RunError`` with a meta-step's memory and the keys that lower it."""
     reason = ""
     try:
         yield
@@ -204,10 +160,7 @@ def _out_of_memory_message(experiment: Experiment, reason: str, processes: int) 
 
 
 def _estimate_mib(experiment: Experiment, inner: InnerLoop, tasks: int) -> float | None:
-    """Return MiB of a meta-step's tensors, from passes of one and two tasks; ``None`` if even these do not fit.
-
-    peak(c) = a + b c
-    """
+    """Return MiB of a meta-step by peak(c) = a + b c from passes of one and two tasks; ``None`` if these do not fit."""
     problem = first_meta_step(experiment)
     try:
         one = estimate_peak(problem, inner, 1)

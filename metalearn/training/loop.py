@@ -39,17 +39,7 @@ MAX_CONSECUTIVE_SKIPS = 100
 
 @dataclass(frozen=True)
 class TrainContext:
-    """Everything one training process needs: experiment, logging, checkpointing and the stop request.
-
-    Args:
-        experiment: data, model, algorithm and metric.
-        run_dir: the run's folder.
-        meter: of times and memory.
-        stop: whether a signal has asked the process to stop.
-        progress: shows progress bars.
-        ranks: the processes of the run.
-        checkpointer: saves the state and holds the TensorBoard logger; ``None`` in all but the main process.
-    """
+    """What one training process needs; ``checkpointer`` is ``None`` in all but the main process."""
 
     experiment: Experiment
     run_dir: Path
@@ -60,12 +50,7 @@ class TrainContext:
     checkpointer: Checkpointer | None
 
     def evaluate(self, params: Params, *, test: bool) -> Evaluation:
-        """Return the scores on validation or test tasks, which the processes share.
-
-        Raises:
-            TerminatedError: if a signal has asked a single process to stop.
-            LostRankError: if a process is gone.
-        """
+        """Return the scores on validation or test tasks, which the processes share; one alone stops if asked to."""
         settings = self.experiment.config.eval
         episodes = settings.episodes if test else settings.validation_episodes
         bar = self.progress.add_task("test", total=episodes, note="") if test else None
@@ -80,11 +65,7 @@ class TrainContext:
 
 
 def train_loop(context: TrainContext, state: TrainState) -> None:
-    """Take the remaining meta-steps, keep the best parameters, and save checkpoints.
-
-    Args:
-        context: of this process.
-        state: changed in place; the same in every process.
+    """Take the remaining meta-steps, keep the best parameters, and save checkpoints; changes ``state``.
 
     Raises:
         TerminatedError: if a signal has asked a process to stop.
@@ -142,10 +123,7 @@ def validation_due(context: TrainContext, state: TrainState) -> bool:
 
 
 def validate(context: TrainContext, state: TrainState) -> float:
-    """Evaluate on validation tasks, keep the parameters if they are the best so far, log and save.
-
-    Returns:
-        The mean score.
+    """Evaluate on validation tasks, keep the parameters if they are the best so far, log and save; return the mean.
 
     Raises:
         DivergedError: if a parameter is not finite.
@@ -184,14 +162,7 @@ def validate(context: TrainContext, state: TrainState) -> float:
 
 
 def log_step(context: TrainContext, state: TrainState, episodes: Episodes, lr: float) -> None:
-    """Log metrics to TensorBoard if they are due.
-
-    Args:
-        context: of this process.
-        state: after the meta-step.
-        episodes: this process's tasks of the meta-step.
-        lr: learning rate of the meta-step.
-    """
+    """Log a meta-step's metrics to TensorBoard if they are due; ``state`` is after it, ``lr`` was its learning rate."""
     settings = context.experiment.config.log
     every = [n for n in (settings.every, settings.curvature_every, settings.eigenvalue_every) if n]
     if not (validation_due(context, state) or any(state.iteration % n == 0 for n in every)):
@@ -215,15 +186,8 @@ def _handle_nonfinite(context: TrainContext, state: TrainState, episodes: Episod
     config, meta_step = context.experiment.config, state.iteration + 1
     reason = f"{str(error).rstrip('.')}."
     try:
-        path = dump_episode(
-            error,
-            episodes,
-            state.params,
-            first=context.ranks.shard(config.task.meta_batch).start,
-            iteration=state.iteration,
-            config=config,
-            run_dir=context.run_dir,
-        )
+        first = context.ranks.shard(config.task.meta_batch).start
+        path = dump_episode(error, episodes, state, first=first, config=config, run_dir=context.run_dir)
         reason += f" Its episode is kept in {path}." if path else ""
     except OSError as os_error:  # must not hide the error
         log.warning("The episode could not be saved: %s", os_error)

@@ -25,10 +25,8 @@ class RunStatus:
     """A run's folder, locked and claimed by this process.
 
     Args:
-        run_dir: the folder.
         started: whether another process has started the run.
-        is_finished: whether it has also finished it.
-        checkpoint: the latest; ``None`` if there is none.
+        checkpoint: the latest, if there is one.
         initial: parameters of ``run.init_from``, if the run starts from those.
     """
 
@@ -52,11 +50,7 @@ class RunStatus:
 def open_run(config: TrainConfig, run_dir: Path, *, theta: Params, device: torch.device) -> RunStatus:
     """Claim a locked folder for a new run, or find out how far the run in it has come.
 
-    Args:
-        config: of the run.
-        run_dir: its folder.
-        theta: initial parameters of the model, which those of ``run.init_from`` must fit.
-        device: of the parameters.
+    Parameters of ``run.init_from`` must fit ``theta``.
 
     Raises:
         RunExistsError: if the folder holds another run.
@@ -67,9 +61,9 @@ def open_run(config: TrainConfig, run_dir: Path, *, theta: Params, device: torch
     started = config.run.resume is not False and (run_dir / "config.yaml").exists()
     is_finished = started and (run_dir / "metrics.json").exists()
     checkpoint = load_latest(run_dir) if started else None
-    source, initial = config.run.init_from, None
-    if source is not None and checkpoint is None and not is_finished:
-        initial = _load_initial(Path(source), run_dir, theta, device)
+    initial = None
+    if config.run.init_from is not None and checkpoint is None and not is_finished:
+        initial = _load_initial(Path(config.run.init_from), run_dir, theta, device)
     if not started:
         claim_folder(run_dir, to_yaml(config))
     return RunStatus(run_dir, started, is_finished, checkpoint, initial)
@@ -92,15 +86,8 @@ def _load_initial(source: Path, run_dir: Path, theta: Params, device: torch.devi
 def restore_run(state: TrainState, meter: Meter, status: RunStatus) -> None:
     """Restore the latest checkpoint, or else copy the parameters that the run starts from.
 
-    A run that starts from another's parameters validates them before its first meta-step.
-
-    Args:
-        state: before the first meta-step; changed in place.
-        meter: changed in place.
-        status: of the run's folder.
-
-    Raises:
-        RunError: if the checkpoint belongs to another model.
+    A run that starts from another's parameters validates them before its first meta-step. Raise ``RunError`` if the
+    checkpoint belongs to another model.
     """
     if status.checkpoint:
         state.load_state_dict(status.checkpoint["state"])

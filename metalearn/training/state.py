@@ -55,9 +55,6 @@ class TrainState:
     """Everything that changes from one meta-step to the next.
 
     Args:
-        params: the meta-parameters theta.
-        optimizer: the meta-optimizer, with its moments.
-        outer: settings of the meta-optimizer.
         iteration: meta-steps taken or skipped.
         last_validated: meta-step after which the last validation finished.
         skipped: meta-steps without an update, because a loss or a gradient was not finite.
@@ -104,11 +101,7 @@ class TrainState:
         }
 
     def load_state_dict(self, content: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned, on this device or another; the optimizer stays fused or not.
-
-        Raises:
-            RunError: if it belongs to another model.
-        """
+        """Restore what ``state_dict`` returned, on this device or another; the optimizer stays fused or not."""
         self.load_params(content["params"])
         groups = [{**group, "fused": _is_fused(self.params)} for group in content["optimizer"]["param_groups"]]
         self.optimizer.load_state_dict({**content["optimizer"], "param_groups": groups})
@@ -125,22 +118,14 @@ class TrainState:
 
     @torch.no_grad()
     def load_params(self, params: Params) -> None:
-        """Copy parameters into the state.
-
-        Raises:
-            RunError: if they belong to another model.
-        """
+        """Copy parameters into the state; raise ``RunError`` if they belong to another model."""
         check_same_shapes(params, self.params)
         for name, p in self.params.items():
             p.copy_(params[name])
 
 
 def check_same_shapes(found: Params, expected: Params) -> None:
-    """Check that loaded parameters fit the model.
-
-    Raises:
-        RunError: naming the first parameter that differs.
-    """
+    """Raise ``RunError``, naming the first parameter that differs, if loaded parameters do not fit the model."""
     have, want = ({name: tuple(p.shape) for name, p in tree.items()} for tree in (found, expected))
     for name in sorted({*have, *want}):
         if have.get(name) != want.get(name):

@@ -23,13 +23,7 @@ from metalearn.training.state import TrainState
 
 
 class MetaUpdate(NamedTuple):
-    """The result of a batch, before the optimizer's step.
-
-    Args:
-        grads: mean meta-gradient over all tasks of all processes, finite.
-        metrics: means over them by name, scalars on the device.
-        stop_requested: whether any process was asked to stop.
-    """
+    """Mean meta-gradient and metrics of a batch's tasks in all processes, and whether any process was asked to stop."""
 
     grads: Params
     metrics: dict[str, Tensor]
@@ -58,26 +52,18 @@ def compute_update(
     ``checkpoint`` and ``adjoint`` in second order for the comparison of their two passes.) The metrics stay on the
     device until the meter reads a window of them.
 
-    Args:
-        experiment: computes the meta-gradient.
-        state: before the step; not changed.
-        episodes: this process's tasks of the batch.
-        ranks: the processes that share the batch.
-        stop_requested: whether this process was asked to stop; shared with the others along with the gradient.
-
     Raises:
         NonFiniteError: if a loss or a gradient is NaN or infinite; ``task`` counts in the whole batch, and is known
             only in the process that has it.
         LostRankError: if a process is gone.
     """
-    meta_batch = experiment.config.task.meta_batch
-
     # Adapt to this process's tasks and differentiate their query losses.
     local = _local_gradient(experiment, state.params, episodes, state.iteration)
 
     # Reduce: the means over all processes; flags count the processes that failed, and those asked to stop.
     flags = torch.stack([local.failed, torch.full_like(local.failed, float(stop_requested))])
     grads, metrics = local.grads, dict(local.metrics)
+    meta_batch = experiment.config.task.meta_batch
     if ranks.size > 1:
         weight = episodes.tasks / meta_batch
         values = [*grads.values(), *metrics.values()]
@@ -115,14 +101,7 @@ def apply_update(state: TrainState, update: MetaUpdate, *, clip_norm: float | No
 
 
 class _LocalGradient(NamedTuple):
-    """The result of this process's tasks.
-
-    Args:
-        grads: mean meta-gradient over them.
-        metrics: means over them by name.
-        failed: 1 if one of their losses, or its gradient, is not finite, else 0; a scalar on the device.
-        error: which, if known already.
-    """
+    """Means over this process's tasks; ``failed`` is 1 on the device if a loss or gradient is not finite, else 0."""
 
     grads: Params
     metrics: dict[str, Tensor]
@@ -166,10 +145,7 @@ def _local_gradient(experiment: Experiment, params: Params, episodes: Episodes, 
 
 
 def _diagnose(local: _LocalGradient, experiment: Experiment, state: TrainState, episodes: Episodes) -> NonFiniteError:
-    """Return which loss is not finite; after a deferred check, by computing again, with other dropout masks if any.
-
-    Its task counts within this process's tasks.
-    """
+    """Return which loss is not finite; after a deferred check, by computing again, with other dropout masks if any."""
     if local.error:
         return local.error
     if not local.failed:

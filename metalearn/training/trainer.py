@@ -44,13 +44,7 @@ log = logging.getLogger(__name__)
 
 
 class BroadcastState(NamedTuple):
-    """Sent by the main process to the workers before the first meta-step.
-
-    Args:
-        run_dir: the run's folder.
-        config: with ``inner.engine=auto`` and the data set resolved.
-        state: ``TrainState.state_dict()``, so that all processes start with the same bits.
-    """
+    """Sent by the main process to the workers, so that all begin with the same settings and the same bits."""
 
     run_dir: Path
     config: TrainConfig
@@ -136,11 +130,7 @@ def _train_main(
 
 
 def train_worker(config: TrainConfig) -> None:
-    """Train as one of the processes other than the main one: take the same meta-steps, and write nothing.
-
-    Raises:
-        ConfigError, DataError, RunError: as ``train`` does.
-    """
+    """Train as one of the processes other than the main one: take the same meta-steps, and write nothing."""
     with init_distributed(training_device(config)) as ranks:
         check_tasks_per_process(config, ranks)
         experiment = build_experiment(config)
@@ -161,9 +151,6 @@ def train_and_test(context: TrainContext, state: TrainState) -> tuple[BestCheckp
     """Run the training loop and test the best parameters; if either is interrupted, save a checkpoint and name it.
 
     The state is not saved if training has diverged, because the checkpoint before is the better one.
-
-    Raises:
-        RunError: that interrupted it, or one that explains how to save memory.
     """
     ranks, checkpointer = context.ranks, context.checkpointer
     try:
@@ -184,11 +171,7 @@ def train_and_test(context: TrainContext, state: TrainState) -> tuple[BestCheckp
 
 
 def check_tasks_per_process(config: TrainConfig, ranks: DistributedContext) -> None:
-    """Check that there is a task for every process.
-
-    Raises:
-        ConfigError: naming the key.
-    """
+    """Raise ``ConfigError``, naming the key, if there is not a task for every process."""
     for name, tasks in (
         ("task.meta_batch", config.task.meta_batch),
         ("eval.validation_episodes", config.eval.validation_episodes),
@@ -201,11 +184,7 @@ def check_tasks_per_process(config: TrainConfig, ranks: DistributedContext) -> N
 
 
 def check_same_config(config: TrainConfig, main_config: TrainConfig, ranks: DistributedContext) -> None:
-    """Check that this process trains on the same as the main one, for instance that its machine has the data set.
-
-    Raises:
-        RunError: naming every key that differs.
-    """
+    """Raise ``RunError`` with the keys that differ if this process would train on something else than the main one."""
     here, there = result_keys(config), result_keys(main_config)
     if config.inner.engine == "auto":  # the main process resolves it
         here |= {name: value for name, value in there.items() if name.startswith("inner.")}
@@ -218,11 +197,7 @@ def check_same_config(config: TrainConfig, main_config: TrainConfig, ranks: Dist
 
 
 def verify_precision(experiment: Experiment) -> None:
-    """Compare the first meta-gradient with float32's, if the run computes with less.
-
-    Raises:
-        RunError: if rounding changes it too much.
-    """
+    """Compare the first meta-gradient with float32's if the run computes with less; raise ``RunError`` if it is off."""
     precision = experiment.config.run.precision
     if precision != "float32":
         batch = experiment.train.batch(0, experiment.config.task.meta_batch)

@@ -59,6 +59,10 @@ ERRORS = [
     ("data.name=glyphs", r"^data\.name=glyphs: the other keys are not .* Choose it as a whole, data=glyphs$"),
     ("model.name=mlp", r"^model\.name=mlp: the other keys are not .* Choose it as a whole, model=mlp$"),
     ("run.resume=maybe", r"run\.resume=maybe: must be one of false, true, auto"),
+    ("run.resume=1", r"run\.resume=1: must be one of false, true, auto"),
+    ("run.resume=null", r"run\.resume=null: must be one of false, true, auto"),
+    ("run.checkpoint_every_s=-1", r"run\.checkpoint_every_s=-1: must be a number, at least 0 or null"),
+    ("run.on_nonfinite=ignore", r"run\.on_nonfinite=ignore: must be one of stop, skip"),
     ("run.seed=9223372036854775808", r"run\.seed=9223372036854775808: .* at most 9223372036854775807"),
     ("run.seed=-1", r"run\.seed=-1: must be a whole number, at least 0"),
     ("run.device=gpu", r"run\.device=gpu: must be auto, cpu, cuda or cuda:N"),
@@ -97,37 +101,15 @@ def reported(*overrides: str) -> list[str]:
 
 
 def test_report_names_every_error_of_every_section() -> None:
-    assert reported(
-        "inner.lr=abc",
-        "inner.steps=-1",
-        "task.shots=0",
-        "outer.lr=-3",
-        "run.device=gpu",
-        "+log.evry=1",
-        "model.wdith=3",
-        "~data.split",
-        "eval.every=${nope}",
-    ) == [
-        "task.shots=0",
-        "inner.lr=abc",
-        "inner.steps=-1",
-        "outer.lr=-3",
-        "eval.every",
-        "eval.queries=0",
-        "data.split is required",
-        "model.wdith=3",
-        "run.device=gpu",
-        "log.evry=1",
-    ]
+    overrides = ["inner.lr=abc", "inner.steps=-1", "task.shots=0", "outer.lr=-3", "run.device=gpu", "+log.evry=1"]
+    sections = ["task.shots=0", "inner.lr=abc", "inner.steps=-1", "outer.lr=-3", "eval.every", "eval.queries=0"]
+    sections += ["data.split is required", "model.wdith=3", "run.device=gpu", "log.evry=1"]
+    assert reported(*overrides, "model.wdith=3", "~data.split", "eval.every=${nope}") == sections
 
 
 def test_report_holds_conflicts_of_keys_that_are_valid() -> None:
-    assert reported("inner.lr=abc", "task.ways=2000", "inner.checkpoint_every=2", "run.memory_limit_mib=3") == [
-        "inner.lr=abc",
-        "run.memory_limit_mib=3",
-        "inner.checkpoint_every=2",
-        "task.ways=2000",
-    ]
+    valid = ["run.memory_limit_mib=3", "inner.checkpoint_every=2", "task.ways=2000"]
+    assert reported("task.ways=2000", "inner.lr=abc", *valid[:2]) == ["inner.lr=abc", *valid]
 
 
 @pytest.mark.parametrize(

@@ -51,20 +51,20 @@ def test_former_keys_of_a_run_are_renamed_with_a_warning(tmp_path: Path) -> None
 
 
 def test_resume_with_another_configuration_names_the_changed_keys(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(to_yaml(train_config("data=glyphs")))
-    same = train_config("data=glyphs", "run.resume=true", "run.on_nonfinite=skip")
+    (tmp_path / "config.yaml").write_text(to_yaml(train_config("data=glyphs", "run.init_from=/a")))
+    same = train_config("data=glyphs", "run.init_from=/a", "run.resume=true", "run.on_nonfinite=skip")
     assert resolve_resume(same, tmp_path) == same
     other = train_config("data=glyphs", "run.resume=auto", "inner.lr=0.1", "task.ways=6")
-    with pytest.raises(RunError, match=r"(?s)inner\.lr: 0\.4 in the folder, 0\.1 now\ntask\.ways.*run\.init_from=/"):
+    changed = r"inner\.lr: 0\.4 in the folder, 0\.1 now\nrun\.init_from: /a in the folder, None now\ntask\.ways"
+    with pytest.raises(RunError, match=rf"(?s){changed}.*run\.init_from=/"):
         resolve_resume(other, tmp_path)
 
 
 def test_resume_keeps_the_engine_that_auto_chose(tmp_path: Path) -> None:
     chosen = train_config("data=glyphs", "inner.engine=adjoint", "inner.checkpoint_every=2", "inner.task_chunk=4")
     (tmp_path / "config.yaml").write_text(to_yaml(chosen))
-    assert resolve_resume(train_config("data=glyphs", "inner.engine=auto", "run.resume=true"), tmp_path).inner == (
-        chosen.inner
-    )
+    auto = train_config("data=glyphs", "inner.engine=auto", "run.resume=true")
+    assert resolve_resume(auto, tmp_path).inner == chosen.inner
 
 
 def test_resume_needs_a_run(tmp_path: Path) -> None:
@@ -100,13 +100,9 @@ def test_data_of_a_finished_run_is_found_where_it_lies_now(tmp_path: Path, monke
         return data.root
 
     here, gone = str(tmp_path), str(tmp_path / "gone")
-    assert root(here, None) == here
-    assert root(gone, here) == here
-    assert root(None, None) is None
-    assert root(gone, None) == gone
+    assert [root(here, None), root(gone, here), root(None, None), root(gone, None)] == [here, here, None, gone]
     monkeypatch.setenv("METALEARN_DATA", "/elsewhere")
-    assert root(gone, None) == "/elsewhere"
-    assert root(here, None) == here
+    assert [root(gone, None), root(here, None)] == ["/elsewhere", here]
     glyphs = train_config("data=glyphs").data
     assert relocate_data(glyphs, None) == glyphs
     with pytest.raises(ConfigError, match="trained on glyphs, which is embedded"):

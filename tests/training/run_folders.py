@@ -9,10 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.run_config import resolve_data, resolve_resume, to_yaml
-from metalearn.config.schema import TrainConfig
-from metalearn.config.validation import validate_train_config
 from metalearn.core import serialization as files
 from metalearn.core.types import Episodes
 from metalearn.training import loop
@@ -22,16 +19,12 @@ from metalearn.training.runtime.distributed import DistributedContext
 from metalearn.training.state import BestCheckpoint
 from metalearn.training.step import local_tasks
 from metalearn.training.trainer import train
+from tests.config.factories import train_config
+from tests.faults.runs import SMALL as MLP_RUN
 
+AT_VALIDATIONS = [*MLP_RUN, "run.checkpoint_every_s=null"]
 SMALL = ["data=glyphs", "data.classes=50", "model.width=8", "task.meta_batch=4"]
 SINUSOID = ["experiment=sinusoid", "model.hidden=[8]", "task.meta_batch=4"]
-
-
-def train_config(*overrides: str) -> TrainConfig:
-    """Compose and validate a training's configuration."""
-    config = to_dataclass(compose("train", overrides), TrainConfig)
-    validate_train_config(config)
-    return config
 
 
 def run(folder: Path, *overrides: str) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import logging
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import NonFiniteError, NonFiniteLossError, RemoteNonFiniteError, RunError
-from metalearn.core.types import Episodes
+from metalearn.core.types import Episodes, Params
 from metalearn.metagrad import meta_gradient
 from metalearn.training import loop, step
 from metalearn.training.auto_engine import first_meta_step
@@ -37,12 +36,14 @@ from metalearn.training.step import MetaUpdate, compute_update, local_tasks
 from metalearn.training.tracking.event_files import read_scalars
 from metalearn.training.tracking.meter import Meter
 from metalearn.training.trainer import train
+from tests.config.factories import train_config
 from tests.faults.processes import load_state
-from tests.faults.runs import SMALL, metrics_without_times, tensors_to_bytes
+from tests.faults.runs import assert_runs_equal, metrics_without_times
+from tests.training.run_folders import AT_VALIDATIONS
 
 
 def config(*more: str) -> TrainConfig:
-    return to_dataclass(compose("train", [*SMALL, "run.checkpoint_every_s=null", *more]), TrainConfig)
+    return train_config(*AT_VALIDATIONS, *more)
 
 
 def poison(at: range, patch: pytest.MonkeyPatch) -> None:
@@ -58,23 +59,25 @@ def poison(at: range, patch: pytest.MonkeyPatch) -> None:
 def test_skipped_meta_steps_are_counted_and_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    poison(range(3, 6), monkeypatch)
-    with caplog.at_level(logging.WARNING):
-        train(config("run.on_nonfinite=skip"), tmp_path)
-    assert metrics_without_times(tmp_path)["iterations.skipped"] == 3
+    poison(range(3, 8), monkeypatch)
+    train(config("run.on_nonfinite=skip"), tmp_path)
+    assert metrics_without_times(tmp_path)["iterations.skipped"] == 5
     assert metrics_without_times(tmp_path)["iterations"] == 24
-    assert {(p.step, p.value) for p in read_scalars(tmp_path)["train/skipped"]} >= {(n, 3.0) for n in range(6, 25, 3)}
+    curves = read_scalars(tmp_path)
+    assert {(p.step, p.value) for p in curves["train/skipped"]} >= {(6, 3.0), *((n, 5.0) for n in range(9, 25, 3))}
+    steps = [p.step for p in curves["train/query_loss"]]
+    assert steps == [3, 9, 12, 15, 16, 18, 21, 24], "a window of skipped meta-steps logs nothing"
+    assert [p.step for p in curves["validation/accuracy"]] == [8, 16, 24], "also after a skipped meta-step"
     assert "Meta-step 4 is skipped: the query loss of task 1 is nan" in caplog.text
-    assert sorted(p.name for p in (tmp_path / FOLDER).glob("*.pt")) == [f"meta-step-{n:08}.pt" for n in (4, 5, 6)]
-    assert load_state(tmp_path)["state"]["optimizer"]["state"][0]["step"] == 21
+    assert sorted(p.name for p in (tmp_path / FOLDER).glob("*.pt")) == [f"meta-step-{n:08}.pt" for n in range(4, 9)]
+    assert load_state(tmp_path)["state"]["optimizer"]["state"][0]["step"] == 19
 
 
 def test_nonfinite_diagnostics_do_not_stop_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     poison(range(5, 6), monkeypatch)
-    with caplog.at_level(logging.WARNING):
-        train(config("run.on_nonfinite=skip", "log.curvature_every=3", "log.eigenvalue_every=6"), tmp_path)
+    train(config("run.on_nonfinite=skip", "log.curvature_every=3", "log.eigenvalue_every=6"), tmp_path)
     assert "No second-order metrics at meta-step 6" in caplog.text
     cosines = [p.step for p in read_scalars(tmp_path)["grad/cosine_first_vs_second"]]
     assert cosines == [n for n in range(3, 25, 3) if n != 6]
@@ -94,59 +97,41 @@ def test_failed_meta_step_does_not_count_as_time() -> None:
         assert meter.state_dict()["window"]["passed_s"] < 0.25
 
 
-def test_full_disk_does_not_hide_a_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diverged_state_is_not_saved_and_a_full_disk_does_not_hide_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*args: Any, **more: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    poison(range(5, 6), monkeypatch)
-    monkeypatch.setattr(loop, "dump_episode", full)
-    with pytest.raises(RunError, match=r"diverged at meta-step 6: the query loss of task 1"):
-        train(config(), tmp_path)
-
-
-def test_diverged_state_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(range(13, 14), monkeypatch)
-    with pytest.raises(RunError, match=r"at meta-step 14: .*checkpoint of meta-step 8 is kept"):
+    monkeypatch.setattr(loop, "dump_episode", full)
+    message = r"diverged at meta-step 14: the query loss of task 1.*checkpoint of meta-step 8 is kept"
+    with pytest.raises(RunError, match=message):
         train(config(), tmp_path)
     assert [path.name for path in state_paths(tmp_path)] == ["state-00000008.pt"]
 
 
-def test_replay_episode_raises_the_same_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    poison(range(1, 2), monkeypatch)
-    train(config("run.on_nonfinite=skip", "outer.iterations=2"), tmp_path)
-    with pytest.raises(NonFiniteLossError, match="the query loss of task 0 is nan"):
-        replay_episode(tmp_path / FOLDER / "meta-step-00000002.pt")
+def test_replay_episode_raises_for_another_file(finished: Path) -> None:
     with pytest.raises(RunError, match=r"best\.pt is not a saved episode"):
-        replay_episode(best_path(tmp_path))
+        replay_episode(best_path(finished))
 
 
-def test_locate_nonfinite_gradient_names_the_task_of_an_unchecked_loss() -> None:
+def test_locate_nonfinite_gradient_names_the_task_or_the_parameter() -> None:
     experiment = build_experiment(config())
-    state = TrainState.create(experiment.theta, experiment.config.outer)
     episodes = experiment.train.tasks(0, 3)
-    episodes.query_x[2].fill_(math.nan)
-    error = locate_nonfinite_gradient(experiment, state, episodes, {"w": torch.tensor([math.nan])}, single_process=True)
+
+    def locate(grads: Params, *, single_process: bool = True) -> NonFiniteError:
+        state = TrainState.create(experiment.theta, experiment.config.outer)
+        return locate_nonfinite_gradient(experiment, state, episodes, grads, single_process=single_process)
+
+    overflow = {"small": torch.ones(2), "large": torch.full((1,), 3e19)}
+    assert "the meta-gradient is " in str(locate(overflow))
+    assert "'large'" in str(locate(overflow))
+    assert isinstance(locate(overflow, single_process=False), RemoteNonFiniteError)
+    episodes.query_x[2].fill_(math.nan)  # a loss that was not checked
+    error = locate({"w": torch.tensor([math.nan])})
     assert isinstance(error, NonFiniteLossError)
     assert error.task == 2
-
-
-def test_locate_nonfinite_gradient_names_the_parameter_whose_norm_overflows(tmp_path: Path) -> None:
-    experiment = build_experiment(config())
-    grads = {"small": torch.ones(2), "large": torch.full((1,), 3e19)}
-    state = TrainState.create(experiment.theta, experiment.config.outer)
-    error = locate_nonfinite_gradient(experiment, state, experiment.train.tasks(0, 1), grads, single_process=True)
-    assert "the meta-gradient is " in str(error)
-    assert "'large'" in str(error)
-    assert isinstance(
-        locate_nonfinite_gradient(experiment, state, experiment.train.tasks(0, 1), grads, single_process=False),
-        RemoteNonFiniteError,
-    )
-
-
-def test_window_of_skipped_meta_steps_logs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    poison(range(6), monkeypatch)
-    train(config("run.on_nonfinite=skip"), tmp_path)
-    assert [p.step for p in read_scalars(tmp_path)["train/query_loss"]] == [8, *range(9, 16, 3), 16, *range(18, 25, 3)]
 
 
 def test_too_many_skips_in_a_row_stop_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,12 +140,6 @@ def test_too_many_skips_in_a_row_stop_the_training(tmp_path: Path, monkeypatch: 
     with pytest.raises(RunError, match=r"at meta-step 28: 25 meta-steps in a row were skipped"):
         train(config("run.on_nonfinite=skip", "outer.iterations=100", "eval.every=100"), tmp_path)
     assert len(list((tmp_path / FOLDER).glob("*.pt"))) == MAX_DUMPS
-
-
-def test_validation_follows_a_skipped_meta_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    poison(range(7, 8), monkeypatch)  # the meta-step before a validation
-    train(config("run.on_nonfinite=skip"), tmp_path)
-    assert [p.step for p in read_scalars(tmp_path)["validation/accuracy"]] == [8, 16, 24]
 
 
 @pytest.mark.parametrize(
@@ -175,11 +154,9 @@ def test_out_of_memory_names_the_estimate_and_the_keys(error: Exception) -> None
     experiment = build_experiment(config("inner.steps=5"))
     with pytest.raises(RunError) as raised, explain_out_of_memory(experiment):
         raise error
-    message = str(raised.value)
-    for words in ("inner.engine=unroll, 3 of 3 tasks at a time", "MiB are free now", "  inner.engine=adjoint   about"):
-        assert words in message
-    assert "  inner.task_chunk=1   about" in message
-    assert "inner.engine=auto" in message
+    words = ["inner.engine=unroll, 3 of 3 tasks at a time", "MiB are free now", "  inner.engine=adjoint   about"]
+    for text in (*words, "  inner.task_chunk=1   about", "inner.engine=auto"):
+        assert text in str(raised.value)
     assert raised.value.__cause__ is None, "its trace would keep the activations"
 
 
@@ -236,10 +213,10 @@ def first_update(
 
 @pytest.mark.parametrize(("kind", "steps"), [("query", 1), ("support", 0)])
 def test_deferred_check_names_the_loss(kind: str, steps: int, deferred: None) -> None:
-    with pytest.raises(
-        NonFiniteLossError, match=f"the {kind} loss of task 1 is nan after {steps} inner steps"
-    ) as raised:
-        first_update(build_experiment(config("inner.steps=2") if kind == "support" else config()), spoil=f"{kind}_x")
+    experiment = build_experiment(config(f"inner.steps={2 if kind == 'support' else 1}"))
+    message = f"the {kind} loss of task 1 is nan after {steps} inner steps"
+    with pytest.raises(NonFiniteLossError, match=message) as raised:
+        first_update(experiment, spoil=f"{kind}_x")
     assert raised.value.task == 1
 
 
@@ -249,9 +226,7 @@ def test_deferred_checks_give_the_same_run(tmp_path: Path, monkeypatch: pytest.M
     train(settings, tmp_path / "at once")
     monkeypatch.setattr(step, "defers_loss_checks", lambda device: True)
     train(settings, tmp_path / "deferred")
-    assert metrics_without_times(tmp_path / "deferred") == metrics_without_times(tmp_path / "at once")
-    ours, theirs = (load_state(tmp_path / name)["state"] for name in ("deferred", "at once"))
-    assert tensors_to_bytes(ours) == tensors_to_bytes(theirs)
+    assert_runs_equal(tmp_path / "deferred", tmp_path / "at once")
     assert len(list((tmp_path / "deferred" / FOLDER).glob("*.pt"))) == 3
 
 
@@ -283,26 +258,27 @@ def test_one_sync_per_meta_step(second_order: str, inner: str, deferred: None, m
     assert (lists, reads.count) == ([(3,)], 0)
 
 
+@dataclass(frozen=True)
 class TwoProcesses(DistributedContext):
     """The first of two processes; the other has the same values, and flags of its own."""
 
+    other_flags: tuple[float, float] = (0.0, 0.0)
+
     def all_reduce_sum(self, tensors: Any) -> list[Tensor]:
         *values, flags = tensors
-        return [*(2 * v for v in values), flags + self.other_flags if hasattr(self, "other_flags") else flags]
+        return [*(2 * v for v in values), flags + torch.tensor(self.other_flags)]
 
 
 def test_failure_of_another_process_is_known_to_all(deferred: None, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = build_experiment(config("task.meta_batch=4"))
-    ranks = TwoProcesses(0, 2)
-    assert not first_update(experiment, ranks=ranks).stop_requested
-    object.__setattr__(ranks, "other_flags", torch.tensor([0.0, 1.0]))
-    assert first_update(experiment, ranks=ranks).stop_requested
-    object.__setattr__(ranks, "other_flags", torch.tensor([1.0, 1.0]))
+    assert not first_update(experiment, ranks=TwoProcesses(0, 2)).stop_requested
+    assert first_update(experiment, ranks=TwoProcesses(0, 2, (0.0, 1.0))).stop_requested
+    failed = TwoProcesses(0, 2, (1.0, 1.0))
     with pytest.raises(RemoteNonFiniteError) as raised:
-        first_update(experiment, ranks=ranks)
+        first_update(experiment, ranks=failed)
     assert raised.value.stop_requested
     with pytest.raises(NonFiniteLossError, match="the query loss of task 1 is nan"):
-        first_update(experiment, spoil="query_x", ranks=ranks)
+        first_update(experiment, spoil="query_x", ranks=failed)
 
 
 def test_mean_that_overflows_is_an_error(deferred: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,9 @@
     capture:  g = meta_gradient(theta, tasks)          with theta and tasks in static tensors
     replay:   copy theta, tasks into the static tensors;  launch;  read g from where it was
 
-A meta-step of small tasks is thousands of kernels of some microseconds each, which the CPU cannot launch as fast as a
-GPU runs them. Nothing on the host may depend on values on the GPU, so capturing fails for models that branch on values,
-and for the engines ``checkpoint`` and ``adjoint`` in second order, which compare losses and restore random states in
-their backward pass. Then the meta-gradient is computed without a graph, and a warning says why.
+Nothing on the host may depend on values on the GPU, so capturing fails for models that branch on values, and for the
+engines ``checkpoint`` and ``adjoint`` in second order, which compare losses and restore random states in their backward
+pass. Then the meta-gradient is computed without a graph, and a warning says why.
 """
 
 from __future__ import annotations
@@ -44,12 +43,7 @@ _NUM_VERIFIED = 2
 
 
 def with_cuda_graph(eager: Gradient, device: torch.device) -> Gradient:
-    """Return the meta-gradient by a CUDA graph on a GPU; elsewhere return ``eager``, with a warning.
-
-    Args:
-        eager: computes the meta-gradient; the shapes of its first call are those of the graph.
-        device: of the tensors.
-    """
+    """Return the meta-gradient by a CUDA graph of its first call's shapes; without a GPU ``eager``, with a warning."""
     if device.type != "cuda":
         log.warning(
             "run.cuda_graph=true: there is no GPU in use (run.device is %s), so the meta-gradient is computed "
@@ -62,15 +56,7 @@ def with_cuda_graph(eager: Gradient, device: torch.device) -> Gradient:
 
 @dataclass(frozen=True, eq=False)
 class _Graph:
-    """A captured graph with its static tensors.
-
-    Args:
-        layout: of parameters and episodes.
-        params: inputs.
-        episodes: inputs.
-        results: outputs.
-        replay: launches the graph.
-    """
+    """A captured graph with its static inputs and results; ``layout`` is that of parameters and episodes."""
 
     layout: list[Any]
     params: Params
@@ -93,15 +79,10 @@ class CUDAGraphMetaGradient:
 
     The first two calls compare the replay with the eager result, which they return; a graph that differs is never used.
     Episodes or parameters of other shapes than the first are computed eagerly. The losses are not checked: see
-    ``defer_loss_checks``.
+    ``defer_loss_checks``; ``eager`` must not read any tensor's values.
 
     A graph keeps the memory of its intermediate results, which nothing else can use in between. torch's peak of
     allocated memory counts them during the capture, in the first meta-step, and not in replays.
-
-    Args:
-        eager: computes the meta-gradient; must not read any tensor's values.
-        device: of the tensors.
-        record: captures a graph.
     """
 
     def __init__(self, eager: Gradient, device: torch.device, *, record: CaptureFn | None = None) -> None:
@@ -148,15 +129,8 @@ class CUDAGraphMetaGradient:
 def capture(compute: Callable[[], MetaGradient], device: torch.device) -> tuple[Callable[[], None], MetaGradient]:
     """Capture a computation as torch's documentation asks: warmed up and captured on one side stream.
 
-    Args:
-        compute: reads static tensors and returns new ones.
-        device: a GPU.
-
-    Returns:
-        A function that launches the graph on the current stream, and the results, undefined before the first launch.
-
-    Raises:
-        RuntimeError: if it reads a value back, or does anything else that cannot be captured.
+    Return a function that launches the graph on the current stream, and the results, undefined before the first launch.
+    Raise ``RuntimeError`` if the computation reads a value back, or does anything else that cannot be captured.
     """
     low, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
     uncached = torch.autocast("cuda", low, enabled, cache_enabled=False)  # a graph must not read what autocast frees

@@ -39,12 +39,7 @@ class LostRankError(RunError):
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """The processes of a run.
-
-    Args:
-        rank: number of this process.
-        size: number of processes.
-    """
+    """The rank of this process, and the number of processes of the run; collectives raise ``LostRankError``."""
 
     rank: int = 0
     size: int = 1
@@ -59,14 +54,7 @@ class DistributedContext:
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the sums over all processes, with one all-reduce.
-
-        Args:
-            tensors: floating point, of the same shapes in every process.
-
-        Raises:
-            LostRankError: if a process is gone.
-        """
+        """Return the sums of floating-point tensors over all processes, with one all-reduce."""
         if self.size == 1:
             return list(tensors)
         flat = torch.cat([t.flatten() for t in tensors])
@@ -78,11 +66,7 @@ class DistributedContext:
         return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
 
     def all_gather(self, values: Tensor) -> Tensor:
-        """Concatenate every process's ``[..., its tasks]`` to ``[..., all tasks]``, in the order of ``shard``.
-
-        Raises:
-            LostRankError: if a process is gone.
-        """
+        """Concatenate every process's ``[..., its tasks]`` to ``[..., all tasks]``, in the order of ``shard``."""
         if self.size == 1:
             return values
         parts: list[Any] = [None] * self.size
@@ -91,11 +75,7 @@ class DistributedContext:
         return torch.cat(parts, dim=-1)
 
     def broadcast(self, content: Any) -> Any:
-        """Return the main process's ``content`` in every process.
-
-        Raises:
-            LostRankError: if a process is gone.
-        """
+        """Return the main process's ``content`` in every process."""
         if self.size == 1:
             return content
         box = [content]
@@ -120,14 +100,7 @@ class DistributedContext:
 
 @contextmanager
 def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
-    """Join the processes that ``torchrun`` started; a single process otherwise.
-
-    Args:
-        device: of this process. Tensors on GPUs are reduced by NCCL, others by gloo.
-
-    Raises:
-        RunError: if the other processes cannot be reached.
-    """
+    """Join the processes that ``torchrun`` started, if any; raise ``RunError`` if they cannot be reached."""
     if torchrun.world_size() == 1:
         yield DistributedContext()
         return

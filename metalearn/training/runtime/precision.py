@@ -2,23 +2,20 @@
 
     error(g, g_ref) = |g - g_ref| / |g_ref|        of the whole gradient as one vector
 
-Rounding to 8 bits (bfloat16) is an error of 0.4% per operation, to 11 bits (TF32) one of 0.05%. Its effect on a
-meta-gradient depends on the model: bfloat16's was measured between 0.3% and more than 100%. So it is measured on the
-run's own first tasks, and compared with a null: the change of float32's own meta-gradient when the parameters are
+bfloat16 moves a meta-gradient by 0.3% to more than 100%, depending on the model. So the error is measured on the run's
+first tasks, and compared with a null: the change of float32's own meta-gradient when the parameters are
 perturbed by that rounding. Near kinks of ReLU a correct gradient changes fast, by 30 to 80% on conv4's first tasks, and
 a precision that does no worse is fine: training moves the parameters further. An error of more than twice the null
-comes from the computation, however large the second-order term is; below 5% of the gradient neither matters. Where the
-null is as long as the gradient (20-way conv4 before training), little can be checked but that the engine agrees with
-``unroll``.
+comes from the computation; below 5% of the gradient neither matters. Where the null is as long as the gradient (20-way
+conv4 before training), little can be checked but that the engine agrees with ``unroll``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -49,23 +46,16 @@ _FIRST_WITH_TF32 = (8, 0)  # compute capability of Ampere; older GPUs silently m
 
 @contextmanager
 def precision_context(precision: str, device: torch.device) -> Iterator[None]:
-    """Compute in a precision within the context; the previous settings are restored after it.
+    """Compute in ``float32``, ``tf32``, ``bfloat16`` or ``float16`` within the context.
 
     On GPUs ``float32`` uses all its bits, also for what autocast leaves in float32: torch's default has cuDNN's
     convolutions in TF32. ``tf32`` rounds the factors of matrix products and convolutions, and adds in float32; on a
     CPU it is ``float32``.
-
-    Args:
-        precision: ``float32``, ``tf32``, ``bfloat16`` or ``float16``.
-        device: of the model.
     """
     low = _AUTOCAST.get(precision)
     autocast = torch.autocast(device.type, dtype=low, enabled=low is not None)
-    if device.type != "cuda":
-        with autocast:
-            yield
-        return
-    with fp32_matmul_precision("tf32" if precision == "tf32" else "ieee"), autocast:
+    is_cuda = device.type == "cuda"
+    with fp32_matmul_precision("tf32" if precision == "tf32" else "ieee") if is_cuda else nullcontext(), autocast:
         yield
 
 
@@ -84,18 +74,13 @@ def fp32_matmul_precision(bits: str) -> Iterator[None]:
 
 
 def check_tf32_available(precision: str, device: torch.device) -> None:
-    """Check that the device has TF32 if the precision asks for it.
-
-    Raises:
-        ConfigError: if the device is a CPU, or a GPU from before Ampere.
-    """
-    if device.type != "cuda":
-        fault = tf32_error(precision, "a CPU" if device.type == "cpu" else str(device))
-    elif torch.cuda.get_device_capability(device) < _FIRST_WITH_TF32:
-        fault = tf32_error(precision, torch.cuda.get_device_name(device))
-    else:
-        return
-    if fault:
+    """Raise ``ConfigError`` if TF32 is asked for on a CPU, or on a GPU from before Ampere."""
+    name = "a CPU" if device.type == "cpu" else str(device)
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= _FIRST_WITH_TF32:
+            return
+        name = torch.cuda.get_device_name(device)
+    if fault := tf32_error(precision, name):
         raise ConfigError(fault)
 
 
@@ -104,8 +89,6 @@ class PrecisionReport:
     """Errors of a meta-gradient in a lower precision.
 
     Args:
-        precision: such as ``bfloat16``.
-        tasks: number that it was measured on.
         engine_error: the configured engine against ``unroll``, both in that precision.
         rounding_error: the configured engine in that precision against ``unroll`` in float32.
         null_error: ``unroll`` in float32 at parameters perturbed by up to eps / 2 of themselves, the precision's
@@ -141,21 +124,9 @@ def check_precision(
     loss: Loss = cross_entropy,
     engine: Engine | None = None,
 ) -> PrecisionReport:
-    """Check that a precision moves the meta-gradient no further than its rounding explains, on two tasks at most.
+    """Check that a precision moves the meta-gradient no further than its rounding explains, on the first two tasks.
 
     The random generators are restored, and every meta-gradient here draws the same numbers.
-
-    Args:
-        forward: pure model of one task.
-        theta: meta-parameters, in float32.
-        episodes: tasks of the run, of which the first two are taken.
-        inner: the run's inner loop.
-        precision: of the run, as ``precision_context`` takes it.
-        loss: one task's mean loss.
-        engine: the algorithm's own, if it has one.
-
-    Returns:
-        The errors and their bounds.
 
     Raises:
         RunError: if the engine does not agree with ``unroll`` in the same precision, or if rounding moves the
@@ -163,28 +134,27 @@ def check_precision(
     """
     few = episodes.split(_TASKS)[0]
     plain = dataclasses.replace(inner, engine="unroll")
-    grads = partial(_grads, forward, theta, loss, engine)
-    exact = grads(few, plain, "float32")
+    cuda = sorted({p.get_device() for p in theta.values() if p.is_cuda})
+
+    def grads(inner: InnerLoop, precision: str, params: Params = theta) -> Params:
+        with torch.random.fork_rng(devices=cuda), precision_context(precision, few.query_x.device):
+            return meta_gradient(forward, params, few, inner, loss=loss, engine=engine).grads
+
+    exact = grads(plain, "float32")
     try:
-        rounded = grads(few, inner, precision)
-        same_rounding = grads(few, plain, precision)
+        rounded, same_rounding = grads(inner, precision), grads(plain, precision)
     except NonFiniteError as error:
         raise RunError(
             f"In {precision} the loss or its gradient is not finite, as both are in float32 ({error}). Set "
             "run.precision=float32."
         ) from error
-    nulls = [
-        relative_error(
-            _grads(forward, _perturb(theta, _EPS[precision], seed), loss, engine, few, plain, "float32"), exact
-        )
-        for seed in range(_NUM_PERTURBATIONS)
-    ]
+    moved = [_perturb(theta, _EPS[precision], seed) for seed in range(_NUM_PERTURBATIONS)]
     report = PrecisionReport(
-        precision=precision,
-        tasks=few.tasks,
+        precision,
+        few.tasks,
         engine_error=relative_error(rounded, same_rounding),
         rounding_error=relative_error(rounded, exact),
-        null_error=max(nulls),
+        null_error=max(relative_error(grads(plain, "float32", params), exact) for params in moved),
     )
     _check_report(report, inner)
     return report
@@ -210,18 +180,3 @@ def _perturb(theta: Params, eps: float, seed: int) -> Params:
     generator = torch.Generator().manual_seed(seed)
     parts = {name: torch.rand(p.shape, generator=generator).to(p) - 0.5 for name, p in theta.items()}
     return {name: p + eps * parts[name] * p for name, p in theta.items()}
-
-
-def _grads(
-    forward: Forward,
-    theta: Params,
-    loss: Loss,
-    engine: Engine | None,
-    episodes: Episodes,
-    inner: InnerLoop,
-    precision: str,
-) -> Params:
-    """Return the meta-gradient in a precision, from the generators' present state."""
-    cuda = sorted({p.get_device() for p in theta.values() if p.is_cuda})
-    with torch.random.fork_rng(devices=cuda), precision_context(precision, episodes.query_x.device):
-        return meta_gradient(forward, theta, episodes, inner, loss=loss, engine=engine).grads

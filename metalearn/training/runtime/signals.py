@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import NoReturn
 
 from metalearn.core.errors import TerminatedError
@@ -39,9 +39,7 @@ class StopRequest:
                 self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
 
@@ -51,11 +49,7 @@ class StopRequest:
         return self.signal is not None
 
     def raise_if_requested(self) -> None:
-        """Stop here, where nothing would be lost, if the process was asked to.
-
-        Raises:
-            TerminatedError: if the process was asked to stop.
-        """
+        """Raise ``TerminatedError`` here, where nothing would be lost, if the process was asked to stop."""
         if self.signal is not None:
             raise TerminatedError(self.signal)
 
@@ -70,11 +64,7 @@ class StopRequest:
 
 @contextmanager
 def sigterm_as_exception(*others: int) -> Iterator[None]:
-    """Turn SIGTERM into ``SystemExit``, so that child processes and temporary files are cleaned up.
-
-    Args:
-        others: further signals to treat alike, unless they are ignored.
-    """
+    """Turn SIGTERM, and others that are not ignored, into ``SystemExit``, so that children and files are cleaned up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

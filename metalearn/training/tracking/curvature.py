@@ -49,12 +49,7 @@ def curvature(
 ) -> dict[str, float]:
     """Return cosine and norms by TensorBoard tag, from the batch's first tasks: four, or a task chunk.
 
-    Args:
-        forward: one task's model.
-        params: meta-parameters.
-        episodes: a batch of tasks.
-        inner: the inner loop, of either order; the diagnostics are of the second-order term that it has or lacks.
-        loss: one task's mean loss.
+    ``inner`` may be of either order: the diagnostics are of the second-order term that it has or lacks.
     """
     few = episodes.split(min(_NUM_TASKS, inner.task_chunk or _NUM_TASKS))[0]
     sums: dict[int, Tensor] = {}

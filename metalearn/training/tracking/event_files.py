@@ -27,10 +27,7 @@ def read_scalars(run_dir: Path) -> dict[str, list[ScalarEvent]]:
     """Return every curve of a run by its tag, with all points in the order of their steps.
 
     A resumed run has several event files; points after the meta-step that it resumed from are dropped. Sub-folders,
-    such as those of evaluations, are other runs.
-
-    Raises:
-        RunError: if the folder holds no event file.
+    such as those of evaluations, are other runs. Raise ``RunError`` if the folder holds no event file.
     """
     if not any(run_dir.glob(EVENT_FILES)):
         raise RunError(

@@ -69,11 +69,8 @@ def render_tasks(experiment: Experiment, params: Params) -> NDArray[np.uint8]:
 def draw_tasks(episodes: Episodes, predictions: Tensor) -> NDArray[np.uint8]:
     """Draw a batch of tasks side by side, ``[height, width, 3]``: a row per class, support images, then queries.
 
-    A query's frame is green if its prediction is correct; else vermilion, with the wrong label on it.
-
-    Args:
-        episodes: images in [0, 1], ``[T, examples, 1 or 3, height, width]``, labels 0 to N - 1.
-        predictions: logits of the queries, ``[T, Q, N]``.
+    A query's frame is green if its prediction is correct; else vermilion, with the wrong label on it. Images are
+    ``[T, examples, 1 or 3, height, width]`` in [0, 1]; predictions are logits, ``[T, Q, N]``.
     """
     return np.hstack([_draw_task(one, p) for one, p in zip(episodes.split(1), predictions.split(1), strict=True)])
 

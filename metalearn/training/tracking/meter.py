@@ -18,10 +18,9 @@ from metalearn.core.profiling.memory import MIB, PeakTensorMemory
 class Meter:
     """Means, times and peak memory of meta-steps.
 
-    Args:
-        device: of the steps. On CUDA the peak is the allocator's, over all steps: it includes the data set, the
-            parameters and the optimizer's state. Elsewhere it is the most bytes that tensors made in a meta-step take
-            at once, measured in the first, which takes longer for it and is not timed.
+    On CUDA the peak is the allocator's, over all steps: it includes the data set, the parameters and the optimizer's
+    state. Elsewhere it is the most bytes that tensors made in a meta-step take at once, measured in the first, which
+    takes longer for it and is not timed.
 
     ``training_s`` are the seconds of all timed steps, without validation and logging. ``logging_s`` are those spent on
     the event file, images and second-order diagnostics; ``checkpoint_s`` those spent on saving the state.

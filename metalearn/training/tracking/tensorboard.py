@@ -1,8 +1,7 @@
 """TensorBoard event files of a run. The README lists the tags.
 
-HParams: a run records its own hyperparameters. Which of them a table of runs shows is recorded once for all runs of a
-folder, because TensorBoard takes the first such list that it finds; so a run must not write one. Without a list
-TensorBoard shows all keys, and every curve as a metric.
+A run records its own hyperparameters. Which of them a table of runs shows is recorded once for all runs of a folder,
+because TensorBoard takes the first such list that it finds; so a run must not write one.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,7 +26,6 @@ from tensorboard.plugins.hparams.api_pb2 import (
     MetricName,
 )
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as torch_hparams
 
@@ -86,9 +83,7 @@ Writer = TypeVar("Writer", bound="EventWriter")
 class EventWriter:
     """Writes an event file; a context manager, so that nothing is lost when the run ends early.
 
-    Args:
-        folder: of the event file; its name is the run's in TensorBoard.
-        purge_step: step from which TensorBoard hides what earlier event files of the folder hold.
+    The folder's name is the run's in TensorBoard, which hides the steps of earlier event files from ``purge_step`` on.
     """
 
     def __init__(self, folder: Path, *, purge_step: int | None = None) -> None:
@@ -97,9 +92,7 @@ class EventWriter:
     def __enter__(self: Writer) -> Writer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -129,23 +122,13 @@ class EventWriter:
 
 
 class TensorBoardLogger(EventWriter):
-    """Logs a run.
+    """Logs a run; ``config`` is its YAML, ``file_sizes`` those at the checkpoint that it resumes from.
 
-    Args:
-        run_dir: the run's folder.
-        config: as YAML.
-        resumed_at: meta-step that an interrupted run resumes from; later points are hidden, and earlier ones are not
-            written twice.
-        file_sizes: result of ``file_sizes`` at the checkpoint.
+    Of an interrupted run, points after meta-step ``resumed_at`` are hidden, and earlier ones are not written twice.
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        *,
-        config: str,
-        resumed_at: int | None = None,
-        file_sizes: Mapping[str, int] | None = None,
+        self, run_dir: Path, *, config: str, resumed_at: int | None = None, file_sizes: Mapping[str, int] | None = None
     ) -> None:
         self._run_dir = run_dir
         self._logged: dict[tuple[str, int], float] = {}
@@ -179,12 +162,7 @@ class TensorBoardLogger(EventWriter):
         self.flush()
 
     def log_test(self, result: Evaluation, iteration: int = 0) -> None:
-        """Log the test score, and with its interval against the number of inner steps (on the step axis).
-
-        Args:
-            result: on test classes.
-            iteration: meta-steps that the tested parameters have taken.
-        """
+        """Log the test score at its meta-step, and with its interval against the number of inner steps."""
         name = result.metric.name
         self.log_scalars({f"test/{name}": result.final.mean}, iteration)
         for step, estimate in enumerate(result.per_step):
@@ -200,10 +178,7 @@ class TensorBoardLogger(EventWriter):
     def log_hparams(self, values: Mapping[str, Value], metrics: Mapping[str, float], iteration: int = 0) -> None:
         """Make the run a row of the HParams table; once, at its end.
 
-        Args:
-            values: of dotted configuration keys.
-            metrics: by tag, those of ``METRICS``; one that the run has logged already is left alone.
-            iteration: meta-steps taken.
+        ``values`` are of dotted configuration keys; ``metrics`` that the run has logged already are left alone.
         """
         # SummaryWriter.add_hparams would make a run of its own.
         _, start, end = torch_hparams({name: to_hparam_value(value) for name, value in values.items()}, {})
@@ -222,7 +197,7 @@ class TensorBoardLogger(EventWriter):
 
 def learned_lr_metrics(params: Params) -> dict[str, float]:
     """Return mean, smallest and largest of the learned step sizes by tag; empty if none are learned."""
-    rates: list[Tensor] = [p.flatten() for name, p in params.items() if name.startswith(lr_key(""))]
+    rates = [p.flatten() for name, p in params.items() if name.startswith(lr_key(""))]
     if not rates:
         return {}
     flat = torch.cat(rates)
@@ -258,8 +233,8 @@ def experiment_summary(runs: Iterable[Mapping[str, Value]]) -> Summary:
         experiment=Experiment(hparam_infos=infos, metric_infos=metrics), version=metadata.PLUGIN_DATA_VERSION
     )
     plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString())
-    value = Summary.Value(tag=metadata.EXPERIMENT_TAG, metadata=SummaryMetadata(plugin_data=plugin))
-    return Summary(value=[value])
+    plugin_metadata = SummaryMetadata(plugin_data=plugin)
+    return Summary(value=[Summary.Value(tag=metadata.EXPERIMENT_TAG, metadata=plugin_metadata)])
 
 
 def _warn_truncated(run_dir: Path, file_sizes: Mapping[str, int]) -> None:
@@ -271,9 +246,7 @@ def _warn_truncated(run_dir: Path, file_sizes: Mapping[str, int]) -> None:
             log.warning(
                 "%s has %d bytes and had %d at the checkpoint: its curves lack points that were shown before. The "
                 "training itself has lost nothing.",
-                path,
-                now,
-                size,
+                *(path, now, size),
             )
 
 

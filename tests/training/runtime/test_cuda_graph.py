@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import re
 from collections.abc import Callable
@@ -15,16 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from metalearn import Episodes, InnerLoop, MetaGradient, Params, functionalize, meta_gradient
-from metalearn.config.compose import compose, to_dataclass
-from metalearn.config.schema import TrainConfig
 from metalearn.core.functional import relative_error
 from metalearn.inner.diagnostics import defer_loss_checks
 from metalearn.training.experiment import build_experiment
-from metalearn.training.runtime.cuda_graph import LARGEST_ERROR, CUDAGraphMetaGradient, capture, with_cuda_graph
+from metalearn.training.runtime.cuda_graph import (
+    LARGEST_ERROR,
+    CUDAGraphMetaGradient,
+    Gradient,
+    capture,
+    with_cuda_graph,
+)
 from metalearn.training.trainer import train
+from tests.config.factories import train_config
 from tests.factories import image_episodes
-from tests.faults.processes import load_state
-from tests.faults.runs import SMALL, metrics_without_times, tensors_to_bytes
+from tests.faults.runs import SMALL, assert_runs_equal, tensors_to_bytes
+from tests.training.run_folders import AT_VALIDATIONS
 
 CPU = torch.device("cpu")
 INNER = InnerLoop(lr=0.1, steps=2)
@@ -60,10 +64,14 @@ class Recorder:
         return replay, results
 
 
-@pytest.fixture
-def model() -> tuple[Callable[[Params, Episodes], MetaGradient], Params]:
-    forward, theta = functionalize(nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 8), nn.Tanh(), nn.Linear(8, 3)))
+def eager_gradient(*layers: nn.Module) -> tuple[Gradient, Params]:
+    forward, theta = functionalize(nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 8), *layers, nn.Linear(8, 3)))
     return (lambda params, episodes: meta_gradient(forward, params, episodes, INNER)), theta
+
+
+@pytest.fixture
+def model() -> tuple[Gradient, Params]:
+    return eager_gradient(nn.Tanh())
 
 
 def batch(**shape: int) -> Episodes:
@@ -74,7 +82,8 @@ def moved(theta: Params, by: float) -> Params:
     return {name: p + by for name, p in theta.items()}
 
 
-def assert_equal(got: MetaGradient, expected: MetaGradient) -> None:
+def assert_equals_eager(gradient: Gradient, eager: Gradient, params: Params, episodes: Episodes) -> None:
+    got, expected = gradient(params, episodes), eager(params, episodes)
     assert tensors_to_bytes(vars(got)) == tensors_to_bytes(vars(expected))
 
 
@@ -83,18 +92,11 @@ def test_replay_equals_eager(model: Any) -> None:
     recorder = Recorder()
     gradient = CUDAGraphMetaGradient(eager, CPU, record=recorder)
     for step in range(5):
-        params, episodes = moved(theta, 0.01 * step), batch()
-        assert_equal(gradient(params, episodes), eager(params, episodes))
-    assert (recorder.recorded, recorder.replayed) == (1, 5)
-
-
-def test_parameters_may_change_in_place(model: Any) -> None:
-    eager, theta = model
-    gradient = CUDAGraphMetaGradient(eager, CPU, record=Recorder())
-    for _ in range(4):
-        episodes = batch()
-        assert_equal(gradient(theta, episodes), eager(theta, episodes))
+        assert_equals_eager(gradient, eager, moved(theta, 0.01 * step), batch())
+    for _ in range(2):  # parameters may change in place
         theta["1.weight"].mul_(0.9)
+        assert_equals_eager(gradient, eager, theta, batch())
+    assert (recorder.recorded, recorder.replayed) == (1, 7)
 
 
 def test_losses_outlive_the_next_call(model: Any) -> None:
@@ -115,12 +117,8 @@ def test_other_shapes_are_computed_eagerly(model: Any) -> None:
     recorder = Recorder()
     gradient = CUDAGraphMetaGradient(eager, CPU, record=recorder)
     for shape in ({}, {}, {"tasks": 2}, {"queries": 3}, {}):
-        episodes = batch(**shape)
-        assert_equal(gradient(theta, episodes), eager(theta, episodes))
-    assert recorder.replayed == 3
-    double = {name: p.double() for name, p in theta.items()}
-    episodes = image_episodes()
-    assert_equal(gradient(double, episodes), eager(double, episodes))
+        assert_equals_eager(gradient, eager, theta, batch(**shape))
+    assert_equals_eager(gradient, eager, {name: p.double() for name, p in theta.items()}, image_episodes())
     assert recorder.replayed == 3
 
 
@@ -140,13 +138,11 @@ def test_wrong_replay_is_never_used(what: str, model: Any, caplog: pytest.LogCap
     recorder, replays, message = SPOILT[what]
     gradient = CUDAGraphMetaGradient(eager, CPU, record=recorder)
     for _ in range(4):
-        episodes = batch()
-        assert_equal(gradient(theta, episodes), eager(theta, episodes))
+        assert_equals_eager(gradient, eager, theta, batch())
     assert recorder.replayed == replays
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    prefix = "run.cuda_graph=true: the meta-gradient is computed without a graph, as "
-    assert re.match(prefix + message, record.getMessage())
+    assert caplog.record_tuples[1:] == []
+    prefix = "WARNING .*run.cuda_graph=true: the meta-gradient is computed without a graph, as "
+    assert re.match(prefix + message, caplog.text)
 
 
 def broken_off(compute: Callable[[], MetaGradient], device: torch.device) -> Any:
@@ -175,8 +171,7 @@ def test_failed_capture_falls_back_to_eager(
     eager, theta = model
     gradient = CUDAGraphMetaGradient(eager, CPU, record=record)
     for _ in range(3):
-        episodes = batch()
-        assert_equal(gradient(theta, episodes), eager(theta, episodes))
+        assert_equals_eager(gradient, eager, theta, batch())
     (message,) = (record.getMessage() for record in caplog.records)
     assert message.endswith(reason)
 
@@ -191,21 +186,14 @@ def test_nonfinite_results_are_not_compared(model: Any, caplog: pytest.LogCaptur
         assert not gradient(theta, spoilt).loss.isfinite()
         assert recorder.recorded == 0
         for _ in range(3):
-            episodes = batch()
-            assert_equal(gradient(theta, episodes), eager(theta, episodes))
+            assert_equals_eager(gradient, eager, theta, batch())
     assert recorder.replayed == 3
     assert not caplog.records
 
 
 def test_capture_draws_no_random_numbers() -> None:
-    module = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 8), nn.Dropout(0.5), nn.Linear(8, 3))
-    forward, theta = functionalize(module)
-    episodes = batch()
-
-    def eager(params: Params, episodes: Episodes) -> MetaGradient:
-        return meta_gradient(forward, params, episodes, INNER)
-
-    recorder = Recorder()
+    eager, theta = eager_gradient(nn.Dropout(0.5))
+    episodes, recorder = batch(), Recorder()
     torch.manual_seed(3)
     expected = [eager(theta, episodes).grads["1.weight"] for _ in range(4)]
     gradient = CUDAGraphMetaGradient(eager, CPU, record=recorder)
@@ -213,10 +201,6 @@ def test_capture_draws_no_random_numbers() -> None:
     for one in expected:
         assert torch.equal(gradient(theta, episodes).grads["1.weight"], one)
     assert recorder.replayed == 4
-
-
-def config(*more: str) -> TrainConfig:
-    return to_dataclass(compose("train", [*SMALL, "run.checkpoint_every_s=null", *more]), TrainConfig)
 
 
 def test_cuda_graph_on_a_cpu_warns_and_is_eager(caplog: pytest.LogCaptureFixture, model: Any) -> None:
@@ -228,16 +212,14 @@ def test_cuda_graph_on_a_cpu_warns_and_is_eager(caplog: pytest.LogCaptureFixture
 def test_training_on_a_cpu_is_bitwise_equal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     short = ["outer.iterations=3", "eval.every=3"]
     for name in ("true", "false"):
-        train(config(*short, f"run.cuda_graph={name}"), tmp_path / name)
+        train(train_config(*AT_VALIDATIONS, *short, f"run.cuda_graph={name}"), tmp_path / name)
     assert len([r for r in caplog.records if "run.cuda_graph" in r.getMessage()]) == 1
-    assert metrics_without_times(tmp_path / "true") == metrics_without_times(tmp_path / "false")
-    ours, theirs = (tensors_to_bytes(load_state(tmp_path / name)["state"]) for name in ("true", "false"))
-    assert ours == theirs
-    train(config(*short, "run.resume=true"), tmp_path / "true")  # the key may differ on resume
+    assert_runs_equal(tmp_path / "true", tmp_path / "false")
+    train(train_config(*AT_VALIDATIONS, *short, "run.resume=true"), tmp_path / "true")  # the key may differ
 
 
 def test_replaced_experiment_captures_its_own_graph() -> None:
-    experiment = build_experiment(config())
+    experiment = build_experiment(train_config(*SMALL))
     algorithm = dataclasses.replace(experiment.algorithm, inner=dataclasses.replace(experiment.inner, steps=0))
     other = dataclasses.replace(experiment, algorithm=algorithm)
     episodes = experiment.train.tasks(0, 2)
@@ -250,48 +232,41 @@ class Branches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.head = nn.Linear(28 * 28, 3)
         self.scale = torch.ones((), device="cuda")
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(x.flatten(1))
-        return logits * self.scale.item()
+        return x * self.scale.item()
 
 
 @pytest.mark.gpu
 def test_graph_equals_eager_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
     small = [override for override in SMALL if not override.startswith(("model", "run.device"))]
-    overrides = [*small, "model.width=16", "run.device=cuda"]
-    experiment = build_experiment(to_dataclass(compose("train", overrides), TrainConfig))
-    records = 0
+    experiment = build_experiment(train_config(*small, "model.width=16", "run.device=cuda"))
+    captured = []
 
-    def counted(compute: Callable[[], MetaGradient], device: torch.device) -> Any:
-        nonlocal records
-        records += 1
+    def capture_and_count(compute: Callable[[], MetaGradient], device: torch.device) -> Any:
+        captured.append(device)
         return capture(compute, device)
 
     def eager(params: Params, episodes: Episodes) -> MetaGradient:
         return meta_gradient(experiment.forward, params, episodes, experiment.inner)
 
-    gradient = CUDAGraphMetaGradient(eager, experiment.device, record=counted)
+    gradient = CUDAGraphMetaGradient(eager, experiment.device, record=capture_and_count)
     with experiment.precision(), defer_loss_checks():
         for step in range(5):
             params, episodes = moved(experiment.theta, 0.01 * step), experiment.train.tasks(8 * step, 8)
             got, expected = gradient(params, episodes), eager(params, episodes)
             assert relative_error(got.grads, expected.grads) <= LARGEST_ERROR
             torch.testing.assert_close(got.loss, expected.loss, rtol=1e-4, atol=0)
-    assert records == 1
+    assert len(captured) == 1
     assert not caplog.records, "the graph is used"
 
 
 @pytest.mark.gpu
 def test_model_that_syncs_is_computed_eagerly_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
-    forward, theta = functionalize(Branches().cuda())
+    eager, theta = eager_gradient(Branches())
+    theta = {name: p.cuda() for name, p in theta.items()}
     on_gpu = Episodes(*(t.cuda() for t in vars(batch()).values()))
-
-    def eager(params: Params, episodes: Episodes) -> MetaGradient:
-        return meta_gradient(forward, params, episodes, INNER)
-
     gradient = CUDAGraphMetaGradient(eager, on_gpu.query_x.device)
     with defer_loss_checks():
         for _ in range(3):

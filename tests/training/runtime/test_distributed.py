@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import signal
@@ -19,8 +18,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from metalearn.config.compose import compose, to_dataclass
-from metalearn.config.schema import TrainConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
 from metalearn.core.types import Episodes
@@ -30,6 +27,7 @@ from metalearn.training.runtime.distributed import DistributedContext
 from metalearn.training.step import local_tasks
 from metalearn.training.tracking.event_files import read_scalars
 from metalearn.training.trainer import check_same_config
+from tests.config.factories import train_config
 from tests.faults.processes import load_state, read_output, start_training, wait_for_exit
 from tests.faults.runs import RUN, SMALL, assert_steps_increase, metrics_without_times
 from tests.paths import REPO
@@ -53,20 +51,13 @@ def test_single_process_sends_nothing() -> None:
 
 def environment(rank: int, size: int, port: int) -> Mapping[str, str]:
     """Return the environment that torchrun sets."""
-    return {
-        "TORCHELASTIC_RUN_ID": "test",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    return {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **ranks}
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
         return port
 
 
@@ -96,8 +87,8 @@ def test_no_gloo_thread_outlives_the_group() -> None:
         )
         for rank in range(2)
     ]
-    assert [process.communicate(timeout=120)[0].strip() for process in processes] == ["[]", "[]"]
-    assert [process.returncode for process in processes] == [0, 0]
+    outputs = [process.communicate(timeout=120)[0].strip() for process in processes]
+    assert [(out, process.returncode) for out, process in zip(outputs, processes, strict=True)] == [("[]", 0)] * 2
 
 
 def train_together(
@@ -125,39 +116,26 @@ def gradient_of_the_first_step(run_dir: Path) -> dict[int, Tensor]:
     return {i: 10 * m["exp_avg"] for i, m in moments.items()}
 
 
-@pytest.fixture(scope="module")
-def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_together(2, tmp_path_factory.mktemp("two"))
-
-
 def test_two_processes_compute_the_gradient_of_one(tmp_path: Path) -> None:
     """By two processes of three tasks, so that the shards are uneven, and clipped by the norm of the whole."""
     one_step = ["outer.iterations=1", "eval.every=1", "outer.clip_norm=0.01"]
-    alone, shared = (
-        train_together(1, tmp_path / "1", *one_step),
-        train_together(2, tmp_path / "2", *one_step),
-    )
-    ours, theirs = gradient_of_the_first_step(shared), gradient_of_the_first_step(alone)
+    theirs, ours = (gradient_of_the_first_step(train_together(n, tmp_path / str(n), *one_step)) for n in (1, 2))
     for i, gradient in theirs.items():
         assert (ours[i] - gradient).norm() <= 1e-5 * gradient.norm()
     assert torch.cat([g.flatten() for g in ours.values()]).norm().item() == pytest.approx(0.01, rel=1e-4)
 
 
-def test_only_the_main_process_writes(by_two: Path) -> None:
-    assert {p.name for p in (by_two.parent / "1").iterdir()} == {"output.txt"}
-    assert read_output(by_two.parent / "1") == ""
-    assert_steps_increase(by_two)
-    assert metrics_without_times(by_two)["processes"] == 2
-    assert metrics_without_times(by_two)["iterations"] == 24
-
-
-def test_two_processes_end_where_one_does(by_two: Path, uninterrupted_run: Path) -> None:
+def test_two_processes_end_where_one_does_and_only_the_main_one_writes(uninterrupted_run: Path, tmp_path: Path) -> None:
+    by_two = train_together(2, tmp_path)
     ours, theirs = load_state(by_two)["state"], load_state(uninterrupted_run)["state"]
     for name, p in theirs["params"].items():
         torch.testing.assert_close(ours["params"][name], p, rtol=1e-3, atol=1e-4)
-    assert metrics_without_times(by_two)["test.accuracy"] == pytest.approx(
-        metrics_without_times(uninterrupted_run)["test.accuracy"]
-    )
+    metrics, alone = metrics_without_times(by_two), metrics_without_times(uninterrupted_run)
+    assert metrics["test.accuracy"] == pytest.approx(alone["test.accuracy"])
+    assert (metrics["processes"], metrics["iterations"]) == (2, 24)
+    assert {p.name for p in (by_two.parent / "1").iterdir()} == {"output.txt"}
+    assert read_output(by_two.parent / "1") == ""
+    assert_steps_increase(by_two)
 
 
 def signal_itself_at(iteration: int) -> None:
@@ -193,12 +171,10 @@ def save_slowly() -> None:
 def test_workers_wait_for_the_main_process_to_save(tmp_path: Path) -> None:
     """Slurm and systemd signal all processes; torchrun ends the others when one has ended."""
     port = free_port()
-    every_60_s = [o for o in SMALL if not o.startswith("run.checkpoint")] + ["run.checkpoint_every_s=60"]
-    more = ["outer.iterations=100000", "eval.every=100000", "log.every=1", f"hydra.run.dir={tmp_path / RUN}"]
-    first = start_training(
-        [*every_60_s, *more], tmp_path / "0", environment=environment(0, 2, port), before=save_slowly
-    )
-    second = start_training([*every_60_s, *more], tmp_path / "1", environment=environment(1, 2, port))
+    more = ["outer.iterations=100000", "eval.every=100000", "log.every=1", "run.checkpoint_every_s=60"]
+    overrides = [*SMALL, *more, f"hydra.run.dir={tmp_path / RUN}"]
+    first = start_training(overrides, tmp_path / "0", environment=environment(0, 2, port), before=save_slowly)
+    second = start_training(overrides, tmp_path / "1", environment=environment(1, 2, port))
     until = time.monotonic() + 60
     while sum(p.stat().st_size for p in (tmp_path / RUN).glob("events*")) < 20_000:  # some ten meta-steps
         assert time.monotonic() < until
@@ -210,27 +186,12 @@ def test_workers_wait_for_the_main_process_to_save(tmp_path: Path) -> None:
     assert wait_for_exit(first) == 143, read_output(tmp_path / "0")
 
 
-def signal_itself_and_meet_a_nan() -> None:
-    """Have both happen to this process in its third meta-step."""
-    meet_a_nan()
-    signal_itself_at(2)
-
-
-def test_skipped_meta_step_still_shares_the_stop_request(tmp_path: Path) -> None:
-    run_dir = train_together(
-        2, tmp_path, "run.on_nonfinite=skip", before=signal_itself_and_meet_a_nan, codes=(143, 143)
-    )
-    assert load_state(run_dir)["state"]["iteration"] == 3
-
-
 def test_check_same_config_raises_for_other_data() -> None:
-    config = to_dataclass(compose("train", SMALL), TrainConfig)
-    check_same_config(config, config, DistributedContext(1, 2))
-    auto = dataclasses.replace(config, inner=dataclasses.replace(config.inner, engine="auto"))
-    check_same_config(auto, config, DistributedContext(1, 2))
-    other = to_dataclass(compose("train", [*SMALL, "data.jitter=0.3"]), TrainConfig)
+    config, worker = train_config(*SMALL), DistributedContext(1, 2)
+    check_same_config(config, config, worker)
+    check_same_config(train_config(*SMALL, "inner.engine=auto"), config, worker)
     with pytest.raises(RunError, match=r"(?s)process 1 would train on something else.*data\.jitter: 0\.3 here"):
-        check_same_config(other, config, DistributedContext(1, 2))
+        check_same_config(train_config(*SMALL, "data.jitter=0.3"), config, worker)
 
 
 def meet_a_nan() -> None:
@@ -254,31 +215,34 @@ def test_nan_of_one_process_stops_all(tmp_path: Path) -> None:
     assert load_state(run_dir)["state"]["iteration"] == 2
 
 
-def test_nan_of_one_process_is_skipped_by_all(tmp_path: Path) -> None:
-    run_dir = train_together(2, tmp_path, "run.on_nonfinite=skip", before=meet_a_nan)
-    assert metrics_without_times(run_dir)["iterations.skipped"] == 1
+def signal_itself_and_meet_a_nan() -> None:
+    """Have both happen to this process in its third meta-step."""
+    meet_a_nan()
+    signal_itself_at(2)
+
+
+def test_nan_of_one_process_is_skipped_by_all_which_share_the_stop_request(tmp_path: Path) -> None:
+    skip, both = "run.on_nonfinite=skip", signal_itself_and_meet_a_nan
+    run_dir = train_together(2, tmp_path, skip, before=both, codes=(143, 143))
+    state = load_state(run_dir)["state"]
+    assert (state["iteration"], state["skipped"]) == (3, [1, 1])
 
 
 def test_init_from_is_read_by_the_main_process(tmp_path: Path, uninterrupted_run: Path) -> None:
-    run_dir = train_together(2, tmp_path, f"run.init_from={uninterrupted_run}", "outer.iterations=8")
-    (first, *_) = read_scalars(run_dir)["validation/accuracy"]
+    more = [f"run.init_from={uninterrupted_run}", "outer.iterations=8"]
+    alone, shared = (train_together(n, tmp_path / str(n), *more) for n in (1, 2))
+    (first, *_) = read_scalars(shared)["validation/accuracy"]
     assert first.step == 0
-    assert first.value == pytest.approx(metrics_without_times(uninterrupted_run)["validation.best_accuracy"]), (
-        "on the same tasks"
-    )
-    alone = train_together(1, tmp_path / "alone", f"run.init_from={uninterrupted_run}", "outer.iterations=8")
+    best = metrics_without_times(uninterrupted_run)["validation.best_accuracy"]
+    assert first.value == pytest.approx(best), "on the same tasks"
+    params = load_state(shared)["state"]["params"]
     for name, p in load_state(alone)["state"]["params"].items():
-        torch.testing.assert_close(load_state(run_dir)["state"]["params"][name], p, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(params[name], p, rtol=1e-3, atol=1e-4)
 
 
 def test_more_processes_than_tasks_raise(tmp_path: Path) -> None:
-    port = free_port()
-    process = start_training(
-        [*SMALL, "task.meta_batch=1", f"hydra.run.dir={RUN}"], tmp_path, environment=environment(0, 2, port)
-    )
-    other = start_training([*SMALL, "task.meta_batch=1"], tmp_path / "1", environment=environment(1, 2, port))
-    assert (wait_for_exit(process), wait_for_exit(other)) == (2, 2)
-    assert "task.meta_batch=1: 2 processes share these tasks" in read_output(tmp_path)
+    train_together(2, tmp_path, "task.meta_batch=1", codes=(2, 2))
+    assert "task.meta_batch=1: 2 processes share these tasks" in read_output(tmp_path / "0")
 
 
 def test_multirun_with_torchrun_raises(tmp_path: Path) -> None:

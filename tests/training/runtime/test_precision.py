@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from metalearn.config.schema import TrainConfig
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.core.functional import relative_error
-from metalearn.core.types import Forward, Loss
 from metalearn.metagrad import ENGINES, Engine
 from metalearn.metagrad.unroll import unroll
 from metalearn.models import Conv4
@@ -29,17 +29,26 @@ from tests.factories import image_episodes
 from tests.metagrad.models import MODELS
 
 
-def check(module: nn.Module, inner: InnerLoop, *, precision: str = "bfloat16") -> PrecisionReport:
-    episodes = image_episodes(shots=5, queries=5, dtype=torch.float32)
-    return check_precision(*functionalize(module), episodes, inner, precision=precision)
+def check(
+    module: nn.Module, inner: InnerLoop, *, precision: str = "bfloat16", shots: int = 5, queries: int = 5
+) -> PrecisionReport:
+    """Check the precision on random images; the random generator must be left as it was."""
+    episodes = image_episodes(shots=shots, queries=queries, dtype=torch.float32)
+    forward, theta = functionalize(module)
+    before = torch.get_rng_state()
+    try:
+        return check_precision(forward, theta, episodes, inner, precision=precision)
+    finally:
+        assert torch.equal(torch.get_rng_state(), before)
 
 
-def first_order(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> MetaGradient:
+def first_order(*args: Any) -> MetaGradient:
+    forward, params, episodes, inner, loss = args
     return unroll(forward, params, episodes, dataclasses.replace(inner, second_order=False), loss)
 
 
-def no_number(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> MetaGradient:
-    result = unroll(forward, params, episodes, inner, loss)
+def no_number(*args: Any) -> MetaGradient:
+    result = unroll(*args)
     return dataclasses.replace(result, grads={name: g * float("nan") for name, g in result.grads.items()})
 
 
@@ -54,17 +63,16 @@ def test_report_holds_the_rounding_error(engine: str, second_order: bool) -> Non
     assert 1e-4 < report.rounding_error < 0.1
     assert 0.01 < report.null_error < 1  # ReLU has kinks near by
     assert report.allowed == max(2 * report.null_error, 0.05)
-    assert f"{report.rounding_error:.2g}" in str(report)
-    assert f"{report.allowed:.2g}" in str(report)
+    moves = f"2 tasks: rounding moves the meta-gradient by {report.rounding_error:.2g} of its length"
+    assert f"{moves} ({report.allowed:.2g} is allowed)" in str(report)
 
 
 def test_errors_equal_their_definitions() -> None:
-    module = MODELS["transformer"]()
+    forward, theta = functionalize(MODELS["transformer"]())
     episodes = image_episodes(shots=5, queries=5, dtype=torch.float32)
     inner = InnerLoop(lr=0.1, steps=2, engine="adjoint")
-    forward, theta = functionalize(module)
     report = check_precision(forward, theta, episodes, inner, precision="bfloat16")
-    few = Episodes(episodes.support_x[:2], episodes.support_y[:2], episodes.query_x[:2], episodes.query_y[:2])
+    few = Episodes(*(t[:2] for t in vars(episodes).values()))
 
     def vector(at: Params = theta, engine: str = "unroll", rounded: bool = False) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=rounded):
@@ -94,11 +102,8 @@ def test_broken_engine_raises(broken: Engine, message: str, monkeypatch: pytest.
 
 def test_rounding_beyond_the_null_raises() -> None:
     # BatchNorm over one example a class: rounding moves the gradient by more than the whole second-order term.
-    forward, theta = functionalize(MODELS["mlp"]())
-    episodes = image_episodes(shots=1, queries=3, dtype=torch.float32)
-    inner = InnerLoop(lr=0.1, steps=2)
     with pytest.raises(RunError, match=r"rounding moves .* twice as far as float32's own .*run\.precision"):
-        check_precision(forward, theta, episodes, inner, precision="bfloat16")
+        check(MODELS["mlp"](), InnerLoop(lr=0.1, steps=2), shots=1, queries=3)
 
 
 class NearKinks(nn.Module):
@@ -122,8 +127,8 @@ def test_rounding_within_the_null_passes() -> None:
 
 
 def test_wrong_kernel_raises_below_half_of_the_second_order_term() -> None:
-    module = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 16), nn.Tanh(), Shrunk(16, 3))
     # Measured: 0.44 of the gradient, of which half of the second-order term is 0.63; moved parameters make 0.05.
+    module = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 16), nn.Tanh(), Shrunk(16, 3))
     with pytest.raises(RunError, match=r"rounding moves the meta-gradient by .*run\.precision=float32"):
         check(module, InnerLoop(lr=0.2, steps=1))
 
@@ -142,71 +147,48 @@ def test_smooth_model_may_exceed_twice_its_null() -> None:
     assert report.allowed == 0.05
 
 
-class OtherSign(nn.Module):
-    """A network whose logits have the wrong sign in bfloat16."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(28 * 28, 3, bias=False)  # under vmap a bias is added in float32, and so is the result
+class OtherSign(nn.Linear):
+    """A layer whose outputs have the wrong sign in bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(x.flatten(1))
-        return -logits if logits.dtype == torch.bfloat16 else logits
+        y = super().forward(x.flatten(1))
+        return -y if y.dtype == torch.bfloat16 else y
 
 
 @pytest.mark.parametrize("inner", [InnerLoop(lr=1e-3, steps=1, second_order=False), InnerLoop(lr=0.1, steps=0)])
 def test_wrong_sign_raises_in_first_order_and_without_steps(inner: InnerLoop) -> None:
     with pytest.raises(RunError, match=r"and 0\.05 is allowed.* Set run\.precision=float32"):
-        check(OtherSign(), inner)
+        # under vmap a bias is added in float32, and so is the result
+        check(OtherSign(28 * 28, 3, bias=False), inner)
 
 
-class Overflows(OtherSign):
-    """Logits computed from numbers above 65504, the largest of float16."""
+class Overflows(nn.Linear):
+    """Outputs computed from numbers above 65504, the largest of float16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(x.flatten(1)) * 1e8
-        return logits / 1e8
+        return super().forward(x.flatten(1)) * 1e8 / 1e8
 
 
 def test_overflow_names_the_precision() -> None:
     with pytest.raises(RunError, match=r"In float16 the loss or its gradient is not finite.*run\.precision=float32"):
-        check(Overflows(), InnerLoop(lr=0.1, steps=1), precision="float16")
+        check(Overflows(28 * 28, 3, bias=False), InnerLoop(lr=0.1, steps=1), precision="float16")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("chunk", [None, 1])
-def test_check_precision_repeats_draws_and_preserves_the_generator(chunk: int | None, engine: str) -> None:
+def test_check_precision_repeats_draws(chunk: int | None, engine: str) -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 3))
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    episodes = image_episodes(shots=5, queries=5, dtype=torch.float32)
-    forward, theta = functionalize(module)
-    torch.set_rng_state(before)
-    inner = InnerLoop(lr=0.1, steps=2, engine=engine, task_chunk=chunk, snapshot_every=2)
-    report = check_precision(forward, theta, episodes, inner, precision="bfloat16")
-    assert torch.equal(torch.get_rng_state(), before)
+    report = check(module, InnerLoop(lr=0.1, steps=2, engine=engine, task_chunk=chunk, snapshot_every=2))
     assert report.rounding_error < 0.1, "another mask would move the gradient by its own length"
 
 
-def test_failed_check_preserves_the_generator() -> None:
-    before = torch.get_rng_state()
-    module = OtherSign()
-    episodes = image_episodes(dtype=torch.float32)
-    forward, theta = functionalize(module)
-    torch.set_rng_state(before)
-    with pytest.raises(RunError):
-        check_precision(forward, theta, episodes, InnerLoop(lr=0.1, steps=0), precision="bfloat16")
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_reference_is_float32_inside_autocast() -> None:
-    inner = InnerLoop(lr=0.1, steps=2)
-    torch.manual_seed(1)
-    outside = check(Conv4(3, width=6), inner)
-    torch.manual_seed(1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = check(Conv4(3, width=6), inner)
-    assert inside == outside
+    reports = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            reports.append(check(Conv4(3, width=6), InnerLoop(lr=0.1, steps=2)))
+    assert reports[0] == reports[1]
 
 
 def test_relative_error_is_of_the_whole_gradient() -> None:
@@ -251,9 +233,8 @@ def tf32(*more: str) -> TrainConfig:
 
 
 def test_tf32_on_a_cpu_raises_in_validation() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^run\.precision=tf32: .* run\.device is a CPU; take run\.precision=float32"
-    ):
+    message = r"^run\.precision=tf32: .* run\.device is a CPU; take run\.precision=float32"
+    with pytest.raises(ConfigError, match=message):
         validate_train_config(tf32("run.device=cpu"))
     validate_train_config(tf32("run.device=cpu"), trains=False)  # a model that a GPU has trained is tested anywhere
     validate_train_config(tf32("run.device=cuda"))
@@ -265,14 +246,12 @@ def test_tf32_raises_on_an_older_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"run\.precision=tf32: .* run\.device is a CPU"):
         training_device(tf32())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    for capability in ((7, 5), (8, 0)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        check_tf32_available("float32", torch.device("cuda"))
-        if capability < (8, 0):
-            with pytest.raises(ConfigError, match=r"run\.device is Tesla V100"):
-                check_tf32_available("tf32", torch.device("cuda"))
-        else:
-            check_tf32_available("tf32", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    check_tf32_available("float32", torch.device("cuda"))
+    with pytest.raises(ConfigError, match=r"run\.device is Tesla V100"):
+        check_tf32_available("tf32", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    check_tf32_available("tf32", torch.device("cuda"))
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from metalearn.training.evaluate_run import evaluate_distributed
 from metalearn.training.evaluation import Evaluation
 from metalearn.training.runtime.signals import SIGHUP, StopRequest, sigterm_as_exception
 from tests.faults.processes import load_state, read_output, start_training, wait_for_exit
-from tests.faults.runs import RUN, SMALL, assert_runs_equal, resume
+from tests.faults.runs import RUN, SMALL_RUN, assert_runs_equal, resume
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -87,20 +87,19 @@ def signal_itself_in(what: str) -> None:
 def test_interrupted_validation_and_test_are_repeated(
     what: str, iteration: int, uninterrupted_run: Path, tmp_path: Path
 ) -> None:
-    process = start_training([*SMALL, f"hydra.run.dir={RUN}"], tmp_path / "a", before=signal_itself_in, args=(what,))
-    assert wait_for_exit(process) == 143, read_output(tmp_path / "a")
-    state = load_state(tmp_path / "a" / RUN)["state"]
-    assert state["iteration"] == iteration
-    assert state["validated"] == (0 if what == "validation" else iteration)
-    assert f"checkpoint of meta-step {iteration} is kept" in " ".join(read_output(tmp_path / "a").split())
-    assert not (tmp_path / "a" / RUN / "metrics.json").exists()
-    assert_runs_equal(resume(tmp_path / "a"), uninterrupted_run)
+    process = start_training(SMALL_RUN, tmp_path, before=signal_itself_in, args=(what,))
+    assert wait_for_exit(process) == 143, read_output(tmp_path)
+    state = load_state(tmp_path / RUN)["state"]
+    assert (state["iteration"], state["validated"]) == (iteration, 0 if what == "validation" else iteration)
+    assert f"checkpoint of meta-step {iteration} is kept" in " ".join(read_output(tmp_path).split())
+    assert not (tmp_path / RUN / "metrics.json").exists()
+    assert_runs_equal(resume(tmp_path), uninterrupted_run)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_waiting_for_the_folder_stops_at_once(number: int, code: int, tmp_path: Path) -> None:
     with folder_lock(tmp_path / RUN, wait=False):
-        process = start_training([*SMALL, f"hydra.run.dir={RUN}", "run.resume=auto"], tmp_path)
+        process = start_training([*SMALL_RUN, "run.resume=auto"], tmp_path)
         while "waiting for it to end" not in " ".join((tmp_path / "output.txt").read_text().split()):
             assert process.exitcode is None
             time.sleep(0.05)
@@ -122,7 +121,7 @@ def signal_itself_twice() -> None:
 
 
 def test_second_signal_ends_at_once(tmp_path: Path) -> None:
-    process = start_training([*SMALL, f"hydra.run.dir={RUN}"], tmp_path, before=signal_itself_twice)
+    process = start_training(SMALL_RUN, tmp_path, before=signal_itself_twice)
     assert wait_for_exit(process, timeout_s=30) == 130
     assert (tmp_path / "signalled once").exists()
     assert not list((tmp_path / RUN / "checkpoints").glob("*")), "nothing was saved"

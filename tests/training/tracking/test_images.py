@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -32,12 +34,8 @@ def test_frames_show_wrong_predictions() -> None:
 
 def test_draw_tasks_limits_rows_and_queries() -> None:
     episodes = image_episodes(tasks=1, ways=30, queries=10)
-    rgb = type(episodes)(
-        episodes.support_x.expand(-1, -1, 3, -1, -1),
-        episodes.support_y,
-        episodes.query_x.expand(-1, -1, 3, -1, -1),
-        episodes.query_y,
-    )
+    support_x, query_x = (x.expand(-1, -1, 3, -1, -1) for x in (episodes.support_x, episodes.query_x))
+    rgb = dataclasses.replace(episodes, support_x=support_x, query_x=query_x)
     picture = draw_tasks(rgb, torch.zeros(1, 300, 30))
     assert picture.shape[0] < 1500
     assert picture.shape[1] < 800

@@ -1,9 +1,10 @@
-"""Event files of runs, as TensorBoard's own readers see them."""
+"""Event files of runs, as TensorBoard's own readers and ``read_scalars`` see them."""
 
 from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
 from tensorboard.plugins.hparams import api_pb2, list_session_groups
 from tensorboard.plugins.hparams.backend_context import Context
+from torch.utils.tensorboard import SummaryWriter
 
+from metalearn.core.errors import RunError
 from metalearn.training.evaluation import Evaluation
-from metalearn.training.tracking.event_files import EVENT_FILES, read_scalars
+from metalearn.training.tracking.event_files import EVENT_FILES, ScalarEvent, read_scalars
 from metalearn.training.tracking.tensorboard import (
     LAYOUT,
     METRICS,
@@ -39,6 +42,11 @@ def accumulated(folder: Path) -> EventAccumulator:
 def multiplexed(folder: Path) -> EventMultiplexer:
     """As ``tensorboard --load_fast=false`` reads a folder of runs."""
     return EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
+
+
+def tensorboard_context(folder: Path) -> TBContext:
+    data = MultiplexerDataProvider(multiplexed(folder), str(folder))
+    return TBContext(data_provider=data, logdir=str(folder))
 
 
 def evaluation(*accuracies: float) -> Evaluation:
@@ -60,11 +68,42 @@ def test_resumed_run_has_every_point_once(tmp_path: Path) -> None:
     assert len(list(run.glob(EVENT_FILES))) == 2
     expected = [(step, step if step <= 30 else 1000 + step) for step in range(1, 61)]
     assert [(p.step, p.value) for p in read_scalars(run)["x"]] == expected
-    shown_by_tensorboard = accumulated(run)
-    assert [(e.step, e.value) for e in shown_by_tensorboard.Scalars("x")] == expected
-    assert [e.step for e in shown_by_tensorboard.Scalars("rare")] == [20], "40 was after the cut"
+    events = accumulated(run)
+    assert [(e.step, e.value) for e in events.Scalars("x")] == expected
+    assert [e.step for e in events.Scalars("rare")] == [20], "40 was after the cut"
     tensors = multiplexed(tmp_path).Tensors("run", "x")  # of a sample, but 60 points are fewer than it takes
-    assert [e.step for e in tensors] == [step for step, _ in expected]
+    assert [e.step for e in tensors] == list(range(1, 61))
+
+
+def test_read_scalars_returns_every_point_of_the_folder_itself(tmp_path: Path) -> None:
+    before = time.time()
+    with SummaryWriter(str(tmp_path)) as writer, TensorBoardLogger(tmp_path / "evaluations" / "a", config="") as other:
+        for step in range(12_000):  # TensorBoard's reader keeps 10,000 unless told otherwise
+            writer.add_scalar("a", step / 4, step)
+        writer.add_scalar("b/c", -1.5, 7)
+        other.log_scalars({"a": 2.0}, 13_000)
+    scalars = read_scalars(tmp_path)
+    assert set(scalars) == {"a", "b/c"}
+    assert [(p.step, p.value) for p in scalars["a"]] == [(step, step / 4) for step in range(12_000)]
+    (point,) = scalars["b/c"]
+    assert point == ScalarEvent(7, point.wall_time, -1.5)
+    assert before - 1 <= point.wall_time <= time.time() + 1
+
+
+def test_repeated_test_counts_once(tmp_path: Path) -> None:
+    for resumed_at, values in ((None, (0.2, 0.7, 0.8)), (40, (0.3, 0.6, 0.9))):
+        with TensorBoardLogger(tmp_path, config="", resumed_at=resumed_at) as tracker:
+            for step, value in enumerate(values):
+                tracker.log_scalars({"test/accuracy_by_inner_step": value}, step)
+    assert len(list(tmp_path.glob(EVENT_FILES))) == 2
+    points = read_scalars(tmp_path)["test/accuracy_by_inner_step"]
+    assert [p.step for p in points] == [0, 1, 2]
+    assert [p.value for p in points] == pytest.approx(values)
+
+
+def test_read_scalars_raises_without_event_files(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=rf"{tmp_path} holds no event file"):
+        read_scalars(tmp_path)
 
 
 def test_config_and_layout_are_written_once(tmp_path: Path) -> None:
@@ -78,8 +117,7 @@ def test_config_and_layout_are_written_once(tmp_path: Path) -> None:
 
 
 def test_event_files_of_one_second_are_read_in_order(tmp_path: Path) -> None:
-    """Their names end with a number that counts on from 9 to 10, which sorts before it."""
-    for n in range(12):
+    for n in range(12):  # names end with a number that counts on from 9 to 10, which sorts before it
         with TensorBoardLogger(tmp_path / str(n), config=""):
             pass
     with TensorBoardLogger(tmp_path / "run", config="") as tracker:
@@ -108,8 +146,7 @@ def test_log_test_logs_scores_and_intervals(tmp_path: Path) -> None:
 def write_run(folder: Path, values: dict[str, Value], *, test: float) -> None:
     with TensorBoardLogger(folder, config="") as tracker:
         for step in (10, 20):
-            curves = {"memory/peak_mib": 50.0 + step, "time/meta_step_ms": 5.0, "train/grad_norm": 1.0}
-            tracker.log_scalars(curves, step)
+            tracker.log_scalars({"memory/peak_mib": 50.0 + step, "time/meta_step_ms": 5.0}, step)
         tracker.log_test(evaluation(0.2, test), 20)
         metrics = {"test/accuracy": test, "memory/peak_mib": 70.0, "time/median_meta_step_ms": 6.0}
         tracker.log_hparams(values, metrics, 20)
@@ -124,8 +161,7 @@ class HParams:
     """TensorBoard's table of a folder: its columns, and a row for each run."""
 
     def __init__(self, folder: Path) -> None:
-        data = MultiplexerDataProvider(multiplexed(folder), str(folder))
-        context = Context(TBContext(data_provider=data, logdir=str(folder)))
+        context = Context(tensorboard_context(folder))
         self.experiment: Any = context.experiment_from_metadata(
             RequestContext(),
             "",
@@ -139,11 +175,7 @@ class HParams:
         self.columns = [info.name for info in self.experiment.hparam_infos]
 
     def values(self, run: str) -> dict[str, Any]:
-        hparams = self.rows[run].hparams
-        return {
-            name: hparams[name].number_value if hparams[name].HasField("number_value") else hparams[name].string_value
-            for name in hparams
-        }
+        return {name: getattr(value, value.WhichOneof("kind")) for name, value in self.rows[run].hparams.items()}
 
     def metrics(self, run: str) -> dict[str, float]:
         return {metric.name.tag: metric.value for metric in self.rows[run].metric_values}
@@ -166,40 +198,24 @@ def test_hparams_table_has_every_key_of_every_run(report: bool, tmp_path: Path) 
     else:  # TensorBoard's own choice
         assert set(table.columns) == set(CONV) | set(MLP)
         assert table.columns[:2] == ["inner.second_order", "inner.task_chunk"]
-    assert table.values("second_order-seed0") == {
-        "inner.second_order": "true",
-        "inner.task_chunk": "null",
-        "model.name": "conv4",
-        "model.width": 8.0,
-    }
-    assert table.values("mlp-seed0") == {
-        "inner.second_order": "false",
-        "inner.task_chunk": 4.0,
-        "model.name": "conv4",
-        "model.layers": "[3]",
-    }
+    assert table.values("second_order-seed0") == CONV | {"inner.second_order": "true", "inner.task_chunk": "null"}
+    assert table.values("mlp-seed0") == MLP | {"inner.second_order": "false", "model.layers": "[3]"}
     tags = [info.name.tag for info in table.experiment.metric_infos]
     assert tags == list(METRICS) if report else set(METRICS) < set(tags)
-    figures = table.metrics("second_order-seed0")
-    assert {tag: figures[tag] for tag in METRICS} == pytest.approx(
-        {"test/accuracy": 0.75, "memory/peak_mib": 70.0, "time/median_meta_step_ms": 6.0}
-    )
+    metrics = table.metrics("second_order-seed0")
+    assert [metrics[tag] for tag in METRICS] == pytest.approx([0.75, 70.0, 6.0])
 
 
 def test_hparams_columns_do_not_hide_other_runs(tmp_path: Path) -> None:
     write_run(tmp_path / "a", CONV, test=0.75)
     write_columns(tmp_path / "report", [CONV, MLP])
-    infos = HParams(tmp_path).experiment.hparam_infos
-    types = {info.name: info.type for info in infos}
-    assert types["model.width"] == api_pb2.DATA_TYPE_FLOAT64
-    assert types["inner.task_chunk"] == api_pb2.DATA_TYPE_STRING, "null or a number"
-    assert not any(info.WhichOneof("domain") for info in infos), "it would hide other runs"
-
-
-def test_hparams_columns_of_equal_runs_are_all_keys(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", CONV, test=0.75)
-    write_columns(tmp_path / "report", [CONV])
-    assert HParams(tmp_path).columns == sorted(CONV)
+    infos = {info.name: info for info in HParams(tmp_path).experiment.hparam_infos}
+    assert infos["model.width"].type == api_pb2.DATA_TYPE_FLOAT64
+    assert infos["inner.task_chunk"].type == api_pb2.DATA_TYPE_STRING, "null or a number"
+    assert not any(info.WhichOneof("domain") for info in infos.values()), "it would hide other runs"
+    write_run(tmp_path / "equal" / "a", CONV, test=0.75)
+    write_columns(tmp_path / "equal" / "report", [CONV])
+    assert HParams(tmp_path / "equal").columns == sorted(CONV), "all keys if none differ"
 
 
 def test_log_hparams_repeats_no_point(tmp_path: Path) -> None:
@@ -216,15 +232,11 @@ def test_to_hparam_value_is_command_line_syntax() -> None:
     assert values == ["true", "false", "null", 3, 0.4, "conv4", "[1, null, true]", "[]"]
 
 
-def plugin(folder: Path) -> CustomScalarsPlugin:
-    data = MultiplexerDataProvider(multiplexed(folder), str(folder))
-    return CustomScalarsPlugin(TBContext(data_provider=data, logdir=str(folder)))
-
-
 def test_layouts_of_several_runs_are_merged(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         write_run(tmp_path / name, CONV, test=0.75)
-    merged = json.loads(plugin(tmp_path).layout_impl(RequestContext(), ""))
+    plugin = CustomScalarsPlugin(tensorboard_context(tmp_path))
+    merged = json.loads(plugin.layout_impl(RequestContext(), ""))
     titles = {category["title"]: [chart["title"] for chart in category["chart"]] for category in merged["category"]}
     assert titles == {category: list(charts) for category, charts in LAYOUT.items()}
     assert list(titles) == ["Accuracy", "Cost", "Second order"]
@@ -243,15 +255,9 @@ def test_every_chart_matches_its_curves() -> None:
     taken = []
     for charts in LAYOUT.values():
         for title, (kind, patterns) in charts.items():
-            matched = [
-                tag for tag in tags if any(re.match(p, tag) if kind == "Multiline" else p == tag for p in patterns)
-            ]
+            matches = re.match if kind == "Multiline" else str.__eq__
+            matched = [tag for tag in tags if any(matches(p, tag) for p in patterns)]
             assert len(matched) == (3 if kind == "Margin" or "adjoint" in title else 1), title
             taken += matched
-    assert set(tags) - set(taken) == {
-        "train/query_loss",
-        "test/accuracy",
-        "test/accuracy_nontransductive",
-        "time/median_meta_step_ms",
-        "outer/lr",
-    }
+    others = {"train/query_loss", "test/accuracy", "test/accuracy_nontransductive", "time/median_meta_step_ms"}
+    assert set(tags) - set(taken) == {*others, "outer/lr"}
