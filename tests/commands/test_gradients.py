@@ -23,7 +23,7 @@ from metalearn.config.commands_schema import GradientsConfig
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.core.errors import ConfigError
 from metalearn.lessons import LESSONS, Check, Lesson, create_graph
-from tests.commands.test_commands import command
+from tests.commands.process import command, environment
 from tests.paths import REPO
 
 
@@ -174,28 +174,17 @@ def test_config_raises_when_invalid(override: str, message: str) -> None:
 
 def test_command_runs_one_lesson_and_rejects_its_folder_again(tmp_path: Path) -> None:
     run = command("gradients.py", "lesson=create_graph", cwd=tmp_path, COLUMNS="100")
-    assert run.returncode == 0, run.stderr
     assert max(len(line) for line in run.stdout.splitlines() if str(tmp_path) not in line) <= 100
     (report,) = tmp_path.glob("outputs/lab/*/lessons.json")
     assert {path.suffix for path in report.parent.iterdir()} >= {".json", ".png"}
-    again = command("gradients.py", "lesson=create_graph", f"hydra.run.dir={report.parent}", cwd=tmp_path)
-    assert again.returncode == 2
+    again = command("gradients.py", "lesson=create_graph", f"hydra.run.dir={report.parent}", cwd=tmp_path, code=2)
     assert "already holds a run (its lessons.json)" in again.stderr
 
 
 def test_command_rejects_unknown_lesson_before_importing_torch(tmp_path: Path) -> None:
     started = time.perf_counter()
-    refused = command("gradients.py", "lesson=nope", cwd=tmp_path)
+    command("gradients.py", "lesson=nope", cwd=tmp_path, code=2)
     assert time.perf_counter() - started < 3
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("ConfigError: lesson=nope: must be one of all, create_graph, backward,")
-    assert not list(tmp_path.iterdir())
-
-
-def test_command_prints_help(tmp_path: Path) -> None:
-    output = command("gradients.py", "--help", cwd=tmp_path)
-    assert output.returncode == 0, output.stderr
-    assert re.search(r"  lesson=all +the lesson on second-order gradients to run, or all of them", output.stdout)
 
 
 def test_command_exits_with_1_when_a_check_fails(tmp_path: Path) -> None:
@@ -210,7 +199,7 @@ def test_command_exits_with_1_when_a_check_fails(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+        env=environment(PYTHONPATH=str(REPO)),
         capture_output=True,
         text=True,
         timeout=120,

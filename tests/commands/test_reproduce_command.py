@@ -17,21 +17,12 @@ from metalearn.commands.reproduce.plan import check_reproduce
 from metalearn.commands.reproduce.run import FINISHED, UNFINISHED, TimeLimitReached, run_reproduction
 from metalearn.config.commands_schema import ReproduceConfig
 from metalearn.config.compose import compose, to_dataclass
-from tests.commands.test_commands import command
+from tests.commands.process import words
 
-SMALL = (
-    "data=glyphs",
-    "data.classes=50",
-    "model.width=4",
-    "task.meta_batch=2",
-    "task.queries=1",
-    "outer.iterations=60",
-    "eval.every=20",
-    "eval.validation_episodes=2",
-    "eval.episodes=4",
-    "log.images=false",
-    "log.every=100",
-)
+SMALL = words("""
+data=glyphs data.classes=50 model.width=4 task.meta_batch=2 task.queries=1 outer.iterations=60 eval.every=20
+eval.validation_episodes=2 eval.episodes=4 log.images=false log.every=100
+""")
 
 
 def test_same_command_resumes_after_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,11 +66,3 @@ def test_same_command_resumes_after_time_limit(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(run, "launch", None)
         assert run_reproduction(config, tmp_path) == FINISHED, "nothing is trained again"
-
-
-def test_no_folder_is_created_when_row_is_unknown(tmp_path: Path) -> None:
-    result = command("reproduce.py", "experiment_name=nope", cwd=tmp_path)
-    assert result.returncode == 2, result.stdout
-    assert "experiment_name=nope: there is no such experiment. The rows are omniglot_20way_1shot" in result.stderr
-    assert "Traceback" not in result.stderr + result.stdout
-    assert not list(tmp_path.iterdir())

@@ -87,10 +87,7 @@ def build_methods(
 ) -> list[Method]:
     """Return our engines and all peers in each order; in first order our engines are the same, so it has only one.
 
-    Args:
-        inner: the inner loop; its order and engine are replaced.
-        peers: functions by name.
-        orders: ``True`` is second order.
+    The order and engine of ``inner`` are replaced.
     """
     methods = []
     for second_order in orders:
@@ -117,12 +114,8 @@ def check_gradients_equal(
 
     float64 verifies the formulas. In float32 an input of ReLU that lies within rounding of its kink may fall on either
     side of it, and a correct gradient is then off by percents; in most batches no input does. So the median over the
-    batches of each method's distance to its own float64 gradient tells rounding from a wrong kernel.
-
-    Args:
-        methods: each is compared in float64 with the first of its order.
-        module: of any dtype; it is not changed.
-        batches: the tasks of each batch.
+    batches of each method's distance to its own float64 gradient tells rounding from a wrong kernel. Each is compared
+    in float64 with the first of its order; the module, of any dtype, is not changed.
 
     Returns:
         ``float64``: the largest relative difference; ``float32``: the largest median distance.
@@ -155,18 +148,3 @@ def check_gradients_equal(
 def _distance(grads: Params, expected: Params) -> float:
     distance = relative_error(grads, expected)
     return math.inf if math.isnan(distance) else distance  # comparisons with NaN are false
-
-
-def raise_if_failed(failed: Mapping[str, Exception], settings: int) -> None:
-    """Raise at the end of a benchmark if some of its settings failed.
-
-    Args:
-        failed: the exceptions by the setting's name.
-        settings: total number of settings.
-
-    Raises:
-        RunError: if any has failed.
-    """
-    if failed:
-        reasons = "\n".join(f"{name}: {error}" for name, error in failed.items())
-        raise RunError(f"{len(failed)} of {settings} settings could not be timed; the others are written.\n{reasons}")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from metalearn.commands.benchmark.engine_settings import EngineCost
 from metalearn.commands.benchmark.engines import MeasurementPlan, measure
+from metalearn.commands.benchmark.settings import EngineCost
 from metalearn.config.commands_schema import CompareSettings
 from metalearn.config.schema import TrainConfig
 from metalearn.core import serialization as files

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from metalearn.commands.benchmark.engine_settings import EngineCost
+from metalearn.commands.benchmark.settings import EngineCost
 from metalearn.commands.compare.results import CurvePoint, Results, VariantResult
 from metalearn.commands.compare.summary import format_number
 from metalearn.training.tracking.plot_style import (

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from metalearn.commands.benchmark.engine_settings import EngineCost
+from metalearn.commands.benchmark.settings import EngineCost
 from metalearn.training.evaluation import MeanCI
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from metalearn.commands.benchmark.engine_settings import EngineCost
+from metalearn.commands.benchmark.settings import EngineCost
 from metalearn.commands.compare.results import Results, VariantResult
 from metalearn.commands.compare.summary import format_duration, format_number
 

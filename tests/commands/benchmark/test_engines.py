@@ -11,19 +11,14 @@ from PIL import Image
 
 from metalearn import metagrad
 from metalearn.commands.benchmark import engines as engine_table
-from metalearn.commands.benchmark.engine_settings import EngineBenchmark, EngineCost
 from metalearn.commands.benchmark.engines import run_engine_table, variants
+from metalearn.commands.benchmark.settings import EngineBenchmark, EngineCost
 from metalearn.core.errors import RunError
 from metalearn.metagrad.unroll import unroll
 from tests.commands.benchmark import factories
 
 TINY = EngineBenchmark("5way_1shot", 3, 1, 1, 5, 4, steps=(1, 4), timed=(4,))
 OVERRIDES = ["bench.kind=engines", "bench.setting=5way_1shot"]
-
-
-@pytest.fixture(autouse=True)
-def _keep_malloc_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_table, "configure_malloc", lambda: False)  # it would last for later tests
 
 
 def test_variants_include_first_order_and_chunks() -> None:

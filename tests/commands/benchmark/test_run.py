@@ -29,7 +29,6 @@ def _small_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use a small setting and small matrices, and keep the lines that tests search for unbroken."""
     monkeypatch.setattr(benchmark, "LIBRARY_SETTINGS", (TINY,))
     monkeypatch.setattr(benchmark, "peak_matmul_flops", lambda _: 1e9)
-    monkeypatch.setattr(benchmark, "configure_malloc", lambda: False)  # it would last for later tests
     monkeypatch.setattr(rich, "_console", Console(width=200))
 
 

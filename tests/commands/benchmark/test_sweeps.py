@@ -20,7 +20,6 @@ from tests.commands.benchmark.factories import TINY, config
 
 def test_file_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sweeps, "SWEEPS", (Sweep("tasks", "tasks T", TINY, (1, 2, 4)),))
-    monkeypatch.setattr(sweeps, "configure_malloc", lambda: False)
     run_sweeps(config("bench.kind=sweeps"), tmp_path)
     lines = json.loads((tmp_path / "benchmark.json").read_text())["sweeps"]["tasks"]["lines"]
     assert [line["name"] for line in lines[:2]] == ["metalearn unroll, second order", "metalearn unroll, first order"]
@@ -34,7 +33,6 @@ def test_file_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_other_sweeps_are_measured_when_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeps, "SWEEPS", (Sweep("width", "w", TINY, (3, 4)), Sweep("tasks", "T", TINY, (1, 2))))
-    monkeypatch.setattr(sweeps, "configure_malloc", lambda: False)
 
     def fail_at_width_3(found: Any, module: Any, batches: Any) -> Any:
         if module.head.in_features == 3:

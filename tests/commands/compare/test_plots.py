@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from metalearn.commands.benchmark.engine_settings import EngineCost
+from metalearn.commands.benchmark.settings import EngineCost
 from metalearn.commands.compare.plots import PLOTS, plots
 from metalearn.commands.compare.results import Results
 from metalearn.training.tracking.plot_style import line_style, new_figure
