@@ -13,13 +13,13 @@ from PIL import Image
 
 import metalearn
 from metalearn.commands.adapt.checks import check_adapt
-from metalearn.commands.adapt.picture import write_picture
 from metalearn.commands.adapt.predictions import (
     Predictions,
     format_accuracy,
     print_predictions,
     wilson_interval,
     write_csv,
+    write_picture,
 )
 from metalearn.commands.adapt.run import run_adapt
 from metalearn.config.commands_schema import AdaptConfig

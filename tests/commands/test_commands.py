@@ -122,6 +122,11 @@ def test_help(script: str, line: str, tmp_path: Path) -> None:
     assert re.search(line, printed)
 
 
+def test_missing_device_is_an_error(tmp_path: Path) -> None:
+    refused = command("train.py", "run.device=cuda:99", "data=glyphs", cwd=tmp_path, code=2)
+    assert "run.device=cuda:99: PyTorch sees" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
@@ -131,7 +136,6 @@ def test_help(script: str, line: str, tmp_path: Path) -> None:
         ("train", ["data.root=/nonexistent", "data.fallback=null"], "data.root=/nonexistent: there is no such folder"),
         ("train", ["--multirun", "inner.steps=1,-2"], "inner.steps=-2: must be"),
         ("train", ["--multirun", "inner.second_ordr=true,false"], "Did you mean inner.second_order?"),
-        ("train", ["run.device=cuda:99"], "run.device=cuda:99: PyTorch sees"),
         ("evaluate", ["run.dir=typo"], "run.dir=typo: not a run's folder"),
         ("adapt", ["run.dir=typo", "support=support"], "run.dir=typo: not a run's folder"),
         ("compare", ["compare.variants=['inner.second_ordr=true']"], "Did you mean inner.second_order?"),

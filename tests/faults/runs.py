@@ -13,26 +13,15 @@ from torch import Tensor
 from metalearn.core import serialization as files
 from metalearn.training.checkpoints import best_path
 from metalearn.training.tracking.event_files import read_scalars
+from tests.commands.process import words
 from tests.faults.processes import load_state, read_output, start_training, wait_for_checkpoint, wait_for_exit
 
 STEPS = 24
-SMALL = [
-    "data=glyphs",
-    "data.classes=50",
-    "model=mlp",
-    "model.hidden=[8]",
-    "model.batch_norm=false",
-    "task.meta_batch=3",
-    "inner.eval_steps=1",
-    f"outer.iterations={STEPS}",
-    "eval.every=8",
-    "eval.validation_episodes=4",
-    "eval.episodes=4",
-    "log.every=3",
-    "log.images=false",
-    "run.device=cpu",
-    "run.checkpoint_every_s=0",
-]
+SMALL = words(f"""
+data=glyphs data.classes=50 model=mlp model.hidden=[8] model.batch_norm=false task.meta_batch=3 inner.eval_steps=1
+outer.iterations={STEPS} eval.every=8 eval.validation_episodes=4 eval.episodes=4 log.every=3 log.images=false
+run.device=cpu run.checkpoint_every_s=0
+""")
 RUN = "run"
 SMALL_RUN = [*SMALL, f"hydra.run.dir={RUN}"]
 

@@ -20,12 +20,8 @@ from metalearn.config.schema import TrainConfig, iter_fields
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
 from metalearn.data import metadata as catalog
+from tests.commands.process import words
 from tests.faults.cases import cases, check_random_cases
-
-
-def words(text: str) -> list[str]:
-    return text.split()
-
 
 KEYS = words("""
 task task.ways task.shots task.queries inner inner.lr inner.steps inner.second_order inner.engine inner.task_chunk

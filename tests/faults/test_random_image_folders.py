@@ -92,18 +92,8 @@ def copy(path: Path, n: int) -> None:
     shutil.copytree(path, target) if path.is_dir() else shutil.copy2(path, target)
 
 
-NAMES = [
-    "0000_21.png",
-    "0000_01.PNG",
-    "9999_01.png",
-    "c9",
-    ".hidden",
-    "x.txt",
-    "Ä 日本",
-    "a\nb",
-    "\udcff.png",
-    "n" * 250,
-]
+NAMES = ["0000_21.png", "0000_01.PNG", "9999_01.png", "c9", ".hidden", "x.txt", "Ä 日本", "a\nb", "\udcff.png"]
+NAMES.append("n" * 250)
 OF_FILES: dict[str, Damage] = {
     "flipped": flip_bit,
     "shortened": lambda file, n: file.write_bytes(file.read_bytes()[: n % 200]),

@@ -32,11 +32,7 @@ def measure_engine_costs(
 ) -> list[EngineCost]:
     """Measure, or load what was measured before with the same settings on the same machine.
 
-    Args:
-        config: its tasks, model and inner step size are used.
-        settings: at which K, how often, and up to how much memory.
-        folder: where ``cost.json`` is saved.
-        progress: for a bar.
+    Tasks, model and inner step size are those of ``config``; ``cost.json`` is saved in ``folder``.
     """
     steps = sorted({*settings.steps, *([config.inner.steps] if config.inner.steps else [])})
     conditions = {
@@ -54,19 +50,14 @@ def measure_engine_costs(
         content = json.loads(path.read_text())
         saved = content.pop("rows")
         if content == conditions:
-            return [
-                EngineCost(**{**row, "quartiles_ms": row["quartiles_ms"] and tuple(row["quartiles_ms"])})
-                for row in saved
-            ]
+            return [EngineCost(**{**row, "quartiles_ms": (q := row["quartiles_ms"]) and tuple(q)}) for row in saved]
     experiment = build_experiment(config)
     problem = MetaStepProblem(experiment.forward, experiment.theta, experiment.train.batch(0, config.task.meta_batch))
-    plan = MeasurementPlan(
-        "memory and time against K", steps, steps, settings.repeats, int(settings.memory_limit_mib * MIB)
-    )
+    limit = int(settings.memory_limit_mib * MIB)
+    plan = MeasurementPlan("memory and time against K", steps, steps, settings.repeats, limit)
     with experiment.precision():
         rows = measure(problem, lambda k: compared_inner_loops(config.inner.lr, k), plan, progress)
-    content = {**conditions, "rows": [asdict(row) for row in rows]}
-    files.atomic_write_text(path, json.dumps(content, indent=2) + "\n")
+    files.atomic_write_json(path, {**conditions, "rows": [asdict(row) for row in rows]})
     return rows
 
 

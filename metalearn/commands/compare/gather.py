@@ -29,11 +29,8 @@ def collect_results(
 ) -> tuple[list[VariantResult], float | None]:
     """Return every variant's result, and the target accuracy of their times.
 
-    Args:
-        variants: in order.
-        jobs: all runs.
-        reasons: why some failed, by folder.
-        target: validation accuracy; ``None`` for the highest whole percentage that all finished runs reach.
+    ``reasons`` tells why runs failed, by folder. A ``target`` of ``None`` becomes the highest whole percentage of
+    validation accuracy that all finished runs reach.
     """
     runs = {job.folder: load_run(job, reasons.get(job.folder)) for job in jobs}
     scalars = {folder: _read_curves(folder) for folder, run in runs.items() if run.state == "finished"}

@@ -27,7 +27,6 @@ class RunResult:
     """One training.
 
     Args:
-        seed: ``run.seed``.
         folder: relative to the comparison's.
         state: ``finished``, ``failed`` or ``unfinished``.
         reason: why it failed.
@@ -55,13 +54,11 @@ class VariantResult:
     """One variant over its finished runs; a metric without data is ``None`` or empty.
 
     Args:
-        name: in folders and legends.
         overrides: of the shared configuration.
-        runs: every seed, in order.
         accuracy: on test classes, with its 95% interval over seeds and tasks.
         tasks_ci95: half-width over the test tasks only.
         nontransductive: accuracy where each query is predicted without the others.
-        per_step: after 0, 1, ... inner steps.
+        per_step: accuracy after 0, 1, ... inner steps.
         meta_step_ms: median over seeds of each run's median.
         peak_mib: highest of its runs.
         training_s: mean time spent in meta-steps.
@@ -92,15 +89,11 @@ class VariantResult:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first variant's test accuracy minus another's, on the same seeds.
+    """The first variant's test accuracy minus another's, on the seeds that both finished.
 
     Args:
-        first: name of the first variant.
-        other: name of the variant that is subtracted.
         accuracy: mean and 95% interval over seeds and tasks.
         nontransductive: the same where each query is predicted without the others.
-        seeds: those that both variants finished.
-        per_seed: difference of each seed.
         paired: whether both were tested on the same tasks.
     """
 
@@ -120,23 +113,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Results:
-    """A whole comparison.
+    """A whole comparison; title, data set and hardware are those of the configuration that the variants share.
 
     Args:
-        title: data set and task, for people; like all that follows, of the configuration that the variants share.
-        dataset: its name.
-        command: the command line.
         config: resolved, as YAML.
         machine: hardware of the runs.
         memory_kind: ``cuda`` or ``cpu-tensors``.
         iterations: meta-steps of a run.
-        seeds: of every variant.
         target_accuracy: validation accuracy for ``time_to``; ``None`` while no run is finished.
         inner_steps: K in training.
-        variants: in the order of the configuration.
         differences: first variant minus each other one.
-        cost: memory and time of one meta-gradient against K: first order, and second order by every engine, all
-            tasks at once, measured in turns.
+        cost: of one meta-gradient against K: first order, and second order by every engine, all tasks at once.
         cost_limit_mib: at which a measurement of memory was stopped.
         cost_machine: hardware of that measurement, which may differ from that of the runs.
         runs_at_a_time: number of runs that shared the machine.

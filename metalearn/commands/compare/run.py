@@ -52,14 +52,7 @@ log = logging.getLogger(__name__)
 
 
 def run_comparison(config: CompareConfig, folder: Path) -> bool:
-    """Train what is left to train, measure, and report.
-
-    Args:
-        config: checked.
-        folder: of the comparison; it may hold a part of it.
-
-    Returns:
-        Whether every run is finished.
+    """Train what is left to train, measure, and report; return whether every run is finished.
 
     Raises:
         RunError: if the folder holds another comparison or another configuration's run, or another process is at work.
@@ -147,7 +140,7 @@ def mark_incomplete(folder: Path) -> None:
     path = folder / RESULTS_FILE
     if path.exists():
         content = json.loads(path.read_text())
-        files.atomic_write_text(path, json.dumps({**content, "complete": False}, indent=2) + "\n")
+        files.atomic_write_json(path, {**content, "complete": False})
 
 
 def collect(

@@ -29,13 +29,7 @@ _KEYS_OF_LAUNCHER = ("run.seed", "run.resume")
 
 @dataclass(frozen=True)
 class Variant:
-    """A configuration that is compared with others.
-
-    Args:
-        name: for folders and legends.
-        overrides: as the user wrote them.
-        config: of its training, with the first seed.
-    """
+    """A configuration that is compared with others, for its first seed; overrides are as the user wrote them."""
 
     name: str
     overrides: list[str]
@@ -44,13 +38,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a comparison.
-
-    Args:
-        variant: its name.
-        folder: its output folder.
-        config: its whole configuration.
-    """
+    """One run of a comparison: the variant's name, the output folder, and the whole configuration."""
 
     variant: str
     folder: Path

@@ -77,13 +77,12 @@ def experiment_name(ways: int, shots: int, algorithm: str = "maml") -> str:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of the table.
+    """A row of the table: an experiment in one order, with a job for every seed.
 
     Args:
         experiment: a file in ``conf/experiment/``.
         order: ``second`` or ``first``.
         overrides: as the user wrote them, without the location of the data.
-        jobs: a run for every seed.
     """
 
     experiment: str
@@ -161,11 +160,7 @@ def _check_recordable(config: ReproduceConfig, training: TrainConfig) -> None:
 
 
 def build_rows(config: ReproduceConfig, folder: Path) -> list[TableRow]:
-    """Return the rows, in the order of ``orders``.
-
-    Args:
-        config: its row exists.
-        folder: of all reproductions; a run's is ``ROW/second_order-seed0`` below it.
+    """Return the rows, in the order of ``orders``; a run's folder is ``ROW/second_order-seed0`` below ``folder``.
 
     Raises:
         ConfigError: if a training cannot be composed.

@@ -17,7 +17,6 @@ from typing import Any
 
 from metalearn.commands.compare.launch import launch
 from metalearn.commands.compare.variants import Job
-from metalearn.commands.reproduce.gather import read_metrics, row_results
 from metalearn.commands.reproduce.plan import TableRow, build_rows, resolve_row
 from metalearn.commands.reproduce.table import (
     BEGIN,
@@ -27,9 +26,11 @@ from metalearn.commands.reproduce.table import (
     check_enough_seeds,
     format_interval,
     format_published,
+    read_metrics,
     read_rows,
     readme_table,
     replace_table,
+    row_results,
     upsert_row,
 )
 from metalearn.commands.shell import invocation
@@ -56,10 +57,6 @@ class TimeLimitReached(BaseException):
 
 def run_reproduction(config: ReproduceConfig, folder: Path) -> int:
     """Train what is left to train, within the time limit, and gather every order whose runs are all finished.
-
-    Args:
-        config: checked.
-        folder: of all reproductions.
 
     Returns:
         The exit code.
@@ -147,7 +144,7 @@ def save_row(row: Mapping[str, Any], folder: Path, *, record: bool) -> None:
     """
     with folder_lock(folder, wait=True):  # the reproduction of another row may write at this moment
         for path in output_files(folder, record=record):
-            files.atomic_write_text(path, upsert_row(path, row))
+            upsert_row(path, row)
             print_path("Results", path)
         if record:
             write_readme(read_rows(REFERENCE))
