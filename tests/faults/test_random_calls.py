@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from metalearn import Episodes, Forward, InnerLoop, Params, adapt, functionalize, meta_gradient, predict
-from tests.faults.cases import cases, check_random_cases
-from tests.faults.errors import assert_raised_by_metalearn
+from tests.faults.cases import assert_raised_by_metalearn, cases, check_random_cases
 
 TASKS, WAYS, FEATURES = 3, 3, 4
 FIELDS = ("support_x", "support_y", "query_x", "query_y")
