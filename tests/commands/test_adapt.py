@@ -221,7 +221,7 @@ def test_adapt_raises_when_query_class_is_not_in_weights(run: Path, folders: Pat
         (["support=null"], r"support is required: a folder with one folder a class \(or weights=FILE"),
         (["weights=mine"], r"give one; weights are adapted already"),
         (["weights=mine"], r"weights=mine: there is no such file"),
-        (["support=null", "weights=mine", "steps=1"], r"steps=1 with weights=mine: no steps are taken"),
+        (["support=null", "weights=mine", "steps=1"], r"weights=mine with steps=1: no steps are taken"),
         (["support=null", "weights=mine", "query=null"], r"weights=mine without query: there is nothing to do"),
         (["save=/"], r"save=/: this exists, and is not overwritten"),
         (["invert=maybe"], r"invert=maybe: must be one of false, true, auto"),

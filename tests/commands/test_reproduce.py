@@ -18,7 +18,7 @@ import pytest
 from metalearn.commands.reproduce import run
 from metalearn.commands.reproduce.plan import SETTINGS, build_rows, check_reproduce, published
 from metalearn.commands.reproduce.run import FINISHED, UNFINISHED, TimeLimitReached, run_reproduction, time_limit
-from metalearn.commands.reproduce.table import BEGIN, END, between_markers, read_rows, readme_table, replace_table
+from metalearn.commands.reproduce.table import BEGIN, END, between_markers, read_rows, readme_table
 from metalearn.config.commands_schema import ReproduceConfig
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.run_config import to_yaml
@@ -248,12 +248,6 @@ def test_table_is_printed_when_readme_has_no_markers(recorded: Path, capsys: pyt
     run.write_readme([])
     assert not (recorded / "README.md").exists()
     assert readme_table([]) in capsys.readouterr().out
-
-
-def test_replace_table_replaces_the_former() -> None:
-    readme = replace_table(f"a {BEGIN} b {END} c", "one")
-    assert readme == f"a {BEGIN}\none\n{END} c"
-    assert replace_table(readme, "two") == readme.replace("one", "two")
 
 
 def test_only_finished_orders_are_saved_at_time_limit(

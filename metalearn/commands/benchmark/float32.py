@@ -19,7 +19,7 @@ from rich.progress import Progress
 from torch import nn
 
 from metalearn.commands.benchmark.methods import BY_HAND, build_methods, order_name
-from metalearn.commands.benchmark.settings import FLOAT32_SETTINGS, MetaStepSpec, selected
+from metalearn.commands.benchmark.settings import FLOAT32_SETTINGS, MetaStepSpec, pivot, selected
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core import serialization as files
 from metalearn.core.functional import relative_error
@@ -138,16 +138,11 @@ def add_biases(module: Conv4) -> None:
 
 def print_errors(setting: MetaStepSpec, errors: Sequence[Float32Error]) -> None:
     """Print a row for each network and order, a column for each method."""
-    labels = list(dict.fromkeys(row.who for row in errors))
-    cells: dict[str, dict[str, str]] = {}
+    cells = {}
     for row in errors:
-        biases = ", biases" if row.biases else ""
-        name = f"{row.pool}{biases}, {order_name(row.second_order)}"
-        cells.setdefault(name, {})[row.who] = f"{row.median:.1e} ({row.times_plain:.2f}; {row.far})"
+        name = f"{row.pool}{', biases' if row.biases else ''}, {order_name(row.second_order)}"
+        cells[name, row.who] = f"{row.median:.1e} ({row.times_plain:.2f}; {row.far})"
     seeds = len(errors[0].distances)
-    print_table(
-        f"{setting.ways}-way {setting.shots}-shot, K={setting.steps}: |g32 - g64| / |g64|, median of {seeds} seeds\n"
-        f"(relative to the {BY_HAND}; seeds above {_FAR:.0e})",
-        ["", *labels],
-        [[name, *(by_label.get(label, "") for label in labels)] for name, by_label in cells.items()],
-    )
+    title = f"{setting.ways}-way {setting.shots}-shot, K={setting.steps}: |g32 - g64| / |g64|, median of {seeds} seeds"
+    header, *table = pivot(cells)
+    print_table(f"{title}\n(relative to the {BY_HAND}; seeds above {_FAR:.0e})", header, table)

@@ -19,7 +19,7 @@ from metalearn.commands.benchmark.measure import (
     SweepSeries,
 )
 from metalearn.commands.benchmark.methods import DisagreementError, order_name
-from metalearn.commands.benchmark.settings import EngineBenchmark, EngineCost
+from metalearn.commands.benchmark.settings import EngineBenchmark, EngineCost, pivot
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import NonFiniteError, RunError
@@ -119,21 +119,16 @@ def print_time_breakdown(shares_of: Mapping[str, Mapping[str, float]]) -> None:
 
 def print_engine_costs(setting: EngineBenchmark, rows: Sequence[EngineCost], limit_mib: float) -> None:
     """Print two tables, engines by K: peak memory, and time divided by that of ``unroll`` on all tasks."""
-    memory: dict[str, dict[int, str]] = {}
-    time: dict[str, dict[int, str]] = {}
+    memory, time = {}, {}
     for row in rows:
-        memory.setdefault(row.name, {})[row.steps] = "over" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+        cell = row.name, f"K={row.steps}"
+        memory[cell] = "over" if row.peak_mib is None else f"{row.peak_mib:.0f}"
         if row.ratio_to_unroll:
-            time.setdefault(row.name, {})[row.steps] = f"{row.ratio_to_unroll:.2f}"
-    for title, cells, columns in (
-        (f"{setting.title}: peak MiB (over: above {limit_mib:g})", memory, setting.steps),
-        ("Time relative to unroll on all tasks", time, setting.timed),
-    ):
-        print_table(
-            title,
-            ["", *(f"K={steps}" for steps in columns)],
-            [[name, *(at.get(steps, "") for steps in columns)] for name, at in cells.items()],
-        )
+            time[cell] = f"{row.ratio_to_unroll:.2f}"
+    title = f"{setting.title}: peak MiB (over: above {limit_mib:g})"
+    for heading, cells in ((title, memory), ("Time relative to unroll on all tasks", time)):
+        header, *table = pivot(cells)
+        print_table(heading, header, table)
 
 
 def print_slopes(lines_of: Mapping[str, list[SweepSeries]]) -> None:

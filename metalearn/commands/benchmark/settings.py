@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -34,6 +34,14 @@ class TaskSpec:
 def describe_tasks(ways: int, shots: int, queries: int, tasks: int) -> str:
     """Return, for example, ``5-way 1-shot, 15 queries, 16 tasks``."""
     return f"{ways}-way {shots}-shot, {queries} quer{'y' if queries == 1 else 'ies'}, {tasks} tasks"
+
+
+def pivot(cells: Mapping[tuple[str, Any], str], empty: str = "") -> list[list[str]]:
+    """Return a table of cells by the names of their row and column, with a header; its first cell is empty."""
+    columns = dict.fromkeys(column for _, column in cells)
+    names = dict.fromkeys(name for name, _ in cells)
+    rows = [[name, *(cells.get((name, column), empty) for column in columns)] for name in names]
+    return [["", *map(str, columns)], *rows]
 
 
 @dataclass(frozen=True)

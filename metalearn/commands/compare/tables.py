@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from metalearn.commands.benchmark.settings import EngineCost
+from metalearn.commands.benchmark.settings import EngineCost, pivot
 from metalearn.commands.compare.results import Difference, Results, RunResult, VariantResult
 
 
@@ -193,11 +193,9 @@ def time_rows(results: Results) -> Table:
 
 
 def _cost_rows(results: Results, cell: Callable[[EngineCost], str]) -> Table:
-    steps = sorted({row.steps for row in results.cost})
-    cells = {(row.name, row.steps): cell(row) for row in results.cost}
-    names = dict.fromkeys(row.name for row in results.cost)
-    rows = [[name, *(cells.get((name, k), _NONE) for k in steps)] for name in names]
-    return ["inner steps K", *map(str, steps)], [row for row in rows if set(row[1:]) != {_NONE}]
+    by_steps = sorted(results.cost, key=lambda row: row.steps)
+    (_, *steps), *rows = pivot({(row.name, row.steps): cell(row) for row in by_steps}, _NONE)
+    return ["inner steps K", *steps], [row for row in rows if set(row[1:]) != {_NONE}]
 
 
 def run_rows(results: Results) -> Table:

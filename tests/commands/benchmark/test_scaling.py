@@ -99,17 +99,13 @@ def test_all_reduce_is_timed_between_barriers() -> None:
     [
         (["inner.steps=-1"], r"inner\.steps=-1: must be a whole number"),
         (["run.precision=tf32"], r"run\.precision=tf32: .*run\.device is a CPU"),
+        ([], r"scaling\.json exists already"),
     ],
 )
-def test_main_exits_when_config_is_invalid(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_main_exits_when_it_cannot_measure(arguments: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / scaling.FILE).write_text("{}")
     with pytest.raises(SystemExit, match=message):
         main([str(tmp_path), *arguments])
-
-
-def test_main_exits_when_report_exists(tmp_path: Path) -> None:
-    (tmp_path / scaling.FILE).write_text("{}")
-    with pytest.raises(SystemExit, match=r"scaling\.json exists already"):
-        main([str(tmp_path)])
 
 
 def test_main_exits_when_a_worker_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from metalearn.commands.compare.gather import collect_results, differences
 from metalearn.commands.compare.launch import failure_reason
 from metalearn.commands.compare.results import TimeToAccuracy
-from metalearn.commands.compare.statistics import difference, seed_ci, task_ci
+from metalearn.commands.compare.statistics import difference, seed_ci
 from metalearn.commands.compare.variants import Job, Variant, jobs, parse_variants
 from metalearn.config.commands_schema import CompareConfig
 from metalearn.config.compose import compose, to_dataclass
@@ -28,22 +28,12 @@ def test_seed_ci_equals_students_t() -> None:
     assert estimate.ci95 == pytest.approx(4.302653 * 0.02 / math.sqrt(3), rel=1e-6)
 
 
-def test_seed_ci_is_over_tasks_when_one_seed() -> None:
-    estimate = seed_ci([0.9], [0.01])
-    assert (estimate.mean, estimate.ci95) == (0.9, 0.01)
-
-
 def test_seed_ci_is_never_narrower_than_over_tasks() -> None:
     assert seed_ci([0.9, 0.9, 0.9], [0.03, 0.03, 0.03]).ci95 == pytest.approx(0.03 / math.sqrt(3))
     tasks = [0.4, 0.6, 0.2, 0.8]
     estimate, _ = difference([tasks, tasks], [list(reversed(tasks)), list(reversed(tasks))], paired=True)
     assert estimate.mean == 0
     assert estimate.ci95 > 0.1
-
-
-def test_task_ci_shrinks_with_seeds() -> None:
-    assert task_ci([0.03]) == pytest.approx(0.03)
-    assert task_ci([0.03] * 4) == pytest.approx(0.015)
 
 
 def test_difference_is_narrower_when_paired() -> None:

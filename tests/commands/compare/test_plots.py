@@ -229,10 +229,6 @@ def test_unfinished_variant_is_labelled() -> None:
     assert len(drawn["per_run_cost"].axes[0].patches) == 1
 
 
-def test_no_plot_when_nothing_is_finished() -> None:
-    assert plots(results([broken_variant("second_order")])) == {}
-
-
 def many() -> Results:
     variants = [variant(name, 0.9 + 0.01 * i) for i, name in enumerate(LONG_NAMES)]
     others = [difference(variants[0], other, (0.01, 0.02, 0.03), 0.02) for other in variants[1:]]

@@ -77,12 +77,6 @@ def test_job_overrides_restore_its_config(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert as_train == second.config
 
 
-def test_jobs_are_ordered_by_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    shared = config(monkeypatch)
-    names = [job.folder.name for job in jobs(parse_variants(shared), [0, 1], tmp_path)]
-    assert names == ["second_order-seed0", "first_order-seed0", "second_order-seed1", "first_order-seed1"]
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
