@@ -1,7 +1,4 @@
-"""``metalearn gradients``: run the lessons on second-order gradients, print each, and save all numbers and plots.
-
-A lesson that raises counts as failed and is reported by name; the results of the others are kept.
-"""
+"""``metalearn gradients``: run the lessons on second-order gradients, print each, and save all numbers and plots."""
 
 from __future__ import annotations
 
@@ -65,11 +62,7 @@ class LessonResult:
 
 
 def run_lessons(config: GradientsConfig, output_dir: Path) -> bool:
-    """Run one lesson or all; write plots, TensorBoard events and ``lessons.json``, and print a summary.
-
-    Returns:
-        True if every check of every lesson passed.
-    """
+    """Run one lesson or all; write plots, events and ``lessons.json``; return True if every check passed."""
     names = list(LESSONS) if config.lesson == "all" else [config.lesson]
     results: list[LessonResult] = []
     with one_thread(), closing(LessonLogger(output_dir)) as logger, progress_bar() as progress:

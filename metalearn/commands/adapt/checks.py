@@ -47,11 +47,7 @@ def check_adapt(config: AdaptConfig) -> None:
 
 
 def check_known_classes(query: Sequence[str], known: Sequence[str], folder: str) -> None:
-    """Check that every class of the query folder was adapted to.
-
-    Raises:
-        DataError: naming the classes that were not.
-    """
+    """Raise ``DataError``, naming the classes, if the query folder has classes that were not adapted to."""
     if unknown := [name for name in query if name not in known]:
         raise DataError(
             f"query={folder} holds classes that are not among the {len(known)} of the support set: "

@@ -70,10 +70,7 @@ _Z = 1.96  # normal quantile of a 95% interval
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """Predictions for Q images: printable names of files and N classes, and probabilities ``[Q, N]``.
-
-    ``truth`` holds the positions of the true classes, ``None`` if they are unknown.
-    """
+    """Predictions for Q images: file names, probabilities ``[Q, N]``, N class names, and true positions if known."""
 
     names: list[str]
     probabilities: Tensor

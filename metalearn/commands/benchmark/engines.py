@@ -1,8 +1,4 @@
-"""Measure peak memory and time of every engine against the number of inner steps, on random images.
-
-Exact second order is measured on all tasks at once, in chunks of four, and one task at a time; first order on all tasks
-at once and one task at a time.
-"""
+"""Measure peak memory and time of every engine against the number of inner steps, on random images."""
 
 from __future__ import annotations
 
@@ -87,11 +83,7 @@ class MeasurementPlan:
 def measure(
     problem: MetaStepProblem, inners_at: Callable[[int], Iterable[InnerLoop]], plan: MeasurementPlan, progress: Progress
 ) -> list[EngineCost]:
-    """Return the cost of each inner loop at each K; the engines are compared with one another before they are timed.
-
-    Raises:
-        RunError: if two engines disagree.
-    """
+    """Return the cost of each inner loop at each K; raise ``RunError`` before timing if two engines disagree."""
     rows: list[EngineCost] = []
     bar = progress.add_task(plan.name, total=len(plan.steps), note="")
     for done, steps in enumerate(plan.steps):
@@ -120,11 +112,7 @@ def _peak_mib(problem: MetaStepProblem, inner: InnerLoop, limit: int) -> float |
 
 
 def check_engines_equal(problem: MetaStepProblem, inners: list[InnerLoop]) -> None:
-    """Check that the engines compute the same gradient, in float64, on two tasks and in chunks of one.
-
-    Raises:
-        RunError: naming the engine that differs.
-    """
+    """Raise ``RunError`` unless engines compute equal gradients in float64, on two tasks, in chunks of one."""
     few = problem.episodes.split(_TASKS_COMPARED)[0]
     episodes = Episodes(few.support_x.double(), few.support_y, few.query_x.double(), few.query_y)
     theta = {name: p.double() for name, p in problem.params.items()}

@@ -85,10 +85,7 @@ def baseline(peers: Mapping[str, Peer]) -> str:
 def build_methods(
     inner: InnerLoop, peers: Mapping[str, Peer], *, orders: Iterable[bool] = (True, False)
 ) -> list[Method]:
-    """Return our engines and all peers in each order; in first order our engines are the same, so it has only one.
-
-    The order and engine of ``inner`` are replaced.
-    """
+    """Return our engines (in first order only one, as they are the same) and all peers, in each order."""
     methods = []
     for second_order in orders:
         for engine in ENGINES if second_order else ("unroll",):

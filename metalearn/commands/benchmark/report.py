@@ -44,11 +44,7 @@ _CHUNK_STYLES = {None: "-", 4: "--", 1: ":"}
 class Report:
     """``benchmark.json``, saved after each setting; settings at which methods disagree are reported at the end.
 
-    Args:
-        config: its device is described in the file.
-        output_dir: folder of the file and of plots.
-        key: of the settings in the file.
-        content: what else the file holds.
+    ``key`` is that of the settings in the file, next to the device's description and ``content``.
     """
 
     def __init__(self, config: BenchmarkConfig, output_dir: Path, key: str, **content: Any) -> None:
@@ -71,11 +67,7 @@ class Report:
         files.atomic_write_json(self.path, self.content)
 
     def close(self) -> None:
-        """Print where the report is.
-
-        Raises:
-            RunError: if settings failed, with the reasons.
-        """
+        """Print where the report is; raise ``RunError`` with the reasons if settings failed."""
         print_path("Written to", self.path)
         if self.failed:
             count = f"{len(self.failed)} of {len(self.settings)} settings could not be timed; the others are written."

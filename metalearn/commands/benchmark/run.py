@@ -1,8 +1,4 @@
-"""Time one meta-step of this project and of other libraries on the same weights and tasks.
-
-All methods must give the same meta-gradient; then they take turns. Times are medians over rounds, with quartiles. A
-setting at which the methods disagree is skipped, and the command ends with an error after the others.
-"""
+"""Time one meta-step of this project and of other libraries, in turns, on the same weights and tasks."""
 
 from __future__ import annotations
 
@@ -123,11 +119,7 @@ def _setting_case(config: BenchmarkConfig, setting: MetaStepSpec, splits: ImageS
 
 
 def measure_case(case: Case, peers: dict[str, Peer], config: BenchmarkConfig, progress: Progress) -> dict[str, Any]:
-    """Check that the methods agree, then time them; return the keys of ``benchmark.json``, ``rows`` as objects.
-
-    Raises:
-        DisagreementError: if two methods disagree on the meta-gradient.
-    """
+    """Time methods that agree, or raise ``DisagreementError``; return the keys of ``benchmark.json``."""
     rounds = config.bench.repeats
     bar = progress.add_task(case.name, total=rounds + 1, note="same meta-gradient?")
     methods = build_methods(case.step.inner, peers)

@@ -57,11 +57,7 @@ LAYOUTS = (ProcessLayout(1, 1), ProcessLayout(1, 2), ProcessLayout(2, 1))
 
 
 def load_config(overrides: Sequence[str]) -> TrainConfig:
-    """Return the configuration of the training that is timed.
-
-    Raises:
-        ConfigError: naming every invalid key.
-    """
+    """Return the configuration of the training that is timed; raise ``ConfigError`` naming invalid keys."""
     keys = {override.partition("=")[0] for override in overrides}
     defaults = [f"{key}={value}" for key, value in _DEFAULTS.items() if key not in keys]
     config = to_dataclass(compose("train", [*defaults, *overrides]), TrainConfig)
@@ -126,11 +122,7 @@ def worker_command(layout: ProcessLayout, overrides: Sequence[str], steps: int, 
 def measure_layouts(
     overrides: Sequence[str], folder: Path, *, rounds: int, steps: int
 ) -> dict[ProcessLayout, list[dict[str, Any]]]:
-    """Return what every layout's main process measured in each round; the layouts take turns.
-
-    Raises:
-        RunError: if a process fails, with the end of its output.
-    """
+    """Return what every layout's main process measured in each round; raise ``RunError`` if a process fails."""
     measurements: dict[ProcessLayout, list[dict[str, Any]]] = {layout: [] for layout in LAYOUTS}
     console = folder / "console.log"
     with ProcessPool() as children:

@@ -126,11 +126,7 @@ FLOAT32_SETTINGS = (
 
 @dataclass(frozen=True)
 class Sweep:
-    """Settings that differ in one field.
-
-    Args:
-        name: the field of ``MetaStepSpec`` that differs; also in file names.
-    """
+    """Settings that differ in the field ``name`` of ``MetaStepSpec``."""
 
     name: str
     axis: str
@@ -172,11 +168,7 @@ _PART_OF_SETTING = ("task.", "inner.", "model.")
 
 
 def check_benchmark(config: BenchmarkConfig) -> None:
-    """Check a benchmark's configuration: its training, its setting, and that no key is ignored.
-
-    Raises:
-        ConfigError: listing every invalid key.
-    """
+    """Raise ``ConfigError`` for an invalid training or setting, and for keys that would be ignored."""
     validate_train_config(config)
     kind, setting = config.bench.kind, config.bench.setting
     if setting not in SETTINGS_OF[kind]:

@@ -71,11 +71,7 @@ def sweep_methods(inner: InnerLoop, peers: Mapping[str, Peer]) -> list[Method]:
 def measure_sweep(
     sweep: Sweep, peers: Mapping[str, Peer], rounds: int, device: torch.device, progress: Progress
 ) -> list[SweepSeries]:
-    """Return a series for each method; all are compared with one another at the first value.
-
-    Raises:
-        DisagreementError: if two methods disagree.
-    """
+    """Return a series for each method, or raise ``DisagreementError`` at the first value."""
     bar = progress.add_task(sweep.name, total=len(sweep.values), note="")
     points: dict[str, list[tuple[float, float, float, float]]] = {}
     for done, setting in enumerate(sweep.settings()):

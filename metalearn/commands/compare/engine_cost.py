@@ -1,8 +1,4 @@
-"""Memory and time of one meta-gradient against the number of inner steps: first order, and every engine.
-
-All take turns in one process, on the first batch of the comparison's own tasks, so that a machine whose speed drifts
-treats them alike.
-"""
+"""Memory and time of one meta-gradient against the inner steps: first order and every engine, in turns."""
 
 from __future__ import annotations
 
@@ -30,10 +26,7 @@ COST_FILE = "cost.json"
 def measure_engine_costs(
     config: TrainConfig, settings: CompareSettings, folder: Path, progress: Progress
 ) -> list[EngineCost]:
-    """Measure, or load what was measured before with the same settings on the same machine.
-
-    Tasks, model and inner step size are those of ``config``; ``cost.json`` is saved in ``folder``.
-    """
+    """Measure, or load what was measured before with the same settings on the same machine."""
     steps = sorted({*settings.steps, *([config.inner.steps] if config.inner.steps else [])})
     conditions = {
         "machine": describe_hardware(resolve_device(config.run.device)),

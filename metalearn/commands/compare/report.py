@@ -83,10 +83,7 @@ def render_summary(results: Results) -> str:
 
 
 def render_markdown(results: Results, folder: Path, images: Mapping[str, str]) -> str:
-    """Return the whole report as Markdown; TensorBoard is pointed at ``folder``.
-
-    ``images`` holds the path or address of each plot, by name.
-    """
+    """Return the whole report as Markdown; ``images`` holds the path or address of each plot, by name."""
     overrides = [override for variant in results.variants for override in variant.overrides]
     cost_machine = {name: str(value) for name, value in results.cost_machine.items() if name in ("cpu", "gpu")}
     measured_elsewhere = any(str(results.machine.get(name)) != value for name, value in cost_machine.items())

@@ -24,13 +24,11 @@ class CurvePoint(NamedTuple):
 
 @dataclass(frozen=True)
 class RunResult:
-    """One training.
+    """One training; its metrics are empty unless it is finished.
 
     Args:
         folder: relative to the comparison's.
         state: ``finished``, ``failed`` or ``unfinished``.
-        reason: why it failed.
-        metrics: its ``metrics.json``; empty unless it is finished.
     """
 
     seed: int
@@ -91,10 +89,7 @@ class VariantResult:
 class Difference:
     """The first variant's test accuracy minus another's, on the seeds that both finished.
 
-    Args:
-        accuracy: mean and 95% interval over seeds and tasks.
-        nontransductive: the same where each query is predicted without the others.
-        paired: whether both were tested on the same tasks.
+    Accuracies have 95% intervals over seeds and tasks; ``paired`` tells whether both were tested on the same tasks.
     """
 
     first: str

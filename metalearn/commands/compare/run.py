@@ -1,7 +1,4 @@
-"""Run a comparison: train the runs that are missing, measure costs, and report everything.
-
-Finished runs are kept, so that the same command resumes an interrupted comparison.
-"""
+"""Run a comparison, or what is missing of it: train, measure costs, and report everything."""
 
 from __future__ import annotations
 

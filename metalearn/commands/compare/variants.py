@@ -63,11 +63,7 @@ def replace_section(config: TrainConfig, section: str, content: Any) -> TrainCon
 
 
 def check_compare(config: CompareConfig) -> None:
-    """Check every variant of a comparison before anything is loaded.
-
-    Raises:
-        ConfigError: naming the variant.
-    """
+    """Raise ``ConfigError`` before anything is loaded if a variant, named in it, cannot be run."""
     validate_train_config(config)
     if isinstance(config.data, SinusoidConfig):
         raise ConfigError("data=sinusoid: a comparison is of accuracies, and regression has none; use other data")
@@ -81,11 +77,7 @@ def check_compare(config: CompareConfig) -> None:
 
 
 def parse_variants(config: CompareConfig) -> list[Variant]:
-    """Return the variants, in the order of the configuration.
-
-    Raises:
-        ConfigError: if one cannot be composed or run, or two have the same name.
-    """
+    """Return the variants in order; raise ``ConfigError`` if one cannot be run, or two have the same name."""
     texts = config.compare.variants
     configs = [_compose_variant(text) for text in texts]
     names = variant_names(texts)

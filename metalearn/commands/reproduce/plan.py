@@ -105,11 +105,7 @@ class TableRow:
 
 
 def check_reproduce(config: ReproduceConfig) -> None:
-    """Check that the row can be trained, and recorded if that is requested, before anything is loaded.
-
-    Raises:
-        ConfigError: naming the key, the value and what to do.
-    """
+    """Raise ``ConfigError`` before anything is loaded if the row cannot be trained, or recorded as requested."""
     experiments = options("experiment", user_conf_dir())
     if config.experiment_name not in experiments:
         similar = difflib.get_close_matches(config.experiment_name, experiments, n=1)
@@ -160,11 +156,7 @@ def _check_recordable(config: ReproduceConfig, training: TrainConfig) -> None:
 
 
 def build_rows(config: ReproduceConfig, folder: Path) -> list[TableRow]:
-    """Return the rows, in the order of ``orders``; a run's folder is ``ROW/second_order-seed0`` below ``folder``.
-
-    Raises:
-        ConfigError: if a training cannot be composed.
-    """
+    """Return the rows of all orders, or raise ``ConfigError``; a run's folder is ``ROW/second_order-seed0``."""
     overrides = [override for override in config.overrides if _key(override) != "data.root"]
     rows = []
     for order in config.orders:
@@ -180,11 +172,7 @@ def build_rows(config: ReproduceConfig, folder: Path) -> list[TableRow]:
 
 
 def resolve_row(row: TableRow) -> TableRow:
-    """Return the row with the location of the data set, and the engine of runs that are resumed.
-
-    Raises:
-        RunError: if a folder holds a run with another configuration.
-    """
+    """Return the row with the location of the data, and the engine of runs that are resumed."""
     data = resolve_data(row.jobs[0].config).data
     jobs = []
     for job in row.jobs:

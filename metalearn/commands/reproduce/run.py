@@ -1,7 +1,4 @@
-"""Reproduce a row of the table: train the runs that are missing, within a time limit, and gather the results.
-
-Finished runs are kept, so that the same command resumes after a time limit, a signal or a power cut.
-"""
+"""Reproduce a row of the table, or what is missing of it: train within a time limit, and gather the results."""
 
 from __future__ import annotations
 
@@ -56,10 +53,7 @@ class TimeLimitReached(BaseException):
 
 
 def run_reproduction(config: ReproduceConfig, folder: Path) -> int:
-    """Train what is left to train, within the time limit, and gather every order whose runs are all finished.
-
-    Returns:
-        The exit code.
+    """Train what is left to train, within the time limit, gather finished orders, and return the exit code.
 
     Raises:
         RunError: if a run's folder holds another configuration's, another process is at work on the row, or the row
@@ -97,11 +91,7 @@ def output_files(folder: Path, *, record: bool) -> list[Path]:
 
 
 def train_missing(every: Sequence[Job], minutes: float | None, at_a_time: int) -> Mapping[Path, str]:
-    """Train the runs that are not finished; return why some failed, by their folder.
-
-    Raises:
-        TimeLimitReached: after so many minutes; every run in progress has saved its state.
-    """
+    """Train the runs that are not finished; return why some failed, by folder, or raise ``TimeLimitReached``."""
     left = [job for job in every if read_metrics(job) is None]
     if done := len(every) - len(left):
         log.info("%d of %d runs are finished already", done, len(every))
@@ -137,11 +127,7 @@ def collect_row(row: TableRow) -> dict[str, Any] | None:
 
 
 def save_row(row: Mapping[str, Any], folder: Path, *, record: bool) -> None:
-    """Write a row into the folder of its runs and, to record it, into the reference results and the README.
-
-    Raises:
-        RunError: if a file holds the row with more seeds.
-    """
+    """Write a row into the folder of its runs and, to record it, into the reference results and the README."""
     with folder_lock(folder, wait=True):  # the reproduction of another row may write at this moment
         for path in output_files(folder, record=record):
             upsert_row(path, row)

@@ -24,11 +24,7 @@ Metrics = Mapping[str, Any]
 
 
 def read_metrics(job: Job) -> Metrics | None:
-    """Return the metrics of a finished run; ``None`` if it is not finished.
-
-    Raises:
-        RunError: if they cannot be read, or are those of another run.
-    """
+    """Return a finished run's metrics, else ``None``; raise ``RunError`` if they are damaged or another run's."""
     path = job.folder / "metrics.json"
     if not path.exists():
         return None
@@ -124,11 +120,7 @@ Row = Mapping[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows in a file; none if there is no such file.
-
-    Raises:
-        RunError: if it cannot be read.
-    """
+    """Return the rows in a file, none if it does not exist; raise ``RunError`` if it cannot be read."""
     if not path.exists():
         return []
     try:
@@ -144,11 +136,7 @@ def _key(row: Row) -> tuple[str, str]:
 
 
 def check_enough_seeds(path: Path, experiment: str, order: str, seeds: Sequence[int]) -> None:
-    """Check that a row would not be replaced by one with fewer seeds.
-
-    Raises:
-        RunError: naming both.
-    """
+    """Raise ``RunError`` if a row would be replaced by one with fewer seeds."""
     for row in read_rows(path):
         if _key(row) == (experiment, order) and len(row["seeds"]) > len(seeds):
             raise RunError(
@@ -158,11 +146,7 @@ def check_enough_seeds(path: Path, experiment: str, order: str, seeds: Sequence[
 
 
 def upsert_row(path: Path, row: Row) -> None:
-    """Add or replace one row of a file.
-
-    Raises:
-        RunError: if the former row has more seeds.
-    """
+    """Add or replace one row of a file; raise ``RunError`` if the former row has more seeds."""
     check_enough_seeds(path, *_key(row), row["seeds"])
     rows = {_key(other): other for other in read_rows(path)} | {_key(row): row}
     files.atomic_write_json(path, {"rows": list(rows.values())})

@@ -34,11 +34,7 @@ _LEGEND = (
 
 
 def run_verification(config: VerifyConfig, output_dir: Path) -> bool:
-    """Compare the engines, print the table and the verdict, and write ``verify.json``; return True if all passed.
-
-    Raises:
-        ConfigError: if the device does not exist.
-    """
+    """Compare the engines, print table and verdict, and write ``verify.json``; return True if all passed."""
     started = time.perf_counter()
     setting = NumericSetting(getattr(torch, config.run.dtype), resolve_device(config.run.device), config.run.seed)
     peers, missing = installed_peers(PEERS)
