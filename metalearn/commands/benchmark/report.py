@@ -37,7 +37,16 @@ from metalearn.training.tracking.plot_style import (
     set_log_axes,
 )
 
-_HEADER = ("median ms", "quartiles", "steps/s", "speed", "peak MiB", "GFLOP/s", "% of peak")
+_COLUMNS = {
+    "": "{0.label}",
+    "median ms": "{0.median_ms:.1f}",
+    "quartiles": "{0.quartiles_ms[0]:.1f} to {0.quartiles_ms[1]:.1f}",
+    "steps/s": "{0.steps_per_s:.2f}",
+    "speed": "{0.speed:.2f}",
+    "peak MiB": "{0.peak_mib:.1f}",
+    "GFLOP/s": "{0.gflops:.1f}",
+    "% of peak": "{0.percent_of_peak:.1f}",
+}
 _CHUNK_STYLES = {None: "-", 4: "--", 1: ":"}
 
 
@@ -77,24 +86,11 @@ class Report:
 def print_results(title: str, rows: Sequence[BenchmarkResult], matrix_product_gflops: float, against: str) -> None:
     """Print a table for each order; ``matrix_product_gflops`` is 100% in the last column."""
     for second_order in (True, False):
-        cells = [
-            [
-                row.label,
-                f"{row.median_ms:.1f}",
-                "{:.1f} to {:.1f}".format(*row.quartiles_ms),
-                f"{row.steps_per_s:.2f}",
-                f"{row.speed:.2f}",
-                f"{row.peak_mib:.1f}",
-                f"{row.gflops:.1f}",
-                f"{row.percent_of_peak:.1f}",
-            ]
-            for row in rows
-            if row.second_order == second_order
-        ]
+        cells = [[cell.format(row) for cell in _COLUMNS.values()] for row in rows if row.second_order == second_order]
         print_table(
             f"{title}: one meta-gradient, {order_name(second_order)}.\nspeed: relative to {against} (>1 is faster). "
             f"GFLOP/s: of the FLOPs that the gradient needs. peak: {matrix_product_gflops:.0f} GFLOP/s of torch.mm",
-            ["", *_HEADER],
+            list(_COLUMNS),
             cells,
         )
 

@@ -30,9 +30,9 @@ def measure_engine_costs(
     steps = sorted({*settings.steps, *([config.inner.steps] if config.inner.steps else [])})
     conditions = {
         "machine": describe_hardware(resolve_device(config.run.device)),
+        "precision": config.run.precision,
         "task": asdict(config.task),
         "model": asdict(config.model),
-        "precision": config.run.precision,
         "lr": config.inner.lr,
         "steps": steps,
         "rounds": settings.repeats,

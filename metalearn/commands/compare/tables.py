@@ -127,14 +127,9 @@ def variant_rows(results: Results) -> Table:
     header += [f"time to {target:.1%}"] if target is not None else []
     rows = []
     for variant in results.variants:
-        row = [
-            variant.name,
-            _format(variant.accuracy, str),
-            _format(variant.nontransductive, str),
-            _format(variant.meta_step_ms, format_number),
-            _format(variant.peak_mib, format_number),
-            _format(variant.training_s, format_duration),
-        ]
+        accuracies = _format(variant.accuracy, str), _format(variant.nontransductive, str)
+        costs = _format(variant.meta_step_ms, format_number), _format(variant.peak_mib, format_number)
+        row = [variant.name, *accuracies, *costs, _format(variant.training_s, format_duration)]
         row += [_time_to_target(variant)] if target is not None else []
         rows.append([*row, f"{len(variant.finished)} of {len(variant.runs)}"])
     return [*header, "finished seeds"], rows
@@ -201,27 +196,18 @@ def _cost_rows(results: Results, cell: Callable[[EngineCost], str]) -> Table:
 def run_rows(results: Results) -> Table:
     """Return a row per run, by its folder, with its own metrics; variant after variant."""
     header = ["run", "seed", "state", "test accuracy", "non-transductive", "ms per meta-step", "peak MiB", "total time"]
-    rows = [
-        [
-            run.folder,
-            str(run.seed),
-            run.state,
-            _format_accuracy(run.metrics, "test.accuracy", "test.ci95"),
-            _format_accuracy(run.metrics, "test.accuracy_nontransductive", "test.ci95_nontransductive"),
-            _format(run.metrics.get("time.meta_step_ms"), format_number),
-            _format(run.metrics.get("memory.peak_mib"), format_number),
-            _format(run.metrics.get("time.total_s"), format_duration),
-        ]
-        for variant in results.variants
-        for run in variant.runs
-    ]
+    rows = []
+    for run in (run for variant in results.variants for run in variant.runs):
+        protocols = [_format_accuracy(run.metrics, suffix) for suffix in ("", "_nontransductive")]
+        costs = [_format(run.metrics.get(name), format_number) for name in ("time.meta_step_ms", "memory.peak_mib")]
+        total = _format(run.metrics.get("time.total_s"), format_duration)
+        rows.append([run.folder, str(run.seed), run.state, *protocols, *costs, total])
     return header, rows
 
 
-def _format_accuracy(metrics: dict[str, Any], mean: str, ci95: str) -> str:
-    if metrics.get(mean) is None or metrics.get(ci95) is None:
-        return _NONE
-    return f"{metrics[mean]:.2%} ± {metrics[ci95]:.2%}"
+def _format_accuracy(metrics: dict[str, Any], suffix: str) -> str:
+    mean, ci95 = (metrics.get(f"test.{name}{suffix}") for name in ("accuracy", "ci95"))
+    return _NONE if mean is None or ci95 is None else f"{mean:.2%} ± {ci95:.2%}"
 
 
 def _format(value: Any, format_value: Callable[[Any], str]) -> str:

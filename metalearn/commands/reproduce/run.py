@@ -151,17 +151,11 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the finished rows next to the published accuracies."""
     title = f"{rows[0]['experiment']}: {rows[0]['dataset']}, {rows[0]['test_tasks']} test tasks a seed"
     header = ["order", "test accuracy", "non-transductive", "seeds", "published", "minutes a seed"]
-    cells = [
-        [
-            row["order"],
-            format_interval(row["accuracy"]),
-            format_interval(row["nontransductive"]),
-            " ".join(map(str, row["seeds"])),
-            format_published(row["published"]),
-            f"{row['minutes']:.1f}",
-        ]
-        for row in rows
-    ]
+    cells = []
+    for row in rows:
+        accuracies = format_interval(row["accuracy"]), format_interval(row["nontransductive"])
+        seeds, minutes = " ".join(map(str, row["seeds"])), f"{row['minutes']:.1f}"
+        cells.append([row["order"], *accuracies, seeds, format_published(row["published"]), minutes])
     print_table(title, header, cells)
 
 

@@ -22,6 +22,18 @@ from metalearn.core.errors import RunError
 
 Metrics = Mapping[str, Any]
 
+_OF_RUN = {
+    "seed": "seed",
+    "accuracy": "test.accuracy",
+    "ci95": "test.ci95",
+    "nontransductive": "test.accuracy_nontransductive",
+    "nontransductive_ci95": "test.ci95_nontransductive",
+    "accuracy_per_step": "test.accuracy_per_step",
+    "validation": "validation.best_accuracy",
+    "chosen_at": "validation.best_iteration",
+}
+"""Names of a run's metrics in a row, and in ``metrics.json``."""
+
 
 def read_metrics(job: Job) -> Metrics | None:
     """Return a finished run's metrics, else ``None``; raise ``RunError`` if they are damaged or another run's."""
@@ -71,18 +83,7 @@ def row_results(row: TableRow, metrics: Sequence[Metrics]) -> dict[str, Any]:
         "accuracy": estimate(metrics, "test.accuracy", "test.ci95"),
         "nontransductive": estimate(metrics, "test.accuracy_nontransductive", "test.ci95_nontransductive"),
         "runs": [
-            {
-                "seed": m["seed"],
-                "accuracy": m["test.accuracy"],
-                "ci95": m["test.ci95"],
-                "nontransductive": m["test.accuracy_nontransductive"],
-                "nontransductive_ci95": m["test.ci95_nontransductive"],
-                "accuracy_per_step": m["test.accuracy_per_step"],
-                "validation": m["validation.best_accuracy"],
-                "chosen_at": m["validation.best_iteration"],
-                "minutes": m["time.total_s"] / 60,
-            }
-            for m in metrics
+            {name: m[key] for name, key in _OF_RUN.items()} | {"minutes": m["time.total_s"] / 60} for m in metrics
         ],
         "test_tasks": config.eval.episodes,
         "inner_steps": config.inner.steps,
@@ -155,12 +156,8 @@ def upsert_row(path: Path, row: Row) -> None:
 def readme_table(rows: Sequence[Row]) -> str:
     """Return a table of all measured rows, and of the published rows that were not measured."""
     measured = {_key(row) for row in rows}
-    missing = [
-        _unmeasured_row(algorithm, order, ways, shots)
-        for ways, shots in SETTINGS
-        for algorithm, order in PUBLISHED
-        if (experiment_name(ways, shots, algorithm), order) not in measured
-    ]
+    every = [(algorithm, order, *task) for task in SETTINGS for algorithm, order in PUBLISHED]
+    missing = [_unmeasured_row(a, o, n, k) for a, o, n, k in every if (experiment_name(n, k, a), o) not in measured]
     return _render([*rows, *missing])
 
 
@@ -181,18 +178,10 @@ def _unmeasured_row(algorithm: str, order: str, ways: int, shots: int) -> Row:
     experiment = experiment_name(ways, shots, algorithm)
     config = to_dataclass(compose("train", [f"experiment={experiment}"]), TrainConfig)
     reported = published(algorithm, order, ways, shots)
-    return {
-        "experiment": experiment,
-        "order": order,
-        "ways": ways,
-        "shots": shots,
-        "accuracy": None,
-        "nontransductive": None,
-        "published": reported and reported._asdict(),
-        "iterations": config.outer.iterations,
-        "tasks_per_step": config.task.meta_batch,
-        "minutes": None,
-    }
+    row = {"experiment": experiment, "order": order, "ways": ways, "shots": shots}
+    budget = {"iterations": config.outer.iterations, "tasks_per_step": config.task.meta_batch}
+    unknown = dict.fromkeys(("accuracy", "nontransductive", "minutes"))
+    return {**row, **budget, **unknown, "published": reported and reported._asdict()}
 
 
 def format_interval(estimate: Row | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -38,12 +39,8 @@ def run_verification(config: VerifyConfig, output_dir: Path) -> bool:
     started = time.perf_counter()
     setting = NumericSetting(getattr(torch, config.run.dtype), resolve_device(config.run.device), config.run.seed)
     peers, missing = installed_peers(PEERS)
-    cases = [
-        Case(model, second_order, steps)
-        for model in MODEL_CASES
-        for second_order in (False, True)
-        for steps in dict.fromkeys(config.verify.steps)
-    ]
+    choices = itertools.product(MODEL_CASES, (False, True), dict.fromkeys(config.verify.steps))
+    cases = [Case(*choice) for choice in choices]
     results: dict[Case, list[Comparison]] = {}
     logging.getLogger("metalearn.metagrad.adjoint").setLevel(logging.ERROR)  # the fallback for no_grad is intended
     with progress_bar() as progress:
