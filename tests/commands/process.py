@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.paths import REPO
 
@@ -26,19 +27,18 @@ def environment(**more: str) -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1", **inherited, **more}
 
 
+def python(*arguments: str, cwd: Path, code: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python to its end, and check its exit code."""
+    settings: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment(**variables), check=False, **settings)
+    assert done.returncode == code, done.stderr + done.stdout
+    return done
+
+
 def command(
     script: str, *arguments: str, cwd: Path, code: int = 0, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end; check its exit code, and that no error shows a stack trace."""
-    done = subprocess.run(
-        [sys.executable, str(REPO / "scripts" / script), *arguments],
-        cwd=cwd,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == code, done.stderr + done.stdout
+    """Run a script to its end; check its exit code, and that no error has a stack trace."""
+    done = python(str(REPO / "scripts" / script), *arguments, cwd=cwd, code=code, **variables)
     assert code == 0 or "Traceback" not in done.stderr + done.stdout
     return done

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +21,7 @@ from metalearn.config.commands_schema import GradientsConfig
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.core.errors import ConfigError
 from metalearn.lessons import LESSONS, Check, Lesson, create_graph
-from tests.commands.process import command, environment
+from tests.commands.process import command, python
 from tests.paths import REPO
 
 
@@ -191,16 +189,7 @@ def test_command_exits_with_1_when_a_check_fails(tmp_path: Path) -> None:
         "sys.argv = ['gradients.py', 'hydra.run.dir=mine']\n"
         f"runpy.run_path({str(REPO / 'scripts' / 'gradients.py')!r}, run_name='__main__')\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=environment(PYTHONPATH=str(REPO)),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 1, run.stderr
+    run = python("-c", program, cwd=tmp_path, code=1, PYTHONPATH=str(REPO))
     assert "graph raised ValueError: no [such] thing" in run.stdout
     assert "in raising" in (tmp_path / "mine" / "gradients.log").read_text(), "where it raised is in the log"
     assert len(json.loads((tmp_path / "mine" / "lessons.json").read_text())["lessons"]) == 3

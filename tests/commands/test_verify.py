@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ from metalearn.core.types import Forward, Loss
 from metalearn.metagrad import ENGINES, Engine
 from metalearn.metagrad.baselines.common import PEERS, installed_peers
 from metalearn.metagrad.unroll import unroll
-from tests.commands.process import command
+from tests.commands.process import command, python
 from tests.paths import REPO
 
 MLP_ONLY = tuple(model for model in MODEL_CASES if model.name == "mlp")
@@ -262,10 +261,7 @@ runpy.run_path("scripts/verify.py", run_name="__main__")
 @pytest.mark.parametrize(("engines", "code"), [("sound", 0), ("broken", 1)])
 def test_exit_code_is_1_when_an_engine_is_wrong(engines: str, code: int, tmp_path: Path) -> None:
     arguments = ["run.device=cpu", "verify.steps=[1]", f"hydra.run.dir={tmp_path}"]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, engines, *arguments], cwd=REPO, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == code, done.stderr
+    done = python("-c", PROGRAM, engines, *arguments, cwd=REPO, code=code, PYTHONPATH=str(REPO))
     assert ("FAILED mlp, second order, K=1: adjoint against unroll" in done.stdout) == bool(code)
     assert (tmp_path / "verify.json").is_file()
 

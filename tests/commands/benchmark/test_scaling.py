@@ -57,11 +57,8 @@ def test_two_processes_are_started_by_torchrun() -> None:
     assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     tail = ["-m", "metalearn.commands.benchmark.scaling", "x.json", "model.width=8", "--worker-threads=1", "--steps=5"]
     assert command[5:] == tail
-    assert worker_command(ProcessLayout(1, 2), [], 5, Path("x.json"))[:3] == [
-        sys.executable,
-        "-m",
-        "metalearn.commands.benchmark.scaling",
-    ]
+    alone = worker_command(ProcessLayout(1, 2), [], 5, Path("x.json"))
+    assert alone[:3] == [sys.executable, "-m", "metalearn.commands.benchmark.scaling"]
 
 
 def test_default_config_is_finns_setting() -> None:
