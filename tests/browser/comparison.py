@@ -19,5 +19,4 @@ compare.repeats=2
 
 
 def write_comparison(folder: Path) -> None:
-    """Run a comparison as a user does."""
     command("compare.py", *SMALL, *_LONGER, f"hydra.run.dir={folder}", cwd=folder.parent)

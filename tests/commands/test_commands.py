@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from metalearn.config.commands_schema import GradientsConfig, VerifyConfig
+from metalearn.config.compose import compose, to_dataclass
+from metalearn.core.errors import ConfigError
 from tests.commands.process import SMALL, command
 from tests.paths import REPO
 
@@ -125,6 +129,25 @@ def test_help(script: str, line: str, tmp_path: Path) -> None:
 def test_missing_device_is_an_error(tmp_path: Path) -> None:
     refused = command("train.py", "run.device=cuda:99", "data=glyphs", cwd=tmp_path, code=2)
     assert "run.device=cuda:99: PyTorch sees" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("schema", "override", "message"),
+    [
+        (GradientsConfig, "lesson=nope", r"lesson=nope: must be one of all, create_graph, .*, pinn, maml"),
+        (GradientsConfig, "lesson=null", r"lesson=null: must be one of all"),
+        (GradientsConfig, "leson=hvp", r"leson=hvp: there is no such key\. Did you mean lesson\?"),
+        (GradientsConfig, "+extra=1", r"extra=1: there is no such key\. The keys are lesson\."),
+        (VerifyConfig, "run.dtype=float16", r"run\.dtype=float16: must be one of float64, float32"),
+        (VerifyConfig, "run.device=gpu", r"run\.device=gpu: must be auto, cpu, cuda or cuda:N"),
+        (VerifyConfig, "verify.steps=[]", r"verify\.steps=\[\]: must be one or more whole numbers, at least 1"),
+        (VerifyConfig, "verify.steps=[0,1]", r"steps=\[0, 1\]: must be one or more whole numbers, at least 1"),
+        (VerifyConfig, "verify.stps=[1]", r"stps=\[1\]: there is no such key\. Did you mean verify\.steps\?"),
+    ],
+)
+def test_config_raises_when_invalid(schema: type[Any], override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        to_dataclass(compose(schema.__name__.removesuffix("Config").lower(), [override]), schema)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from metalearn.commands import gradients
 from metalearn.commands.gradients import run_lessons
 from metalearn.config.commands_schema import GradientsConfig
-from metalearn.config.compose import compose, to_dataclass
-from metalearn.core.errors import ConfigError
 from metalearn.lessons import LESSONS, Check, Lesson, create_graph
 from tests.commands.process import command, python
 from tests.paths import REPO
@@ -149,20 +147,6 @@ def test_lessons_run_on_one_thread_and_restore_the_setting(lessons: Callable[...
 def test_plot_file_names_are_unique() -> None:
     # File names open with the lesson's, so they can only meet if a lesson's name is the beginning of another's.
     assert not any(a != b and b.startswith(f"{a}-") for a in LESSONS for b in LESSONS)
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("lesson=nope", r"lesson=nope: must be one of all, create_graph, backward, .*, pinn, maml"),
-        ("lesson=null", r"lesson=null: must be one of all"),
-        ("leson=hvp", r"leson=hvp: there is no such key\. Did you mean lesson\?"),
-        ("+extra=1", r"extra=1: there is no such key\. The keys are lesson\."),
-    ],
-)
-def test_config_raises_when_invalid(override: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        to_dataclass(compose("gradients", [override]), GradientsConfig)
 
 
 def test_command_runs_one_lesson_and_rejects_its_folder_again(tmp_path: Path) -> None:

@@ -34,7 +34,6 @@ def train(folder: Path, *more: str) -> Path:
 
 
 def resume(folder: Path, *more: str) -> Path:
-    """Resume an interrupted training and return the run's folder."""
     return train(folder, "run.resume=auto", *more)
 
 
@@ -57,7 +56,6 @@ def tensors_to_bytes(content: Any) -> Any:
 
 
 def metrics_without_times(run_dir: Path) -> dict[str, Any]:
-    """Return a run's metrics without those that count seconds."""
     metrics: dict[str, Any] = json.loads((run_dir / "metrics.json").read_text())
     return {name: value for name, value in metrics.items() if not name.startswith("time.")}
 
@@ -80,7 +78,6 @@ def assert_runs_equal(run_dir: Path, other: Path) -> None:
 
 
 def assert_steps_increase(run_dir: Path) -> None:
-    """Check that the steps of every curve in TensorBoard increase strictly."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
     for tag in events.Tags()["scalars"]:

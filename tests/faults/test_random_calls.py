@@ -164,7 +164,6 @@ def calls() -> st.SearchStrategy[Case]:
 
 
 def build(case: Case) -> tuple[Forward, Any, dict[str, Any]]:
-    """Build the model, parameters and tensors with the changes of the case."""
     torch.manual_seed(case.seed)
     forward, params = MODELS[case.model]()
     theta: Any = {name: p.double() for name, p in params.items()}
@@ -228,7 +227,6 @@ def check_call(case: Case) -> None:
 
 
 def call_metalearn(case: Case, forward: Forward, theta: Any, tensors: dict[str, Any]) -> Params:
-    """Return the results as one dictionary."""
     inner, loss = InnerLoop(**case.settings), LOSSES[case.loss]
     support = tensors["support_x"], tensors["support_y"]
     if case.call == "adapt":

@@ -226,7 +226,6 @@ class Case:
 
 
 def damaged_folders() -> st.SearchStrategy[Case]:
-    """Draw one to three damages."""
     number = st.integers(0, 10**6)
     of_files = st.tuples(st.sampled_from([*OF_FILES, *OF_BOTH]), st.sampled_from(FILES), number)
     of_folders = st.tuples(st.sampled_from([*OF_FOLDERS, *OF_BOTH]), st.sampled_from(FOLDERS), number)

@@ -26,7 +26,6 @@ LONG_NAMES = [f"engine-adjoint,task_chunk-{i}" for i in range(8)]
 
 
 def draw(name: str, given: Results) -> Figure:
-    """Draw one plot alone."""
     figure = PLOTS[name].draw(given, PLOTS[name].title)
     assert figure is not None
     return figure
