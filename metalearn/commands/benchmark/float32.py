@@ -42,7 +42,6 @@ class Float32Error:
     """Distances of one method, over seeds; the fields are the keys of a row of ``benchmark.json``.
 
     Args:
-        who: library and engine.
         times_plain: the median divided by that of the hand-written loop.
         far: number of seeds with a distance above 1e-3.
     """

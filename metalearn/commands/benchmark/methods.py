@@ -90,18 +90,14 @@ def build_methods(
     for second_order in orders:
         for engine in ENGINES if second_order else ("unroll",):
             ours = replace(inner, second_order=second_order, engine=engine)
-            methods.append(Method(OURS, engine, second_order, partial(_our_step, ours)))
+            methods.append(Method(OURS, engine, second_order, partial(_our_step, inner=ours)))
         theirs = replace(inner, second_order=second_order)
-        methods += [Method(name, "", second_order, partial(_peer_step, peer, theirs)) for name, peer in peers.items()]
+        methods += [Method(name, "", second_order, partial(peer, inner=theirs)) for name, peer in peers.items()]
     return methods
 
 
-def _our_step(inner: InnerLoop, module: nn.Module, episodes: Episodes) -> MetaGradient:
+def _our_step(module: nn.Module, episodes: Episodes, inner: InnerLoop) -> MetaGradient:
     return meta_gradient(*functionalize(module), episodes, inner)
-
-
-def _peer_step(peer: Peer, inner: InnerLoop, module: nn.Module, episodes: Episodes) -> MetaGradient:
-    return peer(module, episodes, inner)
 
 
 def check_gradients_equal(

@@ -52,7 +52,6 @@ class VariantResult:
     """One variant over its finished runs; a metric without data is ``None`` or empty.
 
     Args:
-        overrides: of the shared configuration.
         accuracy: on test classes, with its 95% interval over seeds and tasks.
         tasks_ci95: half-width over the test tasks only.
         nontransductive: accuracy where each query is predicted without the others.
@@ -61,7 +60,6 @@ class VariantResult:
         peak_mib: highest of its runs.
         training_s: mean time spent in meta-steps.
         time_to: ``None`` where no seed reached the target.
-        curve: validation accuracy.
         cosine: between the first- and the second-order meta-gradient.
     """
 
@@ -111,12 +109,8 @@ class Results:
     """A whole comparison; title, data set and hardware are those of the configuration that the variants share.
 
     Args:
-        config: resolved, as YAML.
-        machine: hardware of the runs.
         memory_kind: ``cuda`` or ``cpu-tensors``.
-        iterations: meta-steps of a run.
         target_accuracy: validation accuracy for ``time_to``; ``None`` while no run is finished.
-        inner_steps: K in training.
         differences: first variant minus each other one.
         cost: of one meta-gradient against K: first order, and second order by every engine, all tasks at once.
         cost_limit_mib: at which a measurement of memory was stopped.

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from metalearn.commands.compare.engine_cost import measure_engine_costs
-from metalearn.commands.compare.gather import collect_results, differences, hardware_of
+from metalearn.commands.compare.gather import collect_results, differences, hardware_of, measure_engine_costs
 from metalearn.commands.compare.launch import launch, launch_with_hydra, runs_at_a_time
 from metalearn.commands.compare.report import print_results, write_results
 from metalearn.commands.compare.results import Results

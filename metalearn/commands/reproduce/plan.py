@@ -81,7 +81,6 @@ class TableRow:
 
     Args:
         experiment: a file in ``conf/experiment/``.
-        order: ``second`` or ``first``.
         overrides: as the user wrote them, without the location of the data.
     """
 
