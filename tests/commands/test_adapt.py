@@ -177,7 +177,7 @@ def test_border_brightness_of_glyphs_is_dark() -> None:
 
 def test_error_names_unreadable_file(run: Path, folders: Path) -> None:
     (folders / "support" / "d" / "broken.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"(?s)d/broken\.png: .*pass them over with unreadable=skip"):
+    with pytest.raises(DataError, match=r"(?s)d/broken\.png: .*pass them over with on_unreadable=skip"):
         adapt(run, folders)
     assert len(rows(adapt(run, folders, "on_unreadable=skip"))) == 10
     for path in (folders / "support" / "d").glob("[01].*"):
