@@ -1,8 +1,4 @@
-"""Adapt a trained run to images of your own, and predict others.
-
-Run it as ``python scripts/adapt.py run.dir=RUN support=DIR query=DIR``: ``support`` holds one folder a class, ``query``
-images, or one folder a class as well.
-"""
+"""Adapt a trained run to your own images: ``python scripts/adapt.py run.dir=RUN support=DIR query=DIR``."""
 
 from metalearn.commands.main import adapt
 

@@ -1,7 +1,4 @@
-"""Test the best checkpoint of a finished run again.
-
-Run it as ``python scripts/evaluate.py run.dir=outputs/omniglot-5w1s/maml-second_order-seed0-...``.
-"""
+"""Test the best checkpoint of a finished run again: ``python scripts/evaluate.py run.dir=RUN``."""
 
 from metalearn.commands.main import evaluate
 

@@ -1,7 +1,4 @@
-"""Run the lessons on second-order gradients: a claim, the code that ran, every number beside its analytic value.
-
-Run it as ``python scripts/gradients.py``, or ``python scripts/gradients.py lesson=maml`` for one of them.
-"""
+"""Run the lessons on second-order gradients, or one of them: ``python scripts/gradients.py lesson=maml``."""
 
 from metalearn.commands.main import gradients
 

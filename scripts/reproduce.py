@@ -1,8 +1,4 @@
-"""Reproduce a row of the published table: all seeds of an experiment, in slices of minutes if that is asked for.
-
-Run it as ``python scripts/reproduce.py experiment_name=omniglot_5way_1shot_cpu``, and again to go on; with
-``time_limit_minutes=10`` it stops after ten minutes.
-"""
+"""Reproduce a row of the published table: ``python scripts/reproduce.py experiment_name=NAME``, again to resume."""
 
 from metalearn.commands.main import reproduce
 

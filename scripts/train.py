@@ -1,7 +1,4 @@
-"""Train MAML, validate while training, and test the best checkpoint once.
-
-Run it as ``python scripts/train.py inner.second_order=true``; ``--help`` explains every key.
-"""
+"""Train MAML, validate while training, and test the best checkpoint once."""
 
 from metalearn.commands.main import train
 

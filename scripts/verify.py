@@ -1,7 +1,4 @@
-"""Prove every engine right on this machine: against unroll, finite differences, learn2learn, higher and TorchOpt.
-
-Run it as ``python scripts/verify.py``, or with ``run.dtype=float32`` or ``run.device=cuda``.
-"""
+"""Prove every engine right on this machine: against unroll, finite differences, learn2learn, higher and TorchOpt."""
 
 from metalearn.commands.main import verify
 

@@ -53,7 +53,7 @@ ONLY_IN = {
     "torchopt": {"metagrad/baselines/torchopt.py"},
     "scipy": {"derivatives/eigenvalues.py", "commands/compare/statistics.py"},
     "joblib": {"commands/compare/launch.py"},
-    "jinja2": {"commands/compare/markdown_report.py", "commands/reproduce/table.py"},
+    "jinja2": {"commands/compare/report.py", "commands/reproduce/table.py"},
     "markdown": {"commands/compare/report.py"},
     "safetensors": {"inference/weights_file.py"},
 }

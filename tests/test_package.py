@@ -19,10 +19,8 @@ from metalearn.commands.reproduce.plan import check_reproduce
 from metalearn.config.commands_schema import ReproduceConfig
 from metalearn.config.compose import compose, to_dataclass, user_conf_dir
 from metalearn.core.errors import ConfigError
+from tests.commands.process import SMALL
 from tests.paths import REPO
-
-SMALL = ["data=glyphs", "data.classes=50", "model.width=8", "task.meta_batch=4", "outer.iterations=2", "eval.every=2"]
-SMALL += ["eval.validation_episodes=4", "eval.episodes=8"]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +73,7 @@ def test_wheel_holds_the_configuration(wheel: Path) -> None:
 
 
 def test_trains_from_an_empty_folder(environment: Path, tmp_path: Path) -> None:
-    trained = run(environment, "metalearn", "train", *SMALL, cwd=tmp_path)
+    trained = run(environment, "metalearn", "train", *SMALL, "outer.iterations=2", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     (metrics,) = tmp_path.glob("outputs/glyphs-5w1s/maml-second_order-seed0-*/metrics.json")
     assert json.loads(metrics.read_text())["iterations"] == 2

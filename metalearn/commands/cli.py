@@ -1,10 +1,10 @@
-"""A function of a configuration and an output folder, made into a command by Hydra.
+"""Make a function of a configuration and an output folder into a command, by Hydra.
 
-    @main("train", TrainConfig, check)
+    @command("train", TrainConfig, check)
     def train(config: TrainConfig, run_dir: Path) -> None: ...
 
-composes ``conf/train.yaml`` with the command line, refuses what cannot be run before torch is imported, calls the
-function once, or once a job under ``--multirun``, and ends with a message where the user can mend what went wrong.
+composes ``conf/train.yaml`` with the command line, rejects invalid configurations before torch is imported, calls the
+function once, or once a job under ``--multirun``, and prints errors that a user can fix without a stack trace.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def command(
     """Make a function of a configuration and an output folder into a command.
 
     Args:
-        name: of the primary file in ``conf/``.
-        kind: its schema.
+        name: name of the primary file in ``conf/``.
+        kind: schema of the configuration.
         check: raises ``ConfigError`` for a configuration that cannot be run.
-        may_continue: whether a folder that holds a run already is no fault; the function looks into it then.
-        follow: what the processes but the first do where ``torchrun`` starts several; ``None`` refuses them.
+        may_continue: whether the output folder may hold a run already, which the function then checks.
+        follow: called in the processes other than the first if ``torchrun`` starts several; ``None`` rejects them.
     """
 
     def decorate(function: Callable[[Config, Path], None]) -> Callable[[], None]:
@@ -107,7 +107,7 @@ def _checked(
     check: Callable[[Config], None],
     may_continue: Callable[[Config], bool],
 ) -> list[Config]:
-    """The configuration of every job, before any begins; none where Hydra is asked for something else."""
+    """Return the configuration of every job, before any begins; none if Hydra is asked for something else."""
     jobs = []
     for overrides, config, folder in requested_jobs(name, flags):
         job = to_dataclass(config, kind, overrides, flags.config_dir)
@@ -130,7 +130,7 @@ def _check_is_folder(overrides: Sequence[str]) -> None:
 
 
 def _check_writable(folder: str) -> None:
-    """Find out before Hydra does, which would show a stack trace."""
+    """Check that the folder can be written before Hydra does, which would print a stack trace."""
     path = Path(folder).absolute()
     there = next(p for p in (path, *path.parents) if p.is_dir())
     try:
@@ -155,7 +155,7 @@ _NOTHING_TO_RESUME = (
 
 @contextmanager
 def _report_errors(written: str) -> Iterator[None]:
-    """A command's end: without a stack trace where the user can mend it, and with the exit code of a signal."""
+    """End a command on an error that a user can fix without a stack trace, and on a signal with its exit code."""
     try:
         with sigterm_as_exception():
             yield
@@ -182,7 +182,7 @@ _OS_ERROR_HINTS = {
     errno.EPERM: "You may not write there: choose another folder with hydra.run.dir=PATH.",
     errno.EIO: "The disk has failed: copy what is there, and go on elsewhere.",
 }
-"""Errors of the system that a user can mend, and how."""
+"""Errors of the system that a user can fix, and how."""
 
 
 def _exit_with_error(error: MetalearnError) -> NoReturn:

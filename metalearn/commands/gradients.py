@@ -1,12 +1,8 @@
-"""``metalearn gradients``: run the lessons on second-order gradients, print each, and save all numbers and plots.
-
-A lesson that raises counts as failed and is reported by name; the results of the others are kept.
-"""
+"""``metalearn gradients``: run the lessons on second-order gradients, print each, and save all numbers and plots."""
 
 from __future__ import annotations
 
 import io
-import json
 import logging
 import math
 import time
@@ -41,14 +37,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LessonResult:
-    """The result of running a lesson.
+    """The result of running a lesson: ``None`` and the exception's text if it raised.
 
     Args:
-        name: as in ``LESSONS``.
         seconds: time to run it and render its plots.
-        lesson: its numbers, or ``None`` if it raised.
         images: rendered plots ``[height, width, 3]`` by name.
-        error: type and message of the exception.
     """
 
     name: str
@@ -69,11 +62,7 @@ class LessonResult:
 
 
 def run_lessons(config: GradientsConfig, output_dir: Path) -> bool:
-    """Run one lesson or all; write plots, TensorBoard events and ``lessons.json``, and print a summary.
-
-    Returns:
-        True if every check of every lesson passed.
-    """
+    """Run one lesson or all; write plots, events and ``lessons.json``; return True if every check passed."""
     names = list(LESSONS) if config.lesson == "all" else [config.lesson]
     results: list[LessonResult] = []
     with one_thread(), closing(LessonLogger(output_dir)) as logger, progress_bar() as progress:
@@ -84,7 +73,7 @@ def run_lessons(config: GradientsConfig, output_dir: Path) -> bool:
             results.append(result)
             save_lesson(result, output_dir, logger)
             content = to_json(results, complete=len(results) == len(names))
-            files.atomic_write_text(output_dir / "lessons.json", content)
+            files.atomic_write_json(output_dir / "lessons.json", content, allow_nan=False)
             print_lesson(result, output_dir)
             progress.advance(bar)
         progress.update(bar, note="")
@@ -121,7 +110,7 @@ def save_lesson(result: LessonResult, output_dir: Path, logger: LessonLogger) ->
         logger.log_lesson(result.name, result.lesson, result.images, seconds=result.seconds)
 
 
-def to_json(results: list[LessonResult], *, complete: bool = True) -> str:
+def to_json(results: list[LessonResult], *, complete: bool) -> dict[str, Any]:
     """Return the content of ``lessons.json``: every check of every lesson, and whether all lessons were run."""
     lessons = [
         {
@@ -136,13 +125,9 @@ def to_json(results: list[LessonResult], *, complete: bool = True) -> str:
         }
         for result in results
     ]
-    content = {
-        "right": all(result.passed for result in results),
-        "complete": complete,
-        "machine": describe_hardware(torch.device("cpu")),
-        "lessons": lessons,
-    }
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    machine = describe_hardware(torch.device("cpu"))
+    right = all(result.passed for result in results)
+    return {"right": right, "complete": complete, "machine": machine, "lessons": lessons}
 
 
 def _check_entry(check: Check) -> dict[str, Any]:
@@ -150,14 +135,8 @@ def _check_entry(check: Check) -> dict[str, Any]:
         value if isinstance(value, str) or math.isfinite(value) else str(value)  # JSON has no infinity and no NaN
         for value in (check.computed, check.expected)
     )
-    return {
-        "what": check.name,
-        "computed": computed,
-        "expected": expected,
-        "tolerance": check.tolerance,
-        "source": check.source,
-        "right": check.passed,
-    }
+    entry = {"what": check.name, "computed": computed, "expected": expected, "tolerance": check.tolerance}
+    return {**entry, "source": check.source, "right": check.passed}
 
 
 def print_lesson(result: LessonResult, output_dir: Path) -> None:

@@ -47,16 +47,9 @@ class ProcessPool:
     def run(
         self, command: Sequence[str], console: Path, *, threads: int | None, callback: Callable[[str], None]
     ) -> tuple[int, str]:
-        """Run a command and wait for it.
+        """Run a command, append its output to the file ``console``, and return its exit status and output.
 
-        Args:
-            command: program and arguments.
-            console: file that its output is appended to.
-            threads: ``OMP_NUM_THREADS``, unless the environment sets it; ``None`` for no limit.
-            callback: called with each new piece of the output.
-
-        Returns:
-            Its exit status and its output.
+        ``threads`` is its ``OMP_NUM_THREADS`` unless the environment sets it; ``callback`` gets each piece of output.
 
         Raises:
             ChildProcessError: if the pool is closing.

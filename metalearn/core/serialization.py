@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
 import secrets
@@ -28,6 +29,11 @@ class CorruptFileError(RunError):
 def atomic_write_text(path: Path, text: str) -> None:
     """Write a file through a temporary one: a reader sees the old content or the new, never a part."""
     atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_json(path: Path, content: Any, *, allow_nan: bool = True) -> None:
+    """Write indented JSON as ``atomic_write_text`` does."""
+    atomic_write_text(path, json.dumps(content, indent=2, allow_nan=allow_nan) + "\n")
 
 
 def save_checked(content: Any, path: Path) -> None:

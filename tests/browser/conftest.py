@@ -58,7 +58,6 @@ def tensorboard(comparison: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """Open a new page."""
     context = browser.new_context(viewport={"width": 1600, "height": 1000})
     context.set_default_timeout(1000 * PATIENCE_S)
     yield context.new_page()

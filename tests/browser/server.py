@@ -39,7 +39,6 @@ def serve(folder: Path, *, log: Path) -> Iterator[str]:
 
 
 def address_in(log: Path) -> str | None:
-    """Find the address that TensorBoard has printed."""
     found = re.search(r"http://localhost:\d+/", log.read_text())
     return found.group() if found else None
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,10 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from metalearn.commands import gradients
 from metalearn.commands.gradients import run_lessons
 from metalearn.config.commands_schema import GradientsConfig
-from metalearn.config.compose import compose, to_dataclass
-from metalearn.core.errors import ConfigError
 from metalearn.lessons import LESSONS, Check, Lesson, create_graph
-from tests.commands.test_commands import command
+from tests.commands.process import command, python
 from tests.paths import REPO
 
 
@@ -104,12 +99,7 @@ def test_other_lessons_are_kept_when_one_fails_or_raises(
     assert "nosuchsymbol" in by_name["unrenderable"]["error"]
     assert [check["right"] for check in by_name["wrong"]["checks"]] == [True, False]
     assert by_name["wrong"]["checks"][1]["computed"] == "nan"
-    assert {name: entry["right"] for name, entry in by_name.items()} == {
-        "raising": False,
-        "wrong": False,
-        "unrenderable": False,
-        "right": True,
-    }
+    assert [name for name, entry in by_name.items() if entry["right"]] == ["right"]
     assert (tmp_path / "right-line.png").is_file()
     output = capsys.readouterr().out
     assert "raising raised ValueError: no [such] thing" in output
@@ -158,44 +148,20 @@ def test_plot_file_names_are_unique() -> None:
     assert not any(a != b and b.startswith(f"{a}-") for a in LESSONS for b in LESSONS)
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("lesson=nope", r"lesson=nope: must be one of all, create_graph, backward, .*, pinn, maml"),
-        ("lesson=null", r"lesson=null: must be one of all"),
-        ("leson=hvp", r"leson=hvp: there is no such key\. Did you mean lesson\?"),
-        ("+extra=1", r"extra=1: there is no such key\. The keys are lesson\."),
-    ],
-)
-def test_config_raises_when_invalid(override: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        to_dataclass(compose("gradients", [override]), GradientsConfig)
-
-
 def test_command_runs_one_lesson_and_rejects_its_folder_again(tmp_path: Path) -> None:
     run = command("gradients.py", "lesson=create_graph", cwd=tmp_path, COLUMNS="100")
-    assert run.returncode == 0, run.stderr
     assert max(len(line) for line in run.stdout.splitlines() if str(tmp_path) not in line) <= 100
     (report,) = tmp_path.glob("outputs/lab/*/lessons.json")
     assert {path.suffix for path in report.parent.iterdir()} >= {".json", ".png"}
-    again = command("gradients.py", "lesson=create_graph", f"hydra.run.dir={report.parent}", cwd=tmp_path)
-    assert again.returncode == 2
+    again = command("gradients.py", "lesson=create_graph", f"hydra.run.dir={report.parent}", cwd=tmp_path, code=2)
     assert "already holds a run (its lessons.json)" in again.stderr
 
 
 def test_command_rejects_unknown_lesson_before_importing_torch(tmp_path: Path) -> None:
-    started = time.perf_counter()
-    refused = command("gradients.py", "lesson=nope", cwd=tmp_path)
-    assert time.perf_counter() - started < 3
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("ConfigError: lesson=nope: must be one of all, create_graph, backward,")
-    assert not list(tmp_path.iterdir())
-
-
-def test_command_prints_help(tmp_path: Path) -> None:
-    output = command("gradients.py", "--help", cwd=tmp_path)
-    assert output.returncode == 0, output.stderr
-    assert re.search(r"  lesson=all +the lesson on second-order gradients to run, or all of them", output.stdout)
+    script = str(REPO / "scripts" / "gradients.py")
+    refused = python("-X", "importtime", script, "lesson=nope", cwd=tmp_path, code=2)
+    assert "hydra" in refused.stderr
+    assert not re.search(r"\| +torch$", refused.stderr, flags=re.MULTILINE)
 
 
 def test_command_exits_with_1_when_a_check_fails(tmp_path: Path) -> None:
@@ -207,16 +173,7 @@ def test_command_exits_with_1_when_a_check_fails(tmp_path: Path) -> None:
         "sys.argv = ['gradients.py', 'hydra.run.dir=mine']\n"
         f"runpy.run_path({str(REPO / 'scripts' / 'gradients.py')!r}, run_name='__main__')\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 1, run.stderr
+    run = python("-c", program, cwd=tmp_path, code=1, PYTHONPATH=str(REPO))
     assert "graph raised ValueError: no [such] thing" in run.stdout
     assert "in raising" in (tmp_path / "mine" / "gradients.log").read_text(), "where it raised is in the log"
     assert len(json.loads((tmp_path / "mine" / "lessons.json").read_text())["lessons"]) == 3

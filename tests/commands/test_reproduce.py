@@ -1,11 +1,16 @@
-"""A reproduced row: checks, results, and where they are written; nothing is trained."""
+"""A reproduced row: checks, results, where they are written, and a training that stops at the time limit."""
 
 from __future__ import annotations
 
 import json
+import re
+import signal
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -13,11 +18,18 @@ import pytest
 from metalearn.commands.reproduce import run
 from metalearn.commands.reproduce.plan import SETTINGS, build_rows, check_reproduce, published
 from metalearn.commands.reproduce.run import FINISHED, UNFINISHED, TimeLimitReached, run_reproduction, time_limit
-from metalearn.commands.reproduce.table import BEGIN, END, read_rows, readme_table, replace_table
+from metalearn.commands.reproduce.table import BEGIN, END, between_markers, read_rows, readme_table
 from metalearn.config.commands_schema import ReproduceConfig
 from metalearn.config.compose import compose, to_dataclass
+from metalearn.config.run_config import to_yaml
 from metalearn.core.errors import ConfigError, RunError
+from tests.commands.process import words
+from tests.paths import REPO
 
+SMALL = words("""
+data=glyphs data.classes=50 model.width=4 task.meta_batch=2 task.queries=1 outer.iterations=60 eval.every=20
+eval.validation_episodes=2 eval.episodes=4 log.images=false log.every=100
+""")
 ROW = "omniglot_5way_1shot_cpu"
 ACCURACIES = (0.98, 0.982, 0.987)
 
@@ -126,10 +138,7 @@ def test_build_rows_has_a_job_per_order_and_seed(tmp_path: Path) -> None:
     rows = build_rows(configuration("orders=[second,first]", "seeds=[3,4]"), tmp_path)
     jobs = [job for row in rows for job in row.jobs]
     assert [(j.folder.name, j.config.inner.second_order, j.config.run.seed) for j in jobs] == [
-        ("second_order-seed3", True, 3),
-        ("second_order-seed4", True, 4),
-        ("first_order-seed3", False, 3),
-        ("first_order-seed4", False, 4),
+        (f"{order}_order-seed{seed}", order == "second", seed) for order in ("second", "first") for seed in (3, 4)
     ]
     assert {job.folder.parent for job in jobs} == {tmp_path / ROW}
     assert "run.resume" not in " ".join(jobs[0].overrides), "the launcher adds it, with the folder"
@@ -153,12 +162,8 @@ def test_results_are_over_seeds_and_recorded(recorded: Path) -> None:
     assert run_reproduction(config, recorded / "rows") == FINISHED
     second, first = read_rows(recorded / run.REFERENCE)
     assert read_rows(recorded / "rows" / "omniglot.json") == [second, first]
-    assert (second["experiment"], second["algorithm"], second["order"], first["order"]) == (
-        ROW,
-        "maml",
-        "second",
-        "first",
-    )
+    assert (second["experiment"], second["algorithm"]) == (ROW, "maml")
+    assert [row["order"] for row in (second, first)] == ["second", "first"]
     # Student's t for two degrees of freedom is 4.3027, and the standard error is that of three values.
     half = 4.302653 * statistics.stdev(ACCURACIES) / 3**0.5
     assert second["accuracy"] == {"mean": pytest.approx(0.983), "ci95": pytest.approx(half), "over": "seeds"}
@@ -238,12 +243,6 @@ def test_table_is_printed_when_readme_has_no_markers(recorded: Path, capsys: pyt
     assert readme_table([]) in capsys.readouterr().out
 
 
-def test_replace_table_replaces_the_former() -> None:
-    readme = replace_table(f"a {BEGIN} b {END} c", "one")
-    assert readme == f"a {BEGIN}\none\n{END} c"
-    assert replace_table(readme, "two") == readme.replace("one", "two")
-
-
 def test_only_finished_orders_are_saved_at_time_limit(
     recorded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -298,8 +297,6 @@ def test_raises_when_a_file_is_damaged(text: str, tmp_path: Path) -> None:
 def test_raises_when_folder_has_another_config(tmp_path: Path) -> None:
     config = configuration()
     finish(config, tmp_path)
-    from metalearn.config.run_config import to_yaml
-
     (job, *_) = build_rows(configuration("overrides=['inner.lr=0.3']"), tmp_path)[0].jobs
     (job.folder / "config.yaml").write_text(to_yaml(job.config))
     with pytest.raises(
@@ -316,3 +313,61 @@ def test_time_limit_interrupts_only_its_block() -> None:
     with time_limit(0.05 / 60):
         pass
     time.sleep(0.1)
+
+
+def test_same_command_resumes_after_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    small = ",".join(f"'{override}'" for override in SMALL)
+    config = configuration("seeds=[5]", "time_limit_minutes=1", f"overrides=[{small}]")
+    folder = tmp_path / ROW / "second_order-seed5"
+
+    @contextmanager
+    def until_first_state(minutes: float | None) -> Iterator[None]:
+        """Reach the time limit when there is a state to resume from, however busy the machine is."""
+
+        def look(number: int, frame: FrameType | None) -> None:
+            if any(folder.glob("checkpoints/state-*.pt")):
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                raise TimeLimitReached
+
+        before = signal.signal(signal.SIGALRM, look)
+        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "time_limit", until_first_state)
+        assert run_reproduction(config, tmp_path) == UNFINISHED
+    assert not (folder / "metrics.json").exists()
+    assert not (tmp_path / "omniglot.json").exists()
+
+    assert run_reproduction(config, tmp_path) == FINISHED
+    assert re.search(r"from meta-step [1-9]", (folder / "train.log").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (row,) = json.loads((tmp_path / "omniglot.json").read_text())["rows"]
+    assert row["accuracy"] == {"mean": metrics["test.accuracy"], "ci95": metrics["test.ci95"], "over": "tasks"}
+    assert (row["dataset"], row["published"], row["seeds"]) == ("glyphs", None, [5])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "launch", None)
+        assert run_reproduction(config, tmp_path) == FINISHED, "nothing is trained again"
+
+
+def test_readme_table_equals_committed_results() -> None:
+    readme = (REPO / run.README).read_text()
+    assert BEGIN in readme
+    assert between_markers(readme) == readme_table(read_rows(REPO / run.REFERENCE))
+
+
+def test_recorded_rows_follow_the_protocol() -> None:
+    if not (REPO / run.REFERENCE).exists():
+        pytest.skip("no row is recorded: python scripts/reproduce.py experiment_name=… update_reference=true")
+    for row in read_rows(REPO / run.REFERENCE):
+        assert row["dataset"] == "omniglot"
+        assert row["test_tasks"] >= 600
+        assert row["seeds"] == [each["seed"] for each in row["runs"]]
+        assert row["nontransductive"] is not None
+        assert all(each["chosen_at"] <= row["iterations"] for each in row["runs"])

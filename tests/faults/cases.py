@@ -1,13 +1,35 @@
-"""Cases of a fault: those of ``make test`` and those of ``make faults``; and cases that hypothesis draws."""
+"""Cases of a fault (some in every run, all in ``make faults``), random ones by hypothesis, and the errors allowed."""
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections.abc import Callable, Container, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+
+import metalearn
+from metalearn.core.errors import MetalearnError
+
+
+def assert_raised_by_metalearn(error: Exception) -> None:
+    """Check that a ``raise`` statement of metalearn raised the error, and that its message names a value.
+
+    Raises:
+        AssertionError: the error came out of torch, Python or another library as it was.
+    """
+    if isinstance(error, MetalearnError):
+        return
+    origin = traceback.extract_tb(error.__traceback__)[-1]
+    inside = Path(origin.filename).is_relative_to(Path(metalearn.__file__).parent)
+    if not (isinstance(error, (ValueError, TypeError)) and inside and (origin.line or "").startswith("raise ")):
+        raise AssertionError(f"raw from {origin.filename}: {type(error).__name__}: {error}") from error
+    assert re.search(r"\d|is \w+|'|=\w|\(\)", str(error)), f"the message names no value: {error}"
+
 
 if TYPE_CHECKING:
     from _pytest.mark import ParameterSet

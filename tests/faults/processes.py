@@ -52,7 +52,6 @@ def wait_for_exit(process: ForkServerProcess, *, timeout_s: float = _LONGEST_S) 
 
 
 def read_output(folder: Path) -> str:
-    """Return what the latest command in a folder has printed."""
     return (folder / "output.txt").read_text()
 
 
@@ -91,7 +90,6 @@ def wait_for_checkpoint(run_dir: Path, iteration: int, process: ForkServerProces
 
 
 def load_state(run_dir: Path) -> dict[str, Any]:
-    """Load the newest undamaged state of a run."""
     content = load_latest(run_dir)
     assert content is not None, f"{run_dir} holds no state"
     return content

@@ -13,26 +13,15 @@ from torch import Tensor
 from metalearn.core import serialization as files
 from metalearn.training.checkpoints import best_path
 from metalearn.training.tracking.event_files import read_scalars
+from tests.commands.process import words
 from tests.faults.processes import load_state, read_output, start_training, wait_for_checkpoint, wait_for_exit
 
 STEPS = 24
-SMALL = [
-    "data=glyphs",
-    "data.classes=50",
-    "model=mlp",
-    "model.hidden=[8]",
-    "model.batch_norm=false",
-    "task.meta_batch=3",
-    "inner.eval_steps=1",
-    f"outer.iterations={STEPS}",
-    "eval.every=8",
-    "eval.validation_episodes=4",
-    "eval.episodes=4",
-    "log.every=3",
-    "log.images=false",
-    "run.device=cpu",
-    "run.checkpoint_every_s=0",
-]
+SMALL = words(f"""
+data=glyphs data.classes=50 model=mlp model.hidden=[8] model.batch_norm=false task.meta_batch=3 inner.eval_steps=1
+outer.iterations={STEPS} eval.every=8 eval.validation_episodes=4 eval.episodes=4 log.every=3 log.images=false
+run.device=cpu run.checkpoint_every_s=0
+""")
 RUN = "run"
 SMALL_RUN = [*SMALL, f"hydra.run.dir={RUN}"]
 
@@ -45,7 +34,6 @@ def train(folder: Path, *more: str) -> Path:
 
 
 def resume(folder: Path, *more: str) -> Path:
-    """Resume an interrupted training and return the run's folder."""
     return train(folder, "run.resume=auto", *more)
 
 
@@ -68,7 +56,6 @@ def tensors_to_bytes(content: Any) -> Any:
 
 
 def metrics_without_times(run_dir: Path) -> dict[str, Any]:
-    """Return a run's metrics without those that count seconds."""
     metrics: dict[str, Any] = json.loads((run_dir / "metrics.json").read_text())
     return {name: value for name, value in metrics.items() if not name.startswith("time.")}
 
@@ -91,7 +78,6 @@ def assert_runs_equal(run_dir: Path, other: Path) -> None:
 
 
 def assert_steps_increase(run_dir: Path) -> None:
-    """Check that the steps of every curve in TensorBoard increase strictly."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
     for tag in events.Tags()["scalars"]:

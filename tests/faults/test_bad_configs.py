@@ -32,6 +32,7 @@ finally:
 # value and remedy.
 Case = tuple[str, "str | tuple[str, ...]", str]
 CREATED = "made-by-a-stranger"
+# fmt: off
 ON_THE_COMMAND_LINE: list[Case] = [
     ("train", ("inner.second_ordr=true",), r"inner\.second_ordr=true: there is no such key\. Did you mean inner\.sec"),
     ("train", ("second_order=false",), r"second_order=false: .*Did you mean inner\.second_order\?"),
@@ -64,23 +65,13 @@ ON_THE_COMMAND_LINE: list[Case] = [
     ("train", ("--experimental-rerun=run.pickle",), r"--experimental-rerun=run\.pickle: a pickle.*Give KEY=VALUE"),
 ]
 IN_FILES: list[Case] = [
-    (
-        "train",
-        "inner:\n  second_ordr: true",
-        r"inner\.second_ordr=true: .*\(in experiment/mine\.yaml\).*second_order\?",
-    ),
-    (
-        "train",
-        "inner:\n  second_order: maybe",
-        r"inner\.second_order=maybe: must be true or false \(in experiment/mine",
-    ),
+    ("train", "inner:\n  second_ordr: true",
+     r"inner\.second_ordr=true: .*\(in experiment/mine\.yaml\).*second_order\?"),
+    ("train", "inner:\n  second_order: maybe",
+     r"inner\.second_order=maybe: must be true or false \(in experiment/mine"),
     ("train", "inner:\n  steps: 1.5", r"inner\.steps=1\.5: must be a whole number.*experiment/mine\.yaml"),
     ("train", "outer:\n  iterations: 0", r"outer\.iterations=0: must be a whole number, at least 1"),
-    (
-        "train",
-        "task:\n  queries: 20",
-        r"task\.shots=1 and task\.queries=20: together 21, and a class has 20",
-    ),
+    ("train", "task:\n  queries: 20", r"task\.shots=1 and task\.queries=20: together 21, and a class has 20"),
     ("train", "inner:\n  lr: 1\n steps: 2", r"a YAML file cannot be read: [\s\S]*mine\.yaml"),
     ("train", "inner:\n  engine: fast", r"inner\.engine=fast: must be one of unroll, checkpoint"),
     ("train", "inner:\n  lr: .nan", r"inner\.lr=nan: must be a number above 0"),
@@ -89,29 +80,21 @@ IN_FILES: list[Case] = [
     ("benchmark", "bench:\n  limit: 3", r"bench\.limit=3: there is no such key.*memory_limit_mib"),
     ("compare", "compare:\n  target_accuracy: 80", r"compare\.target_accuracy=80: must be a number.*at most 1"),
     ("compare", "compare:\n  jobs: none", r"compare\.jobs=none: must be a whole number, at least 1"),
-    (
-        "train",
-        f"inner: {{lr: !!python/object/apply:os.mkdir [{CREATED}]}}",
-        r"cannot be read: [\s\S]*constructor[\s\S]*mine",
-    ),
-    (
-        "train",
-        f"hydra: {{callbacks: {{x: {{_target_: os.mkdir, path: {CREATED}}}}}}}",
-        r"callbacks\.x\._target_=os\.mkdir",
-    ),
+    ("train", f"inner: {{lr: !!python/object/apply:os.mkdir [{CREATED}]}}",
+     r"cannot be read: [\s\S]*constructor[\s\S]*mine"),
+    ("train", f"hydra: {{callbacks: {{x: {{_target_: os.mkdir, path: {CREATED}}}}}}}",
+     r"callbacks\.x\._target_=os\.mkdir"),
     (
         "train",
         f"hydra: {{hydra_logging: {{version: 1, root: {{}}, filters: {{x: {{(): os.mkdir, path: {CREATED}}}}}}}}}",
         r"hydra_logging\.filters\.x\.\(\)=os\.mkdir: .*Remove it",
     ),
-    (
-        "train",
-        f"hydra: {{job_logging: {{handlers: {{file: {{filename: {CREATED}}}}}}}}}",
-        rf"filename={CREATED}: must be",
-    ),
+    ("train", f"hydra: {{job_logging: {{handlers: {{file: {{filename: {CREATED}}}}}}}}}",
+     rf"filename={CREATED}: must be"),
     ("compare", "hydra: {job: {env_set: {PYTHONPATH: .}}}", r"env_set\.PYTHONPATH=\.: .*Set them in the shell"),
     ("train", "hydra: {launcher: {_target_: os.mkdir}}", r"hydra\.launcher\._target_=os\.mkdir: .*Remove it"),
 ]
+# fmt: on
 
 
 @pytest.mark.fault(

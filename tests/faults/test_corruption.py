@@ -32,7 +32,6 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def finished_run(uninterrupted_run: Path, tmp_path: Path) -> Path:
-    """Copy the uninterrupted run."""
     return Path(shutil.copytree(uninterrupted_run, tmp_path / RUN))
 
 

@@ -22,7 +22,6 @@ ENDS_IN_S = 60.0
 
 
 def torchrun(processes: int, folder: Path, *more: str) -> subprocess.Popen[str]:
-    """Start the small training with several processes."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("METALEARN_DATA", None)
@@ -39,7 +38,6 @@ def torchrun(processes: int, folder: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def train_with(processes: int, folder: Path, *more: str) -> Path:
-    """Train to the end with several processes; return the run's folder."""
     status = torchrun(processes, folder, *more).wait(120)
     assert status == 0, (folder / "output.txt").read_text()
     return folder / RUN
@@ -47,7 +45,6 @@ def train_with(processes: int, folder: Path, *more: str) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train by two processes without a fault."""
     return train_with(2, tmp_path_factory.mktemp("uninterrupted by two"))
 
 

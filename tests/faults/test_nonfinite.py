@@ -43,8 +43,6 @@ def with_nonfinite_gradient(forward: Forward, *, infinite: bool) -> Forward:
 
 
 def inject(kind: str, value: float, patch: pytest.MonkeyPatch) -> None:
-    """Give one task of one meta-step a number that is not finite."""
-
     def build_changed(config: TrainConfig) -> Experiment:
         experiment = build_experiment(config)
         forward = with_nonfinite_gradient(experiment.forward, infinite=math.isinf(value))
@@ -62,7 +60,6 @@ def inject(kind: str, value: float, patch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, *more: str) -> None:
-    """Train in this process."""
     training.train(to_dataclass(compose("train", [*SMALL, *more]), TrainConfig), folder)
 
 

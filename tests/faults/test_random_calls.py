@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from metalearn import Episodes, Forward, InnerLoop, Params, adapt, functionalize, meta_gradient, predict
-from tests.faults.cases import cases, check_random_cases
-from tests.faults.errors import assert_raised_by_metalearn
+from tests.faults.cases import assert_raised_by_metalearn, cases, check_random_cases
 
 TASKS, WAYS, FEATURES = 3, 3, 4
 FIELDS = ("support_x", "support_y", "query_x", "query_y")
@@ -165,7 +164,6 @@ def calls() -> st.SearchStrategy[Case]:
 
 
 def build(case: Case) -> tuple[Forward, Any, dict[str, Any]]:
-    """Build the model, parameters and tensors with the changes of the case."""
     torch.manual_seed(case.seed)
     forward, params = MODELS[case.model]()
     theta: Any = {name: p.double() for name, p in params.items()}
@@ -229,7 +227,6 @@ def check_call(case: Case) -> None:
 
 
 def call_metalearn(case: Case, forward: Forward, theta: Any, tensors: dict[str, Any]) -> Params:
-    """Return the results as one dictionary."""
     inner, loss = InnerLoop(**case.settings), LOSSES[case.loss]
     support = tensors["support_x"], tensors["support_y"]
     if case.call == "adapt":

@@ -20,12 +20,8 @@ from metalearn.config.schema import TrainConfig, iter_fields
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
 from metalearn.data import metadata as catalog
+from tests.commands.process import words
 from tests.faults.cases import cases, check_random_cases
-
-
-def words(text: str) -> list[str]:
-    return text.split()
-
 
 KEYS = words("""
 task task.ways task.shots task.queries inner inner.lr inner.steps inner.second_order inner.engine inner.task_chunk
@@ -53,37 +49,18 @@ ODD_FORMS = words("""
 +{k}@_global_={v} {k}='{v}'
 """)
 HEADS = ["# @package _global_\n"] * 9 + ["", "# @package inner\n", "# @package\n", "# @package a b\n"]
+# fmt: off
 FILES = [
-    "inner: {lr: 1",
-    "inner:\n\tlr: 1\n",
-    "inner: &a {lr: 1, x: *a}\n",
-    "inner: !!python/object:os.system {}\n",
-    "inner: !mine {lr: 1}\n",
-    "inner: {lr: 1, lr: 2}\n",
-    "inner: {[1]: 2}\n",
-    "inner: {1: 2, null: 3, true: 4}\n",
-    "? {a: 1}\n: 2\n",
-    "inner:\n  <<: {lr: 1}\n",
-    "--- {}\n--- {}\n",
-    "defaults: 3\n",
-    "defaults: [nope]\n",
-    "defaults: [mine]\n",
-    "defaults:\n  - override /model: nope\n",
-    "defaults:\n  - override /nope: mlp\n",
-    "defaults:\n  - {a: b, c: d}\n",
-    "defaults:\n  - override /model: [mlp, conv4]\n",
-    "defaults:\n  - /model: mlp\n",
-    "inner: null\n",
-    "inner: ${task}\n",
-    "task: ${task}\n",
-    "task: {ways: '${task.ways}'}\n",
-    "task: {ways: '${task.shots}', shots: '${task.ways}'}\n",
-    "hydra: {run: {dir: 3}}\n",
-    "hydra: {nope: 3}\n",
-    "hydra: null\n",
-    "model: {name: mlp}\n",
-    "data: glyphs\n",
+    "inner: {lr: 1", "inner:\n\tlr: 1\n", "inner: &a {lr: 1, x: *a}\n", "inner: !!python/object:os.system {}\n",
+    "inner: !mine {lr: 1}\n", "inner: {lr: 1, lr: 2}\n", "inner: {[1]: 2}\n", "inner: {1: 2, null: 3, true: 4}\n",
+    "? {a: 1}\n: 2\n", "inner:\n  <<: {lr: 1}\n", "--- {}\n--- {}\n", "defaults: 3\n", "defaults: [nope]\n",
+    "defaults: [mine]\n", "defaults:\n  - override /model: nope\n", "defaults:\n  - override /nope: mlp\n",
+    "defaults:\n  - {a: b, c: d}\n", "defaults:\n  - override /model: [mlp, conv4]\n", "defaults:\n  - /model: mlp\n",
+    "inner: null\n", "inner: ${task}\n", "task: ${task}\n", "task: {ways: '${task.ways}'}\n",
+    "task: {ways: '${task.shots}', shots: '${task.ways}'}\n", "hydra: {run: {dir: 3}}\n", "hydra: {nope: 3}\n",
+    "hydra: null\n", "model: {name: mlp}\n", "data: glyphs\n",
 ]
+# fmt: on
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A folder of drawings with random damage: the images of the intact one, or a ``DataError`` that names the folder."""
+"""Damaged Omniglot: archives and half an unpacking, and folders of drawings with random damage."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import struct
+import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +19,86 @@ from PIL import Image
 
 from metalearn.core.errors import DataError
 from metalearn.data import omniglot
-from tests.data.conftest import make_root, stand_in
+from tests.data.conftest import PARTS, make_root, pack, publish, stand_in
 from tests.faults.cases import cases, check_random_cases
+
+
+def archive_in(root: Path) -> Path:
+    return root / "omniglot-py" / "images_evaluation.zip"
+
+
+def flip_bit_of_archive(root: Path) -> str:
+    """Flip a bit after the digests were published."""
+    archive = archive_in(root)
+    flip_bit(archive, 8 * (archive.stat().st_size // 2))
+    return r"images_evaluation\.zip is damaged: its MD5 is not the published .*Remove it and run again"
+
+
+def cut(root: Path) -> str:
+    archive = archive_in(root)
+    archive.write_bytes(archive.read_bytes()[:-200])
+    return r"images_evaluation\.zip is damaged: its MD5 is not the published .*Remove it and run again"
+
+
+def add_member_outside(root: Path) -> str:
+    with zipfile.ZipFile(archive_in(root), "a") as opened:
+        opened.writestr("images_evaluation/../../../outside.png", b"here")
+    return r"images_evaluation\.zip is not unpacked: its member '\S*\.\./outside\.png'.*Remove the archive"
+
+
+def unpack_half(root: Path) -> str:
+    """Leave the folder of a killed extraction, and half of a copy."""
+    base = root / "omniglot-py"
+    with zipfile.ZipFile(archive_in(root)) as opened:
+        half = [name for name in opened.namelist() if name.startswith("images_evaluation/C")]
+        opened.extractall(base / ".unpacking-killed", half)
+        opened.extractall(base, half)
+    return r"omniglot-py is incomplete: images_evaluation holds 1 characters and not 2.*Remove that folder"
+
+
+def drop_class(root: Path) -> str:
+    with zipfile.ZipFile(archive_in(root)) as opened:
+        kept = {name: opened.read(name) for name in opened.namelist() if not name.startswith("images_evaluation/D")}
+    with zipfile.ZipFile(archive_in(root), "w") as opened:
+        for name, content in kept.items():
+            opened.writestr(name, content)
+    return r"omniglot-py is incomplete: images_evaluation holds 1 characters and not 2.*Remove that folder"
+
+
+DAMAGES = [flip_bit_of_archive, cut, add_member_outside, unpack_half, drop_class]
+
+
+@pytest.mark.fault(
+    "Omniglot archive corrupt, cut, with `../` members, half-extracted, one class short",
+    "detected, repaired or refused",
+)
+@pytest.mark.parametrize("damage", cases(DAMAGES, quick=range(5)))
+def test_damaged_archive(damage: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = tmp_path / "inside"
+    root = make_root(inside / "root")
+    stand_in(monkeypatch, inside / "cache")
+    images = omniglot.load_characters(str(root)).images
+    pack(root)
+    publish(root, monkeypatch)
+    intact = {part: (root / "omniglot-py" / f"{part}.zip").read_bytes() for part in PARTS}
+    message = damage(root)
+    if damage not in (flip_bit_of_archive, cut):  # the others are as they were published
+        publish(root, monkeypatch)
+    with pytest.raises(DataError, match=message) as raised:
+        omniglot.load_characters(str(root))
+    assert str(root) in str(raised.value), "the message says where"
+    assert [p.name for p in tmp_path.iterdir()] == ["inside"], "something was written outside"
+    assert not list(inside.rglob("outside*")), "something was written outside"
+    assert {p.name for p in (root / "omniglot-py").glob(".unpacking-*")} <= {".unpacking-killed"}
+
+    # The remedy of the messages: remove the folder, and copy the archives again.
+    shutil.rmtree(root / "omniglot-py")
+    (root / "omniglot-py").mkdir()
+    for part, content in intact.items():
+        (root / "omniglot-py" / f"{part}.zip").write_bytes(content)
+    publish(root, monkeypatch)
+    assert torch.equal(omniglot.load_characters(str(root)).images, images)
+
 
 Damage = Callable[[Path, int], object]
 """``damage(path, n)`` damages one path in a way that depends on the number."""
@@ -92,18 +171,8 @@ def copy(path: Path, n: int) -> None:
     shutil.copytree(path, target) if path.is_dir() else shutil.copy2(path, target)
 
 
-NAMES = [
-    "0000_21.png",
-    "0000_01.PNG",
-    "9999_01.png",
-    "c9",
-    ".hidden",
-    "x.txt",
-    "Ä 日本",
-    "a\nb",
-    "\udcff.png",
-    "n" * 250,
-]
+NAMES = ["0000_21.png", "0000_01.PNG", "9999_01.png", "c9", ".hidden", "x.txt", "Ä 日本", "a\nb", "\udcff.png"]
+NAMES.append("n" * 250)
 OF_FILES: dict[str, Damage] = {
     "flipped": flip_bit,
     "shortened": lambda file, n: file.write_bytes(file.read_bytes()[: n % 200]),
@@ -157,7 +226,6 @@ class Case:
 
 
 def damaged_folders() -> st.SearchStrategy[Case]:
-    """Draw one to three damages."""
     number = st.integers(0, 10**6)
     of_files = st.tuples(st.sampled_from([*OF_FILES, *OF_BOTH]), st.sampled_from(FILES), number)
     of_folders = st.tuples(st.sampled_from([*OF_FOLDERS, *OF_BOTH]), st.sampled_from(FOLDERS), number)

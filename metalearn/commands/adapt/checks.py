@@ -20,7 +20,7 @@ def check_adapt(config: AdaptConfig) -> None:
         ConfigError: listing every invalid key, or if the run is a regression.
         DataError: if a folder's layout is invalid, naming the class or the file.
     """
-    errors = run_dir_errors(config.run.dir) + _combination_errors(config) + _path_errors(config)
+    errors = run_dir_errors(config.run.dir) + _key_errors(config)
     if errors:
         raise ConfigError("\n".join(errors))
     trained = load_run_config(Path(config.run.dir) / "config.yaml")
@@ -47,11 +47,7 @@ def check_adapt(config: AdaptConfig) -> None:
 
 
 def check_known_classes(query: Sequence[str], known: Sequence[str], folder: str) -> None:
-    """Check that every class of the query folder was adapted to.
-
-    Raises:
-        DataError: naming the classes that were not.
-    """
+    """Raise ``DataError``, naming the classes, if the query folder has classes that were not adapted to."""
     if unknown := [name for name in query if name not in known]:
         raise DataError(
             f"query={folder} holds classes that are not among the {len(known)} of the support set: "
@@ -61,27 +57,22 @@ def check_known_classes(query: Sequence[str], known: Sequence[str], folder: str)
         )
 
 
-def _combination_errors(config: AdaptConfig) -> list[str]:
-    errors = []
-    if config.support is None and config.weights is None:
-        errors.append("support is required: a folder with one folder a class (or weights=FILE, saved before)")
-    if config.weights is None:
-        return errors
-    if config.support is not None:
-        errors.append(f"weights={config.weights} with support={config.support}: give one; weights are adapted already")
-    if config.steps is not None:
-        errors.append(f"steps={config.steps} with weights={config.weights}: no steps are taken; leave one out")
-    if config.query is None:
-        errors.append(f"weights={config.weights} without query: there is nothing to do; give query=DIR")
-    return errors
-
-
-def _path_errors(config: AdaptConfig) -> list[str]:
-    errors = []
-    if config.weights is not None and not Path(config.weights).expanduser().is_file():
-        errors.append(f"weights={config.weights}: there is no such file")
-    if config.save is not None and Path(config.save).expanduser().exists():
-        errors.append(f"save={config.save}: this exists, and is not overwritten; remove it, or choose another name")
+def _key_errors(config: AdaptConfig) -> list[str]:
+    support, weights, steps, save = config.support, config.weights, config.steps, config.save
+    if support is None and weights is None:
+        errors = ["support is required: a folder with one folder a class (or weights=FILE, saved before)"]
+    elif weights is None:
+        errors = []
+    else:
+        checks = (
+            (support is not None, f" with support={support}: give one; weights are adapted already"),
+            (steps is not None, f" with steps={steps}: no steps are taken; leave one out"),
+            (config.query is None, " without query: there is nothing to do; give query=DIR"),
+            (not Path(weights).expanduser().is_file(), ": there is no such file"),
+        )
+        errors = [f"weights={weights}{message}" for is_wrong, message in checks if is_wrong]
+    if save is not None and Path(save).expanduser().exists():
+        errors.append(f"save={save}: this exists, and is not overwritten; remove it, or choose another name")
     return errors
 
 

@@ -8,13 +8,13 @@ from rich.markup import escape
 from torch import Tensor
 
 from metalearn.commands.adapt.checks import check_known_classes
-from metalearn.commands.adapt.picture import write_picture
 from metalearn.commands.adapt.predictions import (
     Predictions,
     format_accuracy,
     print_predictions,
     printable_name,
     write_csv,
+    write_picture,
 )
 from metalearn.config.commands_schema import AdaptConfig
 from metalearn.config.run_folder import check_no_run_in
@@ -31,14 +31,10 @@ WEIGHTS, TABLE, PICTURE = "adapted.safetensors", "predictions.csv", "predictions
 def run_adapt(config: AdaptConfig, output_dir: Path) -> None:
     """Adapt a run to the support folder, or load adapted weights, and predict the query folder.
 
-    Args:
-        config: a checked configuration.
-        output_dir: for ``adapted.safetensors``, ``predictions.csv`` and ``predictions.png``.
-
     Raises:
         DataError: if images cannot be read, or a class of the queries was not adapted to.
         RunError: if checkpoint or weights cannot be loaded, or the algorithm does not support that many classes.
-        RunExistsError: if the folder holds such files already.
+        RunExistsError: if the output folder holds such files already.
     """
     check_no_run_in(output_dir, (WEIGHTS, TABLE, PICTURE))
     learner = load(config.run.dir, config.run.device)

@@ -1,8 +1,4 @@
-"""Measure peak memory and time of every engine against the number of inner steps, on random images.
-
-Exact second order is measured on all tasks at once, in chunks of four, and one task at a time; first order on all tasks
-at once and one task at a time.
-"""
+"""Measure peak memory and time of every engine against the number of inner steps, on random images."""
 
 from __future__ import annotations
 
@@ -15,13 +11,12 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
-from metalearn.commands.benchmark.engine_settings import ENGINE_SETTINGS, EngineBenchmark, EngineCost
 from metalearn.commands.benchmark.measure import random_episodes
-from metalearn.commands.benchmark.report import plot_memory, print_engine_costs, write_json
+from metalearn.commands.benchmark.report import Report, plot_memory, print_engine_costs
+from metalearn.commands.benchmark.settings import ENGINE_SETTINGS, EngineBenchmark, EngineCost, selected
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core.errors import RunError
 from metalearn.core.functional import functionalize, relative_error
-from metalearn.core.profiling.hardware import configure_malloc, describe_hardware
 from metalearn.core.profiling.memory import MIB, MemoryLimitError, peak_bytes
 from metalearn.core.profiling.timing import quartiles, ratios, time_interleaved
 from metalearn.core.types import Episodes, Params
@@ -29,8 +24,7 @@ from metalearn.inner import InnerLoop
 from metalearn.metagrad import meta_gradient
 from metalearn.models import Conv4
 from metalearn.training.auto_engine import MetaStepProblem
-from metalearn.training.experiment import resolve_device
-from metalearn.training.tracking.console import print_path, progress_bar
+from metalearn.training.tracking.console import progress_bar
 
 _CHUNK = 4
 _ONE = 1
@@ -58,39 +52,26 @@ def run_engine_table(config: BenchmarkConfig, output_dir: Path) -> None:
         RunError: if two engines disagree.
         ConfigError: if the device does not exist.
     """
-    configure_malloc()
-    device = resolve_device(config.run.device)
     limit_mib, rounds = config.bench.memory_limit_mib, config.bench.repeats
-    report = {"machine": describe_hardware(device), "limit_mib": limit_mib, "rounds": rounds}
-    measured: dict[str, object] = {}
-    path = output_dir / "benchmark.json"
+    report = Report(config, output_dir, "settings", limit_mib=limit_mib, rounds=rounds)
     with progress_bar() as progress:
-        for setting in ENGINE_SETTINGS:
-            if config.bench.setting not in ("all", setting.name):
-                continue
+        for setting in selected(config, ENGINE_SETTINGS):
             torch.manual_seed(config.run.seed)
-            forward, theta = functionalize(Conv4(setting.ways, width=setting.width).to(device))
-            problem = MetaStepProblem(forward, theta, random_episodes(setting, device))
+            forward, theta = functionalize(Conv4(setting.ways, width=setting.width).to(report.device))
+            problem = MetaStepProblem(forward, theta, random_episodes(setting, report.device))
             plan = MeasurementPlan(setting.name, setting.steps, setting.timed, rounds, int(limit_mib * MIB))
-            rows = measure(problem, functools.partial(variants, setting), plan, progress)
-            measured[setting.name] = {**asdict(setting), "rows": [asdict(row) for row in rows]}
-            write_json(path, {**report, "settings": measured})
-            plot_memory(setting.title, rows, limit_mib).savefig(output_dir / f"memory-{setting.name}.png", dpi=130)
-            print_engine_costs(setting, rows, limit_mib)
-    print_path("Written to", path)
+            with report.record(setting.name, asdict(setting)) as entry:
+                rows = measure(problem, functools.partial(variants, setting), plan, progress)
+                entry["rows"] = [asdict(row) for row in rows]
+                plot = plot_memory(setting.title, rows, limit_mib)
+                plot.savefig(output_dir / f"memory-{setting.name}.png", dpi=130)
+                print_engine_costs(setting, rows, limit_mib)
+    report.close()
 
 
 @dataclass(frozen=True)
 class MeasurementPlan:
-    """Numbers of inner steps to measure, and limits of the measurement.
-
-    Args:
-        name: label of the progress bar.
-        steps: numbers K of inner steps.
-        timed: those at which time is measured as well.
-        rounds: repetitions of each timing.
-        limit: bytes at which a measurement of memory is stopped.
-    """
+    """Numbers K of inner steps (``timed``: those whose time is measured too), and the memory limit in bytes."""
 
     name: str
     steps: Sequence[int]
@@ -102,11 +83,7 @@ class MeasurementPlan:
 def measure(
     problem: MetaStepProblem, inners_at: Callable[[int], Iterable[InnerLoop]], plan: MeasurementPlan, progress: Progress
 ) -> list[EngineCost]:
-    """Return the cost of each inner loop at each K; the engines are compared with one another before they are timed.
-
-    Raises:
-        RunError: if two engines disagree.
-    """
+    """Return the cost of each inner loop at each K; raise ``RunError`` before timing if two engines disagree."""
     rows: list[EngineCost] = []
     bar = progress.add_task(plan.name, total=len(plan.steps), note="")
     for done, steps in enumerate(plan.steps):
@@ -135,11 +112,7 @@ def _peak_mib(problem: MetaStepProblem, inner: InnerLoop, limit: int) -> float |
 
 
 def check_engines_equal(problem: MetaStepProblem, inners: list[InnerLoop]) -> None:
-    """Check that the engines compute the same gradient, in float64, on two tasks and in chunks of one.
-
-    Raises:
-        RunError: naming the engine that differs.
-    """
+    """Raise ``RunError`` unless engines compute equal gradients in float64, on two tasks, in chunks of one."""
     few = problem.episodes.split(_TASKS_COMPARED)[0]
     episodes = Episodes(few.support_x.double(), few.support_y, few.query_x.double(), few.query_y)
     theta = {name: p.double() for name, p in problem.params.items()}

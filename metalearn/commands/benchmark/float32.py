@@ -19,9 +19,9 @@ from rich.progress import Progress
 from torch import nn
 
 from metalearn.commands.benchmark.methods import BY_HAND, build_methods, order_name
-from metalearn.commands.benchmark.report import write_json
-from metalearn.commands.benchmark.settings import FLOAT32_SETTINGS, MetaStepSpec
+from metalearn.commands.benchmark.settings import FLOAT32_SETTINGS, MetaStepSpec, pivot, selected
 from metalearn.config.commands_schema import BenchmarkConfig
+from metalearn.core import serialization as files
 from metalearn.core.functional import relative_error
 from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.data.sampler import TaskShape
@@ -39,18 +39,11 @@ _NETWORKS = [(pool, biases) for pool in ("stride", "max") for biases in (False, 
 
 @dataclass(frozen=True)
 class Float32Error:
-    """Distances of one method; the fields are the keys of a row of ``benchmark.json``.
+    """Distances of one method, over seeds; the fields are the keys of a row of ``benchmark.json``.
 
     Args:
-        setting: name of the setting.
-        pool: of conv4.
-        biases: whether the convolutions have biases.
-        second_order: the order of the meta-gradient.
-        who: library and engine.
-        median: over seeds.
         times_plain: the median divided by that of the hand-written loop.
         far: number of seeds with a distance above 1e-3.
-        distances: of each seed.
     """
 
     setting: str
@@ -74,7 +67,7 @@ def run_float32_table(config: BenchmarkConfig, output_dir: Path) -> None:
     device = resolve_device(config.run.device)
     splits = load_data(config).to(device)
     seeds = range(config.run.seed, config.run.seed + config.bench.repeats)
-    settings = [s for s in FLOAT32_SETTINGS if config.bench.setting in ("all", s.name)]
+    settings = selected(config, FLOAT32_SETTINGS)
     report = {
         "command": f"python scripts/benchmark.py bench.kind=float32 bench.setting={config.bench.setting} "
         f"bench.repeats={config.bench.repeats} data={config.data.name}",
@@ -89,7 +82,7 @@ def run_float32_table(config: BenchmarkConfig, output_dir: Path) -> None:
             errors = measure_setting(setting, splits, seeds, progress)
             rows += errors
             content = {**report, "settings": [asdict(s) for s in settings], "rows": [asdict(row) for row in rows]}
-            write_json(path, content)
+            files.atomic_write_json(path, content)
             print_errors(setting, errors)
     print_path("Written to", path)
 
@@ -110,9 +103,8 @@ def measure_setting(
             median = statistics.median(found)
             ratio = median / statistics.median(distances[second_order, BY_HAND])
             far = sum(not distance <= _FAR for distance in found)
-            errors.append(
-                Float32Error(setting.name, pool, biases, second_order, label, median, ratio, far, tuple(found))
-            )
+            row = setting.name, pool, biases, second_order, label
+            errors.append(Float32Error(*row, median, ratio, far, tuple(found)))
     return errors
 
 
@@ -145,16 +137,11 @@ def add_biases(module: Conv4) -> None:
 
 def print_errors(setting: MetaStepSpec, errors: Sequence[Float32Error]) -> None:
     """Print a row for each network and order, a column for each method."""
-    labels = list(dict.fromkeys(row.who for row in errors))
-    cells: dict[str, dict[str, str]] = {}
+    cells = {}
     for row in errors:
-        biases = ", biases" if row.biases else ""
-        name = f"{row.pool}{biases}, {order_name(row.second_order)}"
-        cells.setdefault(name, {})[row.who] = f"{row.median:.1e} ({row.times_plain:.2f}; {row.far})"
+        name = f"{row.pool}{', biases' if row.biases else ''}, {order_name(row.second_order)}"
+        cells[name, row.who] = f"{row.median:.1e} ({row.times_plain:.2f}; {row.far})"
     seeds = len(errors[0].distances)
-    print_table(
-        f"{setting.ways}-way {setting.shots}-shot, K={setting.steps}: |g32 - g64| / |g64|, median of {seeds} seeds\n"
-        f"(relative to the {BY_HAND}; seeds above {_FAR:.0e})",
-        ["", *labels],
-        [[name, *(by_label.get(label, "") for label in labels)] for name, by_label in cells.items()],
-    )
+    title = f"{setting.ways}-way {setting.shots}-shot, K={setting.steps}: |g32 - g64| / |g64|, median of {seeds} seeds"
+    header, *table = pivot(cells)
+    print_table(f"{title}\n(relative to the {BY_HAND}; seeds above {_FAR:.0e})", header, table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 
-from metalearn.commands.benchmark.engine_settings import TaskSpec
 from metalearn.commands.benchmark.methods import OURS, Method
-from metalearn.commands.benchmark.settings import MetaStepSpec
+from metalearn.commands.benchmark.settings import MetaStepSpec, TaskSpec
 from metalearn.core.functional import expand_over_tasks, functionalize
 from metalearn.core.profiling.flops import StepFlops
 from metalearn.core.profiling.memory import MIB, peak_bytes
@@ -32,13 +32,7 @@ _TIMED_COMPONENTS = (DATA, FORWARD, OPTIMISER)  # measured directly
 
 @dataclass(frozen=True, eq=False)
 class MetaStep:
-    """A meta-step to be timed.
-
-    Args:
-        module: at its initial parameters.
-        episodes: one batch of T tasks, on the device.
-        inner: the inner loop; methods replace its order and engine.
-    """
+    """A module at its initial parameters, T tasks, and the inner loop, whose order and engine methods replace."""
 
     module: nn.Module
     episodes: Episodes
@@ -71,18 +65,10 @@ def random_episodes(setting: TaskSpec, device: torch.device) -> Episodes:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """A method's cost of one meta-gradient.
+    """A method's cost of one meta-gradient: medians and quartiles over rounds.
 
     Args:
-        library: of ``Method``.
-        engine: of ``Method``.
-        second_order: the order of the meta-gradient.
-        median_ms: median time over rounds.
-        quartiles_ms: lower and upper quartile over rounds.
-        steps_per_s: meta-gradients a second, at the median.
         speed: median over rounds of the baseline's time in the same order divided by this method's.
-        speed_quartiles: quartiles of the same ratio.
-        peak_mib: peak memory.
         gflops: 1e9 FLOPs a second at the median, counting only FLOPs that the meta-gradient needs.
         percent_of_peak: rate as a percentage of this machine's rate of matrix products.
     """
@@ -142,15 +128,9 @@ def compute_results(
     against: str,
     matrix_product_peak: float,
 ) -> list[BenchmarkResult]:
-    """Compute rates and ratios from the measurements.
+    """Compute rates and ratios from the methods' times, their memory (MiB) and the FLOPs of one meta-gradient.
 
-    Args:
-        methods: all methods.
-        measured: their times.
-        peaks: their memory, MiB.
-        flops: FLOPs that one meta-gradient needs.
-        against: the library whose speed is 1, in either order.
-        matrix_product_peak: FLOP/s.
+    The library ``against`` has speed 1 in either order; ``matrix_product_peak`` is in FLOP/s.
     """
     baseline_times = {m.second_order: measured[m.name] for m in methods if m.library == against}
     rows = []
@@ -179,10 +159,7 @@ def compute_results(
 def step_components(step: MetaStep, sampler: TaskSampler, lr: float) -> dict[str, Callable[[], object]]:
     """Return the components of a training's meta-step that can be timed alone: data, forward passes and optimiser.
 
-    Args:
-        step: its forward passes are K on the support sets and one on the query sets, of all tasks, without a graph.
-        sampler: draws its next batch at each call.
-        lr: learning rate of Adam.
+    The forward passes are K on the support sets and one on the query sets, of all tasks, without a graph.
     """
     forward, theta = functionalize(step.module)
     tasks, episodes = step.episodes.tasks, step.episodes
@@ -213,13 +190,8 @@ def time_breakdown(methods: Sequence[Method], measured: Times) -> dict[str, Any]
         m.second_order: quartiles(measured[m.name])[1] for m in methods if (m.library, m.engine) == (OURS, "unroll")
     }
     data, forward, optimiser = (quartiles(measured[name])[1] for name in _TIMED_COMPONENTS)
-    taken = {
-        DATA: data,
-        FORWARD: forward,
-        GRADIENT: max(0.0, unroll[False] - forward),
-        SECOND_ORDER: max(0.0, unroll[True] - unroll[False]),
-        OPTIMISER: optimiser,
-    }
+    taken = {DATA: data, FORWARD: forward, OPTIMISER: optimiser}
+    taken |= {GRADIENT: max(0.0, unroll[False] - forward), SECOND_ORDER: max(0.0, unroll[True] - unroll[False])}
     total = sum(taken.values())
     return {
         "ms": {name: 1000 * value for name, value in taken.items()},
@@ -229,17 +201,7 @@ def time_breakdown(methods: Sequence[Method], measured: Times) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class SweepSeries:
-    """A method's cost along a sweep.
-
-    Args:
-        name: name of the method.
-        values: values of the swept field.
-        median_ms: median time of a meta-gradient at each value.
-        quartiles_ms: lower and upper quartile over rounds at each value.
-        peak_mib: peak memory at each value.
-        slope_ms: exponent p of time ~ value^p.
-        slope_mib: exponent p of memory ~ value^p.
-    """
+    """A method's cost at each value of a sweep; slopes are the exponents p of cost ~ value^p."""
 
     name: str
     values: tuple[int, ...]
@@ -253,10 +215,6 @@ class SweepSeries:
 def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
     """Return the exponent p of y = c x^p, by least squares of log y on log x.
 
-    Args:
-        x: at least two different positive numbers.
-        y: the same number of positive numbers.
-
     Raises:
         ValueError: if x or y is invalid.
 
@@ -266,7 +224,4 @@ def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
     """
     if len(set(x)) < 2 or min(*x, *y) <= 0:
         raise ValueError(f"log_log_slope: {x=}, {y=}; give two or more different x, and only positive numbers.")
-    log_x, log_y = [math.log(value) for value in x], [math.log(value) for value in y]
-    mean_x, mean_y = sum(log_x) / len(log_x), sum(log_y) / len(log_y)
-    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(log_x, log_y, strict=True))
-    return covariance / sum((a - mean_x) ** 2 for a in log_x)
+    return statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope

@@ -85,29 +85,19 @@ def baseline(peers: Mapping[str, Peer]) -> str:
 def build_methods(
     inner: InnerLoop, peers: Mapping[str, Peer], *, orders: Iterable[bool] = (True, False)
 ) -> list[Method]:
-    """Return our engines and all peers in each order; in first order our engines are the same, so it has only one.
-
-    Args:
-        inner: the inner loop; its order and engine are replaced.
-        peers: functions by name.
-        orders: ``True`` is second order.
-    """
+    """Return our engines (in first order only one, as they are the same) and all peers, in each order."""
     methods = []
     for second_order in orders:
         for engine in ENGINES if second_order else ("unroll",):
             ours = replace(inner, second_order=second_order, engine=engine)
-            methods.append(Method(OURS, engine, second_order, partial(_our_step, ours)))
+            methods.append(Method(OURS, engine, second_order, partial(_our_step, inner=ours)))
         theirs = replace(inner, second_order=second_order)
-        methods += [Method(name, "", second_order, partial(_peer_step, peer, theirs)) for name, peer in peers.items()]
+        methods += [Method(name, "", second_order, partial(peer, inner=theirs)) for name, peer in peers.items()]
     return methods
 
 
-def _our_step(inner: InnerLoop, module: nn.Module, episodes: Episodes) -> MetaGradient:
+def _our_step(module: nn.Module, episodes: Episodes, inner: InnerLoop) -> MetaGradient:
     return meta_gradient(*functionalize(module), episodes, inner)
-
-
-def _peer_step(peer: Peer, inner: InnerLoop, module: nn.Module, episodes: Episodes) -> MetaGradient:
-    return peer(module, episodes, inner)
 
 
 def check_gradients_equal(
@@ -117,12 +107,8 @@ def check_gradients_equal(
 
     float64 verifies the formulas. In float32 an input of ReLU that lies within rounding of its kink may fall on either
     side of it, and a correct gradient is then off by percents; in most batches no input does. So the median over the
-    batches of each method's distance to its own float64 gradient tells rounding from a wrong kernel.
-
-    Args:
-        methods: each is compared in float64 with the first of its order.
-        module: of any dtype; it is not changed.
-        batches: the tasks of each batch.
+    batches of each method's distance to its own float64 gradient tells rounding from a wrong kernel. Each is compared
+    in float64 with the first of its order; the module, of any dtype, is not changed.
 
     Returns:
         ``float64``: the largest relative difference; ``float32``: the largest median distance.
@@ -155,18 +141,3 @@ def check_gradients_equal(
 def _distance(grads: Params, expected: Params) -> float:
     distance = relative_error(grads, expected)
     return math.inf if math.isnan(distance) else distance  # comparisons with NaN are false
-
-
-def raise_if_failed(failed: Mapping[str, Exception], settings: int) -> None:
-    """Raise at the end of a benchmark if some of its settings failed.
-
-    Args:
-        failed: the exceptions by the setting's name.
-        settings: total number of settings.
-
-    Raises:
-        RunError: if any has failed.
-    """
-    if failed:
-        reasons = "\n".join(f"{name}: {error}" for name, error in failed.items())
-        raise RunError(f"{len(failed)} of {settings} settings could not be timed; the others are written.\n{reasons}")

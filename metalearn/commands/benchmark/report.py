@@ -1,15 +1,14 @@
-"""Tables and plots of the benchmarks."""
+"""The file, tables and plots of the benchmarks."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from metalearn.commands.benchmark.engine_settings import EngineBenchmark, EngineCost
 from metalearn.commands.benchmark.measure import (
     DATA,
     FORWARD,
@@ -19,9 +18,14 @@ from metalearn.commands.benchmark.measure import (
     BenchmarkResult,
     SweepSeries,
 )
-from metalearn.commands.benchmark.methods import order_name
+from metalearn.commands.benchmark.methods import DisagreementError, order_name
+from metalearn.commands.benchmark.settings import EngineBenchmark, EngineCost, pivot
+from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core import serialization as files
-from metalearn.training.tracking.console import print_table
+from metalearn.core.errors import NonFiniteError, RunError
+from metalearn.core.profiling.hardware import configure_malloc, describe_hardware
+from metalearn.training.experiment import resolve_device
+from metalearn.training.tracking.console import print_path, print_table
 from metalearn.training.tracking.plot_style import (
     ENGINE_STYLES,
     GREY,
@@ -33,43 +37,60 @@ from metalearn.training.tracking.plot_style import (
     set_log_axes,
 )
 
-_HEADER = ("median ms", "quartiles", "steps/s", "speed", "peak MiB", "GFLOP/s", "% of peak")
+_COLUMNS = {
+    "": "{0.label}",
+    "median ms": "{0.median_ms:.1f}",
+    "quartiles": "{0.quartiles_ms[0]:.1f} to {0.quartiles_ms[1]:.1f}",
+    "steps/s": "{0.steps_per_s:.2f}",
+    "speed": "{0.speed:.2f}",
+    "peak MiB": "{0.peak_mib:.1f}",
+    "GFLOP/s": "{0.gflops:.1f}",
+    "% of peak": "{0.percent_of_peak:.1f}",
+}
 _CHUNK_STYLES = {None: "-", 4: "--", 1: ":"}
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a report atomically."""
-    files.atomic_write_text(path, json.dumps(content, indent=2) + "\n")
+class Report:
+    """``benchmark.json``, saved after each setting; settings at which methods disagree are reported at the end.
+
+    ``key`` is that of the settings in the file, next to the device's description and ``content``.
+    """
+
+    def __init__(self, config: BenchmarkConfig, output_dir: Path, key: str, **content: Any) -> None:
+        configure_malloc()
+        self.device = resolve_device(config.run.device)
+        self.path, self.settings = output_dir / "benchmark.json", dict[str, Any]()
+        self.content = {"machine": describe_hardware(self.device), **content, key: self.settings}
+        self.failed: dict[str, Exception] = {}
+
+    @contextmanager
+    def record(self, name: str, spec: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Save what the block adds to the entry of a setting, or why the setting could not be measured."""
+        entry = dict(spec)
+        try:
+            yield entry
+        except (DisagreementError, NonFiniteError) as error:
+            self.failed[name] = error
+            entry["failed"] = str(error)
+        self.settings[name] = entry
+        files.atomic_write_json(self.path, self.content)
+
+    def close(self) -> None:
+        """Print where the report is; raise ``RunError`` with the reasons if settings failed."""
+        print_path("Written to", self.path)
+        if self.failed:
+            count = f"{len(self.failed)} of {len(self.settings)} settings could not be timed; the others are written."
+            raise RunError("\n".join([count, *(f"{name}: {error}" for name, error in self.failed.items())]))
 
 
 def print_results(title: str, rows: Sequence[BenchmarkResult], matrix_product_gflops: float, against: str) -> None:
-    """Print a table for each order.
-
-    Args:
-        title: title of the setting.
-        rows: results in both orders.
-        matrix_product_gflops: 100% in the last column.
-        against: the library whose speed is 1.
-    """
+    """Print a table for each order; ``matrix_product_gflops`` is 100% in the last column."""
     for second_order in (True, False):
-        cells = [
-            [
-                row.label,
-                f"{row.median_ms:.1f}",
-                "{:.1f} to {:.1f}".format(*row.quartiles_ms),
-                f"{row.steps_per_s:.2f}",
-                f"{row.speed:.2f}",
-                f"{row.peak_mib:.1f}",
-                f"{row.gflops:.1f}",
-                f"{row.percent_of_peak:.1f}",
-            ]
-            for row in rows
-            if row.second_order == second_order
-        ]
+        cells = [[cell.format(row) for cell in _COLUMNS.values()] for row in rows if row.second_order == second_order]
         print_table(
             f"{title}: one meta-gradient, {order_name(second_order)}.\nspeed: relative to {against} (>1 is faster). "
             f"GFLOP/s: of the FLOPs that the gradient needs. peak: {matrix_product_gflops:.0f} GFLOP/s of torch.mm",
-            ["", *_HEADER],
+            list(_COLUMNS),
             cells,
         )
 
@@ -86,21 +107,16 @@ def print_time_breakdown(shares_of: Mapping[str, Mapping[str, float]]) -> None:
 
 def print_engine_costs(setting: EngineBenchmark, rows: Sequence[EngineCost], limit_mib: float) -> None:
     """Print two tables, engines by K: peak memory, and time divided by that of ``unroll`` on all tasks."""
-    memory: dict[str, dict[int, str]] = {}
-    time: dict[str, dict[int, str]] = {}
+    memory, time = {}, {}
     for row in rows:
-        memory.setdefault(row.name, {})[row.steps] = "over" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+        cell = row.name, f"K={row.steps}"
+        memory[cell] = "over" if row.peak_mib is None else f"{row.peak_mib:.0f}"
         if row.ratio_to_unroll:
-            time.setdefault(row.name, {})[row.steps] = f"{row.ratio_to_unroll:.2f}"
-    for title, cells, columns in (
-        (f"{setting.title}: peak MiB (over: above {limit_mib:g})", memory, setting.steps),
-        ("Time relative to unroll on all tasks", time, setting.timed),
-    ):
-        print_table(
-            title,
-            ["", *(f"K={steps}" for steps in columns)],
-            [[name, *(at.get(steps, "") for steps in columns)] for name, at in cells.items()],
-        )
+            time[cell] = f"{row.ratio_to_unroll:.2f}"
+    title = f"{setting.title}: peak MiB (over: above {limit_mib:g})"
+    for heading, cells in ((title, memory), ("Time relative to unroll on all tasks", time)):
+        header, *table = pivot(cells)
+        print_table(heading, header, table)
 
 
 def print_slopes(lines_of: Mapping[str, list[SweepSeries]]) -> None:
@@ -124,12 +140,7 @@ def print_slopes(lines_of: Mapping[str, list[SweepSeries]]) -> None:
 
 
 def plot_speed(rows_of: Mapping[str, Sequence[BenchmarkResult]], against: str) -> Figure:
-    """Plot bars of speed with whiskers at the quartiles: a panel for each setting, second order above first.
-
-    Args:
-        rows_of: results by the setting's title.
-        against: the library whose speed is 1.
-    """
+    """Plot bars of speed with whiskers at the quartiles: a panel for each setting, second order above first."""
     most = max(len(rows) for rows in rows_of.values())
     figure, panels = new_figure(
         "How many times faster a meta-gradient is", f"than {against}'s on the same tasks", height=2 + 0.33 * most,
@@ -159,14 +170,7 @@ def plot_speed(rows_of: Mapping[str, Sequence[BenchmarkResult]], against: str) -
 
 
 def plot_sweep(axis: str, lines: Sequence[SweepSeries], title: str, note: str) -> Figure:
-    """Plot time and peak memory against the swept field on logarithmic axes, with slopes in the legends.
-
-    Args:
-        axis: label of the swept field.
-        lines: a series for each method.
-        title: title of the figure.
-        note: second line of the title.
-    """
+    """Plot time and peak memory against the swept field on logarithmic axes, with slopes in the legends."""
     figure, (time, memory) = new_figure(title, note, panels=2)
     for position, line in enumerate(lines):
         at = line_style(position)
@@ -184,8 +188,7 @@ def plot_memory(title: str, rows: Sequence[EngineCost], limit_mib: float) -> Fig
     """Plot peak memory against the number of inner steps, a line for every engine and chunk size."""
     figure = Figure(figsize=(9.0, 5.0), layout="constrained")
     axes = figure.add_subplot()
-    names = list(dict.fromkeys(row.name for row in rows))
-    for name in names:
+    for name in dict.fromkeys(row.name for row in rows):
         points = [row for row in rows if row.name == name and row.peak_mib is not None]
         if not points:
             continue

@@ -1,8 +1,4 @@
-"""Time one meta-step of this project and of other libraries on the same weights and tasks.
-
-All methods must give the same meta-gradient; then they take turns. Times are medians over rounds, with quartiles. A
-setting at which the methods disagree is skipped, and the command ends with an error after the others.
-"""
+"""Time one meta-step of this project and of other libraries, in turns, on the same weights and tasks."""
 
 from __future__ import annotations
 
@@ -14,7 +10,6 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from metalearn.commands.benchmark.engine_settings import describe_tasks
 from metalearn.commands.benchmark.measure import (
     BenchmarkResult,
     MetaStep,
@@ -27,41 +22,30 @@ from metalearn.commands.benchmark.measure import (
 from metalearn.commands.benchmark.methods import (
     BATCHES,
     TASKS_COMPARED,
-    DisagreementError,
     available_baselines,
     baseline,
     build_methods,
     check_gradients_equal,
-    raise_if_failed,
 )
-from metalearn.commands.benchmark.report import plot_speed, print_results, print_time_breakdown, write_json
-from metalearn.commands.benchmark.settings import CONFIGURED, LIBRARY_SETTINGS, MetaStepSpec
+from metalearn.commands.benchmark.report import Report, plot_speed, print_results, print_time_breakdown
+from metalearn.commands.benchmark.settings import CONFIGURED, LIBRARY_SETTINGS, MetaStepSpec, describe_tasks, selected
 from metalearn.config.commands_schema import BenchmarkConfig
-from metalearn.core.errors import ConfigError, NonFiniteError
+from metalearn.core.errors import ConfigError
 from metalearn.core.profiling.flops import meta_gradient_flops, peak_matmul_flops
-from metalearn.core.profiling.hardware import configure_malloc, describe_hardware
 from metalearn.data.sampler import TaskSampler, TaskShape
 from metalearn.data.splits import ImageSplits
 from metalearn.inner import InnerLoop
 from metalearn.metagrad.baselines.common import Peer
 from metalearn.models import Conv4
-from metalearn.training.experiment import build_experiment, build_model, load_data, resolve_device
+from metalearn.training.experiment import build_experiment, build_model, load_data
 from metalearn.training.runtime.precision import precision_context
 from metalearn.training.state import seed_all
-from metalearn.training.tracking.console import print_path, progress_bar
+from metalearn.training.tracking.console import progress_bar
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A meta-step to be timed, with its description.
-
-    Args:
-        name: key in ``benchmark.json``.
-        title: title of tables and plots.
-        content: its settings for ``benchmark.json``.
-        step: the meta-step.
-        sampler: of its tasks.
-    """
+    """A meta-step to be timed: its key in ``benchmark.json``, its title, its settings for the file, and its tasks."""
 
     name: str
     title: str
@@ -78,39 +62,23 @@ def run_benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
         ConfigError: if the device does not exist, or the data set has too few classes.
         DataError: if the data set is missing or damaged.
     """
-    configure_malloc()
-    device = resolve_device(config.run.device)
     peers = available_baselines()
     against = baseline(peers)
-    report: dict[str, Any] = {
-        "machine": describe_hardware(device),
-        "dataset": config.data.name,
-        "rounds": config.bench.repeats,
-        "yardstick": against,
-        "settings": {},
-    }
-    path = output_dir / "benchmark.json"
+    facts = {"dataset": config.data.name, "rounds": config.bench.repeats, "yardstick": against}
+    report = Report(config, output_dir, "settings", **facts)
     rows: dict[str, list[BenchmarkResult]] = {}
     shares: dict[str, dict[str, float]] = {}
-    failed: dict[str, Exception] = {}
-    with precision_context("float32", device), progress_bar() as progress:
-        for case in cases(config, device):
-            try:
+    with precision_context("float32", report.device), progress_bar() as progress:
+        for case in cases(config, report.device):
+            with report.record(case.name, case.content) as entry:
                 measured = measure_case(case, peers, config, progress)
-            except (DisagreementError, NonFiniteError) as error:
-                failed[case.name] = error
-                report["settings"][case.name] = {**case.content, "failed": str(error)}
-                write_json(path, report)
-                continue
-            report["settings"][case.name] = {**case.content, **measured, "rows": [asdict(r) for r in measured["rows"]]}
-            write_json(path, report)
-            rows[case.title], shares[case.title] = measured["rows"], measured["parts"]["share"]
-            plot_speed(rows, against).savefig(output_dir / "speed.png", dpi=130)
-            print_results(case.title, measured["rows"], measured["matrix_product_gflops"], against)
+                entry |= {**measured, "rows": [asdict(row) for row in measured["rows"]]}
+                rows[case.title], shares[case.title] = measured["rows"], measured["parts"]["share"]
+                plot_speed(rows, against).savefig(output_dir / "speed.png", dpi=130)
+                print_results(case.title, measured["rows"], measured["matrix_product_gflops"], against)
     if shares:
         print_time_breakdown(shares)
-    print_path("Written to", path)
-    raise_if_failed(failed, settings=len(report["settings"]))
+    report.close()
 
 
 def cases(config: BenchmarkConfig, device: torch.device) -> Iterator[Case]:
@@ -119,9 +87,8 @@ def cases(config: BenchmarkConfig, device: torch.device) -> Iterator[Case]:
         yield _configured_case(config)
         return
     splits = load_data(config).to(device)
-    for setting in LIBRARY_SETTINGS:
-        if config.bench.setting in ("all", setting.name):
-            yield _setting_case(config, setting, splits)
+    for setting in selected(config, LIBRARY_SETTINGS):
+        yield _setting_case(config, setting, splits)
 
 
 def _configured_case(config: BenchmarkConfig) -> Case:
@@ -152,11 +119,7 @@ def _setting_case(config: BenchmarkConfig, setting: MetaStepSpec, splits: ImageS
 
 
 def measure_case(case: Case, peers: dict[str, Peer], config: BenchmarkConfig, progress: Progress) -> dict[str, Any]:
-    """Check that the methods agree, then time them; return the keys of ``benchmark.json``, ``rows`` as objects.
-
-    Raises:
-        DisagreementError: if two methods disagree on the meta-gradient.
-    """
+    """Time methods that agree, or raise ``DisagreementError``; return the keys of ``benchmark.json``."""
     rounds = config.bench.repeats
     bar = progress.add_task(case.name, total=rounds + 1, note="same meta-gradient?")
     methods = build_methods(case.step.inner, peers)

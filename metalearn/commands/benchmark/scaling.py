@@ -57,11 +57,7 @@ LAYOUTS = (ProcessLayout(1, 1), ProcessLayout(1, 2), ProcessLayout(2, 1))
 
 
 def load_config(overrides: Sequence[str]) -> TrainConfig:
-    """Return the configuration of the training that is timed.
-
-    Raises:
-        ConfigError: naming every invalid key.
-    """
+    """Return the configuration of the training that is timed; raise ``ConfigError`` naming invalid keys."""
     keys = {override.partition("=")[0] for override in overrides}
     defaults = [f"{key}={value}" for key, value in _DEFAULTS.items() if key not in keys]
     config = to_dataclass(compose("train", [*defaults, *overrides]), TrainConfig)
@@ -84,7 +80,7 @@ def run_worker(config: TrainConfig, threads: int, steps: int, path: Path) -> Non
             "machine": describe_hardware(experiment.device),
         }
         if ranks.is_main:
-            files.atomic_write_text(path, json.dumps(measured))
+            files.atomic_write_json(path, measured)
 
 
 def _meta_step_s(experiment: Experiment, ranks: DistributedContext, steps: int) -> float:
@@ -126,36 +122,23 @@ def worker_command(layout: ProcessLayout, overrides: Sequence[str], steps: int, 
 def measure_layouts(
     overrides: Sequence[str], folder: Path, *, rounds: int, steps: int
 ) -> dict[ProcessLayout, list[dict[str, Any]]]:
-    """Return what every layout's main process measured in each round; the layouts take turns.
-
-    Raises:
-        RunError: if a process fails, with the end of its output.
-    """
+    """Return what every layout's main process measured in each round; raise ``RunError`` if a process fails."""
     measurements: dict[ProcessLayout, list[dict[str, Any]]] = {layout: [] for layout in LAYOUTS}
+    console = folder / "console.log"
     with ProcessPool() as children:
-        for _ in range(rounds):
-            for layout in LAYOUTS:
-                path = folder / f"{layout.processes}x{layout.threads}.json"
-                status, written = children.run(
-                    worker_command(layout, overrides, steps, path),
-                    folder / "console.log",
-                    threads=layout.threads,
-                    callback=lambda piece: None,
-                )
-                if status:
-                    raise RunError(f"{layout} ended with status {status}: {written.strip()[-_MAX_ERROR_LENGTH:]}")
-                measurements[layout].append(json.loads(path.read_text()))
-                path.unlink()
+        for layout in LAYOUTS * rounds:
+            path = folder / f"{layout.processes}x{layout.threads}.json"
+            command = worker_command(layout, overrides, steps, path)
+            status, written = children.run(command, console, threads=layout.threads, callback=lambda piece: None)
+            if status:
+                raise RunError(f"{layout} ended with status {status}: {written.strip()[-_MAX_ERROR_LENGTH:]}")
+            measurements[layout].append(json.loads(path.read_text()))
+            path.unlink()
     return measurements
 
 
 def summarize(measurements: dict[ProcessLayout, list[dict[str, Any]]], tasks: int) -> dict[str, Any]:
-    """Return the content of ``scaling.json``: medians, and ratios to one process with one thread.
-
-    Args:
-        measurements: measurements of each round by layout.
-        tasks: T, tasks of a meta-step.
-    """
+    """Return the content of ``scaling.json``: medians, and ratios to one process with one thread."""
     seconds = {layout: median(measured["meta_step_s"] for measured in measurements[layout]) for layout in measurements}
     single = seconds[ProcessLayout(1, 1)]
     pair = measurements[ProcessLayout(2, 1)]
@@ -187,13 +170,8 @@ def print_summary(content: dict[str, Any]) -> None:
         f"{content['all_reduce_ms']:.2f} ms ({content['gradient_bytes'] / 1e6:.2f} MB)",
         ["processes", "threads each", "ms a meta-step", "meta-steps/s", "speed-up", "efficiency"],
         [
-            [
-                str(row["processes"]),
-                str(row["threads"]),
-                f"{row['meta_step_ms']:.1f}",
-                *(f"{row[name]:.2f}" for name in ratios),
-            ]
-            for row in content["rows"]
+            [str(r["processes"]), str(r["threads"]), f"{r['meta_step_ms']:.1f}", *(f"{r[name]:.2f}" for name in ratios)]
+            for r in content["rows"]
         ],
     )
 
@@ -226,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise RunError(f"{path} exists already, and is not overwritten; choose another folder.")
         measurements = measure_layouts(args.overrides, args.output_dir, rounds=args.rounds, steps=args.steps)
         content = {"overrides": args.overrides, **summarize(measurements, config.task.meta_batch)}
-        files.atomic_write_text(path, json.dumps(content, indent=2) + "\n")
+        files.atomic_write_json(path, content)
     except MetalearnError as error:
         sys.exit(str(error))
     print_summary(content)

@@ -1,15 +1,95 @@
-"""Settings of each kind of benchmark, and the check of a benchmark's configuration. Imports no torch."""
+"""Settings of each kind of benchmark, the cost of an engine, and the check of a configuration. Imports no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from metalearn.commands.benchmark.engine_settings import ENGINE_SETTINGS, TaskSpec
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import iter_fields
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """Tasks and a network: conv4 with ``width`` filters; ``name`` is also used in file names."""
+
+    name: str
+    ways: int
+    shots: int
+    queries: int
+    tasks: int
+    width: int
+
+    @property
+    def title(self) -> str:
+        """Description for tables and plots."""
+        tasks = describe_tasks(self.ways, self.shots, self.queries, self.tasks)
+        return f"{tasks}, conv4 with {self.width} filters"
+
+
+def describe_tasks(ways: int, shots: int, queries: int, tasks: int) -> str:
+    """Return, for example, ``5-way 1-shot, 15 queries, 16 tasks``."""
+    return f"{ways}-way {shots}-shot, {queries} quer{'y' if queries == 1 else 'ies'}, {tasks} tasks"
+
+
+def pivot(cells: Mapping[tuple[str, Any], str], empty: str = "") -> list[list[str]]:
+    """Return a table of cells by the names of their row and column, with a header; its first cell is empty."""
+    columns = dict.fromkeys(column for _, column in cells)
+    names = dict.fromkeys(name for name, _ in cells)
+    rows = [[name, *(cells.get((name, column), empty) for column in columns)] for name in names]
+    return [["", *map(str, columns)], *rows]
+
+
+@dataclass(frozen=True)
+class EngineBenchmark(TaskSpec):
+    """Tasks, a network, and numbers K of inner steps at which memory and (``timed``) time are measured."""
+
+    steps: tuple[int, ...]
+    timed: tuple[int, ...]
+
+
+ENGINE_SETTINGS = (
+    EngineBenchmark("20way_1shot", 20, 1, 1, 16, 64, (1, 5, 10, 20, 50), (1, 10)),
+    EngineBenchmark("5way_1shot", 5, 1, 15, 16, 64, (1, 5, 10), (1, 10)),
+    EngineBenchmark("5way_5shot", 5, 5, 15, 16, 64, (1, 5, 10), (1, 10)),
+    EngineBenchmark("20way_1shot_wide", 20, 1, 1, 4, 256, (1, 10, 50), (10,)),
+)
+
+
+@dataclass(frozen=True)
+class EngineCost:
+    """Memory and time of one engine at one K.
+
+    Args:
+        task_chunk: tasks in a pass; ``None`` is all.
+        snapshot_every: inner steps between two snapshots of the fast weights.
+        peak_mib: peak memory of one meta-gradient; ``None`` if it exceeded the limit.
+        median_ms: median time over rounds; ``None`` if it was not timed.
+        ratio_to_unroll: median over rounds of the time divided by that of ``unroll`` on all tasks.
+    """
+
+    engine: str
+    second_order: bool
+    task_chunk: int | None
+    snapshot_every: int
+    steps: int
+    peak_mib: float | None
+    median_ms: float | None = None
+    quartiles_ms: tuple[float, float] | None = None
+    ratio_to_unroll: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Label in tables and legends."""
+        words = [self.engine if self.second_order else "first order"]
+        words += [f"{self.task_chunk} task{'s' if self.task_chunk > 1 else ''} at a time"] if self.task_chunk else []
+        words += ["sparse snapshots"] if self.snapshot_every > 1 else []
+        return ", ".join(words)
+
 
 CONFIGURED = "configured"
 """Value of ``bench.setting`` that takes task, inner loop and model from the configuration."""
@@ -17,12 +97,7 @@ CONFIGURED = "configured"
 
 @dataclass(frozen=True)
 class MetaStepSpec(TaskSpec):
-    """Tasks, a network and an inner loop.
-
-    Args:
-        steps: K, the number of inner steps.
-        lr: inner step size.
-    """
+    """Tasks, a network, the number K of inner steps, and the inner step size."""
 
     steps: int
     lr: float
@@ -51,14 +126,7 @@ FLOAT32_SETTINGS = (
 
 @dataclass(frozen=True)
 class Sweep:
-    """Settings that differ in one field.
-
-    Args:
-        name: the field of ``MetaStepSpec`` that differs; also in file names.
-        axis: its label in plots.
-        base: values of the other fields.
-        values: values of that field.
-    """
+    """Settings that differ in the field ``name`` of ``MetaStepSpec``."""
 
     name: str
     axis: str
@@ -67,9 +135,8 @@ class Sweep:
 
     def settings(self) -> list[MetaStepSpec]:
         """Return a setting for each value."""
-        changes: list[dict[str, int]] = [{self.name: value} for value in self.values]
-        names = [f"{self.name}={value}" for value in self.values]
-        return [replace(self.base, name=name, **change) for name, change in zip(names, changes, strict=True)]
+        changes: list[dict[str, Any]] = [{"name": f"{self.name}={v}", self.name: v} for v in self.values]
+        return [replace(self.base, **change) for change in changes]
 
 
 BASE = MetaStepSpec("base", 5, 1, 1, 8, 64, steps=1, lr=0.4)
@@ -88,16 +155,20 @@ SETTINGS_OF = {
 }
 """Values of ``bench.setting`` for each ``bench.kind``."""
 
+Setting = TypeVar("Setting", TaskSpec, MetaStepSpec, EngineBenchmark, Sweep)
+
+
+def selected(config: BenchmarkConfig, settings: Iterable[Setting]) -> list[Setting]:
+    """Return the settings that ``bench.setting`` names."""
+    return [setting for setting in settings if config.bench.setting in ("all", setting.name)]
+
+
 _UNSUPPORTED = ("run.precision", "run.cuda_graph", "run.deterministic")
 _PART_OF_SETTING = ("task.", "inner.", "model.")
 
 
 def check_benchmark(config: BenchmarkConfig) -> None:
-    """Check a benchmark's configuration: its training, its setting, and that no key is ignored.
-
-    Raises:
-        ConfigError: listing every invalid key.
-    """
+    """Raise ``ConfigError`` for an invalid training or setting, and for keys that would be ignored."""
     validate_train_config(config)
     kind, setting = config.bench.kind, config.bench.setting
     if setting not in SETTINGS_OF[kind]:

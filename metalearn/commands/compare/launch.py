@@ -49,11 +49,7 @@ def _num_cores() -> int:
 
 
 def launch(jobs: Sequence[Job], *, at_a_time: int, progress: Progress) -> dict[Path, str]:
-    """Train on this machine, some runs at a time.
-
-    Returns:
-        Why runs failed, by their folder.
-    """
+    """Train on this machine, some runs at a time; return why runs failed, by their folder."""
     threads = max(1, _num_cores() // at_a_time)
     bar = progress.add_task("meta-training", total=sum(job.config.outer.iterations for job in jobs), note="")
     steps = dict.fromkeys([job.folder for job in jobs], 0)
@@ -90,16 +86,7 @@ def launch(jobs: Sequence[Job], *, at_a_time: int, progress: Progress) -> dict[P
 
 
 def launch_with_hydra(jobs: Sequence[Job], launcher: Sequence[str], folder: Path) -> dict[Path, str]:
-    """Train through one of Hydra's launchers, all variants at once.
-
-    Args:
-        jobs: runs to train.
-        launcher: overrides that choose and configure the launcher.
-        folder: of the comparison.
-
-    Returns:
-        Why runs failed, by their folder.
-    """
+    """Train all variants at once by one of Hydra's launchers; return why runs failed, by their folder."""
     by_variant: dict[str, list[Job]] = {}
     for job in jobs:
         by_variant.setdefault(job.variant, []).append(job)

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from metalearn.commands.benchmark.engine_settings import EngineCost
+from metalearn.commands.benchmark.settings import EngineCost
 from metalearn.commands.compare.results import CurvePoint, Results, VariantResult
-from metalearn.commands.compare.summary import format_number
+from metalearn.commands.compare.tables import format_number
 from metalearn.training.tracking.plot_style import (
     ENGINE_STYLES,
     GREY,
@@ -220,11 +220,8 @@ def plot_per_run_cost(results: Results, title: str) -> Figure | None:
     figure, (time, memory) = new_figure(title, results.title, height=1.8 + 0.45 * len(variants), panels=2)
     label_rows(time, [variant.name for variant in variants])
     label_rows(memory, [""] * len(variants))
-    for axes, values in (
-        (time, [variant.meta_step_ms for variant in variants]),
-        (memory, [variant.peak_mib for variant in variants]),
-    ):
-        for row, value in enumerate(values):
+    for axes, name in ((time, "meta_step_ms"), (memory, "peak_mib")):
+        for row, value in enumerate(getattr(variant, name) for variant in variants):
             if value is None:
                 axes.text(0.01, row, "not measured", transform=axes.get_yaxis_transform(), color=GREY, va="center")
             else:

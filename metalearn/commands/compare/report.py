@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
-import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,14 +15,15 @@ import markdown
 import numpy as np
 import rich
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-from metalearn.commands.compare.markdown_report import HTML, render_markdown, render_summary, title
-from metalearn.commands.compare.plots import plots
+from metalearn.commands.compare import tables
+from metalearn.commands.compare.plots import INTERVAL, PLOTS, plots
 from metalearn.commands.compare.results import Results
-from metalearn.commands.compare.summary import headline, missing_runs
-from metalearn.commands.compare.tables import variant_rows
+from metalearn.commands.compare.tables import headline, missing_runs, variant_rows
 from metalearn.commands.compare.variants import Job
 from metalearn.config.output_names import RESULTS_FILE
 from metalearn.config.schema import result_keys
@@ -30,6 +32,84 @@ from metalearn.training.tracking.console import print_line, print_path, print_ta
 from metalearn.training.tracking.event_files import EVENT_FILES
 from metalearn.training.tracking.plot_style import metalearn_style
 from metalearn.training.tracking.tensorboard import EventWriter, Value, experiment_summary
+
+_MAX_NAMES_IN_TITLE = 3
+_RUN_KEYS = ("outer.iterations", "inner.steps", "experiment")  # of which the report speaks as if all runs shared them
+_MEMORY = {
+    "cuda": "as CUDA's allocator counted it",
+    "cpu-tensors": "of live tensors on the CPU within one meta-step",
+}
+_SPECIAL = re.compile(r"([\\`*_\[\]])")
+_ENTITIES = str.maketrans({"|": "&#124;", "~": "&#126;"})  # not all dialects of Markdown let a backslash escape them
+
+
+def escape(text: object) -> Markup:
+    """Return text as one line of Markdown in which nothing is markup; ``Markup`` is returned as it is."""
+    if isinstance(text, Markup):
+        return text
+    printable = "".join(character if character.isprintable() else " " for character in str(text))
+    line = html.escape(" ".join(printable.split()), quote=False)
+    return Markup(_SPECIAL.sub(r"\\\1", line).translate(_ENTITIES))
+
+
+def verbatim(text: str) -> Markup:
+    """Return text for a ``<pre>`` element."""
+    return Markup(html.escape(text.strip(), quote=False))
+
+
+HTML = Environment(
+    loader=PackageLoader("metalearn.commands.compare"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    undefined=StrictUndefined,
+)
+_MARKDOWN = HTML.overlay(finalize=escape)  # every expression in a template is escaped
+_MARKDOWN.filters["verbatim"] = verbatim
+
+
+def title(results: Results) -> str:
+    """Return the report's title as plain text."""
+    names = [variant.name for variant in results.variants]
+    compared = " against ".join(names) if len(names) <= _MAX_NAMES_IN_TITLE else f"{len(names)} variants compared"
+    return f"{results.title}: {compared}"
+
+
+def render_summary(results: Results) -> str:
+    """Return the headline and the table of the variants as Markdown."""
+    template = _MARKDOWN.get_template("summary.md.j2")
+    return template.render(headline=headline(results), variants=tables.variant_rows(results))
+
+
+def render_markdown(results: Results, folder: Path, images: Mapping[str, str]) -> str:
+    """Return the whole report as Markdown; ``images`` holds the path or address of each plot, by name."""
+    overrides = [override for variant in results.variants for override in variant.overrides]
+    cost_machine = {name: str(value) for name, value in results.cost_machine.items() if name in ("cpu", "gpu")}
+    measured_elsewhere = any(str(results.machine.get(name)) != value for name, value in cost_machine.items())
+    template = _MARKDOWN.get_template("report.md.j2")
+    return template.render(
+        title=title(results),
+        results=results,
+        headline=headline(results),
+        runs_differ=any(override.startswith(_RUN_KEYS) for override in overrides),
+        missing={f"{state.capitalize()} runs": missing_runs(results, state) for state in ("failed", "unfinished")},
+        interval=INTERVAL,
+        memory=_MEMORY.get(results.memory_kind, results.memory_kind),
+        tables={
+            "variants": tables.variant_rows(results),
+            "per_step": tables.per_step_rows(results),
+            "differences": tables.difference_rows(results),
+            "memory": tables.memory_rows(results),
+            "time": tables.time_rows(results),
+            "runs": tables.run_rows(results),
+        },
+        other_machine=cost_machine.get("gpu", cost_machine.get("cpu")) if measured_elsewhere else None,
+        images=images,
+        plots=PLOTS,
+        tensorboard=f"tensorboard --logdir {shlex.quote(str(folder))}",
+    )
+
 
 REPORT_RUN = "report"
 """The folder of the report's own event file, a run in TensorBoard."""
@@ -41,15 +121,7 @@ _ONLY_IF_WIDE = ("non-transductive", "training time")
 
 @metalearn_style()
 def write_report(results: Results, folder: Path) -> Path:
-    """Write ``report.md``, ``report.html`` and ``plots/`` over those of an earlier report.
-
-    Args:
-        results: of the comparison.
-        folder: of the comparison, which TensorBoard can be pointed at as well.
-
-    Returns:
-        ``report.html``.
-    """
+    """Write ``report.md``, ``report.html`` and ``plots/`` over those of an earlier report; return ``report.html``."""
     links, embedded = {}, {}
     for name, figure in plots(results).items():
         vector, pixels = io.StringIO(), io.BytesIO()
@@ -78,7 +150,7 @@ def write_results(results: Results, every: Sequence[Job], folder: Path) -> None:
     runs = [result_keys(job.config) for job in every]
     ReportLogger(folder / REPORT_RUN).log_report(render_summary(results), pictures, runs=runs)
     content = {"complete": results.complete, "torch": str(torch.__version__), **asdict(results)}
-    files.atomic_write_text(folder / RESULTS_FILE, json.dumps(content, indent=2) + "\n")
+    files.atomic_write_json(folder / RESULTS_FILE, content)
 
 
 def print_results(results: Results, folder: Path) -> None:
@@ -101,11 +173,7 @@ def print_results(results: Results, folder: Path) -> None:
 
 
 class ReportLogger(EventWriter):
-    """Writes the event file of a comparison's report, over that of an earlier report.
-
-    Args:
-        folder: of the report, next to those of the runs.
-    """
+    """Writes the event file of a comparison's report, over that of an earlier report."""
 
     def __init__(self, folder: Path) -> None:
         for path in folder.glob(EVENT_FILES):
@@ -115,13 +183,7 @@ class ReportLogger(EventWriter):
     def log_report(
         self, markdown: str, images: Mapping[str, NDArray[np.uint8]], *, runs: Sequence[Mapping[str, Value]]
     ) -> None:
-        """Log the report, and the columns of the HParams table.
-
-        Args:
-            markdown: of the report.
-            images: ``[height, width, 3]`` by name.
-            runs: dotted keys of every run's configuration.
-        """
+        """Log the report, images ``[height, width, 3]``, and the columns of the HParams table from runs' keys."""
         self.add_summary(experiment_summary(runs))
         self.log_text("report", markdown)
         for name, image in images.items():

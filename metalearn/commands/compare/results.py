@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from metalearn.commands.benchmark.engine_settings import EngineCost
+from metalearn.commands.benchmark.settings import EngineCost
 from metalearn.training.evaluation import MeanCI
 
 
@@ -24,14 +24,11 @@ class CurvePoint(NamedTuple):
 
 @dataclass(frozen=True)
 class RunResult:
-    """One training.
+    """One training; its metrics are empty unless it is finished.
 
     Args:
-        seed: ``run.seed``.
         folder: relative to the comparison's.
         state: ``finished``, ``failed`` or ``unfinished``.
-        reason: why it failed.
-        metrics: its ``metrics.json``; empty unless it is finished.
     """
 
     seed: int
@@ -55,18 +52,14 @@ class VariantResult:
     """One variant over its finished runs; a metric without data is ``None`` or empty.
 
     Args:
-        name: in folders and legends.
-        overrides: of the shared configuration.
-        runs: every seed, in order.
         accuracy: on test classes, with its 95% interval over seeds and tasks.
         tasks_ci95: half-width over the test tasks only.
         nontransductive: accuracy where each query is predicted without the others.
-        per_step: after 0, 1, ... inner steps.
+        per_step: accuracy after 0, 1, ... inner steps.
         meta_step_ms: median over seeds of each run's median.
         peak_mib: highest of its runs.
         training_s: mean time spent in meta-steps.
         time_to: ``None`` where no seed reached the target.
-        curve: validation accuracy.
         cosine: between the first- and the second-order meta-gradient.
     """
 
@@ -92,16 +85,9 @@ class VariantResult:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first variant's test accuracy minus another's, on the same seeds.
+    """The first variant's test accuracy minus another's, on the seeds that both finished.
 
-    Args:
-        first: name of the first variant.
-        other: name of the variant that is subtracted.
-        accuracy: mean and 95% interval over seeds and tasks.
-        nontransductive: the same where each query is predicted without the others.
-        seeds: those that both variants finished.
-        per_seed: difference of each seed.
-        paired: whether both were tested on the same tasks.
+    Accuracies have 95% intervals over seeds and tasks; ``paired`` tells whether both were tested on the same tasks.
     """
 
     first: str
@@ -120,23 +106,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Results:
-    """A whole comparison.
+    """A whole comparison; title, data set and hardware are those of the configuration that the variants share.
 
     Args:
-        title: data set and task, for people; like all that follows, of the configuration that the variants share.
-        dataset: its name.
-        command: the command line.
-        config: resolved, as YAML.
-        machine: hardware of the runs.
         memory_kind: ``cuda`` or ``cpu-tensors``.
-        iterations: meta-steps of a run.
-        seeds: of every variant.
         target_accuracy: validation accuracy for ``time_to``; ``None`` while no run is finished.
-        inner_steps: K in training.
-        variants: in the order of the configuration.
         differences: first variant minus each other one.
-        cost: memory and time of one meta-gradient against K: first order, and second order by every engine, all
-            tasks at once, measured in turns.
+        cost: of one meta-gradient against K: first order, and second order by every engine, all tasks at once.
         cost_limit_mib: at which a measurement of memory was stopped.
         cost_machine: hardware of that measurement, which may differ from that of the runs.
         runs_at_a_time: number of runs that shared the machine.

@@ -1,7 +1,4 @@
-"""Run a comparison: train the runs that are missing, measure costs, and report everything.
-
-Finished runs are kept, so that the same command resumes an interrupted comparison.
-"""
+"""Run a comparison, or what is missing of it: train, measure costs, and report everything."""
 
 from __future__ import annotations
 
@@ -13,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from metalearn.commands.compare.engine_cost import measure_engine_costs
-from metalearn.commands.compare.gather import collect_results, differences, hardware_of
+from metalearn.commands.compare.gather import collect_results, differences, hardware_of, measure_engine_costs
 from metalearn.commands.compare.launch import launch, launch_with_hydra, runs_at_a_time
 from metalearn.commands.compare.report import print_results, write_results
 from metalearn.commands.compare.results import Results
@@ -52,14 +48,7 @@ log = logging.getLogger(__name__)
 
 
 def run_comparison(config: CompareConfig, folder: Path) -> bool:
-    """Train what is left to train, measure, and report.
-
-    Args:
-        config: checked.
-        folder: of the comparison; it may hold a part of it.
-
-    Returns:
-        Whether every run is finished.
+    """Train what is left to train, measure, and report; return whether every run is finished.
 
     Raises:
         RunError: if the folder holds another comparison or another configuration's run, or another process is at work.
@@ -147,7 +136,7 @@ def mark_incomplete(folder: Path) -> None:
     path = folder / RESULTS_FILE
     if path.exists():
         content = json.loads(path.read_text())
-        files.atomic_write_text(path, json.dumps({**content, "complete": False}, indent=2) + "\n")
+        files.atomic_write_json(path, {**content, "complete": False})
 
 
 def collect(

@@ -21,12 +21,7 @@ from metalearn.training.evaluation import MeanCI
 
 
 def seed_ci(means: Sequence[float], tasks_ci95: Sequence[float]) -> MeanCI:
-    """Return the mean over seeds with its 95% interval.
-
-    Args:
-        means: one per seed.
-        tasks_ci95: half-width of each over its tasks.
-    """
+    """Return the mean over seeds with its 95% interval; ``tasks_ci95`` are each seed's half-widths over its tasks."""
     n = len(means)
     between = float(t.ppf(0.975, n - 1)) * statistics.stdev(means) / math.sqrt(n) if n > 1 else 0.0
     return MeanCI(statistics.fmean(means), max(between, task_ci(tasks_ci95)))
@@ -42,10 +37,7 @@ def difference(
 ) -> tuple[MeanCI, list[float]]:
     """Return the mean of ``first - other`` with its 95% interval, and the difference of every seed.
 
-    Args:
-        first: accuracy of every test task, for every seed.
-        other: the same of another variant.
-        paired: whether both were tested on the same tasks, one by one.
+    Both hold the accuracy of every test task, for every seed; ``paired`` tasks are the same one by one.
     """
     means = [statistics.fmean(a) - statistics.fmean(b) for a, b in zip(first, other, strict=True)]
     halves = []

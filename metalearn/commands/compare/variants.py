@@ -29,13 +29,7 @@ _KEYS_OF_LAUNCHER = ("run.seed", "run.resume")
 
 @dataclass(frozen=True)
 class Variant:
-    """A configuration that is compared with others.
-
-    Args:
-        name: for folders and legends.
-        overrides: as the user wrote them.
-        config: of its training, with the first seed.
-    """
+    """A configuration that is compared with others, for its first seed; overrides are as the user wrote them."""
 
     name: str
     overrides: list[str]
@@ -44,13 +38,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a comparison.
-
-    Args:
-        variant: its name.
-        folder: its output folder.
-        config: its whole configuration.
-    """
+    """One run of a comparison: the variant's name, the output folder, and the whole configuration."""
 
     variant: str
     folder: Path
@@ -75,11 +63,7 @@ def replace_section(config: TrainConfig, section: str, content: Any) -> TrainCon
 
 
 def check_compare(config: CompareConfig) -> None:
-    """Check every variant of a comparison before anything is loaded.
-
-    Raises:
-        ConfigError: naming the variant.
-    """
+    """Raise ``ConfigError`` before anything is loaded if a variant, named in it, cannot be run."""
     validate_train_config(config)
     if isinstance(config.data, SinusoidConfig):
         raise ConfigError("data=sinusoid: a comparison is of accuracies, and regression has none; use other data")
@@ -93,11 +77,7 @@ def check_compare(config: CompareConfig) -> None:
 
 
 def parse_variants(config: CompareConfig) -> list[Variant]:
-    """Return the variants, in the order of the configuration.
-
-    Raises:
-        ConfigError: if one cannot be composed or run, or two have the same name.
-    """
+    """Return the variants in order; raise ``ConfigError`` if one cannot be run, or two have the same name."""
     texts = config.compare.variants
     configs = [_compose_variant(text) for text in texts]
     names = variant_names(texts)

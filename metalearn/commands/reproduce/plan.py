@@ -77,13 +77,11 @@ def experiment_name(ways: int, shots: int, algorithm: str = "maml") -> str:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of the table.
+    """A row of the table: an experiment in one order, with a job for every seed.
 
     Args:
         experiment: a file in ``conf/experiment/``.
-        order: ``second`` or ``first``.
         overrides: as the user wrote them, without the location of the data.
-        jobs: a run for every seed.
     """
 
     experiment: str
@@ -106,11 +104,7 @@ class TableRow:
 
 
 def check_reproduce(config: ReproduceConfig) -> None:
-    """Check that the row can be trained, and recorded if that is requested, before anything is loaded.
-
-    Raises:
-        ConfigError: naming the key, the value and what to do.
-    """
+    """Raise ``ConfigError`` before anything is loaded if the row cannot be trained, or recorded as requested."""
     experiments = options("experiment", user_conf_dir())
     if config.experiment_name not in experiments:
         similar = difflib.get_close_matches(config.experiment_name, experiments, n=1)
@@ -161,15 +155,7 @@ def _check_recordable(config: ReproduceConfig, training: TrainConfig) -> None:
 
 
 def build_rows(config: ReproduceConfig, folder: Path) -> list[TableRow]:
-    """Return the rows, in the order of ``orders``.
-
-    Args:
-        config: its row exists.
-        folder: of all reproductions; a run's is ``ROW/second_order-seed0`` below it.
-
-    Raises:
-        ConfigError: if a training cannot be composed.
-    """
+    """Return the rows of all orders, or raise ``ConfigError``; a run's folder is ``ROW/second_order-seed0``."""
     overrides = [override for override in config.overrides if _key(override) != "data.root"]
     rows = []
     for order in config.orders:
@@ -185,11 +171,7 @@ def build_rows(config: ReproduceConfig, folder: Path) -> list[TableRow]:
 
 
 def resolve_row(row: TableRow) -> TableRow:
-    """Return the row with the location of the data set, and the engine of runs that are resumed.
-
-    Raises:
-        RunError: if a folder holds a run with another configuration.
-    """
+    """Return the row with the location of the data, and the engine of runs that are resumed."""
     data = resolve_data(row.jobs[0].config).data
     jobs = []
     for job in row.jobs:

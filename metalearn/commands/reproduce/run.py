@@ -1,7 +1,4 @@
-"""Reproduce a row of the table: train the runs that are missing, within a time limit, and gather the results.
-
-Finished runs are kept, so that the same command resumes after a time limit, a signal or a power cut.
-"""
+"""Reproduce a row of the table, or what is missing of it: train within a time limit, and gather the results."""
 
 from __future__ import annotations
 
@@ -17,7 +14,6 @@ from typing import Any
 
 from metalearn.commands.compare.launch import launch
 from metalearn.commands.compare.variants import Job
-from metalearn.commands.reproduce.gather import read_metrics, row_results
 from metalearn.commands.reproduce.plan import TableRow, build_rows, resolve_row
 from metalearn.commands.reproduce.table import (
     BEGIN,
@@ -27,9 +23,11 @@ from metalearn.commands.reproduce.table import (
     check_enough_seeds,
     format_interval,
     format_published,
+    read_metrics,
     read_rows,
     readme_table,
     replace_table,
+    row_results,
     upsert_row,
 )
 from metalearn.commands.shell import invocation
@@ -55,14 +53,7 @@ class TimeLimitReached(BaseException):
 
 
 def run_reproduction(config: ReproduceConfig, folder: Path) -> int:
-    """Train what is left to train, within the time limit, and gather every order whose runs are all finished.
-
-    Args:
-        config: checked.
-        folder: of all reproductions.
-
-    Returns:
-        The exit code.
+    """Train what is left to train, within the time limit, gather finished orders, and return the exit code.
 
     Raises:
         RunError: if a run's folder holds another configuration's, another process is at work on the row, or the row
@@ -100,11 +91,7 @@ def output_files(folder: Path, *, record: bool) -> list[Path]:
 
 
 def train_missing(every: Sequence[Job], minutes: float | None, at_a_time: int) -> Mapping[Path, str]:
-    """Train the runs that are not finished; return why some failed, by their folder.
-
-    Raises:
-        TimeLimitReached: after so many minutes; every run in progress has saved its state.
-    """
+    """Train the runs that are not finished; return why some failed, by folder, or raise ``TimeLimitReached``."""
     left = [job for job in every if read_metrics(job) is None]
     if done := len(every) - len(left):
         log.info("%d of %d runs are finished already", done, len(every))
@@ -140,14 +127,10 @@ def collect_row(row: TableRow) -> dict[str, Any] | None:
 
 
 def save_row(row: Mapping[str, Any], folder: Path, *, record: bool) -> None:
-    """Write a row into the folder of its runs and, to record it, into the reference results and the README.
-
-    Raises:
-        RunError: if a file holds the row with more seeds.
-    """
+    """Write a row into the folder of its runs and, to record it, into the reference results and the README."""
     with folder_lock(folder, wait=True):  # the reproduction of another row may write at this moment
         for path in output_files(folder, record=record):
-            files.atomic_write_text(path, upsert_row(path, row))
+            upsert_row(path, row)
             print_path("Results", path)
         if record:
             write_readme(read_rows(REFERENCE))
@@ -168,17 +151,11 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the finished rows next to the published accuracies."""
     title = f"{rows[0]['experiment']}: {rows[0]['dataset']}, {rows[0]['test_tasks']} test tasks a seed"
     header = ["order", "test accuracy", "non-transductive", "seeds", "published", "minutes a seed"]
-    cells = [
-        [
-            row["order"],
-            format_interval(row["accuracy"]),
-            format_interval(row["nontransductive"]),
-            " ".join(map(str, row["seeds"])),
-            format_published(row["published"]),
-            f"{row['minutes']:.1f}",
-        ]
-        for row in rows
-    ]
+    cells = []
+    for row in rows:
+        accuracies = format_interval(row["accuracy"]), format_interval(row["nontransductive"])
+        seeds, minutes = " ".join(map(str, row["seeds"])), f"{row['minutes']:.1f}"
+        cells.append([row["order"], *accuracies, seeds, format_published(row["published"]), minutes])
     print_table(title, header, cells)
 
 

@@ -1,19 +1,115 @@
-"""The rows on disk, and as the README's table. Needs no torch."""
+"""The results of rows, from the metrics of their runs: on disk, and as the README's table."""
 
 from __future__ import annotations
 
 import functools
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
-from metalearn.commands.reproduce.plan import PUBLISHED, SETTINGS, Published, experiment_name, published
+from metalearn.commands.compare.gather import hardware_of
+from metalearn.commands.compare.statistics import seed_ci, task_ci
+from metalearn.commands.compare.variants import Job
+from metalearn.commands.reproduce.plan import PUBLISHED, SETTINGS, Published, TableRow, experiment_name, published
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
+from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
+
+Metrics = Mapping[str, Any]
+
+_OF_RUN = {
+    "seed": "seed",
+    "accuracy": "test.accuracy",
+    "ci95": "test.ci95",
+    "nontransductive": "test.accuracy_nontransductive",
+    "nontransductive_ci95": "test.ci95_nontransductive",
+    "accuracy_per_step": "test.accuracy_per_step",
+    "validation": "validation.best_accuracy",
+    "chosen_at": "validation.best_iteration",
+}
+"""Names of a run's metrics in a row, and in ``metrics.json``."""
+
+
+def read_metrics(job: Job) -> Metrics | None:
+    """Return a finished run's metrics, else ``None``; raise ``RunError`` if they are damaged or another run's."""
+    path = job.folder / "metrics.json"
+    if not path.exists():
+        return None
+    config = job.config
+    expected = {
+        "dataset": config.data.name,
+        "algorithm": config.algorithm.name,
+        "second_order": config.inner.second_order,
+        "seed": config.run.seed,
+        "task": f"{config.task.ways}-way {config.task.shots}-shot",
+        "iterations": config.outer.iterations,
+        "test.episodes": config.eval.episodes,
+    }
+    try:
+        metrics: Metrics = json.loads(path.read_text())
+        found = {name: metrics[name] for name in (*expected, "test.accuracy", "test.ci95")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path} does not hold the metrics of a finished run ({type(error).__name__}: {error}). Remove the file, "
+            "and the same command tests that run again."
+        ) from error
+    for name, value in expected.items():
+        if found[name] != value:
+            raise RunError(
+                f"{path} is of another run: its {name} is {found[name]}, but {value} is requested. Use another "
+                "folder with hydra.run.dir=PATH, or remove this run's."
+            )
+    return metrics
+
+
+def row_results(row: TableRow, metrics: Sequence[Metrics]) -> dict[str, Any]:
+    """Return a row from the metrics of every seed, as it is saved: accuracies are fractions, intervals half-widths."""
+    config = row.jobs[0].config
+    ways, shots = config.task.ways, config.task.shots
+    reported = published(config.algorithm.name, row.order, ways, shots) if config.data.name == "omniglot" else None
+    return {
+        "experiment": row.experiment,
+        "algorithm": config.algorithm.name,
+        "order": row.order,
+        "dataset": config.data.name,
+        "ways": ways,
+        "shots": shots,
+        "seeds": row.seeds,
+        "accuracy": estimate(metrics, "test.accuracy", "test.ci95"),
+        "nontransductive": estimate(metrics, "test.accuracy_nontransductive", "test.ci95_nontransductive"),
+        "runs": [
+            {name: m[key] for name, key in _OF_RUN.items()} | {"minutes": m["time.total_s"] / 60} for m in metrics
+        ],
+        "test_tasks": config.eval.episodes,
+        "inner_steps": config.inner.steps,
+        "test_inner_steps": config.inner.eval_steps,
+        "iterations": config.outer.iterations,
+        "tasks_per_step": config.task.meta_batch,
+        "minutes": statistics.fmean(m["time.total_s"] for m in metrics) / 60,
+        "machine": hardware_of(metrics),
+        "overrides": row.overrides,
+        "command": row.command,
+        "published": reported and reported._asdict(),
+    }
+
+
+def estimate(metrics: Sequence[Metrics], mean: str, ci95: str) -> dict[str, Any] | None:
+    """Return a mean over seeds with its 95% interval, and what that is over: ``seeds`` (Student's t) or ``tasks``.
+
+    It is over the test tasks for one seed, and for several seeds that agree more closely than that by chance. Return
+    ``None`` if a run has no such metric.
+    """
+    if any(m[mean] is None for m in metrics):
+        return None
+    halves = [m[ci95] for m in metrics]
+    found = seed_ci([m[mean] for m in metrics], halves)
+    return {"mean": found.mean, "ci95": found.ci95, "over": "seeds" if found.ci95 > task_ci(halves) else "tasks"}
+
 
 FILE = "omniglot.json"
 """The rows, in ``outputs/reproduction/`` and, if they are recorded, in ``outputs/reference/``."""
@@ -25,11 +121,7 @@ Row = Mapping[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows in a file; none if there is no such file.
-
-    Raises:
-        RunError: if it cannot be read.
-    """
+    """Return the rows in a file, none if it does not exist; raise ``RunError`` if it cannot be read."""
     if not path.exists():
         return []
     try:
@@ -45,11 +137,7 @@ def _key(row: Row) -> tuple[str, str]:
 
 
 def check_enough_seeds(path: Path, experiment: str, order: str, seeds: Sequence[int]) -> None:
-    """Check that a row would not be replaced by one with fewer seeds.
-
-    Raises:
-        RunError: naming both.
-    """
+    """Raise ``RunError`` if a row would be replaced by one with fewer seeds."""
     for row in read_rows(path):
         if _key(row) == (experiment, order) and len(row["seeds"]) > len(seeds):
             raise RunError(
@@ -58,26 +146,18 @@ def check_enough_seeds(path: Path, experiment: str, order: str, seeds: Sequence[
             )
 
 
-def upsert_row(path: Path, row: Row) -> str:
-    """Return a file's content with one row added or replaced.
-
-    Raises:
-        RunError: if the former row has more seeds.
-    """
+def upsert_row(path: Path, row: Row) -> None:
+    """Add or replace one row of a file; raise ``RunError`` if the former row has more seeds."""
     check_enough_seeds(path, *_key(row), row["seeds"])
     rows = {_key(other): other for other in read_rows(path)} | {_key(row): row}
-    return json.dumps({"rows": list(rows.values())}, indent=2) + "\n"
+    files.atomic_write_json(path, {"rows": list(rows.values())})
 
 
 def readme_table(rows: Sequence[Row]) -> str:
     """Return a table of all measured rows, and of the published rows that were not measured."""
     measured = {_key(row) for row in rows}
-    missing = [
-        _unmeasured_row(algorithm, order, ways, shots)
-        for ways, shots in SETTINGS
-        for algorithm, order in PUBLISHED
-        if (experiment_name(ways, shots, algorithm), order) not in measured
-    ]
+    every = [(algorithm, order, *task) for task in SETTINGS for algorithm, order in PUBLISHED]
+    missing = [_unmeasured_row(a, o, n, k) for a, o, n, k in every if (experiment_name(n, k, a), o) not in measured]
     return _render([*rows, *missing])
 
 
@@ -98,18 +178,10 @@ def _unmeasured_row(algorithm: str, order: str, ways: int, shots: int) -> Row:
     experiment = experiment_name(ways, shots, algorithm)
     config = to_dataclass(compose("train", [f"experiment={experiment}"]), TrainConfig)
     reported = published(algorithm, order, ways, shots)
-    return {
-        "experiment": experiment,
-        "order": order,
-        "ways": ways,
-        "shots": shots,
-        "accuracy": None,
-        "nontransductive": None,
-        "published": reported and reported._asdict(),
-        "iterations": config.outer.iterations,
-        "tasks_per_step": config.task.meta_batch,
-        "minutes": None,
-    }
+    row = {"experiment": experiment, "order": order, "ways": ways, "shots": shots}
+    budget = {"iterations": config.outer.iterations, "tasks_per_step": config.task.meta_batch}
+    unknown = dict.fromkeys(("accuracy", "nontransductive", "minutes"))
+    return {**row, **budget, **unknown, "published": reported and reported._asdict()}
 
 
 def format_interval(estimate: Row | None) -> str:

@@ -25,15 +25,8 @@ _TASKS, _WAYS, _EXAMPLES, _LR = 3, 3, 4, 0.05
 class PatchTransformer(nn.Module):
     """Patches to tokens, one pre-norm block of self-attention and an MLP (Dosovitskiy et al. 2021, eq. 1-4).
 
-    Args:
-        ways: N, the number of outputs.
-        channels: of the input images.
-        size: height and width of the images, in pixels.
-        patch: height and width of a patch; divides ``size``.
-        width: features of a token; a multiple of ``heads``.
-        heads: of the attention.
-
-    Shapes: ``[examples, channels, size, size]`` to logits ``[examples, ways]``.
+    Images ``[examples, channels, size, size]`` to logits ``[examples, ways]``; a patch has ``patch`` pixels squared, a
+    token ``width`` features, a multiple of ``heads``.
 
     Raises:
         ValueError: if the patches do not fill the image.
@@ -68,14 +61,7 @@ class PatchTransformer(nn.Module):
 class ResidualNet(nn.Module):
     """Blocks of ``x + f(x)`` with f two 3x3 convolutions (He et al. 2016, eq. 1), each with BatchNorm of the batch.
 
-    Args:
-        ways: N, the number of outputs.
-        channels: of the input images.
-        width: filters of every convolution.
-        blocks: how many.
-
-    Shapes: ``[examples, channels, height, width]`` to logits ``[examples, ways]``; the stem halves height and width
-    twice.
+    Images ``[examples, channels, height, width]`` to logits ``[examples, ways]``; the stem halves both sides twice.
 
     Example:
         >>> ResidualNet(ways=5)(torch.zeros(10, 1, 28, 28)).shape
@@ -130,13 +116,9 @@ def _dropout() -> nn.Module:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A model to test the engines on, and the engines' settings.
+    """A factory of a model to test the engines on, and the engines' settings.
 
     Args:
-        name: label in the table.
-        module: factory of the model.
-        task_chunk: as in ``InnerLoop``.
-        snapshot_every: as in ``InnerLoop``.
         is_stochastic: the model draws random numbers, which are others in another library or dtype.
         stops_gradient: the model blocks part of the gradient, so that it differs from finite differences.
     """

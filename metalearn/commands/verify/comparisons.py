@@ -48,16 +48,11 @@ _DIFFERENCE_STEPS = (1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
 
 @dataclass(frozen=True)
 class Comparison:
-    """The comparison of an engine with a reference.
+    """The comparison of an engine with a reference: the relative error and the largest that is allowed.
 
     Args:
-        case: name of the case.
-        engine: name of the engine.
-        reference: name of the reference.
-        tolerance: the largest error allowed.
         seconds: time of the engine's meta-gradient.
-        error: relative; ``None`` if engine or reference raised.
-        message: of the exception.
+        error: ``None`` if engine or reference raised, with the exception's ``message``.
     """
 
     case: str
@@ -80,13 +75,7 @@ def tolerance(reference: str, dtype: torch.dtype) -> float:
 
 
 def compare(case: Case, setting: NumericSetting, peers: Mapping[str, Peer]) -> list[Comparison]:
-    """Compare every engine with every reference of a case; an exception is reported as a failed comparison.
-
-    Args:
-        case: the case.
-        setting: dtype, device and seed.
-        peers: the other libraries that are installed.
-    """
+    """Compare every engine with every reference of a case; an exception is reported as a failed comparison."""
     cuda = [setting.device] if setting.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), fp32_matmul_precision("ieee"), one_thread():
         created = _attempt(partial(VerificationProblem.create, case, setting))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import logging
 import math
 import time
@@ -35,23 +35,12 @@ _LEGEND = (
 
 
 def run_verification(config: VerifyConfig, output_dir: Path) -> bool:
-    """Compare the engines, print the table and the verdict, and write ``verify.json``.
-
-    Returns:
-        True if every comparison passed.
-
-    Raises:
-        ConfigError: if the device does not exist.
-    """
+    """Compare the engines, print table and verdict, and write ``verify.json``; return True if all passed."""
     started = time.perf_counter()
     setting = NumericSetting(getattr(torch, config.run.dtype), resolve_device(config.run.device), config.run.seed)
     peers, missing = installed_peers(PEERS)
-    cases = [
-        Case(model, second_order, steps)
-        for model in MODEL_CASES
-        for second_order in (False, True)
-        for steps in dict.fromkeys(config.verify.steps)
-    ]
+    choices = itertools.product(MODEL_CASES, (False, True), dict.fromkeys(config.verify.steps))
+    cases = [Case(*choice) for choice in choices]
     results: dict[Case, list[Comparison]] = {}
     logging.getLogger("metalearn.metagrad.adjoint").setLevel(logging.ERROR)  # the fallback for no_grad is intended
     with progress_bar() as progress:
@@ -63,16 +52,16 @@ def run_verification(config: VerifyConfig, output_dir: Path) -> bool:
         progress.update(bar, note="")
     path = output_dir / "verify.json"
     comparisons = [comparison for row in results.values() for comparison in row]
-    files.atomic_write_text(path, to_json(comparisons, setting, missing, seconds=time.perf_counter() - started))
+    write_json(path, comparisons, setting, missing, time.perf_counter() - started)
     print_results(results, setting, missing)
     print_path("Written to", path)
     return all(comparison.passed for comparison in comparisons)
 
 
-def to_json(
-    comparisons: Sequence[Comparison], setting: NumericSetting, missing: dict[str, str], *, seconds: float
-) -> str:
-    """Return the content of ``verify.json``: machine, setting, and every comparison."""
+def write_json(
+    path: Path, comparisons: Sequence[Comparison], setting: NumericSetting, missing: dict[str, str], seconds: float
+) -> None:
+    """Write ``verify.json``: machine, setting, and every comparison."""
     entries = []
     for c in comparisons:
         error = c.error if c.error is None or math.isfinite(c.error) else str(c.error)  # JSON has no NaN
@@ -89,7 +78,7 @@ def to_json(
         "not_compared": missing,
         "comparisons": entries,
     }
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    files.atomic_write_json(path, content, allow_nan=False)
 
 
 def print_results(results: dict[Case, list[Comparison]], setting: NumericSetting, missing: dict[str, str]) -> None:

@@ -1,8 +1,10 @@
-"""The benchmark's files, tables and plot, with and without other libraries."""
+"""The four kinds of benchmark: their checks, files, tables and plots."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,30 +15,50 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from metalearn.commands.benchmark import methods
+from metalearn import metagrad
+from metalearn.commands.benchmark import engines, float32, methods, sweeps
+from metalearn.commands.benchmark import report as reports
 from metalearn.commands.benchmark import run as benchmark
-from metalearn.commands.benchmark.methods import BY_HAND, LEARN2LEARN, DisagreementError, check_gradients_equal
-from metalearn.commands.benchmark.run import run_benchmark
+from metalearn.commands.benchmark.methods import BY_HAND, LEARN2LEARN, OURS, DisagreementError, check_gradients_equal
+from metalearn.commands.benchmark.settings import SETTINGS_OF, SWEEPS, EngineBenchmark, EngineCost, Sweep
+from metalearn.config.commands_schema import BENCH_SETTINGS, BenchmarkConfig
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.data.splits import ImageSplits
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.baselines.common import PEERS, Peer, installed_peers
+from metalearn.metagrad.unroll import unroll
+from metalearn.models import Conv4
 from tests.commands.benchmark.factories import CPU, TINY, config
+
+TINY_ENGINES = EngineBenchmark("5way_1shot", 3, 1, 1, 5, 4, steps=(1, 4), timed=(4,))
+OF_ENGINES = ("bench.kind=engines", "bench.setting=5way_1shot")
 
 
 @pytest.fixture(autouse=True)
 def _small_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use a small setting and small matrices, and keep the lines that tests search for unbroken."""
+    """Use small settings and small matrices, and keep the lines that tests search for unbroken."""
     monkeypatch.setattr(benchmark, "LIBRARY_SETTINGS", (TINY,))
+    monkeypatch.setattr(float32, "FLOAT32_SETTINGS", (TINY,))
+    monkeypatch.setattr(engines, "ENGINE_SETTINGS", (TINY_ENGINES,))
+    monkeypatch.setattr(sweeps, "SWEEPS", (Sweep("tasks", "tasks T", TINY, (1, 2, 4)),))
     monkeypatch.setattr(benchmark, "peak_matmul_flops", lambda _: 1e9)
-    monkeypatch.setattr(benchmark, "configure_malloc", lambda: False)  # it would last for later tests
+    monkeypatch.setattr(reports, "configure_malloc", lambda: False)  # it would last for later tests
     monkeypatch.setattr(rich, "_console", Console(width=200))
 
 
-def run_and_load(folder: Path, *overrides: str) -> dict[str, Any]:
-    run_benchmark(config(*overrides), folder)
+def run_and_load(
+    folder: Path, *overrides: str, run: Callable[[BenchmarkConfig, Path], None] = benchmark.run_benchmark
+) -> dict[str, Any]:
+    run(config(*overrides), folder)
     report: dict[str, Any] = json.loads((folder / "benchmark.json").read_text())
+    for plot in folder.glob("*.png"):
+        with Image.open(plot) as image:
+            assert image.width > 600
     return report
+
+
+def plot_names(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("*.png")]
 
 
 def test_report_of_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,24 +79,35 @@ def test_report_of_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out = capsys.readouterr().out
     assert ">1 is faster" in out
     assert "second-order pass" in out
-    with Image.open(tmp_path / "speed.png") as plot:
-        assert plot.width > 600
+    assert plot_names(tmp_path) == ["speed.png"]
 
 
-def test_other_settings_are_timed_when_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "LIBRARY_SETTINGS", (replace(TINY, name="20way_1shot", ways=4), TINY))
-
+@pytest.mark.parametrize(
+    ("module", "constant", "settings", "run", "kind"),
+    [
+        (benchmark, "LIBRARY_SETTINGS", (replace(TINY, name="bad", ways=4), TINY), benchmark.run_benchmark, "peers"),
+        (sweeps, "SWEEPS", (Sweep("ways", "N", TINY, (4, 3)), Sweep("tasks", "T", TINY, (1, 2))), sweeps.run_sweeps,
+         "sweeps"),
+    ],
+    ids=["peers", "sweeps"],
+)  # fmt: skip
+def test_others_are_timed_when_a_setting_fails(
+    module: Any, constant: str, settings: Any, run: Any, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail_at_four_ways(found: Any, module: Any, batches: Any) -> Any:
         if module.head.out_features == 4:
             raise DisagreementError("one of them is wrong")
         return check_gradients_equal(found, module, batches)
 
-    monkeypatch.setattr(benchmark, "check_gradients_equal", fail_at_four_ways)
-    with pytest.raises(RunError, match=r"^1 of 2 settings could not be timed.*\n20way_1shot: one of them is wrong$"):
-        run_and_load(tmp_path)
-    settings = json.loads((tmp_path / "benchmark.json").read_text())["settings"]
-    assert settings["20way_1shot"]["failed"] == "one of them is wrong"
-    assert settings["5way_1shot"]["rows"]
+    monkeypatch.setattr(module, constant, settings)
+    monkeypatch.setattr(module, "check_gradients_equal", fail_at_four_ways)
+    bad, good = (setting.name for setting in settings)
+    with pytest.raises(RunError, match=rf"^1 of 2 settings could not be timed.*\n{bad}: one of them is wrong$"):
+        run(config(f"bench.kind={kind}"), tmp_path)
+    report = json.loads((tmp_path / "benchmark.json").read_text())
+    entries = report.get("settings") or report["sweeps"]
+    assert entries[bad]["failed"] == "one of them is wrong"
+    assert entries[good].get("rows") or entries[good]["lines"]
 
 
 def test_configured_meta_step_is_timed(tmp_path: Path) -> None:
@@ -106,3 +139,104 @@ def test_case_raises_when_data_has_too_few_classes(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(benchmark, "load_data", lambda _: ImageSplits("glyphs", images, images, images))
     with pytest.raises(ConfigError, match=r"takes 3 classes a task.*has 2 to train on.*data\.classes"):
         next(benchmark.cases(config(), CPU))
+
+
+def test_engine_variants_include_first_order_and_chunks() -> None:
+    found = engines.variants(TINY_ENGINES, 4)
+    names = [EngineCost(v.engine, v.second_order, v.task_chunk, v.snapshot_every, 4, 0.0).name for v in found]
+    assert names[:4] == ["first order", "unroll", "checkpoint", "adjoint"]
+    assert {f"{n}, 1 task at a time" for n in names[:4]} < set(names)
+    assert {"checkpoint, 4 tasks at a time", "adjoint, 4 tasks at a time"} < set(names)
+    assert len(names) == len(set(names)) == 12
+
+
+def test_report_of_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_and_load(tmp_path, *OF_ENGINES, "bench.memory_limit_mib=0.9", run=engines.run_engine_table)
+    rows = [EngineCost(**row) for row in report["settings"]["5way_1shot"]["rows"]]
+    at = {(row.name, row.steps): row for row in rows}
+    assert at["unroll", 4].peak_mib is None, "over the limit"
+    assert at["unroll", 4].median_ms is None
+    assert at["first order", 4].peak_mib == pytest.approx(at["first order", 1].peak_mib, rel=0.01)
+    adjoint = at["adjoint, 4 tasks at a time", 4]
+    assert adjoint.peak_mib
+    assert adjoint.median_ms
+    assert at["adjoint, 1 task at a time", 4].median_ms is None
+    assert report["limit_mib"] == 0.9
+    assert "over: above 0.9" in capsys.readouterr().out
+    assert plot_names(tmp_path) == ["memory-5way_1shot.png"]
+
+
+def test_engine_table_raises_when_engines_disagree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_order(forward: Any, params: Any, episodes: Any, inner: Any, loss: Any) -> Any:
+        return unroll(forward, params, episodes, dataclasses.replace(inner, second_order=False), loss)
+
+    monkeypatch.setitem(metagrad.ENGINES, "adjoint", first_order)
+    with pytest.raises(RunError, match=r"engine='adjoint'.* differs from unroll by .*; nothing was timed"):
+        engines.run_engine_table(config(*OF_ENGINES), tmp_path)
+
+
+def test_float32_table_has_every_engine_and_the_plain_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ("bench.kind=float32", "bench.repeats=3", "run.seed=4")
+    report = run_and_load(tmp_path, *overrides, run=float32.run_float32_table)
+    assert report["seeds"] == [4, 5, 6]
+    rows = {(row["pool"], row["biases"], row["second_order"], row["who"]): row for row in report["rows"]}
+    names = {True: {*(f"{OURS} {engine}" for engine in ENGINES), BY_HAND}, False: {f"{OURS} unroll", BY_HAND}}
+    for pool in ("stride", "max"):
+        for biases in (False, True):
+            for second_order, expected in names.items():
+                assert {label for *key, label in rows if key == [pool, biases, second_order]} == expected
+    for row in rows.values():
+        assert row["median"] == sorted(row["distances"])[1]
+        assert 0 < row["median"] < 1e-4
+        assert row["times_plain"] > 0
+        assert row["far"] == sum(distance > 1e-3 for distance in row["distances"])
+    assert "median of 3 seeds" in capsys.readouterr().out
+
+
+def test_conv4_with_biases_is_not_batched_as_a_whole() -> None:
+    module = Conv4(3, width=4, pool="max")
+    float32.add_biases(module)
+    assert not module.supports_batched_forward()
+    assert module(torch.zeros(6, 1, 28, 28)).shape == (6, 3)
+    assert len([name for name, _ in module.named_parameters() if name.endswith(".0.bias")]) == 4
+
+
+def test_report_of_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run_and_load(tmp_path, "bench.kind=sweeps", run=sweeps.run_sweeps)["sweeps"]["tasks"]["lines"]
+    assert [line["name"] for line in lines[:2]] == ["metalearn unroll, second order", "metalearn unroll, first order"]
+    assert len(lines) == 3
+    assert all(len(line["median_ms"]) == len(line["quartiles_ms"]) == 3 for line in lines)
+    assert 0.5 < lines[0]["slope_mib"] <= 1, "memory grows with the tasks that are held at once"
+    assert "p of time" in capsys.readouterr().out
+    assert plot_names(tmp_path) == ["sweep-tasks.png"]
+
+
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: sweep.name)
+def test_sweep_settings_differ_in_one_field(sweep: Sweep) -> None:
+    for setting, value in zip(sweep.settings(), sweep.values, strict=True):
+        assert getattr(setting, sweep.name) == value
+        assert replace(setting, name="base", **{sweep.name: getattr(sweep.base, sweep.name)}) == sweep.base
+    assert len(set(sweep.values)) > 2
+
+
+def test_setting_names_equal_those_of_the_schema() -> None:
+    assert {name for names in SETTINGS_OF.values() for name in names} == set(BENCH_SETTINGS)
+    assert len(BENCH_SETTINGS) == len(set(BENCH_SETTINGS))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["bench.setting=5way_5shot"], r"bench\.setting=5way_5shot: bench\.kind=peers has all, configured, 5way_1shot"),
+        (["bench.kind=sweeps", "bench.setting=configured"], r"bench\.kind=sweeps has all, steps, tasks, ways, width"),
+        (["task.ways=4"], r"task\.ways=4: bench\.setting=all defines tasks.*bench\.setting=configured"),
+        (["bench.kind=engines", "model=mlp"], r"model\.name=mlp.*bench\.setting=configured"),
+    ],
+)
+def test_config_raises_when_a_key_would_be_ignored(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(*overrides)
+
+
+def test_configured_setting_accepts_task_and_model() -> None:
+    assert config("bench.setting=configured", "task.ways=4", "model=mlp").task.ways == 4

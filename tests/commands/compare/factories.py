@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from metalearn.commands.benchmark.engine_settings import EngineCost
+from metalearn.commands.benchmark.settings import EngineCost
 from metalearn.commands.compare.results import CurvePoint, Difference, Results, RunResult, TimeToAccuracy, VariantResult
 from metalearn.training.evaluation import MeanCI
 

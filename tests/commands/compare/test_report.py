@@ -7,16 +7,26 @@ import dataclasses
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from metalearn.commands.compare.markdown_report import escape
 from metalearn.commands.compare.plots import PLOTS
-from metalearn.commands.compare.report import write_report
+from metalearn.commands.compare.report import ReportLogger, escape, write_report
 from metalearn.commands.compare.results import Results
-from metalearn.commands.compare.summary import format_duration, format_number, headline
-from metalearn.commands.compare.tables import memory_rows, per_step_rows, run_rows, time_rows, variant_rows
+from metalearn.commands.compare.tables import (
+    format_duration,
+    format_number,
+    headline,
+    memory_rows,
+    per_step_rows,
+    run_rows,
+    time_rows,
+    variant_rows,
+)
 from metalearn.training.evaluation import MeanCI
+from metalearn.training.tracking.event_files import EVENT_FILES
 from tests.commands.compare.factories import broken_variant, cost_rows, difference, results, two_orders, variant
 
 NASTY = "<script>alert(1)</script>|a|b\n\n# `c` *d* __e__ [f](http://g) ![h](http://i) ~~j~~ &amp; \\"
@@ -95,19 +105,12 @@ def test_headline_begins_with_the_difference(per_seed: tuple[float, ...], ci95: 
 
 
 def test_headline_mentions_different_tasks_when_unpaired() -> None:
-    results = two_orders()
-    (each,) = results.differences
-    apart = dataclasses.replace(results, differences=[dataclasses.replace(each, paired=False)])
+    given = two_orders()
+    apart = dataclasses.replace(given, differences=[dataclasses.replace(given.differences[0], paired=False)])
     assert "they were tested on different tasks" in headline(apart)[0]
 
 
-def test_headline_omits_times_when_runs_shared_the_machine() -> None:
-    _, runs, engines = headline(dataclasses.replace(two_orders(), runs_at_a_time=2))
-    assert runs == "In the runs, second_order took 1.50 times the peak memory (54.0 against 36.0 MiB) of first_order."
-    assert "times the time" in engines, "measured in turns"
-
-
-def test_headline_gives_costs_as_ratios() -> None:
+def test_headline_gives_costs_as_ratios_and_no_times_of_runs_that_shared_the_machine() -> None:
     _, runs, engines = headline(two_orders())
     assert runs == (
         "In the runs, second_order took 2.00 times the time per meta-step (48.0 against 24.0 ms) and "
@@ -117,6 +120,9 @@ def test_headline_gives_costs_as_ratios() -> None:
         "Measured in turns at K = 5, one second-order meta-gradient (unroll) takes 3.00 times the time "
         "(1500 against 500 ms) and 8.89 times the peak memory (800 against 90.0 MiB) of first order."
     )
+    _, shared, in_turns = headline(dataclasses.replace(two_orders(), runs_at_a_time=2))
+    assert shared == "In the runs, second_order took 1.50 times the peak memory (54.0 against 36.0 MiB) of first_order."
+    assert in_turns == engines
 
 
 def test_headline_omits_costs_that_were_not_measured() -> None:
@@ -280,3 +286,17 @@ def test_headline_is_a_list_when_it_is_long(tmp_path: Path) -> None:
 def test_format_number_and_duration() -> None:
     assert [format_number(value) for value in (1234.4, 12.34, 0.567)] == ["1234", "12.3", "0.57"]
     assert [format_duration(value) for value in (35, 378, 8640)] == ["35.0 s", "6.3 min", "2.4 h"]
+
+
+def test_event_file_replaces_an_earlier_one(tmp_path: Path) -> None:
+    image = np.full((4, 6, 3), 200, dtype=np.uint8)
+    for text, names in (("| old |\n|---|", ["accuracy", "gone"]), ("| new |\n|---|", ["accuracy"])):
+        with ReportLogger(tmp_path) as tensorboard:
+            tensorboard.log_report(text, dict.fromkeys(names, image), runs=[{"inner.lr": 0.1}])
+    (_,) = tmp_path.glob(EVENT_FILES)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (text_event,) = events.Tensors("report/text_summary")
+    assert text_event.tensor_proto.string_val[0].decode() == "| new |\n|---|"
+    assert events.Tags()["images"] == ["report/accuracy"]
+    (logged,) = events.Images("report/accuracy")
+    assert (logged.height, logged.width) == (4, 6)
