@@ -56,12 +56,12 @@ def quartic(x: Tensor) -> Tensor:
 
 def batched(x: Tensor) -> Tensor:
     """Compute 64 rows per pass."""
-    return hessian(quartic, x)  # type: ignore[no-any-return]  # a Tensor of a Tensor
+    return hessian(quartic, x)
 
 
 def row_by_row(x: Tensor) -> Tensor:
     """Compute one row per backward pass."""
-    return torch.autograd.functional.hessian(quartic, x)  # type: ignore[no-any-return]
+    return torch.autograd.functional.hessian(quartic, x)
 
 
 def one_product(x: Tensor) -> Tensor:
