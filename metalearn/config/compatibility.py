@@ -7,6 +7,9 @@ from typing import Any
 
 from metalearn.config.schema import (
     Conv4Config,
+    CustomAlgorithmConfig,
+    CustomDataConfig,
+    CustomModelConfig,
     ImagesConfig,
     MAMLPPConfig,
     MLPConfig,
@@ -38,7 +41,7 @@ _CONFLICTS: tuple[tuple[Callable[[TrainConfig], object], str], ...] = (
         "checkpoint, adjoint or auto, or leave it",
     ),
     (
-        lambda c: isinstance(c.data, SinusoidConfig) and not isinstance(c.model, MLPConfig),
+        lambda c: isinstance(c.data, SinusoidConfig) and not isinstance(c.model, (MLPConfig, CustomModelConfig)),
         "model={c.model.name}: data=sinusoid has numbers for inputs, and no images; take model=mlp",
     ),
     (
@@ -46,17 +49,26 @@ _CONFLICTS: tuple[tuple[Callable[[TrainConfig], object], str], ...] = (
         "inner.optimizer={c.inner.optimizer} with inner.steps=0 and inner.eval_steps=0: no step is taken by it",
     ),
     (
-        lambda c: c.algorithm.name == "cavia" and not _context(c),
+        lambda c: c.algorithm.name == "cavia" and not isinstance(c.model, CustomModelConfig) and not _context(c),
         "algorithm=cavia with model={c.model.name}: it adapts context parameters, of which the model has none; take "
         "model=conv4 or mlp with model.context=100",
     ),
     (
-        lambda c: c.algorithm.name != "cavia" and _context(c),
+        lambda c: not isinstance(c.algorithm, CustomAlgorithmConfig) and c.algorithm.name != "cavia" and _context(c),
         "model.context={c.model.context}: only algorithm=cavia adapts context parameters; leave it at 0",
     ),
     (
-        lambda c: c.algorithm.name == "protonet" and isinstance(c.data, SinusoidConfig),
-        "algorithm=protonet with data=sinusoid: prototypes are of classes, and numbers have none",
+        lambda c: c.algorithm.name == "protonet" and c.data.is_regression,
+        "algorithm=protonet with data={c.data.name}: prototypes are of classes, and numbers have none",
+    ),
+    (
+        lambda c: c.inner.optimizer == "custom" and c.inner.optimizer_target is None,
+        "inner.optimizer=custom: inner.optimizer_target=MODULE:NAME is required, what makes the update rule",
+    ),
+    (
+        lambda c: (c.inner.optimizer_target is not None or c.inner.optimizer_options) and c.inner.optimizer != "custom",
+        "inner.optimizer={c.inner.optimizer}: inner.optimizer_target and inner.optimizer_options need "
+        "inner.optimizer=custom; set that, or leave them out",
     ),
     (
         lambda c: c.algorithm.name in ("reptile", "imaml") and c.inner.steps == 0,
@@ -132,7 +144,7 @@ def tf32_error(precision: str, device: str) -> str | None:
 
 
 def _context(config: TrainConfig) -> int:
-    return 0 if isinstance(config.model, ResNet12Config) else config.model.context
+    return config.model.context if isinstance(config.model, (Conv4Config, MLPConfig)) else 0
 
 
 def _without_batch_norm(config: TrainConfig) -> bool:
@@ -141,12 +153,12 @@ def _without_batch_norm(config: TrainConfig) -> bool:
 
 def _ways(config: TrainConfig) -> Iterator[str]:
     ways, data = config.task.ways, config.data
-    if not isinstance(data, (ImagesConfig, SinusoidConfig)) and ways > (found := data.smallest_split())[0]:
+    if not isinstance(data, ImagesConfig) and ways > (found := data.smallest_split())[0]:
         yield f"task.ways={ways}: at most {found[0]}, the smallest part {found[1]}"
 
 
 def _drawings(config: TrainConfig) -> Iterator[str]:
-    if isinstance(config.data, (ImagesConfig, SinusoidConfig)):
+    if isinstance(config.data, (ImagesConfig, SinusoidConfig, CustomDataConfig)):
         return
     task, queries = config.task, max(config.task.queries, config.eval.queries)
     if (each := task.shots + queries) > DRAWINGS_PER_CLASS:

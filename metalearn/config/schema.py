@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 from typing_extensions import Doc
 
+from metalearn.config.target import check_target
 from metalearn.data.image_folder import list_splits
 from metalearn.data.metadata import GLYPH_SPLIT_FRACTIONS, OMNIGLOT_SPLITS, glyph_split_sizes
 
@@ -42,6 +43,8 @@ Device = Annotated[
     Text, Field(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]*))?)$", examples=["auto", "cpu", "cuda", "cuda:N"])
 ]
 OnError = Literal["stop", "skip"]
+Target = Annotated[Text, Field(examples=["MODULE:NAME"]), AfterValidator(check_target)]
+Options = dict[Annotated[Text, Field(pattern=r"^[^\W\d]\w*$")], Any]
 
 
 def _check_sum(fractions: list[float]) -> list[float]:
@@ -55,6 +58,31 @@ class Section:
     """A section of a configuration: no unknown key, no NaN, no infinity."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Option(Section):
+    """An option of a group."""
+
+    name: Annotated[Text, Doc("of the option")]
+
+    @property
+    def label(self) -> str:
+        """Name in folders, tables and reports."""
+        return self.name
+
+
+@dataclass(frozen=True)
+class CustomOption(Section):
+    """Keys of an option that is a user's own code, from any module or a file in the working directory."""
+
+    target: Annotated[Target, Doc("the class or function to call")]
+    options: Annotated[Options, Doc("its keyword arguments; options.width=32 sets one")]
+
+    @property
+    def label(self) -> str:
+        """Name of the class or function."""
+        return self.target.partition(":")[2]
 
 
 @dataclass(frozen=True)
@@ -81,8 +109,11 @@ class InnerConfig(Section):
         Count, Doc("checkpoint and adjoint keep every s-th step's weights, and recompute others")
     ]
     optimizer: Annotated[
-        Literal["sgd", "momentum", "nesterov", "adam"], Doc("update rule of the inner loop; all are differentiated")
+        Literal["sgd", "momentum", "nesterov", "adam", "custom"],
+        Doc("update rule of the inner loop; all are differentiated"),
     ]
+    optimizer_target: Annotated[Target | None, Doc("with inner.optimizer=custom: what makes the update rule")]
+    optimizer_options: Annotated[Options, Doc("with inner.optimizer=custom: its keyword arguments")]
     momentum: Annotated[Momentum, Doc("with inner.optimizer=momentum or nesterov: decay of the velocity")]
     betas: Annotated[
         list[Momentum],
@@ -115,10 +146,13 @@ class EvalConfig(Section):
 
 
 @dataclass(frozen=True)
-class DataConfig(Section):
+class DataConfig(Option):
     """Base of the options of ``data``."""
 
-    name: Annotated[Text, Doc("the data set")]
+    @property
+    def is_regression(self) -> bool:
+        """Whether targets are numbers instead of classes."""
+        return False
 
     def smallest_split(self) -> tuple[int, str]:
         """Return the number of classes in the smallest split, and its description."""
@@ -183,18 +217,35 @@ class SinusoidConfig(DataConfig):
 
     name: Annotated[Literal["sinusoid"], Doc("the data set")]
 
+    @property
+    def is_regression(self) -> bool:  # noqa: D102
+        return True
+
     def smallest_split(self) -> tuple[int, str]:  # noqa: D102
         return sys.maxsize, "of sinusoids, of which there is no end"
 
 
-AnyData = OmniglotConfig | GlyphsConfig | ImagesConfig | SinusoidConfig
+@dataclass(frozen=True)
+class CustomDataConfig(CustomOption, DataConfig):
+    """``conf/data/custom.yaml``; ``training/custom.py`` says what the target returns."""
+
+    name: Annotated[Literal["custom"], Doc("the data set")]
+    regression: Annotated[Bool, Doc("whether targets are numbers instead of classes")]
+
+    @property
+    def is_regression(self) -> bool:  # noqa: D102
+        return self.regression
+
+    def smallest_split(self) -> tuple[int, str]:  # noqa: D102
+        return sys.maxsize, "of data that are known only when they are loaded"
+
+
+AnyData = OmniglotConfig | GlyphsConfig | ImagesConfig | SinusoidConfig | CustomDataConfig
 
 
 @dataclass(frozen=True)
-class ModelConfig(Section):
+class ModelConfig(Option):
     """Base of the options of ``model``."""
-
-    name: Annotated[Text, Doc("the network")]
 
 
 ContextSize = Annotated[Steps, Doc("context parameters, which algorithm=cavia adapts; 0: none")]
@@ -228,14 +279,20 @@ class ResNet12Config(ModelConfig):
     widths: Annotated[list[Count], Field(min_length=1), Doc("filters of each residual block")]
 
 
-AnyModel = Conv4Config | MLPConfig | ResNet12Config
+@dataclass(frozen=True)
+class CustomModelConfig(CustomOption, ModelConfig):
+    """``conf/model/custom.yaml``."""
+
+    name: Annotated[Literal["custom"], Doc("the network")]
+
+
+AnyModel = Conv4Config | MLPConfig | ResNet12Config | CustomModelConfig
 
 
 @dataclass(frozen=True)
-class AlgorithmConfig(Section):
+class AlgorithmConfig(Option):
     """Base of the options of ``algorithm``."""
 
-    name: Annotated[Text, Doc("the meta-learner")]
     backend: Annotated[
         Literal["metalearn", "learn2learn", "higher", "torchopt"],
         Doc("library that computes the meta-gradient; the others are for comparison"),
@@ -273,7 +330,14 @@ class IMAMLConfig(AlgorithmConfig):
     damping: Annotated[NonNegative, Doc("added to the diagonal of that matrix")]
 
 
-AnyAlgorithm = PlainAlgorithmConfig | MAMLPPConfig | IMAMLConfig
+@dataclass(frozen=True)
+class CustomAlgorithmConfig(CustomOption, AlgorithmConfig):
+    """``conf/algorithm/custom.yaml``; the target is called with an inner loop and the model's parts as well."""
+
+    name: Annotated[Literal["custom"], Doc("the meta-learner")]
+
+
+AnyAlgorithm = PlainAlgorithmConfig | MAMLPPConfig | IMAMLConfig | CustomAlgorithmConfig
 
 
 @dataclass(frozen=True)
@@ -330,6 +394,13 @@ class TrainConfig(Section):
     run: RunConfig
     log: LogConfig
 
+    def targets(self) -> dict[str, str]:
+        """Return every key that names a user's own code, and its value."""
+        sections = {f"{name}.target": getattr(self, name) for name in ("data", "model", "algorithm")}
+        found = {key: section.target for key, section in sections.items() if isinstance(section, CustomOption)}
+        rule = self.inner.optimizer_target
+        return found | ({"inner.optimizer_target": rule} if rule else {})
+
     def images_per_class(self) -> dict[str, int]:
         """Return the images that a task takes of a class, shots and queries, in each split."""
         train, evaluation = (self.task.shots + queries for queries in (self.task.queries, self.eval.queries))
@@ -343,6 +414,8 @@ def iter_fields(config: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
         value = getattr(config, f.name)
         if is_dataclass(value):
             yield from iter_fields(value, f"{prefix}{f.name}.")
+        elif isinstance(value, dict):
+            yield from ((f"{prefix}{f.name}.{key}", one) for key, one in value.items())
         else:
             yield f"{prefix}{f.name}", value
 
