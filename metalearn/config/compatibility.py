@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from metalearn.config.schema import (
     Conv4Config,
     CustomAlgorithmConfig,
-    CustomDataConfig,
     CustomModelConfig,
+    GlyphsConfig,
     ImagesConfig,
     MAMLPPConfig,
     MLPConfig,
+    OmniglotConfig,
     ResNet12Config,
     SinusoidConfig,
     TrainConfig,
 )
 from metalearn.core.errors import DataError
 from metalearn.data.image_folder import check_split_sizes, list_splits
-from metalearn.data.metadata import DRAWINGS_PER_CLASS
+from metalearn.data.metadata import DRAWINGS_PER_CLASS, GLYPH_SPLIT_FRACTIONS, OMNIGLOT_SPLITS, glyph_split_sizes
 
 _TF32 = (
     "run.precision=tf32: TF32 is how NVIDIA GPUs since Ampere multiply, and run.device is {}; take "
@@ -79,14 +81,6 @@ _CONFLICTS: tuple[tuple[Callable[[TrainConfig], object], str], ...] = (
         "inner.second_order=true with algorithm=reptile: it has no second order; leave it at false",
     ),
     (
-        lambda c: _without_batch_norm(c) and isinstance(c.algorithm, MAMLPPConfig) and c.algorithm.per_step_affine,
-        "algorithm.per_step_affine=true with model.batch_norm=false: the model has no BatchNorm; set it to false",
-    ),
-    (
-        lambda c: _without_batch_norm(c) and isinstance(c.algorithm, MAMLPPConfig) and c.algorithm.per_step_statistics,
-        "algorithm.per_step_statistics=true with model.batch_norm=false: the model has no BatchNorm; set it to false",
-    ),
-    (
         lambda c: c.run.cuda_graph and c.algorithm.name == "imaml",
         "run.cuda_graph=true with algorithm=imaml: a graph repeats one computation, and this one stops where its "
         "residual is small",
@@ -125,7 +119,7 @@ def find_conflicts(config: TrainConfig, *, trains: bool = True, partial: bool = 
     """
     messages: list[str] = []
     table = _CONFLICTS if trains else _CONFLICTS[:-1]
-    checks: tuple[Any, ...] = (*table, _ways, _drawings, _image_size, _image_folder, _engine, _backend)
+    checks: tuple[Any, ...] = (*table, _batch_norm, _ways, _drawings, _image_size, _image_folder, _engine, _backend)
     for check in checks:
         try:
             if callable(check):
@@ -147,18 +141,28 @@ def _context(config: TrainConfig) -> int:
     return config.model.context if isinstance(config.model, (Conv4Config, MLPConfig)) else 0
 
 
-def _without_batch_norm(config: TrainConfig) -> bool:
-    return isinstance(config.model, MLPConfig) and (not config.model.batch_norm or config.model.context > 0)
+def _batch_norm(config: TrainConfig) -> Iterator[str]:
+    model, algorithm = config.model, config.algorithm
+    if isinstance(algorithm, MAMLPPConfig) and isinstance(model, MLPConfig) and (not model.batch_norm or model.context):
+        for key in ("per_step_affine", "per_step_statistics"):
+            if getattr(algorithm, key):
+                yield f"algorithm.{key}=true with model.batch_norm=false: the model has no BatchNorm; set it to false"
 
 
 def _ways(config: TrainConfig) -> Iterator[str]:
-    ways, data = config.task.ways, config.data
-    if not isinstance(data, ImagesConfig) and ways > (found := data.smallest_split())[0]:
-        yield f"task.ways={ways}: at most {found[0]}, the smallest part {found[1]}"
+    """Check the smallest split; one of images is listed below, and of a user's own data it is not known yet."""
+    data, smallest, where = config.data, sys.maxsize, ""
+    if isinstance(data, OmniglotConfig):
+        smallest, where = OMNIGLOT_SPLITS[data.split].smallest, f"Omniglot's {data.split} split"
+    elif isinstance(data, GlyphsConfig):
+        smallest = glyph_split_sizes(data.classes).smallest
+        where = f"{data.classes} glyphs ({GLYPH_SPLIT_FRACTIONS[1]:.0%} validate)"
+    if config.task.ways > smallest:
+        yield f"task.ways={config.task.ways}: at most {smallest}, the smallest part of {where}"
 
 
 def _drawings(config: TrainConfig) -> Iterator[str]:
-    if isinstance(config.data, (ImagesConfig, SinusoidConfig, CustomDataConfig)):
+    if not isinstance(config.data, (OmniglotConfig, GlyphsConfig)):
         return
     task, queries = config.task, max(config.task.queries, config.eval.queries)
     if (each := task.shots + queries) > DRAWINGS_PER_CLASS:

@@ -173,7 +173,7 @@ def resolve_resume(config: schema.TrainConfig, run_dir: Path) -> schema.TrainCon
     if config.inner.engine == "auto":
         chosen = {name: getattr(recorded.inner, name) for name in ("engine", "task_chunk", "checkpoint_every")}
         config = replace(config, inner=replace(config.inner, **chosen))
-    if changed := diff_configs(config, recorded):
+    if changed := changed_keys(result_keys(config), result_keys(recorded)):
         raise RunError(
             f"{run_dir} holds a run with another configuration, which would be mixed with this one:\n"
             + "\n".join(changed.values())
@@ -181,11 +181,6 @@ def resolve_resume(config: schema.TrainConfig, run_dir: Path) -> schema.TrainCon
             f"run.init_from={run_dir} with another hydra.run.dir."
         )
     return config
-
-
-def diff_configs(wanted: schema.TrainConfig, recorded: schema.TrainConfig) -> dict[str, str]:
-    """Return the keys of a run that have other values now, with a line for each."""
-    return changed_keys(result_keys(wanted), result_keys(recorded))
 
 
 def changed_keys(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, str]:

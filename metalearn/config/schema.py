@@ -6,7 +6,6 @@ in ``compatibility.py``. To add a key, write it here and in ``conf/``, and use i
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -15,8 +14,6 @@ from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictFloat,
 from typing_extensions import Doc
 
 from metalearn.config.target import check_target
-from metalearn.data.image_folder import list_splits
-from metalearn.data.metadata import GLYPH_SPLIT_FRACTIONS, OMNIGLOT_SPLITS, glyph_split_sizes
 
 Engine = Literal["unroll", "checkpoint", "adjoint", "auto"]
 ENGINES = get_args(Engine)[:-1]
@@ -152,11 +149,7 @@ class DataConfig(Option):
     @property
     def is_regression(self) -> bool:
         """Whether targets are numbers instead of classes."""
-        return False
-
-    def smallest_split(self) -> tuple[int, str]:
-        """Return the number of classes in the smallest split, and its description."""
-        raise NotImplementedError
+        return self.name == "sinusoid" or getattr(self, "regression", False)
 
 
 @dataclass(frozen=True)
@@ -171,9 +164,6 @@ class OmniglotConfig(DataConfig):
     ]
     rotations: Annotated[Bool, Doc("rotate training classes by multiples of 90 degrees into new ones")]
 
-    def smallest_split(self) -> tuple[int, str]:  # noqa: D102
-        return OMNIGLOT_SPLITS[self.split].smallest, f"of Omniglot's {self.split} split"
-
 
 @dataclass(frozen=True)
 class GlyphsConfig(DataConfig):
@@ -183,10 +173,6 @@ class GlyphsConfig(DataConfig):
     classes: Annotated[StrictInt, Field(ge=20), Doc("characters to invent: 70% to train on, 10% validation, 20% test")]
     jitter: Annotated[NonNegative, Doc("how differently one character is drawn, as a fraction of the image's width")]
     seed: Annotated[Seed, Doc("of the characters and drawings")]
-
-    def smallest_split(self) -> tuple[int, str]:  # noqa: D102
-        where = f"of {self.classes} glyphs ({GLYPH_SPLIT_FRACTIONS[1]:.0%} validate)"
-        return glyph_split_sizes(self.classes).smallest, where
 
 
 @dataclass(frozen=True)
@@ -206,23 +192,12 @@ class ImagesConfig(DataConfig):
     seed: Annotated[Seed, Doc("of the split by fractions")]
     on_unreadable: Annotated[OnError, Doc("files that cannot be read: stop, or skip with a warning")]
 
-    def smallest_split(self) -> tuple[int, str]:  # noqa: D102  # lists the folder
-        splits = list_splits(self.root, fractions=self.fractions, seed=self.seed)
-        return min(map(len, splits.values())), f"of the images in {self.root}"
-
 
 @dataclass(frozen=True)
 class SinusoidConfig(DataConfig):
     """``conf/data/sinusoid.yaml``."""
 
     name: Annotated[Literal["sinusoid"], Doc("the data set")]
-
-    @property
-    def is_regression(self) -> bool:  # noqa: D102
-        return True
-
-    def smallest_split(self) -> tuple[int, str]:  # noqa: D102
-        return sys.maxsize, "of sinusoids, of which there is no end"
 
 
 @dataclass(frozen=True)
@@ -231,13 +206,6 @@ class CustomDataConfig(CustomOption, DataConfig):
 
     name: Annotated[Literal["custom"], Doc("the data set")]
     regression: Annotated[Bool, Doc("whether targets are numbers instead of classes")]
-
-    @property
-    def is_regression(self) -> bool:  # noqa: D102
-        return self.regression
-
-    def smallest_split(self) -> tuple[int, str]:  # noqa: D102
-        return sys.maxsize, "of data that are known only when they are loaded"
 
 
 AnyData = OmniglotConfig | GlyphsConfig | ImagesConfig | SinusoidConfig | CustomDataConfig

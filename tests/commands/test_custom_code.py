@@ -59,10 +59,15 @@ def test_own_model_is_trained_evaluated_and_adapted(tmp_path: Path) -> None:
 
 
 def test_own_models_are_compared(tmp_path: Path) -> None:
-    variants = "compare.variants=[model.options.width=4, model=conv4 model.width=8]"
+    own = "model=custom model.target=nets:Net model.options.width=4"
+    variants = f"compare.variants=['{own}','model=conv4 model.width=8']"
+    base = [override for override in SMALL if not override.startswith("model")]
     budget = ["compare.seeds=[0]", "compare.steps=[1]", "compare.repeats=2", "compare.jobs=2"]
-    done = command("compare.py", *OWN, variants, *budget, "hydra.run.dir=mine", cwd=tmp_path)
+    done = command("compare.py", *base, variants, *budget, "hydra.run.dir=mine", cwd=tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
     content = json.loads((tmp_path / "mine" / "results.json").read_text())
     assert content["complete"]
-    assert [variant["name"] for variant in content["variants"]] == ["width-4", "model-conv4,width-8"]
+    assert [variant["name"] for variant in content["variants"]] == [
+        "model-custom,target-nets_Net,width-4",
+        "model-conv4,width-8",
+    ]

@@ -25,26 +25,10 @@ from tests.paths import REPO
 SOURCES = sorted([*(REPO / "metalearn").rglob("*.py"), *(REPO / "scripts").glob("*.py")])
 UNSAFE_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "code", "ctypes", "pty"}
 UNSAFE_CALLS = {
-    "eval",
-    "exec",
-    "compile",
-    "__import__",
-    "os.system",
-    "os.popen",
-    "hydra.utils.instantiate",
-    "hydra.utils.call",
-    "hydra.utils.get_class",
-    "hydra.utils.get_method",
-    "hydra.utils.get_object",
-    "instantiate",
-    "get_class",
-    "get_method",
-    "get_object",
-    "yaml.load",
-    "yaml.unsafe_load",
-    "yaml.full_load",
-    "runpy.run_path",
-    "runpy.run_module",
+    *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"),
+    *("yaml.full_load", "runpy.run_path", "runpy.run_module"),
+    *(f"{module}{name}" for module in ("", "hydra.utils.") for name in ("instantiate", "get_class", "get_method")),
+    *("get_object", "hydra.utils.get_object", "hydra.utils.call"),
 }
 EXCEPTIONS = {
     ("metalearn/__init__.py", "importlib.import_module"): "names of this package's own, from a table in the file",
