@@ -61,6 +61,7 @@ LAYERS: dict[str, list[set[str]]] = {
     "training": [
         {"runtime"},
         {"evaluation", "state"},
+        {"custom"},
         {"experiment"},
         {"tracking"},
         {"auto_engine", "checkpoints"},

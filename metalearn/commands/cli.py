@@ -26,7 +26,15 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from metalearn.commands.shell import exit_when_stdout_closes, invocation
-from metalearn.config.compose import CONF, Config, compose, group_defaults, to_dataclass, user_conf_dir
+from metalearn.config.compose import (
+    CONF,
+    Config,
+    allow_new_options,
+    compose,
+    group_defaults,
+    to_dataclass,
+    user_conf_dir,
+)
 from metalearn.config.messages import help_text
 from metalearn.config.output_names import RUN_FILES
 from metalearn.config.overrides import parse_flags, requested_jobs
@@ -59,7 +67,7 @@ def command(
         @functools.wraps(function)
         @exit_when_stdout_closes()
         def command() -> None:
-            sys.argv[1:] = rename_overrides(name, sys.argv[1:])
+            sys.argv[1:] = allow_new_options(rename_overrides(name, sys.argv[1:]))
             flags = parse_flags()
             _search_user_conf_dir(flags)
             try:

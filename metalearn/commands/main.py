@@ -29,9 +29,15 @@ from metalearn.config.commands_schema import (
     ReproduceConfig,
     VerifyConfig,
 )
-from metalearn.config.run_config import load_run_config, relocate_data, resolve_data, resolve_resume
+from metalearn.config.run_config import (
+    load_run_config,
+    relocate_data,
+    resolve_data,
+    resolve_resume,
+    validate_evaluate_config,
+)
 from metalearn.config.schema import TrainConfig
-from metalearn.config.validation import validate_evaluate_config, validate_train_config
+from metalearn.config.validation import validate_train_config
 
 
 def train_worker(config: TrainConfig) -> None:

@@ -36,6 +36,7 @@ BenchSetting = Literal[
 BENCH_SETTINGS = get_args(BenchSetting)
 """Names for ``bench.setting``; a test holds them equal to what ``commands/benchmark`` allows for each kind."""
 
+TrustCode = Annotated[Bool, Doc("run the user's own code that the run's config.yaml names, if any")]
 Repeats = Annotated[StrictInt, Field(ge=2)]
 
 
@@ -71,6 +72,7 @@ class EvaluateRunConfig(Section):
 
     dir: Annotated[Text, Doc("folder of the run to test")]
     device: Annotated[Device | None, Doc("null: as the run was trained")]
+    trust_code: TrustCode
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class AdaptRunConfig(Section):
 
     dir: Annotated[Text, Doc("folder of the run whose best checkpoint is adapted; nothing is written there")]
     device: Annotated[Device, Doc("auto: the GPU if there is one")]
+    trust_code: TrustCode
 
 
 @dataclass(frozen=True)

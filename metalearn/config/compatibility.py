@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from metalearn.config.schema import (
     Conv4Config,
+    CustomAlgorithmConfig,
+    CustomModelConfig,
+    GlyphsConfig,
     ImagesConfig,
     MAMLPPConfig,
     MLPConfig,
+    OmniglotConfig,
     ResNet12Config,
     SinusoidConfig,
     TrainConfig,
 )
 from metalearn.core.errors import DataError
 from metalearn.data.image_folder import check_split_sizes, list_splits
-from metalearn.data.metadata import DRAWINGS_PER_CLASS
+from metalearn.data.metadata import DRAWINGS_PER_CLASS, GLYPH_SPLIT_FRACTIONS, OMNIGLOT_SPLITS, glyph_split_sizes
 
 _TF32 = (
     "run.precision=tf32: TF32 is how NVIDIA GPUs since Ampere multiply, and run.device is {}; take "
@@ -38,7 +43,7 @@ _CONFLICTS: tuple[tuple[Callable[[TrainConfig], object], str], ...] = (
         "checkpoint, adjoint or auto, or leave it",
     ),
     (
-        lambda c: isinstance(c.data, SinusoidConfig) and not isinstance(c.model, MLPConfig),
+        lambda c: isinstance(c.data, SinusoidConfig) and not isinstance(c.model, (MLPConfig, CustomModelConfig)),
         "model={c.model.name}: data=sinusoid has numbers for inputs, and no images; take model=mlp",
     ),
     (
@@ -46,17 +51,26 @@ _CONFLICTS: tuple[tuple[Callable[[TrainConfig], object], str], ...] = (
         "inner.optimizer={c.inner.optimizer} with inner.steps=0 and inner.eval_steps=0: no step is taken by it",
     ),
     (
-        lambda c: c.algorithm.name == "cavia" and not _context(c),
+        lambda c: c.algorithm.name == "cavia" and not isinstance(c.model, CustomModelConfig) and not _context(c),
         "algorithm=cavia with model={c.model.name}: it adapts context parameters, of which the model has none; take "
         "model=conv4 or mlp with model.context=100",
     ),
     (
-        lambda c: c.algorithm.name != "cavia" and _context(c),
+        lambda c: not isinstance(c.algorithm, CustomAlgorithmConfig) and c.algorithm.name != "cavia" and _context(c),
         "model.context={c.model.context}: only algorithm=cavia adapts context parameters; leave it at 0",
     ),
     (
-        lambda c: c.algorithm.name == "protonet" and isinstance(c.data, SinusoidConfig),
-        "algorithm=protonet with data=sinusoid: prototypes are of classes, and numbers have none",
+        lambda c: c.algorithm.name == "protonet" and c.data.is_regression,
+        "algorithm=protonet with data={c.data.name}: prototypes are of classes, and numbers have none",
+    ),
+    (
+        lambda c: c.inner.optimizer == "custom" and c.inner.optimizer_target is None,
+        "inner.optimizer=custom: inner.optimizer_target=MODULE:NAME is required, what makes the update rule",
+    ),
+    (
+        lambda c: (c.inner.optimizer_target is not None or c.inner.optimizer_options) and c.inner.optimizer != "custom",
+        "inner.optimizer={c.inner.optimizer}: inner.optimizer_target and inner.optimizer_options need "
+        "inner.optimizer=custom; set that, or leave them out",
     ),
     (
         lambda c: c.algorithm.name in ("reptile", "imaml") and c.inner.steps == 0,
@@ -65,14 +79,6 @@ _CONFLICTS: tuple[tuple[Callable[[TrainConfig], object], str], ...] = (
     (
         lambda c: c.algorithm.name == "reptile" and c.inner.second_order,
         "inner.second_order=true with algorithm=reptile: it has no second order; leave it at false",
-    ),
-    (
-        lambda c: _without_batch_norm(c) and isinstance(c.algorithm, MAMLPPConfig) and c.algorithm.per_step_affine,
-        "algorithm.per_step_affine=true with model.batch_norm=false: the model has no BatchNorm; set it to false",
-    ),
-    (
-        lambda c: _without_batch_norm(c) and isinstance(c.algorithm, MAMLPPConfig) and c.algorithm.per_step_statistics,
-        "algorithm.per_step_statistics=true with model.batch_norm=false: the model has no BatchNorm; set it to false",
     ),
     (
         lambda c: c.run.cuda_graph and c.algorithm.name == "imaml",
@@ -113,7 +119,7 @@ def find_conflicts(config: TrainConfig, *, trains: bool = True, partial: bool = 
     """
     messages: list[str] = []
     table = _CONFLICTS if trains else _CONFLICTS[:-1]
-    checks: tuple[Any, ...] = (*table, _ways, _drawings, _image_size, _image_folder, _engine, _backend)
+    checks: tuple[Any, ...] = (*table, _batch_norm, _ways, _drawings, _image_size, _image_folder, _engine, _backend)
     for check in checks:
         try:
             if callable(check):
@@ -132,21 +138,31 @@ def tf32_error(precision: str, device: str) -> str | None:
 
 
 def _context(config: TrainConfig) -> int:
-    return 0 if isinstance(config.model, ResNet12Config) else config.model.context
+    return config.model.context if isinstance(config.model, (Conv4Config, MLPConfig)) else 0
 
 
-def _without_batch_norm(config: TrainConfig) -> bool:
-    return isinstance(config.model, MLPConfig) and (not config.model.batch_norm or config.model.context > 0)
+def _batch_norm(config: TrainConfig) -> Iterator[str]:
+    model, algorithm = config.model, config.algorithm
+    if isinstance(algorithm, MAMLPPConfig) and isinstance(model, MLPConfig) and (not model.batch_norm or model.context):
+        for key in ("per_step_affine", "per_step_statistics"):
+            if getattr(algorithm, key):
+                yield f"algorithm.{key}=true with model.batch_norm=false: the model has no BatchNorm; set it to false"
 
 
 def _ways(config: TrainConfig) -> Iterator[str]:
-    ways, data = config.task.ways, config.data
-    if not isinstance(data, (ImagesConfig, SinusoidConfig)) and ways > (found := data.smallest_split())[0]:
-        yield f"task.ways={ways}: at most {found[0]}, the smallest part {found[1]}"
+    """Check the smallest split; one of images is listed below, and of a user's own data it is not known yet."""
+    data, smallest, where = config.data, sys.maxsize, ""
+    if isinstance(data, OmniglotConfig):
+        smallest, where = OMNIGLOT_SPLITS[data.split].smallest, f"Omniglot's {data.split} split"
+    elif isinstance(data, GlyphsConfig):
+        smallest = glyph_split_sizes(data.classes).smallest
+        where = f"{data.classes} glyphs ({GLYPH_SPLIT_FRACTIONS[1]:.0%} validate)"
+    if config.task.ways > smallest:
+        yield f"task.ways={config.task.ways}: at most {smallest}, the smallest part of {where}"
 
 
 def _drawings(config: TrainConfig) -> Iterator[str]:
-    if isinstance(config.data, (ImagesConfig, SinusoidConfig)):
+    if not isinstance(config.data, (OmniglotConfig, GlyphsConfig)):
         return
     task, queries = config.task, max(config.task.queries, config.eval.queries)
     if (each := task.shots + queries) > DRAWINGS_PER_CLASS:

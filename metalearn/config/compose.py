@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,6 +90,11 @@ def _allow_unknown(override: str, folders: Sequence[Path]) -> str:
     key = override.partition("=")[0]
     is_key = re.fullmatch(r"(?!hydra\b)\w[\w.]*", key) and not any((folder / key).is_dir() for folder in folders)
     return f"++{override}" if is_key else override
+
+
+def allow_new_options(overrides: Iterable[str]) -> list[str]:
+    """Return overrides with which Hydra adds to ``options``, which are empty in ``conf/``."""
+    return [f"++{o}" if re.match(r"\w+\.(\w+_)?options[.=]", o) else o for o in overrides]
 
 
 def searchpath_override(config_dir: str | None) -> list[str]:
@@ -181,13 +186,19 @@ def timestamp() -> str:
 
 def _run_name(*, _root_: Any) -> str:
     order = "second_order" if _root_.inner.second_order else "first_order"
-    return f"{_task_name(_root_)}/{_root_.algorithm.name}-{order}-seed{_root_.run.seed}-{timestamp()}"
+    return f"{_task_name(_root_)}/{_label(_root_.algorithm)}-{order}-seed{_root_.run.seed}-{timestamp()}"
+
+
+def _label(option: Any) -> str:
+    return str(option.target).partition(":")[2] if option.name == "custom" else str(option.name)
 
 
 def _task_name(root: Any) -> str:
     data, task = root.data, root.task
-    name = resolve_dataset(data.name, data.get("root"), data.get("fallback"))
-    return f"{name}-{task.shots}s" if name == "sinusoid" else f"{name}-{task.ways}w{task.shots}s"
+    name = resolve_dataset(_label(data), data.get("root"), data.get("fallback"))
+    return (
+        f"{name}-{task.shots}s" if name == "sinusoid" or data.get("regression") else f"{name}-{task.ways}w{task.shots}s"
+    )
 
 
 def _comparison_name(*, _root_: Any) -> str:

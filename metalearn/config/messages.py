@@ -64,7 +64,7 @@ def describe_allowed(hint: Any, *, plural: bool = False) -> str:
     limits = [limit for mark in marks for limit in (mark.metadata if isinstance(mark, FieldInfo) else [mark])]
     origin, arguments = get_origin(base), get_args(base)
     if examples := [example for mark in fields for example in mark.examples or ()]:
-        return f"{', '.join(examples[:-1])} or {examples[-1]}"
+        return " or ".join([*([", ".join(examples[:-1])] if examples[1:] else []), examples[-1]])
     if origin in (Union, types.UnionType):
         if arguments[0] is bool or get_args(arguments[0])[:1] == (bool,):
             return f"one of false, true, {', '.join(get_args(arguments[1]))}"
@@ -79,6 +79,8 @@ def describe_allowed(hint: Any, *, plural: bool = False) -> str:
         most = next((limit.max_length for limit in limits if isinstance(limit, MaxLen)), None)
         number = str(least) if least == most else "one or more" if least else "a list of"
         return f"{number} {describe_allowed(arguments[0], plural=True)}"
+    if origin is dict:
+        return "names with values, as {width: 32}"
     words = _WORDS[base][plural]
     return words + "".join(
         text.format(getattr(limit, mark.__name__.lower()))

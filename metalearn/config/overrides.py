@@ -1,4 +1,4 @@
-"""The command line: its flags, the overrides of every job, and that they name no code."""
+"""The command line: its flags, and the overrides of every job."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import argparse
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from metalearn.config.compose import CONF, compose, register_resolvers, search_folders, searchpath_override
+from metalearn.config.compose import CONF, compose, register_resolvers, search_folders
 from metalearn.config.messages import format_hydra_error
-from metalearn.config.security import CLI_ONLY_SECTIONS, check_flags, check_no_code
 from metalearn.core.errors import ConfigError
 
 
@@ -48,39 +46,42 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def requested_jobs(name: str, flags: argparse.Namespace) -> Iterator[tuple[list[str], DictConfig, str]]:
-    """Yield overrides, configuration and output folder of every job; nothing in them names code that Hydra would run.
+    """Yield overrides, configuration and output folder of every job.
 
     Raises:
-        ConfigError: for a flag, a file or an override that does.
+        ConfigError: for a flag or an override that cannot be composed.
     """
-    register_resolvers()
+    register_resolvers()  # also for what Hydra itself prints
     parsed = _parsed(flags.overrides)
-    searchpath = [p for o in parsed if o.key_or_group == "hydra.searchpath" for p in _as_list(o.value())]
-    check_flags(vars(flags), searchpath, [file.stem for file in CONF.glob("*.yaml")])
-    if flags.info or flags.shell_completion:  # these configure no loggers, and call nothing
+    _check_flags(flags, any(one.key_or_group == "hydra.searchpath" for one in parsed))
+    if flags.info or flags.shell_completion or flags.hydra_help:
         return
-    lines = [str(o.input_line) for o in parsed]
-    on_command_line = [line for line in lines if re.match(r"\+*hydra[./](launcher|sweeper)\b", line)]
-    alone = _plain(compose("gradients", on_command_line, return_hydra_config=True))  # the smallest primary file
-    chosen = {section: alone["hydra"][section] for section in CLI_ONLY_SECTIONS}
-
-    def safe(overrides: list[str]) -> tuple[DictConfig, str]:
+    for overrides in sweep_jobs(_expand_globs(parsed, flags.config_dir)) if flags.multirun else [flags.overrides]:
         config = compose(flags.config_name or name, overrides, flags.config_dir, return_hydra_config=True)
-        given = [*lines, *overrides, *searchpath_override(flags.config_dir)]
-        check_no_code(_plain(config), given=[*given, *(f"++{override}" for override in given)], chosen=chosen)
         try:
             folder = str(config.hydra.sweep.dir if flags.multirun else config.hydra.run.dir)
-        except OmegaConfBaseException:  # a name that cannot be made, of keys that are at fault themselves
+        except (OmegaConfBaseException, AttributeError):  # a name that cannot be made, of keys that are at fault
             folder = "."
         with open_dict(config):
             del config["hydra"]
-        return config, folder
+        yield overrides, config, folder
 
-    if flags.multirun or flags.hydra_help:  # what Hydra itself composes, before any job
-        safe([str(o.input_line) for o in parsed if not o.is_sweep_override()])
-    if not flags.hydra_help:
-        for overrides in sweep_jobs(_expand_globs(parsed, flags.config_dir)) if flags.multirun else [flags.overrides]:
-            yield overrides, *safe(overrides)
+
+def _check_flags(flags: argparse.Namespace, has_searchpath: bool) -> None:
+    """Check that no flag reads a pickle, or makes Hydra compose something else than is validated."""
+    instead = "put an experiment file into DIR/experiment/ and give --config-dir DIR experiment=NAME"
+    names = sorted(file.stem for file in CONF.glob("*.yaml"))
+    errors = []
+    if (rerun := flags.experimental_rerun) is not None:
+        errors.append(f"--experimental-rerun={rerun}: a pickle runs any code when it is read; give KEY=VALUE instead")
+    if flags.config_path is not None:
+        errors.append(f"--config-path={flags.config_path}: the primary files are the shipped ones; {instead}")
+    if flags.config_name not in (None, *names):
+        errors.append(f"--config-name={flags.config_name}: must be one of {', '.join(names)}; {instead}")
+    if flags.config_dir is not None and has_searchpath:
+        errors.append("hydra.searchpath and --config-dir: give one of them; hydra.searchpath takes several folders")
+    if errors:
+        raise ConfigError("\n".join(errors))
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
@@ -101,14 +102,6 @@ def _expand_globs(parsed: Sequence[Override], config_dir: str | None) -> list[st
             raise ConfigError(f"{one.input_line}: no option of {group} fits; there are {', '.join(options) or 'none'}")
         lines.append(f"{one.get_key_element()}={','.join(found)}" if found else str(one.input_line))
     return lines
-
-
-def _plain(config: DictConfig) -> Any:
-    return OmegaConf.to_container(config, resolve=False)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def recompose_with(name: str, more: Sequence[str]) -> DictConfig:

@@ -14,11 +14,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from metalearn.config import schema
+from metalearn.config.commands_schema import EvaluateConfig
 from metalearn.config.compose import CONF, resolve_values
 from metalearn.config.messages import GROUPS, hints, section_class
 from metalearn.config.renamed_keys import REMOVED, rename_keys
 from metalearn.config.schema import result_keys
-from metalearn.config.validation import from_dict, validate_train_config
+from metalearn.config.validation import from_dict, run_dir_errors, validate_train_config
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.data.metadata import omniglot_unavailable_reason, resolve_dataset
 
@@ -28,6 +29,7 @@ Trained = TypeVar("Trained", bound=schema.TrainConfig)
 
 _KEYS_WITH_LATE_DEFAULTS = (
     *("inner.checkpoint_every", "inner.optimizer", "inner.momentum", "inner.betas", "inner.eps"),
+    *("inner.optimizer_target", "inner.optimizer_options"),
     *("inner.weight_decay", "inner.clip_norm", "model.context", "algorithm.backend", "run.resume", "run.init_from"),
     *("run.checkpoint_every_s", "run.on_nonfinite", "run.precision", "run.cuda_graph", "run.memory_limit_mib"),
     *("log.curvature_every", "log.eigenvalue_every"),
@@ -45,6 +47,50 @@ def load_run_config(path: Path) -> schema.TrainConfig:
         return parse_run_config(path.read_text(), path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not the configuration of a run: {error}") from error
+
+
+def load_trusted_config(
+    run_dir: str | Path, *, trust_code: bool, how: str = "run.trust_code=true"
+) -> schema.TrainConfig:
+    """Load the configuration of a run whose model will be built.
+
+    Args:
+        run_dir: the run's folder.
+        trust_code: whether the user allows to run code that it names.
+        how: to allow it, for the message.
+
+    Raises:
+        ConfigError: if it does not fit the schema, or names code that may not be run.
+    """
+    path = Path(run_dir) / "config.yaml"
+    config = load_run_config(path)
+    check_trusted(config, path, trust_code=trust_code, how=how)
+    return config
+
+
+def check_trusted(config: schema.TrainConfig, source: object, *, trust_code: bool, how: str) -> None:
+    """Check that the user allows to run code that a configuration from a run's folder names.
+
+    Raises:
+        ConfigError: naming the code, where it is named, and how to allow it.
+    """
+    if (targets := config.targets()) and not trust_code:
+        named = ", ".join(f"{key}={target}" for key, target in targets.items())
+        raise ConfigError(
+            f"{source} names code to run: {named}. Whoever wrote that file chose it. If you trust what has this name "
+            f"on this machine, give {how}"
+        )
+
+
+def validate_evaluate_config(config: EvaluateConfig) -> None:
+    """Check that ``run.dir`` is the folder of a run, and code that it names is trusted.
+
+    Raises:
+        ConfigError: if it is not.
+    """
+    if messages := run_dir_errors(config.run.dir):
+        raise ConfigError("\n".join(messages))
+    load_trusted_config(config.run.dir, trust_code=config.run.trust_code)
 
 
 def parse_run_config(text: str, path: Path) -> schema.TrainConfig:
@@ -127,7 +173,7 @@ def resolve_resume(config: schema.TrainConfig, run_dir: Path) -> schema.TrainCon
     if config.inner.engine == "auto":
         chosen = {name: getattr(recorded.inner, name) for name in ("engine", "task_chunk", "checkpoint_every")}
         config = replace(config, inner=replace(config.inner, **chosen))
-    if changed := diff_configs(config, recorded):
+    if changed := changed_keys(result_keys(config), result_keys(recorded)):
         raise RunError(
             f"{run_dir} holds a run with another configuration, which would be mixed with this one:\n"
             + "\n".join(changed.values())
@@ -135,11 +181,6 @@ def resolve_resume(config: schema.TrainConfig, run_dir: Path) -> schema.TrainCon
             f"run.init_from={run_dir} with another hydra.run.dir."
         )
     return config
-
-
-def diff_configs(wanted: schema.TrainConfig, recorded: schema.TrainConfig) -> dict[str, str]:
-    """Return the keys of a run that have other values now, with a line for each."""
-    return changed_keys(result_keys(wanted), result_keys(recorded))
 
 
 def changed_keys(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, str]:
@@ -161,7 +202,8 @@ def relocate_data(data: schema.AnyData, root: str | None) -> schema.AnyData:
         return replace(data, root=root or data.root)
     if not isinstance(data, schema.OmniglotConfig):
         if root:
-            raise ConfigError(f"data.root={root}: the run was trained on {data.name}, which is embedded; leave it out")
+            kind = "your own data" if isinstance(data, schema.CustomDataConfig) else "embedded"
+            raise ConfigError(f"data.root={root}: the run was trained on {data.name}, which is {kind}; leave it out")
         return data
     recorded = data.root if data.root is None or Path(data.root).is_dir() else os.environ.get("METALEARN_DATA")
     return replace(data, root=root or recorded or data.root, fallback=None)

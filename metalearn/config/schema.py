@@ -6,7 +6,6 @@ in ``compatibility.py``. To add a key, write it here and in ``conf/``, and use i
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -14,8 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 from typing_extensions import Doc
 
-from metalearn.data.image_folder import list_splits
-from metalearn.data.metadata import GLYPH_SPLIT_FRACTIONS, OMNIGLOT_SPLITS, glyph_split_sizes
+from metalearn.config.target import check_target
 
 Engine = Literal["unroll", "checkpoint", "adjoint", "auto"]
 ENGINES = get_args(Engine)[:-1]
@@ -42,6 +40,8 @@ Device = Annotated[
     Text, Field(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]*))?)$", examples=["auto", "cpu", "cuda", "cuda:N"])
 ]
 OnError = Literal["stop", "skip"]
+Target = Annotated[Text, Field(examples=["MODULE:NAME"]), AfterValidator(check_target)]
+Options = dict[Annotated[Text, Field(pattern=r"^[^\W\d]\w*$")], Any]
 
 
 def _check_sum(fractions: list[float]) -> list[float]:
@@ -55,6 +55,31 @@ class Section:
     """A section of a configuration: no unknown key, no NaN, no infinity."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Option(Section):
+    """An option of a group."""
+
+    name: Annotated[Text, Doc("of the option")]
+
+    @property
+    def label(self) -> str:
+        """Name in folders, tables and reports."""
+        return self.name
+
+
+@dataclass(frozen=True)
+class CustomOption(Section):
+    """Keys of an option that is a user's own code, from any module or a file in the working directory."""
+
+    target: Annotated[Target, Doc("the class or function to call")]
+    options: Annotated[Options, Doc("its keyword arguments; options.width=32 sets one")]
+
+    @property
+    def label(self) -> str:
+        """Name of the class or function."""
+        return self.target.partition(":")[2]
 
 
 @dataclass(frozen=True)
@@ -81,8 +106,11 @@ class InnerConfig(Section):
         Count, Doc("checkpoint and adjoint keep every s-th step's weights, and recompute others")
     ]
     optimizer: Annotated[
-        Literal["sgd", "momentum", "nesterov", "adam"], Doc("update rule of the inner loop; all are differentiated")
+        Literal["sgd", "momentum", "nesterov", "adam", "custom"],
+        Doc("update rule of the inner loop; all are differentiated"),
     ]
+    optimizer_target: Annotated[Target | None, Doc("with inner.optimizer=custom: what makes the update rule")]
+    optimizer_options: Annotated[Options, Doc("with inner.optimizer=custom: its keyword arguments")]
     momentum: Annotated[Momentum, Doc("with inner.optimizer=momentum or nesterov: decay of the velocity")]
     betas: Annotated[
         list[Momentum],
@@ -115,14 +143,13 @@ class EvalConfig(Section):
 
 
 @dataclass(frozen=True)
-class DataConfig(Section):
+class DataConfig(Option):
     """Base of the options of ``data``."""
 
-    name: Annotated[Text, Doc("the data set")]
-
-    def smallest_split(self) -> tuple[int, str]:
-        """Return the number of classes in the smallest split, and its description."""
-        raise NotImplementedError
+    @property
+    def is_regression(self) -> bool:
+        """Whether targets are numbers instead of classes."""
+        return self.name == "sinusoid" or getattr(self, "regression", False)
 
 
 @dataclass(frozen=True)
@@ -137,9 +164,6 @@ class OmniglotConfig(DataConfig):
     ]
     rotations: Annotated[Bool, Doc("rotate training classes by multiples of 90 degrees into new ones")]
 
-    def smallest_split(self) -> tuple[int, str]:  # noqa: D102
-        return OMNIGLOT_SPLITS[self.split].smallest, f"of Omniglot's {self.split} split"
-
 
 @dataclass(frozen=True)
 class GlyphsConfig(DataConfig):
@@ -149,10 +173,6 @@ class GlyphsConfig(DataConfig):
     classes: Annotated[StrictInt, Field(ge=20), Doc("characters to invent: 70% to train on, 10% validation, 20% test")]
     jitter: Annotated[NonNegative, Doc("how differently one character is drawn, as a fraction of the image's width")]
     seed: Annotated[Seed, Doc("of the characters and drawings")]
-
-    def smallest_split(self) -> tuple[int, str]:  # noqa: D102
-        where = f"of {self.classes} glyphs ({GLYPH_SPLIT_FRACTIONS[1]:.0%} validate)"
-        return glyph_split_sizes(self.classes).smallest, where
 
 
 @dataclass(frozen=True)
@@ -172,10 +192,6 @@ class ImagesConfig(DataConfig):
     seed: Annotated[Seed, Doc("of the split by fractions")]
     on_unreadable: Annotated[OnError, Doc("files that cannot be read: stop, or skip with a warning")]
 
-    def smallest_split(self) -> tuple[int, str]:  # noqa: D102  # lists the folder
-        splits = list_splits(self.root, fractions=self.fractions, seed=self.seed)
-        return min(map(len, splits.values())), f"of the images in {self.root}"
-
 
 @dataclass(frozen=True)
 class SinusoidConfig(DataConfig):
@@ -183,18 +199,21 @@ class SinusoidConfig(DataConfig):
 
     name: Annotated[Literal["sinusoid"], Doc("the data set")]
 
-    def smallest_split(self) -> tuple[int, str]:  # noqa: D102
-        return sys.maxsize, "of sinusoids, of which there is no end"
+
+@dataclass(frozen=True)
+class CustomDataConfig(CustomOption, DataConfig):
+    """``conf/data/custom.yaml``; ``training/custom.py`` says what the target returns."""
+
+    name: Annotated[Literal["custom"], Doc("the data set")]
+    regression: Annotated[Bool, Doc("whether targets are numbers instead of classes")]
 
 
-AnyData = OmniglotConfig | GlyphsConfig | ImagesConfig | SinusoidConfig
+AnyData = OmniglotConfig | GlyphsConfig | ImagesConfig | SinusoidConfig | CustomDataConfig
 
 
 @dataclass(frozen=True)
-class ModelConfig(Section):
+class ModelConfig(Option):
     """Base of the options of ``model``."""
-
-    name: Annotated[Text, Doc("the network")]
 
 
 ContextSize = Annotated[Steps, Doc("context parameters, which algorithm=cavia adapts; 0: none")]
@@ -228,14 +247,20 @@ class ResNet12Config(ModelConfig):
     widths: Annotated[list[Count], Field(min_length=1), Doc("filters of each residual block")]
 
 
-AnyModel = Conv4Config | MLPConfig | ResNet12Config
+@dataclass(frozen=True)
+class CustomModelConfig(CustomOption, ModelConfig):
+    """``conf/model/custom.yaml``."""
+
+    name: Annotated[Literal["custom"], Doc("the network")]
+
+
+AnyModel = Conv4Config | MLPConfig | ResNet12Config | CustomModelConfig
 
 
 @dataclass(frozen=True)
-class AlgorithmConfig(Section):
+class AlgorithmConfig(Option):
     """Base of the options of ``algorithm``."""
 
-    name: Annotated[Text, Doc("the meta-learner")]
     backend: Annotated[
         Literal["metalearn", "learn2learn", "higher", "torchopt"],
         Doc("library that computes the meta-gradient; the others are for comparison"),
@@ -273,7 +298,14 @@ class IMAMLConfig(AlgorithmConfig):
     damping: Annotated[NonNegative, Doc("added to the diagonal of that matrix")]
 
 
-AnyAlgorithm = PlainAlgorithmConfig | MAMLPPConfig | IMAMLConfig
+@dataclass(frozen=True)
+class CustomAlgorithmConfig(CustomOption, AlgorithmConfig):
+    """``conf/algorithm/custom.yaml``; the target is called with an inner loop and the model's parts as well."""
+
+    name: Annotated[Literal["custom"], Doc("the meta-learner")]
+
+
+AnyAlgorithm = PlainAlgorithmConfig | MAMLPPConfig | IMAMLConfig | CustomAlgorithmConfig
 
 
 @dataclass(frozen=True)
@@ -330,6 +362,13 @@ class TrainConfig(Section):
     run: RunConfig
     log: LogConfig
 
+    def targets(self) -> dict[str, str]:
+        """Return every key that names a user's own code, and its value."""
+        sections = {f"{name}.target": getattr(self, name) for name in ("data", "model", "algorithm")}
+        found = {key: section.target for key, section in sections.items() if isinstance(section, CustomOption)}
+        rule = self.inner.optimizer_target
+        return found | ({"inner.optimizer_target": rule} if rule else {})
+
     def images_per_class(self) -> dict[str, int]:
         """Return the images that a task takes of a class, shots and queries, in each split."""
         train, evaluation = (self.task.shots + queries for queries in (self.task.queries, self.eval.queries))
@@ -343,6 +382,8 @@ def iter_fields(config: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
         value = getattr(config, f.name)
         if is_dataclass(value):
             yield from iter_fields(value, f"{prefix}{f.name}.")
+        elif isinstance(value, dict):
+            yield from ((f"{prefix}{f.name}.{key}", one) for key, one in value.items())
         else:
             yield f"{prefix}{f.name}", value
 

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from metalearn.config.commands_schema import EvaluateConfig
 from metalearn.config.compatibility import find_conflicts
 from metalearn.config.messages import format_errors, hints, section_class
 from metalearn.config.output_names import COMPARISON_FILE
 from metalearn.config.schema import OmniglotConfig, TrainConfig
+from metalearn.config.target import missing_module
 from metalearn.core.errors import ConfigError, DataError
 from metalearn.data.metadata import resolve_dataset
 
@@ -82,22 +82,14 @@ def validate_train_config(config: TrainConfig, *, trains: bool = True) -> None:
         ConfigError: listing every key that does not fit another.
     """
     messages = find_conflicts(config, trains=trains)
+    missing = {key: (target, missing_module(target)) for key, target in config.targets().items()}
+    messages += [f"{key}={target}: {why}" for key, (target, why) in missing.items() if why]
     if not messages and isinstance(config.data, OmniglotConfig) and config.data.fallback is None:
         try:
             resolve_dataset(config.data.name, config.data.root, None)
         except DataError as error:
             messages.append(str(error))
     if messages:
-        raise ConfigError("\n".join(messages))
-
-
-def validate_evaluate_config(config: EvaluateConfig) -> None:
-    """Check that ``run.dir`` is the folder of a run.
-
-    Raises:
-        ConfigError: if it is not.
-    """
-    if messages := run_dir_errors(config.run.dir):
         raise ConfigError("\n".join(messages))
 
 

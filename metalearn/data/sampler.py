@@ -78,12 +78,7 @@ class EpisodeSampler:
     counts: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        dims, form = (5, "classes, drawings") if self.counts is None else (4, "total")
-        if self.images.dtype != torch.uint8 or self.images.dim() != dims:
-            raise ValueError(
-                f"EpisodeSampler: images must be uint8 [{form}, channels, height, width], got "
-                f"{self.images.dtype} {tuple(self.images.shape)}."
-            )
+        self._check_images()
         if self.counts is not None and (sum(self.counts) != len(self.images) or min(self.counts, default=0) < 0):
             raise ValueError(
                 f"EpisodeSampler: counts add up to {sum(self.counts)}, but there are {len(self.images)} images in "
@@ -102,10 +97,18 @@ class EpisodeSampler:
                 f"'{self.split}' has only {least} {which}; the two sets must not overlap."
             )
 
+    def _check_images(self) -> None:
+        dims, form = (5, "classes, drawings") if self.counts is None else (4, "total")
+        if self.images.dtype != torch.uint8 or self.images.dim() != dims:
+            raise ValueError(
+                f"EpisodeSampler: images must be uint8 [{form}, channels, height, width], got "
+                f"{self.images.dtype} {tuple(self.images.shape)}."
+            )
+
     @property
     def example_shape(self) -> torch.Size:
         """Shape of one image, ``[channels, height, width]``."""
-        return self.images.shape[-3:]
+        return self.images.shape[2 if self.counts is None else 1 :]
 
     def batch(self, index: int, tasks: int) -> Episodes:
         """Return batch number ``index`` of ``tasks`` tasks."""
@@ -119,7 +122,7 @@ class EpisodeSampler:
             drawn = self.images[classes[:, :, None], drawings]
         else:
             drawn = self.images[self._offsets_and_sizes[0][classes][:, :, None] + drawings]
-        x = drawn.to(torch.float32).div_(255)
+        x = drawn.to(torch.float32).div_(255) if drawn.dtype == torch.uint8 else drawn.to(torch.float32)
         y = torch.arange(ways, device=x.device)[:, None].expand(count, ways, shots + queries)
         sets = ((t[:, :, :shots], t[:, :, shots:]) for t in (x, y))
         (support_x, query_x), (support_y, query_y) = ((a.flatten(1, 2), b.flatten(1, 2)) for a, b in sets)

@@ -64,26 +64,38 @@ def as_images(images: Examples, shape: torch.Size) -> Tensor:
     return x
 
 
-def as_numbers(name: str, values: Examples | Iterable[Any]) -> Tensor:
-    """Return inputs or targets of a regression as ``[S, 1]`` float32, from ``[S]`` or ``[S, 1]``."""
+def as_numbers(name: str, values: Examples | Iterable[Any], shape: Sequence[int] = (1,)) -> Tensor:
+    """Return inputs or targets as ``[S, *shape]`` float32; single numbers may be ``[S]``.
+
+    Args:
+        name: for messages.
+        values: finite numbers; bytes of images, ``[S, channels, height, width]`` uint8, are divided by 255.
+        shape: of one of them.
+
+    Raises:
+        DataError: if there are none, their shape is another, or they are not finite numbers.
+    """
     x = _as_tensor(name, values)
-    if x.ndim == 1:
+    if x.ndim == 1 and list(shape) == [1]:
         x = x.unsqueeze(1)
-    if x.ndim != 2 or x.shape[1] != 1:
-        raise DataError(
-            f"{name} are {_format_shape(x.shape)}; the run was trained on single numbers: give [S] or [S, 1]."
-        )
+    if list(x.shape[1:]) != list(shape):
+        form = "single numbers: give [S] or [S, 1]" if list(shape) == [1] else _format_shape(("any", *shape))
+        raise DataError(f"{name} are {_format_shape(x.shape)}; the run was trained on {form}.")
     _check_not_empty(name, x)
     if x.dtype == torch.bool or x.is_complex():
         raise DataError(f"{name} are {x.dtype}; give floating-point or whole numbers.")
-    x = x.to(torch.float32)
+    x = x.to(torch.float32).div(255) if x.dtype == torch.uint8 and len(shape) == 3 else x.to(torch.float32)
     _check_finite(name, x)
     return x
 
 
-def as_targets(values: Examples | Iterable[Any], count: int) -> Tensor:
-    """Return the targets of ``count`` inputs of a regression, ``[count, 1]`` float32."""
-    y = as_numbers("targets", values)
+def as_targets(values: Examples | Iterable[Any], count: int, size: int = 1) -> Tensor:
+    """Return the targets of ``count`` inputs of a regression, ``[count, size]`` float32.
+
+    Raises:
+        DataError: if there are more or fewer than inputs, or as ``as_numbers``.
+    """
+    y = as_numbers("targets", values, (size,))
     if len(y) != count:
         raise DataError(f"{len(y)} targets for {count} inputs; give one target an input.")
     return y

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from metalearn.algorithms import Algorithm
-from metalearn.config.schema import SinusoidConfig, TrainConfig, result_keys
+from metalearn.config.schema import CustomDataConfig, TrainConfig, result_keys
 from metalearn.core.errors import DataError, MetalearnError, RunError
 from metalearn.core.functional import expand_over_tasks
 from metalearn.core.types import Episodes, Forward, Params
@@ -35,7 +35,6 @@ from metalearn.inference.inputs import (
     as_numbers,
     as_targets,
     class_indices,
-    example_shape,
     unique_classes,
 )
 from metalearn.inference.inversion import apply_inversion, should_invert, warn_if_inverted
@@ -64,6 +63,8 @@ class Learner:
         theta: meta-parameters, learned step sizes and running statistics.
         head: names of weight and bias of the last linear layer.
         iteration: meta-steps of training before the checkpoint.
+        example_shape: of one input: ``[channels, height, width]``, or ``[1]`` for sinusoids.
+        outputs: size of the model's output.
 
     Example: ``metalearn.load(run).adapt(support, ["cat", "cat", "dog"]).predict(images)``
     """
@@ -76,17 +77,14 @@ class Learner:
     algorithm: Algorithm = field(repr=False)
     head: tuple[str, ...] = field(repr=False)
     iteration: int
+    example_shape: torch.Size
+    outputs: int
     _adapted: AdaptedModel | None = field(default=None, init=False, repr=False)
 
     @property
-    def example_shape(self) -> torch.Size:
-        """Shape of one input: ``[channels, height, width]``, or ``[1]`` for a regression."""
-        return example_shape(self.config.data)
-
-    @property
     def is_regression(self) -> bool:
-        """Whether the run predicts numbers instead of classes (``data=sinusoid``)."""
-        return isinstance(self.config.data, SinusoidConfig)
+        """True if the run predicts numbers instead of classes (``data=sinusoid``)."""
+        return self.config.data.is_regression
 
     @property
     def classes_(self) -> list[Any]:
@@ -129,7 +127,9 @@ class Learner:
             on_unreadable = unreadable
         if self.is_regression:
             raise DataError(f"{folder}: the run predicts numbers (data={self.config.data.name}), not images.")
-        channels, size, _ = self.example_shape
+        channels, size = self.example_shape[0], self.example_shape[-1]
+        if tuple(self.example_shape) not in ((1, size, size), (3, size, size)):
+            raise DataError(f"{folder}: the run's examples are {list(self.example_shape)}, not square images.")
         try:
             read = read_folder(
                 folder, size=size, channels=channels, on_unreadable=on_unreadable, may_be_flat=may_be_flat
@@ -160,7 +160,7 @@ class Learner:
         steps = self.config.inner.eval_steps if steps is None else steps
         classes: tuple[Any, ...] = ()
         if self.is_regression:
-            inner, y = self.algorithm.eval_inner(steps), as_targets(labels, len(x))
+            inner, y = self.algorithm.eval_inner(steps), as_targets(labels, len(x), self.outputs)
         else:
             label_list = as_labels(labels, len(x))
             classes = unique_classes(label_list)
@@ -189,7 +189,7 @@ class Learner:
         """
         outputs = self._outputs(images, transductive)
         if self.is_regression:
-            numbers: list[float] = outputs.squeeze(1).tolist()
+            numbers: list[Any] = (outputs.squeeze(1) if self.outputs == 1 else outputs).tolist()
             return numbers
         classes = self.classes_
         return [classes[i] for i in outputs.argmax(dim=-1).tolist()]
@@ -222,7 +222,7 @@ class Learner:
         """
         outputs = self._outputs(images, transductive)
         if self.is_regression:
-            y = as_targets(labels, len(outputs))
+            y = as_targets(labels, len(outputs), self.outputs)
         else:
             y = class_indices(as_labels(labels, len(outputs)), self.classes_)
         return build_metric(self.config).per_task(outputs[None], y[None]).item()
@@ -266,8 +266,8 @@ class Learner:
         return self._adapted
 
     def _inputs(self, images: Examples) -> Tensor:
-        if self.is_regression:
-            return as_numbers("inputs", images)
+        if self.is_regression or isinstance(self.config.data, CustomDataConfig):
+            return as_numbers("inputs", images, self.example_shape)
         x = as_images(images, self.example_shape)
         warn_if_inverted(x, self.config.data)
         return x

@@ -87,7 +87,7 @@ def accuracy_metrics(experiment: Experiment, result: Evaluation) -> dict[str, An
     nontransductive, device = result.nontransductive, experiment.device
     return {
         "dataset": experiment.dataset,
-        "algorithm": config.algorithm.name,
+        "algorithm": config.algorithm.label,
         "backend": config.algorithm.backend,
         "engine": inner.engine,
         "task_chunk": inner.task_chunk,
@@ -163,7 +163,7 @@ def accuracy_rows(experiment: Experiment, result: Evaluation) -> dict[str, str]:
     steps = "  ".join(f"{k}: {metric.format(estimate.mean, digits=1)}" for k, estimate in enumerate(result.per_step))
     rows = {
         "task": f"{experiment.dataset}, {_describe_task(experiment)}",
-        "algorithm": f"{config.algorithm.name}{_describe_engine(experiment)}{precision}{backend}",
+        "algorithm": f"{config.algorithm.label}{_describe_engine(experiment)}{precision}{backend}",
         f"test {metric.name}": f"{result.final.format(metric)} (95% CI, {result.episodes} tasks, {last} inner steps)",
         "after each inner step": steps,
     }

@@ -14,6 +14,9 @@ from torch import nn
 from metalearn.algorithms import ALGORITHMS, Algorithm
 from metalearn.config.schema import (
     Conv4Config,
+    CustomAlgorithmConfig,
+    CustomDataConfig,
+    CustomModelConfig,
     GlyphsConfig,
     ImagesConfig,
     InnerConfig,
@@ -37,6 +40,13 @@ from metalearn.data.splits import ImageSplits
 from metalearn.inner import SGD, Adam, InnerLoop, Momentum, UpdateRule
 from metalearn.metagrad.baselines.backend import BaselineGradient, backend
 from metalearn.models import MLP, ContextConv4, ContextMLP, Conv4, ResNet12
+from metalearn.training.custom import (
+    build_custom_algorithm,
+    build_custom_model,
+    build_custom_rule,
+    build_custom_samplers,
+    check_output_shape,
+)
 from metalearn.training.evaluation import ACCURACY, MSE, Metric, collect_norm_statistics
 from metalearn.training.runtime import torchrun
 from metalearn.training.runtime.cuda_graph import with_cuda_graph
@@ -143,11 +153,11 @@ def build_experiment(config: TrainConfig) -> Experiment:
         torch.backends.cudnn.deterministic = True
     train, validation, test = build_samplers(config, device)
     seed_all(config.run.seed)
-    module = build_model(config, train.example_shape).to(device)
+    module = build_model(config, train.example_shape, num_outputs(config, train)).to(device)
     forward, params = functionalize(module)
     algorithm = build_algorithm(config, module)
     experiment = Experiment(
-        *(config, config.data.name, device, module, forward, algorithm.init(params), algorithm, build_metric(config)),
+        *(config, config.data.label, device, module, forward, algorithm.init(params), algorithm, build_metric(config)),
         *(train, validation, test),
     )
     experiment.check_backend()
@@ -166,6 +176,9 @@ def build_samplers(config: TrainConfig, device: torch.device) -> tuple[TaskSampl
         DataError: if the data set is missing or damaged.
     """
     task, seed, eval_queries = config.task, config.run.seed, config.eval.queries
+    if isinstance(config.data, CustomDataConfig):
+        samplers = build_custom_samplers(config, device)
+        return samplers["train"], samplers["validation"], samplers["test"]
     if isinstance(config.data, SinusoidConfig):
         return (
             SinusoidSampler(task.shots, task.queries, seed, "train", device),
@@ -198,25 +211,31 @@ def load_data(config: TrainConfig) -> ImageSplits:
             needed=config.images_per_class(),
         )
     if not isinstance(data, GlyphsConfig):
-        raise ConfigError(f"data={data.name}: it has no images; take data=omniglot, glyphs or images")
+        raise ConfigError(f"data={data.name}: this needs images by class; take data=omniglot, glyphs or images")
     images = make_glyphs(classes=data.classes, jitter=data.jitter, seed=data.seed)
     sizes = glyph_split_sizes(data.classes)
     return ImageSplits(data.name, *images.split([sizes.train, sizes.validation, sizes.test]))
 
 
 def build_algorithm(config: TrainConfig, module: nn.Module) -> Algorithm:
-    """Return the configured algorithm for a network; raise ``ConfigError`` if it does not fit the network."""
-    options = {name: value for name, value in vars(config.algorithm).items() if name not in ("name", "backend")}
-    name = config.algorithm.name
+    """Return the configured algorithm for a network.
+
+    Raises:
+        ConfigError: if it does not fit the network.
+    """
+    algorithm, inner, parts = config.algorithm, build_inner_loop(config.inner), module_parts(module)
+    if isinstance(algorithm, CustomAlgorithmConfig):
+        return build_custom_algorithm(algorithm, inner, parts)
+    options = {name: value for name, value in vars(algorithm).items() if name not in ("name", "backend")}
     try:
-        return ALGORITHMS[name](build_inner_loop(config.inner), module_parts(module), **options)
+        return ALGORITHMS[algorithm.name](inner, parts, **options)
     except ValueError as error:
-        raise ConfigError(f"algorithm={name}, model={config.model.name}: {error}") from error
+        raise ConfigError(f"algorithm={algorithm.name}, model={config.model.label}: {error}") from error
 
 
 def build_metric(config: TrainConfig) -> Metric:
-    """Return mean squared error for sinusoids, accuracy for classes."""
-    return MSE if isinstance(config.data, SinusoidConfig) else ACCURACY
+    """Return mean squared error for a regression, accuracy for classes."""
+    return MSE if config.data.is_regression else ACCURACY
 
 
 def build_inner_loop(settings: InnerConfig) -> InnerLoop:
@@ -226,6 +245,7 @@ def build_inner_loop(settings: InnerConfig) -> InnerLoop:
         "momentum": lambda: Momentum(settings.momentum),
         "nesterov": lambda: Momentum(settings.momentum, nesterov=True),
         "adam": lambda: Adam((settings.betas[0], settings.betas[1]), settings.eps),
+        "custom": lambda: build_custom_rule(settings),
     }
     return InnerLoop(
         lr=settings.lr,
@@ -240,9 +260,34 @@ def build_inner_loop(settings: InnerConfig) -> InnerLoop:
     )
 
 
-def build_model(config: TrainConfig, example_shape: torch.Size) -> nn.Module:
-    """Return a newly initialised network for inputs ``[channels, height, width]``, or ``[1]`` of sinusoids."""
-    model, outputs = config.model, 1 if isinstance(config.data, SinusoidConfig) else config.task.ways
+def num_outputs(config: TrainConfig, sampler: TaskSampler) -> int:
+    """Return the size of the model's output: the number of ways, or of a regression's targets."""
+    return sampler.tasks(0, 1).query_y.shape[-1] if config.data.is_regression else config.task.ways
+
+
+def build_model(config: TrainConfig, example_shape: torch.Size, outputs: int) -> nn.Module:
+    """Return a newly initialised network.
+
+    Args:
+        config: names the model.
+        example_shape: of one input, ``[channels, height, width]`` or ``[features]``.
+        outputs: size of the output.
+
+    Raises:
+        ConfigError: if a user's model cannot be made, or a model does not fit a user's data.
+    """
+    module = _build_module(config, example_shape, outputs)
+    if isinstance(config.model, CustomModelConfig):
+        check_output_shape(module, f"model.target={config.model.target}", example_shape, outputs)
+    elif isinstance(config.data, CustomDataConfig):
+        check_output_shape(module, f"model={config.model.name}", example_shape, outputs)
+    return module
+
+
+def _build_module(config: TrainConfig, example_shape: torch.Size, outputs: int) -> nn.Module:
+    model = config.model
+    if isinstance(model, CustomModelConfig):
+        return build_custom_model(model, example_shape, outputs)
     if isinstance(model, Conv4Config):
         channels, width, pool = example_shape[0], model.width, model.pool
         if model.context:

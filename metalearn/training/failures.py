@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from metalearn.config.run_config import parse_run_config, to_yaml
+from metalearn.config.run_config import check_trusted, parse_run_config, to_yaml
 from metalearn.config.schema import TrainConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import OUT_OF_MEMORY, NonFiniteError, NonFiniteGradientError, RemoteNonFiniteError, RunError
@@ -91,17 +91,27 @@ def dump_episode(
     return path
 
 
-def replay_episode(path: Path | str) -> MetaGradient:
+def replay_episode(path: Path | str, *, trust_code: bool = False) -> MetaGradient:
     """Compute a saved episode's meta-gradient again, on a CPU; its task is number 0.
 
-    Raise ``NonFiniteError`` as in the run, if a CPU computes the same; ``RunError`` if the file is damaged or another.
+    Args:
+        path: of the file.
+        trust_code: whether to run the user's own code that its configuration names, if any.
+
+    Raises:
+        ConfigError: if it names code, and ``trust_code`` is false.
+        FileNotFoundError: if there is no such file.
+        RunError: if it is damaged, or not a saved episode.
+        NonFiniteError: as in the run, if a CPU computes the same.
     """
     content = files.load_checked(Path(path))
     if not isinstance(content, dict) or "episode" not in content:
         raise RunError(f"{path} is not a saved episode; those are in a run's {FOLDER}/.")
     config = parse_run_config(content["config"], Path(path))
+    check_trusted(config, path, trust_code=trust_code, how="replay_episode(path, trust_code=True)")
     episode = Episodes(**content["episode"])
-    module = build_model(config, episode.support_x.shape[2:])
+    outputs = episode.query_y.shape[-1] if config.data.is_regression else config.task.ways
+    module = build_model(config, episode.support_x.shape[2:], outputs)
     forward, _ = functionalize(module)
     algorithm, progress = build_algorithm(config, module), content["iteration"] / config.outer.iterations
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.run.precision == "bfloat16"):

@@ -9,9 +9,8 @@ import pytest
 from metalearn.config.commands_schema import EvaluateConfig, ReproduceConfig
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.overrides import sweep_jobs
-from metalearn.config.run_config import resolve_data
+from metalearn.config.run_config import resolve_data, validate_evaluate_config
 from metalearn.config.schema import TrainConfig
-from metalearn.config.validation import validate_evaluate_config
 from metalearn.core.errors import ConfigError
 from tests.config.factories import train_config, write_experiment
 
@@ -53,7 +52,7 @@ ERRORS = [
     ("data=images", r"data\.root is required: folder that holds one folder a class"),
     ("experiment=nope", r"Could not find 'experiment/nope'(?s:.*)omniglot_5way_1shot"),
     ("eval.queries=20", r"task\.shots=1 and eval\.queries=20: together 21, and a class has 20 drawings"),
-    ("data=null", r"data=null: choose one of glyphs, images, omniglot, sinusoid"),
+    ("data=null", r"data=null: choose one of custom, glyphs, images, omniglot, sinusoid"),
     ("data=0", r"data=0: this cannot be composed: .*must be a string"),
     ("data=${task.ways}", r"data=\$\{task\.ways\}: this cannot be composed: "),
     ("data.name=glyphs", r"^data\.name=glyphs: the other keys are not .* Choose it as a whole, data=glyphs$"),
@@ -132,7 +131,7 @@ def test_group_without_an_option_is_an_error(group: str) -> None:
         ("inner:\n  second_ordr: true", r"second_ordr=true: .*\(in experiment/mine\.yaml\).*second_order\?"),
         ("inner:\n  second_order: maybe", r"second_order=maybe: must be true or false \(in experiment/mine\.yaml\)"),
         ("inner:\n  lr: 1\n steps: 2", r"(?s)a YAML file cannot be read: .*mine\.yaml"),
-        ("data:\n  name: nope", r"data\.name=nope: must be one of omniglot, glyphs, images, sinusoid"),
+        ("data:\n  name: nope", r"data\.name=nope: must be one of omniglot, glyphs, images, sinusoid, custom"),
     ],
 )
 def test_error_in_an_experiment_file_names_the_file(text: str, message: str, tmp_path: Path) -> None:

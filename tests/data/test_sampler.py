@@ -186,7 +186,7 @@ def test_sinusoid_experiment_equals_finns() -> None:
     assert (config.task.shots, config.task.meta_batch) == (10, 25)
     assert (config.inner.lr, config.inner.steps, config.outer.lr) == (0.01, 1, 1e-3)
     train, _, test = build_samplers(config, torch.device("cpu"))
-    model = build_model(config, train.example_shape)
+    model = build_model(config, train.example_shape, 1)
     assert [tuple(p.shape) for p in model.parameters()] == [(40, 1), (40,), (40, 40), (40,), (1, 40), (1,)]
     assert model(train.tasks(0, 2).support_x[0]).shape == (10, 1)
     assert not torch.equal(train.tasks(0, 2).support_x, test.tasks(0, 2).support_x)

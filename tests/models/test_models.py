@@ -146,4 +146,4 @@ def test_build_resnet12_from_config() -> None:
     assert isinstance(config.model, ResNet12Config)
     assert tuple(config.model.widths) == inspect.signature(ResNet12).parameters["widths"].default
     small = dataclasses.replace(config, model=dataclasses.replace(config.model, widths=list(NARROW)))
-    assert build_model(small, torch.Size([1, 28, 28]))(torch.rand(2, 1, 28, 28)).shape == (2, 5)
+    assert build_model(small, torch.Size([1, 28, 28]), 5)(torch.rand(2, 1, 28, 28)).shape == (2, 5)

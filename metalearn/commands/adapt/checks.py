@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metalearn.config.commands_schema import AdaptConfig
-from metalearn.config.run_config import load_run_config
-from metalearn.config.schema import SinusoidConfig
+from metalearn.config.run_config import load_trusted_config
 from metalearn.config.validation import run_dir_errors
 from metalearn.core.errors import ConfigError, DataError
 from metalearn.data.image_folder import list_classes, list_images, preview_names
@@ -23,11 +22,11 @@ def check_adapt(config: AdaptConfig) -> None:
     errors = run_dir_errors(config.run.dir) + _key_errors(config)
     if errors:
         raise ConfigError("\n".join(errors))
-    trained = load_run_config(Path(config.run.dir) / "config.yaml")
-    if isinstance(trained.data, SinusoidConfig):
+    trained = load_trusted_config(config.run.dir, trust_code=config.run.trust_code)
+    if trained.data.is_regression:
         raise ConfigError(
-            f"run.dir={config.run.dir}: this run predicts numbers (data=sinusoid), not classes of images; adapt it in "
-            "Python with metalearn.load(run).adapt(x, y).predict(x)"
+            f"run.dir={config.run.dir}: this run predicts numbers (data={trained.data.name}), not classes of images; "
+            "adapt it in Python with metalearn.load(run).adapt(x, y).predict(x)"
         )
     support = None
     if config.support is not None:

@@ -37,7 +37,7 @@ def run_adapt(config: AdaptConfig, output_dir: Path) -> None:
         RunExistsError: if the output folder holds such files already.
     """
     check_no_run_in(output_dir, (WEIGHTS, TABLE, PICTURE))
-    learner = load(config.run.dir, config.run.device)
+    learner = load(config.run.dir, config.run.device, trust_code=config.run.trust_code)
     support = _read(config.support, learner, config)
     query = _read(config.query, learner, config, may_be_flat=True)
     first = support or query

@@ -37,7 +37,7 @@ from metalearn.data.splits import ImageSplits
 from metalearn.inner import InnerLoop
 from metalearn.metagrad.baselines.common import Peer
 from metalearn.models import Conv4
-from metalearn.training.experiment import build_experiment, build_model, load_data
+from metalearn.training.experiment import build_experiment, build_model, load_data, num_outputs
 from metalearn.training.runtime.precision import precision_context
 from metalearn.training.state import seed_all
 from metalearn.training.tracking.console import progress_bar
@@ -94,7 +94,9 @@ def cases(config: BenchmarkConfig, device: torch.device) -> Iterator[Case]:
 def _configured_case(config: BenchmarkConfig) -> Case:
     experiment = build_experiment(config)
     seed_all(config.run.seed)
-    module = build_model(config, experiment.train.example_shape).to(experiment.device)
+    module = build_model(config, experiment.train.example_shape, num_outputs(config, experiment.train)).to(
+        experiment.device
+    )
     task = config.task
     step = MetaStep(module, experiment.train.batch(0, task.meta_batch), experiment.inner)
     content = {"task": asdict(task), "inner": asdict(config.inner), "model": asdict(config.model)}

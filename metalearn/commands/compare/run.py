@@ -155,8 +155,8 @@ def collect(
     metrics = [run.metrics for variant in found for run in variant.finished]
     memory_kinds = dict.fromkeys(m["memory.kind"] for m in metrics) or ["cuda" if "gpu" in here else "cpu-tensors"]
     return Results(
-        title=f"{shared.data.name}, {shared.task.ways}-way {shared.task.shots}-shot",
-        dataset=shared.data.name,
+        title=f"{shared.data.label}, {shared.task.ways}-way {shared.task.shots}-shot",
+        dataset=shared.data.label,
         command=shlex.join([*invocation("compare"), *sys.argv[1:]]),
         config=to_yaml(config),
         machine=dict(hardware_of(metrics) or here),

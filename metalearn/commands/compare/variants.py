@@ -17,7 +17,7 @@ from metalearn.config.compose import to_dataclass
 from metalearn.config.output_names import split, variant_names
 from metalearn.config.overrides import recompose_with
 from metalearn.config.run_config import resolve_data
-from metalearn.config.schema import SinusoidConfig, TrainConfig, iter_fields
+from metalearn.config.schema import TrainConfig, iter_fields
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
 
@@ -65,8 +65,10 @@ def replace_section(config: TrainConfig, section: str, content: Any) -> TrainCon
 def check_compare(config: CompareConfig) -> None:
     """Raise ``ConfigError`` before anything is loaded if a variant, named in it, cannot be run."""
     validate_train_config(config)
-    if isinstance(config.data, SinusoidConfig):
-        raise ConfigError("data=sinusoid: a comparison is of accuracies, and regression has none; use other data")
+    if config.data.is_regression:
+        raise ConfigError(
+            f"data={config.data.name}: a comparison is of accuracies, and regression has none; use other data"
+        )
     if len(set(config.compare.seeds)) < len(config.compare.seeds):
         raise ConfigError(f"compare.seeds={config.compare.seeds}: a seed is listed twice")
     if config.run.seed != 0:
@@ -135,6 +137,9 @@ def format_override(value: Any) -> str:
         return "null" if value is None else str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(format_override(v) for v in value)}]"
+    if isinstance(value, dict):
+        keys = (re.sub(r"([\\()\[\]{}:=, ])", r"\\\1", str(key)) for key in value)
+        return f"{{{','.join(f'{k}:{format_override(v)}' for k, v in zip(keys, value.values(), strict=True))}}}"
     if isinstance(value, str):
         quoted = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value, count=0)
         return f"'{quoted}'"

@@ -33,12 +33,19 @@ _SINUSOID_POINTS = 200
 
 def log_task_images(experiment: Experiment, state: TrainState, tensorboard: TensorBoardLogger) -> None:
     """Log the image of the first validation tasks, if ``log.images`` asks for it and it can be drawn."""
-    if not experiment.config.log.images:
+    if not experiment.config.log.images or not _can_draw(experiment):
         return
     try:
         tensorboard.log_image("validation/tasks", render_tasks(experiment, state.params), state.iteration)
     except NonFiniteLossError as error:  # the next meta-step stops the run, if training meets it as well
         log.warning("no picture at meta-step %d: %s", state.iteration, error)
+
+
+def _can_draw(experiment: Experiment) -> bool:
+    """Return whether inputs are grey or colour images of classes, or sinusoids; a user's own data need not be."""
+    shape, is_regression = experiment.train.example_shape, experiment.config.data.is_regression
+    is_image = len(shape) == 3 and shape[0] in (1, 3) and not is_regression
+    return is_image or isinstance(experiment.validation, SinusoidSampler)
 
 
 def save_sinusoid_plot(experiment: Experiment, params: Params, run_dir: Path) -> Path | None:

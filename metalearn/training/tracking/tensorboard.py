@@ -36,7 +36,7 @@ from metalearn.training.tracking.event_files import EVENT_FILES, read_scalars
 
 log = logging.getLogger(__name__)
 
-Value = bool | int | float | str | Sequence[Any] | None
+Value = bool | int | float | str | Sequence[Any] | Mapping[str, Any] | None
 """The value of a configuration key."""
 
 _LONGEST_WAIT_S = 10.0
@@ -211,6 +211,8 @@ def to_hparam_value(value: Value) -> float | str:
         return "null" if value is None else str(value).lower()
     if isinstance(value, (int, float, str)):
         return value
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {to_hparam_value(v)}' for name, v in value.items())}}}"
     return f"[{', '.join(str(to_hparam_value(v)) for v in value)}]"
 
 

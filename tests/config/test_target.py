@@ -1,0 +1,109 @@
+"""A user's own code by its name: found, called, or refused with what to do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from metalearn.commands.compare.variants import Job
+from metalearn.config.target import call_target, missing_module
+from metalearn.core.errors import ConfigError
+from tests.config.factories import train_config
+
+CODE = """
+NUMBER = 3
+
+def make(width, ways=0, **more):
+    return width, ways, more
+
+def positional(inner, width=1):
+    from my_sibling import VALUE
+    return inner, width, VALUE
+
+class Outer:
+    class Inner:
+        def __init__(self, ways):
+            self.ways = ways
+"""
+
+
+@pytest.fixture(autouse=True)
+def _code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_code.py").write_text(CODE)
+    (tmp_path / "my_sibling.py").write_text("VALUE = 5\n")
+    (tmp_path / "my_broken.py").write_text("import no_such_library\n")
+    before, path = set(sys.modules), list(sys.path)
+    yield
+    assert sys.path == path
+    for name in set(sys.modules) - before:
+        if name.startswith("my_"):
+            del sys.modules[name]
+
+
+def test_target_is_called_with_options_and_what_it_asks_for() -> None:
+    offered = {"ways": 5, "example_shape": (1, 28, 28)}
+    assert call_target("model.target", "my_code:make", {"width": 4}, **offered) == (4, 5, {})
+    assert call_target("model.target", "my_code:make", {"width": 4, "ways": 2, "a": 1}, **offered) == (4, 2, {"a": 1})
+    assert call_target("model.target", "my_code:positional", {}, "inner", **offered) == ("inner", 1, 5)
+    assert call_target("model.target", "my_code:Outer.Inner", {}, **offered).ways == 5
+
+
+ERRORS = {
+    "my_code:Nope": r"model\.target=my_code:Nope: my_code has no Nope",
+    "my_code:mak": r"model\.target=my_code:mak: my_code has no mak\. Did you mean make",
+    "my_code:NUMBER": r"model\.target=my_code:NUMBER: this is a int; name a class or a function",
+    "my_cod:make": r"model\.target=my_cod:make: there is no module my_cod; .* working directory \(/.*PYTHONPATH",
+    "my_code.inner:make": r"there is no module my_code\.inner",
+    "my_code:make": r"options=\{'depth': 2\}: my_code:make cannot be called .*width'.*parameters are width, ways",
+    "my_code:Outer.Inner": r"unexpected keyword argument 'depth'\); its parameters are ways",
+}
+
+
+@pytest.mark.parametrize(("target", "message"), ERRORS.items(), ids=list(ERRORS))
+def test_error_names_the_target_and_what_to_do(target: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        call_target("model.target", target, {"depth": 2}, ways=5)
+
+
+def test_import_error_inside_the_module_is_its_own() -> None:
+    with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+        call_target("model.target", "my_broken:make", {})
+
+
+def test_missing_module_is_found_without_importing() -> None:
+    assert missing_module("my_broken:make") is None
+    assert missing_module("torch.nn:Linear") is None
+    assert "there is no module my_cod;" in str(missing_module("my_cod.deep:make"))
+    assert "my_broken" not in sys.modules
+
+
+@pytest.mark.parametrize("target", ["my_code", "my_code.make", "my_code:", ":make", "my code:make", "a:b:c", "a/b:c"])
+def test_malformed_target_is_an_error(target: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.target=.*: must be MODULE:NAME, as in my_package\.nets:MyNet"):
+        train_config("data=glyphs", "model=custom", f"model.target='{target}'")
+
+
+@pytest.mark.parametrize(
+    "options", [["model.options.width=8"], ["+model.options.width=8"], ["model.options={width: 8}"]], ids="".join
+)
+def test_options_are_given_one_by_one_or_together(options: list[str]) -> None:
+    config = train_config("data=glyphs", "model=custom", "model.target=my_code:make", *options)
+    assert vars(config.model)["options"] == {"width": 8}
+
+
+def test_options_of_every_kind_are_spelt_out_for_a_launched_run() -> None:
+    base = ["data=glyphs", "model=custom", "model.target=my_code:make"]
+    options = "model.options={a: {b c: [1, 'x,y', null], d: true}, e: 'it''s', f: [{g: 1e-3}]}".replace("''", "\\'")
+    config = train_config(*base, options)
+    assert vars(config.model)["options"] == {"a": {"b c": [1, "x,y", None], "d": True}, "e": "it's", "f": [{"g": 1e-3}]}
+    assert train_config(*Job("x", Path(), config).overrides) == config
+
+
+@pytest.mark.parametrize("options", ["model.options=8", "model.options={1: 2}"])
+def test_options_must_have_names(options: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.options=.*: must be names with values, as \{width: 32\}"):
+        train_config("data=glyphs", "model=custom", "model.target=my_code:make", options)
