@@ -1,4 +1,4 @@
-"""Prove every engine right on this machine: against unroll, finite differences, learn2learn, higher and TorchOpt."""
+"""Check every engine on this machine: against unroll, finite differences, learn2learn, higher and TorchOpt."""
 
 from metalearn.commands.main import verify
 

@@ -1,1 +1,1 @@
-"""The commands of ``metalearn``: a file or a folder each."""
+"""The commands of ``metalearn``; ``train`` and ``evaluate`` run what is in ``training/``."""

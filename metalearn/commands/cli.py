@@ -1,4 +1,4 @@
-"""Make a function of a configuration and an output folder into a command, by Hydra.
+"""The ``@command`` decorator: parse the command line, validate, run a function, report errors.
 
     @command("train", TrainConfig, check)
     def train(config: TrainConfig, run_dir: Path) -> None: ...

@@ -1,8 +1,8 @@
 """The eight commands, each a function of its configuration and an output folder; ``metalearn COMMAND`` chooses one.
 
-``metalearn train`` and ``python scripts/train.py`` are the same function. A new command is a function here, its schema
-in ``config/commands_schema.py`` and its defaults in ``conf/``. What needs torch is imported inside of the functions, so
-that a wrong key is reported at once.
+``metalearn train`` and ``python scripts/train.py`` are the same function. A new command is a function and a line of
+``COMMANDS`` here, a schema in ``config/commands_schema.py`` with a line of ``SCHEMAS`` in ``config/compose.py``, and
+defaults in ``conf/``. What needs torch is imported inside of the functions, so that a wrong key is reported at once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from metalearn.config.validation import validate_train_config
 
 
 def train_worker(config: TrainConfig) -> None:
-    """Be one of the other processes that torchrun has started."""
+    """Run as a process of torchrun other than the main one."""
     from metalearn.training.trainer import train_worker
 
     train_worker(resolve_data(config))
@@ -101,7 +101,7 @@ def compare(config: CompareConfig, folder: Path) -> None:
 
 @command("gradients", GradientsConfig)
 def gradients(config: GradientsConfig, output_dir: Path) -> None:
-    """Run the lessons on second-order gradients, and hold every number against its analytic value.
+    """Run the lessons on second-order gradients, and check every number against its analytic value.
 
     The exit code is 1 if one of them is wrong. Figures, TensorBoard and lessons.json lie in the output folder.
     """
@@ -113,7 +113,7 @@ def gradients(config: GradientsConfig, output_dir: Path) -> None:
 
 @command("verify", VerifyConfig)
 def verify(config: VerifyConfig, output_dir: Path) -> None:
-    """Prove every engine right on this machine: against unroll, finite differences, learn2learn, higher and TorchOpt.
+    """Check every engine on this machine: against unroll, finite differences, learn2learn, higher and TorchOpt.
 
     The exit code is 1 if a comparison exceeds its bound. All of them lie in verify.json in the output folder.
     """
@@ -159,7 +159,7 @@ def adapt(config: AdaptConfig, output_dir: Path) -> None:
 
 @command("reproduce", ReproduceConfig, check_reproduce, may_continue=lambda config: True)
 def reproduce(config: ReproduceConfig, folder: Path) -> None:
-    """Train an experiment in the orders and with the seeds that are asked for, and put it beside the published figure.
+    """Train an experiment in first and second order with several seeds, and compare it with the published accuracy.
 
     The same command goes on with what is not finished. The exit code is 0 when all is, 1 if a run failed, and 75 if the
     time that minutes= allows was over before. Figures lie in omniglot.json; record=true also writes them to

@@ -1,4 +1,4 @@
-"""Between a command and the shell: the words that started it, and a reader of its output that goes away."""
+"""How the command was typed, and what happens when its output is closed (``| head``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every key of a training: its type, range and meaning in one place. Imports neither torch nor Hydra.
+"""Every key of a training: type, range and help in one place; the defaults are in ``conf/``.
 
 Defaults are in ``conf/``. pydantic validates a composed configuration against these classes; checks of several keys are
 in ``compatibility.py``. To add a key, write it here and in ``conf/``, and use it.

@@ -1,4 +1,4 @@
-"""Validation of composed configurations, before anything is loaded. Imports neither torch nor Hydra's composition."""
+"""Refuse unknown, mistyped, missing and out-of-range keys before anything is loaded."""
 
 from __future__ import annotations
 

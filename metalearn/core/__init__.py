@@ -1,1 +1,1 @@
-"""What every room builds on: types, models as pure functions, errors, serialization and profiling."""
+"""What every package builds on: types, models as pure functions, errors, serialization and profiling."""

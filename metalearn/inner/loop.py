@@ -1,4 +1,4 @@
-"""K steps of gradient descent on every task's support loss at once:
+"""The inner loop: K steps; ``second_order`` decides whether their gradients carry a graph (MAML) or not (FOMAML).
 
     theta_0 = theta,    theta_{k+1} = theta_k - lr * dL_support(theta_k) / dtheta_k
 

@@ -1,4 +1,4 @@
-"""The memory of one inner step: the backward pass recomputes each step with its graph.
+"""Engine: recompute each inner step in the backward pass; the memory of one step and K snapshots.
 
     lam_K = dL_query(theta_K),    lam_k = (d theta_{k+1} / d theta_k)^T lam_{k+1},    meta-gradient = lam_0
 

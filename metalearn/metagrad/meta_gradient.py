@@ -1,4 +1,4 @@
-"""The meta-gradient d L_query(adapt(theta)) / d theta, by engines that agree in value and differ in cost."""
+"""``meta_gradient``: choose an engine, split the tasks into chunks, check the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inner loop forwards without graphs, and its steps again in reverse order from snapshots.
+"""Run the inner loop without graphs, keep snapshots, and replay its steps in reverse order.
 
     forwards:   theta_0 -> theta_1 -> ... -> theta_K, with a snapshot of every s-th
     backwards:  theta_{K-1}, ..., theta_0; those between snapshots are recomputed from the one before them

@@ -1,4 +1,4 @@
-"""Failures of a training: losses and gradients that are not finite, and memory that runs out.
+"""Locate and save non-finite tasks, and explain out-of-memory errors; ``loop.py`` decides what follows.
 
 An episode with a non-finite loss or gradient is saved, to be replayed, in a debugger if you like:
 

@@ -1,4 +1,4 @@
-"""The mutable training state, its ``state_dict``, and the random generators that belong to it."""
+"""The meta-optimizer and all else that changes in a training, its ``state_dict``, and the random generators' states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time alternatives in turns, so that drifting machine speed affects all of them alike."""
+"""Interleave timings of alternatives, so that a busy machine slows all of them alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics, times and memory of meta-steps, read once per window so that a GPU need not sync at every step."""
+"""Average the metrics that ``step.py`` computes, and measure times and memory of meta-steps."""
 
 from __future__ import annotations
 
