@@ -10,6 +10,7 @@ A new one is a function that returns an ``Algorithm``. Only Reptile and iMAML ha
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -210,7 +211,13 @@ def reptile(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
 
 
 def imaml(
-    inner: InnerLoop, parts: ModuleParts, *, proximal_weight: float = 2.0, cg_steps: int = 5, damping: float = 0.0
+    inner: InnerLoop,
+    parts: ModuleParts,
+    *,
+    proximal_weight: float = 2.0,
+    cg_steps: int = 5,
+    damping: float = 0.0,
+    strength: float | None = None,
 ) -> Algorithm:
     """Build implicit MAML: the meta-gradient at a proximal optimum, independent of the steps to it.
 
@@ -224,7 +231,11 @@ def imaml(
         proximal_weight: lambda, the weight of the proximal term.
         cg_steps: conjugate gradients on I + H / lambda.
         damping: added to the diagonal.
+        strength: the former name of ``proximal_weight``.
     """
+    if strength is not None:
+        warnings.warn("imaml: strength= is called proximal_weight= now", FutureWarning, stacklevel=2)
+        proximal_weight = strength
     return Algorithm(
         "imaml",
         dataclasses.replace(inner, proximal_weight=proximal_weight),

@@ -181,7 +181,7 @@ def test_configuration_has_the_defaults_of_the_algorithm(name: str) -> None:
     assert config.name == name
     given = {key: value for key, value in vars(config).items() if key not in ("name", "backend")}
     signature = inspect.signature(ALGORITHMS[name]).parameters
-    assert given == {key: p.default for key, p in signature.items() if key not in ("inner", "parts")}
+    assert given == {key: p.default for key, p in signature.items() if key not in ("inner", "parts", "strength")}
     assert (name in PLAIN_ALGORITHMS) == (not given)
     assert "arXiv" in str(ALGORITHMS[name].__doc__)
 
@@ -208,3 +208,9 @@ def test_former_methods_and_fields_work_and_warn() -> None:
             assert getattr(algorithm, old) == getattr(algorithm, new)
     with pytest.warns(FutureWarning, match="is called tracks_norm_statistics= now"):
         assert dataclasses.replace(algorithm, keeps_statistics=False).tracks_norm_statistics is False  # type: ignore[call-arg]
+
+
+def test_imaml_takes_the_former_name_of_its_weight() -> None:
+    with pytest.warns(FutureWarning, match="proximal_weight"):
+        algorithm = imaml(INNER, module_parts(conv4()), strength=3.0)
+    assert algorithm.inner.proximal_weight == 3.0

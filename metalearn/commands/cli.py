@@ -152,7 +152,8 @@ def _check_writable(folder: str) -> None:
 
 
 _ONE_TRAINING = (
-    "torchrun starts several processes of one training: give it scripts/train.py or -m metalearn train, no --multirun"
+    "torchrun starts several processes of one training: give it scripts/train.py or -m metalearn train, "
+    "without --multirun"
 )
 _NOTHING_TO_RESUME = (
     "run.resume with --multirun: the folders of a sweep are named by the time, so that there would be nothing to go on "

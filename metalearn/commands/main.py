@@ -162,8 +162,8 @@ def reproduce(config: ReproduceConfig, folder: Path) -> None:
     """Train an experiment in first and second order with several seeds, and compare it with the published accuracy.
 
     The same command goes on with what is not finished. The exit code is 0 when all is, 1 if a run failed, and 75 if the
-    time that minutes= allows was over before. Figures lie in omniglot.json; record=true also writes them to
-    outputs/reference/omniglot.json and README.md below the current folder, which is meant to be a checkout.
+    time limit (time_limit_minutes=) was over before. Results lie in omniglot.json; update_reference=true also writes
+    them to outputs/reference/omniglot.json and README.md below the current folder, which is meant to be a checkout.
     """
     from metalearn.commands.reproduce.run import run_reproduction
 

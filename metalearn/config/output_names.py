@@ -103,7 +103,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         return {}
-    rename_keys(content)
+    rename_keys(content, warn=False)
     return content
 
 

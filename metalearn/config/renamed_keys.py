@@ -46,19 +46,21 @@ def rename_overrides(command: str, overrides: Iterable[str]) -> list[str]:
     return result
 
 
-def rename_keys(config: dict[str, Any], given: Collection[str] = ()) -> None:
-    """Rename the former keys of a configuration in place, with a warning for each.
+def rename_keys(config: dict[str, Any], given: Collection[str] = (), *, warn: bool = True) -> None:
+    """Rename the former keys of a configuration in place.
 
     Args:
         config: sections of keys.
         given: keys of the command line, which count more than those of files.
+        warn: of each; nobody can change the file of a run.
     """
     for former, present in RENAMED.items():
         section, _, name = former.partition(".")
         node = config.get(section)
         if isinstance(node, dict) and name in node:
             value = node.pop(name)
-            _warn(former, present)
+            if warn:
+                _warn(former, present)
             if present not in given:
                 node[present.partition(".")[2]] = value
 

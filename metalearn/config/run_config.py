@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from metalearn.config import schema
 from metalearn.config.commands_schema import EvaluateConfig
-from metalearn.config.compose import CONF, resolve_values
+from metalearn.config.compose import CONF
 from metalearn.config.messages import GROUPS, hints, section_class
 from metalearn.config.renamed_keys import REMOVED, rename_keys
 from metalearn.config.schema import result_keys
@@ -75,7 +75,8 @@ def check_trusted(config: schema.TrainConfig, source: object, *, trust_code: boo
         ConfigError: naming the code, where it is named, and how to allow it.
     """
     if (targets := config.targets()) and not trust_code:
-        named = ", ".join(f"{key}={target}" for key, target in targets.items())
+        options = {name: value for name, value in result_keys(config).items() if "options" in name and value}
+        named = ", ".join(f"{key}={target}" for key, target in {**targets, **options}.items())
         raise ConfigError(
             f"{source} names code to run: {named}. Whoever wrote that file chose it. If you trust what has this name "
             f"on this machine, give {how}"
@@ -104,8 +105,8 @@ def parse_run_config(text: str, path: Path) -> schema.TrainConfig:
         if not isinstance(raw, DictConfig) or "data" not in raw:
             raise ConfigError("it is empty, or not whole")
         errors: dict[str, str] = {}
-        plain = resolve_values(raw, errors)
-        rename_keys(plain)
+        plain: Any = OmegaConf.to_container(raw, resolve=False)  # written resolved; ${...} in it is text
+        rename_keys(plain, warn=False)
         for key in REMOVED:
             section, _, name = key.partition(".")
             plain.get(section, {}).pop(name, None)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 from typing_extensions import Doc
 
 from metalearn.config.target import check_target
@@ -27,7 +27,8 @@ LARGEST_SEED = 2**63 - 1
 """The largest int64."""
 
 Bool = StrictBool
-Text = StrictStr
+Text = Annotated[StrictStr, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+"""Text; a name of digits, such as a folder's, is an integer in YAML."""
 Seed = Annotated[StrictInt, Field(ge=0, le=LARGEST_SEED)]
 Count = Annotated[StrictInt, Field(ge=1)]
 Steps = Annotated[StrictInt, Field(ge=0)]

@@ -143,7 +143,8 @@ def _check_recordable(config: ReproduceConfig, training: TrainConfig) -> None:
     if other := [override for override in config.overrides if not _key(override).startswith(_HARMLESS_KEYS)]:
         raise ConfigError(
             f"update_reference=true with overrides={other}: this is not the setting of {config.experiment_name}, and "
-            "would be recorded under its name; put it into a file of its own in conf/experiment/, and use that as row"
+            "would be recorded under its name; put it into a file of its own in conf/experiment/, and give its "
+            "experiment_name="
         )
     if training.data.name != "omniglot":
         raise ConfigError(f"update_reference=true with data={training.data.name}: the table is about Omniglot only")

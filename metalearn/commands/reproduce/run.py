@@ -45,7 +45,7 @@ FINISHED, FAILED, UNFINISHED = 0, 1, 75
 
 REFERENCE = Path("outputs/reference") / FILE
 README = Path("README.md")
-"""What ``record=true`` brings up to date, below the current directory: a checkout."""
+"""The files that ``update_reference=true`` updates, below the current directory: a checkout."""
 
 
 class TimeLimitReached(BaseException):
