@@ -36,7 +36,7 @@ def test_own_model_is_trained_evaluated_and_adapted(tmp_path: Path) -> None:
     command("train.py", *OWN, "model.options.width=4", "hydra.run.dir=run", "run.resume=true", cwd=tmp_path)
 
     refused = command("evaluate.py", "run.dir=run", cwd=tmp_path, code=2)
-    assert "names code to run: model.target=nets:Net. " in refused.stderr
+    assert "names code to run: model.target=nets:Net, model.options.width=4. " in refused.stderr
     assert not (tmp_path / "run" / "evaluations").exists()
     command("evaluate.py", "run.dir=run", "run.trust_code=true", "hydra.run.dir=again", cwd=tmp_path)
     accuracy = [json.loads((tmp_path / run / "metrics.json").read_text())["test.accuracy"] for run in ("run", "again")]
