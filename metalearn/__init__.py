@@ -8,8 +8,10 @@ Names are imported on first use, so that checking a configuration need not wait 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -61,9 +63,12 @@ __all__ = [
     "load",
     "meta_gradient",
     "module_parts",
+    "parts_of",
     "predict",
+    "with_learned",
     "with_learned_lrs",
     "with_per_step_params",
+    "with_steps",
 ]
 
 _HOMES = {
@@ -96,20 +101,31 @@ _RENAMED = {
     "with_learned": "with_learned_lrs",
     "with_steps": "with_per_step_params",
 }
-"""Former names, which still work and warn."""
+"""Former names, which still work and warn when they are called."""
 
 _MODULES = {"algorithms": "algorithms", "derivatives": "derivatives", "gradcheck": "derivatives.gradcheck"}
 
 
 def __getattr__(name: str) -> Any:
     if new := _RENAMED.get(name):
-        warnings.warn(f"metalearn.{name} is called metalearn.{new} now", FutureWarning, stacklevel=2)
-        name = new
+        return _renamed(name, new)
     if name in _MODULES:
         return importlib.import_module(f"metalearn.{_MODULES[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module 'metalearn' has no attribute {name!r}; it offers {', '.join(__all__)}")
     return getattr(importlib.import_module(f"metalearn.{_HOMES[name]}"), name)
+
+
+def _renamed(name: str, new: str) -> Callable[..., Any]:
+    """Return a function under its former name; a warning comes with each call, and not with ``import *``."""
+    function = __getattr__(new)
+
+    @functools.wraps(function)
+    def renamed(*args: Any, **kwargs: Any) -> Any:
+        warnings.warn(f"metalearn.{name} is called metalearn.{new} now", FutureWarning, stacklevel=2)
+        return function(*args, **kwargs)
+
+    return renamed
 
 
 def __dir__() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,15 @@ def test_scripts_are_short() -> None:
 
 @pytest.mark.parametrize("old", ["parts_of", "with_learned", "with_steps"])
 def test_former_public_name_works_and_warns(old: str) -> None:
-    with pytest.warns(FutureWarning, match=rf"metalearn\.{old} is called metalearn\.(\w+) now"):
-        value = getattr(metalearn, old)
-    assert value.__name__ in metalearn.__all__
+    function = getattr(metalearn, old)
+    with (
+        pytest.warns(FutureWarning, match=rf"metalearn\.{old} is called metalearn\.(\w+) now"),
+        pytest.raises(TypeError, match="missing"),
+    ):
+        function()
+    assert function.__wrapped__.__name__ in metalearn.__all__
+    namespace: dict[str, object] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec("from metalearn import *", namespace)
+    assert old in namespace
