@@ -141,7 +141,7 @@ def test_own_code_is_trained_resumed_and_loaded(overrides: list[str], tmp_path: 
     expected |= {"algorithm": "anil_lslr"} if overrides is ALGORITHM else {}
     assert {name: whole[name] for name in expected} == expected
 
-    with pytest.raises(ConfigError, match=r"own_code:\w+\. .*give metalearn\.load\(run, trust_code=True\)"):
+    with pytest.raises(ConfigError, match=r"own_code:\w+[.,] .*give metalearn\.load\(run, trust_code=True\)"):
         load(tmp_path / "whole")
     learner = load(tmp_path / "whole", trust_code=True)
     episode = build_experiment(train_config(*FEW, *overrides)).test.tasks(0, 1)
