@@ -104,7 +104,6 @@ def parse_run_config(text: str, path: Path) -> schema.TrainConfig:
         raw = OmegaConf.create(text)
         if not isinstance(raw, DictConfig) or "data" not in raw:
             raise ConfigError("it is empty, or not whole")
-        errors: dict[str, str] = {}
         plain: Any = OmegaConf.to_container(raw, resolve=False)  # written resolved; ${...} in it is text
         rename_keys(plain, warn=False)
         for key in REMOVED:
@@ -112,7 +111,7 @@ def parse_run_config(text: str, path: Path) -> schema.TrainConfig:
             plain.get(section, {}).pop(name, None)
         for name in _KEYS_WITH_LATE_DEFAULTS:
             _add_default(plain, name)
-        return from_dict(plain, schema.TrainConfig, errors)
+        return from_dict(plain, schema.TrainConfig, {})
     except (AssertionError, AttributeError, YAMLError, OmegaConfBaseException, RecursionError, ConfigError) as error:
         raise ConfigError(f"{path} is not the configuration of a run: {error}") from error
 

@@ -1,7 +1,7 @@
 """Every key of a training: type, range and help in one place; the defaults are in ``conf/``.
 
-Defaults are in ``conf/``. pydantic validates a composed configuration against these classes; checks of several keys are
-in ``compatibility.py``. To add a key, write it here and in ``conf/``, and use it.
+pydantic validates a composed configuration against these classes; checks of several keys are in ``compatibility.py``.
+To add a key, write it here and in ``conf/``, and use it.
 """
 
 from __future__ import annotations

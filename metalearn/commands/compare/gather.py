@@ -31,7 +31,11 @@ from metalearn.training.auto_engine import MetaStepProblem
 from metalearn.training.experiment import build_experiment, resolve_device
 from metalearn.training.tracking.event_files import ScalarEvent, read_scalars
 
+log = logging.getLogger(__name__)
+
 COST_FILE = "cost.json"
+Scalars = dict[str, list[ScalarEvent]]
+_ROUNDING = 1e-6  # event files hold float32
 
 
 def measure_engine_costs(
@@ -69,13 +73,6 @@ def compared_inner_loops(lr: float, steps: int) -> list[InnerLoop]:
     """Return first order, which is the same for every engine, and second order by each."""
     base = InnerLoop(lr=lr, steps=steps)
     return [replace(base, second_order=False), *(replace(base, engine=engine) for engine in ENGINES)]
-
-
-log = logging.getLogger(__name__)
-
-Scalars = dict[str, list[ScalarEvent]]
-
-_ROUNDING = 1e-6  # event files hold float32
 
 
 def collect_results(
