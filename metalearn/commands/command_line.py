@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 
 import hydra
@@ -15,25 +16,32 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from metalearn.config.compose import CONF, compose, register_resolvers, search_folders
+import metalearn
+from metalearn.commands.output_folders import register_resolvers
+from metalearn.commands.shell import invocation
+from metalearn.config.compose import CONF, compose, search_folders
 from metalearn.config.messages import format_hydra_error
 from metalearn.core.errors import ConfigError
 
 
-def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_flags(name: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags that Hydra documents, as Hydra does; the rest is ``overrides``.
 
     Args:
+        name: of the command.
         arguments: of the command line; ``None`` takes those of this process.
     """
-    parser = argparse.ArgumentParser(add_help=False, usage="%(prog)s [KEY=VALUE ...] [FLAG ...]; see --help")
+    start = shlex.join(invocation(name))
+    parser = argparse.ArgumentParser(start, add_help=False, usage="%(prog)s [KEY=VALUE ...] [FLAG ...]; see --help")
     parser.add_argument("overrides", nargs="*")
     for flags in (
         *(("--help", "-h"), ("--hydra-help",), ("--resolve",), ("--run", "-r"), ("--multirun", "-m")),
         ("--shell-completion", "-sc"),
     ):
         parser.add_argument(*flags, action="store_true")
-    parser.add_argument("--version", action="version", version=f"Hydra {hydra.__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"metalearn {metalearn.__version__}, with Hydra {hydra.__version__}"
+    )
     parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
     parser.add_argument("--package", "-p")
     parser.add_argument("--config-path", "-cp")
@@ -110,7 +118,7 @@ def recompose_with(name: str, more: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: as ``compose`` does.
     """
-    flags = parse_flags()
+    flags = parse_flags(name)
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else flags.overrides
     last = {override.partition("=")[0].lstrip("+"): override for override in [*given, *more]}
     return compose(flags.config_name or name, list(last.values()), flags.config_dir)
