@@ -54,9 +54,6 @@ def compose(
     """
     overrides = rename_overrides(name, overrides)
     config_dir = config_dir or user_conf_dir(overrides)
-    for group in GROUPS:
-        if f"{group}=null" in overrides:
-            raise ConfigError(f"{group}=null: choose one of {', '.join(options(group))}")
     running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a command may compose while it runs
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):

@@ -56,7 +56,7 @@ ERRORS = [
     ("data=images", r"data\.root is required: folder that holds one folder a class"),
     ("experiment=nope", r"Could not find 'experiment/nope'(?s:.*)omniglot_5way_1shot"),
     ("eval.queries=20", r"task\.shots=1 and eval\.queries=20: together 21, and a class has 20 drawings"),
-    ("data=null", r"data=null: choose one of custom, glyphs, images, omniglot, sinusoid"),
+    ("data=null", r"^data=null: this cannot be composed: Config group override must be a string"),
     ("data=0", r"data=0: this cannot be composed: .*must be a string"),
     ("data=${task.ways}", r"data=\$\{task\.ways\}: this cannot be composed: "),
     ("data.name=glyphs", r"^data\.name=glyphs: the other keys are not .* Choose it as a whole, data=glyphs$"),
