@@ -26,6 +26,7 @@ from metalearn.config.schema import (
     SinusoidConfig,
     TrainConfig,
 )
+from metalearn.config.target import import_targets
 from metalearn.core.errors import ConfigError
 from metalearn.core.functional import functionalize
 from metalearn.core.module_parts import module_parts
@@ -143,9 +144,10 @@ class Experiment:
 def build_experiment(config: TrainConfig) -> Experiment:
     """Load the data and build the model, seeded by ``run.seed``.
 
-    Raise ``ConfigError`` if the device does not exist, or the algorithm does not fit the model; ``DataError`` if the
-    data set is missing or damaged.
+    Raise ``ConfigError`` if the device or a user's code does not exist, or the algorithm does not fit the model;
+    ``DataError`` if the data set is missing or damaged.
     """
+    import_targets(config.targets())
     device = resolve_device(config.run.device)
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
