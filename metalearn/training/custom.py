@@ -11,26 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from metalearn.algorithms import Algorithm
-from metalearn.config.schema import CustomAlgorithmConfig, CustomDataConfig, CustomModelConfig, InnerConfig, TrainConfig
+from metalearn.config.schema import CustomAlgorithmConfig, CustomDataConfig, TrainConfig
 from metalearn.config.target import call_target, import_target, parameter_names
 from metalearn.core.errors import ConfigError
 from metalearn.core.module_parts import ModuleParts
 from metalearn.core.types import Episodes
 from metalearn.data.sampler import EpisodeSampler, TaskSampler, TaskShape
 from metalearn.inner import InnerLoop, UpdateRule
+from metalearn.training.state import preserve_rng_state, seed_all
 
 SPLITS = ("train", "validation", "test")
 
 
-def build_custom_model(model: CustomModelConfig, example_shape: torch.Size, outputs: int) -> nn.Module:
+def build_custom_model(target: str, options: Mapping[str, Any], example_shape: torch.Size, outputs: int) -> nn.Module:
     """Return the module that ``model.target`` makes: of its options, and of ``ways`` and ``example_shape`` if it asks.
+
+    It draws its parameters from the global random generators.
 
     Raises:
         ConfigError: if it makes something else.
     """
-    module = call_target("model.target", model.target, model.options, ways=outputs, example_shape=example_shape)
+    module = call_target("model.target", target, options, ways=outputs, example_shape=example_shape)
     if not isinstance(module, nn.Module):
-        raise ConfigError(f"model.target={model.target}: this made a {type(module).__name__}; it must be an nn.Module")
+        raise ConfigError(f"model.target={target}: this made a {type(module).__name__}; it must be an nn.Module")
     return module
 
 
@@ -48,7 +51,7 @@ def check_output_shape(module: nn.Module, label: str, example_shape: torch.Size,
     """
     x = torch.zeros(2, *example_shape)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), preserve_rng_state():
             output = copy.deepcopy(module)(x)
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -68,7 +71,8 @@ def build_custom_algorithm(algorithm: CustomAlgorithmConfig, inner: InnerLoop, p
     Raises:
         ConfigError: if it is not an ``Algorithm``.
     """
-    made = call_target("algorithm.target", algorithm.target, algorithm.options, inner, parts)
+    with preserve_rng_state():
+        made = call_target("algorithm.target", algorithm.target, algorithm.options, inner, parts)
     if not isinstance(made, Algorithm):
         raise ConfigError(
             f"algorithm.target={algorithm.target}: this made a {type(made).__name__}; it must be a metalearn.Algorithm"
@@ -76,15 +80,14 @@ def build_custom_algorithm(algorithm: CustomAlgorithmConfig, inner: InnerLoop, p
     return made
 
 
-def build_custom_rule(settings: InnerConfig) -> UpdateRule:
+def build_custom_rule(target: str, options: Mapping[str, Any]) -> UpdateRule:
     """Return the update rule that ``inner.optimizer_target`` makes of its options.
 
     Raises:
         ConfigError: if it lacks a method of one.
     """
-    target = settings.optimizer_target
-    assert target is not None, "validation requires it"
-    rule = call_target("inner.optimizer_target", target, settings.optimizer_options)
+    with preserve_rng_state():
+        rule = call_target("inner.optimizer_target", target, options)
     for method in ("init", "update"):
         if not callable(getattr(rule, method, None)):
             raise ConfigError(
@@ -108,9 +111,17 @@ def build_custom_samplers(config: TrainConfig, device: torch.device) -> dict[str
       always the same ones for the same numbers. Labels are int64 from 0 to ``ways - 1``; with ``data.regression=true``
       targets are floating point, ``[T, S or Q, size]``.
 
+    Whatever it draws from the global random generators is determined by ``run.seed``, and does not change the run's.
+
     Raises:
         ConfigError: if it returns anything else, or the task does not fit.
     """
+    with preserve_rng_state():
+        seed_all(config.run.seed)
+        return _build_custom_samplers(config, device)
+
+
+def _build_custom_samplers(config: TrainConfig, device: torch.device) -> dict[str, TaskSampler]:
     data, task = config.data, config.task
     assert isinstance(data, CustomDataConfig), "the caller has chosen"
     queries = dict(zip(SPLITS, (task.queries, config.eval.queries, config.eval.queries), strict=True))
@@ -184,7 +195,8 @@ class CustomSampler:
             TypeError: if the object returns no ``Episodes``.
             ValueError: if it returns another number of tasks.
         """
-        episodes = self.source.tasks(first, count)
+        with preserve_rng_state():
+            episodes = self.source.tasks(first, count)
         if not isinstance(episodes, Episodes):
             raise TypeError(f"tasks({first}, {count}) returned a {type(episodes).__name__}; it must be Episodes")
         if episodes.tasks != count:
@@ -211,8 +223,12 @@ def _check_tasks(sampler: TaskSampler, ways: int, *, is_regression: bool) -> Non
     Raises:
         ValueError: if they differ from one draw to the next, or their targets are not of the kind that they should be.
     """
-    episodes = sampler.tasks(0, 2)
-    if any(not torch.equal(a, b) for a, b in zip(_tensors(episodes), _tensors(sampler.tasks(0, 2)), strict=True)):
+    with preserve_rng_state():
+        seed_all(0)
+        episodes = sampler.tasks(0, 2)
+        seed_all(1)  # of the global generators, on which tasks must not depend
+        again = sampler.tasks(0, 2)
+    if any(not torch.equal(a, b) for a, b in zip(_tensors(episodes), _tensors(again), strict=True)):
         raise ValueError("tasks(0, 2) differ from one call to the next; make them a function of seed and number alone")
     if not episodes.support_x.is_floating_point():
         raise ValueError(f"inputs are {episodes.support_x.dtype}; they must be floating point")

@@ -247,7 +247,7 @@ def build_inner_loop(settings: InnerConfig) -> InnerLoop:
         "momentum": lambda: Momentum(settings.momentum),
         "nesterov": lambda: Momentum(settings.momentum, nesterov=True),
         "adam": lambda: Adam((settings.betas[0], settings.betas[1]), settings.eps),
-        "custom": lambda: build_custom_rule(settings),
+        "custom": lambda: build_custom_rule(str(settings.optimizer_target), settings.optimizer_options),
     }
     return InnerLoop(
         lr=settings.lr,
@@ -289,7 +289,7 @@ def build_model(config: TrainConfig, example_shape: torch.Size, outputs: int) ->
 def _build_module(config: TrainConfig, example_shape: torch.Size, outputs: int) -> nn.Module:
     model = config.model
     if isinstance(model, CustomModelConfig):
-        return build_custom_model(model, example_shape, outputs)
+        return build_custom_model(model.target, model.options, example_shape, outputs)
     if isinstance(model, Conv4Config):
         channels, width, pool = example_shape[0], model.width, model.pool
         if model.context:
