@@ -81,6 +81,18 @@ def test_trains_from_an_empty_folder(environment: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 
 
+def test_trains_own_code_of_the_current_folder(environment: Path, tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(
+        "from metalearn.models import MLP\ndef net(ways): return MLP(784, ways, hidden=(4,))\n"
+    )
+    (tmp_path / "random.py").write_text("raise SystemExit('not the random of the standard library')\n")
+    small = [override for override in SMALL if not override.startswith("model")]
+    own = ["model=custom", "model.target=nets:net", "outer.iterations=1", "eval.every=1", "hydra.run.dir=run"]
+    trained = run(environment, "metalearn", "train", *small, *own, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "target: nets:net" in (tmp_path / "run" / "config.yaml").read_text()
+
+
 def test_command_line_without_a_checkout(environment: Path, tmp_path: Path) -> None:
     where = run(environment, "python", "-c", "import metalearn; print(metalearn.__file__)", cwd=tmp_path)
     assert where.stdout.startswith(str(environment.parent))

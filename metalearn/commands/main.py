@@ -21,6 +21,7 @@ from metalearn.commands.compare.variants import check_compare
 from metalearn.commands.output_folders import check_run_dir
 from metalearn.commands.reproduce.plan import check_reproduce
 from metalearn.commands.shell import exit_when_stdout_closes
+from metalearn.commands.verify.checks import check_verify
 from metalearn.config.commands_schema import (
     AdaptConfig,
     BenchmarkConfig,
@@ -118,11 +119,12 @@ def gradients(config: GradientsConfig, output_dir: Path) -> None:
         sys.exit(1)
 
 
-@command("verify", VerifyConfig)
+@command("verify", VerifyConfig, check_verify)
 def verify(config: VerifyConfig, output_dir: Path) -> None:
     """Check every engine on this machine: against unroll, finite differences, learn2learn, higher and TorchOpt.
 
-    The exit code is 1 if a comparison exceeds its bound. All of them lie in verify.json in the output folder.
+    model=custom model.target=MODULE:NAME adds your own network, and inner.optimizer=custom your own update rule. The
+    exit code is 1 if a comparison exceeds its bound. All of them lie in verify.json in the output folder.
     """
     from metalearn.commands.verify.run import run_verification
 

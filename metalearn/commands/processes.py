@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+
+METALEARN = (
+    sys.executable,
+    "-c",
+    "import sys; sys.path.append(sys.path.pop(0)); from metalearn.commands.main import main; main()",
+)
+"""The words that start a command as ``python -m metalearn`` does, but search the working directory last, not first.
+
+A ``random.py`` of the user's there would take the place of the standard library's. (``-P`` needs Python 3.11.)
+"""
 
 _POLL_S = 0.5
 _GRACE_S = 20.0  # for a child to end after SIGTERM

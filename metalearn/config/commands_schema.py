@@ -8,7 +8,20 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, StrictFloat, StrictInt
 from typing_extensions import Doc
 
-from metalearn.config.key_types import Bool, Count, Device, Episodes, OnError, Positive, Section, Seed, Steps, Text
+from metalearn.config.key_types import (
+    Bool,
+    Count,
+    Device,
+    Episodes,
+    OnError,
+    Options,
+    Positive,
+    Section,
+    Seed,
+    Steps,
+    Target,
+    Text,
+)
 from metalearn.config.schema import TrainConfig
 
 Lesson = Literal[
@@ -138,6 +151,25 @@ class VerifyCasesConfig(Section):
     """What the engines are tried on."""
 
     steps: Annotated[list[Count], Field(min_length=1), Doc("numbers of inner steps K")]
+    example_shape: Annotated[list[Count], Field(min_length=1), Doc("of one input of model.target")]
+
+
+@dataclass(frozen=True)
+class VerifyModelConfig(Section):
+    """A network of the user's own, by the keys of a training."""
+
+    name: Annotated[Literal["custom"], Doc("a network of your own, beside the built-in ones")]
+    target: Annotated[Target | None, Doc("makes the network; null: there is none")]
+    options: Annotated[Options, Doc("its keyword arguments")]
+
+
+@dataclass(frozen=True)
+class VerifyInnerConfig(Section):
+    """An update rule of the user's own, by the keys of a training."""
+
+    optimizer: Annotated[Literal["sgd", "custom"], Doc("custom: try an update rule of your own as well")]
+    optimizer_target: Annotated[Target | None, Doc("with inner.optimizer=custom: what makes it")]
+    optimizer_options: Annotated[Options, Doc("with inner.optimizer=custom: its keyword arguments")]
 
 
 @dataclass(frozen=True)
@@ -146,6 +178,13 @@ class VerifyConfig(Section):
 
     run: VerifyRunConfig
     verify: VerifyCasesConfig
+    model: VerifyModelConfig
+    inner: VerifyInnerConfig
+
+    def targets(self) -> dict[str, str]:
+        """Return every key that names a user's own code, and its value."""
+        keys = {"model.target": self.model.target, "inner.optimizer_target": self.inner.optimizer_target}
+        return {key: target for key, target in keys.items() if target is not None}
 
 
 @dataclass(frozen=True)

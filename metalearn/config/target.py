@@ -9,8 +9,8 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from importlib.machinery import PathFinder
 from typing import Any
 
 from metalearn.core.errors import ConfigError
@@ -39,13 +39,26 @@ def missing_module(target: str) -> str | None:
         target: ``MODULE:NAME``.
     """
     package = target.partition(":")[0].partition(".")[0]
-    with _working_directory_on_path():
-        found = package in sys.modules or importlib.util.find_spec(package) is not None
+    importlib.invalidate_caches()
+    here = PathFinder.find_spec(package, [os.getcwd()])
+    found = here or package in sys.modules or importlib.util.find_spec(package)
     return None if found else _not_found(package)
+
+
+def import_targets(targets: Mapping[str, str]) -> None:
+    """Import every class and function that a configuration names, by key; raise as ``import_target`` does.
+
+    A command does this first: data may take minutes to read, and what a module does to the random generators when it is
+    imported comes before they are seeded.
+    """
+    for key, target in targets.items():
+        import_target(key, target)
 
 
 def import_target(key: str, target: str) -> Callable[..., Any]:
     """Import the class or function that a key names.
+
+    The working directory is searched first from then on, as under ``python -m``: a module may import another later.
 
     Args:
         key: ``model.target``, for messages.
@@ -56,19 +69,21 @@ def import_target(key: str, target: str) -> Callable[..., Any]:
         ImportError: from inside the module, if what that imports is missing.
     """
     module_name, _, name = target.partition(":")
-    with _working_directory_on_path():
-        try:
-            found: Any = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-                raise  # the module is there, and imports another that is not
-            raise ConfigError(f"{key}={target}: {_not_found(error.name)}") from None
-        for part in name.split("."):
-            if not hasattr(found, part):
-                near = difflib.get_close_matches(part, dir(found), n=3, cutoff=0.4)
-                hint = f" Did you mean {' or '.join(near)}?" if near else ""
-                raise ConfigError(f"{key}={target}: {module_name} has no {name}.{hint}")
-            found = getattr(found, part)
+    if sys.path[:1] != [os.getcwd()]:
+        sys.path.insert(0, os.getcwd())
+    importlib.invalidate_caches()
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and imports another that is not
+        raise ConfigError(f"{key}={target}: {_not_found(error.name)}") from None
+    for part in name.split("."):
+        if not hasattr(found, part):
+            near = difflib.get_close_matches(part, dir(found), n=3, cutoff=0.4)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(f"{key}={target}: {module_name} has no {name}.{hint}")
+        found = getattr(found, part)
     if not callable(found):
         raise ConfigError(f"{key}={target}: this is a {type(found).__name__}; name a class or a function")
     return found
@@ -100,8 +115,7 @@ def call_target(key: str, target: str, options: Mapping[str, Any], *arguments: A
         ) from None
     except ValueError:  # a function that is not written in Python has no signature
         pass
-    with _working_directory_on_path():
-        return function(*arguments, **given, **options)
+    return function(*arguments, **given, **options)
 
 
 def parameter_names(function: Callable[..., Any]) -> list[str]:
@@ -117,15 +131,3 @@ def _not_found(module: str) -> str:
         f"there is no module {module}; it is looked for in the working directory ({os.getcwd()}) and among the "
         "installed packages. Start in the folder that holds it, install it, or add its folder to PYTHONPATH"
     )
-
-
-@contextmanager
-def _working_directory_on_path() -> Iterator[None]:
-    """Search the working directory first in the block, as ``python -m`` does."""
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)

@@ -10,6 +10,7 @@ import torch
 from metalearn.config.options import CustomDataConfig
 from metalearn.config.run_config import load_trusted_config
 from metalearn.config.schema import TrainConfig
+from metalearn.config.target import import_targets
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.core.functional import functionalize
 from metalearn.core.module_parts import module_parts
@@ -19,6 +20,7 @@ from metalearn.inference.learner import Learner
 from metalearn.training.checkpoints import load_best
 from metalearn.training.evaluation import collect_norm_statistics
 from metalearn.training.experiment import build_algorithm, build_metric, build_model, build_samplers, resolve_device
+from metalearn.training.state import preserve_rng_state, seed_all
 
 
 def load(run_dir: str | Path, device: str = "auto", *, trust_code: bool = False) -> Learner:
@@ -41,16 +43,19 @@ def load(run_dir: str | Path, device: str = "auto", *, trust_code: bool = False)
         raise ConfigError(f"device={device}: must be auto, cpu, cuda or cuda:N")
     config = load_trusted_config(folder, trust_code=trust_code, how="metalearn.load(run, trust_code=True)")
     torch_device = resolve_device(device)
-    task = _example_task(config, torch_device)
-    shape, outputs = task.query_x.shape[2:], task.query_y.shape[-1] if config.data.is_regression else config.task.ways
-    with torch.random.fork_rng(devices=[]):  # do not advance the caller's random numbers
+    with preserve_rng_state():  # the caller's
+        import_targets(config.targets())
+        task = _example_task(config, torch_device)
+        shape = task.query_x.shape[2:]
+        outputs = task.query_y.shape[-1] if config.data.is_regression else config.task.ways
+        seed_all(config.run.seed)  # as in training: a model may draw more than its parameters
         module = build_model(config, shape, outputs).to(torch_device)
-    forward, params = functionalize(module)
-    algorithm = build_algorithm(config, module)
-    like = algorithm.init(params)
-    if algorithm.tracks_norm_statistics:
-        inner = algorithm.eval_inner(config.inner.steps)
-        like |= collect_norm_statistics(forward, like, task, inner, loss=build_metric(config).loss)
+        forward, params = functionalize(module)
+        algorithm = build_algorithm(config, module)
+        like = algorithm.init(params)
+        if algorithm.tracks_norm_statistics:
+            inner = algorithm.eval_inner(config.inner.steps)
+            like |= collect_norm_statistics(forward, like, task, inner, loss=build_metric(config).loss)
     best = load_best(folder, like=like, device=torch_device)
     head = module_parts(module).head
     return Learner(folder, config, torch_device, forward, best.params, algorithm, head, best.iteration, shape, outputs)

@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import copy
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from metalearn.algorithms import Algorithm
-from metalearn.config.options import CustomAlgorithmConfig, CustomDataConfig, CustomModelConfig
-from metalearn.config.schema import InnerConfig, TrainConfig
+from metalearn.config.options import CustomAlgorithmConfig, CustomDataConfig
+from metalearn.config.schema import TrainConfig
 from metalearn.config.target import call_target, import_target, parameter_names
 from metalearn.core.errors import ConfigError
 from metalearn.core.module_parts import ModuleParts
 from metalearn.core.types import Episodes
 from metalearn.data.sampler import EpisodeSampler, TaskSampler, TaskShape
 from metalearn.inner import InnerLoop, UpdateRule
+from metalearn.training.state import preserve_rng_state, seed_all
 
 SPLITS = ("train", "validation", "test")
 
 
-def build_custom_model(model: CustomModelConfig, example_shape: torch.Size, outputs: int) -> nn.Module:
+def build_custom_model(target: str, options: Mapping[str, Any], example_shape: torch.Size, outputs: int) -> nn.Module:
     """Return the module that ``model.target`` makes: of its options, and of ``ways`` and ``example_shape`` if it asks.
+
+    It draws its parameters from the global random generators.
 
     Raises:
         ConfigError: if it makes something else.
     """
-    module = call_target("model.target", model.target, model.options, ways=outputs, example_shape=example_shape)
+    module = call_target("model.target", target, options, ways=outputs, example_shape=example_shape)
     if not isinstance(module, nn.Module):
-        raise ConfigError(f"model.target={model.target}: this made a {type(module).__name__}; it must be an nn.Module")
+        raise ConfigError(f"model.target={target}: this made a {type(module).__name__}; it must be an nn.Module")
     return module
 
 
@@ -49,7 +54,7 @@ def check_output_shape(module: nn.Module, label: str, example_shape: torch.Size,
     """
     x = torch.zeros(2, *example_shape)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), preserve_rng_state():
             output = copy.deepcopy(module)(x)
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -69,7 +74,8 @@ def build_custom_algorithm(algorithm: CustomAlgorithmConfig, inner: InnerLoop, p
     Raises:
         ConfigError: if it is not an ``Algorithm``.
     """
-    made = call_target("algorithm.target", algorithm.target, algorithm.options, inner, parts)
+    with preserve_rng_state():
+        made = call_target("algorithm.target", algorithm.target, algorithm.options, inner, parts)
     if not isinstance(made, Algorithm):
         raise ConfigError(
             f"algorithm.target={algorithm.target}: this made a {type(made).__name__}; it must be a metalearn.Algorithm"
@@ -77,15 +83,14 @@ def build_custom_algorithm(algorithm: CustomAlgorithmConfig, inner: InnerLoop, p
     return made
 
 
-def build_custom_rule(settings: InnerConfig) -> UpdateRule:
+def build_custom_rule(target: str, options: Mapping[str, Any]) -> UpdateRule:
     """Return the update rule that ``inner.optimizer_target`` makes of its options.
 
     Raises:
         ConfigError: if it lacks a method of one.
     """
-    target = settings.optimizer_target
-    assert target is not None, "validation requires it"
-    rule = call_target("inner.optimizer_target", target, settings.optimizer_options)
+    with preserve_rng_state():
+        rule = call_target("inner.optimizer_target", target, options)
     for method in ("init", "update"):
         if not callable(getattr(rule, method, None)):
             raise ConfigError(
@@ -109,9 +114,17 @@ def build_custom_samplers(config: TrainConfig, device: torch.device) -> dict[str
       always the same ones for the same numbers. Labels are int64 from 0 to ``ways - 1``; with ``data.regression=true``
       targets are floating point, ``[T, S or Q, size]``.
 
+    Whatever it draws from the global random generators is determined by ``run.seed``, and does not change the run's.
+
     Raises:
         ConfigError: if it returns anything else, or the task does not fit.
     """
+    with preserve_rng_state():
+        seed_all(config.run.seed)
+        return _build_custom_samplers(config, device)
+
+
+def _build_custom_samplers(config: TrainConfig, device: torch.device) -> dict[str, TaskSampler]:
     data, task = config.data, config.task
     assert isinstance(data, CustomDataConfig), "the caller has chosen"
     queries = dict(zip(SPLITS, (task.queries, config.eval.queries, config.eval.queries), strict=True))
@@ -144,17 +157,41 @@ def build_custom_samplers(config: TrainConfig, device: torch.device) -> dict[str
             _check_tasks(samplers[split], task.ways, is_regression=data.is_regression)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{key}, {split}: {error}") from error
+    shapes = {split: list(sampler.example_shape) for split, sampler in samplers.items()}
+    if any(shape != shapes["train"] for shape in shapes.values()):
+        listed = ", ".join(f"{shape} in {split}" for split, shape in shapes.items())
+        raise ConfigError(f"{key}: examples are {listed}; make them all of one shape")
     return samplers
 
 
 class ClassSampler(EpisodeSampler):
-    """A sampler from examples by class of any shape, of uint8 or floating point."""
+    """A sampler from a user's examples by class, of any shape, of uint8 or floating point."""
 
     def _check_images(self) -> None:
         dims, form = (3, "[classes, examples, ...]") if self.counts is None else (2, "[examples, ...] for each class")
-        x = self.images
+        x, (ways, shots, queries) = self.images, (self.shape.ways, self.shape.shots, self.shape.queries)
         if x.dim() < dims or not (x.dtype == torch.uint8 or x.is_floating_point()):
-            raise ValueError(f"examples must be uint8 or floating point {form}, got {x.dtype} {tuple(x.shape)}")
+            raise ValueError(
+                f"examples must be uint8 or floating point {form}, got {x.dtype} {tuple(x.shape)}; convert them "
+                "(.float(), .reshape)"
+            )
+        sizes = self._sizes
+        if len(sizes) < ways:
+            raise ValueError(
+                f"task.ways={ways}: tasks of {ways} ways, but split '{self.split}' has only {len(sizes)} classes; "
+                "lower it, or give more classes"
+            )
+        if min(sizes) < shots + queries:
+            name = "task.queries" if self.split == "train" else "eval.queries"
+            raise ValueError(
+                f"class {sizes.index(min(sizes))} has {min(sizes)} examples, and a task takes {shots + queries} of a "
+                f"class (task.shots={shots}, {name}={queries}); lower these, add examples, or leave the class out"
+            )
+        examples = x.flatten(0, 1) if self.counts is None else x
+        if x.is_floating_point() and not (finite := examples.flatten(1).isfinite().all(dim=1)).all():
+            owners = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+            first = int(owners[~finite.cpu()][0])
+            raise ValueError(f"class {first} holds NaN or infinity; remove or correct these examples")
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +222,8 @@ class CustomSampler:
             TypeError: if the object returns no ``Episodes``.
             ValueError: if it returns another number of tasks.
         """
-        episodes = self.source.tasks(first, count)
+        with preserve_rng_state():
+            episodes = self.source.tasks(first, count)
         if not isinstance(episodes, Episodes):
             raise TypeError(f"tasks({first}, {count}) returned a {type(episodes).__name__}; it must be Episodes")
         if episodes.tasks != count:
@@ -201,9 +239,28 @@ def _tensors(episodes: Episodes) -> list[Tensor]:
 def _by_class(part: Any) -> tuple[Tensor, list[int] | None]:
     """Return examples by class in the form of ``EpisodeSampler``: a tensor, and the sizes of classes if they differ."""
     if not isinstance(part, (list, tuple)):
-        return torch.as_tensor(part), None
-    classes = [torch.as_tensor(each) for each in part]
+        return _as_tensor("a split", part), None
+    classes = [_as_tensor(f"class {i}", each) for i, each in enumerate(part)]
+    if not classes:
+        raise ValueError("it is an empty list; give the examples of each class")
+    kinds = [f"{each.dtype} {list(each.shape[1:])}" for each in classes]
+    for i, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            raise ValueError(f"an example of class {i} is {kind}, and one of class 0 {kinds[0]}; make them all alike")
     return torch.cat(classes), [len(each) for each in classes]
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value)
+    except (TypeError, ValueError, RuntimeError):
+        tensor = None
+    if tensor is None or tensor.dim() == 0:
+        raise TypeError(
+            f"{name} is a {type(value).__name__}, {reprlib.repr(value)}; it must be a tensor or an array of numbers, "
+            "with as many in each row (see metalearn/training/custom.py)"
+        )
+    return tensor
 
 
 def _check_tasks(sampler: TaskSampler, ways: int, *, is_regression: bool) -> None:
@@ -212,9 +269,23 @@ def _check_tasks(sampler: TaskSampler, ways: int, *, is_regression: bool) -> Non
     Raises:
         ValueError: if they differ from one draw to the next, or their targets are not of the kind that they should be.
     """
-    episodes = sampler.tasks(0, 2)
-    if any(not torch.equal(a, b) for a, b in zip(_tensors(episodes), _tensors(sampler.tasks(0, 2)), strict=True)):
+    with preserve_rng_state():
+        seed_all(0)
+        episodes = sampler.tasks(0, 2)
+        seed_all(1)  # of the global generators, on which tasks must not depend
+        again = sampler.tasks(0, 2)
+    for f in fields(episodes):
+        tensor = getattr(episodes, f.name)
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{f.name} of tasks(0, 2) holds NaN or infinity; remove or correct these numbers")
+    if any(not torch.equal(a, b) for a, b in zip(_tensors(episodes), _tensors(again), strict=True)):
         raise ValueError("tasks(0, 2) differ from one call to the next; make them a function of seed and number alone")
+    for support, query in ((episodes.support_x, episodes.query_x), (episodes.support_y, episodes.query_y)):
+        if (support.dtype, support.shape[2:]) != (query.dtype, query.shape[2:]):
+            raise ValueError(
+                f"support is {support.dtype} {list(support.shape)} and query {query.dtype} {list(query.shape)}; they "
+                "may differ in the number of examples alone"
+            )
     if not episodes.support_x.is_floating_point():
         raise ValueError(f"inputs are {episodes.support_x.dtype}; they must be floating point")
     for y in (episodes.support_y, episodes.query_y):

@@ -25,6 +25,7 @@ from metalearn.config.options import (
     SinusoidConfig,
 )
 from metalearn.config.schema import InnerConfig, TrainConfig
+from metalearn.config.target import import_targets
 from metalearn.core.errors import ConfigError
 from metalearn.core.functional import functionalize
 from metalearn.core.module_parts import module_parts
@@ -142,9 +143,10 @@ class Experiment:
 def build_experiment(config: TrainConfig) -> Experiment:
     """Load the data and build the model, seeded by ``run.seed``.
 
-    Raise ``ConfigError`` if the device does not exist, or the algorithm does not fit the model; ``DataError`` if the
-    data set is missing or damaged.
+    Raise ``ConfigError`` if the device or a user's code does not exist, or the algorithm does not fit the model;
+    ``DataError`` if the data set is missing or damaged.
     """
+    import_targets(config.targets())
     device = resolve_device(config.run.device)
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
@@ -244,7 +246,7 @@ def build_inner_loop(settings: InnerConfig) -> InnerLoop:
         "momentum": lambda: Momentum(settings.momentum),
         "nesterov": lambda: Momentum(settings.momentum, nesterov=True),
         "adam": lambda: Adam((settings.betas[0], settings.betas[1]), settings.eps),
-        "custom": lambda: build_custom_rule(settings),
+        "custom": lambda: build_custom_rule(str(settings.optimizer_target), settings.optimizer_options),
     }
     return InnerLoop(
         lr=settings.lr,
@@ -286,7 +288,7 @@ def build_model(config: TrainConfig, example_shape: torch.Size, outputs: int) ->
 def _build_module(config: TrainConfig, example_shape: torch.Size, outputs: int) -> nn.Module:
     model = config.model
     if isinstance(model, CustomModelConfig):
-        return build_custom_model(model, example_shape, outputs)
+        return build_custom_model(model.target, model.options, example_shape, outputs)
     if isinstance(model, Conv4Config):
         channels, width, pool = example_shape[0], model.width, model.pool
         if model.context:

@@ -19,6 +19,7 @@ import torch
 
 from metalearn.config.run_config import check_trusted, parse_run_config, to_yaml
 from metalearn.config.schema import TrainConfig
+from metalearn.config.target import import_targets
 from metalearn.core import serialization as files
 from metalearn.core.errors import OUT_OF_MEMORY, NonFiniteError, NonFiniteGradientError, RemoteNonFiniteError, RunError
 from metalearn.core.functional import functionalize
@@ -28,7 +29,7 @@ from metalearn.derivatives import available_memory
 from metalearn.inner import InnerLoop
 from metalearn.training.auto_engine import estimate_peak, first_meta_step
 from metalearn.training.experiment import Experiment, build_algorithm, build_metric, build_model
-from metalearn.training.state import TrainState
+from metalearn.training.state import TrainState, preserve_rng_state, seed_all
 
 FOLDER = "nonfinite"
 MAX_DUMPS = 20
@@ -111,7 +112,10 @@ def replay_episode(path: Path | str, *, trust_code: bool = False) -> MetaGradien
     check_trusted(config, path, trust_code=trust_code, how="replay_episode(path, trust_code=True)")
     episode = Episodes(**content["episode"])
     outputs = episode.query_y.shape[-1] if config.data.is_regression else config.task.ways
-    module = build_model(config, episode.support_x.shape[2:], outputs)
+    with preserve_rng_state():  # the caller's
+        import_targets(config.targets())
+        seed_all(config.run.seed)  # as in training: a model may draw more than its parameters
+        module = build_model(config, episode.support_x.shape[2:], outputs)
     forward, _ = functionalize(module)
     algorithm, progress = build_algorithm(config, module), content["iteration"] / config.outer.iterations
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.run.precision == "bfloat16"):

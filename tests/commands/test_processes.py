@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from metalearn.commands.processes import ProcessPool
+from metalearn.commands.processes import METALEARN, ProcessPool
 from metalearn.commands.shell import invocation
 from tests.paths import REPO
 
@@ -57,6 +57,13 @@ def test_exits_quietly_when_nobody_reads(arguments: list[str], tmp_path: Path) -
             check=False,
         )
     assert (done.returncode, done.stderr) == (141, "")  # 128 + SIGPIPE, as a shell reports it
+
+
+def test_command_is_started_with_the_working_directory_searched_last(tmp_path: Path) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('not the random of the standard library')")
+    words = [*METALEARN, "train", "--cfg", "job", "inner.lr=0.125"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "lr: 0.125" in done.stdout
 
 
 def python(code: str) -> list[str]:

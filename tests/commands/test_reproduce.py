@@ -371,3 +371,10 @@ def test_recorded_rows_follow_the_protocol() -> None:
         assert row["seeds"] == [each["seed"] for each in row["runs"]]
         assert row["nontransductive"] is not None
         assert all(each["chosen_at"] <= row["iterations"] for each in row["runs"])
+
+
+def test_code_that_is_not_there_is_named_before_a_run_is_started(tmp_path: Path) -> None:
+    own = "overrides=['model=custom','model.target=metalearn.models:Conv5','data=glyphs']"
+    with pytest.raises(ConfigError, match=r"model\.target=metalearn\.models:Conv5: metalearn\.models has no Conv5"):
+        run_reproduction(configuration("seeds=[0]", own), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

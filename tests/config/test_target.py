@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from metalearn.commands.compare.variants import Job
-from metalearn.config.target import call_target, missing_module
+from metalearn.config.target import call_target, import_targets, missing_module
 from metalearn.core.errors import ConfigError
 from tests.config.factories import train_config
 
@@ -23,6 +23,12 @@ def positional(inner, width=1):
     from my_sibling import VALUE
     return inner, width, VALUE
 
+def postponed():
+    def later():
+        import my_other_sibling
+        return my_other_sibling.VALUE
+    return later
+
 class Outer:
     class Inner:
         def __init__(self, ways):
@@ -34,11 +40,12 @@ class Outer:
 def _code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_code.py").write_text(CODE)
-    (tmp_path / "my_sibling.py").write_text("VALUE = 5\n")
+    for sibling in ("my_sibling", "my_other_sibling"):
+        (tmp_path / f"{sibling}.py").write_text("VALUE = 5\n")
     (tmp_path / "my_broken.py").write_text("import no_such_library\n")
-    before, path = set(sys.modules), list(sys.path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
     yield
-    assert sys.path == path
     for name in set(sys.modules) - before:
         if name.startswith("my_"):
             del sys.modules[name]
@@ -50,6 +57,21 @@ def test_target_is_called_with_options_and_what_it_asks_for() -> None:
     assert call_target("model.target", "my_code:make", {"width": 4, "ways": 2, "a": 1}, **offered) == (4, 2, {"a": 1})
     assert call_target("model.target", "my_code:positional", {}, "inner", **offered) == ("inner", 1, 5)
     assert call_target("model.target", "my_code:Outer.Inner", {}, **offered).ways == 5
+
+
+def test_what_a_target_made_imports_its_neighbours_later(tmp_path: Path) -> None:
+    later = call_target("model.target", "my_code:postponed", {})
+    call_target("model.target", "my_code:postponed", {})
+    assert later() == 5
+    assert sys.path[0] == str(tmp_path)
+    assert sys.path.count(str(tmp_path)) == 1
+
+
+def test_all_targets_are_imported_or_the_one_that_is_not_there_is_named() -> None:
+    import_targets({"model.target": "my_code:make", "data.target": "my_sibling:VALUE.bit_length"})
+    assert {"my_code", "my_sibling"} <= set(sys.modules)
+    with pytest.raises(ConfigError, match=r"algorithm\.target=my_code:mak: my_code has no mak"):
+        import_targets({"model.target": "my_code:make", "algorithm.target": "my_code:mak"})
 
 
 ERRORS = {
@@ -75,10 +97,12 @@ def test_import_error_inside_the_module_is_its_own() -> None:
 
 
 def test_missing_module_is_found_without_importing() -> None:
+    path = list(sys.path)
     assert missing_module("my_broken:make") is None
     assert missing_module("torch.nn:Linear") is None
     assert "there is no module my_cod;" in str(missing_module("my_cod.deep:make"))
     assert "my_broken" not in sys.modules
+    assert sys.path == path
 
 
 @pytest.mark.parametrize("target", ["my_code", "my_code.make", "my_code:", ":make", "my code:make", "a:b:c", "a/b:c"])

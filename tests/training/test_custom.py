@@ -79,6 +79,31 @@ def anil_lslr(inner, parts, learned="layer"):
     return Algorithm("anil_lslr", replace(inner, adapted_params=frozenset(parts.head), learned_lr=learned))
 
 
+class Dropping(Net):
+    def __init__(self, ways, example_shape):
+        super().__init__(ways, example_shape)
+        self.fixed = torch.rand(self.body.in_features)  # neither a parameter nor a buffer
+
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x.flatten(1) * self.fixed, 0.2))
+
+
+def drawn(size):
+    """Examples from the global generator, in every split."""
+    return {split: torch.rand(7, 6, 1, size, size) for split in ("train", "validation", "test")}
+
+
+def anil_drawing(inner, parts):
+    torch.manual_seed(5)
+    return anil_lslr(inner, parts)
+
+
+@dataclass(frozen=True)
+class DrawingAdaGrad(AdaGrad):
+    def __post_init__(self):
+        torch.manual_seed(5)
+
+
 class Wide(Net):
     def forward(self, x):
         return super().forward(x)[:, :3]
@@ -91,6 +116,59 @@ class Deep(Net):
 
 def text(*arguments, **more):
     return "nothing"
+
+
+def explode():
+    raise AssertionError("these data take minutes to read")
+
+
+def given(train):
+    """The training split is given as it is; the others are sound."""
+    return {"train": train, "validation": torch.rand(5, 6, 2), "test": torch.rand(5, 6, 2)}
+
+
+def nan(which=None):
+    x = torch.rand(5, 6, 2)
+    x[3, 1] = torch.nan
+    return given([*x] if which == "list" else x)
+
+
+def shapes():
+    return given([torch.rand(6, 2), torch.rand(6, 2), torch.rand(6, 3)])
+
+
+def kinds():
+    return given([torch.rand(6, 2), torch.zeros(6, 2, dtype=torch.uint8)])
+
+
+def wider():
+    return given(torch.rand(5, 6, 3))
+
+
+def few(which=None):
+    return given([*torch.rand(4, 6, 2), torch.rand(3, 2)] if which == "list" else torch.rand(5, 3, 2))
+
+
+@dataclass
+class Seeding(Points):
+    """The same tasks as of ``Points``, and a global generator that is seeded."""
+
+    def tasks(self, first, count):
+        torch.manual_seed(first)
+        return super().tasks(first, count)
+
+
+class Broken(Points):
+    def tasks(self, first, count):
+        episodes = super().tasks(first, count)
+        episodes.query_x[0, 0] = torch.inf
+        return episodes
+
+
+class Unlike(Points):
+    def tasks(self, first, count):
+        e = super().tasks(first, count)
+        return Episodes(e.support_x, e.support_y, e.query_x[..., :2], e.query_y)
 
 
 class Restless(Points):
@@ -118,18 +196,23 @@ NUMBERS = ["data=custom", "data.target=own_code:Points", "data.regression=true",
 POINTS = [*TINY, "model.batch_norm=false", *NUMBERS]
 RULE = [*GLYPHS, "inner.optimizer=custom", "inner.optimizer_target=own_code:AdaGrad", "inner.optimizer_options.eps=0.1"]
 ALGORITHM = [*GLYPHS, "algorithm=custom", "algorithm.target=own_code:anil_lslr"]
+DRAWN = ["data=custom", "data.target=own_code:drawn", "data.options={size: 8}"]
+DRAWING = [*DRAWN, "model=custom", "model.target=own_code:Dropping"]
 
 
 @pytest.fixture(autouse=True)
 def _code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "own_code.py").write_text(CODE)
     yield
     sys.modules.pop("own_code", None)
 
 
 @pytest.mark.parametrize(
-    "overrides", [MODEL, IMAGES, POINTS, RULE, ALGORITHM], ids=["model", "images", "points", "rule", "alg"]
+    "overrides",
+    [MODEL, IMAGES, POINTS, RULE, ALGORITHM, DRAWING],
+    ids=["model", "images", "points", "rule", "alg", "drawing"],
 )
 def test_own_code_is_trained_resumed_and_loaded(overrides: list[str], tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", *FEW, *overrides)
@@ -138,6 +221,7 @@ def test_own_code_is_trained_resumed_and_loaded(overrides: list[str], tmp_path: 
     assert metrics_without_times(tmp_path / "cut") == metrics_without_times(tmp_path / "whole")
     expected = {"dataset": "glyphs", "algorithm": "maml"}
     expected |= {"dataset": "images"} if overrides is IMAGES else {"dataset": "Points"} if overrides is POINTS else {}
+    expected |= {"dataset": "drawn"} if overrides is DRAWING else {}
     expected |= {"algorithm": "anil_lslr"} if overrides is ALGORITHM else {}
     assert {name: whole[name] for name in expected} == expected
 
@@ -151,13 +235,75 @@ def test_own_code_is_trained_resumed_and_loaded(overrides: list[str], tmp_path: 
 
 
 def test_resume_with_another_target_is_an_error(tmp_path: Path) -> None:
-    run(tmp_path / "run", *FEW, *MODEL)
+    rule, algorithm = (
+        [o for o in overrides if o.startswith(("inner", "algorithm"))] for overrides in (RULE, ALGORITHM)
+    )
+    own = [*MODEL, *rule, *algorithm, "algorithm.options.learned=parameter"]
+    run(tmp_path / "run", *FEW, *own)
     for change, line in (
         ("model.target=own_code:Wide", "model.target: own_code:Net in the folder, own_code:Wide now"),
         ("model.options.width=5", "model.options.width: 4 in the folder, 5 now"),
+        ("inner.optimizer_target=metalearn:SGD", "inner.optimizer_target: own_code:AdaGrad in the folder, metal"),
+        ("inner.optimizer_options.eps=1", "inner.optimizer_options.eps: 0.1 in the folder, 1 now"),
+        ("algorithm.target=own_code:text", "algorithm.target: own_code:anil_lslr in the folder, own_code:text now"),
+        ("algorithm.options.learned=layer", "algorithm.options.learned: parameter in the folder, layer now"),
     ):
         with pytest.raises(RunError, match=line):
-            run(tmp_path / "run", *FEW, *MODEL, change, "run.resume=true")
+            run(tmp_path / "run", *FEW, *own, change, "run.resume=true")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.target=own_code:Nett", "model.target=own_code:Nett: own_code has no Nett. Did you mean Net"),
+        ("inner.optimizer_target=own_code:AdaGra", "own_code has no AdaGra. Did you mean AdaGrad"),
+        ("algorithm.target=own_code:anil", "own_code has no anil. Did you mean anil_lslr"),
+    ],
+)
+def test_targets_are_imported_before_data_are_read(change: str, message: str, tmp_path: Path) -> None:
+    rule, algorithm = ([o for o in overrides if o.startswith(("inner", "alg"))] for overrides in (RULE, ALGORITHM))
+    own = [*MODEL[2:], *rule, *algorithm, "data=custom", "data.target=own_code:explode"]
+    with pytest.raises(ConfigError, match=message):
+        build_experiment(train_config(*FEW, *own, change))
+    with pytest.raises(AssertionError, match="minutes"):
+        build_experiment(train_config(*FEW, *own))
+
+
+def test_own_code_that_draws_or_seeds_leaves_the_run_as_it_is() -> None:
+    def state_after(seed: int, *overrides: str) -> tuple[dict[str, Tensor], Tensor]:
+        torch.manual_seed(seed)  # of what is drawn before
+        experiment = build_experiment(train_config(*FEW, *overrides))
+        experiment.train.batch(3, 4)
+        return experiment.theta, torch.get_rng_state()
+
+    for quiet, loud in (
+        (POINTS, [*POINTS, "data.target=own_code:Seeding"]),
+        (RULE, [*RULE, "inner.optimizer_target=own_code:DrawingAdaGrad"]),
+        ([*ALGORITHM, "algorithm.options={}"], [*ALGORITHM, "algorithm.target=own_code:anil_drawing"]),
+        ([*TINY, *DRAWN], [*TINY, *DRAWN]),
+    ):
+        (theta, state), (other_theta, other_state) = state_after(101, *quiet), state_after(102, *loud)
+        assert torch.equal(state, other_state), loud
+        assert all(torch.equal(theta[name], other_theta[name]) for name in theta), loud
+    tasks = []
+    for seed in (101, 102):
+        torch.manual_seed(seed)
+        tasks.append(build_experiment(train_config(*FEW, *TINY, *DRAWN)).train.tasks(0, 3).query_x)
+    assert torch.equal(*tasks)
+
+
+def test_loaded_model_draws_what_the_trained_one_did(tmp_path: Path) -> None:
+    run(tmp_path / "run", *FEW, *DRAWING)
+    experiment = build_experiment(train_config(*FEW, *DRAWING))
+    torch.manual_seed(77)
+    before = torch.get_rng_state()
+    learner = load(tmp_path / "run", trust_code=True)
+    assert torch.equal(torch.get_rng_state(), before), "the caller's random numbers go on"
+    outputs = []
+    for forward in (experiment.forward, learner.forward):
+        torch.manual_seed(0)  # of dropout
+        outputs.append(forward(experiment.theta, torch.ones(2, 1, 8, 8)))
+    assert torch.equal(*outputs)
 
 
 def examples(*overrides: str) -> Tensor:
@@ -224,6 +370,48 @@ ERRORS: dict[str, tuple[list[str], str]] = {
         r"images, train: targets are torch\.int64 \[2, 5\]; with",
     ),
     "ways": ([*IMAGES, "task.ways=6"], r"own_code:images, validation: .*6 ways, but split 'validation' has only 5"),
+    "ragged": (
+        data("given", "data.options.train=[[[1.0, 2.0], [3.0]], [[1.0, 2.0]]]"),
+        r"given, train: class 0 is a list, \[\[1\.0, 2\.0\], \[3\.0\]\]; it must be a tensor or an array of numbers",
+    ),
+    "strings": (data("given", "data.options.train=[[a, b]]"), r"train: class 0 is a list, \['a', 'b'\]; it must be a"),
+    "none": (
+        data("given", "data.options.train=null"),
+        r"given, train: a split is a NoneType, None; it must be a tensor",
+    ),
+    "text": (data("given", "data.options.train=photos"), r"given, train: a split is a str, 'photos'; it must be a"),
+    "names": (data("given", "data.options.train={a: 1}"), r"given, train: a split is a dict, \{'a': 1\}; it must be"),
+    "numbers": (data("given", "data.options.train=[1, 2]"), r"given, train: class 0 is a int, 1; it must be"),
+    "no classes": (
+        data("given", "data.options.train=[]"),
+        r"train: it is an empty list; give the examples of each class",
+    ),
+    "whole": (
+        data("given", "data.options.train=[[[1, 2]]]"),
+        r"uint8 or floating point .* got torch\.int64 .*; convert",
+    ),
+    "shapes": (
+        data("shapes"),
+        r"train: an example of class 2 is torch\.float32 \[3\], and one of class 0 torch\.float32 \[2\]; make them",
+    ),
+    "kinds": (data("kinds"), r"an example of class 1 is torch\.uint8 \[2\], and one of class 0 torch\.float32 \[2\]"),
+    "wider": (data("wider"), r"wider: examples are \[3\] in train, \[2\] in validation, \[2\] in test; make them all"),
+    "few": (
+        data("few"),
+        r"few, train: class 0 has 3 examples, and a task takes 4 of a class \(task\.shots=1, task\.queries=3\); lower",
+    ),
+    "few in one": (
+        data("few", "data.options.which=list"),
+        r"few, train: class 4 has 3 examples, and a task takes 4 of",
+    ),
+    "few to test": (
+        [*IMAGES, "eval.queries=6"],
+        r"images, validation: class 0 has 6 examples, and .* 7 of a class \(task\.shots=1, eval\.queries=6\)",
+    ),
+    "NaN": (data("nan"), r"nan, train: class 3 holds NaN or infinity; remove"),
+    "NaN in a list": (data("nan", "data.options.which=list"), r"nan, train: class 3 holds NaN or infinity; remove"),
+    "infinity": ([*POINTS, "data.target=own_code:Broken"], r"Broken, train: query_x of tasks\(0, 2\) holds NaN or inf"),
+    "unlike": ([*POINTS, "data.target=own_code:Unlike"], r"support is torch\.float32 \[2, 4, 3\] and query .*alone"),
     "model": ([*NUMBERS, "model=conv4"], r"model=conv4: it cannot take two examples, \[2, 3\] \("),
 }
 

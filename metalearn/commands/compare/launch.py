@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,12 +17,12 @@ from joblib import Parallel, delayed
 from rich.progress import Progress
 
 from metalearn.commands.compare.variants import Job, format_override
-from metalearn.commands.processes import ProcessPool
+from metalearn.commands.processes import METALEARN, ProcessPool
 from metalearn.training.experiment import resolve_device
 
 log = logging.getLogger(__name__)
 
-TRAIN = (sys.executable, "-m", "metalearn", "train")
+TRAIN = (*METALEARN, "train")
 """The command that trains one run, without its overrides."""
 
 CONSOLE = "console.log"

@@ -32,6 +32,7 @@ from metalearn.commands.reproduce.table import (
 )
 from metalearn.commands.shell import invocation
 from metalearn.config.commands_schema import ReproduceConfig
+from metalearn.config.target import import_targets
 from metalearn.core import serialization as files
 from metalearn.training.checkpoints import state_paths
 from metalearn.training.run_folder import folder_lock
@@ -58,8 +59,11 @@ def run_reproduction(config: ReproduceConfig, folder: Path) -> int:
     Raises:
         RunError: if a run's folder holds another configuration's, another process is at work on the row, or the row
             is recorded with more seeds than are requested.
+        ConfigError: if the experiment names code of the user's that is not there.
     """
-    rows = [resolve_row(row) for row in build_rows(config, folder)]
+    planned = build_rows(config, folder)
+    import_targets(planned[0].jobs[0].config.targets())  # all of one experiment
+    rows = [resolve_row(row) for row in planned]
     every = [job for row in rows for job in row.jobs]
     with folder_lock(folder / config.experiment_name, wait=False), sigterm_as_exception(*SIGHUP):
         for row in rows:

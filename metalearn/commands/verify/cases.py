@@ -6,17 +6,21 @@ All numbers are drawn in float32 on the CPU and then moved, so that every device
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
+from metalearn.config.commands_schema import VerifyConfig
+from metalearn.config.target import import_targets
 from metalearn.core.functional import functionalize
 from metalearn.core.types import Episodes, Forward, Params
-from metalearn.inner import InnerLoop, adapt, predict
+from metalearn.inner import SGD, InnerLoop, UpdateRule, adapt, predict
 from metalearn.metagrad import meta_gradient
 from metalearn.models import MLP, Conv4
+from metalearn.training.custom import build_custom_model, build_custom_rule, check_output_shape
 
 _TASKS, _WAYS, _EXAMPLES, _LR = 3, 3, 4, 0.05
 """Four examples a class: with one or two, BatchNorm makes the loss too kinked for finite differences."""
@@ -121,6 +125,7 @@ class ModelCase:
     Args:
         is_stochastic: the model draws random numbers, which are others in another library or dtype.
         stops_gradient: the model blocks part of the gradient, so that it differs from finite differences.
+        rule: the update rule; other libraries are compared with plain gradient steps alone.
     """
 
     name: str
@@ -129,6 +134,8 @@ class ModelCase:
     snapshot_every: int = 1
     is_stochastic: bool = False
     stops_gradient: bool = False
+    example_shape: tuple[int, ...] = (1, 28, 28)
+    rule: UpdateRule = field(default_factory=SGD, compare=False)
 
 
 MODEL_CASES = (
@@ -141,6 +148,31 @@ MODEL_CASES = (
     ModelCase("no_grad", _StopGradient, stops_gradient=True),
 )
 """``in parts`` is conv4 in chunks of two tasks with snapshots at every other step."""
+
+
+def own_cases(config: VerifyConfig) -> list[ModelCase]:
+    """Return the case of the user's model, update rule or both; of a rule alone with ``mlp``; none if none is named.
+
+    Raises:
+        ConfigError: if there is no such code, or it makes something else.
+    """
+    import_targets(config.targets())
+    if not config.targets():
+        return []
+    rule_target = config.inner.optimizer_target
+    rule = build_custom_rule(rule_target, config.inner.optimizer_options) if rule_target else SGD()
+    target, options, shape = config.model.target, config.model.options, torch.Size(config.verify.example_shape)
+    labels = [name.partition(":")[2] for name in (target or ":mlp", rule_target) if name]
+    if target is None:
+        return [replace(next(case for case in MODEL_CASES if case.name == "mlp"), name=", ".join(labels), rule=rule)]
+    module = build_custom_model(target, options, shape, _WAYS)
+    check_output_shape(module, f"model.target={target}", shape, _WAYS)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        module(torch.zeros(2, *shape))
+        draws = not torch.equal(torch.get_rng_state(), before)
+    make = partial(build_custom_model, target, options, shape, _WAYS)
+    return [ModelCase(", ".join(labels), make, is_stochastic=draws, example_shape=tuple(shape), rule=rule)]
 
 
 @dataclass(frozen=True)
@@ -168,12 +200,12 @@ class Case:
     def inner(self, engine: str) -> InnerLoop:
         """Return the inner loop for testing an engine."""
         chunk, every = self.model.task_chunk, self.model.snapshot_every
-        return InnerLoop(_LR, self.steps, self.second_order, engine, task_chunk=chunk, snapshot_every=every)
+        return replace(self.reference_inner, engine=engine, task_chunk=chunk, snapshot_every=every)
 
     @property
     def reference_inner(self) -> InnerLoop:
         """The inner loop of the reference: ``unroll``, all tasks at once."""
-        return InnerLoop(_LR, self.steps, self.second_order, "unroll")
+        return InnerLoop(_LR, self.steps, self.second_order, "unroll", rule=self.model.rule)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +224,8 @@ class VerificationProblem:
         """Draw random parameters and images, with labels in class order."""
         torch.manual_seed(setting.seed)
         module = case.model.module().to(device=setting.device, dtype=setting.dtype)
-        images = torch.rand(2, _TASKS, _WAYS * _EXAMPLES, 1, 28, 28).to(device=setting.device, dtype=setting.dtype)
+        images = torch.rand(2, _TASKS, _WAYS * _EXAMPLES, *case.model.example_shape)
+        images = images.to(device=setting.device, dtype=setting.dtype)
         labels = torch.arange(_WAYS, device=setting.device).repeat_interleave(_EXAMPLES).repeat(_TASKS, 1)
         return cls(case, setting, module, Episodes(images[0], labels, images[1], labels), *functionalize(module))
 

@@ -26,7 +26,7 @@ from metalearn.core.functional import grad_of, relative_error
 from metalearn.core.profiling.hardware import one_thread
 from metalearn.core.types import Episodes, MetaGradient, Params
 from metalearn.derivatives.gradcheck import directional
-from metalearn.inner import InnerLoop
+from metalearn.inner import SGD, InnerLoop
 from metalearn.metagrad import ENGINES
 from metalearn.training.runtime.precision import fp32_matmul_precision
 
@@ -103,7 +103,7 @@ def references(problem: VerificationProblem, peers: Mapping[str, Peer]) -> dict[
         makers[ADAPTED] = lambda: _error_against(query_gradient(problem))
     elif not case.model.stops_gradient and (not is_stochastic or setting.dtype == torch.float64):
         makers[DIFFERENCES] = lambda: central_differences(problem)
-    if not is_stochastic:
+    if not is_stochastic and case.reference_inner.rule == SGD():
         makers |= {name: partial(_error_against_peer, peer, problem) for name, peer in peers.items()}
     return makers
 

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,13 +92,18 @@ def test_no_gloo_thread_outlives_the_group() -> None:
 
 
 def train_together(
-    size: int, folder: Path, *more: str, before: Callable[[], None] | None = None, codes: tuple[int, ...] = ()
+    size: int,
+    folder: Path,
+    *more: str,
+    base: Sequence[str] = SMALL,
+    before: Callable[[], None] | None = None,
+    codes: tuple[int, ...] = (),
 ) -> Path:
     """Train with several processes, ``before`` called in the last; each writes its output into its own folder."""
     port = free_port()
     processes = [
         start_training(
-            [*SMALL, f"hydra.run.dir={folder / RUN}", *more],
+            [*base, f"hydra.run.dir={folder / RUN}", *more],
             folder / str(rank),
             environment=environment(rank, size, port),
             before=before if rank == size - 1 else None,
@@ -136,6 +141,39 @@ def test_two_processes_end_where_one_does_and_only_the_main_one_writes(uninterru
     assert {p.name for p in (by_two.parent / "1").iterdir()} == {"output.txt"}
     assert read_output(by_two.parent / "1") == ""
     assert_steps_increase(by_two)
+
+
+OWN_CODE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, ways, example_shape):
+        super().__init__()
+        self.body, self.head = nn.Linear(example_shape.numel(), 8), nn.Linear(8, ways)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x.flatten(1))))
+
+def drawn():
+    return {split: torch.rand(6, 7, 1, 8, 8) for split in ("train", "validation", "test")}
+"""
+
+
+def test_processes_share_tasks_of_own_code(tmp_path: Path) -> None:
+    own = ["data=custom", "data.target=own_code:drawn", "model=custom", "model.target=own_code:Net"]
+    settings = (
+        [override for override in SMALL if not override.startswith(("data", "model"))] + own + ["outer.iterations=8"]
+    )
+    for size in (1, 2):
+        for rank in range(size):
+            (folder := tmp_path / str(size) / str(rank)).mkdir(parents=True)
+            (folder / "own_code.py").write_text(OWN_CODE)
+    alone, shared = (
+        load_state(train_together(size, tmp_path / str(size), base=settings))["state"]["params"] for size in (1, 2)
+    )
+    for name, p in alone.items():
+        torch.testing.assert_close(shared[name], p, rtol=1e-3, atol=1e-4)
 
 
 def signal_itself_at(iteration: int) -> None:
