@@ -88,6 +88,13 @@ def test_former_field_works_and_warns(old: str) -> None:
         assert getattr(made, old) == value
 
 
+@pytest.mark.parametrize("old", FORMER_FIELDS)
+def test_former_and_present_name_of_a_field_raise_together(old: str) -> None:
+    new, value = FORMER_FIELDS[old]
+    with pytest.raises(TypeError, match=rf"InnerLoop\(\) got {new}= and its former name {old}="):
+        InnerLoop(0.1, 2, **{new: value, old: value})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("old", "new"), [("plain", "is_plain_sgd"), ("weights", "query_loss_weights")])
 def test_former_property_works_and_warns(old: str, new: str) -> None:
     inner = InnerLoop(0.1, 2)
