@@ -91,7 +91,7 @@ def accuracy_metrics(experiment: Experiment, result: Evaluation) -> dict[str, An
         "backend": config.algorithm.backend,
         "engine": inner.engine,
         "task_chunk": inner.task_chunk,
-        "snapshot_every": inner.snapshot_every,
+        "snapshot_every": inner.checkpoint_every,
         "precision": config.run.precision,
         "second_order": inner.second_order,
         "device": f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
@@ -203,6 +203,6 @@ def _describe_engine(experiment: Experiment) -> str:
         return ""
     settings = [f"engine {inner.engine}"]
     settings += [f"task_chunk {inner.task_chunk}"] if inner.task_chunk else []
-    if inner.engine != "unroll" and inner.snapshot_every > 1:
-        settings.append(f"snapshot_every {inner.snapshot_every}")
+    if inner.engine != "unroll" and inner.checkpoint_every > 1:
+        settings.append(f"checkpoint_every {inner.checkpoint_every}")
     return f", {order}, {', '.join(settings)}"

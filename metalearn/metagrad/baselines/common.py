@@ -66,7 +66,7 @@ SupportedSettings = Mapping[str, Sequence[object] | None]
 """Settings of ``InnerLoop`` that a library computes, and which values: ``None`` for all, of rules the classes."""
 
 _ALWAYS_SUPPORTED = frozenset({"lr", "steps", "second_order"})
-_IGNORED = frozenset({"engine", "task_chunk", "snapshot_every"})  # change how it is computed, and not what
+_IGNORED = frozenset({"engine", "task_chunk", "checkpoint_every"})  # change how it is computed, and not what
 
 
 class UnsupportedSettingError(ConfigError, ValueError):

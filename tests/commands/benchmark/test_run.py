@@ -143,7 +143,7 @@ def test_case_raises_when_data_has_too_few_classes(monkeypatch: pytest.MonkeyPat
 
 def test_engine_variants_include_first_order_and_chunks() -> None:
     found = engines.variants(TINY_ENGINES, 4)
-    names = [EngineCost(v.engine, v.second_order, v.task_chunk, v.snapshot_every, 4, 0.0).name for v in found]
+    names = [EngineCost(v.engine, v.second_order, v.task_chunk, v.checkpoint_every, 4, 0.0).name for v in found]
     assert names[:4] == ["first order", "unroll", "checkpoint", "adjoint"]
     assert {f"{n}, 1 task at a time" for n in names[:4]} < set(names)
     assert {"checkpoint, 4 tasks at a time", "adjoint, 4 tasks at a time"} < set(names)
