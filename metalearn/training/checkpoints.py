@@ -168,8 +168,8 @@ def save_best(best: BestCheckpoint, run_dir: Path) -> None:
     files.save_checked(content, best_path(run_dir))
 
 
-def sync_best(best: BestCheckpoint | None, run_dir: Path) -> None:
-    """Make ``best.pt`` agree with a restored state: a kill may have come between writing the two."""
+def restore_best(best: BestCheckpoint | None, run_dir: Path) -> None:
+    """Write ``best.pt`` as a restored state has it, if it differs: a kill may have come between writing the two."""
     if best is None:
         files.remove(best_path(run_dir))
         return

@@ -35,7 +35,7 @@ EXCEPTIONS = {
     (
         "metalearn/metagrad/baselines/common.py",
         "importlib.import_module",
-    ): "names of peers, from a table in the file",
+    ): "names of libraries, from a table in the file",
     ("metalearn/config/target.py", "importlib.import_module"): "what the user names, or trusts by trust_code",
     ("metalearn/core/profiling/hardware.py", "ctypes"): "mallopt of the C library that is loaded already",
 }

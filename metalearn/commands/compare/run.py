@@ -63,7 +63,7 @@ def run_comparison(config: CompareConfig, folder: Path) -> bool:
             raise ConfigError(f"compare.variants, {' '.join(variant.overrides)!r}: {error}") from error
     every = jobs(variants, config.compare.seeds, folder)
     with folder_lock(folder, wait=False), sigterm_as_exception(*SIGHUP):
-        claim_folder(config, every, folder)
+        open_comparison(config, every, folder)
         print_path("Comparison folder", folder)
         try:
             reasons = train_missing(every, config.compare.jobs, folder)
@@ -81,8 +81,8 @@ def _is_finished(job: Job) -> bool:
     return (job.folder / "metrics.json").exists()
 
 
-def claim_folder(config: CompareConfig, every: Sequence[Job], folder: Path) -> None:
-    """Make a locked folder this comparison's, or check that it is.
+def open_comparison(config: CompareConfig, every: Sequence[Job], folder: Path) -> None:
+    """Record the configuration in a locked folder, after checking that the folder is new or this comparison's.
 
     Later commands may ask for more seeds, other variants or another target; finished runs stay.
 

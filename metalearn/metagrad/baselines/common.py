@@ -21,7 +21,7 @@ from metalearn.core.types import Episodes, Loss, MetaGradient, Params
 from metalearn.inner import SGD, InnerLoop, Momentum, check_params_match_config, without_state
 
 
-class Peer(Protocol):
+class Baseline(Protocol):
     """Computes ``metalearn.meta_gradient`` by another library, or by hand."""
 
     def __call__(
@@ -48,9 +48,9 @@ PEERS = {"learn2learn": "learn2learn", "higher": "higher", "TorchOpt": "torchopt
 NOT_INSTALLED = "not installed"
 
 
-def installed_peers(modules: Mapping[str, str] = PEERS) -> tuple[dict[str, Peer], dict[str, str]]:
+def installed_peers(modules: Mapping[str, str] = PEERS) -> tuple[dict[str, Baseline], dict[str, str]]:
     """Import the libraries; return those that work, and for the others ``NOT_INSTALLED`` or the error."""
-    peers: dict[str, Peer] = {}
+    peers: dict[str, Baseline] = {}
     missing: dict[str, str] = {}
     for name, module in modules.items():
         try:

@@ -25,7 +25,7 @@ from metalearn.config.commands_schema import BENCH_SETTINGS, BenchmarkConfig
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.data.splits import ImageSplits
 from metalearn.metagrad import ENGINES
-from metalearn.metagrad.baselines.common import PEERS, Peer, installed_peers
+from metalearn.metagrad.baselines.common import PEERS, Baseline, installed_peers
 from metalearn.metagrad.unroll import unroll
 from metalearn.models import Conv4
 from tests.commands.benchmark.factories import CPU, TINY, config
@@ -130,8 +130,8 @@ def test_baseline_is_hand_written_loop_when_no_library_is_installed(
 
 
 def test_baseline_is_learn2learn_when_installed() -> None:
-    both: dict[str, Peer] = dict.fromkeys((BY_HAND, LEARN2LEARN), lambda *_, **__: NotImplemented)
-    assert methods.baseline(both) == LEARN2LEARN
+    both: dict[str, Baseline] = dict.fromkeys((BY_HAND, LEARN2LEARN), lambda *_, **__: NotImplemented)
+    assert methods.speed_reference(both) == LEARN2LEARN
 
 
 def test_case_raises_when_data_has_too_few_classes(monkeypatch: pytest.MonkeyPatch) -> None:
