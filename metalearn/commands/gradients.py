@@ -89,7 +89,7 @@ def run_lesson(name: str) -> LessonResult:
             torch.manual_seed(0)
             lesson = LESSONS[name]()
         images = {plot: render(figure) for plot, figure in lesson.plots.items()}
-    except Exception as error:  # reported as a failed lesson; the others go on
+    except Exception as error:  # reported as a failed lesson; the others continue
         log.exception("The lesson %s raised.", name)
         return LessonResult(name, time.perf_counter() - started, error=f"{type(error).__name__}: {error}")
     return LessonResult(name, time.perf_counter() - started, lesson, images)

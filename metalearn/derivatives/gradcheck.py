@@ -1,4 +1,4 @@
-"""Check directional derivatives against central differences over a sweep of step sizes:
+"""Check directional derivatives against central differences over a sweep of step sizes.
 
     <grad f(x), v>   against   (f(x + h v) - f(x - h v)) / 2h
 

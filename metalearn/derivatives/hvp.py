@@ -1,4 +1,4 @@
-"""Compute products with second-derivative matrices, which are never formed, at the cost of a few gradients:
+"""Compute products with second-derivative matrices, which are never formed, at the cost of a few gradients.
 
 hvp:               H v = d/dt grad f(x + t v) at t = 0                (Pearlmutter 1994)
 gauss_newton_vp:   G v = J^T (d2 loss / dz2) J v,  z = model(x)       (Schraudolph 2002)

@@ -139,7 +139,7 @@ class InnerLoop:
 
     @property
     def is_plain_sgd(self) -> bool:
-        """Whether a step is theta - lr * g with a fixed step size, and nothing else."""
+        """True if a step is theta - lr * g with a fixed step size, and nothing else."""
         extras = (self.learned_lr, self.weight_decay, self.clip_norm, self.proximal_weight)
         return type(self.rule) is SGD and not any(extras)
 

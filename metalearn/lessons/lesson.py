@@ -30,7 +30,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether computed and expected agree."""
+        """True if computed and expected agree."""
         if isinstance(self.computed, str) or isinstance(self.expected, str):
             return self.computed == self.expected
         return abs(self.computed - self.expected) <= self.tolerance
@@ -49,7 +49,7 @@ class Lesson:
 
     @property
     def passed(self) -> bool:
-        """Whether every check passed, and there is at least one."""
+        """True if every check passed, and there is at least one."""
         return bool(self.checks) and all(check.passed for check in self.checks)
 
 

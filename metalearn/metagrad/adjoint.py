@@ -55,8 +55,8 @@ def adjoint(
 ) -> MetaGradient:
     """Compute the meta-gradient of one chunk of tasks; arguments and result as for ``metalearn.meta_gradient``.
 
-    ``callback`` is called with k and lam_k, each ``[T, ...]``, for k = K, ..., 0; for K alone if nothing changes lam on
-    its way back: in first order, if steps are plain.
+    ``callback`` is called with k and lam_k, each ``[T, ...]``, for k = K, ..., 0; for K alone if every
+    step's Jacobian is the identity: in first order, if steps are plain.
     """
     forward_pass = run_forward(forward, params, episodes, inner, loss)
     lam, recomputed = forward_pass.lam, {}

@@ -98,7 +98,7 @@ def take_inner_steps(
 ) -> tuple[InnerState, Trajectory]:
     """Take K inner steps without graphs; return the state after the last, and the trajectory.
 
-    Every s-th step's beginning is kept, s = ``checkpoint_every``; ``None`` keeps none, and there is no way back.
+    Every s-th step's beginning is kept, s = ``checkpoint_every``; ``None`` keeps none, for no backward pass.
     """
 
     def step_fn(k: int, state: InnerState) -> tuple[InnerState, Tensor]:

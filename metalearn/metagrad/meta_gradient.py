@@ -116,7 +116,7 @@ def _check_finite_gradient(
     locate_step: Callable[[Episodes], int | None],
     episodes: Episodes,
 ) -> None:
-    """Check that a meta-gradient is finite by one reduction; find the fault by one meta-gradient for each task."""
+    """Check that a meta-gradient is finite by one reduction; else find the task by a meta-gradient for each."""
     if is_finite(grads):
         return
     for task, episode in enumerate(episodes.split(1)):

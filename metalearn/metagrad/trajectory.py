@@ -92,8 +92,8 @@ class Trajectory:
         if len(differs):
             i = int(differs[0])
             raise ValueError(
-                f"the support loss of inner step {list(recomputed)[i]} was {before[i].item():.6g} on the way forwards "
-                f"and {again[i].item():.6g} when it was computed again: the model is not the same function twice. "
+                f"the support loss of inner step {list(recomputed)[i]} was {before[i].item():.6g} in the forward pass "
+                f"and {again[i].item():.6g} when it was recomputed: the model is not the same function twice. "
                 "Draw random numbers from torch's own generators (no torch.Generator, random or numpy), keep no "
                 "state that a pass changes, or use engine='unroll', which computes everything once."
             )

@@ -47,7 +47,7 @@ class Checkpointer:
 
     @property
     def is_due(self) -> bool:
-        """Whether ``every_s`` has passed since the last checkpoint."""
+        """True if ``every_s`` has passed since the last checkpoint."""
         return self.every_s is not None and time.perf_counter() - self._saved_at >= self.every_s
 
     @property
@@ -89,7 +89,7 @@ class Checkpointer:
         if content is None:
             return ""
         return (
-            f"The checkpoint of meta-step {content['state']['iteration']} is kept; go on from it with "
+            f"The checkpoint of meta-step {content['state']['iteration']} is kept; resume from it with "
             f"hydra.run.dir={self.run_dir} run.resume=true."
         )
 

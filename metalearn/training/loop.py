@@ -39,7 +39,7 @@ MAX_CONSECUTIVE_SKIPS = 100
 
 @dataclass(frozen=True)
 class TrainContext:
-    """What one training process needs; ``checkpointer`` is ``None`` in all but the main process."""
+    """Everything that one training process needs; ``checkpointer`` is ``None`` in all but the main process."""
 
     experiment: Experiment
     run_dir: Path

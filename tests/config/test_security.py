@@ -54,7 +54,7 @@ def literal(call: ast.Call, name: str) -> Any:
 
 
 def unsafe(tree: ast.AST, path: str) -> Iterator[str]:
-    """Yield what in a source could run code that is named or stored elsewhere."""
+    """Yield the calls in a source that could run code named or stored elsewhere."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] in UNSAFE_MODULES)

@@ -164,7 +164,7 @@ def _check_params_match_module(own: Params, params: Params) -> None:
 
 
 class TaskResult(NamedTuple):
-    """What one task adds to the mean: its query loss and prediction with a graph, and detached support losses.
+    """Contribution of one task to the mean: its query loss and prediction with a graph, and detached support losses.
 
     ``at`` has the tensors whose gradients are theta's, by theta's names.
     """
