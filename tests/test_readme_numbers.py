@@ -169,7 +169,7 @@ def test_verification() -> None:
 
 
 def test_lessons() -> None:
-    lessons = read("lab/lessons.json")["lessons"]
+    lessons = read("lessons/lessons.json")["lessons"]
     assert all(lesson["right"] for lesson in lessons)
     assert f"All take {sum(lesson['seconds'] for lesson in lessons):.0f} seconds here" in ON_ONE_LINE
     assert f"{sum(len(lesson['checks']) for lesson in lessons)} numbers" in ON_ONE_LINE

@@ -159,7 +159,7 @@ def print_lesson(result: LessonResult, output_dir: Path) -> None:
     for note in lesson.notes:
         console.print(Padding(f"- {escape(note)}", (0, 2)), highlight=False)
     for file in result.files.values():
-        print_path("  figure", output_dir / file)
+        print_path("  plot", output_dir / file)
     console.print(Text(f"{result.name}: ").append(_verdict(result.passed)))
 
 

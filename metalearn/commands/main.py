@@ -103,7 +103,7 @@ def compare(config: CompareConfig, folder: Path) -> None:
 def gradients(config: GradientsConfig, output_dir: Path) -> None:
     """Run the lessons on second-order gradients, and check every number against its analytic value.
 
-    The exit code is 1 if one of them is wrong. Figures, TensorBoard and lessons.json lie in the output folder.
+    The exit code is 1 if one of them is wrong. Plots, TensorBoard events and lessons.json lie in the output folder.
     """
     from metalearn.commands.gradients import run_lessons
 

@@ -1,4 +1,4 @@
-"""Damaged files of a run (a flipped bit, a cut, code instead of tensors): the state before is loaded, with a warning."""
+"""Damaged files of a run (a flipped bit, a cut, code in place of tensors): an older state is loaded, with a warning."""
 
 from __future__ import annotations
 

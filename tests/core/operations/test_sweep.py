@@ -45,7 +45,7 @@ def test_operation_is_right_or_unsupported(name: str) -> None:
     for column, verdict in COLUMNS.items():
         outcome = verdict(name)
         assert outcome in ("right", "unsupported"), f"{column}: {name} is {outcome}"
-        assert outcome == "right" or name in UNSUPPORTED[column], f"{name} is unsupported by {column}, and not in the table"
+        assert outcome == "right" or name in UNSUPPORTED[column], f"{column}: {name} is not in the table"
 
 
 @pytest.mark.filterwarnings("ignore")
