@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from metalearn.core.functional import check_finite, is_finite
 from metalearn.core.graph_checks import check_twice_differentiable
 from metalearn.core.operations import SECOND_DERIVATIVE, CorrectedOperations
 from metalearn.derivatives.inputs import (
@@ -27,7 +28,7 @@ from metalearn.derivatives.inputs import (
     jvp,
     vjp,
 )
-from metalearn.derivatives.singular import check_finite, is_finite, two_sided_limit
+from metalearn.derivatives.singular import two_sided_limit
 
 
 def gradient(f: ScalarFunction, x: Input) -> Input:
