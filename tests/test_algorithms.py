@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from metalearn import InnerLoop, Params, functionalize, meta_gradient
 from metalearn.algorithms import ALGORITHMS, anil, boil, cavia, imaml, maml_pp, meta_sgd, multi_step_weights, protonet
 from metalearn.config.compose import compose, to_dataclass
-from metalearn.config.schema import PLAIN_ALGORITHMS, TrainConfig
+from metalearn.config.options import PLAIN_ALGORITHMS
+from metalearn.config.schema import TrainConfig
 from metalearn.core.functional import relative_error
 from metalearn.core.module_parts import module_parts
 from metalearn.inner import apply_update, init_state

@@ -25,6 +25,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from metalearn.commands.command_line import parse_flags, requested_jobs
+from metalearn.commands.output_folders import RUN_FILES
 from metalearn.commands.shell import exit_when_stdout_closes, invocation
 from metalearn.config.compose import (
     CONF,
@@ -35,12 +37,10 @@ from metalearn.config.compose import (
     to_dataclass,
     user_conf_dir,
 )
+from metalearn.config.former_keys import rename_overrides
 from metalearn.config.messages import help_text
-from metalearn.config.output_names import RUN_FILES
-from metalearn.config.overrides import parse_flags, requested_jobs
-from metalearn.config.renamed_keys import rename_overrides
-from metalearn.config.run_folder import check_no_run_in
 from metalearn.core.errors import ConfigError, MetalearnError, RunError, TerminatedError
+from metalearn.training.run_folder import check_no_run_in
 from metalearn.training.runtime import torchrun
 from metalearn.training.runtime.signals import sigterm_as_exception
 
@@ -68,7 +68,7 @@ def command(
         @exit_when_stdout_closes()
         def command() -> None:
             sys.argv[1:] = allow_new_options(rename_overrides(name, sys.argv[1:]))
-            flags = parse_flags()
+            flags = parse_flags(name)
             _search_user_conf_dir(flags)
             try:
                 if torchrun.world_size() > 1 and (follow is None or flags.multirun):

@@ -18,6 +18,7 @@ from metalearn.commands.adapt.checks import check_adapt
 from metalearn.commands.benchmark.settings import check_benchmark
 from metalearn.commands.cli import command
 from metalearn.commands.compare.variants import check_compare
+from metalearn.commands.output_folders import check_run_dir
 from metalearn.commands.reproduce.plan import check_reproduce
 from metalearn.commands.shell import exit_when_stdout_closes
 from metalearn.config.commands_schema import (
@@ -31,10 +32,10 @@ from metalearn.config.commands_schema import (
 )
 from metalearn.config.run_config import (
     load_run_config,
+    load_trusted_config,
     relocate_data,
     resolve_data,
     resolve_resume,
-    validate_evaluate_config,
 )
 from metalearn.config.schema import TrainConfig
 from metalearn.config.validation import validate_train_config
@@ -65,7 +66,13 @@ def train(config: TrainConfig, run_dir: Path) -> None:
     train(resolved, run_dir)
 
 
-@command("evaluate", EvaluateConfig, validate_evaluate_config)
+def check_evaluate(config: EvaluateConfig) -> None:
+    """Check that ``run.dir`` is the folder of a run, and that code that it names is trusted."""
+    check_run_dir(config.run.dir)
+    load_trusted_config(config.run.dir, trust_code=config.run.trust_code)
+
+
+@command("evaluate", EvaluateConfig, check_evaluate)
 def evaluate(config: EvaluateConfig, output_dir: Path) -> None:
     """Test the best checkpoint of a run again, on the tasks of test classes that the run itself was tested on."""
     run_dir = Path(config.run.dir)

@@ -8,19 +8,8 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, StrictFloat, StrictInt
 from typing_extensions import Doc
 
-from metalearn.config.schema import (
-    Bool,
-    Count,
-    Device,
-    Episodes,
-    OnError,
-    Positive,
-    Section,
-    Seed,
-    Steps,
-    Text,
-    TrainConfig,
-)
+from metalearn.config.key_types import Bool, Count, Device, Episodes, OnError, Positive, Section, Seed, Steps, Text
+from metalearn.config.schema import TrainConfig
 
 Lesson = Literal[
     "all", "create_graph", "backward", "orders", "graph", "hvp", "dense_hessian", "finite_differences", "big_product",

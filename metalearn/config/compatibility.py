@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from metalearn.config.schema import (
+from metalearn.config.options import (
     Conv4Config,
     CustomAlgorithmConfig,
     CustomModelConfig,
@@ -17,8 +17,8 @@ from metalearn.config.schema import (
     OmniglotConfig,
     ResNet12Config,
     SinusoidConfig,
-    TrainConfig,
 )
+from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import DataError
 from metalearn.data.image_folder import check_split_sizes, list_splits
 from metalearn.data.metadata import DRAWINGS_PER_CLASS, GLYPH_SPLIT_FRACTIONS, OMNIGLOT_SPLITS, glyph_split_sizes

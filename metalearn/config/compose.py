@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,12 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from metalearn.config import commands_schema, schema
+from metalearn.config.former_keys import drop_removed_keys, rename_keys, rename_overrides
 from metalearn.config.messages import GROUPS, file_setting, format_hydra_error
-from metalearn.config.output_names import comparison_dir_name
-from metalearn.config.renamed_keys import REMOVED, rename_keys, rename_overrides
 from metalearn.config.validation import from_dict
 from metalearn.core.errors import ConfigError
-from metalearn.data.metadata import resolve_dataset
 
 _REFUSALS = (
     *(HydraException, OmegaConfBaseException, YAMLError),
@@ -56,12 +52,8 @@ def compose(
     Raises:
         ConfigError: naming the override or file that cannot be composed.
     """
-    register_resolvers()
     overrides = rename_overrides(name, overrides)
     config_dir = config_dir or user_conf_dir(overrides)
-    for group in GROUPS:
-        if f"{group}=null" in overrides:
-            raise ConfigError(f"{group}=null: choose one of {', '.join(options(group))}")
     running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a command may compose while it runs
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
@@ -143,10 +135,7 @@ def to_dataclass(
     except RecursionError:
         raise ConfigError(f"{' '.join(overrides)}: this refers to itself, without end") from None
     rename_keys(plain, {override.partition("=")[0].lstrip("+") for override in overrides})
-    for key, instead in REMOVED.items():
-        section, _, name = key.partition(".")
-        if isinstance(plain.get(section), dict) and name in plain[section]:
-            errors[key] = f"{key}={plain[section].pop(name)}: this key was removed; {instead}"
+    errors |= drop_removed_keys(plain)
     folders = search_folders(overrides, config_dir or user_conf_dir(overrides))
     return from_dict(plain, kind, errors, lambda key: file_setting(key, overrides, folders))
 
@@ -169,39 +158,3 @@ def resolve_values(config: DictConfig, errors: dict[str, str], prefix: str = "")
             value = None
         result[str(key)] = value
     return result
-
-
-@functools.cache
-def register_resolvers() -> None:
-    """Tell Hydra how runs and comparisons are named."""
-    OmegaConf.register_new_resolver("run_name", _run_name)
-    OmegaConf.register_new_resolver("comparison_name", _comparison_name)
-    OmegaConf.register_new_resolver("moment", timestamp)
-
-
-def timestamp() -> str:
-    """Return the time of day to the microsecond, so that runs that start together have different folders."""
-    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-
-
-def _run_name(*, _root_: Any) -> str:
-    order = "second_order" if _root_.inner.second_order else "first_order"
-    return f"{_task_name(_root_)}/{_label(_root_.algorithm)}-{order}-seed{_root_.run.seed}-{timestamp()}"
-
-
-def _label(option: Any) -> str:
-    return str(option.target).partition(":")[2] if option.name == "custom" else str(option.name)
-
-
-def _task_name(root: Any) -> str:
-    data, task = root.data, root.task
-    name = resolve_dataset(_label(data), data.get("root"), data.get("fallback"))
-    return (
-        f"{name}-{task.shots}s" if name == "sinusoid" or data.get("regression") else f"{name}-{task.ways}w{task.shots}s"
-    )
-
-
-def _comparison_name(*, _root_: Any) -> str:
-    tasks = _task_name(_root_)
-    sections = {str(name): OmegaConf.to_container(_root_[name], resolve=True) for name in _root_ if name != "hydra"}
-    return f"{tasks}/{comparison_dir_name(Path('outputs/comparisons') / tasks, sections, timestamp())}"

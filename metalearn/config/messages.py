@@ -13,13 +13,13 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from typing_extensions import Doc
-from yaml import YAMLError
 
 GROUPS = ("algorithm", "data", "model")
 _WORDS: dict[Any, tuple[str, str]] = {
@@ -91,10 +91,11 @@ def describe_allowed(hint: Any, *, plural: bool = False) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Format a value as YAML does, as far as a message needs it."""
+    """Format a value as YAML does, as far as a message needs it: text that looks like a number stands in quotes."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    return str(value)
+    is_quoted = isinstance(value, str) and re.fullmatch(r"|true|false|null|[-+.\d][-+.\de]*", value)
+    return repr(value) if is_quoted else str(value)
 
 
 def format_errors(
@@ -117,7 +118,10 @@ def format_errors(
             del inside[0]  # pydantic puts the option before the key
         if each["type"] == "union_tag_invalid":
             key = f"{section}.name"
-            text = f"{key}={node['name']}: must be {_options(classes)}; choose with {section}=NAME"
+            text = f"{key}={format_value(node['name'])}: must be {_options(classes)}; choose with {section}=NAME"
+        elif each["type"] == "union_tag_not_found":
+            key = f"{section}.name"
+            text = f"{key} is required: choose with {section}=NAME {_options(classes)}"
         elif not classes:
             key, text = section, _format_key_error(each, section, node, kind, kind, file_of)
         elif not inside:
@@ -183,8 +187,10 @@ def format_hydra_error(error: Exception, overrides: Sequence[str]) -> str:
             f"{error.override}: {error}\nWrite KEY=VALUE without spaces, and quote a value that holds ~, = or commas, "
             "as in \"KEY=['a=1','b=2']\"."
         )
-    if isinstance(error, YAMLError):
+    if isinstance(error, yaml.YAMLError):
         return f"a YAML file cannot be read: {error}"
+    if merging := re.match(r"Error merging override \+*(.*)", str(error)):
+        return f"{merging[1]}: this cannot be composed: {str(error.__cause__).partition(chr(10))[0]}"
     text = re.sub(r"\nConfig search path:.*", "", str(error), flags=re.DOTALL).strip() or type(error).__name__
     if found := re.search(r"Could not find '(\w+)/(\w+)'", text):
         close = difflib.get_close_matches(found[2], re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE), n=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -9,35 +10,25 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from metalearn.config import schema
-from metalearn.config.commands_schema import EvaluateConfig
-from metalearn.config.compose import CONF
-from metalearn.config.messages import GROUPS, hints, section_class
-from metalearn.config.renamed_keys import REMOVED, rename_keys
-from metalearn.config.schema import result_keys
-from metalearn.config.validation import from_dict, run_dir_errors, validate_train_config
+from metalearn.config.compose import CONF, options
+from metalearn.config.former_keys import drop_removed_keys, rename_keys
+from metalearn.config.messages import GROUPS
+from metalearn.config.options import AnyData, CustomDataConfig, GlyphsConfig, ImagesConfig, OmniglotConfig
+from metalearn.config.schema import TrainConfig, result_keys
+from metalearn.config.validation import from_dict, validate_train_config
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.data.metadata import omniglot_unavailable_reason, resolve_dataset
 
 log = logging.getLogger(__name__)
 
-Trained = TypeVar("Trained", bound=schema.TrainConfig)
-
-_KEYS_WITH_LATE_DEFAULTS = (
-    *("inner.checkpoint_every", "inner.optimizer", "inner.momentum", "inner.betas", "inner.eps"),
-    *("inner.optimizer_target", "inner.optimizer_options"),
-    *("inner.weight_decay", "inner.clip_norm", "model.context", "algorithm.backend", "run.resume", "run.init_from"),
-    *("run.checkpoint_every_s", "run.on_nonfinite", "run.precision", "run.cuda_graph", "run.memory_limit_mib"),
-    *("log.curvature_every", "log.eigenvalue_every"),
-)
-"""Keys that the files of older runs lack; those were trained as the defaults say."""
+Trained = TypeVar("Trained", bound=TrainConfig)
 
 
-def load_run_config(path: Path) -> schema.TrainConfig:
+def load_run_config(path: Path) -> TrainConfig:
     """Load a run's configuration from the ``config.yaml`` in its folder.
 
     Raises:
@@ -49,9 +40,7 @@ def load_run_config(path: Path) -> schema.TrainConfig:
         raise ConfigError(f"{path} is not the configuration of a run: {error}") from error
 
 
-def load_trusted_config(
-    run_dir: str | Path, *, trust_code: bool, how: str = "run.trust_code=true"
-) -> schema.TrainConfig:
+def load_trusted_config(run_dir: str | Path, *, trust_code: bool, how: str = "run.trust_code=true") -> TrainConfig:
     """Load the configuration of a run whose model will be built.
 
     Args:
@@ -68,7 +57,7 @@ def load_trusted_config(
     return config
 
 
-def check_trusted(config: schema.TrainConfig, source: object, *, trust_code: bool, how: str) -> None:
+def check_trusted(config: TrainConfig, source: object, *, trust_code: bool, how: str) -> None:
     """Check that the user allows to run code that a configuration from a run's folder names.
 
     Raises:
@@ -83,47 +72,52 @@ def check_trusted(config: schema.TrainConfig, source: object, *, trust_code: boo
         )
 
 
-def validate_evaluate_config(config: EvaluateConfig) -> None:
-    """Check that ``run.dir`` is the folder of a run, and code that it names is trusted.
-
-    Raises:
-        ConfigError: if it is not.
-    """
-    if messages := run_dir_errors(config.run.dir):
-        raise ConfigError("\n".join(messages))
-    load_trusted_config(config.run.dir, trust_code=config.run.trust_code)
-
-
-def parse_run_config(text: str, path: Path) -> schema.TrainConfig:
+def parse_run_config(text: str, path: Path) -> TrainConfig:
     """Parse the YAML text of a run's configuration, which was found in ``path``.
 
     Raises:
         ConfigError: if it does not fit the schema.
     """
     try:
-        raw = OmegaConf.create(text)
-        if not isinstance(raw, DictConfig) or "data" not in raw:
-            raise ConfigError("it is empty, or not whole")
-        plain: Any = OmegaConf.to_container(raw, resolve=False)  # written resolved; ${...} in it is text
-        rename_keys(plain, warn=False)
-        for key in REMOVED:
-            section, _, name = key.partition(".")
-            plain.get(section, {}).pop(name, None)
-        for name in _KEYS_WITH_LATE_DEFAULTS:
-            _add_default(plain, name)
-        return from_dict(plain, schema.TrainConfig, {})
-    except (AssertionError, AttributeError, YAMLError, OmegaConfBaseException, RecursionError, ConfigError) as error:
+        return from_dict(parse_record(text), TrainConfig, {})
+    except ConfigError as error:
         raise ConfigError(f"{path} is not the configuration of a run: {error}") from error
 
 
-def _add_default(plain: dict[str, Any], key: str) -> None:
-    """Add a key that a run's configuration lacks, as it is where nobody sets it."""
-    section, _, name = key.partition(".")
-    node: Any = plain.get(section)
-    kind = section_class(schema.TrainConfig, section, node.get("name")) if isinstance(node, dict) else None
-    if kind is not None and name not in node and name in hints(kind):
-        file = CONF / section / f"{node['name']}.yaml" if section in GROUPS else CONF / "settings.yaml"
-        node[name] = OmegaConf.select(OmegaConf.load(file), name if section in ("data", "model") else key)
+def parse_record(text: str) -> dict[str, Any]:
+    """Parse what a run or comparison of this or an earlier release recorded of its configuration.
+
+    Former keys have their present names. Keys that came later have their defaults, by which that run was trained.
+
+    Raises:
+        ConfigError: if it is no YAML, or not made of sections.
+    """
+    try:
+        plain: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)  # ${...} in it is text
+    except (AssertionError, AttributeError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise ConfigError(str(error)) from error
+    if not isinstance(plain, dict) or "data" not in plain or not all(isinstance(n, dict) for n in plain.values()):
+        raise ConfigError("it is empty, or not whole")
+    rename_keys(plain, warn=False)
+    drop_removed_keys(plain)
+    return {section: {**_defaults(section, node), **node} for section, node in plain.items()}
+
+
+def _defaults(section: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of a section as the files have them, without those that depend on other keys."""
+    if section not in GROUPS:
+        found = [content[section] for content in map(_load, ("settings", "compare")) if section in content]
+    elif (name := node.get("name")) in options(section):
+        content = _load(f"{section}/{name}")
+        found = [content.get(section, content)]
+    else:
+        found = []
+    return {key: value for each in found[:1] for key, value in each.items() if not str(value).startswith(("$", "?"))}
+
+
+@functools.cache
+def _load(name: str) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"), resolve=False)
 
 
 def resolve_data(config: Trained) -> Trained:
@@ -136,9 +130,9 @@ def resolve_data(config: Trained) -> Trained:
         source = str(Path(config.run.init_from).expanduser().absolute())
         config = replace(config, run=replace(config.run, init_from=source))
     data = config.data
-    if isinstance(data, schema.ImagesConfig):
+    if isinstance(data, ImagesConfig):
         return replace(config, data=replace(data, root=str(Path(data.root).expanduser().absolute())))
-    if not isinstance(data, schema.OmniglotConfig):
+    if not isinstance(data, OmniglotConfig):
         return config
     name = resolve_dataset(data.name, data.root, data.fallback)
     if name == data.name:
@@ -149,13 +143,12 @@ def resolve_data(config: Trained) -> Trained:
         "Omniglot's. METALEARN_DATA=FOLDER or data.root=FOLDER points to a copy.",
         omniglot_unavailable_reason(data.root),
     )
-    glyphs: Any = OmegaConf.to_container(OmegaConf.load(CONF / "data" / f"{name}.yaml"))
-    resolved = replace(config, data=schema.GlyphsConfig(**glyphs))
+    resolved = replace(config, data=GlyphsConfig(**_load(f"data/{name}")))
     validate_train_config(resolved)
     return resolved
 
 
-def resolve_resume(config: schema.TrainConfig, run_dir: Path) -> schema.TrainConfig:
+def resolve_resume(config: TrainConfig, run_dir: Path) -> TrainConfig:
     """Return the configuration of a run that may be resumed in its folder, with the engine that ``auto`` chose.
 
     Raises:
@@ -192,17 +185,17 @@ def changed_keys(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str,
     }
 
 
-def relocate_data(data: schema.AnyData, root: str | None) -> schema.AnyData:
+def relocate_data(data: AnyData, root: str | None) -> AnyData:
     """Return a finished run's data set where it lies now: in ``root``, where it was, or in ``METALEARN_DATA``.
 
     Raises:
         ConfigError: if ``root`` is given for a data set that is not on disk.
     """
-    if isinstance(data, schema.ImagesConfig):
+    if isinstance(data, ImagesConfig):
         return replace(data, root=root or data.root)
-    if not isinstance(data, schema.OmniglotConfig):
+    if not isinstance(data, OmniglotConfig):
         if root:
-            kind = "your own data" if isinstance(data, schema.CustomDataConfig) else "embedded"
+            kind = "your own data" if isinstance(data, CustomDataConfig) else "embedded"
             raise ConfigError(f"data.root={root}: the run was trained on {data.name}, which is {kind}; leave it out")
         return data
     recorded = data.root if data.root is None or Path(data.root).is_dir() else os.environ.get("METALEARN_DATA")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from metalearn.config.compatibility import find_conflicts
 from metalearn.config.messages import format_errors, hints, section_class
-from metalearn.config.output_names import COMPARISON_FILE
-from metalearn.config.schema import OmniglotConfig, TrainConfig
+from metalearn.config.options import OmniglotConfig
+from metalearn.config.schema import TrainConfig
 from metalearn.config.target import missing_module
 from metalearn.core.errors import ConfigError, DataError
 from metalearn.data.metadata import resolve_dataset
@@ -91,12 +90,3 @@ def validate_train_config(config: TrainConfig, *, trains: bool = True) -> None:
             messages.append(str(error))
     if messages:
         raise ConfigError("\n".join(messages))
-
-
-def run_dir_errors(folder: str) -> list[str]:
-    """Return what is wrong with ``run.dir`` as the folder of a run."""
-    if (Path(folder) / "config.yaml").is_file():
-        return []
-    is_comparison = (Path(folder) / COMPARISON_FILE).is_file()
-    what = "a comparison's folder; name one of the runs in it" if is_comparison else "not a run's folder"
-    return [f"run.dir={folder}: {what}, as it holds no config.yaml"]

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metalearn.config.schema import DataConfig, ImagesConfig, SinusoidConfig
+from metalearn.config.options import DataConfig, ImagesConfig, SinusoidConfig
 from metalearn.core.errors import DataError
 from metalearn.data.omniglot import SIZE
 

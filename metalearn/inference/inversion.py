@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
-from metalearn.config.schema import DataConfig, GlyphsConfig, OmniglotConfig
+from metalearn.config.options import DataConfig, GlyphsConfig, OmniglotConfig
 
 log = logging.getLogger(__name__)
 

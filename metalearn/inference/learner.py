@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from metalearn.algorithms import Algorithm
-from metalearn.config.schema import CustomDataConfig, TrainConfig, result_keys
+from metalearn.config.options import CustomDataConfig
+from metalearn.config.schema import TrainConfig, result_keys
 from metalearn.core.errors import DataError, MetalearnError, RunError
 from metalearn.core.functional import expand_over_tasks
 from metalearn.core.types import Episodes, Forward, Params

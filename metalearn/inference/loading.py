@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from metalearn.config.options import CustomDataConfig
 from metalearn.config.run_config import load_trusted_config
-from metalearn.config.schema import CustomDataConfig, TrainConfig
+from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.core.functional import functionalize
 from metalearn.core.module_parts import module_parts

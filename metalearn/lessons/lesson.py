@@ -96,7 +96,7 @@ def leaf(value: float) -> Tensor:
 def panels(
     columns: int, *, width: float, height: float, shares: Sequence[float] | None = None
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure, in inches, and its panels from left to right, with ``shares`` of the width, by default equal.
+    """Return a figure, sized in inches, and its panels from left to right, with relative widths ``shares``.
 
     It is made without pyplot, which keeps every figure in a global list.
     """

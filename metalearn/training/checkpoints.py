@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from metalearn.config.run_folder import TRAINING_FILES, check_no_run_in
 from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
 from metalearn.core.types import Params
+from metalearn.training.run_folder import TRAINING_FILES, check_no_run_in
 from metalearn.training.state import BestCheckpoint, TrainState, check_same_shapes
 from metalearn.training.tracking.meter import Meter
 from metalearn.training.tracking.tensorboard import TensorBoardLogger

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from metalearn.algorithms import Algorithm
-from metalearn.config.schema import CustomAlgorithmConfig, CustomDataConfig, CustomModelConfig, InnerConfig, TrainConfig
+from metalearn.config.options import CustomAlgorithmConfig, CustomDataConfig, CustomModelConfig
+from metalearn.config.schema import InnerConfig, TrainConfig
 from metalearn.config.target import call_target, import_target, parameter_names
 from metalearn.core.errors import ConfigError
 from metalearn.core.module_parts import ModuleParts

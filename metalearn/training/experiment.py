@@ -12,20 +12,19 @@ import torch
 from torch import nn
 
 from metalearn.algorithms import ALGORITHMS, Algorithm
-from metalearn.config.schema import (
+from metalearn.config.options import (
     Conv4Config,
     CustomAlgorithmConfig,
     CustomDataConfig,
     CustomModelConfig,
     GlyphsConfig,
     ImagesConfig,
-    InnerConfig,
     MLPConfig,
     OmniglotConfig,
     ResNet12Config,
     SinusoidConfig,
-    TrainConfig,
 )
+from metalearn.config.schema import InnerConfig, TrainConfig
 from metalearn.core.errors import ConfigError
 from metalearn.core.functional import functionalize
 from metalearn.core.module_parts import module_parts

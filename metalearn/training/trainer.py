@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metalearn.config.run_config import changed_keys, to_yaml
-from metalearn.config.run_folder import folder_lock
 from metalearn.config.schema import TrainConfig, result_keys
 from metalearn.core.errors import ConfigError, RunError, TerminatedError
 from metalearn.core.profiling.hardware import configure_malloc
@@ -31,6 +30,7 @@ from metalearn.training.experiment import Experiment, build_experiment, training
 from metalearn.training.failures import DivergedError, explain_out_of_memory
 from metalearn.training.loop import TrainContext, train_loop
 from metalearn.training.resume import RunStatus, open_run, restore_run
+from metalearn.training.run_folder import folder_lock
 from metalearn.training.runtime.distributed import DistributedContext, init_distributed
 from metalearn.training.runtime.precision import check_precision
 from metalearn.training.runtime.signals import StopRequest

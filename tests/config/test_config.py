@@ -15,8 +15,9 @@ import pytest
 from metalearn import InnerLoop
 from metalearn.config.compose import CONF, SCHEMAS, compose, group_defaults
 from metalearn.config.messages import describe_allowed, description, help_text, hints, section_class, section_classes
+from metalearn.config.options import GlyphsConfig, OmniglotConfig
 from metalearn.config.schema import ENGINES as ENGINE_NAMES
-from metalearn.config.schema import GlyphsConfig, OmniglotConfig, TrainConfig, iter_fields
+from metalearn.config.schema import TrainConfig, iter_fields
 from metalearn.data.glyphs import make_glyphs
 from metalearn.data.metadata import OMNIGLOT_SPLITS
 from metalearn.metagrad import ENGINES

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from metalearn.commands.command_line import sweep_jobs
+from metalearn.commands.main import check_evaluate
 from metalearn.config.commands_schema import EvaluateConfig, ReproduceConfig
 from metalearn.config.compose import compose, to_dataclass
-from metalearn.config.overrides import sweep_jobs
-from metalearn.config.run_config import resolve_data, validate_evaluate_config
+from metalearn.config.run_config import resolve_data
 from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import ConfigError
 from tests.config.factories import train_config, write_experiment
@@ -29,7 +30,10 @@ ERRORS = [
     ("inner.steps=many", r"inner\.steps=many: must be a whole number, at least 0"),
     ("inner.steps=1.5", r"inner\.steps=1\.5: must be a whole number"),
     ("inner.steps=1.0", r"inner\.steps=1\.0: must be a whole number"),
-    ("inner.steps='3'", r"inner\.steps=3: must be a whole number"),
+    ("task=[1]", r"^task=\[1\]: this cannot be composed: Cannot merge"),
+    ("~data.name", r"^data\.name is required: choose with data=NAME one of omniglot, glyphs"),
+    ("data.name=null", r"^data\.name=null: must be one of omniglot, glyphs"),
+    ("inner.steps='3'", r"inner\.steps='3': must be a whole number"),
     ("inner.steps=true", r"inner\.steps=true: must be a whole number"),
     ("inner.steps=null", r"inner\.steps=null: must be a whole number"),
     ("inner.lr=true", r"inner\.lr=true: must be a number"),
@@ -52,7 +56,7 @@ ERRORS = [
     ("data=images", r"data\.root is required: folder that holds one folder a class"),
     ("experiment=nope", r"Could not find 'experiment/nope'(?s:.*)omniglot_5way_1shot"),
     ("eval.queries=20", r"task\.shots=1 and eval\.queries=20: together 21, and a class has 20 drawings"),
-    ("data=null", r"data=null: choose one of custom, glyphs, images, omniglot, sinusoid"),
+    ("data=null", r"^data=null: this cannot be composed: Config group override must be a string"),
     ("data=0", r"data=0: this cannot be composed: .*must be a string"),
     ("data=${task.ways}", r"data=\$\{task\.ways\}: this cannot be composed: "),
     ("data.name=glyphs", r"^data\.name=glyphs: the other keys are not .* Choose it as a whole, data=glyphs$"),
@@ -104,6 +108,10 @@ def test_report_names_every_error_of_every_section() -> None:
     sections = ["task.shots=0", "inner.lr=abc", "inner.steps=-1", "outer.lr=-3", "eval.every", "eval.queries=0"]
     sections += ["data.split is required", "model.wdith=3", "run.device=gpu", "log.evry=1"]
     assert reported(*overrides, "model.wdith=3", "~data.split", "eval.every=${nope}") == sections
+
+
+def test_boolean_is_no_number_of_channels() -> None:
+    assert reported("data=images", "data.root=x", "data.channels=true")[0] == "data.channels=true"
 
 
 def test_report_holds_conflicts_of_keys_that_are_valid() -> None:
@@ -207,7 +215,7 @@ def test_evaluate_needs_the_folder_of_a_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.dir is required: folder of the run to test"):
         to_dataclass(compose("evaluate"), EvaluateConfig)
     with pytest.raises(ConfigError, match=r"not a run's folder, as it holds no config\.yaml"):
-        validate_evaluate_config(to_dataclass(compose("evaluate", [f"run.dir={tmp_path}"]), EvaluateConfig))
+        check_evaluate(to_dataclass(compose("evaluate", [f"run.dir={tmp_path}"]), EvaluateConfig))
 
 
 def test_keys_in_no_section_are_reported_together() -> None:

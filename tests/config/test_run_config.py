@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from metalearn.config.options import OmniglotConfig
 from metalearn.config.run_config import load_run_config, relocate_data, resolve_data, resolve_resume, to_yaml
-from metalearn.config.schema import OmniglotConfig
 from metalearn.core.errors import ConfigError, RunError
 from tests.config.factories import train_config
 from tests.paths import REPO

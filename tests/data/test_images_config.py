@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from metalearn.config.compose import compose, to_dataclass
+from metalearn.config.options import ImagesConfig
 from metalearn.config.run_config import relocate_data, resolve_data
-from metalearn.config.schema import ImagesConfig, TrainConfig
+from metalearn.config.schema import TrainConfig
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
 from metalearn.data.image_decoding import load_image_splits

@@ -14,7 +14,8 @@ from torch.nn.functional import conv2d, leaky_relu
 
 from metalearn import Episodes, InnerLoop, Params, functionalize, meta_gradient
 from metalearn.config.compose import compose, to_dataclass
-from metalearn.config.schema import ResNet12Config, TrainConfig
+from metalearn.config.options import ResNet12Config
+from metalearn.config.schema import TrainConfig
 from metalearn.core.functional import relative_error
 from metalearn.derivatives import gradcheck
 from metalearn.metagrad import ENGINES

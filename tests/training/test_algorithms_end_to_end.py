@@ -12,10 +12,10 @@ from PIL import Image
 
 from metalearn.algorithms import ALGORITHMS
 from metalearn.commands.compare.variants import check_compare
+from metalearn.commands.output_folders import split
 from metalearn.commands.reproduce.plan import build_rows, published
 from metalearn.config.commands_schema import CompareConfig, ReproduceConfig
 from metalearn.config.compose import compose, to_dataclass
-from metalearn.config.output_names import split
 from metalearn.core.errors import ConfigError, NonFiniteLossError
 from metalearn.core.functional import relative_error
 from metalearn.metagrad import meta_gradient

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from metalearn.config.run_config import load_run_config
-from metalearn.config.run_folder import folder_lock, is_locked
 from metalearn.config.schema import TrainConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
 from metalearn.training import checkpoints, trainer
 from metalearn.training.checkpoints import best_path, state_paths
 from metalearn.training.experiment import Experiment, build_experiment
+from metalearn.training.run_folder import folder_lock, is_locked
 from metalearn.training.state import TrainState, seed_all
 from metalearn.training.tracking.event_files import read_scalars
 from tests.config.factories import train_config

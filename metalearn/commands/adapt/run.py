@@ -17,11 +17,11 @@ from metalearn.commands.adapt.predictions import (
     write_picture,
 )
 from metalearn.config.commands_schema import AdaptConfig
-from metalearn.config.run_folder import check_no_run_in
 from metalearn.data.image_decoding import FolderImages
 from metalearn.inference.inversion import apply_inversion, should_invert
 from metalearn.inference.learner import Learner
 from metalearn.inference.loading import load
+from metalearn.training.run_folder import check_no_run_in
 from metalearn.training.tracking.console import print_path, print_summary, progress_bar
 
 WEIGHTS, TABLE, PICTURE = "adapted.safetensors", "predictions.csv", "predictions.png"

@@ -25,7 +25,7 @@ from metalearn.commands.compare.plots import INTERVAL, PLOTS, plots
 from metalearn.commands.compare.results import Results
 from metalearn.commands.compare.tables import headline, missing_runs, variant_rows
 from metalearn.commands.compare.variants import Job
-from metalearn.config.output_names import RESULTS_FILE
+from metalearn.commands.output_folders import RESULTS_FILE
 from metalearn.config.schema import result_keys
 from metalearn.core import serialization as files
 from metalearn.training.tracking.console import print_line, print_path, print_table

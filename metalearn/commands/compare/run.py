@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from metalearn.commands.command_line import launcher_overrides
 from metalearn.commands.compare.gather import collect_results, differences, hardware_of, measure_engine_costs
 from metalearn.commands.compare.launch import launch, launch_with_hydra, runs_at_a_time
 from metalearn.commands.compare.report import print_results, write_results
@@ -23,9 +24,7 @@ from metalearn.commands.compare.variants import (
     resolve_variant_data,
     to_train_config,
 )
-from metalearn.commands.shell import invocation
-from metalearn.config.commands_schema import CompareConfig
-from metalearn.config.output_names import (
+from metalearn.commands.output_folders import (
     COMPARISON_FILE,
     RESULTS_FILE,
     RUN_FILES,
@@ -33,14 +32,15 @@ from metalearn.config.output_names import (
     read_record,
     running_twin,
 )
-from metalearn.config.overrides import launcher_overrides
+from metalearn.commands.shell import invocation
+from metalearn.config.commands_schema import CompareConfig
 from metalearn.config.run_config import changed_keys, resolve_resume, to_yaml
-from metalearn.config.run_folder import check_no_run_in, folder_lock
 from metalearn.config.schema import TrainConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.training.experiment import resolve_device
+from metalearn.training.run_folder import check_no_run_in, folder_lock
 from metalearn.training.runtime.signals import SIGHUP, sigterm_as_exception
 from metalearn.training.tracking.console import print_line, print_path, progress_bar
 

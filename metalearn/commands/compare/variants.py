@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metalearn.commands.command_line import recompose_with
+from metalearn.commands.output_folders import split, variant_names
 from metalearn.config.commands_schema import CompareConfig
 from metalearn.config.compose import to_dataclass
-from metalearn.config.output_names import split, variant_names
-from metalearn.config.overrides import recompose_with
 from metalearn.config.run_config import resolve_data
 from metalearn.config.schema import TrainConfig, iter_fields
 from metalearn.config.validation import validate_train_config

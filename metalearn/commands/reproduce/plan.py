@@ -12,8 +12,9 @@ from typing import NamedTuple
 from metalearn.commands.compare.variants import Job, format_override, replace_in, replace_section
 from metalearn.config.commands_schema import ReproduceConfig
 from metalearn.config.compose import compose, options, to_dataclass, user_conf_dir
+from metalearn.config.options import OmniglotConfig
 from metalearn.config.run_config import resolve_data, resolve_resume
-from metalearn.config.schema import OmniglotConfig, TrainConfig
+from metalearn.config.schema import TrainConfig
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError, RunError
 

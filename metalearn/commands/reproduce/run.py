@@ -32,9 +32,9 @@ from metalearn.commands.reproduce.table import (
 )
 from metalearn.commands.shell import invocation
 from metalearn.config.commands_schema import ReproduceConfig
-from metalearn.config.run_folder import folder_lock
 from metalearn.core import serialization as files
 from metalearn.training.checkpoints import state_paths
+from metalearn.training.run_folder import folder_lock
 from metalearn.training.runtime.signals import SIGHUP, sigterm_as_exception
 from metalearn.training.tracking.console import print_line, print_path, print_table, progress_bar
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from metalearn.commands.compare.launch import sweep
 from metalearn.commands.compare.variants import check_compare, format_override, jobs, parse_variants
+from metalearn.commands.output_folders import comparison_dir_name, running_twin, variant_names
 from metalearn.config.commands_schema import CompareConfig
 from metalearn.config.compose import compose, to_dataclass
-from metalearn.config.output_names import comparison_dir_name, running_twin, variant_names
-from metalearn.config.run_folder import folder_lock
 from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import ConfigError
+from metalearn.training.run_folder import folder_lock
 
 
 def config(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> CompareConfig:
@@ -123,18 +127,20 @@ def test_sweep_composes_with_a_launcher(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert composed.inner.steps == 2
 
 
-def test_comparison_dir_name_finds_unfinished_comparison(tmp_path: Path) -> None:
-    settings: dict[str, object] = {"variants": ["inner.steps=1"], "jobs": 1, "resume": True}
-    wanted: dict[str, dict[str, object]] = {"inner": {"lr": 0.4}, "compare": settings}
+def test_comparison_dir_name_finds_unfinished_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings(*overrides: str) -> dict[str, Any]:
+        return asdict(config(monkeypatch, "data=glyphs", "compare.variants=['inner.steps=1']", *overrides))
+
+    wanted = settings()
     new = comparison_dir_name(tmp_path, wanted, "now")
     assert new == "steps-1-now"
     (tmp_path / "steps-1-then").mkdir()
-    record = tmp_path / "steps-1-then" / "comparison.yaml"
-    record.write_text("inner: {lr: 0.4}\ncompare: {variants: [inner.steps=1], jobs: 2, resume: false}\n")
+    (tmp_path / "steps-1-then" / "comparison.yaml").write_text(OmegaConf.to_yaml(config_of_earlier_release(wanted)))
     assert comparison_dir_name(tmp_path, wanted, "now") == "steps-1-then"
-    assert comparison_dir_name(tmp_path, {**wanted, "inner": {"lr": 0.5}}, "now") == new
-    assert comparison_dir_name(tmp_path, {**wanted, "compare": {**settings, "resume": False}}, "now") == new
-    moved = {**wanted, "data": {"root": "/elsewhere"}}
+    assert comparison_dir_name(tmp_path, settings("compare.jobs=7"), "now") == "steps-1-then"
+    assert comparison_dir_name(tmp_path, settings("inner.lr=0.5"), "now") == new
+    assert comparison_dir_name(tmp_path, settings("compare.resume=false"), "now") == new
+    moved = {**wanted, "data": {**wanted["data"], "root": "/elsewhere"}}
     assert comparison_dir_name(tmp_path, moved, "now") == "steps-1-then", "where the data lies is no difference"
     results = tmp_path / "steps-1-then" / "results.json"
     results.write_text('{"complete": false}')
@@ -145,3 +151,22 @@ def test_comparison_dir_name_finds_unfinished_comparison(tmp_path: Path) -> None
     assert running_twin(tmp_path / new, wanted) is None
     results.write_text('{"complete": true}')
     assert comparison_dir_name(tmp_path, wanted, "now") == new, "that one is finished"
+
+
+def config_of_earlier_release(now: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with keys that were renamed, removed or added since."""
+    before = copy.deepcopy(now)
+    before["compare"]["rounds"] = before["compare"].pop("repeats")
+    before["run"]["checkpoint_seconds"] = before["run"].pop("checkpoint_every_s")
+    before["run"]["accept"] = []
+    for section, key in (("run", "init_from"), ("inner", "optimizer_options"), ("algorithm", "backend")):
+        del before[section][key]
+    return before
+
+
+@pytest.mark.parametrize("text", ["", "inner: 3", "{", "- 1", "data: {}\ninner: 3\n"])
+def test_comparison_dir_name_is_new_beside_a_damaged_record(text: str, tmp_path: Path) -> None:
+    (tmp_path / "then").mkdir()
+    (tmp_path / "then" / "comparison.yaml").write_text(text)
+    config = {"compare": {"resume": True, "variants": ["inner.steps=1"]}}
+    assert comparison_dir_name(tmp_path, config, "now") == "steps-1-now"

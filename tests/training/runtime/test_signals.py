@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from metalearn.config.run_folder import folder_lock
 from metalearn.core.errors import TerminatedError
 from metalearn.training import loop
 from metalearn.training.evaluate_run import evaluate_distributed
 from metalearn.training.evaluation import Evaluation
+from metalearn.training.run_folder import folder_lock
 from metalearn.training.runtime.signals import SIGHUP, StopRequest, sigterm_as_exception
 from tests.faults.processes import load_state, read_output, start_training, wait_for_exit
 from tests.faults.runs import RUN, SMALL_RUN, assert_runs_equal, resume

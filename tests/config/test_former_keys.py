@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from metalearn.config.compose import SCHEMAS, compose, to_dataclass
-from metalearn.config.renamed_keys import RENAMED, RENAMED_IN, rename_overrides
+from metalearn.config.former_keys import RENAMED, RENAMED_IN, rename_overrides
 from metalearn.config.schema import iter_fields
 from tests.config.factories import train_config, write_experiment
 

@@ -5,35 +5,43 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from metalearn.config.compose import CONF, compose, register_resolvers, search_folders
+import metalearn
+from metalearn.commands.output_folders import register_resolvers
+from metalearn.commands.shell import invocation
+from metalearn.config.compose import compose
 from metalearn.config.messages import format_hydra_error
 from metalearn.core.errors import ConfigError
 
 
-def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_flags(name: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags that Hydra documents, as Hydra does; the rest is ``overrides``.
 
     Args:
+        name: of the command.
         arguments: of the command line; ``None`` takes those of this process.
     """
-    parser = argparse.ArgumentParser(add_help=False, usage="%(prog)s [KEY=VALUE ...] [FLAG ...]; see --help")
+    start = shlex.join(invocation(name))
+    parser = argparse.ArgumentParser(start, add_help=False, usage="%(prog)s [KEY=VALUE ...] [FLAG ...]; see --help")
     parser.add_argument("overrides", nargs="*")
     for flags in (
         *(("--help", "-h"), ("--hydra-help",), ("--resolve",), ("--run", "-r"), ("--multirun", "-m")),
         ("--shell-completion", "-sc"),
     ):
         parser.add_argument(*flags, action="store_true")
-    parser.add_argument("--version", action="version", version=f"Hydra {hydra.__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"metalearn {metalearn.__version__}, with Hydra {hydra.__version__}"
+    )
     parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
     parser.add_argument("--package", "-p")
     parser.add_argument("--config-path", "-cp")
@@ -52,12 +60,11 @@ def requested_jobs(name: str, flags: argparse.Namespace) -> Iterator[tuple[list[
         ConfigError: for a flag or an override that cannot be composed.
     """
     register_resolvers()  # also for what Hydra itself prints
-    parsed = _parsed(flags.overrides)
-    _check_flags(flags, any(one.key_or_group == "hydra.searchpath" for one in parsed))
+    _check_flags(flags)
     if flags.info or flags.shell_completion or flags.hydra_help:
         return
-    for overrides in sweep_jobs(_expand_globs(parsed, flags.config_dir)) if flags.multirun else [flags.overrides]:
-        config = compose(flags.config_name or name, overrides, flags.config_dir, return_hydra_config=True)
+    for overrides in sweep_jobs(flags.overrides) if flags.multirun else [flags.overrides]:
+        config = compose(name, overrides, flags.config_dir, return_hydra_config=True)
         try:
             folder = str(config.hydra.sweep.dir if flags.multirun else config.hydra.run.dir)
         except (OmegaConfBaseException, AttributeError):  # a name that cannot be made, of keys that are at fault
@@ -67,18 +74,18 @@ def requested_jobs(name: str, flags: argparse.Namespace) -> Iterator[tuple[list[
         yield overrides, config, folder
 
 
-def _check_flags(flags: argparse.Namespace, has_searchpath: bool) -> None:
+def _check_flags(flags: argparse.Namespace) -> None:
     """Check that no flag reads a pickle, or makes Hydra compose something else than is validated."""
-    instead = "put an experiment file into DIR/experiment/ and give --config-dir DIR experiment=NAME"
-    names = sorted(file.stem for file in CONF.glob("*.yaml"))
     errors = []
     if (rerun := flags.experimental_rerun) is not None:
         errors.append(f"--experimental-rerun={rerun}: a pickle runs any code when it is read; give KEY=VALUE instead")
-    if flags.config_path is not None:
-        errors.append(f"--config-path={flags.config_path}: the primary files are the shipped ones; {instead}")
-    if flags.config_name not in (None, *names):
-        errors.append(f"--config-name={flags.config_name}: must be one of {', '.join(names)}; {instead}")
-    if flags.config_dir is not None and has_searchpath:
+    errors += [
+        f"--{name.replace('_', '-')}={value}: the primary files are the shipped ones; put an experiment file into "
+        "DIR/experiment/ and give --config-dir DIR experiment=NAME"
+        for name in ("config_path", "config_name")
+        if (value := getattr(flags, name)) is not None
+    ]
+    if flags.config_dir is not None and any(one.key_or_group == "hydra.searchpath" for one in _parsed(flags.overrides)):
         errors.append("hydra.searchpath and --config-dir: give one of them; hydra.searchpath takes several folders")
     if errors:
         raise ConfigError("\n".join(errors))
@@ -91,29 +98,16 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
         raise ConfigError(format_hydra_error(error, overrides)) from error
 
 
-def _expand_globs(parsed: Sequence[Override], config_dir: str | None) -> list[str]:
-    """Return the overrides with every ``glob`` over the options of a group replaced by their list."""
-    places, lines = search_folders([str(one.input_line) for one in parsed], config_dir), []
-    for one in parsed:
-        value, group = one.value(), one.key_or_group
-        options = sorted({file.stem for place in places for file in (place / group).glob("*.yaml")})
-        found: list[str] = value.filter(options) if isinstance(value, Glob) else []
-        if isinstance(value, Glob) and not found:
-            raise ConfigError(f"{one.input_line}: no option of {group} fits; there are {', '.join(options) or 'none'}")
-        lines.append(f"{one.get_key_element()}={','.join(found)}" if found else str(one.input_line))
-    return lines
-
-
 def recompose_with(name: str, more: Sequence[str]) -> DictConfig:
     """Compose what the running command composes, with more overrides; the last of several for a key counts.
 
     Raises:
         ConfigError: as ``compose`` does.
     """
-    flags = parse_flags()
+    flags = parse_flags(name)
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else flags.overrides
     last = {override.partition("=")[0].lstrip("+"): override for override in [*given, *more]}
-    return compose(flags.config_name or name, list(last.values()), flags.config_dir)
+    return compose(name, list(last.values()), flags.config_dir)
 
 
 def launcher_overrides() -> list[str]:

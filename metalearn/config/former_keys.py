@@ -65,5 +65,17 @@ def rename_keys(config: dict[str, Any], given: Collection[str] = (), *, warn: bo
                 node[present.partition(".")[2]] = value
 
 
+def drop_removed_keys(config: dict[str, Any]) -> dict[str, str]:
+    """Delete removed keys from a configuration in place, and return a message for each."""
+    messages = {}
+    for key, instead in REMOVED.items():
+        section, _, name = key.partition(".")
+        node = config.get(section)
+        if isinstance(node, dict) and name in node:
+            messages[key] = f"{key}={node.pop(name)}: this key was removed; {instead}"
+    return messages
+
+
 def _warn(former: str, present: str) -> None:
-    warnings.warn(f"{former} is called {present} now; the former name will be removed.", FutureWarning, stacklevel=4)
+    message = f"{former} is called {present} now; the former name will be removed."
+    warnings.warn_explicit(message, FutureWarning, "configuration", 1)  # no line of code is at fault

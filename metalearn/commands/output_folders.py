@@ -1,19 +1,23 @@
-"""Names of variants and comparisons, on disk and in legends. Imports neither torch nor Hydra."""
+"""Names of output folders and of a comparison's variants, and the files that folders hold. Imports no torch."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
 import shlex
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
-from metalearn.config.renamed_keys import rename_keys
-from metalearn.config.run_folder import TRAINING_FILES, is_locked
+from metalearn.config.run_config import parse_record
+from metalearn.core.errors import ConfigError
+from metalearn.data.metadata import resolve_dataset
+from metalearn.training.run_folder import TRAINING_FILES, is_locked
 
 COMPARISON_FILE = "comparison.yaml"
 """The file that makes a folder a comparison's: its configuration."""
@@ -98,13 +102,9 @@ def is_unfinished(folder: Path) -> bool:
 def read_record(folder: Path) -> dict[str, Any]:
     """Read the configuration in a comparison's folder; empty if it cannot be read."""
     try:
-        content = yaml.safe_load((folder / COMPARISON_FILE).read_text())
-    except (OSError, yaml.YAMLError):
+        return parse_record((folder / COMPARISON_FILE).read_text())
+    except (OSError, UnicodeDecodeError, ConfigError):
         return {}
-    if not isinstance(content, dict):
-        return {}
-    rename_keys(content, warn=False)
-    return content
 
 
 def comparison_key(config: dict[str, Any]) -> dict[str, Any]:
@@ -115,3 +115,51 @@ def comparison_key(config: dict[str, Any]) -> dict[str, Any]:
         for name, value in values.items()
         if (key := f"{section}.{name}") not in _MAY_DIFFER
     }
+
+
+@functools.cache
+def register_resolvers() -> None:
+    """Tell Hydra how runs and comparisons are named."""
+    OmegaConf.register_new_resolver("run_name", _run_name)
+    OmegaConf.register_new_resolver("comparison_name", _comparison_name)
+    OmegaConf.register_new_resolver("moment", timestamp)
+
+
+def timestamp() -> str:
+    """Return the time of day to the microsecond, so that runs that start together have different folders."""
+    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+
+
+def _run_name(*, _root_: Any) -> str:
+    order = "second_order" if _root_.inner.second_order else "first_order"
+    return f"{_task_name(_root_)}/{_label(_root_.algorithm)}-{order}-seed{_root_.run.seed}-{timestamp()}"
+
+
+def _label(option: Any) -> str:
+    return str(option.target).partition(":")[2] if option.name == "custom" else str(option.name)
+
+
+def _task_name(root: Any) -> str:
+    data, task = root.data, root.task
+    name = resolve_dataset(_label(data), data.get("root"), data.get("fallback"))
+    return (
+        f"{name}-{task.shots}s" if name == "sinusoid" or data.get("regression") else f"{name}-{task.ways}w{task.shots}s"
+    )
+
+
+def _comparison_name(*, _root_: Any) -> str:
+    tasks = _task_name(_root_)
+    sections = {str(name): OmegaConf.to_container(_root_[name], resolve=True) for name in _root_ if name != "hydra"}
+    return f"{tasks}/{comparison_dir_name(Path('outputs/comparisons') / tasks, sections, timestamp())}"
+
+
+def check_run_dir(folder: str) -> None:
+    """Check that ``run.dir`` is the folder of a run.
+
+    Raises:
+        ConfigError: saying what else it is.
+    """
+    if not (Path(folder) / "config.yaml").is_file():
+        is_comparison = (Path(folder) / COMPARISON_FILE).is_file()
+        what = "a comparison's folder; name one of the runs in it" if is_comparison else "not a run's folder"
+        raise ConfigError(f"run.dir={folder}: {what}, as it holds no config.yaml")
