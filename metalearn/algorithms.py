@@ -64,7 +64,7 @@ class Algorithm:
 
     @property
     def is_annealed(self) -> bool:
-        """Whether the inner loop changes in the course of training."""
+        """True if the inner loop changes in the course of training."""
         return self.annealing is not _unchanged
 
     def init(self, params: Params) -> Params:

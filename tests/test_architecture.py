@@ -1,4 +1,4 @@
-"""The house: which room may import which, which file brings which library, and what scripts may need."""
+"""The architecture: which package may import which, which file imports which library, and what scripts may need."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "commands": MATHEMATICS | {"config", "algorithms", "lessons", "training", "inference"},
     "__main__": {"commands"},
 }
-"""The rooms from the ground up: each imports only rooms that stand before it."""
+"""The packages from the ground up: each imports only packages that stand before it."""
 ONLY_IN = {
     "hydra": {"commands/cli.py", "config/compose.py", "config/messages.py", "commands/command_line.py"},
     "omegaconf": {
@@ -81,7 +81,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"images"},
     ],
 }
-"""Layers inside rooms, from the ground up: a module imports only modules of its room that are in a layer below."""
+"""Layers inside packages, from the ground up: a module imports only those of its package that are in a layer below."""
 FILES = sorted((REPO / "metalearn").rglob("*.py"))
 
 
@@ -112,12 +112,12 @@ def test_imports_point_downward(path: Path) -> None:
                 assert str(inside) in places, f"{inside} imports {name}"
 
 
-def test_every_room_has_a_place_in_the_order() -> None:
-    rooms = {p.relative_to(REPO / "metalearn").parts[0].removesuffix(".py") for p in FILES} - {"__init__"}
-    assert rooms == set(MAY_IMPORT)
+def test_every_package_has_a_place_in_the_order() -> None:
+    packages = {p.relative_to(REPO / "metalearn").parts[0].removesuffix(".py") for p in FILES} - {"__init__"}
+    assert packages == set(MAY_IMPORT)
     order = list(MAY_IMPORT)
-    for room, below in MAY_IMPORT.items():
-        assert below <= set(order[: order.index(room)]), f"{room} may import a room that does not stand before it"
+    for package, below in MAY_IMPORT.items():
+        assert below <= set(order[: order.index(package)]), f"{package} may import one that is not below it"
 
 
 COMMANDS: dict[str, set[str]] = {
@@ -134,15 +134,15 @@ COMMANDS: dict[str, set[str]] = {
     "reproduce": {"benchmark", "compare"},
     "main": {"adapt", "benchmark", "compare", "gradients", "reproduce", "verify"},
 }
-"""The rooms in ``commands/``, and which commands each may import besides ``SHARED``."""
+"""The packages in ``commands/``, and which commands each may import besides ``SHARED``."""
 SHARED = ["shell", "output_folders", "command_line", "cli", "processes"]
 
 
-@pytest.mark.parametrize("room", COMMANDS)
-def test_commands_import_one_another_in_order(room: str) -> None:
+@pytest.mark.parametrize("package", COMMANDS)
+def test_commands_import_one_another_in_order(package: str) -> None:
     folder = REPO / "metalearn" / "commands"
-    allowed = {room, *COMMANDS[room], *(SHARED[: SHARED.index(room)] if room in SHARED else SHARED)}
-    for path in [*(folder / room).rglob("*.py"), *folder.glob(f"{room}.py")]:
+    allowed = {package, *COMMANDS[package], *(SHARED[: SHARED.index(package)] if package in SHARED else SHARED)}
+    for path in [*(folder / package).rglob("*.py"), *folder.glob(f"{package}.py")]:
         for name in imported(path):
             if name.startswith("metalearn.commands."):
                 assert name.split(".")[2] in allowed, f"{path.relative_to(REPO)} imports {name}"
@@ -152,19 +152,19 @@ def test_every_command_has_a_place_in_the_order() -> None:
     commands = {p.relative_to(REPO / "metalearn/commands").parts[0] for p in FILES if "commands" in p.parts}
     assert {name.removesuffix(".py") for name in commands} - {"__init__"} == set(COMMANDS)
     order = list(COMMANDS)
-    assert all(below <= set(order[: order.index(room)]) for room, below in COMMANDS.items())
+    assert all(below <= set(order[: order.index(package)]) for package, below in COMMANDS.items())
 
 
-@pytest.mark.parametrize("room", LAYERS)
-def test_imports_inside_a_room_point_downward(room: str) -> None:
-    folder = REPO / "metalearn" / room.replace(".", "/")
-    level = {module: i for i, layer in enumerate(LAYERS[room]) for module in layer}
+@pytest.mark.parametrize("package", LAYERS)
+def test_imports_inside_a_package_point_downward(package: str) -> None:
+    folder = REPO / "metalearn" / package.replace(".", "/")
+    level = {module: i for i, layer in enumerate(LAYERS[package]) for module in layer}
     assert set(level) == {p.stem for p in folder.iterdir() if not p.name.startswith("__")}
     for path in folder.rglob("*.py"):
         module = path.relative_to(folder).parts[0].removesuffix(".py")
         for name in imported(path):
-            other = name.removeprefix(f"metalearn.{room}.").split(".")[0]
-            if name.startswith(f"metalearn.{room}.") and other != module:
+            other = name.removeprefix(f"metalearn.{package}.").split(".")[0]
+            if name.startswith(f"metalearn.{package}.") and other != module:
                 assert level[other] < level[module], f"{path.relative_to(REPO)} imports {name}"
 
 
@@ -189,17 +189,17 @@ class Forbid:
         assert not importer.startswith("metalearn") or name.split(".")[0] in ALLOWED, f"{importer} imports {name}"
 
 sys.meta_path.insert(0, Forbid())
-room = importlib.import_module(f"metalearn.{sys.argv[1]}")
-for module in pkgutil.walk_packages(getattr(room, "__path__", []), f"{room.__name__}."):
+package = importlib.import_module(f"metalearn.{sys.argv[1]}")
+for module in pkgutil.walk_packages(getattr(package, "__path__", []), f"{package.__name__}."):
     if module.name.rpartition(".")[2] not in ("higher", "learn2learn", "torchopt"):  # imported where one is chosen
         importlib.import_module(module.name)
 """
 
 
-@pytest.mark.parametrize("room", ["core", "derivatives", "models", "inner", "metagrad", "algorithms"])
-def test_mathematics_imports_torch_alone(room: str) -> None:
+@pytest.mark.parametrize("package", ["core", "derivatives", "models", "inner", "metagrad", "algorithms"])
+def test_mathematics_imports_torch_alone(package: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", TORCH_ALONE, room], cwd=REPO, capture_output=True, text=True, check=False
+        [sys.executable, "-c", TORCH_ALONE, package], cwd=REPO, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 

@@ -64,7 +64,7 @@ def test_code_prints_what_it_says(place: str) -> None:
     elif place.startswith("In your own code"):
         assert names["fast"]["0.weight"].shape == (16, 32, 10)
     else:
-        assert place.startswith("The lab")
+        assert place.startswith("Lessons on")
         derivatives, f, w, v = (names[name] for name in ("derivatives", "f", "w", "v"))
         torch.testing.assert_close(derivatives.hvp(f, w, v), torch.tensor([1.0, -1.0]))
         hessian = torch.tensor([[2.0, 0.0], [0.0, -1.0]])

@@ -95,7 +95,7 @@ def test_speeds(setting: str, label: str, second_order: bool) -> None:
     assert row(*cells) in README
 
 
-# Label in the README's tables; engine, second order, task_chunk, whether snapshots are sparse.
+# Label in the README's tables; engine, second order, task_chunk, whether checkpoints are sparse.
 ENGINES: dict[str, tuple[str, bool, int | None, bool]] = {
     "first order, all {} tasks": ("unroll", False, None, False),
     "`unroll`, all {} tasks": ("unroll", True, None, False),
@@ -103,12 +103,12 @@ ENGINES: dict[str, tuple[str, bool, int | None, bool]] = {
     "`adjoint`, all {} tasks": ("adjoint", True, None, False),
     "`checkpoint`, `task_chunk=4`": ("checkpoint", True, 4, False),
     "**`adjoint`, `task_chunk=4`**": ("adjoint", True, 4, False),
-    "`adjoint`, `task_chunk=4`, sparse snapshots": ("adjoint", True, 4, True),
+    "`adjoint`, `task_chunk=4`, sparse checkpoints": ("adjoint", True, 4, True),
     "first order, one task at a time": ("unroll", False, 1, False),
     "`unroll`, one task at a time": ("unroll", True, 1, False),
     "`checkpoint`, one task at a time": ("checkpoint", True, 1, False),
     "`adjoint`, one task at a time": ("adjoint", True, 1, False),
-    "`adjoint`, one task at a time, sparse snapshots": ("adjoint", True, 1, True),
+    "`adjoint`, one task at a time, sparse checkpoints": ("adjoint", True, 1, True),
 }
 
 
@@ -146,13 +146,13 @@ def test_memory_with_more_queries(setting: str) -> None:
 
 
 def test_exact_second_order_fits_into_first_order_memory() -> None:
-    # The headline: less than first order on the same 16 tasks, and beyond the snapshots no growth with K.
+    # The headline: less than first order on the same 16 tasks, and beyond the checkpoints no growth with K.
     rows = engine_rows("20way_1shot")
     first = rows["unroll", False, None, False, 10]["peak_mib"]
     at_one, at_ten = (rows["adjoint", True, 4, False, k] for k in (1, 10))
-    snapshots = 9 * 4 * 113_236 * 4 / 2**20  # nine more of four tasks' 113,236 weights in float32
+    nine_checkpoints = 9 * 4 * 113_236 * 4 / 2**20  # nine more of four tasks' 113,236 weights in float32
     assert at_ten["peak_mib"] < first
-    assert at_ten["peak_mib"] - snapshots < 1.05 * at_one["peak_mib"]
+    assert at_ten["peak_mib"] - nine_checkpoints < 1.05 * at_one["peak_mib"]
     assert at_ten["ratio_to_unroll"] < 1.4
     assert rows["adjoint", True, 4, True, 50]["peak_mib"] < rows["unroll", False, None, False, 1]["peak_mib"]
 
@@ -169,7 +169,7 @@ def test_verification() -> None:
 
 
 def test_lessons() -> None:
-    lessons = read("lab/lessons.json")["lessons"]
+    lessons = read("lessons/lessons.json")["lessons"]
     assert all(lesson["right"] for lesson in lessons)
     assert f"All take {sum(lesson['seconds'] for lesson in lessons):.0f} seconds here" in ON_ONE_LINE
     assert f"{sum(len(lesson['checks']) for lesson in lessons)} numbers" in ON_ONE_LINE

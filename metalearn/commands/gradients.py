@@ -89,7 +89,7 @@ def run_lesson(name: str) -> LessonResult:
             torch.manual_seed(0)
             lesson = LESSONS[name]()
         images = {plot: render(figure) for plot, figure in lesson.plots.items()}
-    except Exception as error:  # reported as a failed lesson; the others go on
+    except Exception as error:  # reported as a failed lesson; the others continue
         log.exception("The lesson %s raised.", name)
         return LessonResult(name, time.perf_counter() - started, error=f"{type(error).__name__}: {error}")
     return LessonResult(name, time.perf_counter() - started, lesson, images)
@@ -159,7 +159,7 @@ def print_lesson(result: LessonResult, output_dir: Path) -> None:
     for note in lesson.notes:
         console.print(Padding(f"- {escape(note)}", (0, 2)), highlight=False)
     for file in result.files.values():
-        print_path("  figure", output_dir / file)
+        print_path("  plot", output_dir / file)
     console.print(Text(f"{result.name}: ").append(_verdict(result.passed)))
 
 

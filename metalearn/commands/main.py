@@ -98,7 +98,7 @@ def evaluate(config: EvaluateConfig, output_dir: Path) -> None:
 def compare(config: CompareConfig, folder: Path) -> None:
     """Train every variant with every seed on the same tasks, and report accuracy, memory and time side by side.
 
-    The same command goes on with a comparison that was interrupted. The exit code is 1 if a run failed; the report says
+    The same command resumes a comparison that was interrupted. The exit code is 1 if a run failed; the report says
     why, and the others are not affected.
     """
     from metalearn.commands.compare.run import run_comparison
@@ -111,7 +111,7 @@ def compare(config: CompareConfig, folder: Path) -> None:
 def gradients(config: GradientsConfig, output_dir: Path) -> None:
     """Run the lessons on second-order gradients, and check every number against its analytic value.
 
-    The exit code is 1 if one of them is wrong. Figures, TensorBoard and lessons.json lie in the output folder.
+    The exit code is 1 if one of them is wrong. Plots, TensorBoard events and lessons.json lie in the output folder.
     """
     from metalearn.commands.gradients import run_lessons
 
@@ -170,9 +170,10 @@ def adapt(config: AdaptConfig, output_dir: Path) -> None:
 def reproduce(config: ReproduceConfig, folder: Path) -> None:
     """Train an experiment in first and second order with several seeds, and compare it with the published accuracy.
 
-    The same command goes on with what is not finished. The exit code is 0 when all is, 1 if a run failed, and 75 if the
-    time limit (time_limit_minutes=) was over before. Results lie in omniglot.json; update_reference=true also writes
-    them to outputs/reference/omniglot.json and README.md below the current folder, which is meant to be a checkout.
+    The same command resumes the runs that are not finished. The exit code is 0 when all are, 1 if a run failed, and 75
+    if the time limit (time_limit_minutes=) was reached first. Results are written to omniglot.json; with
+    update_reference=true also to outputs/reference/omniglot.json and README.md below the current folder, which is
+    meant to be a checkout.
     """
     from metalearn.commands.reproduce.run import run_reproduction
 

@@ -1,4 +1,4 @@
-"""How the command was typed, and what happens when its output is closed (``| head``)."""
+"""The words that started the command, and a clean exit when its output is closed (``| head``)."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ Repeats = Annotated[StrictInt, Field(ge=2)]
 
 @dataclass(frozen=True)
 class BenchConfig(Section):
-    """What to measure, and how long."""
+    """Measurements to make, and how long each takes."""
 
     kind: Annotated[
         Literal["peers", "engines", "float32", "sweeps"],
@@ -79,7 +79,7 @@ class EvaluateRunConfig(Section):
 
 @dataclass(frozen=True)
 class EvaluateEvalConfig(Section):
-    """How much to test."""
+    """Size of the test."""
 
     episodes: Annotated[Episodes | None, Doc("tasks of test classes; null: as in the run")]
     queries: Annotated[Count | None, Doc("query examples per class; null: as in the run")]
@@ -148,7 +148,7 @@ class VerifyRunConfig(Section):
 
 @dataclass(frozen=True)
 class VerifyCasesConfig(Section):
-    """What the engines are tried on."""
+    """Inner loops and inputs that the engines are tried on."""
 
     steps: Annotated[list[Count], Field(min_length=1), Doc("numbers of inner steps K")]
     example_shape: Annotated[list[Count], Field(min_length=1), Doc("of one input of model.target")]
@@ -189,7 +189,7 @@ class VerifyConfig(Section):
 
 @dataclass(frozen=True)
 class CompareSettings(Section):
-    """What is compared, and how."""
+    """Variants, seeds, and how they are compared."""
 
     variants: Annotated[
         list[Text], Field(min_length=1), Doc("what to compare, each a list of overrides with spaces between them")

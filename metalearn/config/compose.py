@@ -24,7 +24,7 @@ _REFUSALS = (
     *(HydraException, OmegaConfBaseException, YAMLError),
     *(ValueError, TypeError, AttributeError, AssertionError, RecursionError, OSError),
 )
-"""What Hydra and OmegaConf raise for input that they cannot take; not all of it is of their own classes."""
+"""Errors of Hydra and OmegaConf for input that they cannot take; not all are of their own classes."""
 
 CONF = next(p for p in (Path(__file__).parents[1] / "conf", Path(__file__).parents[2] / "conf") if p.is_dir())
 """The shipped configuration: inside the package where that was installed, at the top level of a checkout."""

@@ -69,7 +69,7 @@ class DataConfig(Option):
 
     @property
     def is_regression(self) -> bool:
-        """Whether targets are numbers instead of classes."""
+        """True if targets are numbers instead of classes."""
         return self.name == "sinusoid" or getattr(self, "regression", False)
 
 

@@ -38,7 +38,7 @@ ENGINES = get_args(Engine)[:-1]
 
 @dataclass(frozen=True)
 class TaskConfig(Section):
-    """What a task is, and how many make a meta-step."""
+    """Size of a task, and tasks per meta-step."""
 
     ways: Annotated[StrictInt, Field(ge=2), Doc("N, classes per task")]
     shots: Annotated[Count, Doc("support examples per class")]
@@ -124,7 +124,7 @@ class RunConfig(Section):
 
 @dataclass(frozen=True)
 class LogConfig(Section):
-    """What TensorBoard shows, and how often."""
+    """Contents of TensorBoard, and how often they are written."""
 
     every: Annotated[Count, Doc("meta-steps between points in TensorBoard; scalars are means over them")]
     images: Annotated[Bool, Doc("a grid of support and query images with predictions, at each validation")]

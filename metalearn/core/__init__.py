@@ -1,1 +1,1 @@
-"""What every package builds on: types, models as pure functions, errors, serialization and profiling."""
+"""The foundations of every package: types, models as pure functions, errors, serialization and profiling."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ def renamed(**new_names: str) -> Callable[[type[T]], type[T]]:
     """Let a dataclass be used with the former names of its fields, properties and methods, given as ``former="new"``.
 
     A former name is accepted as a keyword argument, also by ``dataclasses.replace``, and as an attribute. Each use
-    emits a ``FutureWarning`` that names the new one.
+    emits a ``FutureWarning`` that names the new one. Both names of one field in a call raise a ``TypeError``.
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -22,9 +23,14 @@ def renamed(**new_names: str) -> Callable[[type[T]], type[T]]:
 
         @functools.wraps(init)
         def init_with_former_names(self: T, *args: Any, **kwargs: Any) -> None:
+            fields = {field.name for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+            is_replacing = fields <= kwargs.keys()  # dataclasses.replace passes every field: the new name's old value
             for old in new_names.keys() & kwargs.keys():
-                warn_renamed(f"{cls.__name__}({old}=...)", f"{new_names[old]}=", stacklevel=2)
-                kwargs[new_names[old]] = kwargs.pop(old)  # dataclasses.replace passes the new name's old value as well
+                new = new_names[old]
+                if new in kwargs and not is_replacing:
+                    raise TypeError(f"{cls.__name__}() got {new}= and its former name {old}=; give {new}= alone")
+                warn_renamed(f"{cls.__name__}({old}=...)", f"{new}=", stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
             init(self, *args, **kwargs)
 
         setattr(cls, "__init__", init_with_former_names)  # noqa: B010  # mypy refuses the plain assignment

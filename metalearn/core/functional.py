@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metalearn.core.deprecation import adopt_former_methods
+from metalearn.core.errors import NonFiniteGradientError
 from metalearn.core.module_checks import check_module, check_signature
 from metalearn.core.types import Forward, Params, check_tensors
 
@@ -280,3 +282,24 @@ def relative_error(got: Params, expected: Params) -> float:
     """Return |got - expected| / |expected| of dictionaries as vectors, in float64; NaN if either has one."""
     difference = {name: got[name].double() - g.double() for name, g in expected.items()}
     return (global_norm(difference) / global_norm(expected).double()).item()
+
+
+def is_finite(tree: Any) -> bool:
+    """Return whether every entry of a tensor or a dictionary is finite, by one reduction that is read once."""
+    leaves = [leaf for leaf in tree_flatten(tree)[0] if leaf.numel()]
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(leaves, float("inf"))))
+
+
+def check_finite(what: str, derivative: Any) -> None:
+    """Raise ``NonFiniteGradientError``, naming the entry, if a derivative called ``what`` is not finite."""
+    if not is_finite(derivative) and (found := first_nonfinite(derivative)):
+        raise NonFiniteGradientError(found[0], value=found[1], what=what)
+
+
+def first_nonfinite(derivative: Any) -> tuple[str, float] | None:
+    """Return the name and value of the first NaN or infinite entry; a tensor outside a dictionary is called ``x``."""
+    for name, part in derivative.items() if isinstance(derivative, dict) else (("x", derivative),):
+        for leaf in tree_flatten(part)[0]:
+            if (bad := leaf[~torch.isfinite(leaf)]).numel():
+                return name, bad[0].item()
+    return None

@@ -1,4 +1,4 @@
-"""Check directional derivatives against central differences over a sweep of step sizes:
+"""Check directional derivatives against central differences over a sweep of step sizes.
 
     <grad f(x), v>   against   (f(x + h v) - f(x - h v)) / 2h
 
@@ -81,14 +81,7 @@ def directional(
     if len(steps) < 2 or min(steps) <= 0:
         raise ValueError(f"directional: steps={tuple(steps)}; give at least two positive step sizes.")
     steps = tuple(sorted(steps, reverse=True))
-    if v is None:
-        generator = torch.Generator().manual_seed(seed)
-        v = tree_map(lambda t: torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device), x)
-    v = check_direction("v", x, v)
-    length = _dot(v, v) ** 0.5
-    if not length > 0:
-        raise ValueError("directional: the direction v has length zero; give one that leads somewhere.")
-    unit = tree_map(lambda t: t / length, v)
+    unit = _unit_direction(x, v, seed)
     grad = gradient(f, x) if gradient_at_x is None else check_direction("gradient_at_x", x, gradient_at_x)
     analytic = _dot(grad, unit)
     size = sum(t.numel() for t in tree_flatten(x)[0])
@@ -103,6 +96,18 @@ def directional(
         estimates=tuple((value_at(h) - value_at(-h)) / (2 * h) for h in steps),
         scale=max(abs(analytic), (_dot(grad, grad) / size) ** 0.5, torch.finfo(torch.float64).tiny),
     )
+
+
+def _unit_direction(x: Input, v: Input | None, seed: int) -> Any:
+    """Return v, or a random direction, scaled to length one."""
+    if v is None:
+        generator = torch.Generator().manual_seed(seed)
+        v = tree_map(lambda t: torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device), x)
+    v = check_direction("v", x, v)
+    length = _dot(v, v) ** 0.5
+    if not length > 0:
+        raise ValueError("directional: the direction v has length zero; give one that leads somewhere.")
+    return tree_map(lambda t: t / length, v)
 
 
 def _dot(a: Any, b: Any) -> float:

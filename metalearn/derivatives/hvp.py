@@ -1,4 +1,4 @@
-"""Compute products with second-derivative matrices, which are never formed, at the cost of a few gradients:
+"""Compute products with second-derivative matrices, which are never formed, at the cost of a few gradients.
 
 hvp:               H v = d/dt grad f(x + t v) at t = 0                (Pearlmutter 1994)
 gauss_newton_vp:   G v = J^T (d2 loss / dz2) J v,  z = model(x)       (Schraudolph 2002)
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from metalearn.core.functional import check_finite, is_finite
 from metalearn.core.graph_checks import check_twice_differentiable
 from metalearn.core.operations import SECOND_DERIVATIVE, CorrectedOperations
 from metalearn.derivatives.inputs import (
@@ -27,7 +28,7 @@ from metalearn.derivatives.inputs import (
     jvp,
     vjp,
 )
-from metalearn.derivatives.singular import check_finite, is_finite, two_sided_limit
+from metalearn.derivatives.singular import two_sided_limit
 
 
 def gradient(f: ScalarFunction, x: Input) -> Input:

@@ -12,31 +12,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from metalearn.core.errors import NonFiniteGradientError
-
 _MAX_SPREAD = 100
 """Largest difference between the limits from both sides, in steps h, relative to H v."""
-
-
-def is_finite(tree: Any) -> bool:
-    """Return whether every entry of a tensor or a dictionary is finite, by one reduction that is read once."""
-    leaves = [leaf for leaf in tree_flatten(tree)[0] if leaf.numel()]
-    return bool(torch.isfinite(torch.nn.utils.get_total_norm(leaves, float("inf"))))
-
-
-def check_finite(what: str, derivative: Any) -> None:
-    """Raise ``NonFiniteGradientError``, naming the entry, if a derivative called ``what`` is not finite."""
-    if not is_finite(derivative) and (found := first_nonfinite(derivative)):
-        raise NonFiniteGradientError(found[0], value=found[1], what=what)
-
-
-def first_nonfinite(derivative: Any) -> tuple[str, float] | None:
-    """Return the name and value of the first NaN or infinite entry; a tensor outside a dictionary is called ``x``."""
-    for name, part in derivative.items() if isinstance(derivative, dict) else (("x", derivative),):
-        for leaf in tree_flatten(part)[0]:
-            if (bad := leaf[~torch.isfinite(leaf)]).numel():
-                return name, bad[0].item()
-    return None
 
 
 def two_sided_limit(product: Callable[[Any], Any], gradient: Callable[[Any], Any], x: Any, at_x: Any) -> Any:

@@ -16,7 +16,7 @@ from metalearn.inner.update_rules import FORMER_METHODS, SGD, UpdateRule
 LEARNED_LR_MODES = ("parameter", "layer", "layer_and_step")
 """Names for ``InnerLoop.learned_lr``."""
 
-_WHOLE_NUMBERS = ("steps", "task_chunk", "snapshot_every")
+_WHOLE_NUMBERS = ("steps", "task_chunk", "checkpoint_every")
 _NUMBERS = ("lr", "weight_decay", "proximal_weight", "clip_norm")
 
 Initializer = Callable[[Forward, Params, Tensor, Tensor], Params]
@@ -27,6 +27,7 @@ Initializer = Callable[[Forward, Params, Tensor, Tensor], Params]
     adapted="adapted_params",
     per_step="per_step_params",
     proximal="proximal_weight",
+    snapshot_every="checkpoint_every",
     start="initializer",
     plain="is_plain_sgd",
     weights="query_loss_weights",
@@ -42,9 +43,10 @@ class InnerLoop:
             constants (first-order MAML).
         engine: how the meta-gradient is computed, one of ``metalearn.metagrad.ENGINES``.
         task_chunk: at most this many tasks are held in memory at a time; ``None`` takes all at once.
-        snapshot_every: the engines ``checkpoint`` and ``adjoint`` keep the fast weights of every s-th step and
+        checkpoint_every: the engines ``checkpoint`` and ``adjoint`` keep the fast weights of every s-th step and
             recompute those between, in one more first-order step each; 1 keeps all.
-        rule: from gradients to directions: ``SGD()``, ``Momentum()``, ``Adam()``, or any ``UpdateRule``.
+        rule: from gradients to directions: ``SGD()``, ``Momentum()``, ``Adam()``, or any ``UpdateRule``; a run's key
+            ``inner.optimizer`` names one.
         learned_lr: whether step sizes are meta-parameters: ``"parameter"``, one for every entry (Meta-SGD);
             ``"layer"``, one for every tensor; ``"layer_and_step"``, K for every tensor (MAML++).
             ``with_learned_lrs`` adds them to theta.
@@ -67,7 +69,7 @@ class InnerLoop:
     second_order: bool = True
     engine: str = "unroll"
     task_chunk: int | None = None
-    snapshot_every: int = 1
+    checkpoint_every: int = 1
     rule: UpdateRule = field(default_factory=SGD)
     learned_lr: str | None = None
     weight_decay: float = 0.0
@@ -86,7 +88,7 @@ class InnerLoop:
             ("second_order", isinstance(self.second_order, bool), "True or False"),
             ("engine", isinstance(self.engine, str), "a name, as in engine='unroll'"),
             ("task_chunk", self.task_chunk is None or _is_whole(self.task_chunk), "at least 1, or None for all tasks"),
-            ("snapshot_every", _is_whole(self.snapshot_every), "a whole number, 1 or more"),
+            ("checkpoint_every", _is_whole(self.checkpoint_every), "a whole number, 1 or more"),
             (
                 "learned_lr",
                 self.learned_lr in (None, *LEARNED_LR_MODES),
@@ -137,7 +139,7 @@ class InnerLoop:
 
     @property
     def is_plain_sgd(self) -> bool:
-        """Whether a step is theta - lr * g with a fixed step size, and nothing else."""
+        """True if a step is theta - lr * g with a fixed step size, and nothing else."""
         extras = (self.learned_lr, self.weight_decay, self.clip_norm, self.proximal_weight)
         return type(self.rule) is SGD and not any(extras)
 

@@ -95,7 +95,7 @@ _MAX_LISTED_PARAMETERS = 4
 def explain_torch_errors(*inputs: Mapping[str, object]) -> Iterator[None]:
     """Explain errors of the model or the loss.
 
-    A known fault of the model becomes a ``ValueError`` that names the remedy. Any other error keeps its type and
+    A known error of the model becomes a ``ValueError`` that names the remedy. Any other error keeps its type and
     message and gets a note: the layer, a hint where the message suggests one, and the tensors that were given.
 
     Args:
@@ -127,7 +127,7 @@ def explain_torch_errors(*inputs: Mapping[str, object]) -> Iterator[None]:
 
 
 def _known_remedy(message: str) -> str | None:
-    """Return what to do about a fault of the model that no other input would mend."""
+    """Return the remedy for a known error of the model, which every input would cause; ``None`` for other errors."""
     for pattern, remedy in _KNOWN_ERRORS:
         if re.search(pattern, message):
             return remedy

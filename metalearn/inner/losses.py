@@ -54,7 +54,7 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
 
 
 def _batched_predictions(forward: Forward, fast: Params, x: Tensor) -> Tensor | None:
-    """Every task's predictions without ``vmap``, where the model offers them and the kernels take its tensors."""
+    """Return every task's predictions without ``vmap``; ``None`` unless the model and the kernels support it."""
     batched: Callable[[Params, Tensor], Tensor | None] | None = getattr(forward, "batched_forward", None)
     if not (batched and x.ndim == 5 and kernels_support(fast, x)):
         return None

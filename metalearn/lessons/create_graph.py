@@ -1,4 +1,4 @@
-"""What ``create_graph`` decides: whether a gradient can be differentiated again.
+"""The effect of ``create_graph``: with it a gradient can be differentiated again, without it not.
 
 y = x^2,    dy/dx = 2 x = 6,    d2y/dx2 = 2    at x = 3
 """

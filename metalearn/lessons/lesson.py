@@ -30,7 +30,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether computed and expected agree."""
+        """True if computed and expected agree."""
         if isinstance(self.computed, str) or isinstance(self.expected, str):
             return self.computed == self.expected
         return abs(self.computed - self.expected) <= self.tolerance
@@ -49,7 +49,7 @@ class Lesson:
 
     @property
     def passed(self) -> bool:
-        """Whether every check passed, and there is at least one."""
+        """True if every check passed, and there is at least one."""
         return bool(self.checks) and all(check.passed for check in self.checks)
 
 
@@ -96,7 +96,7 @@ def leaf(value: float) -> Tensor:
 def panels(
     columns: int, *, width: float, height: float, shares: Sequence[float] | None = None
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure, in inches, and its panels from left to right, with ``shares`` of the width, by default equal.
+    """Return a figure, sized in inches, and its panels from left to right, with relative widths ``shares``.
 
     It is made without pyplot, which keeps every figure in a global list.
     """

@@ -39,7 +39,7 @@ from metalearn.inner import (
     without_state,
 )
 from metalearn.metagrad.common import run_forward
-from metalearn.metagrad.trajectory import Snapshot
+from metalearn.metagrad.trajectory import StepCheckpoint
 
 log = logging.getLogger(__name__)
 
@@ -55,43 +55,43 @@ def adjoint(
 ) -> MetaGradient:
     """Compute the meta-gradient of one chunk of tasks; arguments and result as for ``metalearn.meta_gradient``.
 
-    ``callback`` is called with k and lam_k, each ``[T, ...]``, for k = K, ..., 0; for K alone if nothing changes lam on
-    its way back: in first order, if steps are plain.
+    ``callback`` is called with k and lam_k, each ``[T, ...]``, for k = K, ..., 0; for K alone if every
+    step's Jacobian is the identity: in first order, if steps are plain.
     """
     forward_pass = run_forward(forward, params, episodes, inner, loss)
     lam, recomputed = forward_pass.lam, {}
     callback(inner.steps, lam)
-    for snapshot in forward_pass.trajectory.reversed_steps():
-        lam, v = _backward_through_update(forward, episodes, inner, loss, snapshot, lam)
+    for checkpoint in forward_pass.trajectory.reversed_steps():
+        lam, v = _backward_through_update(forward, episodes, inner, loss, checkpoint, lam)
         if inner.second_order:  # the second-order term: H_k v
 
-            def support_loss(fast: Params, k: int = snapshot.step) -> Tensor:
+            def support_loss(fast: Params, k: int = checkpoint.step) -> Tensor:
                 at = params_at_step(fast, inner, k)
                 return total_support_loss(forward, at, episodes.support_x, episodes.support_y, loss=loss)
 
-            recomputed[snapshot.step], product = support_hvp(forward, support_loss, snapshot, v)
+            recomputed[checkpoint.step], product = support_hvp(forward, support_loss, checkpoint, v)
             lam = {name: w + product[name] if name in product else w for name, w in lam.items()}
-        lam = forward_pass.add_query_gradient(snapshot, lam)
-        callback(snapshot.step, lam)
+        lam = forward_pass.add_query_gradient(checkpoint, lam)
+        callback(checkpoint.step, lam)
     forward_pass.trajectory.check_recomputation(recomputed)
     return forward_pass.result(lam)
 
 
 def _backward_through_update(
-    forward: Forward, episodes: Episodes, inner: InnerLoop, loss: Loss, snapshot: Snapshot, lam: Params
+    forward: Forward, episodes: Episodes, inner: InnerLoop, loss: Loss, checkpoint: StepCheckpoint, lam: Params
 ) -> tuple[Params, Params]:
     """Backpropagate lam through the update rule; also return the direction v for the Hessian-vector product.
 
     v has an entry for each parameter of the model: 0 where nothing is adapted.
     """
-    state, k = snapshot.state, snapshot.step
+    state, k = checkpoint.state, checkpoint.step
     adapted, model = adapted_param_names(state, inner), without_state(state)
     if inner.is_plain_sgd:
         return lam, {n: -inner.lr * lam[n] if n in adapted else torch.zeros_like(lam[n]) for n in model}
     grads = {name: torch.zeros_like(state[name]) for name in adapted}
     in_state, in_grads, is_variable = vjp_update(state, grads, inner, k, lam)
     if is_variable:
-        with snapshot.replay_rng(), torch.no_grad():  # no graph of the gradients
+        with checkpoint.replay_rng(), torch.no_grad():  # no graph of the gradients
             grads, _ = support_gradients(forward, state, episodes.support_x, episodes.support_y, inner, loss=loss, k=k)
         in_state, in_grads, _ = vjp_update(state, grads, inner, k, lam)
     return in_state, {n: in_grads[n] if n in in_grads else torch.zeros_like(lam[n]) for n in model}
@@ -125,13 +125,13 @@ _NO_FORWARD_MODE = WeakIdKeyDictionary()
 
 
 def support_hvp(
-    forward: Forward, support_loss: Callable[[Params], Tensor], snapshot: Snapshot, v: Params
+    forward: Forward, support_loss: Callable[[Params], Tensor], checkpoint: StepCheckpoint, v: Params
 ) -> tuple[Tensor, Params]:
     """Return the support loss before a step, and H v: by forward over reverse, or else by reverse over reverse."""
-    at = {name: snapshot.state[name] for name in v}
+    at = {name: checkpoint.state[name] for name in v}
     if forward not in _NO_FORWARD_MODE:
         try:
-            with snapshot.replay_rng():
+            with checkpoint.replay_rng():
                 return value_and_hvp(support_loss, at, v, mode="forward_over_reverse")
         except NotImplementedError as error:
             reason = re.sub(r"\. \(hvp's mode=.*", "", str(error).splitlines()[0])
@@ -139,7 +139,7 @@ def support_hvp(
         _warn_once(reason)
         with suppress(TypeError):  # a model without weak references is tried again each time
             _NO_FORWARD_MODE[forward] = True
-    with snapshot.replay_rng():
+    with checkpoint.replay_rng():
         return value_and_hvp(support_loss, at, v, mode="reverse_over_reverse")
 
 

@@ -1,4 +1,4 @@
-"""Engine: recompute each inner step in the backward pass; the memory of one step and K snapshots.
+"""Engine: recompute each inner step in the backward pass; the memory of one step and K checkpoints.
 
     lam_K = dL_query(theta_K),    lam_k = (d theta_{k+1} / d theta_k)^T lam_{k+1},    meta-gradient = lam_0
 
@@ -26,11 +26,11 @@ def checkpoint(forward: Forward, params: Params, episodes: Episodes, inner: Inne
     """Compute the meta-gradient of one chunk of tasks; arguments and result as for ``metalearn.meta_gradient``."""
     forward_pass = run_forward(forward, params, episodes, inner, loss)
     lam, recomputed = forward_pass.lam, {}
-    for snapshot in forward_pass.trajectory.reversed_steps():
-        with snapshot.replay_rng():
-            k, step_fn = snapshot.step, forward_pass.trajectory.step_fn
-            recomputed[k], lam = vjp_step(step_fn, k, snapshot.state, lam)
-        lam = forward_pass.add_query_gradient(snapshot, lam)
+    for before in forward_pass.trajectory.reversed_steps():
+        with before.replay_rng():
+            k, step_fn = before.step, forward_pass.trajectory.step_fn
+            recomputed[k], lam = vjp_step(step_fn, k, before.state, lam)
+        lam = forward_pass.add_query_gradient(before, lam)
     forward_pass.trajectory.check_recomputation(recomputed)
     return forward_pass.result(lam)
 

@@ -20,7 +20,7 @@ from metalearn.inner import (
     params_at_step,
     task_losses,
 )
-from metalearn.metagrad.trajectory import Snapshot, Trajectory
+from metalearn.metagrad.trajectory import StepCheckpoint, Trajectory
 
 
 @dataclass(eq=False)
@@ -36,7 +36,7 @@ class ForwardPass:
     episodes: Episodes
     inner: InnerLoop
     loss: Loss
-    trajectory: Trajectory  # without snapshots when every step's Jacobian is the identity
+    trajectory: Trajectory  # without checkpoints when every step's Jacobian is the identity
     final_state: InitVar[InnerState]
     query: TaskLosses = field(init=False)
     lam: Params = field(init=False)
@@ -59,12 +59,12 @@ class ForwardPass:
             lam = grad_of(weight * losses.mean(), at, create_graph=False)
         return TaskLosses(weight * losses.detach(), predictions.detach()), lam
 
-    def add_query_gradient(self, snapshot: Snapshot, lam: Params) -> Params:
+    def add_query_gradient(self, checkpoint: StepCheckpoint, lam: Params) -> Params:
         """Add the gradient of the query loss before a step to the adjoint, if the objective has a weight for it."""
-        if not self.inner.query_loss_weights[snapshot.step]:
+        if not self.inner.query_loss_weights[checkpoint.step]:
             return lam
-        with snapshot.replay_rng():
-            query, gradient = self.query_gradient(snapshot.state, snapshot.step)
+        with checkpoint.replay_rng():
+            query, gradient = self.query_gradient(checkpoint.state, checkpoint.step)
         check_losses_finite([], query.losses)
         self.query = TaskLosses(self.query.losses + query.losses, self.query.predictions)
         return {name: lam[name] + gradient[name] for name in lam}
@@ -84,21 +84,21 @@ class ForwardPass:
 def run_forward(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> ForwardPass:
     """Take K inner steps without graphs, and compute the query loss.
 
-    No snapshot is kept where every step's Jacobian is the identity: in first order, if a step is plain and the
+    No checkpoint is kept where every step's Jacobian is the identity: in first order, if a step is plain and the
     objective is the last query loss.
     """
     is_identity = not inner.second_order and inner.is_plain_sgd and not any(inner.query_loss_weights[:-1])
-    snapshot_every = None if is_identity else inner.snapshot_every
-    state, trajectory = take_inner_steps(forward, params, episodes, inner, loss, snapshot_every=snapshot_every)
+    checkpoint_every = None if is_identity else inner.checkpoint_every
+    state, trajectory = take_inner_steps(forward, params, episodes, inner, loss, checkpoint_every=checkpoint_every)
     return ForwardPass(forward, params, episodes, inner, loss, trajectory, state)
 
 
 def take_inner_steps(
-    forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss, *, snapshot_every: int | None
+    forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss, *, checkpoint_every: int | None
 ) -> tuple[InnerState, Trajectory]:
     """Take K inner steps without graphs; return the state after the last, and the trajectory.
 
-    Every s-th step's beginning is kept, s = ``snapshot_every``; ``None`` keeps none, and there is no way back.
+    Every s-th step's beginning is kept, s = ``checkpoint_every``; ``None`` keeps none, for no backward pass.
     """
 
     def step_fn(k: int, state: InnerState) -> tuple[InnerState, Tensor]:
@@ -107,13 +107,13 @@ def take_inner_steps(
     theta = {name: p.detach() for name, p in params.items()}
     with torch.no_grad():
         state = init_state(forward, theta, episodes.support_x, episodes.support_y, inner)
-    snapshots, support_losses = [], []
+    checkpoints, support_losses = [], []
     for k in range(inner.steps):
-        if snapshot_every is not None and k % snapshot_every == 0:
-            snapshots.append(Snapshot.of(k, state))
+        if checkpoint_every is not None and k % checkpoint_every == 0:
+            checkpoints.append(StepCheckpoint.of(k, state))
         state, losses = step_fn(k, state)
         support_losses.append(losses)
-    return state, Trajectory(step_fn, inner.steps, snapshot_every or 1, snapshots, support_losses)
+    return state, Trajectory(step_fn, inner.steps, checkpoint_every or 1, checkpoints, support_losses)
 
 
 def build_result(grads: Params, losses: Tensor, predictions: Tensor, support_losses: list[Tensor]) -> MetaGradient:

@@ -28,7 +28,7 @@ from metalearn.inner import (
 from metalearn.inner.update_rules import broadcast_over_params
 from metalearn.metagrad.adjoint import support_hvp
 from metalearn.metagrad.common import ForwardPass, check_unsupported_settings, take_inner_steps
-from metalearn.metagrad.trajectory import Snapshot
+from metalearn.metagrad.trajectory import StepCheckpoint
 
 _UNSUPPORTED = {
     "learned_lr": "the solution of the inner problem does not depend on step sizes",
@@ -93,7 +93,7 @@ class Implicit:
         check_unsupported_settings("implicit", "iMAML", inner, _UNSUPPORTED)
         rho = inner.proximal_weight
         # Solve the inner problem: phi = theta_K
-        phi, trajectory = take_inner_steps(forward, params, episodes, inner, loss, snapshot_every=None)
+        phi, trajectory = take_inner_steps(forward, params, episodes, inner, loss, checkpoint_every=None)
         forward_pass = ForwardPass(forward, params, episodes, inner, loss, trajectory, phi)
         # Solve (I + H/rho) x = dL_query(phi)
         hessian = _hessian(forward, phi, episodes, inner, loss)
@@ -119,14 +119,14 @@ def _hessian(
 
     Dropout draws the same mask for all products, so that H is one matrix.
     """
-    snapshot = Snapshot.of(inner.steps, phi)
+    checkpoint = StepCheckpoint.of(inner.steps, phi)
     zero = {name: torch.zeros_like(w) for name, w in params_at_step(phi, inner, inner.steps).items()}
 
     def support_loss(fast: Params) -> Tensor:
         return total_support_loss(forward, fast, episodes.support_x, episodes.support_y, loss=loss)
 
     def product(v: Params) -> Params:
-        return support_hvp(forward, support_loss, snapshot, {**zero, **v})[1] if inner.second_order else zero
+        return support_hvp(forward, support_loss, checkpoint, {**zero, **v})[1] if inner.second_order else zero
 
     return product
 

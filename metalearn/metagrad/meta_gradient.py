@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from metalearn.core.errors import NonFiniteGradientError, NonFiniteLossError
-from metalearn.core.functional import check_forward, check_params
+from metalearn.core.functional import check_forward, check_params, first_nonfinite, is_finite
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
-from metalearn.derivatives.singular import first_nonfinite, is_finite
 from metalearn.inner import InnerLoop, check_params_match_config, explain_torch_errors, loss_checks_deferred
 from metalearn.metagrad.adjoint import adjoint
 from metalearn.metagrad.checkpoint import checkpoint
@@ -116,7 +115,7 @@ def _check_finite_gradient(
     locate_step: Callable[[Episodes], int | None],
     episodes: Episodes,
 ) -> None:
-    """Check that a meta-gradient is finite by one reduction; find the fault by one meta-gradient for each task."""
+    """Check that a meta-gradient is finite by one reduction; else find the task by a meta-gradient for each."""
     if is_finite(grads):
         return
     for task, episode in enumerate(episodes.split(1)):

@@ -45,7 +45,7 @@ def reptile(forward: Forward, params: Params, episodes: Episodes, inner: InnerLo
     y = torch.cat([episodes.support_y, episodes.query_y], dim=1)
     together = Episodes(x, y, episodes.query_x, episodes.query_y)
     with torch.no_grad():
-        state, trajectory = take_inner_steps(forward, params, together, inner, loss, snapshot_every=None)
+        state, trajectory = take_inner_steps(forward, params, together, inner, loss, checkpoint_every=None)
         fast = params_at_step(state, inner, inner.steps)
         query = task_losses(forward, fast, episodes.query_x, episodes.query_y, loss=loss)
         grads = {name: (p - state[name]).mean(dim=0) / inner.lr for name, p in params.items()}

@@ -1,10 +1,11 @@
-"""Run the inner loop without graphs, keep snapshots, and replay its steps in reverse order.
+"""Run the inner loop without graphs, keep checkpoints, and replay its steps in reverse order.
 
-    forwards:   theta_0 -> theta_1 -> ... -> theta_K, with a snapshot of every s-th
-    backwards:  theta_{K-1}, ..., theta_0; those between snapshots are recomputed from the one before them
+    forwards:   theta_0 -> theta_1 -> ... -> theta_K, with a checkpoint of every s-th
+    backwards:  theta_{K-1}, ..., theta_0; those between checkpoints are recomputed from the one before them
 
-With s = 1 nothing is computed twice; with s near the square root of K about 2 sqrt(K) of the K snapshots are in memory
-at a time, for at most one more first-order step each. (Griewank & Walther 2008, "Evaluating derivatives", chapter 12.)
+With s = 1 nothing is computed twice; with s near the square root of K about 2 sqrt(K) of the K checkpoints are in
+memory at a time, for at most one more first-order step each. (Griewank & Walther 2008, "Evaluating derivatives",
+chapter 12.)
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ StepFn = Callable[[int, InnerState], tuple[InnerState, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
-class Snapshot:
+class StepCheckpoint:
     """The beginning of an inner step: its number, the state, and torch's random generators, which dropout uses."""
 
     step: int
@@ -37,8 +38,8 @@ class Snapshot:
     cuda_rng: list[Tensor]
 
     @classmethod
-    def of(cls, step: int, state: InnerState) -> Snapshot:
-        """Return a snapshot with the generators' current states."""
+    def of(cls, step: int, state: InnerState) -> StepCheckpoint:
+        """Return a checkpoint with the generators' current states."""
         devices, rng_states = get_device_states(*state.values())
         return cls(step, state, torch.get_rng_state(), devices, rng_states)
 
@@ -53,24 +54,24 @@ class Snapshot:
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """K inner steps that were taken."""
+    """K inner steps that were taken, with checkpoints from which to take them again."""
 
     step_fn: StepFn
     steps: int
-    snapshot_every: int
-    snapshots: list[Snapshot]  # of the steps 0, s, 2s, ...; ``reversed_steps`` frees each after its use
+    checkpoint_every: int
+    checkpoints: list[StepCheckpoint]  # of the steps 0, s, 2s, ...; ``reversed_steps`` frees each after its use
     support_losses: list[Tensor]  # before each step, ``[T]`` each
 
-    def reversed_steps(self) -> Iterator[Snapshot]:
+    def reversed_steps(self) -> Iterator[StepCheckpoint]:
         """Yield the beginnings of the steps K - 1, ..., 0, in this order; works once."""
         end = self.steps
-        while self.snapshots:
-            first = (len(self.snapshots) - 1) * self.snapshot_every
-            segment = [self.snapshots.pop()]
+        while self.checkpoints:
+            first = (len(self.checkpoints) - 1) * self.checkpoint_every
+            segment = [self.checkpoints.pop()]
             if end - first > 1:
                 with segment[0].replay_rng():
                     for k in range(first + 1, end):
-                        segment.append(Snapshot.of(k, self.step_fn(k - 1, segment[-1].state)[0]))
+                        segment.append(StepCheckpoint.of(k, self.step_fn(k - 1, segment[-1].state)[0]))
             end = first
             while segment:
                 yield segment.pop()
@@ -91,8 +92,8 @@ class Trajectory:
         if len(differs):
             i = int(differs[0])
             raise ValueError(
-                f"the support loss of inner step {list(recomputed)[i]} was {before[i].item():.6g} on the way forwards "
-                f"and {again[i].item():.6g} when it was computed again: the model is not the same function twice. "
+                f"the support loss of inner step {list(recomputed)[i]} was {before[i].item():.6g} in the forward pass "
+                f"and {again[i].item():.6g} when it was recomputed: the model is not the same function twice. "
                 "Draw random numbers from torch's own generators (no torch.Generator, random or numpy), keep no "
                 "state that a pass changes, or use engine='unroll', which computes everything once."
             )

@@ -67,7 +67,7 @@ def resolve_auto_engine(experiment: Experiment) -> Experiment:
     with experiment.precision():
         inner = choose_engine(problem, experiment.algorithm.peak_memory_inner, limit_mib=config.run.memory_limit_mib)
     resolved: dict[str, Any] = {"engine": inner.engine, "task_chunk": inner.task_chunk}
-    resolved["checkpoint_every"] = inner.snapshot_every
+    resolved["checkpoint_every"] = inner.checkpoint_every
     return with_config(experiment, replace(config, inner=replace(config.inner, **resolved)))
 
 
@@ -80,10 +80,10 @@ def first_meta_step(experiment: Experiment) -> MetaStepProblem:
 
 
 def choose_engine(problem: MetaStepProblem, inner: InnerLoop, *, limit_mib: float | None) -> InnerLoop:
-    """Return the inner loop with the fastest engine, task chunk and snapshot interval that fit into ``limit_mib``.
+    """Return the inner loop with the fastest engine, task chunk and checkpoint interval that fit into ``limit_mib``.
 
-    A ``task_chunk`` or ``snapshot_every`` that is set is kept. Without a limit, 80% of the free memory is taken. Raise
-    ``RunError`` if nothing fits, naming the memory that the smallest setting takes.
+    A ``task_chunk`` or ``checkpoint_every`` that is set is kept. Without a limit, 80% of the free memory is taken.
+    Raise ``RunError`` if nothing fits, naming the memory that the smallest setting takes.
     """
     free = _FRACTION_OF_FREE * available_memory(problem.device)
     limit = int(free if limit_mib is None else min(limit_mib * MIB, free))
@@ -99,9 +99,9 @@ def choose_engine(problem: MetaStepProblem, inner: InnerLoop, *, limit_mib: floa
             except MemoryLimitError:
                 continue  # memory was not quite linear in tasks
             log.info(
-                "inner.engine=auto chose %s, task_chunk %s, snapshot_every %d: %.0f ms and %.3g of %.4g MiB a "
+                "inner.engine=auto chose %s, task_chunk %s, checkpoint_every %d: %.0f ms and %.3g of %.4g MiB a "
                 "meta-step (of %d that fit)",
-                *(best.engine, best.task_chunk or "null", best.snapshot_every),
+                *(best.engine, best.task_chunk or "null", best.checkpoint_every),
                 *(1000 * times[best], peak / MIB, limit / MIB, len(fitting)),
             )
             return best
@@ -121,8 +121,8 @@ def _variants(inner: InnerLoop) -> Iterator[InnerLoop]:
     interval = math.isqrt(inner.steps)
     for engine in ENGINES if inner.second_order else ("unroll",):  # in first order all engines are the same
         yield replace(inner, engine=engine)
-        if engine != "unroll" and inner.snapshot_every == 1 and interval > 1:
-            yield replace(inner, engine=engine, snapshot_every=interval)
+        if engine != "unroll" and inner.checkpoint_every == 1 and interval > 1:
+            yield replace(inner, engine=engine, checkpoint_every=interval)
 
 
 def _chunks(problem: MetaStepProblem, inner: InnerLoop, limit: int) -> list[InnerLoop]:
@@ -151,7 +151,7 @@ def estimate_peak(problem: MetaStepProblem, inner: InnerLoop, tasks: int, limit:
 def _does_not_fit_error(problem: MetaStepProblem, inner: InnerLoop, limit: int) -> str:
     """Return the message, with the memory of one task at a time: of two tasks, because the second adds to a sum."""
     two = replace(problem, episodes=problem.episodes.split(2)[0])
-    sparse = replace(inner, task_chunk=1, snapshot_every=max(1, math.isqrt(inner.steps)))
+    sparse = replace(inner, task_chunk=1, checkpoint_every=max(1, math.isqrt(inner.steps)))
     needed = min(two.peak(replace(sparse, engine=engine), 2**62) for engine in ENGINES)
     return (
         f"inner.engine=auto: no engine fits into {limit / MIB:#.3g} MiB; one task at a time takes at least "

@@ -47,7 +47,7 @@ class Checkpointer:
 
     @property
     def is_due(self) -> bool:
-        """Whether ``every_s`` has passed since the last checkpoint."""
+        """True if ``every_s`` has passed since the last checkpoint."""
         return self.every_s is not None and time.perf_counter() - self._saved_at >= self.every_s
 
     @property
@@ -89,7 +89,7 @@ class Checkpointer:
         if content is None:
             return ""
         return (
-            f"The checkpoint of meta-step {content['state']['iteration']} is kept; go on from it with "
+            f"The checkpoint of meta-step {content['state']['iteration']} is kept; resume from it with "
             f"hydra.run.dir={self.run_dir} run.resume=true."
         )
 
@@ -168,8 +168,8 @@ def save_best(best: BestCheckpoint, run_dir: Path) -> None:
     files.save_checked(content, best_path(run_dir))
 
 
-def sync_best(best: BestCheckpoint | None, run_dir: Path) -> None:
-    """Make ``best.pt`` agree with a restored state: a kill may have come between writing the two."""
+def restore_best(best: BestCheckpoint | None, run_dir: Path) -> None:
+    """Write ``best.pt`` as a restored state has it, if it differs: a kill may have come between writing the two."""
     if best is None:
         files.remove(best_path(run_dir))
         return

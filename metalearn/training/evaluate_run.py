@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from metalearn.config.schema import TrainConfig
+from metalearn.config.schema import TaskConfig, TrainConfig
 from metalearn.core import serialization as files
 from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.core.profiling.memory import MIB
 from metalearn.core.types import Params
 from metalearn.training.checkpoints import load_best
-from metalearn.training.evaluation import ACCURACY, MSE, Evaluation, evaluate
+from metalearn.training.evaluation import ACCURACY, MSE, Evaluation, Metric, evaluate
 from metalearn.training.experiment import Experiment, build_experiment
 from metalearn.training.runtime.distributed import DistributedContext
 from metalearn.training.tracking.console import print_path, print_summary, progress_bar
@@ -91,12 +91,12 @@ def accuracy_metrics(experiment: Experiment, result: Evaluation) -> dict[str, An
         "backend": config.algorithm.backend,
         "engine": inner.engine,
         "task_chunk": inner.task_chunk,
-        "snapshot_every": inner.snapshot_every,
+        "snapshot_every": inner.checkpoint_every,
         "precision": config.run.precision,
         "second_order": inner.second_order,
         "device": f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
         "seed": config.run.seed,
-        "task": _describe_task(experiment),
+        "task": _describe_task(config.task, experiment.metric),
         "score": name,
         f"test.{name}": result.final.mean,
         "test.ci95": result.final.ci95,
@@ -162,7 +162,7 @@ def accuracy_rows(experiment: Experiment, result: Evaluation) -> dict[str, str]:
     backend = "" if config.algorithm.backend == "metalearn" else f", by {config.algorithm.backend}"
     steps = "  ".join(f"{k}: {metric.format(estimate.mean, digits=1)}" for k, estimate in enumerate(result.per_step))
     rows = {
-        "task": f"{experiment.dataset}, {_describe_task(experiment)}",
+        "task": f"{experiment.dataset}, {_describe_task(config.task, metric)}",
         "algorithm": f"{config.algorithm.label}{_describe_engine(experiment)}{precision}{backend}",
         f"test {metric.name}": f"{result.final.format(metric)} (95% CI, {result.episodes} tasks, {last} inner steps)",
         "after each inner step": steps,
@@ -187,10 +187,9 @@ def cost_rows(metrics: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _describe_task(experiment: Experiment) -> str:
+def _describe_task(task: TaskConfig, metric: Metric) -> str:
     """Return ways and shots; sinusoids have no classes."""
-    task = experiment.config.task
-    return f"{task.ways}-way {task.shots}-shot" if experiment.metric is ACCURACY else f"{task.shots}-shot"
+    return f"{task.ways}-way {task.shots}-shot" if metric is ACCURACY else f"{task.shots}-shot"
 
 
 def _describe_engine(experiment: Experiment) -> str:
@@ -203,6 +202,6 @@ def _describe_engine(experiment: Experiment) -> str:
         return ""
     settings = [f"engine {inner.engine}"]
     settings += [f"task_chunk {inner.task_chunk}"] if inner.task_chunk else []
-    if inner.engine != "unroll" and inner.snapshot_every > 1:
-        settings.append(f"snapshot_every {inner.snapshot_every}")
+    if inner.engine != "unroll" and inner.checkpoint_every > 1:
+        settings.append(f"checkpoint_every {inner.checkpoint_every}")
     return f", {order}, {', '.join(settings)}"

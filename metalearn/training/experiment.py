@@ -254,7 +254,7 @@ def build_inner_loop(settings: InnerConfig) -> InnerLoop:
         second_order=settings.second_order,
         engine=settings.engine,
         task_chunk=settings.task_chunk,
-        snapshot_every=settings.checkpoint_every,
+        checkpoint_every=settings.checkpoint_every,
         rule=rules[settings.optimizer](),
         weight_decay=settings.weight_decay,
         clip_norm=settings.clip_norm,

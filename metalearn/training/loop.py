@@ -25,7 +25,7 @@ from metalearn.training.failures import DivergedError, dump_episode
 from metalearn.training.runtime.distributed import DistributedContext
 from metalearn.training.runtime.signals import StopRequest
 from metalearn.training.state import BestCheckpoint, TrainState
-from metalearn.training.step import apply_update, compute_update, local_tasks
+from metalearn.training.step import apply_meta_update, compute_meta_update, local_tasks
 from metalearn.training.tracking.curvature import second_order_metrics
 from metalearn.training.tracking.images import log_task_images
 from metalearn.training.tracking.meter import Meter
@@ -39,7 +39,7 @@ MAX_CONSECUTIVE_SKIPS = 100
 
 @dataclass(frozen=True)
 class TrainContext:
-    """What one training process needs; ``checkpointer`` is ``None`` in all but the main process."""
+    """Everything that one training process needs; ``checkpointer`` is ``None`` in all but the main process."""
 
     experiment: Experiment
     run_dir: Path
@@ -93,8 +93,8 @@ def train_loop(context: TrainContext, state: TrainState) -> None:
         # Adapt, differentiate, reduce, check; then step. A batch that is not finite is skipped or ends the training.
         try:
             with meter.time_step():
-                update = compute_update(experiment, state, episodes, ranks, stop_requested=stop_requested)
-                apply_update(state, update, clip_norm=outer.clip_norm)
+                update = compute_meta_update(experiment, state, episodes, ranks, stop_requested=stop_requested)
+                apply_meta_update(state, update, clip_norm=outer.clip_norm)
             meter.add(update.metrics)
             stop_requested = update.stop_requested
             del update  # frees the gradient before the next batch

@@ -13,7 +13,7 @@ from metalearn.config.run_config import resolve_resume, to_yaml
 from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import RunError
 from metalearn.core.types import Params
-from metalearn.training.checkpoints import claim_folder, load_best, load_latest, remove_unfinished, sync_best
+from metalearn.training.checkpoints import claim_folder, load_best, load_latest, remove_unfinished, restore_best
 from metalearn.training.state import BestCheckpoint, TrainState
 from metalearn.training.tracking.meter import Meter
 
@@ -99,4 +99,4 @@ def restore_run(state: TrainState, meter: Meter, status: RunStatus) -> None:
         state.load_params(status.initial.params)
         state.last_validated = -1
     if status.started:
-        sync_best(state.best, status.run_dir)
+        restore_best(state.best, status.run_dir)

@@ -37,7 +37,7 @@ def local_tasks(experiment: Experiment, iteration: int, ranks: DistributedContex
     return experiment.train.tasks(iteration * meta_batch + shard.start, len(shard))
 
 
-def compute_update(
+def compute_meta_update(
     experiment: Experiment,
     state: TrainState,
     episodes: Episodes,
@@ -85,7 +85,7 @@ def compute_update(
     return MetaUpdate(grads, metrics, stop_requested)
 
 
-def apply_update(state: TrainState, update: MetaUpdate, *, clip_norm: float | None) -> None:
+def apply_meta_update(state: TrainState, update: MetaUpdate, *, clip_norm: float | None) -> None:
     """Clip the meta-gradient and take the optimizer's step (``state.build_meta_optimizer`` chooses the optimizer)."""
     state.is_consistent = False
     for group in state.optimizer.param_groups:

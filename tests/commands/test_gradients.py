@@ -151,7 +151,7 @@ def test_plot_file_names_are_unique() -> None:
 def test_command_runs_one_lesson_and_rejects_its_folder_again(tmp_path: Path) -> None:
     run = command("gradients.py", "lesson=create_graph", cwd=tmp_path, COLUMNS="100")
     assert max(len(line) for line in run.stdout.splitlines() if str(tmp_path) not in line) <= 100
-    (report,) = tmp_path.glob("outputs/lab/*/lessons.json")
+    (report,) = tmp_path.glob("outputs/lessons/*/lessons.json")
     assert {path.suffix for path in report.parent.iterdir()} >= {".json", ".png"}
     again = command("gradients.py", "lesson=create_graph", f"hydra.run.dir={report.parent}", cwd=tmp_path, code=2)
     assert "already holds a run (its lessons.json)" in again.stderr

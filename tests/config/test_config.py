@@ -97,7 +97,7 @@ def test_yaml_and_signatures_have_the_same_defaults() -> None:
     inner, library = train_config().inner, defaults_of(InnerLoop)
     for name in ("second_order", "engine", "task_chunk"):
         assert getattr(inner, name) == library[name]
-    assert inner.checkpoint_every == library["snapshot_every"]
+    assert inner.checkpoint_every == library["checkpoint_every"]
     data = train_config("data=glyphs").data
     assert isinstance(data, GlyphsConfig)
     assert (data.jitter, data.seed) == (defaults_of(make_glyphs)["jitter"], defaults_of(make_glyphs)["seed"])

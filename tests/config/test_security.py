@@ -36,7 +36,7 @@ EXCEPTIONS = {
     (
         "metalearn/metagrad/baselines/common.py",
         "importlib.import_module",
-    ): "names of peers, from a table in the file",
+    ): "names of libraries, from a table in the file",
     ("metalearn/config/target.py", "importlib.import_module"): "what the user names, or trusts by trust_code",
     ("metalearn/core/profiling/hardware.py", "ctypes"): "mallopt of the C library that is loaded already",
 }
@@ -55,7 +55,7 @@ def literal(call: ast.Call, name: str) -> Any:
 
 
 def unsafe(tree: ast.AST, path: str) -> Iterator[str]:
-    """Yield what in a source could run code that is named or stored elsewhere."""
+    """Yield the calls in a source that could run code named or stored elsewhere."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] in UNSAFE_MODULES)

@@ -1,4 +1,4 @@
-"""Record what held of every fault, and write it to the file that the README's table is made of.
+"""Record the results for every fault, and write them to the file that the README's table is made of.
 
 ``make faults`` tries all cases; the default run a few of each. Tests name their fault by
 ``@pytest.mark.fault(fault, must_hold, cases=…)``, where ``cases`` is how many cases one test tries, 1 by default.
@@ -29,14 +29,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _record_fault(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
-    """Say in pytest's report which fault a test brings about."""
+    """Record in pytest's report the fault that a test causes."""
     if mark := request.node.get_closest_marker("fault"):
         fault, must_hold = mark.args
         record_property("fault", (fault, must_hold, mark.kwargs.get("cases", 1)))
 
 
 class FaultsReport:
-    """A pytest plugin that counts in how many cases of a fault everything held, and writes them at the end."""
+    """A pytest plugin that counts the passed cases of every fault, and writes the counts at the end."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

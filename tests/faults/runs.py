@@ -1,4 +1,4 @@
-"""A small training to bring faults about in, and comparisons of its results."""
+"""A small training for tests that cause faults, and comparisons of its results."""
 
 from __future__ import annotations
 

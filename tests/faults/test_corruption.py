@@ -1,4 +1,4 @@
-"""Damaged files of a run: a flipped bit, a cut, code in place of tensors; the state before is taken, and it is said."""
+"""Damaged files of a run (a flipped bit, a cut, code in place of tensors): an older state is loaded, with a warning."""
 
 from __future__ import annotations
 

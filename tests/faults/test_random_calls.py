@@ -124,7 +124,7 @@ def settings() -> st.SearchStrategy[dict[str, Any]]:
         "second_order": st.booleans(),
         "engine": st.sampled_from(["unroll", "checkpoint", "adjoint"]),
         "task_chunk": st.sampled_from([None, 1, 2, 3, 7, np.int64(2)]),
-        "snapshot_every": st.sampled_from([1, 2, 5]),
+        "checkpoint_every": st.sampled_from([1, 2, 5]),
     }
     wrong: dict[str, list[Any]] = {
         "lr": [0, -1.0, math.nan, math.inf, "0.1", True, Fraction(1, 2), 10**400, None, torch.tensor(0.1), 1j],
@@ -132,7 +132,7 @@ def settings() -> st.SearchStrategy[dict[str, Any]]:
         "second_order": ["false", None, torch.tensor(False), 2],
         "engine": ["auto", "Unroll", None, ["unroll"], {}],
         "task_chunk": [0, -1, 1.5, "2", True, 2**70],
-        "snapshot_every": [0, -3, None, "1", 2**70],
+        "checkpoint_every": [0, -3, None, "1", 2**70],
     }
     changed = [{key: value} for key, values in wrong.items() for value in values]
     return st.builds(

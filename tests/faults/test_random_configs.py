@@ -112,7 +112,7 @@ def nested(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def configs() -> st.SearchStrategy[Case]:
-    """Mostly valid overrides with a few random ones, sometimes with an experiment file."""
+    """Draw mostly valid overrides with a few random ones, sometimes with an experiment file."""
     right, random = st.sampled_from(RIGHT), overrides()
     some = st.one_of(
         st.lists(st.sampled_from([right] * 9 + [random]).flatmap(lambda kind: kind), min_size=1, max_size=4),

@@ -43,7 +43,7 @@ def record_memory(every: int) -> None:
 
 
 def growth_of_memory(folder: Path, *, steps: int, every: int) -> dict[str, float]:
-    """Train for so many meta-steps and return by which share memory grew after the second measurement."""
+    """Train for so many meta-steps and return the fraction by which memory grew after the second measurement."""
     more = [f"outer.iterations={steps}", f"eval.every={every}", "log.every=10", "run.checkpoint_every_s=5"]
     process = start_training([*SMALL_RUN, *more], folder, before=record_memory, args=(every,))
     assert wait_for_exit(process, timeout_s=900) == 0, read_output(folder)

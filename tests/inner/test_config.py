@@ -23,6 +23,7 @@ FORMER_FIELDS = {
     "adapted": ("adapted_params", frozenset({"bias"})),
     "per_step": ("per_step_params", frozenset({"bias"})),
     "proximal": ("proximal_weight", 0.5),
+    "snapshot_every": ("checkpoint_every", 2),
     "start": ("initializer", ZERO_BIAS),
 }
 
@@ -42,7 +43,7 @@ FORMER_FIELDS = {
         ({"task_chunk": 1.5}, "task_chunk=1.5; it must be at least 1, or None"),
         ({"task_chunk": 0}, "task_chunk=0; it must be at least 1, or None"),
         ({"task_chunk": "2"}, "task_chunk='2'; it must be at least 1"),
-        ({"snapshot_every": 0}, "snapshot_every=0; it must be a whole number, 1 or more"),
+        ({"checkpoint_every": 0}, "checkpoint_every=0; it must be a whole number, 1 or more"),
         ({"rule": "adam"}, "rule='adam' has no init; it must be an update rule"),
         ({"rule": torch.tanh}, "has no init; it must be an update rule"),
         ({"rule": Momentum}, "rule=Momentum is a class; make one of it: Momentum()"),
@@ -68,7 +69,7 @@ def test_wrong_setting_of_a_rule_raises(make: Any) -> None:
 
 
 def test_numpy_numbers_and_fractions_are_converted() -> None:
-    settings: dict[str, Any] = {"steps": 2, "task_chunk": 2, "snapshot_every": 2}
+    settings: dict[str, Any] = {"steps": 2, "task_chunk": 2, "checkpoint_every": 2}
     converted = InnerLoop(lr=Fraction(1, 2), **{n: np.int64(v) for n, v in settings.items()})  # type: ignore[arg-type]
     assert converted == InnerLoop(lr=0.5, **settings)
     assert {type(getattr(converted, name)) for name in settings} == {int}
@@ -86,6 +87,13 @@ def test_former_field_works_and_warns(old: str) -> None:
     assert made == replaced == expected
     with pytest.warns(FutureWarning, match=rf"InnerLoop\.{old} is called {new} now"):
         assert getattr(made, old) == value
+
+
+@pytest.mark.parametrize("old", FORMER_FIELDS)
+def test_former_and_present_name_of_a_field_raise_together(old: str) -> None:
+    new, value = FORMER_FIELDS[old]
+    with pytest.raises(TypeError, match=rf"InnerLoop\(\) got {new}= and its former name {old}="):
+        InnerLoop(0.1, 2, **{new: value, old: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("old", "new"), [("plain", "is_plain_sgd"), ("weights", "query_loss_weights")])

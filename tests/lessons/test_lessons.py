@@ -20,7 +20,7 @@ from tests.lessons.conftest import RunLesson
 from tests.paths import REPO
 
 Vector = NDArray[np.float64]
-REFERENCE = json.loads((REPO / "outputs/reference/lab/lessons.json").read_text())["lessons"]
+REFERENCE = json.loads((REPO / "outputs/reference/lessons/lessons.json").read_text())["lessons"]
 
 
 @pytest.mark.parametrize(

@@ -32,15 +32,15 @@ def grads_and_reference(module: nn.Module, episodes: Episodes, engine: str, **se
     torch.manual_seed(1)
     got = meta_gradient(forward, theta, episodes, inner).grads
     torch.manual_seed(1)
-    plain = dataclasses.replace(inner, engine="unroll", snapshot_every=1)
+    plain = dataclasses.replace(inner, engine="unroll", checkpoint_every=1)
     return got, meta_gradient(forward, theta, episodes, plain).grads
 
 
 @pytest.mark.parametrize("engine", OTHERS)
 @pytest.mark.parametrize("every", [1, 2, 3, 4, 5, 7])
-def test_gradient_does_not_depend_on_snapshot_every(every: int, engine: str) -> None:
+def test_gradient_does_not_depend_on_checkpoint_every(every: int, engine: str) -> None:
     module = Conv4(3, width=4).double()
-    got, expected = grads_and_reference(module, image_episodes(), engine, steps=5, snapshot_every=every)
+    got, expected = grads_and_reference(module, image_episodes(), engine, steps=5, checkpoint_every=every)
     assert relative_error(got, expected) < 1e-11
 
 
@@ -50,7 +50,7 @@ def test_gradient_does_not_depend_on_snapshot_every(every: int, engine: str) -> 
 def test_recomputation_draws_the_same_dropout_mask(chunk: int | None, every: int, engine: str) -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(40, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 3)).double()
     got, expected = grads_and_reference(
-        module, sequences(2, dtype=torch.float64), engine, snapshot_every=every, task_chunk=chunk
+        module, sequences(2, dtype=torch.float64), engine, checkpoint_every=every, task_chunk=chunk
     )
     assert relative_error(got, expected) < 1e-11
     torch.manual_seed(2)
@@ -66,7 +66,7 @@ def test_engines_leave_the_same_rng_state(engine: str) -> None:
     draws = []
     for each in ("unroll", engine):
         torch.manual_seed(3)
-        inner = InnerLoop(lr=0.1, steps=3, engine=each, snapshot_every=2)
+        inner = InnerLoop(lr=0.1, steps=3, engine=each, checkpoint_every=2)
         meta_gradient(forward, theta, sequences(2, dtype=torch.float64), inner)
         draws.append(torch.rand(4))
     assert torch.equal(*draws)

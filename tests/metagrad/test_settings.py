@@ -37,7 +37,7 @@ def test_engines_are_equal(setting: str, second_order: bool) -> None:
         ("adjoint", 1, 2),
         ("adjoint", 2, None),
     ):
-        other = dataclasses.replace(inner, engine=engine, snapshot_every=every, task_chunk=chunk)
+        other = dataclasses.replace(inner, engine=engine, checkpoint_every=every, task_chunk=chunk)
         assert_equal(meta_gradient(forward, theta, episodes, other), expected)
 
 

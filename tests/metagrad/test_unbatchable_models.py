@@ -141,7 +141,7 @@ def test_spectral_norm_starts_every_pass_with_the_same_vectors(
 
 def test_unbatchable_model_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     class Own(nn.Sequential):
-        """Of this test alone, as a class and a reason are warned of once."""
+        """A class of this test alone, as each class and reason cause one warning."""
 
     forward, theta = functionalize(Own(*recurrent(nn.LSTM)))
     tasks, inner = episodes(), InnerLoop(lr=0.1, steps=1)

@@ -37,7 +37,7 @@ def test_chosen_engine_fits(problem: MetaStepProblem) -> None:
         chosen = choose_engine(problem, AUTO, limit_mib=share * unroll)
         assert chosen.engine in ENGINES
         assert peak_mib(problem, chosen) <= share * unroll
-        assert dataclasses.replace(chosen, engine="auto", task_chunk=None, snapshot_every=1) == AUTO
+        assert dataclasses.replace(chosen, engine="auto", task_chunk=None, checkpoint_every=1) == AUTO
 
 
 @pytest.mark.parametrize("fast", ENGINES)
@@ -45,11 +45,11 @@ def test_fastest_engine_that_fits_is_chosen(
     fast: str, problem: MetaStepProblem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def seconds(self: MetaStepProblem, inner: InnerLoop) -> float:
-        return (1.0 if inner.engine == fast else 2.0) + inner.snapshot_every + (inner.task_chunk or 0)
+        return (1.0 if inner.engine == fast else 2.0) + inner.checkpoint_every + (inner.task_chunk or 0)
 
     monkeypatch.setattr(MetaStepProblem, "seconds", seconds)
     chosen = choose_engine(problem, AUTO, limit_mib=1000)
-    assert (chosen.engine, chosen.task_chunk, chosen.snapshot_every) == (fast, None, 1)
+    assert (chosen.engine, chosen.task_chunk, chosen.checkpoint_every) == (fast, None, 1)
     tight = 0.5 * peak_mib(problem, dataclasses.replace(AUTO, engine="unroll"))  # the others take less
     assert choose_engine(problem, AUTO, limit_mib=tight).engine == (fast if fast != "unroll" else "checkpoint")
 

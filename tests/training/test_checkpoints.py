@@ -20,16 +20,16 @@ from metalearn.training.checkpoints import (
     best_path,
     load_best,
     load_latest,
+    restore_best,
     save_best,
     save_state,
     state_path,
     state_paths,
-    sync_best,
 )
 from metalearn.training.evaluate_run import evaluate_distributed
 from metalearn.training.evaluation import Evaluation
 from metalearn.training.state import BestCheckpoint, TrainState, learning_rate
-from metalearn.training.step import MetaUpdate, apply_update
+from metalearn.training.step import MetaUpdate, apply_meta_update
 from tests.faults.processes import load_state
 from tests.training.run_folders import AT_VALIDATIONS, run
 
@@ -75,13 +75,13 @@ def test_load_latest_raises_when_all_states_are_damaged(tmp_path: Path) -> None:
         load_latest(tmp_path)
 
 
-def test_sync_best_follows_the_state(tmp_path: Path) -> None:
+def test_restore_best_follows_the_state(tmp_path: Path) -> None:
     save_best(BestCheckpoint(20, 0.9, params(2.0)), tmp_path)  # later than the state
-    sync_best(BestCheckpoint(10, 0.8, params(1.0)), tmp_path)
+    restore_best(BestCheckpoint(10, 0.8, params(1.0)), tmp_path)
     best = load_best(tmp_path, like=params(0.0), device=CPU)
     assert (best.iteration, best.validation_score) == (10, 0.8)
     assert torch.equal(best.params["w"], params(1.0)["w"])
-    sync_best(None, tmp_path)
+    restore_best(None, tmp_path)
     assert not best_path(tmp_path).exists()
 
 
@@ -113,7 +113,9 @@ def outer(**changed: Any) -> OuterConfig:
 def steps(state: TrainState, count: int) -> TrainState:
     for _ in range(count):
         grads = {name: torch.ones_like(p) for name, p in state.params.items()}
-        apply_update(state, MetaUpdate(grads, {"grad_norm": torch.tensor(1.0)}, stop_requested=False), clip_norm=None)
+        apply_meta_update(
+            state, MetaUpdate(grads, {"grad_norm": torch.tensor(1.0)}, stop_requested=False), clip_norm=None
+        )
     return state
 
 

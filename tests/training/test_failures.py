@@ -32,7 +32,7 @@ from metalearn.training.failures import (
 )
 from metalearn.training.runtime.distributed import DistributedContext
 from metalearn.training.state import TrainState
-from metalearn.training.step import MetaUpdate, compute_update, local_tasks
+from metalearn.training.step import MetaUpdate, compute_meta_update, local_tasks
 from metalearn.training.tracking.event_files import read_scalars
 from metalearn.training.tracking.meter import Meter
 from metalearn.training.trainer import train
@@ -175,9 +175,9 @@ def test_out_of_memory_in_a_meta_step_saves_the_state(tmp_path: Path, monkeypatc
     def too_much(experiment: Experiment, state: TrainState, *args: Any, **more: Any) -> MetaUpdate:
         if state.iteration == 11:
             torch.empty(2**60)
-        return compute_update(experiment, state, *args, **more)
+        return compute_meta_update(experiment, state, *args, **more)
 
-    monkeypatch.setattr(loop, "compute_update", too_much)
+    monkeypatch.setattr(loop, "compute_meta_update", too_much)
     with pytest.raises(RunError, match=r"(?s)Out of memory.*inner\.task_chunk=1.*checkpoint of meta-step 11 is kept"):
         train(config(), tmp_path)
     assert load_state(tmp_path)["state"]["iteration"] == 11
@@ -188,7 +188,7 @@ def test_inconsistent_state_is_not_saved(tmp_path: Path, monkeypatch: pytest.Mon
         state.is_consistent = False
         raise MemoryError
 
-    monkeypatch.setattr(loop, "apply_update", tear)
+    monkeypatch.setattr(loop, "apply_meta_update", tear)
     with pytest.raises(RunError, match="Out of memory"):
         train(config(), tmp_path)
     assert not list((tmp_path / "checkpoints").glob("*"))
@@ -208,7 +208,7 @@ def first_update(
     episodes = local_tasks(experiment, 0, ranks)
     if spoil:
         getattr(episodes, spoil)[1, 0] = math.nan
-    return compute_update(experiment, state, episodes, ranks)
+    return compute_meta_update(experiment, state, episodes, ranks)
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("query", 1), ("support", 0)])

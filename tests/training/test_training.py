@@ -22,7 +22,7 @@ from metalearn.training.checkpoints import best_path, load_best
 from metalearn.training.evaluate_run import evaluate_run
 from metalearn.training.experiment import build_experiment
 from metalearn.training.state import TrainState
-from metalearn.training.step import apply_update
+from metalearn.training.step import apply_meta_update
 from tests.training.run_folders import run
 
 SMALL = [
@@ -206,11 +206,11 @@ def test_divergence_raises_with_remedy_and_keeps_the_checkpoint(tmp_path: Path) 
 def test_nonfinite_parameters_are_neither_saved_nor_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The last update is what breaks them, so that no loss shows it.
     def break_parameters(state: TrainState, *args: Any, **kwargs: Any) -> None:
-        apply_update(state, *args, **kwargs)
+        apply_meta_update(state, *args, **kwargs)
         if state.iteration == 20:
             state.params["head.bias"].fill_(math.nan)
 
-    monkeypatch.setattr(loop, "apply_update", break_parameters)
+    monkeypatch.setattr(loop, "apply_meta_update", break_parameters)
     with pytest.raises(RunError, match=r"at meta-step 20: a parameter is not finite.*meta-step 15 is kept"):
         run(tmp_path / "run", *SMALL, "eval.every=5", "outer.iterations=20")
     assert files.load_checked(best_path(tmp_path / "run"))["iteration"] <= 15

@@ -42,7 +42,7 @@ def variants(setting: EngineBenchmark, steps: int) -> Iterator[InnerLoop]:
         yield replace(base, task_chunk=chunk, engine="checkpoint")
         yield replace(base, task_chunk=chunk, engine="adjoint")
         if chunk is not None and math.isqrt(steps) > _ONE:
-            yield replace(base, task_chunk=chunk, engine="adjoint", snapshot_every=math.isqrt(steps))
+            yield replace(base, task_chunk=chunk, engine="adjoint", checkpoint_every=math.isqrt(steps))
 
 
 def run_engine_table(config: BenchmarkConfig, output_dir: Path) -> None:
@@ -127,7 +127,7 @@ def check_engines_equal(problem: MetaStepProblem, inners: list[InnerLoop]) -> No
 
 
 def _cost(inner: InnerLoop, peak: float | None, times: list[float] | None, unroll: list[float] | None) -> EngineCost:
-    cost = EngineCost(inner.engine, inner.second_order, inner.task_chunk, inner.snapshot_every, inner.steps, peak)
+    cost = EngineCost(inner.engine, inner.second_order, inner.task_chunk, inner.checkpoint_every, inner.steps, peak)
     if times is None:
         return cost
     low, middle, high = (1000 * t for t in quartiles(times))

@@ -19,7 +19,7 @@ from metalearn.core.types import Episodes, MetaGradient, Params
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import ENGINES, meta_gradient
 from metalearn.metagrad.baselines import by_hand
-from metalearn.metagrad.baselines.common import Peer, installed_peers
+from metalearn.metagrad.baselines.common import Baseline, installed_peers
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def order_name(second_order: bool) -> str:
     return "second order" if second_order else "first order"
 
 
-def available_baselines() -> dict[str, Peer]:
+def available_baselines() -> dict[str, Baseline]:
     """Return the hand-written loop and the installed libraries; warn about those that are missing."""
     peers, missing = installed_peers()
     for name, reason in missing.items():
@@ -77,22 +77,22 @@ def available_baselines() -> dict[str, Peer]:
     return {BY_HAND: by_hand.meta_gradient, **peers}
 
 
-def baseline(peers: Mapping[str, Peer]) -> str:
+def speed_reference(baselines: Mapping[str, Baseline]) -> str:
     """Return the library whose speed is 1: learn2learn, or the hand-written loop if that is missing."""
-    return LEARN2LEARN if LEARN2LEARN in peers else BY_HAND
+    return LEARN2LEARN if LEARN2LEARN in baselines else BY_HAND
 
 
 def build_methods(
-    inner: InnerLoop, peers: Mapping[str, Peer], *, orders: Iterable[bool] = (True, False)
+    inner: InnerLoop, baselines: Mapping[str, Baseline], *, orders: Iterable[bool] = (True, False)
 ) -> list[Method]:
-    """Return our engines (in first order only one, as they are the same) and all peers, in each order."""
+    """Return our engines (in first order only one, as they are the same) and all baselines, in each order."""
     methods = []
     for second_order in orders:
         for engine in ENGINES if second_order else ("unroll",):
             ours = replace(inner, second_order=second_order, engine=engine)
             methods.append(Method(OURS, engine, second_order, partial(_our_step, inner=ours)))
         theirs = replace(inner, second_order=second_order)
-        methods += [Method(name, "", second_order, partial(peer, inner=theirs)) for name, peer in peers.items()]
+        methods += [Method(name, "", second_order, partial(other, inner=theirs)) for name, other in baselines.items()]
     return methods
 
 

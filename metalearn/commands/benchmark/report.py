@@ -65,7 +65,7 @@ class Report:
 
     @contextmanager
     def record(self, name: str, spec: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Save what the block adds to the entry of a setting, or why the setting could not be measured."""
+        """Save the entry of a setting, which the block fills, or the reason why the setting could not be measured."""
         entry = dict(spec)
         try:
             yield entry

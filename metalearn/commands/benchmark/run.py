@@ -23,9 +23,9 @@ from metalearn.commands.benchmark.methods import (
     BATCHES,
     TASKS_COMPARED,
     available_baselines,
-    baseline,
     build_methods,
     check_gradients_equal,
+    speed_reference,
 )
 from metalearn.commands.benchmark.report import Report, plot_speed, print_results, print_time_breakdown
 from metalearn.commands.benchmark.settings import CONFIGURED, LIBRARY_SETTINGS, MetaStepSpec, describe_tasks, selected
@@ -35,7 +35,7 @@ from metalearn.core.profiling.flops import meta_gradient_flops, peak_matmul_flop
 from metalearn.data.sampler import TaskSampler, TaskShape
 from metalearn.data.splits import ImageSplits
 from metalearn.inner import InnerLoop
-from metalearn.metagrad.baselines.common import Peer
+from metalearn.metagrad.baselines.common import Baseline
 from metalearn.models import Conv4
 from metalearn.training.experiment import build_experiment, build_model, load_data, num_outputs
 from metalearn.training.runtime.precision import precision_context
@@ -44,7 +44,7 @@ from metalearn.training.tracking.console import progress_bar
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class BenchmarkCase:
     """A meta-step to be timed: its key in ``benchmark.json``, its title, its settings for the file, and its tasks."""
 
     name: str
@@ -62,8 +62,8 @@ def run_benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
         ConfigError: if the device does not exist, or the data set has too few classes.
         DataError: if the data set is missing or damaged.
     """
-    peers = available_baselines()
-    against = baseline(peers)
+    baselines = available_baselines()
+    against = speed_reference(baselines)
     facts = {"dataset": config.data.name, "rounds": config.bench.repeats, "yardstick": against}
     report = Report(config, output_dir, "settings", **facts)
     rows: dict[str, list[BenchmarkResult]] = {}
@@ -71,7 +71,7 @@ def run_benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
     with precision_context("float32", report.device), progress_bar() as progress:
         for case in cases(config, report.device):
             with report.record(case.name, case.content) as entry:
-                measured = measure_case(case, peers, config, progress)
+                measured = measure_case(case, baselines, config, progress)
                 entry |= {**measured, "rows": [asdict(row) for row in measured["rows"]]}
                 rows[case.title], shares[case.title] = measured["rows"], measured["parts"]["share"]
                 plot_speed(rows, against).savefig(output_dir / "speed.png", dpi=130)
@@ -81,7 +81,7 @@ def run_benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
     report.close()
 
 
-def cases(config: BenchmarkConfig, device: torch.device) -> Iterator[Case]:
+def cases(config: BenchmarkConfig, device: torch.device) -> Iterator[BenchmarkCase]:
     """Yield the cases of ``bench.setting``."""
     if config.bench.setting == CONFIGURED:
         yield _configured_case(config)
@@ -91,7 +91,7 @@ def cases(config: BenchmarkConfig, device: torch.device) -> Iterator[Case]:
         yield _setting_case(config, setting, splits)
 
 
-def _configured_case(config: BenchmarkConfig) -> Case:
+def _configured_case(config: BenchmarkConfig) -> BenchmarkCase:
     experiment = build_experiment(config)
     seed_all(config.run.seed)
     module = build_model(config, experiment.train.example_shape, num_outputs(config, experiment.train)).to(
@@ -102,10 +102,10 @@ def _configured_case(config: BenchmarkConfig) -> Case:
     content = {"task": asdict(task), "inner": asdict(config.inner), "model": asdict(config.model)}
     tasks = describe_tasks(task.ways, task.shots, task.queries, task.meta_batch)
     title = f"{tasks}, {config.model.name}, K={config.inner.steps}"
-    return Case(CONFIGURED, title, content, step, experiment.train)
+    return BenchmarkCase(CONFIGURED, title, content, step, experiment.train)
 
 
-def _setting_case(config: BenchmarkConfig, setting: MetaStepSpec, splits: ImageSplits) -> Case:
+def _setting_case(config: BenchmarkConfig, setting: MetaStepSpec, splits: ImageSplits) -> BenchmarkCase:
     classes = splits.classes("train")
     if setting.ways > classes:
         raise ConfigError(
@@ -117,14 +117,16 @@ def _setting_case(config: BenchmarkConfig, setting: MetaStepSpec, splits: ImageS
     seed_all(config.run.seed)
     module = Conv4(setting.ways, channels=sampler.example_shape[0], width=setting.width).to(splits.train.device)
     step = MetaStep(module, sampler.batch(0, setting.tasks), InnerLoop(lr=setting.lr, steps=setting.steps))
-    return Case(setting.name, setting.title, asdict(setting), step, sampler)
+    return BenchmarkCase(setting.name, setting.title, asdict(setting), step, sampler)
 
 
-def measure_case(case: Case, peers: dict[str, Peer], config: BenchmarkConfig, progress: Progress) -> dict[str, Any]:
+def measure_case(
+    case: BenchmarkCase, baselines: dict[str, Baseline], config: BenchmarkConfig, progress: Progress
+) -> dict[str, Any]:
     """Time methods that agree, or raise ``DisagreementError``; return the keys of ``benchmark.json``."""
     rounds = config.bench.repeats
     bar = progress.add_task(case.name, total=rounds + 1, note="same meta-gradient?")
-    methods = build_methods(case.step.inner, peers)
+    methods = build_methods(case.step.inner, baselines)
     batches = [case.sampler.batch(index, TASKS_COMPARED) for index in range(BATCHES)]
     differences = check_gradients_equal(methods, case.step.module, batches)
     progress.update(bar, note="memory")
@@ -138,11 +140,12 @@ def measure_case(case: Case, peers: dict[str, Peer], config: BenchmarkConfig, pr
         components=step_components(case.step, case.sampler, config.outer.lr),
         on_round=lambda done: progress.update(bar, completed=done),
     )
+    against = speed_reference(baselines)
     flops = meta_gradient_flops(case.step.module, case.step.episodes, case.step.inner.steps)
     return {
         "largest_difference": differences,
         "matrix_product_gflops": peak / 1e9,
         "needed_gflop": {order: count / 1e9 for order, count in flops._asdict().items()},
         "parts": time_breakdown(methods, measured),
-        "rows": compute_results(methods, measured, peaks, flops, against=baseline(peers), matrix_product_peak=peak),
+        "rows": compute_results(methods, measured, peaks, flops, against=against, matrix_product_peak=peak),
     }

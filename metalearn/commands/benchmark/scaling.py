@@ -35,7 +35,7 @@ from metalearn.training.auto_engine import resolve_auto_engine
 from metalearn.training.experiment import Experiment, build_experiment, training_device
 from metalearn.training.runtime.distributed import DistributedContext, init_distributed
 from metalearn.training.state import TrainState
-from metalearn.training.step import apply_update, compute_update, local_tasks
+from metalearn.training.step import apply_meta_update, compute_meta_update, local_tasks
 from metalearn.training.tracking.console import print_path, print_table
 
 FILE = "scaling.json"
@@ -89,8 +89,8 @@ def _meta_step_s(experiment: Experiment, ranks: DistributedContext, steps: int) 
     for done in range(_WARM_UPS + steps):
         if done == _WARM_UPS:
             started = _synchronized_time(experiment.device, ranks)
-        update = compute_update(experiment, state, local_tasks(experiment, state.iteration, ranks), ranks)
-        apply_update(state, update, clip_norm=experiment.config.outer.clip_norm)
+        update = compute_meta_update(experiment, state, local_tasks(experiment, state.iteration, ranks), ranks)
+        apply_meta_update(state, update, clip_norm=experiment.config.outer.clip_norm)
     return (_synchronized_time(experiment.device, ranks) - started) / steps
 
 

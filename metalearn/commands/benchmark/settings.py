@@ -66,7 +66,7 @@ class EngineCost:
 
     Args:
         task_chunk: tasks in a pass; ``None`` is all.
-        snapshot_every: inner steps between two snapshots of the fast weights.
+        snapshot_every: ``InnerLoop.checkpoint_every``, under its former name, by which earlier results are read.
         peak_mib: peak memory of one meta-gradient; ``None`` if it exceeded the limit.
         median_ms: median time over rounds; ``None`` if it was not timed.
         ratio_to_unroll: median over rounds of the time divided by that of ``unroll`` on all tasks.
@@ -87,7 +87,7 @@ class EngineCost:
         """Label in tables and legends."""
         words = [self.engine if self.second_order else "first order"]
         words += [f"{self.task_chunk} task{'s' if self.task_chunk > 1 else ''} at a time"] if self.task_chunk else []
-        words += ["sparse snapshots"] if self.snapshot_every > 1 else []
+        words += ["sparse checkpoints"] if self.snapshot_every > 1 else []
         return ", ".join(words)
 
 

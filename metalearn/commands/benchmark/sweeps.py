@@ -23,16 +23,16 @@ from metalearn.commands.benchmark.methods import (
     TASKS_COMPARED,
     Method,
     available_baselines,
-    baseline,
     build_methods,
     check_gradients_equal,
+    speed_reference,
 )
 from metalearn.commands.benchmark.report import Report, plot_sweep, print_slopes
 from metalearn.commands.benchmark.settings import SWEEPS, Sweep, selected
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core.profiling.timing import quartiles
 from metalearn.inner import InnerLoop
-from metalearn.metagrad.baselines.common import Peer
+from metalearn.metagrad.baselines.common import Baseline
 from metalearn.training.tracking.console import progress_bar
 
 
@@ -43,14 +43,14 @@ def run_sweeps(config: BenchmarkConfig, output_dir: Path) -> None:
         RunError: if two methods disagree on the meta-gradient in a sweep; the others are written by then.
         ConfigError: if the device does not exist.
     """
-    peers = available_baselines()
+    baselines = available_baselines()
     report = Report(config, output_dir, "sweeps", rounds=config.bench.repeats)
     slopes: dict[str, list[SweepSeries]] = {}
     with progress_bar() as progress:
         for sweep in selected(config, SWEEPS):
             torch.manual_seed(config.run.seed)
             with report.record(sweep.name, asdict(sweep)) as entry:
-                lines = measure_sweep(sweep, peers, config.bench.repeats, report.device, progress)
+                lines = measure_sweep(sweep, baselines, config.bench.repeats, report.device, progress)
                 slopes[sweep.axis] = lines
                 entry["lines"] = [asdict(line) for line in lines]
                 note = f"at {sweep.base.title}, except for the swept value"
@@ -61,22 +61,22 @@ def run_sweeps(config: BenchmarkConfig, output_dir: Path) -> None:
     report.close()
 
 
-def sweep_methods(inner: InnerLoop, peers: Mapping[str, Peer]) -> list[Method]:
-    """Return our ``unroll`` in both orders, and the baseline in second order."""
-    methods, against = build_methods(inner, peers), baseline(peers)
+def sweep_methods(inner: InnerLoop, baselines: Mapping[str, Baseline]) -> list[Method]:
+    """Return our ``unroll`` in both orders, and the reference of speeds in second order."""
+    methods, against = build_methods(inner, baselines), speed_reference(baselines)
     ours = [method for method in methods if (method.library, method.engine) == (OURS, "unroll")]
     return ours + [method for method in methods if method.library == against and method.second_order]
 
 
 def measure_sweep(
-    sweep: Sweep, peers: Mapping[str, Peer], rounds: int, device: torch.device, progress: Progress
+    sweep: Sweep, baselines: Mapping[str, Baseline], rounds: int, device: torch.device, progress: Progress
 ) -> list[SweepSeries]:
     """Return a series for each method, or raise ``DisagreementError`` at the first value."""
     bar = progress.add_task(sweep.name, total=len(sweep.values), note="")
     points: dict[str, list[tuple[float, float, float, float]]] = {}
     for done, setting in enumerate(sweep.settings()):
         step = random_meta_step(setting, device)
-        methods = sweep_methods(step.inner, peers)
+        methods = sweep_methods(step.inner, baselines)
         if done == 0:
             few = replace(setting, tasks=TASKS_COMPARED)
             check_gradients_equal(methods, step.module, [random_episodes(few, device) for _ in range(BATCHES)])

@@ -41,7 +41,7 @@ _ROUNDING = 1e-6  # event files hold float32
 def measure_engine_costs(
     config: TrainConfig, settings: CompareSettings, folder: Path, progress: Progress
 ) -> list[EngineCost]:
-    """Measure, or load what was measured before with the same settings on the same machine."""
+    """Measure the cost of the engines, or load it if it was measured with the same settings on the same machine."""
     steps = sorted({*settings.steps, *([config.inner.steps] if config.inner.steps else [])})
     conditions = {
         "machine": describe_hardware(resolve_device(config.run.device)),

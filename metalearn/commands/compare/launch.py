@@ -1,4 +1,4 @@
-"""Train the runs of a comparison in child processes: if one crashes, the others go on.
+"""Train the runs of a comparison in child processes: if one crashes, the others continue.
 
 On this machine joblib keeps a number of them running. With one of Hydra's launchers (``hydra/launcher=submitit_slurm``)
 every variant is a ``scripts/train.py --multirun`` over the seeds, and the launcher submits its jobs.

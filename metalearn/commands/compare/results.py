@@ -100,7 +100,7 @@ class Difference:
 
     @property
     def is_significant(self) -> bool:
-        """Whether the 95% interval excludes zero."""
+        """True if the 95% interval excludes zero."""
         return abs(self.accuracy.mean) > self.accuracy.ci95
 
 
@@ -110,7 +110,7 @@ class Results:
 
     Args:
         memory_kind: ``cuda`` or ``cpu-tensors``.
-        target_accuracy: validation accuracy for ``time_to``; ``None`` while no run is finished.
+        target_accuracy: validation accuracy for ``TimeToAccuracy``; ``None`` while no run is finished.
         differences: first variant minus each other one.
         cost: of one meta-gradient against K: first order, and second order by every engine, all tasks at once.
         cost_limit_mib: at which a measurement of memory was stopped.
@@ -137,5 +137,5 @@ class Results:
 
     @property
     def complete(self) -> bool:
-        """Whether every run of every variant is finished."""
+        """True if every run of every variant is finished."""
         return all(run.state == "finished" for variant in self.variants for run in variant.runs)

@@ -1,4 +1,4 @@
-"""Run a comparison, or what is missing of it: train, measure costs, and report everything."""
+"""Run or resume a comparison: train what is not finished, measure costs, and report everything."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 def run_comparison(config: CompareConfig, folder: Path) -> bool:
-    """Train what is left to train, measure, and report; return whether every run is finished.
+    """Train the unfinished runs, measure costs, and report; return whether every run is finished.
 
     Raises:
         RunError: if the folder holds another comparison or another configuration's run, or another process is at work.
@@ -66,7 +66,7 @@ def run_comparison(config: CompareConfig, folder: Path) -> bool:
             raise ConfigError(f"compare.variants, {' '.join(variant.overrides)!r}: {error}") from error
     every = jobs(variants, config.compare.seeds, folder)
     with folder_lock(folder, wait=False), sigterm_as_exception(*SIGHUP):
-        claim_folder(config, every, folder)
+        open_comparison(config, every, folder)
         print_path("Comparison folder", folder)
         try:
             reasons = train_missing(every, config.compare.jobs, folder)
@@ -84,8 +84,8 @@ def _is_finished(job: Job) -> bool:
     return (job.folder / "metrics.json").exists()
 
 
-def claim_folder(config: CompareConfig, every: Sequence[Job], folder: Path) -> None:
-    """Make a locked folder this comparison's, or check that it is.
+def open_comparison(config: CompareConfig, every: Sequence[Job], folder: Path) -> None:
+    """Record the configuration in a locked folder, after checking that the folder is new or this comparison's.
 
     Later commands may ask for more seeds, other variants or another target; finished runs stay.
 
@@ -135,7 +135,7 @@ def train_missing(every: Sequence[Job], at_a_time: int | None, folder: Path) -> 
 
 
 def mark_incomplete(folder: Path) -> None:
-    """Mark the results of an earlier command, which stay, as those of a part of the comparison."""
+    """Mark the results of an earlier command, which stay in place, as incomplete."""
     path = folder / RESULTS_FILE
     if path.exists():
         content = json.loads(path.read_text())
@@ -150,7 +150,7 @@ def collect(
     reasons: Mapping[Path, str],
     folder: Path,
 ) -> Results:
-    """Return all results, with the cost of one meta-gradient, which is measured now unless it was before."""
+    """Return all results, with the cost of a meta-gradient; that is measured only once in a folder."""
     found, target = collect_results(variants, every, reasons, config.compare.target_accuracy)
     with progress_bar() as progress:
         costs = measure_engine_costs(shared, config.compare, folder, progress)

@@ -43,7 +43,7 @@ def _describe_difference(each: Difference) -> str:
 
 
 def describe_interval(seeds: int) -> str:
-    """Return what an interval over so many seeds covers."""
+    """Return a phrase on the variation that an interval over this many seeds covers."""
     return f"over {seeds} seeds and their tasks" if seeds > 1 else "over the test tasks only, as there is one seed"
 
 

@@ -1,4 +1,4 @@
-"""Reproduce a row of the table, or what is missing of it: train within a time limit, and gather the results."""
+"""Reproduce a row of the table: train its unfinished runs within a time limit, and gather the results."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TimeLimitReached(BaseException):
 
 
 def run_reproduction(config: ReproduceConfig, folder: Path) -> int:
-    """Train what is left to train, within the time limit, gather finished orders, and return the exit code.
+    """Train the unfinished runs within the time limit, gather finished orders, and return the exit code.
 
     Raises:
         RunError: if a run's folder holds another configuration's, another process is at work on the row, or the row

@@ -131,7 +131,7 @@ class ModelCase:
     name: str
     module: Callable[[], nn.Module]
     task_chunk: int | None = None
-    snapshot_every: int = 1
+    checkpoint_every: int = 1
     is_stochastic: bool = False
     stops_gradient: bool = False
     example_shape: tuple[int, ...] = (1, 28, 28)
@@ -143,11 +143,11 @@ MODEL_CASES = (
     ModelCase("mlp", lambda: MLP(28 * 28, _WAYS, hidden=(16, 8))),
     ModelCase("attention", lambda: PatchTransformer(_WAYS, patch=14, width=8, heads=2)),
     ModelCase("residual", lambda: ResidualNet(_WAYS, width=4)),
-    ModelCase("in parts", lambda: Conv4(_WAYS, width=4), task_chunk=2, snapshot_every=2),
-    ModelCase("dropout", _dropout, snapshot_every=2, is_stochastic=True),
+    ModelCase("in parts", lambda: Conv4(_WAYS, width=4), task_chunk=2, checkpoint_every=2),
+    ModelCase("dropout", _dropout, checkpoint_every=2, is_stochastic=True),
     ModelCase("no_grad", _StopGradient, stops_gradient=True),
 )
-"""``in parts`` is conv4 in chunks of two tasks with snapshots at every other step."""
+"""``in parts`` is conv4 in chunks of two tasks with checkpoints at every other step."""
 
 
 def own_cases(config: VerifyConfig) -> list[ModelCase]:
@@ -199,8 +199,8 @@ class Case:
 
     def inner(self, engine: str) -> InnerLoop:
         """Return the inner loop for testing an engine."""
-        chunk, every = self.model.task_chunk, self.model.snapshot_every
-        return replace(self.reference_inner, engine=engine, task_chunk=chunk, snapshot_every=every)
+        chunk, every = self.model.task_chunk, self.model.checkpoint_every
+        return replace(self.reference_inner, engine=engine, task_chunk=chunk, checkpoint_every=every)
 
     @property
     def reference_inner(self) -> InnerLoop:

@@ -28,7 +28,7 @@ _TRUTH = "truth"
 _LEGEND = (
     "unroll, checkpoint, adjoint: the engine against unroll on all tasks at once. Other columns: the worst engine "
     "against that reference. truth: in first order the query gradient at the adapted weights; in second order central "
-    "differences of the loss, always in float64. in parts: conv4 in chunks of two tasks with every other snapshot; "
+    "differences of the loss, always in float64. in parts: conv4 in chunks of two tasks with every other checkpoint; "
     "dropout draws masks; no_grad stops a gradient midway. -: not compared, as the reference is the same computation "
     "or draws other random numbers."
 )

@@ -1,1 +1,4 @@
-"""Other ways to the meta-gradient, to be compared with: other libraries, which the core does not need, and by hand."""
+"""Baselines: the meta-gradient by other libraries (``PEERS``), which the core does not need, or by a hand-written loop.
+
+A *backend* is a library that computes the meta-gradients of a whole training.
+"""

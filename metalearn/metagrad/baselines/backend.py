@@ -17,7 +17,7 @@ from metalearn.inner import InnerLoop
 from metalearn.metagrad.baselines.common import (
     NOT_INSTALLED,
     PEERS,
-    Peer,
+    Baseline,
     check_supported,
     copy_params_,
     installed_peers,
@@ -32,14 +32,14 @@ BACKENDS = tuple(PEERS.values())
 class BaselineGradient:
     """A meta-gradient by another library, at any theta. Made by ``backend``."""
 
-    peer: Peer
+    baseline: Baseline
     module: nn.Module  # a private copy, into which theta is copied
     loss: Loss
     name: str
 
     def check_supported(self, inner: InnerLoop) -> None:
         """Raise ``UnsupportedSettingError`` if the library does not compute a setting of ``inner``."""
-        check_supported(self.name, inner, sys.modules[self.peer.__module__].SUPPORTED)
+        check_supported(self.name, inner, sys.modules[self.baseline.__module__].SUPPORTED)
 
     def __call__(self, params: Params, episodes: Episodes, inner: InnerLoop) -> MetaGradient:
         """Compute ``metalearn.meta_gradient`` at ``params``, which are not changed and need not require gradients.
@@ -52,7 +52,7 @@ class BaselineGradient:
         own = trainable(self.module)
         theta = {name: own.get(name, p) for name, p in params.items()}
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-            return self.peer(self.module, episodes, inner, loss=self.loss, params=theta)
+            return self.baseline(self.module, episodes, inner, loss=self.loss, params=theta)
 
 
 def backend(name: str, module: nn.Module, *, loss: Loss = cross_entropy) -> BaselineGradient:

@@ -26,7 +26,7 @@ SUPPORTED: SupportedSettings = {}
 def meta_gradient(
     module: nn.Module, episodes: Episodes, inner: InnerLoop, *, loss: Loss = cross_entropy, params: Params | None = None
 ) -> MetaGradient:
-    """Compute ``metalearn.meta_gradient`` with plain steps, as described by ``common.Peer``.
+    """Compute ``metalearn.meta_gradient`` with plain steps, as described by ``common.Baseline``.
 
     Reference: Finn et al. 2017, arXiv 1703.03400, algorithm 2.
     """

@@ -21,7 +21,7 @@ from metalearn.core.types import Episodes, Loss, MetaGradient, Params
 from metalearn.inner import SGD, InnerLoop, Momentum, check_params_match_config, without_state
 
 
-class Peer(Protocol):
+class Baseline(Protocol):
     """Computes ``metalearn.meta_gradient`` by another library, or by hand."""
 
     def __call__(
@@ -48,9 +48,9 @@ PEERS = {"learn2learn": "learn2learn", "higher": "higher", "TorchOpt": "torchopt
 NOT_INSTALLED = "not installed"
 
 
-def installed_peers(modules: Mapping[str, str] = PEERS) -> tuple[dict[str, Peer], dict[str, str]]:
+def installed_peers(modules: Mapping[str, str] = PEERS) -> tuple[dict[str, Baseline], dict[str, str]]:
     """Import the libraries; return those that work, and for the others ``NOT_INSTALLED`` or the error."""
-    peers: dict[str, Peer] = {}
+    peers: dict[str, Baseline] = {}
     missing: dict[str, str] = {}
     for name, module in modules.items():
         try:
@@ -66,7 +66,7 @@ SupportedSettings = Mapping[str, Sequence[object] | None]
 """Settings of ``InnerLoop`` that a library computes, and which values: ``None`` for all, of rules the classes."""
 
 _ALWAYS_SUPPORTED = frozenset({"lr", "steps", "second_order"})
-_IGNORED = frozenset({"engine", "task_chunk", "snapshot_every"})  # change how it is computed, and not what
+_IGNORED = frozenset({"engine", "task_chunk", "checkpoint_every"})  # change how it is computed, and not what
 
 
 class UnsupportedSettingError(ConfigError, ValueError):
@@ -164,7 +164,7 @@ def _check_params_match_module(own: Params, params: Params) -> None:
 
 
 class TaskResult(NamedTuple):
-    """What one task adds to the mean: its query loss and prediction with a graph, and detached support losses.
+    """Contribution of one task to the mean: its query loss and prediction with a graph, and detached support losses.
 
     ``at`` has the tensors whose gradients are theta's, by theta's names.
     """

@@ -27,7 +27,7 @@ SUPPORTED: SupportedSettings = {"rule": (SGD, Momentum, Adam), "weight_decay": N
 def meta_gradient(
     module: nn.Module, episodes: Episodes, inner: InnerLoop, *, loss: Loss = cross_entropy, params: Params | None = None
 ) -> MetaGradient:
-    """Compute ``metalearn.meta_gradient`` with SGD, ``Momentum`` or ``Adam``, as described by ``common.Peer``.
+    """Compute ``metalearn.meta_gradient`` with SGD, ``Momentum`` or ``Adam``, as described by ``common.Baseline``.
 
     Reference: Grefenstette et al. 2019, arXiv 1910.01727; its ``examples/maml-omniglot.py``, and for the first order
     https://github.com/facebookresearch/higher/issues/63.

@@ -26,7 +26,7 @@ SUPPORTED: SupportedSettings = {"learned_lr": ("parameter",), "adapted_params": 
 def meta_gradient(
     module: nn.Module, episodes: Episodes, inner: InnerLoop, *, loss: Loss = cross_entropy, params: Params | None = None
 ) -> MetaGradient:
-    """Compute ``metalearn.meta_gradient`` with plain steps, as described by ``common.Peer``.
+    """Compute ``metalearn.meta_gradient`` with plain steps, as described by ``common.Baseline``.
 
     Step sizes may be learned for every entry (Meta-SGD), and ``inner.adapted_params`` may name whole submodules: then
     these alone are wrapped, as in its ANIL example. The body is recomputed in every step, separately for support and

@@ -28,7 +28,7 @@ SUPPORTED: SupportedSettings = {"rule": (SGD, Momentum, Adam), "weight_decay": N
 def meta_gradient(
     module: nn.Module, episodes: Episodes, inner: InnerLoop, *, loss: Loss = cross_entropy, params: Params | None = None
 ) -> MetaGradient:
-    """Compute ``metalearn.meta_gradient`` with SGD, ``Momentum`` or ``Adam``, as described by ``common.Peer``.
+    """Compute ``metalearn.meta_gradient`` with SGD, ``Momentum`` or ``Adam``, as described by ``common.Baseline``.
 
     TorchOpt's ``MetaSGD`` gives the same numbers, but does not support frozen parameters, and writes to the module
     temporarily. Through its Adam the second order is NaN as soon as one entry of a support gradient is exactly 0 (a

@@ -223,7 +223,7 @@ def _mean(images: Tensor) -> Tensor:
 
 
 def _mean_and_variance(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute mean and variance per channel in double precision, from those of parts of the rows:
+    """Compute mean and variance per channel in double precision, from those of parts of the rows.
 
     mean = <mean_p>,    var = <var_p> + <(mean_p - mean)^2>,    <.> over parts
     """

@@ -24,7 +24,7 @@ from torch import Tensor
 from metalearn.core.functional import global_norm, relative_error
 from metalearn.core.types import Episodes, MetaGradient, Params
 from metalearn.inner.diagnostics import defer_loss_checks
-from metalearn.metagrad.trajectory import Snapshot
+from metalearn.metagrad.trajectory import StepCheckpoint
 
 log = logging.getLogger(__name__)
 
@@ -101,14 +101,14 @@ class CUDAGraphMetaGradient:
 
     def _verified(self, params: Params, episodes: Episodes) -> MetaGradient:
         """Compute eagerly and compare with the graph, capturing it first if needed."""
-        snapshot = Snapshot.of(0, params)
+        checkpoint = StepCheckpoint.of(0, params)
         expected = self._eager(params, episodes)
         if not 0 < global_norm(expected.grads).item() < math.inf:  # nothing to compare with; try at the next call
             return expected
         try:
-            with snapshot.replay_rng():
+            with checkpoint.replay_rng():
                 self._graph = self._graph or self._capture(params, episodes)
-            with snapshot.replay_rng():
+            with checkpoint.replay_rng():
                 problem = _difference(self._graph(params, episodes), expected)
         except Exception as raised:  # whatever it is, the eager result is correct
             problem = _reason(raised)

@@ -32,8 +32,8 @@ class LostRankError(RunError):
         reason = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
         super().__init__(
             f"process {ranks.rank} of {ranks.size}: another process of this run has ended or cannot be reached "
-            f"({reason}). Look for its own message above; then go on in the run's folder with run.resume=true, with as "
-            "many processes as you like."
+            f"({reason}). Look for its own message above; then resume the run in its folder with run.resume=true, with "
+            "as many processes as you like."
         )
 
 
@@ -46,7 +46,7 @@ class DistributedContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that logs and saves."""
+        """True in the process that logs and saves."""
         return self.rank == 0
 
     def shard(self, count: int) -> range:

@@ -80,8 +80,8 @@ def check_tf32_available(precision: str, device: torch.device) -> None:
         if torch.cuda.get_device_capability(device) >= _FIRST_WITH_TF32:
             return
         name = torch.cuda.get_device_name(device)
-    if fault := tf32_error(precision, name):
-        raise ConfigError(fault)
+    if error := tf32_error(precision, name):
+        raise ConfigError(error)
 
 
 @dataclass(frozen=True)

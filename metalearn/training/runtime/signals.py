@@ -45,7 +45,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether the process was asked to stop."""
+        """True if the process was asked to stop."""
         return self.signal is not None
 
     def raise_if_requested(self) -> None:

@@ -21,7 +21,7 @@ from metalearn.core.types import Episodes, Forward, Loss, Params
 from metalearn.derivatives import top_eigenvalues
 from metalearn.inner import InnerLoop, meta_params_at_step, total_support_loss, without_state
 from metalearn.metagrad.adjoint import adjoint
-from metalearn.metagrad.trajectory import Snapshot
+from metalearn.metagrad.trajectory import StepCheckpoint
 from metalearn.training.experiment import Experiment
 from metalearn.training.state import TrainState
 
@@ -94,10 +94,10 @@ def support_eigenvalue(
     """
     x, y = episodes.support_x[:1], episodes.support_y[:1]
     theta = {name: p.detach() for name, p in params.items()}
-    snapshot = Snapshot.of(0, theta)
+    checkpoint = StepCheckpoint.of(0, theta)
 
     def f(theta: Params) -> Tensor:
-        with snapshot.replay_rng():  # one dropout mask, so that there is one Hessian
+        with checkpoint.replay_rng():  # one dropout mask, so that there is one Hessian
             return total_support_loss(forward, expand_over_tasks(theta, tasks=1), x, y, loss=loss)
 
     tag = "grad/support_top_eigenvalue"

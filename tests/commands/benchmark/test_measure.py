@@ -26,14 +26,14 @@ from metalearn.core.profiling.flops import StepFlops, count_flops, meta_gradient
 from metalearn.core.profiling.timing import quartiles, ratios, seconds, time_interleaved
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.baselines import by_hand
-from metalearn.metagrad.baselines.common import Peer, installed_peers
+from metalearn.metagrad.baselines.common import Baseline, installed_peers
 from metalearn.models import MLP, Conv4
 from tests.commands.benchmark.factories import CPU, tiny_batches, tiny_step
 from tests.factories import image_episodes
 from tests.metagrad.models import MODELS
 
 INNER = InnerLoop(lr=0.1, steps=2)
-HAND: dict[str, Peer] = {BY_HAND: by_hand.meta_gradient}
+HAND: dict[str, Baseline] = {BY_HAND: by_hand.meta_gradient}
 
 
 def test_methods_are_engines_and_peers_in_both_orders() -> None:

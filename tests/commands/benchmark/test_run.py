@@ -25,7 +25,7 @@ from metalearn.config.commands_schema import BENCH_SETTINGS, BenchmarkConfig
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.data.splits import ImageSplits
 from metalearn.metagrad import ENGINES
-from metalearn.metagrad.baselines.common import PEERS, Peer, installed_peers
+from metalearn.metagrad.baselines.common import PEERS, Baseline, installed_peers
 from metalearn.metagrad.unroll import unroll
 from metalearn.models import Conv4
 from tests.commands.benchmark.factories import CPU, TINY, config
@@ -130,8 +130,8 @@ def test_baseline_is_hand_written_loop_when_no_library_is_installed(
 
 
 def test_baseline_is_learn2learn_when_installed() -> None:
-    both: dict[str, Peer] = dict.fromkeys((BY_HAND, LEARN2LEARN), lambda *_, **__: NotImplemented)
-    assert methods.baseline(both) == LEARN2LEARN
+    both: dict[str, Baseline] = dict.fromkeys((BY_HAND, LEARN2LEARN), lambda *_, **__: NotImplemented)
+    assert methods.speed_reference(both) == LEARN2LEARN
 
 
 def test_case_raises_when_data_has_too_few_classes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +143,7 @@ def test_case_raises_when_data_has_too_few_classes(monkeypatch: pytest.MonkeyPat
 
 def test_engine_variants_include_first_order_and_chunks() -> None:
     found = engines.variants(TINY_ENGINES, 4)
-    names = [EngineCost(v.engine, v.second_order, v.task_chunk, v.snapshot_every, 4, 0.0).name for v in found]
+    names = [EngineCost(v.engine, v.second_order, v.task_chunk, v.checkpoint_every, 4, 0.0).name for v in found]
     assert names[:4] == ["first order", "unroll", "checkpoint", "adjoint"]
     assert {f"{n}, 1 task at a time" for n in names[:4]} < set(names)
     assert {"checkpoint, 4 tasks at a time", "adjoint, 4 tasks at a time"} < set(names)

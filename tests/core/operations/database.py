@@ -23,8 +23,8 @@ from metalearn.core.errors import NonFiniteError
 from metalearn.derivatives import HVP_MODES, hvp
 from metalearn.metagrad import ENGINES
 
-REFUSED = Path(__file__).with_name("refused.json")
-REFUSALS = (NotImplementedError, ValueError, NonFiniteError)
+UNSUPPORTED = Path(__file__).with_name("unsupported.json")
+UNSUPPORTED_ERRORS = (NotImplementedError, ValueError, NonFiniteError)
 _DTYPE = torch.float64
 _RANDOM = ("dropout", "rrelu", "bernoulli", "normal", "rand", "multinomial", "fractional", "empty", "lowrank", "nested")
 _DROPS = ("nn.functional.multi_head_attention_forward", "nn.functional.scaled_dot_product_attention")
@@ -155,7 +155,7 @@ def error(got: Params, want: Params) -> float:
 
 
 def hvp_verdict(name: str, mode: str) -> str:
-    """Return ``right``, ``refused`` or the error of one mode over all samples of an operation.
+    """Return ``right``, ``unsupported`` or the error of one mode over all samples of an operation.
 
     The reference is differences of the gradient, as torch's own double backward is wrong in places.
     """
@@ -167,8 +167,8 @@ def hvp_verdict(name: str, mode: str) -> str:
             continue
         try:
             got = hvp(case.function, case.point, v, mode=mode)
-        except REFUSALS:
-            verdict = "refused"
+        except UNSUPPORTED_ERRORS:
+            verdict = "unsupported"
             continue
         if any(name in names for names in _CONVENTIONS.values()):
             wrong, allowed = error(got, want), _ALLOWED
@@ -201,8 +201,8 @@ def engine_verdict(name: str, engine: str, *, second_order: bool = True) -> str:
 
         try:
             got = result(case.point).grads
-        except REFUSALS:
-            verdict = "refused"
+        except UNSUPPORTED_ERRORS:
+            verdict = "unsupported"
             continue
         if error(got, want) > _ALLOWED and not (second_order and _agrees_with_differences(result, case, got)):
             return f"wrong by {error(got, want):.1e}"
@@ -257,14 +257,14 @@ COLUMNS: dict[str, Callable[[str], str]] = {
 
 def main() -> None:
     chosen = sys.argv[1:] or list(operations())
-    refused: dict[str, list[str]] = {column: [] for column in COLUMNS}
+    unsupported: dict[str, list[str]] = {column: [] for column in COLUMNS}
     for name in chosen:
         for column, verdict in COLUMNS.items():
-            if (outcome := verdict(name)) == "refused":
-                refused[column].append(name)
+            if (outcome := verdict(name)) == "unsupported":
+                unsupported[column].append(name)
             elif outcome != "right":
                 print(f"WRONG  {column}: {name}: {outcome}", flush=True)
-    print(json.dumps({"torch": torch.__version__, "operations": len(chosen), "refused": refused}, indent=1))
+    print(json.dumps({"torch": torch.__version__, "operations": len(chosen), "unsupported": unsupported}, indent=1))
 
 
 if __name__ == "__main__":

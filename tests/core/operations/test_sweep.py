@@ -1,6 +1,6 @@
 """Every operation of torch's database is right or unsupported in every mode and engine, as the table says.
 
-The table, ``refused.json``, is edited by hand from the output of ``python -m tests.core.operations.database``.
+The table, ``unsupported.json``, is edited by hand from the output of ``python -m tests.core.operations.database``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from tests.core.operations import database
 from tests.core.operations.database import COLUMNS
 from tests.core.operations.database import operations as every_operation
 
-TABLE = json.loads(database.REFUSED.read_text())
-REFUSED: dict[str, list[str]] = TABLE["refused"]
+TABLE = json.loads(database.UNSUPPORTED.read_text())
+UNSUPPORTED: dict[str, list[str]] = TABLE["unsupported"]
 _EVERY = 10
 _ALWAYS = {
     *(
@@ -44,8 +44,8 @@ SAMPLE = sorted({*NAMES[::_EVERY], *(_ALWAYS & set(NAMES))})
 def test_operation_is_right_or_unsupported(name: str) -> None:
     for column, verdict in COLUMNS.items():
         outcome = verdict(name)
-        assert outcome in ("right", "refused"), f"{column}: {name} is {outcome}"
-        assert outcome == "right" or name in REFUSED[column], f"{column} refuses {name}, which the table does not say"
+        assert outcome in ("right", "unsupported"), f"{column}: {name} is {outcome}"
+        assert outcome == "right" or name in UNSUPPORTED[column], f"{column}: {name} is not in the table"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -54,8 +54,8 @@ def test_table_lists_only_unsupported_operations(column: str) -> None:
     """Check that operations which are right now have left the table."""
     if not torch.__version__.startswith(TABLE["torch"].rpartition(".")[0]):
         pytest.skip(f"the table is of torch {TABLE['torch']}")
-    stale = [name for name in REFUSED[column] if name in SAMPLE and COLUMNS[column](name) != "refused"]
-    assert not stale, f"{column}: take {stale} out of {database.REFUSED.name}"
+    stale = [name for name in UNSUPPORTED[column] if name in SAMPLE and COLUMNS[column](name) != "unsupported"]
+    assert not stale, f"{column}: take {stale} out of {database.UNSUPPORTED.name}"
 
 
 def test_database_is_complete() -> None:

@@ -10,19 +10,19 @@ import sys
 import pytest
 from torch import nn
 
-from metalearn.metagrad.baselines.common import Peer
+from metalearn.metagrad.baselines.common import Baseline
 from metalearn.models import MLP
 
 LIBRARIES = ("learn2learn", "higher", "torchopt")
 
 
-def load_library(name: str) -> Peer:
+def load_library(name: str) -> Baseline:
     """Import the ``meta_gradient`` of a library, or by hand; skip if the library is missing, and fail on CI."""
     if name in LIBRARIES and importlib.util.find_spec(name) is None:
         if os.environ.get("CI") and sys.version_info >= (3, 11):
             pytest.fail(f"{name} is not installed on CI, so nothing is compared with it")
         pytest.skip(f"{name} is not installed: pip install -r requirements-peers.txt")
-    found: Peer = importlib.import_module(f"metalearn.metagrad.baselines.{name}").meta_gradient
+    found: Baseline = importlib.import_module(f"metalearn.metagrad.baselines.{name}").meta_gradient
     return found
 
 

@@ -12,7 +12,7 @@ from metalearn import InnerLoop, functionalize, meta_gradient
 from metalearn.core.functional import relative_error
 from metalearn.inner import with_learned_lrs
 from metalearn.metagrad import ENGINES
-from metalearn.metagrad.baselines.common import Peer, UnsupportedSettingError
+from metalearn.metagrad.baselines.common import Baseline, UnsupportedSettingError
 from tests.factories import image_episodes
 from tests.metagrad.baselines.libraries import LIBRARIES, load_library
 from tests.metagrad.models import MODELS
@@ -22,7 +22,7 @@ HEADS = {"conv4": frozenset({"head.weight", "head.bias"}), "mlp": frozenset({"la
 
 
 @pytest.fixture
-def learn2learn() -> Peer:
+def learn2learn() -> Baseline:
     return load_library("learn2learn")
 
 
@@ -89,7 +89,7 @@ def test_module_is_not_changed(name: str, second_order: bool) -> None:
 @pytest.mark.parametrize("second_order", [True, False])
 @pytest.mark.parametrize("model", HEADS)
 def test_meta_sgd_and_anil_equal_learn2learn(
-    model: str, second_order: bool, head_alone: bool, learned_lr: str | None, learn2learn: Peer
+    model: str, second_order: bool, head_alone: bool, learned_lr: str | None, learn2learn: Baseline
 ) -> None:
     module, episodes = MODELS[model]().double(), image_episodes()
     forward, theta = functionalize(module)
@@ -99,7 +99,7 @@ def test_meta_sgd_and_anil_equal_learn2learn(
     assert_equal(learn2learn(module, episodes, inner, params=theta), meta_gradient(forward, theta, episodes, inner))
 
 
-def test_learn2learn_raises_for_parts_of_submodules_and_shared_parameters(learn2learn: Peer) -> None:
+def test_learn2learn_raises_for_parts_of_submodules_and_shared_parameters(learn2learn: Baseline) -> None:
     module, episodes = MODELS["mlp"]().double(), image_episodes()
     with pytest.raises(UnsupportedSettingError, match=r"whole submodules, and layers\.7\.weight is part of one"):
         learn2learn(module, episodes, InnerLoop(0.1, 2, adapted_params=frozenset({"layers.7.weight"})))

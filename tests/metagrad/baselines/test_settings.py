@@ -138,7 +138,7 @@ def test_error_lists_supported_settings() -> None:
 def test_every_unsupported_setting_raises() -> None:
     """A future setting of InnerLoop raises until a library supports it."""
     supported = {"rule": (SGD,)}
-    ignored = {"second_order": False, "engine": "adjoint", "task_chunk": 2, "snapshot_every": 2}
+    ignored = {"second_order": False, "engine": "adjoint", "task_chunk": 2, "checkpoint_every": 2}
     check_supported("theirs", InnerLoop(0.3, 5, **ignored), supported)  # type: ignore[arg-type]
     unsupported = {
         "rule": Adam(),

@@ -122,7 +122,7 @@ def gradient_of_the_first_step(run_dir: Path) -> dict[int, Tensor]:
 
 
 def test_two_processes_compute_the_gradient_of_one(tmp_path: Path) -> None:
-    """By two processes of three tasks, so that the shards are uneven, and clipped by the norm of the whole."""
+    """Compare on three tasks, so that the shards are uneven, with clipping by the norm of the mean gradient."""
     one_step = ["outer.iterations=1", "eval.every=1", "outer.clip_norm=0.01"]
     theirs, ours = (gradient_of_the_first_step(train_together(n, tmp_path / str(n), *one_step)) for n in (1, 2))
     for i, gradient in theirs.items():

@@ -178,7 +178,7 @@ def test_overflow_names_the_precision() -> None:
 @pytest.mark.parametrize("chunk", [None, 1])
 def test_check_precision_repeats_draws(chunk: int | None, engine: str) -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 3))
-    report = check(module, InnerLoop(lr=0.1, steps=2, engine=engine, task_chunk=chunk, snapshot_every=2))
+    report = check(module, InnerLoop(lr=0.1, steps=2, engine=engine, task_chunk=chunk, checkpoint_every=2))
     assert report.rounding_error < 0.1, "another mask would move the gradient by its own length"
 
 

@@ -117,7 +117,7 @@ def signal_itself_twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 
-    pytest.MonkeyPatch().setattr(loop, "compute_update", slow)
+    pytest.MonkeyPatch().setattr(loop, "compute_meta_update", slow)
 
 
 def test_second_signal_ends_at_once(tmp_path: Path) -> None:

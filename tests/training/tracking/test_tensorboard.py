@@ -40,7 +40,7 @@ def accumulated(folder: Path) -> EventAccumulator:
 
 
 def multiplexed(folder: Path) -> EventMultiplexer:
-    """As ``tensorboard --load_fast=false`` reads a folder of runs."""
+    """Read a folder of runs as ``tensorboard --load_fast=false`` does."""
     return EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
 
 
@@ -50,7 +50,7 @@ def tensorboard_context(folder: Path) -> TBContext:
 
 
 def evaluation(*accuracies: float) -> Evaluation:
-    """Of two tasks 0.1 apart; the standard error is half of that."""
+    """Return an evaluation of two tasks with scores 0.1 apart; the standard error is half of that."""
     by_task = torch.tensor(accuracies).unsqueeze(1) + torch.tensor([-0.05, 0.05])
     return Evaluation(by_task, nontransductive_scores=torch.tensor([0.5, 0.5]))
 

@@ -1,0 +1,120 @@
+"""The results of rows: over seeds or tasks, and where they are written."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from metalearn.commands.reproduce import run
+from metalearn.commands.reproduce.run import FINISHED, run_reproduction
+from metalearn.commands.reproduce.table import BEGIN, END, between_markers, read_rows, readme_table
+from metalearn.core.errors import RunError
+from tests.commands.reproduce.factories import ACCURACIES, ROW, configuration, finish
+from tests.paths import REPO
+
+
+def test_results_are_over_seeds_and_recorded(recorded: Path) -> None:
+    config = configuration("orders=[second,first]", "update_reference=true")
+    finish(config, recorded / "rows")
+    assert run_reproduction(config, recorded / "rows") == FINISHED
+    second, first = read_rows(recorded / run.REFERENCE)
+    assert read_rows(recorded / "rows" / "omniglot.json") == [second, first]
+    assert (second["experiment"], second["algorithm"]) == (ROW, "maml")
+    assert [row["order"] for row in (second, first)] == ["second", "first"]
+    # Student's t for two degrees of freedom is 4.3027, and the standard error is that of three values.
+    half = 4.302653 * statistics.stdev(ACCURACIES) / 3**0.5
+    assert second["accuracy"] == {"mean": pytest.approx(0.983), "ci95": pytest.approx(half), "over": "seeds"}
+    assert second["nontransductive"]["mean"] == pytest.approx(0.943)
+    assert [(r["seed"], r["accuracy"], r["ci95"]) for r in second["runs"]] == [
+        (seed, accuracy, 0.001) for seed, accuracy in enumerate(ACCURACIES)
+    ]
+    assert (second["iterations"], second["tasks_per_step"], second["minutes"]) == (15_000, 8, 11)
+    assert second["machine"] == {"cpu": "a processor", "cores": "2"}
+    assert second["published"] == {"accuracy": 0.987, "source": "Finn et al. 2017"}
+    assert first["published"] == {"accuracy": 0.983, "source": "Nichol et al. 2018"}
+
+    readme = (recorded / "README.md").read_text()
+    assert readme.startswith(f"before\n{BEGIN}\n| task")
+    assert readme.endswith(f"|\n{END}\nafter\n")
+    assert "old" not in readme
+    lines = readme.splitlines()
+    line = (
+        f"| 5-way 1-shot, `{ROW}` | second | 98.30% ± {half:.2%} | 3 | 94.30% ± {half:.2%} | 98.7% (Finn et al. 2017) "
+        "| 15,000 of 8 tasks | 11 |"
+    )
+    missing = (
+        "| 20-way 1-shot, `omniglot_20way_1shot` | first | not measured | - | - | 89.4% (Nichol et al. 2018) "
+        "| 60,000 of 16 tasks | - |"
+    )
+    assert line in lines
+    assert missing in lines
+    assert readme.count("not measured") == 12  # of 4 settings in 3 rows, the measured ones are of other budgets
+    tasks = [line.partition(",")[0] for line in lines if "-way" in line]
+    assert tasks == sorted(tasks, key=lambda task: int(task[2:4].strip("-")) * 10 + int(task.split()[2][0]))
+
+
+def test_interval_is_over_tasks_when_one_seed(recorded: Path) -> None:
+    config = configuration("seeds=[0]", "update_reference=true")
+    finish(config, recorded / "rows")
+    run_reproduction(config, recorded / "rows")
+    (row,) = read_rows(recorded / run.REFERENCE)
+    assert row["accuracy"] == {"mean": 0.98, "ci95": 0.001, "over": "tasks"}
+    assert "| 98.00% ± 0.10% (over tasks) | 1 |" in (recorded / "README.md").read_text()
+
+
+def test_row_is_not_replaced_when_it_has_more_seeds(recorded: Path) -> None:
+    reference = recorded / run.REFERENCE
+    (recorded / "README.md").write_text("no markers\n")
+    two = configuration("seeds=[0,1]", "update_reference=true")
+    finish(two, recorded / "rows")
+    run_reproduction(two, recorded / "rows")
+    (row,) = read_rows(reference)
+    other = {**row, "experiment": "another", "mine": "untouched"}
+    reference.write_text(json.dumps({"rows": [other, row]}))
+    before = reference.read_text()
+    with pytest.raises(
+        RunError, match=rf"seeds=\[0\]: .*omniglot\.json holds {ROW}, second order, with more seeds, \[0, 1\]"
+    ):
+        run_reproduction(configuration("seeds=[0]", "update_reference=true"), recorded / "rows")
+    assert reference.read_text() == before
+    three = configuration("update_reference=true")
+    finish(three, recorded / "rows")
+    run_reproduction(three, recorded / "rows")
+    kept, row = read_rows(reference)
+    assert kept == other
+    assert row["seeds"] == [0, 1, 2]
+    assert (recorded / "README.md").read_text() == "no markers\n"
+
+
+def test_table_is_printed_when_readme_has_no_markers(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for readme in ("nothing", f"{END}\n{BEGIN}", f"{BEGIN}{BEGIN}{END}"):
+        (recorded / "README.md").write_text(readme)
+        run.write_readme([])
+        assert (recorded / "README.md").read_text() == readme
+        output = capsys.readouterr().out
+        assert "README.md has no place for the table" in output
+        assert readme_table([]) in output
+    (recorded / "README.md").unlink()
+    run.write_readme([])
+    assert not (recorded / "README.md").exists()
+    assert readme_table([]) in capsys.readouterr().out
+
+
+def test_readme_table_equals_committed_results() -> None:
+    readme = (REPO / run.README).read_text()
+    assert BEGIN in readme
+    assert between_markers(readme) == readme_table(read_rows(REPO / run.REFERENCE))
+
+
+def test_recorded_rows_follow_the_protocol() -> None:
+    if not (REPO / run.REFERENCE).exists():
+        pytest.skip("no row is recorded: python scripts/reproduce.py experiment_name=… update_reference=true")
+    for row in read_rows(REPO / run.REFERENCE):
+        assert row["dataset"] == "omniglot"
+        assert row["test_tasks"] >= 600
+        assert row["seeds"] == [each["seed"] for each in row["runs"]]
+        assert row["nontransductive"] is not None
+        assert all(each["chosen_at"] <= row["iterations"] for each in row["runs"])
