@@ -23,10 +23,11 @@ MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 RULES: dict[str, tuple[dict[str, Any], MakeOptimizer]] = {
     "sgd": ({}, lambda own: torch.optim.SGD(own, lr=0.2)),
     "momentum": ({"rule": Momentum(0.8)}, lambda own: torch.optim.SGD(own, lr=0.2, momentum=0.8)),
+    # The paper's, but for eps: a bias before BatchNorm has a gradient of rounding errors, which Adam divides by eps.
     "adam": (
-        {"rule": Adam((0.0, 0.999))},
-        lambda own: torch.optim.Adam(own, lr=0.2, betas=(0.0, 0.999)),
-    ),  # the paper's
+        {"rule": Adam((0.0, 0.999), eps=1e-5)},
+        lambda own: torch.optim.Adam(own, lr=0.2, betas=(0.0, 0.999), eps=1e-5),
+    ),
     "head alone": ({"adapted_params": HEAD}, lambda own: torch.optim.SGD(own, lr=0.2)),
 }
 
