@@ -75,7 +75,7 @@ def command(
                     raise ConfigError(_ONE_TRAINING)
                 if flags.help:
                     start = shlex.join(invocation(name))
-                    print(help_text(compose(name), kind, start, function.__doc__ or "", group_defaults(name)))
+                    print(help_text(compose(name), kind, start, function.__doc__ or "", group_defaults(name, kind)))
                     return
                 jobs = _checked(name, flags, kind, check, may_continue)
             except MetalearnError as error:

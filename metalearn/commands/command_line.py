@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 import metalearn
 from metalearn.commands.output_folders import register_resolvers
 from metalearn.commands.shell import invocation
-from metalearn.config.compose import compose
+from metalearn.config.compose import compose, search_folders
 from metalearn.config.messages import format_hydra_error
 from metalearn.core.errors import ConfigError
 
@@ -60,10 +60,11 @@ def requested_jobs(name: str, flags: argparse.Namespace) -> Iterator[tuple[list[
         ConfigError: for a flag or an override that cannot be composed.
     """
     register_resolvers()  # also for what Hydra itself prints
-    _check_flags(flags)
+    parsed = _parsed(flags.overrides)
+    _check_flags(name, flags, has_searchpath=any(one.key_or_group == "hydra.searchpath" for one in parsed))
     if flags.info or flags.shell_completion or flags.hydra_help:
         return
-    for overrides in sweep_jobs(flags.overrides) if flags.multirun else [flags.overrides]:
+    for overrides in sweep_jobs(_expand_globs(parsed, flags.config_dir)) if flags.multirun else [flags.overrides]:
         config = compose(name, overrides, flags.config_dir, return_hydra_config=True)
         try:
             folder = str(config.hydra.sweep.dir if flags.multirun else config.hydra.run.dir)
@@ -74,20 +75,18 @@ def requested_jobs(name: str, flags: argparse.Namespace) -> Iterator[tuple[list[
         yield overrides, config, folder
 
 
-def _check_flags(flags: argparse.Namespace) -> None:
+def _check_flags(name: str, flags: argparse.Namespace, *, has_searchpath: bool) -> None:
     """Check that no flag reads a pickle, or makes Hydra compose something else than is validated."""
-    errors = []
-    if (rerun := flags.experimental_rerun) is not None:
-        errors.append(f"--experimental-rerun={rerun}: a pickle runs any code when it is read; give KEY=VALUE instead")
-    errors += [
-        f"--{name.replace('_', '-')}={value}: the primary files are the shipped ones; put an experiment file into "
-        "DIR/experiment/ and give --config-dir DIR experiment=NAME"
-        for name in ("config_path", "config_name")
-        if (value := getattr(flags, name)) is not None
-    ]
-    if flags.config_dir is not None and any(one.key_or_group == "hydra.searchpath" for one in _parsed(flags.overrides)):
-        errors.append("hydra.searchpath and --config-dir: give one of them; hydra.searchpath takes several folders")
-    if errors:
+    primary = "the primary files are the shipped ones; put an experiment file into DIR/experiment/ and give "
+    primary += "--config-dir DIR experiment=NAME"
+    faults = (
+        ("--experimental-rerun", flags.experimental_rerun, "a pickle runs any code when it is read; give KEY=VALUE"),
+        ("--config-path", flags.config_path, primary),
+        ("--config-name", None if flags.config_name == name else flags.config_name, primary),
+        ("--cfg", flags.cfg if flags.multirun else None, "one configuration can be printed; leave --multirun out"),
+        ("--config-dir", flags.config_dir if has_searchpath else None, "give it or hydra.searchpath=[DIR,...]"),
+    )
+    if errors := [f"{flag}={value}: {reason}" for flag, value, reason in faults if value is not None]:
         raise ConfigError("\n".join(errors))
 
 
@@ -96,6 +95,19 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
         return OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise ConfigError(format_hydra_error(error, overrides)) from error
+
+
+def _expand_globs(parsed: Sequence[Override], config_dir: str | None) -> list[str]:
+    """Return the overrides with every ``glob`` over the options of a group replaced by their list."""
+    places, lines = search_folders([str(one.input_line) for one in parsed], config_dir), []
+    for one in parsed:
+        value, group = one.value(), one.key_or_group
+        options = sorted({file.stem for place in places for file in (place / group).glob("*.yaml")})
+        found: list[str] = value.filter(options) if isinstance(value, Glob) else []
+        if isinstance(value, Glob) and not found:
+            raise ConfigError(f"{one.input_line}: no option of {group} fits; there are {', '.join(options) or 'none'}")
+        lines.append(f"{one.get_key_element()}={','.join(found)}" if found else str(one.input_line))
+    return lines
 
 
 def recompose_with(name: str, more: Sequence[str]) -> DictConfig:

@@ -1,7 +1,7 @@
 """The eight commands, each a function of its configuration and an output folder; ``metalearn COMMAND`` chooses one.
 
 ``metalearn train`` and ``python scripts/train.py`` are the same function. A new command is a function and a line of
-``COMMANDS`` here, a schema in ``config/commands_schema.py`` with a line of ``SCHEMAS`` in ``config/compose.py``, and
+``COMMANDS`` here, a schema in ``config/commands_schema.py``, and
 defaults in ``conf/``. What needs torch is imported inside of the functions, so that a wrong key is reported at once.
 """
 
@@ -18,7 +18,7 @@ from metalearn.commands.adapt.checks import check_adapt
 from metalearn.commands.benchmark.settings import check_benchmark
 from metalearn.commands.cli import command
 from metalearn.commands.compare.variants import check_compare
-from metalearn.commands.output_folders import check_run_dir
+from metalearn.commands.output_folders import run_dir_errors
 from metalearn.commands.reproduce.plan import check_reproduce
 from metalearn.commands.shell import exit_when_stdout_closes
 from metalearn.commands.verify.checks import check_verify
@@ -32,7 +32,6 @@ from metalearn.config.commands_schema import (
     VerifyConfig,
 )
 from metalearn.config.run_config import (
-    load_run_config,
     load_trusted_config,
     relocate_data,
     resolve_data,
@@ -40,6 +39,7 @@ from metalearn.config.run_config import (
 )
 from metalearn.config.schema import TrainConfig
 from metalearn.config.validation import validate_train_config
+from metalearn.core.errors import ConfigError
 
 
 def train_worker(config: TrainConfig) -> None:
@@ -69,7 +69,8 @@ def train(config: TrainConfig, run_dir: Path) -> None:
 
 def check_evaluate(config: EvaluateConfig) -> None:
     """Check that ``run.dir`` is the folder of a run, and that code that it names is trusted."""
-    check_run_dir(config.run.dir)
+    if errors := run_dir_errors(config.run.dir):
+        raise ConfigError("\n".join(errors))
     load_trusted_config(config.run.dir, trust_code=config.run.trust_code)
 
 
@@ -77,7 +78,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
 def evaluate(config: EvaluateConfig, output_dir: Path) -> None:
     """Test the best checkpoint of a run again, on the tasks of test classes that the run itself was tested on."""
     run_dir = Path(config.run.dir)
-    trained = load_run_config(run_dir / "config.yaml")
+    trained = load_trusted_config(run_dir, trust_code=config.run.trust_code)
     wanted = dataclasses.replace(
         trained,
         data=relocate_data(trained.data, config.data.root),

@@ -141,10 +141,12 @@ def _label(option: Any) -> str:
 
 def _task_name(root: Any) -> str:
     data, task = root.data, root.task
-    name = resolve_dataset(_label(data), data.get("root"), data.get("fallback"))
-    return (
-        f"{name}-{task.shots}s" if name == "sinusoid" or data.get("regression") else f"{name}-{task.ways}w{task.shots}s"
-    )
+    if data.name == "custom":
+        name, is_regression = _label(data), data.regression
+    else:
+        name = resolve_dataset(data.name, data.get("root"), data.get("fallback"))
+        is_regression = name == "sinusoid"
+    return f"{name}-{task.shots}s" if is_regression else f"{name}-{task.ways}w{task.shots}s"
 
 
 def _comparison_name(*, _root_: Any) -> str:
@@ -153,13 +155,10 @@ def _comparison_name(*, _root_: Any) -> str:
     return f"{tasks}/{comparison_dir_name(Path('outputs/comparisons') / tasks, sections, timestamp())}"
 
 
-def check_run_dir(folder: str) -> None:
-    """Check that ``run.dir`` is the folder of a run.
-
-    Raises:
-        ConfigError: saying what else it is.
-    """
-    if not (Path(folder) / "config.yaml").is_file():
-        is_comparison = (Path(folder) / COMPARISON_FILE).is_file()
-        what = "a comparison's folder; name one of the runs in it" if is_comparison else "not a run's folder"
-        raise ConfigError(f"run.dir={folder}: {what}, as it holds no config.yaml")
+def run_dir_errors(folder: str) -> list[str]:
+    """Return what is wrong with ``run.dir`` as the folder of a run."""
+    if (Path(folder) / "config.yaml").is_file():
+        return []
+    is_comparison = (Path(folder) / COMPARISON_FILE).is_file()
+    what = "a comparison's folder; name one of the runs in it" if is_comparison else "not a run's folder"
+    return [f"run.dir={folder}: {what}, as it holds no config.yaml"]

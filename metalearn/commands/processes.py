@@ -16,7 +16,8 @@ from types import TracebackType
 METALEARN = (
     sys.executable,
     "-c",
-    "import sys; sys.path.append(sys.path.pop(0)); from metalearn.commands.main import main; main()",
+    "import sys; sys.path[:1] == [''] and sys.path.append(sys.path.pop(0))\n"
+    "from metalearn.commands.main import main; main()",
 )
 """The words that start a command as ``python -m metalearn`` does, but search the working directory last, not first.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from metalearn.config.options import (
     Conv4Config,
@@ -27,6 +26,7 @@ _TF32 = (
     "run.precision=tf32: TF32 is how NVIDIA GPUs since Ampere multiply, and run.device is {}; take "
     "run.precision=float32 (or bfloat16), or such a GPU"
 )
+NO_RULE = "inner.optimizer=custom: inner.optimizer_target=MODULE:NAME is required, what makes the update rule"
 _CONFLICTS: tuple[tuple[Callable[[TrainConfig], object], str], ...] = (
     (
         lambda c: c.inner.engine == "auto" and c.run.deterministic,
@@ -65,7 +65,7 @@ _CONFLICTS: tuple[tuple[Callable[[TrainConfig], object], str], ...] = (
     ),
     (
         lambda c: c.inner.optimizer == "custom" and c.inner.optimizer_target is None,
-        "inner.optimizer=custom: inner.optimizer_target=MODULE:NAME is required, what makes the update rule",
+        NO_RULE,
     ),
     (
         lambda c: (c.inner.optimizer_target is not None or c.inner.optimizer_options) and c.inner.optimizer != "custom",
@@ -94,9 +94,8 @@ _CONFLICTS: tuple[tuple[Callable[[TrainConfig], object], str], ...] = (
         "run.cuda_graph=true with algorithm=maml_pp: a graph repeats one computation, and this one changes as the "
         "training goes on (algorithm.multi_step_share=0 algorithm.first_order_share=0 keep it)",
     ),
-    (lambda c: c.run.device == "cpu" and c.run.precision == "tf32", _TF32.format("a CPU")),
 )
-"""Combinations of keys that cannot be trained with, and why; ``c`` is the configuration. Testing needs no TF32."""
+"""Combinations of keys that cannot be used, and why; ``c`` is the configuration."""
 _ALGORITHMS_OF_BACKENDS = {"learn2learn": ("maml", "anil", "meta_sgd"), "higher": ("maml",), "torchopt": ("maml",)}
 _NO_ENGINE: dict[str, object] = {"inner.engine": "unroll", "inner.checkpoint_every": 1}
 _NOT_IN_BACKENDS: dict[str, object] = {
@@ -109,26 +108,18 @@ _NOT_IN_BACKENDS: dict[str, object] = {
 _NOT_IN_LEARN2LEARN: dict[str, object] = {"inner.optimizer": "sgd", "inner.weight_decay": 0}
 
 
-def find_conflicts(config: TrainConfig, *, trains: bool = True, partial: bool = False) -> list[str]:
+def find_conflicts(config: TrainConfig, *, trains: bool = True) -> list[str]:
     """Return a message for every combination of keys that cannot be trained with.
 
     Args:
         config: a training's.
         trains: as in ``validate_train_config``.
-        partial: keys that are not valid are absent; a check that needs one of them is left out.
     """
-    messages: list[str] = []
-    table = _CONFLICTS if trains else _CONFLICTS[:-1]
-    checks: tuple[Any, ...] = (*table, _batch_norm, _ways, _drawings, _image_size, _image_folder, _engine, _backend)
-    for check in checks:
-        try:
-            if callable(check):
-                messages += check(config)
-            elif check[0](config):
-                messages.append(check[1].format(c=config))
-        except AttributeError:
-            if not partial:
-                raise
+    messages = [message.format(c=config) for is_wrong, message in _CONFLICTS if is_wrong(config)]
+    if trains and config.run.device == "cpu" and config.run.precision == "tf32":
+        messages.append(_TF32.format("a CPU"))
+    for check in (_batch_norm, _ways, _drawings, _image_size, _image_folder, _engine, _backend):
+        messages += check(config)
     return messages
 
 

@@ -14,9 +14,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from metalearn.config import commands_schema, schema
 from metalearn.config.former_keys import drop_removed_keys, rename_keys, rename_overrides
 from metalearn.config.messages import GROUPS, file_setting, format_hydra_error
+from metalearn.config.schema import TrainConfig
 from metalearn.config.validation import from_dict
 from metalearn.core.errors import ConfigError
 
@@ -31,18 +31,6 @@ CONF = next(p for p in (Path(__file__).parents[1] / "conf", Path(__file__).paren
 
 Config = TypeVar("Config")
 
-SCHEMAS: dict[str, type] = {
-    "train": schema.TrainConfig,
-    "adapt": commands_schema.AdaptConfig,
-    "benchmark": commands_schema.BenchmarkConfig,
-    "compare": commands_schema.CompareConfig,
-    "evaluate": commands_schema.EvaluateConfig,
-    "gradients": commands_schema.GradientsConfig,
-    "reproduce": commands_schema.ReproduceConfig,
-    "verify": commands_schema.VerifyConfig,
-}
-"""The schema of every primary file in ``conf/``."""
-
 
 def compose(
     name: str, overrides: Sequence[str] = (), config_dir: str | None = None, *, return_hydra_config: bool = False
@@ -54,6 +42,9 @@ def compose(
     """
     overrides = rename_overrides(name, overrides)
     config_dir = config_dir or user_conf_dir(overrides)
+    for group in GROUPS:
+        if f"{group}=null" in overrides:
+            raise ConfigError(f"{group}=null: choose one of {', '.join(options(group))}")
     running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a command may compose while it runs
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
@@ -102,9 +93,9 @@ def search_folders(overrides: Sequence[str], config_dir: str | None = None) -> l
     return [*map(Path, named), *([Path(config_dir)] if config_dir else []), CONF]
 
 
-def group_defaults(name: str) -> dict[str, DictConfig]:
+def group_defaults(name: str, kind: type) -> dict[str, DictConfig]:
     """Return the section of every option of every group, as ``GROUP=OPTION``; none if the command has no groups."""
-    if not issubclass(SCHEMAS[name], schema.TrainConfig):
+    if not issubclass(kind, TrainConfig):
         return {}
     choices = [f"{group}={option}" for group in GROUPS for option in options(group)]
     return {choice: compose(name, [choice])[choice.partition("=")[0]] for choice in choices}

@@ -76,6 +76,10 @@ def drop_removed_keys(config: dict[str, Any]) -> dict[str, str]:
     return messages
 
 
+_WARNED: dict[Any, Any] = {}
+"""Warnings that were shown, as ``warnings`` keeps them for a module."""
+
+
 def _warn(former: str, present: str) -> None:
     message = f"{former} is called {present} now; the former name will be removed."
-    warnings.warn_explicit(message, FutureWarning, "configuration", 1)  # no line of code is at fault
+    warnings.warn_explicit(message, FutureWarning, "configuration", 1, registry=_WARNED)  # no line of code is at fault

@@ -12,6 +12,9 @@ from metalearn.config.target import check_target
 LARGEST_SEED = 2**63 - 1
 """The largest int64."""
 
+LATE = "late"
+"""Mark of a key that the files of older runs lack; those were trained as its default says."""
+
 Bool = StrictBool
 Text = Annotated[StrictStr, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 """Text; a name of digits, such as a folder's, is an integer in YAML."""

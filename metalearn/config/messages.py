@@ -133,6 +133,9 @@ def format_errors(
             key = f"{section}.{inside[0]}"
             text = _format_key_error(each, key, node.get(inside[0]), owner, kind, file_of)
         messages.setdefault(key, text)
+    if kind_is_wrong := [key for key in messages if key.endswith(".name")]:  # the other keys are of another option
+        wrong = tuple(key.removesuffix("name") for key in kind_is_wrong)
+        messages = {key: m for key, m in messages.items() if key in kind_is_wrong or not key.startswith(wrong)}
     return messages
 
 

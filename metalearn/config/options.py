@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StrictFloat, Strict
 from typing_extensions import Doc
 
 from metalearn.config.key_types import (
+    LATE,
     Bool,
     Count,
     NonNegative,
@@ -137,7 +138,7 @@ class ModelConfig(Option):
     """Base of the options of ``model``."""
 
 
-ContextSize = Annotated[Steps, Doc("context parameters, which algorithm=cavia adapts; 0: none")]
+ContextSize = Annotated[Steps, LATE, Doc("context parameters, which algorithm=cavia adapts; 0: none")]
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ class AlgorithmConfig(Option):
 
     backend: Annotated[
         Literal["metalearn", "learn2learn", "higher", "torchopt"],
+        LATE,
         Doc("library that computes the meta-gradient; the others are for comparison"),
     ]
 

@@ -8,15 +8,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from metalearn.config.compose import CONF, options
+from metalearn.config.compose import CONF
 from metalearn.config.former_keys import drop_removed_keys, rename_keys
-from metalearn.config.messages import GROUPS
+from metalearn.config.key_types import LATE
+from metalearn.config.messages import GROUPS, hints, section_class
 from metalearn.config.options import AnyData, CustomDataConfig, GlyphsConfig, ImagesConfig, OmniglotConfig
 from metalearn.config.schema import TrainConfig, result_keys
 from metalearn.config.validation import from_dict, validate_train_config
@@ -64,8 +65,8 @@ def check_trusted(config: TrainConfig, source: object, *, trust_code: bool, how:
         ConfigError: naming the code, where it is named, and how to allow it.
     """
     if (targets := config.targets()) and not trust_code:
-        options = {name: value for name, value in result_keys(config).items() if "options" in name and value}
-        named = ", ".join(f"{key}={target}" for key, target in {**targets, **options}.items())
+        options = {name: repr(value) for name, value in result_keys(config).items() if "options" in name and value}
+        named = ", ".join(f"{key}={value}" for key, value in {**targets, **options}.items())
         raise ConfigError(
             f"{source} names code to run: {named}. Whoever wrote that file chose it. If you trust what has this name "
             f"on this machine, give {how}"
@@ -87,7 +88,7 @@ def parse_run_config(text: str, path: Path) -> TrainConfig:
 def parse_record(text: str) -> dict[str, Any]:
     """Parse what a run or comparison of this or an earlier release recorded of its configuration.
 
-    Former keys have their present names. Keys that came later have their defaults, by which that run was trained.
+    Former keys have their present names. Keys that came later (``LATE``) have their defaults, as that run was trained.
 
     Raises:
         ConfigError: if it is no YAML, or not made of sections.
@@ -100,19 +101,17 @@ def parse_record(text: str) -> dict[str, Any]:
         raise ConfigError("it is empty, or not whole")
     rename_keys(plain, warn=False)
     drop_removed_keys(plain)
-    return {section: {**_defaults(section, node), **node} for section, node in plain.items()}
+    return {section: {**_late_defaults(section, node), **node} for section, node in plain.items()}
 
 
-def _defaults(section: str, node: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults of a section as the files have them, without those that depend on other keys."""
-    if section not in GROUPS:
-        found = [content[section] for content in map(_load, ("settings", "compare")) if section in content]
-    elif (name := node.get("name")) in options(section):
-        content = _load(f"{section}/{name}")
-        found = [content.get(section, content)]
-    else:
-        found = []
-    return {key: value for each in found[:1] for key, value in each.items() if not str(value).startswith(("$", "?"))}
+def _late_defaults(section: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of the keys of a section that came later and that it lacks."""
+    kind = section_class(TrainConfig, section, node.get("name"))
+    late = [key for key, hint in hints(kind).items() if LATE in get_args(hint) and key not in node] if kind else []
+    if not late:
+        return {}
+    content = _load(f"{section}/{node['name']}" if section in GROUPS else "settings")
+    return {key: content.get(section, content)[key] for key in late}
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from pydantic import Field, StrictInt
 from typing_extensions import Doc
 
 from metalearn.config.key_types import (
+    LATE,
     Bool,
     Count,
     Device,
@@ -57,23 +58,27 @@ class InnerConfig(Section):
     engine: Annotated[Engine, Doc("computes the meta-gradient; auto: the fastest that fits run.memory_limit_mib")]
     task_chunk: Annotated[Count | None, Doc("tasks per pass, to save memory; null: all at once")]
     checkpoint_every: Annotated[
-        Count, Doc("checkpoint and adjoint keep every s-th step's weights, and recompute others")
+        Count, LATE, Doc("checkpoint and adjoint keep every s-th step's weights, and recompute others")
     ]
     optimizer: Annotated[
         Literal["sgd", "momentum", "nesterov", "adam", "custom"],
+        LATE,
         Doc("update rule of the inner loop; all are differentiated"),
     ]
-    optimizer_target: Annotated[Target | None, Doc("with inner.optimizer=custom: what makes the update rule")]
-    optimizer_options: Annotated[Options, Doc("with inner.optimizer=custom: its keyword arguments")]
-    momentum: Annotated[Momentum, Doc("with inner.optimizer=momentum or nesterov: decay of the velocity")]
+    optimizer_target: Annotated[Target | None, LATE, Doc("with inner.optimizer=custom: what makes the update rule")]
+    optimizer_options: Annotated[Options, LATE, Doc("with inner.optimizer=custom: its keyword arguments")]
+    momentum: Annotated[Momentum, LATE, Doc("with inner.optimizer=momentum or nesterov: decay of the velocity")]
     betas: Annotated[
         list[Momentum],
         Field(min_length=2, max_length=2),
+        LATE,
         Doc("with inner.optimizer=adam: decay of the mean and of the square"),
     ]
-    eps: Annotated[Positive, Doc("with inner.optimizer=adam: added to the root; small ones make meta-gradients large")]
-    weight_decay: Annotated[NonNegative, Doc("times the adapted parameters, added to their gradients")]
-    clip_norm: Annotated[Positive | None, Doc("largest norm of a task's inner gradient; null: not clipped")]
+    eps: Annotated[
+        Positive, LATE, Doc("with inner.optimizer=adam: added to the root; a small one makes meta-gradients large")
+    ]
+    weight_decay: Annotated[NonNegative, LATE, Doc("times the adapted parameters, added to their gradients")]
+    clip_norm: Annotated[Positive | None, LATE, Doc("largest norm of a task's inner gradient; null: not clipped")]
 
 
 @dataclass(frozen=True)
@@ -102,24 +107,31 @@ class RunConfig(Section):
 
     seed: Annotated[Seed, Doc("of the initial parameters and of every task")]
     device: Annotated[Device, Doc("auto: the GPU if there is one")]
-    resume: Annotated[Bool | Literal["auto"], Doc("true: resume the run in hydra.run.dir; auto: if there is one")]
-    init_from: Annotated[Text | None, Doc("folder of a run from whose best parameters to start; null: random ones")]
+    resume: Annotated[Bool | Literal["auto"], LATE, Doc("true: resume the run in hydra.run.dir; auto: if there is one")]
+    init_from: Annotated[Text | None, LATE, Doc("run from whose best parameters to start; null: random ones")]
     checkpoint_every_s: Annotated[
-        NonNegative | None, Doc("seconds between checkpoints, beside those at validations; 0: every step; null: none")
+        NonNegative | None,
+        LATE,
+        Doc("seconds between checkpoints, beside validations'; 0: every step; null: none"),
     ]
     on_nonfinite: Annotated[
-        OnError, Doc("a loss or gradient that is NaN or infinite: stop, or skip and count the meta-step")
+        OnError, LATE, Doc("a loss or gradient that is NaN or infinite: stop, or skip and count the meta-step")
     ]
     deterministic: Annotated[Bool, Doc("forbid operations that are not reproducible bit by bit")]
     precision: Annotated[
         Literal["float32", "tf32", "bfloat16"],
+        LATE,
         Doc(
             "float32: all its bits, also in GPUs' convolutions, which torch alone would have in TF32; tf32 "
             "(GPUs only) and bfloat16 (autocast): checked against float32 at the start"
         ),
     ]
-    cuda_graph: Annotated[Bool, Doc("replay the meta-gradient as one CUDA graph; where that fails, warn and go on")]
-    memory_limit_mib: Annotated[Positive | None, Doc("MiB that inner.engine=auto may take; null: most of what is free")]
+    cuda_graph: Annotated[
+        Bool, LATE, Doc("replay the meta-gradient as one CUDA graph; if that fails, warn and run without")
+    ]
+    memory_limit_mib: Annotated[
+        Positive | None, LATE, Doc("MiB that inner.engine=auto may take; null: most that is free")
+    ]
 
 
 @dataclass(frozen=True)
@@ -129,10 +141,12 @@ class LogConfig(Section):
     every: Annotated[Count, Doc("meta-steps between points in TensorBoard; scalars are means over them")]
     images: Annotated[Bool, Doc("a grid of support and query images with predictions, at each validation")]
     curvature_every: Annotated[
-        Count | None, Doc("meta-steps between points of the second-order term (grad/ in the README); null: never")
+        Count | None, LATE, Doc("meta-steps between points of the second-order term (grad/ in the README); null: never")
     ]
     eigenvalue_every: Annotated[
-        Count | None, Doc("meta-steps between estimates of the support loss's top eigenvalue (costly); null: never")
+        Count | None,
+        LATE,
+        Doc("meta-steps between the support loss's top eigenvalues (costly); null: never"),
     ]
 
 

@@ -1,16 +1,14 @@
-"""A user's own code, named ``MODULE:NAME`` in a configuration: check the name, import it, call it. Imports no torch."""
+"""A user's own code, named ``MODULE:NAME`` in a configuration: check the name, import it, call it."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import inspect
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from importlib.machinery import PathFinder
 from typing import Any
 
 from metalearn.core.errors import ConfigError
@@ -32,27 +30,25 @@ def check_target(target: str) -> str:
     return target
 
 
-def missing_module(target: str) -> str | None:
-    """Return why the module of a target cannot be found; nothing is imported, and so its package alone is looked for.
-
-    Args:
-        target: ``MODULE:NAME``.
-    """
-    package = target.partition(":")[0].partition(".")[0]
-    importlib.invalidate_caches()
-    here = PathFinder.find_spec(package, [os.getcwd()])
-    found = here or package in sys.modules or importlib.util.find_spec(package)
-    return None if found else _not_found(package)
-
-
-def import_targets(targets: Mapping[str, str]) -> None:
-    """Import every class and function that a configuration names, by key; raise as ``import_target`` does.
+def target_errors(targets: Mapping[str, str]) -> list[str]:
+    """Import every class and function that a configuration names, by key; return what is wrong with them.
 
     A command does this first: data may take minutes to read, and what a module does to the random generators when it is
     imported comes before they are seeded.
     """
+    messages = []
     for key, target in targets.items():
-        import_target(key, target)
+        try:
+            import_target(key, target)
+        except ConfigError as error:
+            messages.append(str(error))
+    return messages
+
+
+def import_targets(targets: Mapping[str, str]) -> None:
+    """Import every class and function that a configuration names; raise ``ConfigError`` for what is not there."""
+    if messages := target_errors(targets):
+        raise ConfigError("\n".join(messages))
 
 
 def import_target(key: str, target: str) -> Callable[..., Any]:

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from metalearn.config.compatibility import find_conflicts
-from metalearn.config.messages import format_errors, hints, section_class
+from metalearn.config.messages import format_errors
 from metalearn.config.options import OmniglotConfig
 from metalearn.config.schema import TrainConfig
-from metalearn.config.target import missing_module
+from metalearn.config.target import target_errors
 from metalearn.core.errors import ConfigError, DataError
 from metalearn.data.metadata import resolve_dataset
 
@@ -34,7 +34,7 @@ def from_dict(
         file_of: as in ``format_errors``.
 
     Raises:
-        ConfigError: listing every error of every key, and every conflict of keys that are valid.
+        ConfigError: listing every error of every key.
     """
     schema: Any = kind
     found: dict[str, str] = {}
@@ -42,13 +42,9 @@ def from_dict(
         config: Config = _adapter(schema).validate_python(plain)
     except ValidationError as error:
         found = format_errors(error, kind, plain, file_of)
-    messages = {**found, **errors}
-    if not messages:
-        return config
-    conflicts: list[str] = []
-    if issubclass(kind, TrainConfig):
-        conflicts = find_conflicts(_valid_part(plain, kind, messages), partial=True)
-    raise ConfigError("\n".join([*messages.values(), *conflicts]))
+    if messages := {**found, **errors}:
+        raise ConfigError("\n".join(messages.values()))
+    return config
 
 
 @functools.cache
@@ -56,22 +52,8 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def _valid_part(plain: Mapping[str, Any], kind: Any, invalid: Mapping[str, str]) -> TrainConfig:
-    """Return a configuration that lacks the attributes of keys that are not valid."""
-    config: TrainConfig = object.__new__(kind)
-    for section in hints(kind):
-        node = plain.get(section)
-        if {section, f"{section}.name"} & invalid.keys() or not isinstance(node, dict):
-            continue
-        if (owner := section_class(kind, section, node.get("name"))) is not None:
-            part: Any = object.__new__(owner)
-            vars(part).update({name: node[name] for name in hints(owner) if f"{section}.{name}" not in invalid})
-            vars(config)[section] = part
-    return config
-
-
 def validate_train_config(config: TrainConfig, *, trains: bool = True) -> None:
-    """Check that a configuration can be trained, before anything is loaded.
+    """Check that a configuration can be trained, before any data are loaded; its targets are imported.
 
     Args:
         config: a training's.
@@ -81,8 +63,7 @@ def validate_train_config(config: TrainConfig, *, trains: bool = True) -> None:
         ConfigError: listing every key that does not fit another.
     """
     messages = find_conflicts(config, trains=trains)
-    missing = {key: (target, missing_module(target)) for key, target in config.targets().items()}
-    messages += [f"{key}={target}: {why}" for key, (target, why) in missing.items() if why]
+    messages += target_errors(config.targets())
     if not messages and isinstance(config.data, OmniglotConfig) and config.data.fallback is None:
         try:
             resolve_dataset(config.data.name, config.data.root, None)

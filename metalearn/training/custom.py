@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metalearn.algorithms import Algorithm
+from metalearn.config.compatibility import NO_RULE
 from metalearn.config.options import CustomAlgorithmConfig, CustomDataConfig
 from metalearn.config.schema import TrainConfig
 from metalearn.config.target import call_target, import_target, parameter_names
@@ -83,12 +84,14 @@ def build_custom_algorithm(algorithm: CustomAlgorithmConfig, inner: InnerLoop, p
     return made
 
 
-def build_custom_rule(target: str, options: Mapping[str, Any]) -> UpdateRule:
+def build_custom_rule(target: str | None, options: Mapping[str, Any]) -> UpdateRule:
     """Return the update rule that ``inner.optimizer_target`` makes of its options.
 
     Raises:
-        ConfigError: if it lacks a method of one.
+        ConfigError: if there is no target, or what it makes lacks a method of an update rule.
     """
+    if target is None:
+        raise ConfigError(NO_RULE)
     with preserve_rng_state():
         rule = call_target("inner.optimizer_target", target, options)
     for method in ("init", "update"):

@@ -246,7 +246,7 @@ def build_inner_loop(settings: InnerConfig) -> InnerLoop:
         "momentum": lambda: Momentum(settings.momentum),
         "nesterov": lambda: Momentum(settings.momentum, nesterov=True),
         "adam": lambda: Adam((settings.betas[0], settings.betas[1]), settings.eps),
-        "custom": lambda: build_custom_rule(str(settings.optimizer_target), settings.optimizer_options),
+        "custom": lambda: build_custom_rule(settings.optimizer_target, settings.optimizer_options),
     }
     return InnerLoop(
         lr=settings.lr,

@@ -6,6 +6,7 @@ g = 1/T sum_t d L_query,t(adapt_t(theta)) / d theta,    theta <- Adam(theta, g)
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -109,17 +110,18 @@ class _LocalGradient(NamedTuple):
     error: NonFiniteError | None = None
 
 
-def _metric_names(experiment: Experiment) -> list[str]:
-    """Return the names of ``_metric_values``; the same in every process, also in one whose tasks have failed."""
-    support = ["support_loss"] if experiment.inner.steps > 0 else []
-    return ["query_loss", f"query_{experiment.metric.name}", *support, *experiment.algorithm.diagnostics]
-
-
-def _metric_values(experiment: Experiment, result: MetaGradient, episodes: Episodes) -> list[Tensor]:
-    """Return the training metrics, ``train/NAME`` in TensorBoard. To add one, append it here and to its names."""
-    score = experiment.metric.per_task(result.predictions, episodes.query_y).mean()
-    diagnostics = [result.diagnostics[name] for name in experiment.algorithm.diagnostics]
-    return [result.loss, score, *result.support_loss[:1], *diagnostics]
+def _metrics(experiment: Experiment) -> dict[str, Callable[[MetaGradient, Episodes], Tensor]]:
+    """Return the training metrics by their names, ``train/NAME`` in TensorBoard. To add one, add a line."""
+    metric = experiment.metric
+    metrics: dict[str, Callable[[MetaGradient, Episodes], Tensor]] = {
+        "query_loss": lambda result, episodes: result.loss,
+        f"query_{metric.name}": lambda result, episodes: metric.per_task(result.predictions, episodes.query_y).mean(),
+    }
+    if experiment.inner.steps > 0:
+        metrics["support_loss"] = lambda result, episodes: result.support_loss[0]
+    for name in experiment.algorithm.diagnostics:
+        metrics[name] = lambda result, episodes, name=name: result.diagnostics[name]  # type: ignore[misc]
+    return metrics
 
 
 def defers_loss_checks(device: torch.device) -> bool:
@@ -130,14 +132,13 @@ def defers_loss_checks(device: torch.device) -> bool:
 def _local_gradient(experiment: Experiment, params: Params, episodes: Episodes, iteration: int) -> _LocalGradient:
     """Return the mean over this process's tasks; zeros, for the other processes to add to, if it is not finite."""
     deferred, zero = defers_loss_checks(experiment.device), next(iter(params.values())).new_zeros(())
-    names = _metric_names(experiment)
     try:
         with defer_loss_checks() if deferred else nullcontext():
             result = experiment.meta_gradient(params, episodes, iteration)
     except NonFiniteError as error:
         grads = {name: torch.zeros_like(p) for name, p in params.items()}
-        return _LocalGradient(grads, dict.fromkeys(names, zero), zero + 1, error)
-    metrics = dict(zip(names, _metric_values(experiment, result, episodes), strict=True))
+        return _LocalGradient(grads, dict.fromkeys(_metrics(experiment), zero), zero + 1, error)
+    metrics = {name: compute(result, episodes) for name, compute in _metrics(experiment).items()}
     if not deferred:
         return _LocalGradient(result.grads, metrics, zero)
     is_finite = torch.isfinite(result.loss) & torch.isfinite(result.support_loss).all()  # means of all tasks' losses

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from metalearn import InnerLoop
-from metalearn.config.compose import CONF, SCHEMAS, compose, group_defaults
+from metalearn.config.compose import CONF, compose, group_defaults
 from metalearn.config.messages import describe_allowed, description, help_text, hints, section_class, section_classes
 from metalearn.config.options import GlyphsConfig, OmniglotConfig
 from metalearn.config.schema import ENGINES as ENGINE_NAMES
@@ -22,7 +22,7 @@ from metalearn.data.glyphs import make_glyphs
 from metalearn.data.metadata import OMNIGLOT_SPLITS
 from metalearn.metagrad import ENGINES
 from metalearn.models import MLP, Conv4
-from tests.config.factories import train_config, write_experiment
+from tests.config.factories import SCHEMAS, train_config, write_experiment
 from tests.paths import REPO
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -73,7 +73,7 @@ def test_four_classic_experiments_exist() -> None:
 def test_help_explains_every_key(name: str) -> None:
     kind: Any = SCHEMAS[name]
     text = re.sub(
-        r"\s+", " ", help_text(compose(name), kind, f"python scripts/{name}.py", "Does it.", group_defaults(name))
+        r"\s+", " ", help_text(compose(name), kind, f"python scripts/{name}.py", "Does it.", group_defaults(name, kind))
     )
     keys = {key: hint for key, hint in hints(kind).items() if not section_classes(hint)}
     keys |= {

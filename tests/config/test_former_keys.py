@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from metalearn.config.compose import SCHEMAS, compose, to_dataclass
+from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.former_keys import RENAMED, RENAMED_IN, rename_overrides
 from metalearn.config.schema import iter_fields
-from tests.config.factories import train_config, write_experiment
+from tests.config.factories import SCHEMAS, train_config, write_experiment
 
 VALUES = {
     "run.checkpoint_seconds": "5",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from metalearn.config.options import OmniglotConfig
 from metalearn.config.run_config import load_run_config, relocate_data, resolve_data, resolve_resume, to_yaml
@@ -28,6 +29,16 @@ def test_run_of_an_earlier_release_is_loaded_with_the_defaults() -> None:
     config = load_run_config(older)
     assert (config.inner.checkpoint_every, config.run.precision, config.log.curvature_every) == (1, "float32", None)
     assert config.inner.lr == 0.4
+
+
+@pytest.mark.parametrize("key", ["inner.lr", "inner.eval_steps", "run.seed", "data.seed", "outer.schedule"])
+def test_key_that_a_run_has_lost_is_an_error(key: str, tmp_path: Path) -> None:
+    content = asdict(train_config("data=glyphs"))
+    section, _, name = key.partition(".")
+    del content[section][name]
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(content))
+    with pytest.raises(ConfigError, match=rf"{key} is required"):
+        load_run_config(tmp_path / "config.yaml")
 
 
 @pytest.mark.parametrize("text", ["", "a: 1", "- 1", "data: {name: nope}", "{", "data: 3", "data: ${data}", "3"])

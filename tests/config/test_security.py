@@ -15,13 +15,15 @@ from metalearn.commands.command_line import parse_flags, requested_jobs
 from metalearn.commands.main import check_evaluate
 from metalearn.config.commands_schema import AdaptConfig, EvaluateConfig
 from metalearn.config.compose import compose, to_dataclass
-from metalearn.config.run_config import load_run_config, to_yaml
+from metalearn.config.run_config import load_run_config, load_trusted_config, to_yaml
+from metalearn.config.schema import TrainConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import ConfigError
 from metalearn.inference.loading import load
 from metalearn.training.failures import replay_episode
-from tests.config.factories import train_config, write_experiment
+from tests.config.factories import write_experiment
 from tests.paths import REPO
+from tests.training.run_folders import untrained
 
 SOURCES = sorted([*(REPO / "metalearn").rglob("*.py"), *(REPO / "scripts").glob("*.py")])
 UNSAFE_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "code", "ctypes", "pty"}
@@ -143,12 +145,40 @@ def test_flags_are_checked(argument: str, message: str) -> None:
 
 def test_two_search_paths_are_an_error(tmp_path: Path) -> None:
     # Hydra would search both, so the configuration that is checked would not be the one that is run.
-    with pytest.raises(ConfigError, match="give one of them"):
+    with pytest.raises(ConfigError, match=r"--config-dir=.*: give it or hydra\.searchpath"):
         list(
             requested_jobs(
                 "gradients", parse_flags("train", ["--config-dir", str(tmp_path), f"hydra.searchpath=[{tmp_path}]"])
             )
         )
+
+
+def test_every_option_of_a_glob_is_a_job(tmp_path: Path) -> None:
+    write_experiment(tmp_path, "# @package _global_\ninner: {lr: -1}\n")
+    arguments = ["--multirun", "--config-dir", str(tmp_path), "experiment=glob(m*)", "data=glyphs"]
+    ((overrides, config, _),) = requested_jobs("train", parse_flags("train", arguments))
+    assert "experiment=mine" in overrides
+    assert config.inner.lr == -1
+
+
+def test_rule_without_a_target_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("None", "none", "null"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('it ran')\n")
+    untrained(tmp_path / "run")
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(text.replace("optimizer: sgd", "optimizer: custom"))
+    with pytest.raises(ConfigError, match=r"inner\.optimizer=custom: inner\.optimizer_target=MODULE:NAME is required"):
+        load(tmp_path / "run")
+
+
+def test_options_cannot_hide_what_is_named(tmp_path: Path) -> None:
+    overrides = ["data=glyphs", "model=custom", "model.target=evil:run", "model.options.x=KEY"]
+    text = to_yaml(to_dataclass(compose("train", overrides), TrainConfig))
+    (tmp_path / "config.yaml").write_text(text.replace("KEY", '"\\e[2Jall is well"'))
+    with pytest.raises(ConfigError) as error:
+        load_trusted_config(tmp_path, trust_code=False)
+    assert "model.options.x='\\x1b[2Jall is well'" in str(error.value)
 
 
 def test_yaml_tags_make_no_objects(tmp_path: Path) -> None:
@@ -176,7 +206,8 @@ def test_run_folder_runs_no_code_unless_trusted(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.py").write_text("raise SystemExit('it ran')\n")
-    config = train_config(*(["data=glyphs"] if "data=custom" not in overrides else []), *overrides)
+    glyphs = [] if "data=custom" in overrides else ["data=glyphs"]
+    config = to_dataclass(compose("train", [*glyphs, *overrides]), TrainConfig)  # a user's would be imported here
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_run_config(tmp_path / "config.yaml") == config
     evaluation = to_dataclass(compose("evaluate", ["run.dir=."]), EvaluateConfig)

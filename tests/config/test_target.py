@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from metalearn.commands.command_line import parse_flags, requested_jobs
 from metalearn.commands.compare.variants import Job
-from metalearn.config.target import call_target, import_targets, missing_module
+from metalearn.config.target import call_target, import_targets
 from metalearn.core.errors import ConfigError
 from tests.config.factories import train_config
 
@@ -96,13 +97,18 @@ def test_import_error_inside_the_module_is_its_own() -> None:
         call_target("model.target", "my_broken:make", {})
 
 
-def test_missing_module_is_found_without_importing() -> None:
-    path = list(sys.path)
-    assert missing_module("my_broken:make") is None
-    assert missing_module("torch.nn:Linear") is None
-    assert "there is no module my_cod;" in str(missing_module("my_cod.deep:make"))
-    assert "my_broken" not in sys.modules
-    assert sys.path == path
+def test_every_target_that_is_not_there_is_named() -> None:
+    targets = {"model.target": "my_code:make", "data.target": "my_cod.deep:make", "algorithm.target": "my_code:mak"}
+    with pytest.raises(ConfigError, match=r"(?s)^data\.target=.* no module my_cod;.*\nalgorithm\.target=.* no mak\."):
+        import_targets(targets)
+
+
+@pytest.mark.parametrize(("name", "regression"), [("omniglot", "false"), ("sinusoid", "false"), ("mine", "true")])
+def test_folder_is_named_by_the_kind_of_custom_data(name: str, regression: str) -> None:
+    (Path.cwd() / "my_data.py").write_text(f"def {name}(): ...")
+    own = ["data=custom", f"data.target=my_data:{name}", f"data.regression={regression}", "data.options={}"]
+    ((_, _, folder),) = requested_jobs("train", parse_flags("train", own))
+    assert folder.startswith(f"outputs/{name}-1s/" if regression == "true" else f"outputs/{name}-5w1s/")
 
 
 @pytest.mark.parametrize("target", ["my_code", "my_code.make", "my_code:", ":make", "my code:make", "a:b:c", "a/b:c"])

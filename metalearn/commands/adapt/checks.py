@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from metalearn.commands.output_folders import check_run_dir
+from metalearn.commands.output_folders import run_dir_errors
 from metalearn.config.commands_schema import AdaptConfig
 from metalearn.config.run_config import load_trusted_config
 from metalearn.core.errors import ConfigError, DataError
@@ -19,8 +19,7 @@ def check_adapt(config: AdaptConfig) -> None:
         ConfigError: listing every invalid key, or if the run is a regression.
         DataError: if a folder's layout is invalid, naming the class or the file.
     """
-    check_run_dir(config.run.dir)
-    if errors := _key_errors(config):
+    if errors := run_dir_errors(config.run.dir) + _key_errors(config):
         raise ConfigError("\n".join(errors))
     trained = load_trusted_config(config.run.dir, trust_code=config.run.trust_code)
     if trained.data.is_regression:

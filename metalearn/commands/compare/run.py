@@ -36,7 +36,6 @@ from metalearn.commands.shell import invocation
 from metalearn.config.commands_schema import CompareConfig
 from metalearn.config.run_config import changed_keys, resolve_resume, to_yaml
 from metalearn.config.schema import TrainConfig
-from metalearn.config.target import import_targets
 from metalearn.core import serialization as files
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.core.profiling.hardware import describe_hardware
@@ -53,14 +52,12 @@ def run_comparison(config: CompareConfig, folder: Path) -> bool:
 
     Raises:
         RunError: if the folder holds another comparison or another configuration's run, or another process is at work.
-        ConfigError: if a variant's device, or a user's code that it names, is not there.
+        ConfigError: if a variant's device is not there.
     """
     shared = Variant("shared", [], to_train_config(config))
-    import_targets(shared.config.targets())
     shared, *variants = resolve_variant_data([shared, *parse_variants(config)])
     for variant in variants:
         try:
-            import_targets(variant.config.targets())
             resolve_device(variant.config.run.device)
         except ConfigError as error:
             raise ConfigError(f"compare.variants, {' '.join(variant.overrides)!r}: {error}") from error

@@ -32,7 +32,6 @@ from metalearn.commands.reproduce.table import (
 )
 from metalearn.commands.shell import invocation
 from metalearn.config.commands_schema import ReproduceConfig
-from metalearn.config.target import import_targets
 from metalearn.core import serialization as files
 from metalearn.training.checkpoints import state_paths
 from metalearn.training.run_folder import folder_lock
@@ -62,7 +61,6 @@ def run_reproduction(config: ReproduceConfig, folder: Path) -> int:
         ConfigError: if the experiment names code of the user's that is not there.
     """
     planned = build_rows(config, folder)
-    import_targets(planned[0].jobs[0].config.targets())  # all of one experiment
     rows = [resolve_row(row) for row in planned]
     every = [job for row in rows for job in row.jobs]
     with folder_lock(folder / config.experiment_name, wait=False), sigterm_as_exception(*SIGHUP):

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
 from metalearn.config.commands_schema import VerifyConfig
-from metalearn.config.target import import_targets
 from metalearn.core.functional import functionalize
 from metalearn.core.types import Episodes, Forward, Params
 from metalearn.inner import SGD, InnerLoop, UpdateRule, adapt, predict
 from metalearn.metagrad import meta_gradient
 from metalearn.models import MLP, Conv4
 from metalearn.training.custom import build_custom_model, build_custom_rule, check_output_shape
+from metalearn.training.state import seed_all
 
 _TASKS, _WAYS, _EXAMPLES, _LR = 3, 3, 4, 0.05
 """Four examples a class: with one or two, BatchNorm makes the loss too kinked for finite differences."""
@@ -150,13 +150,12 @@ MODEL_CASES = (
 """``in parts`` is conv4 in chunks of two tasks with checkpoints at every other step."""
 
 
-def own_cases(config: VerifyConfig) -> list[ModelCase]:
+def custom_cases(config: VerifyConfig) -> list[ModelCase]:
     """Return the case of the user's model, update rule or both; of a rule alone with ``mlp``; none if none is named.
 
     Raises:
         ConfigError: if there is no such code, or it makes something else.
     """
-    import_targets(config.targets())
     if not config.targets():
         return []
     rule_target = config.inner.optimizer_target
@@ -222,7 +221,7 @@ class VerificationProblem:
     @classmethod
     def create(cls, case: Case, setting: NumericSetting) -> VerificationProblem:
         """Draw random parameters and images, with labels in class order."""
-        torch.manual_seed(setting.seed)
+        seed_all(setting.seed)
         module = case.model.module().to(device=setting.device, dtype=setting.dtype)
         images = torch.rand(2, _TASKS, _WAYS * _EXAMPLES, *case.model.example_shape)
         images = images.to(device=setting.device, dtype=setting.dtype)
@@ -231,7 +230,7 @@ class VerificationProblem:
 
     def grads(self, inner: InnerLoop) -> Params:
         """Return the meta-gradient; dropout draws the same masks for every inner loop."""
-        torch.manual_seed(self.setting.seed)
+        seed_all(self.setting.seed)
         grads = meta_gradient(self.forward, self.theta, self.episodes, inner).grads
         if self.setting.device.type == "cuda":
             torch.cuda.synchronize(self.setting.device)
@@ -239,7 +238,7 @@ class VerificationProblem:
 
     def adapted(self, theta: Params) -> Params:
         """Return the fast weights at theta, and leave the random state as an engine has it at the query pass."""
-        torch.manual_seed(self.setting.seed)
+        seed_all(self.setting.seed)
         return adapt(self.forward, theta, self.episodes.support_x, self.episodes.support_y, self.case.reference_inner)
 
     def query_loss(self, fast: Params) -> Tensor:

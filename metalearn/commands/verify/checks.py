@@ -1,15 +1,15 @@
-"""Check the configuration of ``metalearn verify``. Imports no torch."""
+"""Check the configuration of ``metalearn verify``. Imports torch only for a user's code."""
 
 from __future__ import annotations
 
 from metalearn.config.commands_schema import VerifyConfig
-from metalearn.config.target import missing_module
+from metalearn.config.target import target_errors
 from metalearn.core.errors import ConfigError
 
 
 def check_verify(config: VerifyConfig) -> None:
     """Raise ``ConfigError``, listing every reason, if a user's own code cannot be found or is named in part."""
-    errors = [f"{key}={target}: {why}" for key, target in config.targets().items() if (why := missing_module(target))]
+    errors = target_errors(config.targets())
     if config.model.options and config.model.target is None:
         errors.append(
             f"model.options={config.model.options}: give model.target=MODULE:NAME too, what makes the network"

@@ -18,19 +18,19 @@ from functools import partial
 from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metalearn.commands.verify.cases import Case, NumericSetting, VerificationProblem
 from metalearn.core.functional import grad_of, relative_error
 from metalearn.core.profiling.hardware import one_thread
-from metalearn.core.types import Episodes, MetaGradient, Params
+from metalearn.core.types import Params
 from metalearn.derivatives.gradcheck import directional
-from metalearn.inner import SGD, InnerLoop
+from metalearn.inner import SGD
 from metalearn.metagrad import ENGINES
+from metalearn.metagrad.baselines.common import Baseline
 from metalearn.training.runtime.precision import fp32_matmul_precision
 
-Peer = Callable[[nn.Module, Episodes, InnerLoop], MetaGradient]
 ErrorFn = Callable[[Params], float]
 """Returns the relative error of a gradient."""
 
@@ -74,7 +74,7 @@ def tolerance(reference: str, dtype: torch.dtype) -> float:
     return (_DIFFERENCE_TOLERANCES if reference == DIFFERENCES else _TOLERANCES)[dtype]
 
 
-def compare(case: Case, setting: NumericSetting, peers: Mapping[str, Peer]) -> list[Comparison]:
+def compare(case: Case, setting: NumericSetting, peers: Mapping[str, Baseline]) -> list[Comparison]:
     """Compare every engine with every reference of a case; an exception is reported as a failed comparison."""
     cuda = [setting.device] if setting.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), fp32_matmul_precision("ieee"), one_thread():
@@ -94,7 +94,7 @@ def compare(case: Case, setting: NumericSetting, peers: Mapping[str, Peer]) -> l
         return comparisons
 
 
-def references(problem: VerificationProblem, peers: Mapping[str, Peer]) -> dict[str, Callable[[], ErrorFn]]:
+def references(problem: VerificationProblem, peers: Mapping[str, Baseline]) -> dict[str, Callable[[], ErrorFn]]:
     """Return functions that each compute a reference once and return the error function against it."""
     case, setting = problem.case, problem.setting
     makers: dict[str, Callable[[], ErrorFn]] = {UNROLL: lambda: _error_against(problem.grads(case.reference_inner))}
@@ -142,7 +142,7 @@ def _error_against(expected: Params) -> ErrorFn:
     return lambda grads: relative_error(grads, expected)
 
 
-def _error_against_peer(peer: Peer, problem: VerificationProblem) -> ErrorFn:
+def _error_against_peer(peer: Baseline, problem: VerificationProblem) -> ErrorFn:
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         return _error_against(peer(problem.module, problem.episodes, problem.case.reference_inner).grads)
 

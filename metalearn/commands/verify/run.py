@@ -14,7 +14,7 @@ import rich
 import torch
 from rich.text import Text
 
-from metalearn.commands.verify.cases import MODEL_CASES, Case, NumericSetting, own_cases
+from metalearn.commands.verify.cases import MODEL_CASES, Case, NumericSetting, custom_cases
 from metalearn.commands.verify.comparisons import ADAPTED, ALL, DIFFERENCES, UNROLL, Comparison, compare, tolerance
 from metalearn.config.commands_schema import VerifyConfig
 from metalearn.core import serialization as files
@@ -43,7 +43,9 @@ def run_verification(config: VerifyConfig, output_dir: Path) -> bool:
     started = time.perf_counter()
     setting = NumericSetting(getattr(torch, config.run.dtype), resolve_device(config.run.device), config.run.seed)
     peers, missing = installed_peers(PEERS)
-    choices = itertools.product([*MODEL_CASES, *own_cases(config)], (False, True), dict.fromkeys(config.verify.steps))
+    choices = itertools.product(
+        [*MODEL_CASES, *custom_cases(config)], (False, True), dict.fromkeys(config.verify.steps)
+    )
     cases = [Case(*choice) for choice in choices]
     results: dict[Case, list[Comparison]] = {}
     logging.getLogger("metalearn.metagrad.adjoint").setLevel(logging.ERROR)  # the fallback for no_grad is intended

@@ -5,64 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import rich
 import torch
-from rich.console import Console
 
-from metalearn import Episodes, InnerLoop, MetaGradient, Params, functionalize, meta_gradient
+from metalearn import Episodes, InnerLoop, MetaGradient, Params
 from metalearn.commands.verify import run as verification
 from metalearn.commands.verify.cases import MODEL_CASES, Case, NumericSetting
-from metalearn.commands.verify.checks import check_verify
 from metalearn.commands.verify.comparisons import Comparison, compare
 from metalearn.commands.verify.run import run_verification, verdict
-from metalearn.config.commands_schema import VerifyConfig
-from metalearn.config.compose import compose, to_dataclass
-from metalearn.core.errors import ConfigError
 from metalearn.core.types import Forward, Loss
 from metalearn.metagrad import ENGINES, Engine
 from metalearn.metagrad.baselines.common import PEERS, installed_peers
 from metalearn.metagrad.unroll import unroll
-from tests.commands.process import command, python, words
+from tests.commands.process import command, python
+from tests.commands.verify.factories import CPU, MLP_ONLY, config_with, first_order, scaled, verify_mlp
 from tests.paths import REPO
-
-MLP_ONLY = tuple(model for model in MODEL_CASES if model.name == "mlp")
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _wide_console(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the lines that tests search for unbroken."""
-    monkeypatch.setattr(rich, "_console", Console(width=200))
-
-
-def config_with(*overrides: str) -> VerifyConfig:
-    return to_dataclass(compose("verify", ["run.device=cpu", *overrides]), VerifyConfig)
-
-
-def verify_mlp(output_dir: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> tuple[bool, dict[str, Any]]:
-    monkeypatch.setattr(verification, "MODEL_CASES", MLP_ONLY)
-    output_dir.mkdir(exist_ok=True)
-    right = run_verification(config_with("verify.steps=[1]", *overrides), output_dir)
-    report: dict[str, Any] = json.loads((output_dir / "verify.json").read_text())
-    assert report["right"] == right
-    return right, report
-
-
-def scaled(factor: float) -> Engine:
-    def engine(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> MetaGradient:
-        result = unroll(forward, params, episodes, inner, loss)
-        return dataclasses.replace(result, grads={name: factor * g for name, g in result.grads.items()})
-
-    return engine
-
-
-def first_order(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> MetaGradient:
-    return unroll(forward, params, episodes, dataclasses.replace(inner, second_order=False), loss)
 
 
 def second_order(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> MetaGradient:
@@ -172,7 +133,7 @@ def test_other_cases_run_when_a_model_cannot_be_created(
 
 
 def test_only_its_comparisons_fail_when_a_library_raises() -> None:
-    def broken(*_: object) -> MetaGradient:
+    def broken(*_: object, **__: object) -> MetaGradient:
         raise RuntimeError("no library today")
 
     case = Case(MLP_ONLY[0], second_order=True, steps=1)
@@ -231,127 +192,12 @@ def test_compare_restores_process_settings() -> None:
     assert [read() for read in places] == before
 
 
-OWN_CODE = """
-from dataclasses import dataclass
-
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, ways, example_shape, drop=0.0, stop=False):
-        super().__init__()
-        self.body, self.head = nn.Linear(example_shape.numel(), 6), nn.Linear(6, ways)
-        self.drop, self.stop = drop, stop
-
-    def forward(self, x):
-        h = torch.tanh(self.body(nn.functional.dropout(x.flatten(1), self.drop)))
-        return self.head(h - h.mean(0).detach() if self.stop else h)
-
-class Lazy(Net):
-    def forward(self, x):
-        return super().forward(x)[:, :1]
-
-@dataclass(frozen=True)
-class Root:
-    eps: float = 0.1
-
-    def init(self, fast):
-        return {}
-
-    def update(self, k, grads, state):
-        return {name: g / (g * g + self.eps).sqrt() for name, g in grads.items()}, state
-"""
-OWN_MODEL, OWN_RULE = (
-    ["model=custom", "model.target=own_verified:Net"],
-    words("""
-inner.optimizer=custom inner.optimizer_target=own_verified:Root inner.optimizer_options.eps=0.2
-"""),
-)
-
-
-@pytest.fixture
-def _own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "own_verified.py").write_text(OWN_CODE)
-    yield
-    sys.modules.pop("own_verified", None)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "name", "references"),
-    [
-        (OWN_MODEL, "Net", {"unroll", "adapted weights", "differences", "peer"}),
-        ([*OWN_MODEL, "verify.example_shape=[5]"], "Net", {"unroll", "adapted weights", "differences", "peer"}),
-        ([*OWN_MODEL, "model.options.drop=0.3"], "Net", {"unroll", "adapted weights", "differences"}),
-        (OWN_RULE, "mlp, Root", {"unroll", "adapted weights", "differences"}),
-        ([*OWN_MODEL, *OWN_RULE], "Net, Root", {"unroll", "adapted weights", "differences"}),
-    ],
-    ids=["model", "shape", "dropout", "rule", "both"],
-)
-@pytest.mark.usefixtures("_own_code")
-def test_own_code_is_one_more_case(
-    overrides: list[str], name: str, references: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def peer(module: torch.nn.Module, episodes: Episodes, inner: InnerLoop) -> MetaGradient:
-        return meta_gradient(*functionalize(module), episodes, inner)
-
-    monkeypatch.setattr(verification, "installed_peers", lambda peers: ({"peer": peer}, {}))
-    right, report = verify_mlp(tmp_path, monkeypatch, *overrides)
-    assert right
-    own = [entry for entry in report["comparisons"] if entry["case"].rpartition(", ")[0].startswith(f"{name}, ")]
-    assert {entry["reference"] for entry in own} == references
-    assert {entry["engine"] for entry in own} == set(ENGINES)
-    assert {entry["case"].split(",")[0] for entry in report["comparisons"]} == {"mlp", name.split(",")[0]}
-
-
-@pytest.mark.usefixtures("_own_code")
-def test_own_code_that_an_engine_differentiates_wrongly_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "PEERS", {})
-    right, report = verify_mlp(tmp_path / "stop", monkeypatch, *OWN_MODEL, "model.options.stop=true")
-    failed = {(entry["case"], entry["reference"]) for entry in report["comparisons"] if not entry["holds"]}
-    assert failed == {("Net, second order, K=1", "differences")}, "a stopped gradient is no derivative"
-    assert not right
-    monkeypatch.setitem(ENGINES, "adjoint", first_order)
-    _, report = verify_mlp(tmp_path / "adjoint", monkeypatch, *OWN_RULE)
-    failed = {(entry["case"], entry["engine"]) for entry in report["comparisons"] if not entry["holds"]}
-    assert ("mlp, Root, second order, K=1", "adjoint") in failed
-    assert {engine for _, engine in failed} == {"adjoint"}
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["model.target=own_verify:Net"], r"model\.target=own_verify:Net: there is no module own_verify"),
-        (
-            ["model.target=own_verified:Nett"],
-            r"model\.target=own_verified:Nett: own_verified has no Nett\. Did you mean",
-        ),
-        (["model.target=own_verified:Lazy"], r"Lazy: it returns \[2, 1\] for two .* return \[2, 3\]"),
-        (["model.options.width=3"], r"model\.options=\{'width': 3\}: give model\.target=MODULE:NAME too"),
-        (["inner.optimizer=custom"], r"inner\.optimizer=custom and inner\.optimizer_target=MODULE:NAME.*: give both"),
-        (OWN_RULE[1:], r"inner\.optimizer=custom and inner\.optimizer_target=MODULE:NAME.*: give both"),
-        (["model=conv4"], r"model\.name=conv4: must be custom"),
-    ],
-)
-@pytest.mark.usefixtures("_own_code")
-def test_own_code_that_cannot_be_tried_is_an_error(overrides: list[str], message: str, tmp_path: Path) -> None:
-    def verify() -> None:
-        config = config_with(*overrides)
-        check_verify(config)
-        run_verification(config, tmp_path)
-
-    with pytest.raises(ConfigError, match=message):
-        verify()
-    assert not (tmp_path / "verify.json").exists()
-
-
 PROGRAM = """
 import runpy, sys
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.baselines.common import PEERS, installed_peers
 from metalearn.commands.verify import run as verification
-from tests.commands.test_verify import MLP_ONLY, first_order
+from tests.commands.verify.factories import MLP_ONLY, first_order
 verification.MODEL_CASES, verification.PEERS = MLP_ONLY, {}
 if sys.argv.pop(1) == "broken":
     ENGINES["adjoint"] = first_order
