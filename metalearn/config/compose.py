@@ -42,9 +42,7 @@ def compose(
     """
     overrides = rename_overrides(name, overrides)
     config_dir = config_dir or user_conf_dir(overrides)
-    for group in GROUPS:
-        if f"{group}=null" in overrides:
-            raise ConfigError(f"{group}=null: choose one of {', '.join(options(group))}")
+    _check_groups(overrides, config_dir)
     running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a command may compose while it runs
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
@@ -55,6 +53,17 @@ def compose(
         raise ConfigError(format_hydra_error(error, overrides)) from error
     finally:
         GlobalHydra.instance().hydra = running
+
+
+def _check_groups(overrides: Sequence[str], config_dir: str | None) -> None:
+    """Check that the option of a group is neither left out nor chosen by its name alone, without its other keys."""
+    given = {key.lstrip("+"): value.strip("'") for key, _, value in (o.partition("=") for o in overrides)}
+    for group in GROUPS:
+        known, name = options(group, config_dir), given.get(f"{group}.name")
+        if given.get(group) == "null":
+            raise ConfigError(f"{group}=null: choose one of {', '.join(known)}")
+        if name in known and given.get(group) != name:
+            raise ConfigError(f"{group}.name={name}: choose an option as a whole, {group}={name}")
 
 
 def user_conf_dir(overrides: Sequence[str] = ()) -> str | None:
@@ -70,8 +79,8 @@ def user_conf_dir(overrides: Sequence[str] = ()) -> str | None:
 
 def _allow_unknown(override: str, folders: Sequence[Path]) -> str:
     """Let Hydra pass a key that it does not know, so that validation names all of them at once."""
-    key = override.partition("=")[0]
-    is_key = re.fullmatch(r"(?!hydra\b)\w[\w.]*", key) and not any((folder / key).is_dir() for folder in folders)
+    found = re.match(r"(?!hydra\b)(\w[\w.]*)=", override)
+    is_key = found and not any((folder / found[1]).is_dir() for folder in folders)
     return f"++{override}" if is_key else override
 
 

@@ -126,24 +126,14 @@ def format_errors(
             key, text = section, _format_key_error(each, section, node, kind, kind, file_of)
         elif not inside:
             key, text = section, _format_section_error(each["type"], section, node, classes)
-        elif (owner := _owner(classes, kind, section, node)) is None:
-            key, name = f"{section}.name", node["name"]
-            text = f"{key}={name}: the other keys are not of this option. Choose it as a whole, {section}={name}"
         else:
-            key = f"{section}.{inside[0]}"
+            key, owner = f"{section}.{inside[0]}", section_class(kind, section, node.get("name")) or classes[0]
             text = _format_key_error(each, key, node.get(inside[0]), owner, kind, file_of)
         messages.setdefault(key, text)
     if kind_is_wrong := [key for key in messages if key.endswith(".name")]:  # the other keys are of another option
         wrong = tuple(key.removesuffix("name") for key in kind_is_wrong)
         messages = {key: m for key, m in messages.items() if key in kind_is_wrong or not key.startswith(wrong)}
     return messages
-
-
-def _owner(classes: Sequence[type], kind: type, section: str, node: Mapping[str, Any]) -> type | None:
-    """Return the class of a section; ``None`` if its keys are those of another option than its name says."""
-    owner = section_class(kind, section, node.get("name")) or classes[0]
-    fitting = [c for c in classes if set(hints(c)) == set(node)]
-    return None if fitting and owner not in fitting else owner
 
 
 def _format_section_error(error: str, section: str, node: Any, classes: Sequence[type]) -> str:
@@ -186,15 +176,17 @@ def _nearest(key: str, kind: type, known: Sequence[str]) -> str:
 def format_hydra_error(error: Exception, overrides: Sequence[str]) -> str:
     """Return what Hydra or OmegaConf could not compose: the override or file, and what to write."""
     if isinstance(error, OverrideParseException):
+        override, reason = str(error.override).lstrip("+"), str(error).replace("'++", "'").partition("\nSee ")[0]
         return (
-            f"{error.override}: {error}\nWrite KEY=VALUE without spaces, and quote a value that holds ~, = or commas, "
+            f"{override}: {reason}\nWrite KEY=VALUE without spaces, and quote a value that holds ~, = or commas, "
             "as in \"KEY=['a=1','b=2']\"."
         )
     if isinstance(error, yaml.YAMLError):
         return f"a YAML file cannot be read: {error}"
     if merging := re.match(r"Error merging override \+*(.*)", str(error)):
         return f"{merging[1]}: this cannot be composed: {str(error.__cause__).partition(chr(10))[0]}"
-    text = re.sub(r"\nConfig search path:.*", "", str(error), flags=re.DOTALL).strip() or type(error).__name__
+    text = re.sub(r"^In '\w+': |\nConfig search path:.*", "", str(error), flags=re.DOTALL).strip()
+    text = text.replace("'++", "'") or type(error).__name__
     if found := re.search(r"Could not find '(\w+)/(\w+)'", text):
         close = difflib.get_close_matches(found[2], re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE), n=1)
         text += f"\nDid you mean {found[1]}={close[0]}?" if close else ""

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import copy
 import reprlib
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+import metalearn
 from metalearn.algorithms import Algorithm
 from metalearn.config.compatibility import NO_RULE
 from metalearn.config.options import CustomAlgorithmConfig, CustomDataConfig
 from metalearn.config.schema import TrainConfig
 from metalearn.config.target import call_target, import_target, parameter_names
 from metalearn.core.errors import ConfigError
+from metalearn.core.functional import functionalize
 from metalearn.core.module_parts import ModuleParts
 from metalearn.core.types import Episodes
 from metalearn.data.sampler import EpisodeSampler, TaskSampler, TaskShape
 from metalearn.inner import InnerLoop, UpdateRule
 from metalearn.training.state import preserve_rng_state, seed_all
 
+_PACKAGE = Path(metalearn.__file__).parent
 SPLITS = ("train", "validation", "test")
 
 
@@ -42,7 +47,7 @@ def build_custom_model(target: str, options: Mapping[str, Any], example_shape: t
 
 
 def check_output_shape(module: nn.Module, label: str, example_shape: torch.Size, outputs: int) -> None:
-    """Check by two examples of zeros that a model fits the data, and has an output for each class or target.
+    """Check by two examples of zeros that a model can be adapted, fits the data, and has an output for each class.
 
     Args:
         module: the model; it is not changed.
@@ -55,11 +60,18 @@ def check_output_shape(module: nn.Module, label: str, example_shape: torch.Size,
     """
     x = torch.zeros(2, *example_shape)
     try:
+        functionalize(module)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{label}: {error}") from error
+    try:
         with torch.no_grad(), preserve_rng_state():
             output = copy.deepcopy(module)(x)
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ConfigError(f"{label}: it cannot take two examples, {list(x.shape)} ({reason})") from error
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if not {Path(torch.__file__).parent, _PACKAGE} & set(Path(f.filename).parents)]
+        place = f", {own[-1].filename} line {own[-1].lineno}" if own else ""
+        raise ConfigError(f"{label}: it cannot take two examples, {list(x.shape)} ({reason}{place})") from error
     shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
     if shape != [2, outputs]:
         raise ConfigError(

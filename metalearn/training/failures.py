@@ -44,7 +44,8 @@ class DivergedError(RunError):
         super().__init__(
             f"Training has diverged at meta-step {meta_step}: {reason} Try a smaller inner.lr (now {config.inner.lr}) "
             f"or outer.lr ({config.outer.lr}), or outer.clip_norm=10 (now {config.outer.clip_norm or 'null'}){skip}. "
-            "With changed keys, start a new run from this one's parameters: run.init_from=RUN_FOLDER."
+            "A run with changed keys can start from this one's best parameters, once it has validated: "
+            "run.init_from=RUN_FOLDER."
         )
 
 

@@ -100,6 +100,12 @@ class Deep(Net):
         return self.head(x)
 
 
+class Normalised(Net):
+    def __init__(self, ways, example_shape, width=8):
+        super().__init__(ways, example_shape, width)
+        self.norm = nn.BatchNorm1d(width)
+
+
 def text(*arguments, **more):
     return "nothing"
 

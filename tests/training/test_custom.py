@@ -177,7 +177,11 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     ),
     "input": (
         [*MODEL, "model.target=own_code:Deep"],
-        r"Deep: it cannot take two examples, \[2, 1, 28, 28\] \(",
+        r"Deep: it cannot take two examples, \[2, 1, 28, 28\] \(.*, \S+own_code\.py line \d+\)$",
+    ),
+    "running statistics": (
+        [*MODEL, "model.target=own_code:Normalised"],
+        r"^model\.target=own_code:Normalised: functionalize: layer 'norm' \(BatchNorm1d\) keeps running statistics",
     ),
     "options": ([*MODEL, "model.options.deep=3"], r"options=\{'width': 4, 'deep': 3\}: own_code:Net cannot be called"),
     "algorithm": (
