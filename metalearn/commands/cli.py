@@ -156,8 +156,8 @@ _ONE_TRAINING = (
     "without --multirun"
 )
 _NOTHING_TO_RESUME = (
-    "run.resume with --multirun: the folders of a sweep are named by the time, so that there would be nothing to go on "
-    "with. Name folders that stay the same: hydra.sweep.dir=DIR 'hydra.sweep.subdir=seed${run.seed}', with every key "
+    "run.resume with --multirun: the folders of a sweep are named by the time, so that there would be nothing to "
+    "resume. Name folders that stay the same: hydra.sweep.dir=DIR 'hydra.sweep.subdir=seed${run.seed}', with every key "
     "that differs between the jobs"
 )
 
@@ -184,12 +184,12 @@ def _report_errors(written: str) -> Iterator[None]:
 
 
 _OS_ERROR_HINTS = {
-    errno.ENOSPC: "The disk is full: make room and run again; a training goes on with run.resume=true.",
-    errno.EDQUOT: "The disk quota is used up: make room and run again; a training goes on with run.resume=true.",
+    errno.ENOSPC: "The disk is full: make room and run again; resume a training with run.resume=true.",
+    errno.EDQUOT: "The disk quota is used up: make room and run again; resume a training with run.resume=true.",
     errno.EROFS: "The disk is read-only: choose a folder on another, with hydra.run.dir=PATH.",
     errno.EACCES: "You may not write there: choose another folder with hydra.run.dir=PATH.",
     errno.EPERM: "You may not write there: choose another folder with hydra.run.dir=PATH.",
-    errno.EIO: "The disk has failed: copy what is there, and go on elsewhere.",
+    errno.EIO: "The disk has failed: copy what is there, and resume elsewhere.",
 }
 """Errors of the system that a user can fix, and how."""
 

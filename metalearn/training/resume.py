@@ -92,7 +92,7 @@ def restore_run(state: TrainState, meter: Meter, status: RunStatus) -> None:
     if status.checkpoint:
         state.load_state_dict(status.checkpoint["state"])
         meter.load_state_dict(status.checkpoint["meter"])
-        log.info("Going on from meta-step %d", state.iteration)
+        log.info("Resuming from meta-step %d", state.iteration)
     elif status.started:
         log.warning("The run was interrupted before its first checkpoint: it starts again")
     if status.initial:

@@ -102,7 +102,7 @@ def test_sweep_resumes_when_its_folders_have_names(tmp_path: Path) -> None:
     (tmp_path / "mine" / "seed1" / "metrics.json").unlink()
     again = command("train.py", "--multirun", *resumed, *named, cwd=tmp_path)
     assert "This run is finished: " in again.stdout
-    assert "Going on from meta-step 4" in again.stdout
+    assert "Resuming from meta-step 4" in again.stdout
     assert {p.parent.name for p in tmp_path.rglob("metrics.json")} == {"seed0", "seed1"}
 
 

@@ -79,7 +79,7 @@ def test_cut_checkpoint(percent: int, untested_run: Path, tmp_path: Path, uninte
     said = " ".join(read_output(tmp_path).split())
     assert "is damaged" in said
     assert f"The one before it is taken: state-{STEPS - 1:08}.pt" in said
-    assert f"Going on from meta-step {STEPS - 1}" in read_output(tmp_path)
+    assert f"Resuming from meta-step {STEPS - 1}" in read_output(tmp_path)
 
 
 class Bomb:
