@@ -4,7 +4,8 @@
     theta = algorithm.init(params)
     result = algorithm.meta_gradient(forward, theta, episodes)
 
-A new one is a function that returns an ``Algorithm``. Only Reptile and iMAML have their own gradient.
+A new one is a function that returns an ``Algorithm``. First-order MAML is ``maml`` with ``second_order=False``. Only
+Reptile and iMAML have their own gradient.
 """
 
 from __future__ import annotations

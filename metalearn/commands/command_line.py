@@ -1,4 +1,4 @@
-"""The command line: its flags, and the overrides of every job."""
+"""Hydra's flags and overrides of a command line, expanded into jobs."""
 
 from __future__ import annotations
 

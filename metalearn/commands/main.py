@@ -1,8 +1,8 @@
-"""The eight commands, each a function of its configuration and an output folder; ``metalearn COMMAND`` chooses one.
+"""The eight commands, each a function of its configuration and an output folder; add another here.
 
 ``metalearn train`` and ``python scripts/train.py`` are the same function. A new command is a function and a line of
-``COMMANDS`` here, a schema in ``config/commands_schema.py``, and
-defaults in ``conf/``. What needs torch is imported inside of the functions, so that a wrong key is reported at once.
+``COMMANDS`` here, a schema in ``config/commands_schema.py``, and defaults in ``conf/``. What needs torch is imported
+inside of the functions, so that a wrong key is reported at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Load and compare the configurations of existing runs, and resolve the data set."""
+"""Load the configuration of an existing run; refuse to resume with another one; resolve the data set."""
 
 from __future__ import annotations
 

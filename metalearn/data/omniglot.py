@@ -1,4 +1,4 @@
-"""Omniglot, verified, as one uint8 tensor: 1,623 handwritten characters with 20 drawings each (Lake et al. 2015).
+"""Omniglot (Lake et al. 2015), verified, as one uint8 tensor: 1,623 characters, 20 drawings each, and its splits.
 
 torchvision downloads and unpacks it. The files on disk are checked here in sorted order, and cached as one tensor
 outside of ``root``; the cache is used only while every file has the size and modification time that it had when it was

@@ -1,4 +1,4 @@
-"""Disjoint sets of classes for training, validation and test."""
+"""Training, validation and test classes of an image data set; each data set's file chooses which these are."""
 
 from __future__ import annotations
 

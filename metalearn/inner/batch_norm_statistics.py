@@ -1,4 +1,4 @@
-"""Recorded BatchNorm statistics for non-transductive prediction: each query is normalised independently of the others.
+"""Recorded BatchNorm statistics for prediction alone: each query is normalised independently (non-transductive).
 
     mean_{l,k}, var_{l,k}:  of the inputs of the l-th BatchNorm when queries pass after k inner steps, over tasks
 

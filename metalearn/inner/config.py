@@ -1,4 +1,4 @@
-"""The settings of an inner loop: its steps, its update rule, the adapted parameters and the query objective."""
+"""``InnerLoop``, the settings of an inner loop; a training makes it of its ``inner.*`` keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turn torch errors caused by unsupported models or inputs into messages that say how to fix them."""
+"""Name the task whose loss is NaN or infinite, and add to torch's errors what to do about the model or inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lessons on second and higher derivatives, one per module; ``python scripts/gradients.py`` runs them."""
+"""Lessons on second and higher derivatives, one per module; ``metalearn gradients`` runs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact second order without a graph of a gradient: one Hessian-vector product for every inner step.
+"""Engine ``adjoint``: exact second order without a graph of a gradient, by one Hessian-vector product a step.
 
     lam_K = dL_query(theta_K),    lam_k = lam_{k+1} - lr H_k lam_{k+1},    meta-gradient = lam_0
 

@@ -1,4 +1,4 @@
-"""Engine: recompute each inner step in the backward pass; the memory of one step and K checkpoints.
+"""Engine ``checkpoint``: exact second order; recompute each inner step in the backward pass. No file is written.
 
     lam_K = dL_query(theta_K),    lam_k = (d theta_{k+1} / d theta_k)^T lam_{k+1},    meta-gradient = lam_0
 

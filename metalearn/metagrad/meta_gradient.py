@@ -1,4 +1,4 @@
-"""``meta_gradient``: choose an engine, split the tasks into chunks, check the result."""
+"""Choose an engine, split the tasks into chunks, check the result; engines drop the Hessian for first-order MAML."""
 
 from __future__ import annotations
 

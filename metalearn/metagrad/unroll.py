@@ -1,4 +1,4 @@
-"""The readable reference: K inner steps under ``create_graph=True``, then one backward through all of them.
+"""Engine ``unroll``, the readable reference: K inner steps under ``create_graph=True``, then one backward.
 
     d L_query(theta_K) / d theta = (I - lr H_0) ... (I - lr H_{K-1}) dL_query(theta_K),    H_k = d2 L_support(theta_k)
 

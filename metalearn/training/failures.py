@@ -1,4 +1,4 @@
-"""Locate and save non-finite tasks, and explain out-of-memory errors; ``loop.py`` decides what follows.
+"""Save tasks whose numbers are not finite, locate the gradient at fault, and explain out-of-memory errors.
 
 An episode with a non-finite loss or gradient is saved, to be replayed, in a debugger if you like:
 

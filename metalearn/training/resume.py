@@ -1,4 +1,4 @@
-"""Open a run folder: new, finished or resumable; and restore its state, or start from another run's parameters."""
+"""Open a run's folder, new, finished or to resume, and restore its state or start from another run's parameters."""
 
 from __future__ import annotations
 

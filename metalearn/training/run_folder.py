@@ -1,4 +1,4 @@
-"""A run's folder, which belongs to one process at a time. Imports no torch."""
+"""The lock of a run's folder, which belongs to one process at a time. Imports no torch."""
 
 from __future__ import annotations
 

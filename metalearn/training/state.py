@@ -1,4 +1,4 @@
-"""The meta-optimizer and all else that changes in a training, its ``state_dict``, and the random generators' states."""
+"""Everything that changes in a training: the meta-optimizer (Adam), the best parameters, the random generators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One meta-step: adapt, differentiate, reduce and check, which change nothing; then the optimizer's step.
+"""One meta-step: compute the meta-gradient and the metrics without side effects, then apply it.
 
 g = 1/T sum_t d L_query,t(adapt_t(theta)) / d theta,    theta <- Adam(theta, g)
 """

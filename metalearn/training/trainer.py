@@ -137,7 +137,7 @@ def train_worker(config: TrainConfig) -> None:
         start: BroadcastState | None = ranks.broadcast(None)
         if start is None:  # the run is finished
             return
-        check_same_config(config, start.config, ranks)
+        check_ranks_agree(config, start.config, ranks)
         experiment = with_config(experiment, start.config)
         state = TrainState.create(experiment.theta, experiment.config.outer)
         state.load_state_dict(start.state)
@@ -183,7 +183,7 @@ def check_tasks_per_process(config: TrainConfig, ranks: DistributedContext) -> N
             )
 
 
-def check_same_config(config: TrainConfig, main_config: TrainConfig, ranks: DistributedContext) -> None:
+def check_ranks_agree(config: TrainConfig, main_config: TrainConfig, ranks: DistributedContext) -> None:
     """Raise ``RunError`` with the keys that differ if this process would train on something else than the main one."""
     here, there = result_keys(config), result_keys(main_config)
     if config.inner.engine == "auto":  # the main process resolves it

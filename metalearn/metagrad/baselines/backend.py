@@ -1,4 +1,4 @@
-"""Meta-gradients by another library at any theta, for training."""
+"""Let a training use another library's meta-gradient (``algorithm.backend``)."""
 
 from __future__ import annotations
 

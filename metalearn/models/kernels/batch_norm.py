@@ -1,4 +1,4 @@
-"""BatchNorm with batch statistics, whose first and second derivatives take a few passes each.
+"""BatchNorm of T stacked tasks, each normalised by its own batch; both derivatives take a few passes.
 
 Per channel, over the M numbers of its B images, with x' = (x - mean) r and r = 1 / sqrt(var + eps):
 

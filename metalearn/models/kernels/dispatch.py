@@ -1,4 +1,4 @@
-"""Use the kernels for layers of T tasks with different weights, faster on CPUs than ``vmap`` of torch's layers.
+"""Decide for each layer whether a kernel of this folder takes the place of torch's.
 
 A model is written with ``nn.Conv2d``, ``nn.BatchNorm2d`` and ``nn.ReLU``: inside
 ``CorrectedOperations(kernels=STACKED_LAYERS)`` the kernels of this folder replace those calls that ``vmap`` batches

@@ -26,7 +26,7 @@ from metalearn.training.experiment import Experiment
 from metalearn.training.runtime.distributed import DistributedContext
 from metalearn.training.step import local_tasks
 from metalearn.training.tracking.event_files import read_scalars
-from metalearn.training.trainer import check_same_config
+from metalearn.training.trainer import check_ranks_agree
 from tests.config.factories import train_config
 from tests.faults.processes import load_state, read_output, start_training, wait_for_exit
 from tests.faults.runs import RUN, SMALL, assert_steps_increase, metrics_without_times
@@ -224,12 +224,12 @@ def test_workers_wait_for_the_main_process_to_save(tmp_path: Path) -> None:
     assert wait_for_exit(first) == 143, read_output(tmp_path / "0")
 
 
-def test_check_same_config_raises_for_other_data() -> None:
+def test_check_ranks_agree_raises_for_other_data() -> None:
     config, worker = train_config(*SMALL), DistributedContext(1, 2)
-    check_same_config(config, config, worker)
-    check_same_config(train_config(*SMALL, "inner.engine=auto"), config, worker)
+    check_ranks_agree(config, config, worker)
+    check_ranks_agree(train_config(*SMALL, "inner.engine=auto"), config, worker)
     with pytest.raises(RunError, match=r"(?s)process 1 would train on something else.*data\.jitter: 0\.3 here"):
-        check_same_config(train_config(*SMALL, "data.jitter=0.3"), config, worker)
+        check_ranks_agree(train_config(*SMALL, "data.jitter=0.3"), config, worker)
 
 
 def meet_a_nan() -> None:
