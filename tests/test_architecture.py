@@ -74,7 +74,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"loop"},
         {"trainer"},
     ],
-    "training.runtime": [{"torchrun", "signals", "precision", "cuda_graph"}, {"distributed"}],
+    "training.runtime": [{"torchrun", "signals", "precision", "cuda_graph", "threads"}, {"distributed"}],
     "training.tracking": [
         {"console", "curvature", "event_files", "meter", "plot_style"},
         {"tensorboard"},

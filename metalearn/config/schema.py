@@ -117,6 +117,11 @@ class RunConfig(Section):
     on_nonfinite: Annotated[
         OnError, LATE, Doc("a loss or gradient that is NaN or infinite: stop, or skip and count the meta-step")
     ]
+    threads: Annotated[
+        Count | Literal["auto"],
+        LATE,
+        Doc("CPU threads; auto: one or all, whichever is faster at the start and at validations"),
+    ]
     deterministic: Annotated[Bool, Doc("forbid operations that are not reproducible bit by bit")]
     precision: Annotated[
         Literal["float32", "tf32", "bfloat16"],
@@ -190,7 +195,10 @@ def iter_fields(config: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{f.name}", value
 
 
-_NOT_COMPARED = (*("run.resume", "run.checkpoint_every_s", "run.on_nonfinite", "run.cuda_graph"), "data.root")
+_NOT_COMPARED = (
+    *("run.resume", "run.checkpoint_every_s", "run.on_nonfinite", "run.cuda_graph", "run.threads"),
+    "data.root",
+)
 
 
 def result_keys(config: object) -> dict[str, Any]:

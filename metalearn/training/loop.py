@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +26,8 @@ from metalearn.training.experiment import Experiment
 from metalearn.training.failures import DivergedError, dump_episode
 from metalearn.training.runtime.distributed import DistributedContext
 from metalearn.training.runtime.signals import StopRequest
-from metalearn.training.state import BestCheckpoint, TrainState
+from metalearn.training.runtime.threads import ThreadTuner
+from metalearn.training.state import BestCheckpoint, TrainState, preserve_rng_state
 from metalearn.training.step import apply_meta_update, compute_meta_update, local_tasks
 from metalearn.training.tracking.curvature import second_order_metrics
 from metalearn.training.tracking.images import log_task_images
@@ -47,6 +50,7 @@ class TrainContext:
     stop: StopRequest
     progress: Progress
     ranks: DistributedContext
+    threads: ThreadTuner
     checkpointer: Checkpointer | None
 
     def evaluate(self, params: Params, *, test: bool) -> Evaluation:
@@ -74,6 +78,7 @@ def train_loop(context: TrainContext, state: TrainState) -> None:
     experiment, meter, ranks, checkpointer = context.experiment, context.meter, context.ranks, context.checkpointer
     outer = experiment.config.outer
     bar = context.progress.add_task("meta-training", total=outer.iterations, completed=state.iteration, note="")
+    tune_threads(context, state)
     meter.resume_clock()
     while True:
         # Validate every eval.every meta-steps and after the last. Several processes cannot stop in a validation, so
@@ -113,6 +118,22 @@ def train_loop(context: TrainContext, state: TrainState) -> None:
         # Save a checkpoint, unless the next validation does.
         if checkpointer and checkpointer.is_due and not validation_due(context, state):
             checkpointer.save(state)
+
+
+def tune_threads(context: TrainContext, state: TrainState) -> None:
+    """Choose the number of threads (``run.threads=auto``) by meta-gradients of the next tasks, which change nothing."""
+    experiment = context.experiment
+
+    def seconds_of_step() -> float:
+        started = time.perf_counter()
+        with preserve_rng_state(), suppress(NonFiniteError):  # the meta-step itself raises it
+            experiment.meta_gradient(state.params, episodes, state.iteration)
+        return time.perf_counter() - started
+
+    if context.threads.choices and state.iteration < experiment.config.outer.iterations:
+        episodes = local_tasks(experiment, state.iteration, context.ranks)
+        with context.meter.logging():
+            context.threads.tune(seconds_of_step)
 
 
 def validation_due(context: TrainContext, state: TrainState) -> bool:
@@ -155,6 +176,7 @@ def validate(context: TrainContext, state: TrainState) -> float:
             checkpointer.tensorboard.log_validation(result, state.iteration)
             checkpointer.tensorboard.log_lr_histograms(state.params, state.iteration)
             log_task_images(experiment, state, checkpointer.tensorboard)
+    tune_threads(context, state)
     context.meter.open_window()  # before the state is saved, so that no meta-step's time includes the validation
     if checkpointer:
         checkpointer.save(state)

@@ -34,6 +34,7 @@ from metalearn.training.run_folder import folder_lock
 from metalearn.training.runtime.distributed import DistributedContext, init_distributed
 from metalearn.training.runtime.precision import check_precision
 from metalearn.training.runtime.signals import StopRequest
+from metalearn.training.runtime.threads import ThreadTuner
 from metalearn.training.state import BestCheckpoint, TrainState
 from metalearn.training.tracking.console import print_path, print_summary, progress_bar
 from metalearn.training.tracking.images import save_sinusoid_plot
@@ -106,7 +107,8 @@ def _train_main(
         progress_bar() as progress,
     ):
         checkpointer = Checkpointer(run_dir, config_yaml, meter, tensorboard, config.run.checkpoint_every_s, started_at)
-        context = TrainContext(experiment, run_dir, meter, stop, progress, ranks, checkpointer)
+        threads = ThreadTuner.create(config.run.threads, experiment.device, deterministic=config.run.deterministic)
+        context = TrainContext(experiment, run_dir, meter, stop, progress, ranks, threads, checkpointer)
         best, result = train_and_test(context, state)
         metrics = {
             **accuracy_metrics(experiment, result),
@@ -143,7 +145,9 @@ def train_worker(config: TrainConfig) -> None:
         state.load_state_dict(start.state)
         with StopRequest() as stop, experiment.precision(), progress_bar(visible=False) as progress:
             meter = Meter(experiment.device)
-            context = TrainContext(experiment, start.run_dir, meter, stop, progress, ranks, checkpointer=None)
+            run = experiment.config.run
+            threads = ThreadTuner.create(run.threads, experiment.device, deterministic=run.deterministic)
+            context = TrainContext(experiment, start.run_dir, meter, stop, progress, ranks, threads, checkpointer=None)
             train_and_test(context, state)
 
 

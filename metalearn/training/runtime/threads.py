@@ -1,0 +1,69 @@
+"""``run.threads``: keep torch on the number of CPU threads at which a meta-step is fastest now.
+
+On a machine that is busy with other work, threads wait for each other at each of a meta-step's some thousand small
+operations, and one thread alone may be several times faster; on a quiet machine more threads are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+log = logging.getLogger(__name__)
+
+_ADVANTAGE = 1.2
+"""Times that another number of threads must be faster, as rounding differs between numbers, and times are noisy."""
+
+_HOPELESS = 3.0
+"""Times the fastest so far at which a number is not measured again: on a busy machine a step may take seconds."""
+
+_REPEATS = 2
+
+
+@dataclass
+class ThreadTuner:
+    """Chooses between one thread and as many as torch started with.
+
+    Args:
+        choices: numbers of threads to choose from; without any, nothing is measured.
+    """
+
+    choices: tuple[int, ...] = ()
+    _logged: int | None = None
+
+    @classmethod
+    def create(cls, setting: int | Literal["auto"], device: torch.device, *, deterministic: bool) -> ThreadTuner:
+        """Set the number of threads that ``run.threads`` names, or choose by measurement for ``auto``.
+
+        ``auto`` leaves torch's own number on a GPU, which does the work, and with ``run.deterministic``, as sums are
+        rounded differently with another.
+        """
+        if setting != "auto":
+            torch.set_num_threads(setting)
+            return cls()
+        most = torch.get_num_threads()
+        return cls((1, most) if device.type == "cpu" and most > 1 and not deterministic else ())
+
+    def tune(self, seconds_of_step: Callable[[], float]) -> None:
+        """Measure a step with each number of threads, and stay at the fastest.
+
+        Args:
+            seconds_of_step: takes a step that changes nothing, with torch's present number of threads.
+        """
+        present, times = torch.get_num_threads(), dict[int, float]()
+        for threads in self.choices:
+            torch.set_num_threads(threads)
+            first = seconds_of_step()  # starts the threads, and is slower for it
+            is_hopeless = bool(times) and first > _HOPELESS * min(times.values())
+            times[threads] = first if is_hopeless else min(seconds_of_step() for _ in range(_REPEATS))
+        best = min(times, key=times.__getitem__)
+        chosen = best if times[present] > _ADVANTAGE * times[best] else present
+        torch.set_num_threads(chosen)
+        if chosen != self._logged:
+            self._logged = chosen
+            measured = ", ".join(f"{1000 * seconds:.0f} ms with {threads}" for threads, seconds in times.items())
+            log.info("run.threads=auto: %d (a meta-step takes %s)", chosen, measured)

@@ -1,0 +1,91 @@
+"""The number of CPU threads is the one at which a meta-step is fastest now, or the user's own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from metalearn.training.runtime.threads import ThreadTuner
+from tests.faults.runs import metrics_without_times
+from tests.training.run_folders import AT_VALIDATIONS, run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def taking(seconds: dict[int, float], measured: list[int] | None = None) -> Callable[[], float]:
+    """Return a step that takes these seconds, by the number of threads."""
+
+    def step() -> float:
+        if measured is not None:
+            measured.append(torch.get_num_threads())
+        return seconds[torch.get_num_threads()]
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("present", "seconds", "chosen"),
+    [
+        (2, {1: 1.0, 2: 0.6}, 2),
+        (2, {1: 1.0, 2: 1.5}, 1),
+        (2, {1: 1.0, 2: 1.1}, 2),
+        (1, {1: 1.0, 2: 0.6}, 2),
+        (1, {1: 1.0, 2: 0.9}, 1),
+    ],
+    ids=["quiet", "busy", "noise", "quiet again", "noise again"],
+)
+def test_fastest_number_is_chosen_if_it_is_clearly_faster(
+    present: int, seconds: dict[int, float], chosen: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.set_num_threads(2)
+    tuner = ThreadTuner.create("auto", CPU, deterministic=False)
+    torch.set_num_threads(present)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            tuner.tune(taking(seconds))
+    assert torch.get_num_threads() == chosen
+    (message,) = caplog.messages
+    assert message.startswith(f"run.threads=auto: {chosen} (a meta-step takes 1000 ms with 1, ")
+
+
+def test_slow_number_is_measured_once_on_a_busy_machine() -> None:
+    torch.set_num_threads(2)
+    measured: list[int] = []
+    ThreadTuner.create("auto", CPU, deterministic=False).tune(taking({1: 0.05, 2: 6.0}, measured))
+    assert measured == [1, 1, 1, 2]
+    assert torch.get_num_threads() == 1
+
+
+def test_number_is_left_alone_where_it_must_not_change() -> None:
+    torch.set_num_threads(2)
+    assert ThreadTuner.create("auto", torch.device("cuda"), deterministic=False).choices == ()
+    assert ThreadTuner.create("auto", CPU, deterministic=True).choices == ()
+    assert ThreadTuner.create(1, CPU, deterministic=False).choices == ()
+    assert torch.get_num_threads() == 1, "the user's own number"
+    assert ThreadTuner.create("auto", CPU, deterministic=False).choices == ()
+
+
+def test_measuring_changes_nothing_in_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "alone", *AT_VALIDATIONS, "run.threads=1")
+    measured: list[float] = []
+
+    def tune(tuner: ThreadTuner, seconds_of_step: Callable[[], float]) -> None:
+        measured.append(seconds_of_step())
+
+    monkeypatch.setattr(ThreadTuner, "tune", tune)
+    monkeypatch.setattr(ThreadTuner, "create", lambda *_, **__: ThreadTuner((1, 2)))
+    run(tmp_path / "measured", *AT_VALIDATIONS)
+    assert len(measured) == 3, "at the start, and at each validation but the last"
+    assert all(seconds > 0 for seconds in measured)
+    assert metrics_without_times(tmp_path / "alone") == metrics_without_times(tmp_path / "measured")
