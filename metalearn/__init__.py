@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from metalearn.core.errors import NonFiniteLossError
     from metalearn.core.functional import functionalize
     from metalearn.core.module_parts import module_parts
+    from metalearn.core.profiling.hardware import configure_malloc
     from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
     from metalearn.data.collate import batches
     from metalearn.derivatives import gradcheck
@@ -57,6 +58,7 @@ __all__ = [
     "adapt",
     "algorithms",
     "batches",
+    "configure_malloc",
     "derivatives",
     "functionalize",
     "gradcheck",
@@ -87,6 +89,7 @@ _HOMES = {
     "UpdateRule": "inner",
     "adapt": "inner",
     "batches": "data.collate",
+    "configure_malloc": "core.profiling.hardware",
     "functionalize": "core.functional",
     "load": "inference.loading",
     "meta_gradient": "metagrad",

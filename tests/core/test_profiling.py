@@ -89,7 +89,7 @@ def test_peak_memory_ignores_tensors_without_memory() -> None:
 def test_configure_malloc_keeps_freed_memory() -> None:
     code = (
         "import resource, sys, torch\n"
-        "from metalearn.core.profiling.hardware import configure_malloc\n"
+        "from metalearn import configure_malloc\n"
         "if sys.argv[1] == 'keep': assert configure_malloc()\n"
         "def step():\n"
         "    held = [torch.ones(2**21) for _ in range(16)]\n"  # 8 MiB each

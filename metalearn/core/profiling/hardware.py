@@ -49,7 +49,8 @@ def configure_malloc() -> bool:
     """Let glibc keep freed memory for the rest of this process; return whether it does (False without glibc).
 
     By default every meta-step's memory is returned to the system, zeroed and mapped again, which took up to a quarter
-    of a second-order meta-step on a CPU. Kept memory counts as resident memory of the process.
+    of a second-order meta-step on a CPU. Kept memory counts as resident memory of the process, and the setting holds
+    for all of it, so that only a program should call this, once, before it trains: ``train.py`` does.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
