@@ -78,7 +78,8 @@ def train_loop(context: TrainContext, state: TrainState) -> None:
     experiment, meter, ranks, checkpointer = context.experiment, context.meter, context.ranks, context.checkpointer
     outer = experiment.config.outer
     bar = context.progress.add_task("meta-training", total=outer.iterations, completed=state.iteration, note="")
-    tune_threads(context, state)
+    if state.threads is None:  # a resumed run has the number of its checkpoint
+        tune_threads(context, state)
     meter.resume_clock()
     while True:
         # Validate every eval.every meta-steps and after the last. Several processes cannot stop in a validation, so

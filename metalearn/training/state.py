@@ -62,6 +62,7 @@ class TrainState:
         consecutive_skips: those since the last update.
         best: the parameters that will be tested.
         is_consistent: false while an update is under way.
+        threads: number of CPU threads at the checkpoint that was loaded; with another, sums are rounded differently.
     """
 
     params: Params
@@ -73,6 +74,7 @@ class TrainState:
     consecutive_skips: int = 0
     best: BestCheckpoint | None = None
     is_consistent: bool = True
+    threads: int | None = None
 
     @classmethod
     def create(cls, theta: Params, outer: OuterConfig) -> TrainState:
@@ -99,6 +101,7 @@ class TrainState:
             "skipped": [self.skipped, self.consecutive_skips],
             "best": [self.best.iteration, self.best.validation_score, self.best.params] if self.best else None,
             "random": get_rng_state(),
+            "threads": torch.get_num_threads(),
         }
 
     def load_state_dict(self, content: Mapping[str, Any]) -> None:
@@ -116,6 +119,7 @@ class TrainState:
                 iteration, score, {name: best[name].to(p.device) for name, p in self.params.items()}
             )
         set_rng_state(content["random"])
+        self.threads = content.get("threads")  # checkpoints of earlier releases lack it
 
     @torch.no_grad()
     def load_params(self, params: Params) -> None:

@@ -36,17 +36,28 @@ class ThreadTuner:
     _logged: int | None = None
 
     @classmethod
-    def create(cls, setting: int | Literal["auto"], device: torch.device, *, deterministic: bool) -> ThreadTuner:
+    def create(
+        cls, setting: int | Literal["auto"], device: torch.device, *, deterministic: bool, resumed: int | None = None
+    ) -> ThreadTuner:
         """Set the number of threads that ``run.threads`` names, or choose by measurement for ``auto``.
 
         ``auto`` leaves torch's own number on a GPU, which does the work, and with ``run.deterministic``, as sums are
-        rounded differently with another.
+        rounded differently with another. A resumed run begins with the number of its checkpoint, ``resumed``, where
+        that is one of the choices, so that it computes the same bits; a warning says if it is not.
         """
+        most, on_cpu = torch.get_num_threads(), device.type == "cpu"
+        tuner = cls((1, most) if setting == "auto" and on_cpu and most > 1 and not deterministic else ())
         if setting != "auto":
             torch.set_num_threads(setting)
-            return cls()
-        most = torch.get_num_threads()
-        return cls((1, most) if device.type == "cpu" and most > 1 and not deterministic else ())
+        elif resumed in tuner.choices:
+            torch.set_num_threads(resumed)
+        if on_cpu and resumed not in (None, torch.get_num_threads()):
+            log.warning(
+                "The checkpoint was written with %s CPU threads, and there are %d now: sums are rounded differently, "
+                "and the run does not end with the same bits (run.threads=%s keeps the number)",
+                *(resumed, torch.get_num_threads(), resumed),
+            )
+        return tuner
 
     def tune(self, seconds_of_step: Callable[[], float]) -> None:
         """Measure a step with each number of threads, and stay at the fastest.

@@ -11,7 +11,7 @@ import torch
 
 from metalearn.training.runtime.threads import ThreadTuner
 from tests.faults.runs import metrics_without_times
-from tests.training.run_folders import AT_VALIDATIONS, run
+from tests.training.run_folders import AT_VALIDATIONS, run, run_interrupted
 
 CPU = torch.device("cpu")
 
@@ -89,3 +89,31 @@ def test_measuring_changes_nothing_in_the_run(tmp_path: Path, monkeypatch: pytes
     assert len(measured) == 3, "at the start, and at each validation but the last"
     assert all(seconds > 0 for seconds in measured)
     assert metrics_without_times(tmp_path / "alone") == metrics_without_times(tmp_path / "measured")
+
+
+def test_resumed_run_begins_with_the_number_of_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers: list[int] = []
+
+    def tune(tuner: ThreadTuner, seconds_of_step: Callable[[], float]) -> None:
+        numbers.append(torch.get_num_threads())
+        torch.set_num_threads(1)
+
+    monkeypatch.setattr(ThreadTuner, "tune", tune)
+    torch.set_num_threads(2)
+    run_interrupted(tmp_path, 10, *AT_VALIDATIONS)
+    assert numbers == [2, 1], "at the start, and at the validation after meta-step 8"
+    torch.set_num_threads(2)
+    run(tmp_path, *AT_VALIDATIONS, "run.resume=true")
+    assert numbers == [2, 1, 1], "not measured where it resumes, but at the next validation"
+
+
+def test_another_number_than_the_checkpoints_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    torch.set_num_threads(2)
+    for setting, deterministic, resumed, threads in (("auto", False, 1, 1), ("auto", True, 2, 2), (1, False, 1, 1)):
+        torch.set_num_threads(2)
+        ThreadTuner.create(setting, CPU, deterministic=deterministic, resumed=resumed)  # type: ignore[arg-type]
+        assert torch.get_num_threads() == threads
+    assert not caplog.messages
+    torch.set_num_threads(2)
+    ThreadTuner.create("auto", CPU, deterministic=False, resumed=8)
+    assert caplog.messages[0].startswith("The checkpoint was written with 8 CPU threads, and there are 2 now")
