@@ -59,10 +59,10 @@ def _check_groups(overrides: Sequence[str], config_dir: str | None) -> None:
     """Check that the option of a group is neither left out nor chosen by its name alone, without its other keys."""
     given = {key.lstrip("+"): value.strip("'") for key, _, value in (o.partition("=") for o in overrides)}
     for group in GROUPS:
-        known, name = options(group, config_dir), given.get(f"{group}.name")
-        if given.get(group) == "null":
-            raise ConfigError(f"{group}=null: choose one of {', '.join(known)}")
-        if name in known and given.get(group) != name:
+        chosen, name = given.get(group), given.get(f"{group}.name")
+        if chosen == "null":
+            raise ConfigError(f"{group}=null: choose one of {', '.join(options(group, config_dir))}")
+        if name not in (None, chosen) and name in options(group, config_dir):
             raise ConfigError(f"{group}.name={name}: choose an option as a whole, {group}={name}")
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import signal
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from metalearn.core.errors import NonFiniteError, TerminatedError
+from metalearn.core.profiling.timing import seconds
 from metalearn.core.types import Episodes, Params
 from metalearn.training.checkpoints import Checkpointer
 from metalearn.training.evaluate_run import evaluate_distributed
@@ -125,16 +125,14 @@ def tune_threads(context: TrainContext, state: TrainState) -> None:
     """Choose the number of threads (``run.threads=auto``) by meta-gradients of the next tasks, which change nothing."""
     experiment = context.experiment
 
-    def seconds_of_step() -> float:
-        started = time.perf_counter()
+    def step() -> None:
         with preserve_rng_state(), suppress(NonFiniteError):  # the meta-step itself raises it
             experiment.meta_gradient(state.params, episodes, state.iteration)
-        return time.perf_counter() - started
 
     if context.threads.choices and state.iteration < experiment.config.outer.iterations:
         episodes = local_tasks(experiment, state.iteration, context.ranks)
         with context.meter.logging():
-            context.threads.tune(seconds_of_step)
+            context.threads.tune(lambda: seconds(step, experiment.device))
 
 
 def validation_due(context: TrainContext, state: TrainState) -> bool:

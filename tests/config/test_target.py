@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,18 +37,11 @@ class Outer:
 
 
 @pytest.fixture(autouse=True)
-def _code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_code.py").write_text(CODE)
+def _code(code_folder: Path) -> None:
+    (code_folder / "my_code.py").write_text(CODE)
     for sibling in ("my_sibling", "my_other_sibling"):
-        (tmp_path / f"{sibling}.py").write_text("VALUE = 5\n")
-    (tmp_path / "my_broken.py").write_text("import no_such_library\n")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if name.startswith("my_"):
-            del sys.modules[name]
+        (code_folder / f"{sibling}.py").write_text("VALUE = 5\n")
+    (code_folder / "my_broken.py").write_text("import no_such_library\n")
 
 
 def test_target_is_called_with_options_and_what_it_asks_for() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +31,8 @@ DRAWING = [*DRAWN, "model=custom", "model.target=own_code:Dropping"]
 
 
 @pytest.fixture(autouse=True)
-def _code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "own_code.py").write_text(CODE)
-    yield
-    sys.modules.pop("own_code", None)
+def _code(code_folder: Path) -> None:
+    (code_folder / "own_code.py").write_text(CODE)
 
 
 @pytest.mark.parametrize(

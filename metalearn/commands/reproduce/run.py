@@ -60,8 +60,7 @@ def run_reproduction(config: ReproduceConfig, folder: Path) -> int:
             is recorded with more seeds than are requested.
         ConfigError: if the experiment names code of the user's that is not there.
     """
-    planned = build_rows(config, folder)
-    rows = [resolve_row(row) for row in planned]
+    rows = [resolve_row(row) for row in build_rows(config, folder)]
     every = [job for row in rows for job in row.jobs]
     with folder_lock(folder / config.experiment_name, wait=False), sigterm_as_exception(*SIGHUP):
         for row in rows:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -62,12 +60,8 @@ inner.optimizer=custom inner.optimizer_target=own_verified:Root inner.optimizer_
 
 
 @pytest.fixture
-def _own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "own_verified.py").write_text(OWN_CODE)
-    yield
-    sys.modules.pop("own_verified", None)
+def _own_code(code_folder: Path) -> None:
+    (code_folder / "own_verified.py").write_text(OWN_CODE)
 
 
 @pytest.mark.parametrize(
