@@ -8,6 +8,9 @@ A convolution y = x * w is linear in both arguments, and so are the two products
 
 The derivative of each is a sum of the three, so that a double backward costs six such products. Autograd's own runs a
 generic formula, which is several times slower for grouped convolutions.
+
+Before the first inner step all tasks have the same weight, expanded without a copy. The first two products are then one
+plain convolution of [C, H, W, T] volumes with a window of one task: two to four times faster than T groups.
 """
 
 from __future__ import annotations
@@ -93,6 +96,9 @@ class _Conv(_WithWeight):
     @staticmethod
     def forward(x: Tensor, w: Tensor, geometry: ConvGeometry) -> Tensor:
         tasks = w.shape[0]
+        if _is_shared(w):
+            y = torch.conv3d(_as_volumes(x), w[0].unsqueeze(-1), None, (*geometry.stride, 1), (*geometry.padding, 0))
+            return _from_volumes(y).data
         if geometry.use_matmul(x.shape[1]):
             return _unflatten_positions(_im2col(x, geometry) @ _weight_matrix(w).mT, x.shape[1], geometry.out).data
         y = torch.conv2d(
@@ -115,10 +121,16 @@ class _ConvInputGrad(_WithWeight):
     @staticmethod
     def forward(g: Tensor, w: Tensor, geometry: ConvGeometry) -> Tensor:
         tasks, examples = g.shape[:2]
+        if _is_shared(w):
+            like = g.new_empty(examples, *geometry.image, tasks, w.shape[2]).permute(0, 4, 1, 2, 3)
+            return _from_volumes(
+                _convolution_backward(_as_volumes(g), like, w[0].unsqueeze(-1), geometry, of_input=True)
+            )
         if geometry.use_matmul(examples):
             return _col2im(_flatten_positions(g) @ _weight_matrix(w), examples, geometry)
         like = g.new_empty(examples, *geometry.image, tasks * w.shape[2]).permute(0, 3, 1, 2)
-        x = _convolution_backward(merge_tasks_into_channels(g), like, w.flatten(0, 1), geometry, tasks, of_input=True)
+        groups = merge_tasks_into_channels(g), like, w.flatten(0, 1)
+        x = _convolution_backward(*groups, geometry, tasks, of_input=True)
         return split_tasks_from_channels(x, tasks)
 
     @staticmethod
@@ -151,13 +163,30 @@ _conv, _conv_input_grad, _conv_weight_grad = _Conv.apply, _ConvInputGrad.apply, 
 
 
 def _convolution_backward(
-    g: Tensor, x: Tensor, w: Tensor, geometry: ConvGeometry, tasks: int, *, of_input: bool
+    g: Tensor, x: Tensor, w: Tensor, geometry: ConvGeometry, groups: int = 1, *, of_input: bool
 ) -> Tensor:
     """Compute one of the two products by torch's kernel; the third tensor only gives shape and layout."""
+    stride, padding = (*geometry.stride, 1)[: g.ndim - 2], (*geometry.padding, 0)[: g.ndim - 2]
+    one, none = [1] * len(stride), [0] * len(stride)
     grads = torch.ops.aten.convolution_backward(
-        g, x, w, None, geometry.stride, geometry.padding, (1, 1), False, (0, 0), tasks, (of_input, not of_input, False)
+        g, x, w, None, stride, padding, one, False, none, groups, (of_input, not of_input, False)
     )
     return grads[0] if of_input else grads[1]
+
+
+def _is_shared(w: Tensor) -> bool:
+    """Return whether several tasks have one weight, as ``expand`` repeats it."""
+    return w.shape[0] > 1 and w.stride(0) == 0
+
+
+def _as_volumes(x: Tensor) -> Tensor:
+    """View ``[T, B, C, H, W]`` as ``[B, C, H, W, T]``, channels last."""
+    return x.permute(1, 2, 3, 4, 0)
+
+
+def _from_volumes(x: Tensor) -> Tensor:
+    """View ``[B, C, H, W, T]`` as ``[T, B, C, H, W]`` in the layout of the kernels."""
+    return to_kernel_layout(x.permute(4, 0, 1, 2, 3))
 
 
 def _weight_matrix(w: Tensor) -> Tensor:

@@ -44,6 +44,14 @@ def _convolution(stride: int, padding: int) -> tuple[Callable[..., Tensor], Call
     )
 
 
+def _shared_convolution(stride: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    def shared(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, w: layer(x, w.expand(_T, *w.shape))
+
+    ours, theirs = _convolution(stride, 1)
+    return shared(ours), shared(theirs)
+
+
 def _norm() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     def by_definition(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:  # torch's has two derivatives
         variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0, keepdim=True)
@@ -58,6 +66,7 @@ CASES = {
     "strided convolution": (_convolution(2, 1), (_IMAGES, _random(_T, 3, 2, 3, 3, seed=3))),
     "convolution": (_convolution(1, 0), (_IMAGES, _random(_T, 3, 2, 3, 2, seed=4))),
     "convolution of one channel": (_convolution(2, 1), (_IMAGES[:, :, :1], _random(_T, 3, 1, 3, 3, seed=5))),
+    "convolution with one weight": (_shared_convolution(2), (_IMAGES, _random(3, 2, 3, 3, seed=6))),
     "batch norm": (_norm(), (_IMAGES, *_CHANNELS)),
     "relu": ((relu, torch.relu), (_IMAGES,)),
 }
