@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of <malloc.h>
 _LARGEST_INT = 2**31 - 1
-_LARGEST_MMAP_THRESHOLD = 32 * 2**20  # glibc takes no larger one
 _PAD = 64 * 2**20
 
 
@@ -55,6 +54,6 @@ def configure_malloc() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    settings = ((_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD), (_TRIM_THRESHOLD, _LARGEST_INT), (_TOP_PAD, _PAD))
+    settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _LARGEST_INT), (_TOP_PAD, _PAD))
     accepted = [mallopt(name, value) for name, value in settings]
     return all(accepted)
