@@ -56,7 +56,7 @@ class InnerConfig(Section):
     eval_steps: Annotated[Steps, Doc("inner steps in validation and test; may differ from inner.steps")]
     second_order: Annotated[Bool, Doc("differentiate through the inner gradients (MAML); false: first-order MAML")]
     engine: Annotated[Engine, Doc("computes the meta-gradient; auto: the fastest that fits run.memory_limit_mib")]
-    task_chunk: Annotated[Count | None, Doc("tasks per pass, to save memory; null: all at once")]
+    task_chunk: Annotated[Count | None, Doc("tasks per pass, to save memory; null: as many as are fast, on a GPU all")]
     checkpoint_every: Annotated[
         Count, LATE, Doc("checkpoint and adjoint keep every s-th step's weights, and recompute others")
     ]

@@ -42,7 +42,8 @@ class InnerLoop:
         second_order: whether the meta-gradient goes through the inner gradients (MAML) or takes them as
             constants (first-order MAML).
         engine: how the meta-gradient is computed, one of ``metalearn.metagrad.ENGINES``.
-        task_chunk: at most this many tasks are held in memory at a time; ``None`` takes all at once.
+        task_chunk: at most this many tasks are held in memory at a time; ``None``: on a GPU all of them, on a CPU
+            as many as are fast (all, unless the model's maps are large).
         checkpoint_every: the engines ``checkpoint`` and ``adjoint`` keep the fast weights of every s-th step and
             recompute those between, in one more first-order step each; 1 keeps all.
         rule: from gradients to directions: ``SGD()``, ``Momentum()``, ``Adam()``, or any ``UpdateRule``; a run's key
@@ -87,7 +88,11 @@ class InnerLoop:
             ("steps", _is_whole(self.steps, least=0), "a whole number, 0 or more"),
             ("second_order", isinstance(self.second_order, bool), "True or False"),
             ("engine", isinstance(self.engine, str), "a name, as in engine='unroll'"),
-            ("task_chunk", self.task_chunk is None or _is_whole(self.task_chunk), "at least 1, or None for all tasks"),
+            (
+                "task_chunk",
+                self.task_chunk is None or _is_whole(self.task_chunk),
+                "at least 1, or None",
+            ),
             ("checkpoint_every", _is_whole(self.checkpoint_every), "a whole number, 1 or more"),
             (
                 "learned_lr",

@@ -1,20 +1,19 @@
-"""Choose an engine, split the tasks into chunks, check the result; engines drop the Hessian for first-order MAML."""
+"""Choose an engine and check its result; engines drop the Hessian for first-order MAML."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
 
-import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from metalearn.core.errors import NonFiniteGradientError, NonFiniteLossError
+from metalearn.core.errors import NonFiniteGradientError
 from metalearn.core.functional import check_forward, check_params, first_nonfinite, is_finite
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
 from metalearn.inner import InnerLoop, check_params_match_config, explain_torch_errors, loss_checks_deferred
 from metalearn.metagrad.adjoint import adjoint
 from metalearn.metagrad.checkpoint import checkpoint
+from metalearn.metagrad.task_chunks import mean_over_passes, tasks_per_pass
 from metalearn.metagrad.unroll import unroll
 
 Engine = Callable[[Forward, Params, Episodes, InnerLoop, Loss], MetaGradient]
@@ -68,45 +67,17 @@ def meta_gradient(
     check_forward(forward)
     check_params(params)
     check_params_match_config(params, inner, training=True)
-    compute = partial(_in_chunks, engine or ENGINES[inner.engine], forward, params, inner=inner, loss=loss)
+    one_pass = engine or ENGINES[inner.engine]
+
+    def compute(tasks: Episodes) -> MetaGradient:
+        return one_pass(forward, params, tasks, inner, loss)
+
     with explain_torch_errors(vars(episodes), params):
-        result = compute(episodes)
+        result = mean_over_passes(compute, params, episodes, tasks_per_pass(forward, params, episodes, inner))
         if not loss_checks_deferred():
             locate_step = partial(_last_nonfinite_step, forward, params, inner=inner, loss=loss)
             _check_finite_gradient(result.grads, compute, (lambda _: None) if engine else locate_step, episodes)
     return result
-
-
-def _in_chunks(
-    engine: Engine, forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss
-) -> MetaGradient:
-    """Compute the mean over tasks, diagnostics included, with ``inner.task_chunk`` of them at a time."""
-    if inner.task_chunk is None or inner.task_chunk >= episodes.tasks:
-        return engine(forward, params, episodes, inner, loss)
-    grads = {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()}
-    losses, support_losses, predictions = [], [], []
-    diagnostics: dict[str, Tensor] = {}
-    tasks_done = 0
-    for chunk in episodes.split(inner.task_chunk):
-        share = chunk.tasks / episodes.tasks
-        try:
-            result = engine(forward, params, chunk, inner, loss)
-        except NonFiniteLossError as error:
-            raise error.with_task_offset(tasks_done) from None
-        tasks_done += chunk.tasks
-        for name, total in grads.items():
-            total.add_(result.grads[name], alpha=share)
-        losses.append(share * result.loss)
-        support_losses.append(share * result.support_loss)
-        predictions.append(result.predictions)
-        diagnostics = {name: diagnostics.get(name, 0) + share * value for name, value in result.diagnostics.items()}
-    return MetaGradient(
-        loss=torch.stack(losses).sum(),
-        grads=grads,
-        predictions=torch.cat(predictions),
-        support_loss=torch.stack(support_losses).sum(dim=0),
-        diagnostics=diagnostics,
-    )
 
 
 def _check_finite_gradient(

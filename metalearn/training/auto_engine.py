@@ -22,6 +22,7 @@ from metalearn.core.types import Episodes, Forward, Loss, Params
 from metalearn.derivatives import available_memory
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import ENGINES, Engine, meta_gradient
+from metalearn.metagrad.task_chunks import tasks_per_pass
 from metalearn.training.experiment import Experiment, with_config
 
 log = logging.getLogger(__name__)
@@ -99,9 +100,9 @@ def choose_engine(problem: MetaStepProblem, inner: InnerLoop, *, limit_mib: floa
             except MemoryLimitError:
                 continue  # memory was not quite linear in tasks
             log.info(
-                "inner.engine=auto chose %s, task_chunk %s, checkpoint_every %d: %.0f ms and %.3g of %.4g MiB a "
+                "inner.engine=auto chose %s, task_chunk %d, checkpoint_every %d: %.0f ms and %.3g of %.4g MiB a "
                 "meta-step (of %d that fit)",
-                *(best.engine, best.task_chunk or "null", best.checkpoint_every),
+                *(best.engine, best.task_chunk, best.checkpoint_every),
                 *(1000 * times[best], peak / MIB, limit / MIB, len(fitting)),
             )
             return best
@@ -136,16 +137,17 @@ def _chunks(problem: MetaStepProblem, inner: InnerLoop, limit: int) -> list[Inne
         sizes.add(1)
         slope = max(estimate_peak(problem, inner, min(2, most), limit) - one, 1)
         largest = 1 + max(0, limit - one - totals) // slope
-        sizes = {min(largest, most), *(size for size in _CACHE_FRIENDLY if size < min(largest, most))}
+        fast = tasks_per_pass(problem.forward, problem.params, problem.episodes, replace(inner, task_chunk=None))
+        sizes = {min(largest, most), *(size for size in (fast, *_CACHE_FRIENDLY) if size < min(largest, most))}
     except MemoryLimitError:
         pass  # nothing larger fits than what was found
-    return [replace(inner, task_chunk=None if size == tasks else size) for size in sorted(sizes)]
+    return [replace(inner, task_chunk=size) for size in sorted(sizes)]
 
 
 def estimate_peak(problem: MetaStepProblem, inner: InnerLoop, tasks: int, limit: int = 2**62) -> int:
     """Return the peak bytes of a meta-gradient of the first ``tasks`` tasks, all at once."""
     few = replace(problem, episodes=problem.episodes.split(tasks)[0])
-    return few.peak(replace(inner, task_chunk=None), limit)
+    return few.peak(replace(inner, task_chunk=tasks), limit)
 
 
 def _does_not_fit_error(problem: MetaStepProblem, inner: InnerLoop, limit: int) -> str:

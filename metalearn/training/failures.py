@@ -27,6 +27,7 @@ from metalearn.core.profiling.memory import MIB
 from metalearn.core.types import Episodes, MetaGradient, Params
 from metalearn.derivatives import available_memory
 from metalearn.inner import InnerLoop
+from metalearn.metagrad.task_chunks import tasks_per_pass
 from metalearn.training.auto_engine import estimate_peak, first_meta_step
 from metalearn.training.experiment import Experiment, build_algorithm, build_metric, build_model
 from metalearn.training.state import TrainState, preserve_rng_state, seed_all
@@ -149,7 +150,8 @@ def explain_out_of_memory(experiment: Experiment, *, processes: int = 1) -> Iter
 def _out_of_memory_message(experiment: Experiment, reason: str, processes: int) -> str:
     config, inner = experiment.config, experiment.algorithm.peak_memory_inner
     local_tasks = math.ceil(config.task.meta_batch / processes)
-    chunk = min(local_tasks, config.inner.task_chunk or local_tasks)
+    problem = first_meta_step(experiment)
+    chunk = min(local_tasks, tasks_per_pass(problem.forward, problem.params, problem.episodes, inner))
     mib = _estimate_mib(experiment, inner, chunk)
     needs = f" A meta-step takes about {mib:.0f} MiB as it is set" if mib else " As it is set, a meta-step does not fit"
     lines = [

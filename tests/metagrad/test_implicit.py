@@ -18,7 +18,7 @@ from metalearn.core.profiling.memory import PeakTensorMemory
 from metalearn.derivatives import hessian
 from metalearn.inner import adapt, task_losses
 from metalearn.metagrad.implicit import Implicit, conjugate_gradients
-from metalearn.metagrad.meta_gradient import _in_chunks
+from metalearn.metagrad.task_chunks import mean_over_passes
 from metalearn.models import MLP
 from tests.metagrad.settings import HEAD, small_mlp, vectors
 
@@ -118,7 +118,9 @@ def test_cg_residual_equals_dense_residual() -> None:
     residuals = torch.stack(expected)
     assert residuals.min() > 1e-4, "it was stopped early"
     whole = engine(forward, theta, episodes, inner, cross_entropy)
-    chunked = _in_chunks(engine, forward, theta, episodes, inner, cross_entropy)
+    chunked = mean_over_passes(
+        lambda tasks: engine(forward, theta, tasks, inner, cross_entropy), theta, episodes, tasks=3
+    )
     for result, largest in ((whole, residuals.max()), (chunked, (3 * residuals[:3].max() + residuals[3]) / 4)):
         torch.testing.assert_close(result.diagnostics["cg_residual"], residuals.mean())
         torch.testing.assert_close(result.diagnostics["cg_residual_max"], largest)

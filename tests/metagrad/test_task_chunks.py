@@ -1,0 +1,83 @@
+"""How many tasks a pass takes by default, and that the meta-gradient does not depend on it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metalearn import Episodes, InnerLoop, MetaGradient, functionalize, meta_gradient
+from metalearn.core.functional import relative_error
+from metalearn.metagrad import ENGINES
+from metalearn.metagrad.task_chunks import tasks_per_pass
+from metalearn.metagrad.unroll import unroll
+from metalearn.models import Conv4
+from tests.factories import image_episodes
+
+_INNER = InnerLoop(lr=0.1, steps=2)
+
+
+def _passes(module: nn.Module, episodes: Episodes, inner: InnerLoop) -> list[int]:
+    """Return the number of tasks in each pass of a meta-gradient."""
+    found: list[int] = []
+
+    def engine(forward, params, chunk, *others) -> MetaGradient:  # type: ignore[no-untyped-def]
+        found.append(chunk.tasks)
+        return unroll(forward, params, chunk, *others)
+
+    meta_gradient(*functionalize(module), episodes, inner, engine=engine)
+    return found
+
+
+def test_small_maps_take_one_pass_and_large_ones_a_task_each() -> None:
+    episodes = image_episodes(tasks=4, ways=5, shots=5, queries=1, dtype=torch.float32)
+    assert _passes(Conv4(5), episodes, _INNER) == [4]  # the first maps take 1.2 MiB a task
+    assert _passes(Conv4(5, pool="max"), episodes, _INNER) == [1, 1, 1, 1]  # 4.8 MiB
+
+
+def test_passes_are_of_nearly_the_same_size() -> None:
+    episodes = image_episodes(tasks=7, ways=5, shots=6, queries=1, dtype=torch.float32)
+    assert _passes(Conv4(5), episodes, _INNER) == [4, 3]  # five would fit
+
+
+@pytest.mark.parametrize("size", [1, 3, 99])
+def test_a_given_number_wins(size: int) -> None:
+    episodes = image_episodes(tasks=4, ways=5, shots=5, queries=1, dtype=torch.float32)
+    expected = {1: [1, 1, 1, 1], 3: [3, 1], 99: [4]}[size]
+    assert _passes(Conv4(5, pool="max"), episodes, replace(_INNER, task_chunk=size)) == expected
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_default_equals_all_tasks_at_once(engine: str) -> None:
+    episodes = image_episodes(tasks=3, ways=5, shots=5, queries=2, dtype=torch.float64)
+    forward, theta = functionalize(Conv4(5, pool="max").double())
+    by_default, at_once = (
+        meta_gradient(forward, theta, episodes, replace(_INNER, engine=engine, task_chunk=size)) for size in (None, 3)
+    )
+    assert relative_error(by_default.grads, at_once.grads) < 1e-11
+    torch.testing.assert_close(by_default.predictions, at_once.predictions)
+
+
+def test_choice_draws_no_random_number_and_needs_one_pass_of_the_model() -> None:
+    class Counted(nn.Linear):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Counted.calls += 1
+            return nn.functional.dropout(super().forward(x), 0.5)
+
+    forward, theta = functionalize(Counted(3, 2))
+    x, y = torch.randn(4, 5, 3), torch.zeros(4, 5).long()
+    before = torch.get_rng_state()
+    for _ in range(3):
+        assert tasks_per_pass(forward, theta, Episodes(x, y, x, y), _INNER) == 4
+    assert Counted.calls == 1
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_failing_model_is_explained_by_the_meta_gradient() -> None:
+    x, y = torch.randn(4, 5, 3), torch.zeros(4, 5).long()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        meta_gradient(*functionalize(nn.Linear(4, 2)), Episodes(x, y, x, y), _INNER)
