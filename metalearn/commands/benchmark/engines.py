@@ -94,11 +94,17 @@ def measure(
             fitting = [inner for inner, peak in zip(inners, peaks, strict=True) if peak is not None]
             if steps == plan.timed[-1]:
                 check_engines_equal(problem, fitting)
-            times = time_interleaved(problem.seconds, [i for i in fitting if i.task_chunk != _ONE], plan.rounds)
+            timed = [i for i in fitting if i.task_chunk != _ONE]
+            times = time_interleaved(lambda i: problem.seconds(_stacked(i, problem)), timed, plan.rounds)
         unroll = next((times[i] for i in times if i.engine == "unroll" and i.second_order and not i.task_chunk), None)
         rows += [_cost(inner, peak, times.get(inner), unroll) for inner, peak in zip(inners, peaks, strict=True)]
         progress.update(bar, completed=done + 1)
     return rows
+
+
+def _stacked(inner: InnerLoop, problem: MetaStepProblem) -> InnerLoop:
+    """Return the inner loop with all tasks in a pass if it sets no number, where the default might take fewer."""
+    return replace(inner, task_chunk=inner.task_chunk or problem.episodes.tasks)
 
 
 def _peak_mib(problem: MetaStepProblem, inner: InnerLoop, limit: int) -> float | None:
@@ -106,7 +112,7 @@ def _peak_mib(problem: MetaStepProblem, inner: InnerLoop, limit: int) -> float |
     if inner.task_chunk is not None:
         problem = replace(problem, episodes=problem.episodes.split(2 * inner.task_chunk)[0])
     try:
-        return peak_bytes(lambda: problem.step(inner), problem.device, limit=limit) / MIB
+        return peak_bytes(lambda: problem.step(_stacked(inner, problem)), problem.device, limit=limit) / MIB
     except MemoryLimitError:
         return None
 
