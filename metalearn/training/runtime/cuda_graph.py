@@ -3,9 +3,8 @@
     capture:  g = meta_gradient(theta, tasks)          with theta and tasks in static tensors
     replay:   copy theta, tasks into the static tensors;  launch;  read g from where it was
 
-Nothing on the host may depend on values on the GPU, so capturing fails for models that branch on values, and for the
-engines ``checkpoint`` and ``adjoint`` in second order, which compare losses and restore random states in their backward
-pass. Then the meta-gradient is computed without a graph, and a warning says why.
+Nothing on the host may depend on values on the GPU, so capturing fails for models that branch on values. Then the
+meta-gradient is computed without a graph, and a warning says why.
 """
 
 from __future__ import annotations
