@@ -2,8 +2,40 @@
 
 from __future__ import annotations
 
+from metalearn.algorithms import ALGORITHMS
 from metalearn.metagrad import ENGINES
 from tests.gpu.conftest import OnNoop
+
+ALGORITHM_GRADIENTS = """
+from metalearn.algorithms import ALGORITHMS
+from metalearn.metagrad import ENGINES
+from metalearn.core.module_parts import module_parts
+from metalearn.models import ContextConv4
+from metalearn.training.runtime.cuda_graph import capture
+found = {}
+for name in ALGORITHMS:
+    module = (ContextConv4(3, width=8, context=4) if name == "cavia" else Conv4(3, width=8)).to(GPU)
+    forward, params = functionalize(module)
+    algorithm = ALGORITHMS[name](InnerLoop(lr=0.1, steps=2, second_order=name != "reptile"), module_parts(module))
+    theta = algorithm.init(params)
+    _, _, tasks = problem()
+
+    def compute():
+        with defer_loss_checks():
+            return algorithm.meta_gradient(forward, theta, tasks, progress=0.0)
+
+    waited = waits(compute)
+    replay, result = capture(compute, GPU)
+    replay()
+    found[name] = waited, noop.noop_nodes() > 100, *{str(g.device) for g in result.grads.values()}
+report(**found)
+"""
+
+
+def test_every_algorithm_waits_for_nothing_and_can_be_captured(on_noop: OnNoop) -> None:
+    reported = on_noop(ALGORITHM_GRADIENTS)
+    assert reported == {name: [0, True, "cuda:0"] for name in ALGORITHMS}
+
 
 def test_meta_gradients_wait_for_nothing_and_can_be_captured(on_noop: OnNoop) -> None:
     """Every engine: a graph holds a meta-gradient that nothing on the host has waited for."""
