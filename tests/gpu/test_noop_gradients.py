@@ -51,3 +51,37 @@ for engine in ("unroll", "checkpoint", "adjoint"):
 report(**found)
 """)
     assert reported == {engine: [0, True] for engine in ENGINES}
+
+
+def test_kernels_launch_few_operations_whatever_the_number_of_tasks(on_noop: OnNoop) -> None:
+    """At most as many as a prototype had; torch's layers launch 1,032 and 3,940."""
+    reported = on_noop("""
+from metalearn.models.kernels import kernels_on_gpus
+with kernels_on_gpus():
+    found = {
+        f"{ways}-way, {steps} steps": [
+            launches(lambda: gradient(given, steps=steps))
+            for tasks in (4, 32)
+            for given in [problem(ways=ways, tasks=tasks, width=64)]
+        ]
+        for ways, steps in ((5, 1), (20, 5))
+    }
+report(**found)
+""")
+    for (few, many), most in zip(reported.values(), (705, 2604), strict=True):
+        assert abs(many - few) <= 2, reported  # a large sum clears a counter first
+        assert max(few, many) <= most, reported
+
+
+def test_kernels_are_not_used_on_gpus_unless_asked_for(on_noop: OnNoop) -> None:
+    reported = on_noop("""
+from metalearn.models.kernels import kernels_on_gpus
+given = problem()
+plain = launches(lambda: gradient(given))
+with kernels_on_gpus():
+    kernels = launches(lambda: gradient(given))
+    with kernels_on_gpus(False):
+        again = launches(lambda: gradient(given))
+report(plain=plain, kernels=kernels, again=again)
+""")
+    assert reported["plain"] == reported["again"] != reported["kernels"], reported
