@@ -40,6 +40,7 @@ from metalearn.data.splits import ImageSplits
 from metalearn.inner import SGD, Adam, InnerLoop, Momentum, UpdateRule
 from metalearn.metagrad.baselines.backend import BaselineGradient, backend
 from metalearn.models import MLP, ContextConv4, ContextMLP, Conv4, ResNet12
+from metalearn.models.kernels import kernels_on_gpus
 from metalearn.training.custom import (
     build_custom_algorithm,
     build_custom_model,
@@ -58,7 +59,10 @@ _NUM_STATISTICS_BATCHES = 4
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """The immutable parts of a run; ``theta`` holds the parameters of ``module`` and those that the algorithm adds."""
+    """The immutable parts of a run; ``theta`` holds the parameters of ``module`` and those that the algorithm adds.
+
+    ``kernels_on_gpus`` says whether meta-gradients on a GPU use the stacked kernels (``choose_kernels`` measures it).
+    """
 
     config: TrainConfig
     dataset: str
@@ -71,6 +75,7 @@ class Experiment:
     train: TaskSampler
     validation: TaskSampler
     test: TaskSampler
+    kernels_on_gpus: bool = False
 
     @property
     def inner(self) -> InnerLoop:
@@ -106,7 +111,10 @@ class Experiment:
     def meta_gradient_eager(self, params: Params, episodes: Episodes, iteration: int) -> MetaGradient:
         """Return the meta-gradient by this library, without a CUDA graph."""
         progress = iteration / self.config.outer.iterations
-        return self.algorithm.meta_gradient(self.forward, params, episodes, loss=self.metric.loss, progress=progress)
+        with kernels_on_gpus(self.kernels_on_gpus):
+            return self.algorithm.meta_gradient(
+                self.forward, params, episodes, loss=self.metric.loss, progress=progress
+            )
 
     @cached_property
     def _graph(self) -> Callable[[Params, Episodes], MetaGradient]:

@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -44,13 +45,18 @@ def waits(compute: Callable[[], object]) -> int:
     return int(noop.noop_syncs())
 
 
+def kinds() -> Counter[str]:
+    """Return the launches since the last ``noop_reset``, by the name of the kernel or call."""
+    with tempfile.NamedTemporaryFile("r") as file:
+        noop.noop_dump(file.name.encode())
+        lines = [line.split("\t") for line in file.read().splitlines()]
+    return Counter({name: int(n) for n, name in lines if n.isdigit() and not name.startswith("trivial")})
+
+
 def launches(compute: Callable[[], object]) -> int:
     """Return the kernels, copies and fills that the second call launches."""
     waits(compute)
-    with tempfile.NamedTemporaryFile("r") as file:
-        noop.noop_dump(file.name.encode())
-        counts = [line.split("\t") for line in file.read().splitlines()]
-    return sum(int(n) for n, name in counts if n.isdigit() and not name.startswith("trivial"))
+    return kinds().total()
 
 
 def report(**values: object) -> None:

@@ -1,0 +1,99 @@
+"""Whole programs on a CUDA runtime that computes nothing: waits of a meta-step, graphs, choices and messages."""
+
+from __future__ import annotations
+
+from tests.gpu.conftest import OnNoop
+
+TRAINING = """
+import logging
+import sys
+from pathlib import Path
+from metalearn.training import auto_engine, loop, trainer
+from metalearn.training.runtime import cuda_graph
+from metalearn.training.state import TrainState
+from tests.config.factories import train_config
+
+logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+SMALL = [
+    *("data=glyphs", "data.classes=60", "run.device=cuda", "model.width=4", "task.meta_batch=4"),
+    *("outer.iterations=6", "log.images=false"),
+    *("task.ways=3", "eval.every=6", "eval.episodes=4", "eval.validation_episodes=4", "log.every=100"),
+    *("inner.steps=2", "inner.eval_steps=2"),
+]
+tolist = torch.Tensor.tolist
+torch.Tensor.tolist = lambda tensor: [0] * len(tolist(tensor))  # memory holds whatever it held: nothing is not finite
+TrainState.is_finite = lambda state: True
+cuda_graph.global_norm = lambda tree: torch.ones(())
+cuda_graph._difference = lambda got, expected: ""
+waited = []
+
+
+def counted(*args, **kwargs):
+    waited.append(int(noop.noop_syncs()))  # since the last meta-step began
+    noop.noop_reset()
+    return update(*args, **kwargs)
+
+
+update, loop.compute_meta_update = loop.compute_meta_update, counted
+
+
+def train(*overrides, choose_kernels=lambda experiment, episodes: experiment):
+    waited.clear()
+    trainer.choose_kernels = choose_kernels
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.train(train_config(*SMALL, *overrides), Path(folder))
+    return waited[1:]  # of all meta-steps but the last, which ends in validation
+"""
+
+
+def test_a_meta_step_waits_at_most_twice(on_noop: OnNoop) -> None:
+    reported = on_noop(
+        TRAINING
+        + """
+found = {engine: train(f"inner.engine={engine}", "run.cuda_graph=false") for engine in ("unroll", "adjoint")}
+found["in chunks"] = train("inner.engine=checkpoint", "inner.task_chunk=2", "run.cuda_graph=false")
+found["graph"] = train("inner.engine=adjoint")[2:]  # the first two compare the graph with the eager result
+report(**found)
+"""
+    )
+    assert all(len(found) >= 3 for found in reported.values()), reported
+    assert max(max(found) for found in reported.values()) <= 2, reported
+
+
+def test_kernels_are_chosen_if_equal_and_faster(on_noop: OnNoop) -> None:
+    reported = on_noop(
+        TRAINING
+        + """
+from dataclasses import replace
+from metalearn.training.auto_engine import choose_kernels
+from metalearn.training.experiment import build_experiment
+experiment = build_experiment(train_config(*SMALL))
+episodes = experiment.train.tasks(0, 4)
+
+
+def choose(with_kernels, without, error=0.01, given=experiment):
+    times = {True: with_kernels, False: without}
+    auto_engine._seconds_of_run = lambda experiment, episodes, kernels: times[kernels]
+    auto_engine.relative_error = lambda got, expected: error
+    return choose_kernels(given, episodes).kernels_on_gpus
+
+
+def fails(experiment, episodes, kernels):
+    raise torch.OutOfMemoryError("out of memory")
+
+
+found = dict(
+    faster=choose(1.0, 1.1),
+    hardly=choose(1.0, 1.04),
+    differs=choose(1.0, 2.0, error=0.06),
+    nan=choose(1.0, 2.0, error=float("nan")),
+    on_a_cpu=choose(1.0, 2.0, given=replace(experiment, device=torch.device("cpu"))),
+    deterministic=choose(1.0, 2.0, given=build_experiment(train_config(*SMALL, "run.deterministic=true"))),
+)
+torch.use_deterministic_algorithms(False)
+auto_engine._gradient = fails
+found["out_of_memory"] = choose(1.0, 2.0)
+report(**found)
+"""
+    )
+    assert [name for name, chosen in reported.items() if chosen] == ["faster"]
