@@ -99,10 +99,10 @@ class Experiment:
     def meta_gradient(self, params: Params, episodes: Episodes, iteration: int) -> MetaGradient:
         """Return the meta-gradient of tasks after ``iteration`` meta-steps, as the configuration says how.
 
-        With ``run.cuda_graph`` it is the replay of a graph that is captured at its first use; the result is valid until
+        If ``uses_cuda_graph`` it is the replay of a graph that is captured at its first use; the result is valid until
         the next call. With ``algorithm.backend`` another library computes it.
         """
-        if self.config.run.cuda_graph:
+        if self.uses_cuda_graph:
             return self._graph(params, episodes)
         if self._backend:
             return self._backend(params, episodes, self.inner)
@@ -115,6 +115,18 @@ class Experiment:
             return self.algorithm.meta_gradient(
                 self.forward, params, episodes, loss=self.metric.loss, progress=progress
             )
+
+    @property
+    def uses_cuda_graph(self) -> bool:
+        """True if ``run.cuda_graph`` asks for a graph; ``auto`` does on a GPU, where a graph can hold every meta-step.
+
+        It cannot if the algorithm changes in the course of training; a user's own code may do so unseen.
+        """
+        setting = self.config.run.cuda_graph
+        if setting != "auto":
+            return setting
+        own_code = self.config.targets().keys() - {"data.target"}
+        return self.device.type == "cuda" and not (self.algorithm.is_annealed or self._backend or own_code)
 
     @cached_property
     def _graph(self) -> Callable[[Params, Episodes], MetaGradient]:
@@ -156,6 +168,7 @@ def build_experiment(config: TrainConfig) -> Experiment:
     """
     import_targets(config.targets())
     device = resolve_device(config.run.device)
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not config.run.deterministic  # shapes never change
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
         torch.use_deterministic_algorithms(True)

@@ -60,6 +60,25 @@ report(**found)
     assert max(max(found) for found in reported.values()) <= 2, reported
 
 
+def test_graphs_are_the_default_and_a_wrong_one_is_named(on_noop: OnNoop) -> None:
+    reported = on_noop(
+        TRAINING
+        + """
+import io
+messages = io.StringIO()
+logging.getLogger().addHandler(logging.StreamHandler(messages))
+train()
+graphs = kinds()["cudaGraphLaunch"]
+cuda_graph._difference = lambda got, expected: "it differs"
+train()
+report(graphs=graphs, without=kinds()["cudaGraphLaunch"], messages=messages.getvalue())
+"""
+    )
+    assert reported["graphs"] == 1, "in the last meta-step"
+    assert reported["without"] == 0
+    assert reported["messages"].count("run.cuda_graph: the meta-gradient is computed without a graph, as it") == 1
+
+
 def test_kernels_are_chosen_if_equal_and_faster(on_noop: OnNoop) -> None:
     reported = on_noop(
         TRAINING

@@ -65,12 +65,17 @@ class _Graph:
 
     @torch.no_grad()
     def __call__(self, params: Params, episodes: Episodes) -> MetaGradient:
-        """Launch the graph; gradients and predictions are valid until the next call, losses are copies."""
+        """Launch the graph; gradients and predictions are valid until the next call, all else is copied."""
         torch._foreach_copy_(list(self.params.values()), list(params.values()))
         for static, value in zip(_tensors(self.episodes), _tensors(episodes), strict=True):
             static.copy_(value)
         self.replay()
-        return replace(self.results, loss=self.results.loss.clone(), support_loss=self.results.support_loss.clone())
+        return replace(
+            self.results,
+            loss=self.results.loss.clone(),
+            support_loss=self.results.support_loss.clone(),
+            diagnostics={name: value.clone() for name, value in self.results.diagnostics.items()},
+        )
 
 
 class CUDAGraphMetaGradient:
@@ -113,7 +118,7 @@ class CUDAGraphMetaGradient:
             problem = _reason(raised)
         if problem:  # out here, because a traceback would keep what was computed
             self._graph, self._disabled = None, True
-            log.warning("run.cuda_graph=true: the meta-gradient is computed without a graph, as %s", problem)
+            log.warning("run.cuda_graph: the meta-gradient is computed without a graph, as %s", problem)
         else:
             self._left_to_verify -= 1
         return expected
