@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,8 +54,9 @@ class MetaStepProblem:
         return self.episodes.query_x.device
 
     def step(self, inner: InnerLoop) -> None:
-        """Compute one meta-gradient and discard it."""
-        meta_gradient(self.forward, self.params, self.episodes, inner, loss=self.loss, engine=self.engine)
+        """Compute one meta-gradient and discard it; on a GPU without waits for checks, as a training does."""
+        with defer_loss_checks() if self.device.type == "cuda" else nullcontext():
+            meta_gradient(self.forward, self.params, self.episodes, inner, loss=self.loss, engine=self.engine)
 
     def peak(self, inner: InnerLoop, limit: int) -> int:
         """Return the peak bytes of one meta-gradient."""
@@ -159,11 +161,14 @@ def _does_not_fit_error(problem: MetaStepProblem, inner: InnerLoop, limit: int) 
     """Return the message, with the memory of one task at a time: of two tasks, because the second adds to a sum."""
     two = replace(problem, episodes=problem.episodes.split(2)[0])
     sparse = replace(inner, task_chunk=1, checkpoint_every=max(1, math.isqrt(inner.steps)))
-    needed = min(two.peak(replace(sparse, engine=engine), 2**62) for engine in ENGINES)
+    try:
+        needed = min(two.peak(replace(sparse, engine=engine), 2**62) for engine in ENGINES)
+        least = f"one task at a time takes at least {1.01 * needed / MIB:#.3g} MiB"
+    except MemoryLimitError:
+        least = "not even one task at a time fits into this device's memory"
     return (
-        f"inner.engine=auto: no engine fits into {limit / MIB:#.3g} MiB; one task at a time takes at least "
-        f"{1.01 * needed / MIB:#.3g} MiB. Raise run.memory_limit_mib, or take fewer examples (task.ways, task.shots, "
-        "task.queries), a narrower model or inner.second_order=false."
+        f"inner.engine=auto: no engine fits into {limit / MIB:#.3g} MiB; {least}. Raise run.memory_limit_mib, or take "
+        "fewer examples (task.ways, task.shots, task.queries), a narrower model or inner.second_order=false."
     )
 
 

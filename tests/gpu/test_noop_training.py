@@ -116,3 +116,37 @@ report(**found)
 """
     )
     assert [name for name, chosen in reported.items() if chosen] == ["faster"]
+
+
+def test_out_of_memory_names_keys_and_estimates(on_noop: OnNoop) -> None:
+    """The estimates need the memory that the failed meta-step had."""
+    reported = on_noop(
+        TRAINING
+        + """
+from metalearn.core.errors import RunError
+try:
+    train("model.width=64", "task.meta_batch=16", "task.queries=10", "inner.steps=5")
+except RunError as error:
+    report(raised=str(error))
+""",
+        NOOP_GIB="0.4",
+    )
+    first, *keys = reported["raised"].splitlines()
+    assert "A meta-step takes about" in first, reported
+    assert all("about" in line for line in keys[:3]), reported
+    assert "run.cuda_graph=false" in keys[3], reported
+
+
+def test_auto_engine_without_memory_says_so(on_noop: OnNoop) -> None:
+    reported = on_noop(
+        TRAINING
+        + """
+from metalearn.core.errors import RunError
+try:
+    train("model.width=512", "task.meta_batch=2", "inner.engine=auto", "data.classes=30")
+except RunError as error:
+    report(raised=str(error))
+""",
+        NOOP_GIB="0.1",
+    )
+    assert "not even one task at a time fits" in reported["raised"]

@@ -106,7 +106,15 @@ class CUDAGraphMetaGradient:
     def _verified(self, params: Params, episodes: Episodes) -> MetaGradient:
         """Compute eagerly and compare with the graph, capturing it first if needed."""
         checkpoint = StepCheckpoint.of(0, params)
-        expected = self._eager(params, episodes)
+        try:
+            expected = self._eager(params, episodes)
+        except torch.OutOfMemoryError:
+            if self._graph is None:
+                raise
+            expected = None
+        if expected is None:  # the graph keeps what the eager computation needs
+            self._disable("there is not enough memory beside it")
+            return self._eager(params, episodes)
         if not 0 < global_norm(expected.grads).item() < math.inf:  # nothing to compare with; try at the next call
             return expected
         try:
@@ -117,11 +125,14 @@ class CUDAGraphMetaGradient:
         except Exception as raised:  # whatever it is, the eager result is correct
             problem = _reason(raised)
         if problem:  # out here, because a traceback would keep what was computed
-            self._graph, self._disabled = None, True
-            log.warning("run.cuda_graph: the meta-gradient is computed without a graph, as %s", problem)
+            self._disable(problem)
         else:
             self._left_to_verify -= 1
         return expected
+
+    def _disable(self, problem: str) -> None:
+        self._graph, self._disabled = None, True
+        log.warning("run.cuda_graph: the meta-gradient is computed without a graph, as %s", problem)
 
     def _capture(self, params: Params, episodes: Episodes) -> _Graph:
         static = {name: p.detach().clone() for name, p in params.items()}

@@ -176,6 +176,22 @@ def test_failed_capture_falls_back_to_eager(
     assert message.endswith(reason)
 
 
+def test_graph_that_leaves_no_memory_is_dropped(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    eager, theta = model
+    fails = iter([False, False, False, True, False, False])  # eager, captured, replayed; eager, eager again; eager
+
+    def scarce(params: Params, episodes: Episodes) -> MetaGradient:
+        if next(fails):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return eager(params, episodes)
+
+    gradient = CUDAGraphMetaGradient(scarce, CPU, record=Recorder())
+    for _ in range(3):
+        assert_equals_eager(gradient, eager, theta, batch())
+    assert not list(fails)
+    assert "without a graph, as there is not enough memory beside it" in caplog.text
+
+
 def test_nonfinite_results_are_not_compared(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     eager, theta = model
     recorder = Recorder()
