@@ -150,3 +150,43 @@ except RunError as error:
         NOOP_GIB="0.1",
     )
     assert "not even one task at a time fits" in reported["raised"]
+
+
+def test_every_kind_of_benchmark_computes_in_plain_float32(on_noop: OnNoop) -> None:
+    """Torch's default has convolutions in TF32."""
+    reported = on_noop(
+        TRAINING
+        + """
+from metalearn.commands.benchmark import engines, float32, run, sweeps
+from tests.commands.benchmark.factories import config
+
+
+class Stop(Exception):
+    pass
+
+
+def stop(*args, **kwargs):
+    raise Stop
+
+
+def precision_within(command, module, name, *overrides):
+    with tempfile.TemporaryDirectory() as folder:
+        found = []
+        setattr(module, name, lambda *args, **kwargs: found.append(torch.backends.cudnn.conv.fp32_precision) or stop())
+        try:
+            command(config("run.device=cuda", "data=glyphs", "data.classes=60", *overrides), Path(folder))
+        except Stop:
+            return found
+
+
+report(
+    peers=precision_within(run.run_benchmark, run, "measure_case"),
+    engines=precision_within(engines.run_engine_table, engines, "measure", "bench.kind=engines"),
+    sweeps=precision_within(sweeps.run_sweeps, sweeps, "measure_sweep", "bench.kind=sweeps"),
+    outside=[torch.backends.cudnn.conv.fp32_precision],
+)
+"""
+    )
+    outside = reported.pop("outside")
+    assert reported == {kind: ["ieee"] for kind in ("peers", "engines", "sweeps")}
+    assert outside != ["ieee"]
