@@ -29,6 +29,7 @@ from metalearn.config.target import import_targets
 from metalearn.core.errors import ConfigError
 from metalearn.core.functional import functionalize
 from metalearn.core.module_parts import module_parts
+from metalearn.core.profiling.hardware import avoid_triton_without_compiler
 from metalearn.core.types import Episodes, Forward, MetaGradient, Params
 from metalearn.data.glyphs import make_glyphs
 from metalearn.data.image_decoding import load_image_splits
@@ -344,4 +345,6 @@ def resolve_device(name: str) -> torch.device:
             f"run.device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; use run.device=auto or "
             "cpu, and under torchrun no more processes than GPUs"
         )
+    if device.type == "cuda":
+        avoid_triton_without_compiler()
     return device

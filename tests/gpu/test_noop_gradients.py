@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from metalearn.algorithms import ALGORITHMS
 from metalearn.metagrad import ENGINES
 from tests.gpu.conftest import OnNoop
@@ -85,3 +87,58 @@ with kernels_on_gpus():
 report(plain=plain, kernels=kernels, again=again)
 """)
     assert reported["plain"] == reported["again"] != reported["kernels"], reported
+
+
+def test_first_peak_is_that_of_every_other(on_noop: OnNoop) -> None:
+    reported = on_noop("""
+from metalearn.core.profiling.memory import peak_bytes
+given = problem()
+report(peaks=[peak_bytes(lambda: gradient(given), GPU) for _ in range(3)])
+""")
+    assert len(set(reported["peaks"])) == 1, reported
+    assert reported["peaks"][0] > 0
+
+
+def test_tensors_of_two_devices_are_named_as_such(on_noop: OnNoop) -> None:
+    reported = on_noop("""
+import traceback
+
+forward, theta, tasks = problem()
+try:
+    gradient((forward, theta, Episodes(*(t.cpu() for t in vars(tasks).values()))))
+except RuntimeError as error:
+    report(raised="".join(traceback.format_exception_only(error)), notes=getattr(error, "__notes__", []))
+""")
+    assert "Move the model, its parameters and the examples to one device" in reported["raised"]
+    assert "one dtype" not in reported["raised"]
+
+
+def test_operations_need_no_c_compiler(on_noop: OnNoop, tmp_path: Path) -> None:
+    """Torch would build Triton's launcher for the outer products of a layer with one input."""
+    (tmp_path / "empty").mkdir()
+    reported = on_noop(
+        """
+from metalearn.models import MLP
+from metalearn.training.experiment import resolve_device
+
+
+def run():
+    forward, theta = functionalize(MLP(1, 1, hidden=(8,), batch_norm=False).to(GPU))
+    x, y = torch.rand(4, 5, 1, device=GPU), torch.rand(4, 5, 1, device=GPU)
+    inner, mse = InnerLoop(lr=0.1, steps=1), torch.nn.functional.mse_loss
+    with defer_loss_checks():
+        meta_gradient(forward, theta, Episodes(x, y, x, y), inner, loss=mse)
+    return ""
+
+
+try:
+    before = run()
+except (RuntimeError, ValueError) as error:
+    before = str(error)
+resolve_device("cuda")
+report(before=before, after=run())
+""",
+        PATH=str(tmp_path / "empty"),
+    )
+    assert "TORCH_DISABLE_NATIVE_JIT=1" in reported["before"]
+    assert reported["after"] == ""
