@@ -62,7 +62,7 @@ def _cuda_includes() -> list[str]:
     return [f"{folder}/{part}/include/cuda_runtime_api.h" for folder in folders for part in parts]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def on_noop(noop_env: dict[str, str]) -> OnNoop:
     """Return the function that runs a program on the runtime."""
 
