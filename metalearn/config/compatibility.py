@@ -81,13 +81,8 @@ _CONFLICTS: tuple[tuple[Callable[[TrainConfig], object], str], ...] = (
         "inner.second_order=true with algorithm=reptile: it has no second order; leave it at false",
     ),
     (
-        lambda c: c.run.cuda_graph and c.algorithm.name == "imaml",
-        "run.cuda_graph=true with algorithm=imaml: a graph repeats one computation, and this one stops where its "
-        "residual is small",
-    ),
-    (
         lambda c: (
-            c.run.cuda_graph
+            c.run.cuda_graph is True
             and isinstance(c.algorithm, MAMLPPConfig)
             and (c.algorithm.multi_step_share > 0 or c.algorithm.first_order_share > 0)
         ),
@@ -100,7 +95,6 @@ _ALGORITHMS_OF_BACKENDS = {"learn2learn": ("maml", "anil", "meta_sgd"), "higher"
 _NO_ENGINE: dict[str, object] = {"inner.engine": "unroll", "inner.checkpoint_every": 1}
 _NOT_IN_BACKENDS: dict[str, object] = {
     "inner.clip_norm": None,
-    "run.cuda_graph": False,
     "run.precision": "float32",
     "inner.engine": "unroll",
     "inner.task_chunk": None,
@@ -205,6 +199,8 @@ def _backend(config: TrainConfig) -> Iterator[str]:
             f"{', '.join(_ALGORITHMS_OF_BACKENDS[backend])}; take algorithm.backend=metalearn"
         )
     settings = _NOT_IN_BACKENDS | (_NOT_IN_LEARN2LEARN if backend == "learn2learn" else {})
+    if config.run.cuda_graph is True:
+        settings |= {"run.cuda_graph": "auto"}
     yield from _only(config, f"algorithm.backend={backend}: {backend} has no such thing", settings)
 
 

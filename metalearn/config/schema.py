@@ -132,7 +132,9 @@ class RunConfig(Section):
         ),
     ]
     cuda_graph: Annotated[
-        Bool, LATE, Doc("replay the meta-gradient as one CUDA graph; if that fails, warn and run without")
+        Bool | Literal["auto"],
+        LATE,
+        Doc("replay the meta-gradient as one CUDA graph; if that fails, warn and run without; auto: on GPUs"),
     ]
     memory_limit_mib: Annotated[
         Positive | None, LATE, Doc("MiB that inner.engine=auto may take; null: most that is free")

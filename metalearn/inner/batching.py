@@ -34,9 +34,9 @@ _UNBATCHABLE = WeakIdKeyDictionary()
 
 _NEVER_RETRIED = re.compile(
     rf"{OUT_OF_MEMORY}|accessing `data`|mutate a captured|single memory location|in-place operation|inplace operation"
-    "|inplace arithmetic|updated in place"
+    "|inplace arithmetic|updated in place|Failed to find C compiler"
 )
-"""Errors that a loop would hide and get wrong: a hidden or a lasting change of a tensor."""
+"""Errors that a loop would hide or get wrong: of the machine, or a hidden or a lasting change of a tensor."""
 
 
 def is_batchable(model: object, loss: object = None) -> bool:

@@ -53,6 +53,11 @@ _KNOWN_ERRORS = (
         "the model or the loss goes through numpy, which has no gradients. Compute it with torch.",
     ),
     (
+        r"Failed to find C compiler",
+        "torch compiles a kernel of this operation by Triton, which needs a C compiler: install gcc, or set "
+        "TORCH_DISABLE_NATIVE_JIT=1 in the environment, and torch takes kernels that are compiled already.",
+    ),
+    (
         r"device-side assert",
         "an index was out of range on the GPU, most likely a label outside of 0 to N - 1 for a model with N outputs. "
         "Run it again on the CPU, which says which; this process has lost its GPU.",
@@ -68,8 +73,9 @@ _REPLACEMENTS = {
     "multilabel_margin_loss": "binary_cross_entropy_with_logits in its place",
 }
 """Twice differentiable replacements of operations without a second derivative."""
+_ONE_DEVICE = "Move the model, its parameters and the examples to one device: .to(device)."
 _INPUT_ERROR_HINTS = (
-    (r"\bdevice\b", "Move the model, its parameters and the examples to one device: .to(device)."),
+    (r"\bdevice\b", _ONE_DEVICE),
     (
         r"out of bounds|out of range in self|Dimension out of range",
         "Labels must be 0 to N - 1 for a model with N outputs, and words below the number of an embedding's rows.",
@@ -153,6 +159,9 @@ def _input_error_hint(message: str, inputs: Sequence[Mapping[str, object]]) -> s
         if any(t.layout != torch.strided for t in tensors):
             return " Give dense tensors: x.to_dense()."
         return " If an embedding gives sparse gradients (sparse=True), build it with sparse=False."
+    devices = {value.device for named in inputs for value in named.values() if isinstance(value, Tensor)}
+    if len(devices) > 1:  # torch may call it a type: torch.FloatTensor and torch.cuda.FloatTensor
+        return f" {_ONE_DEVICE}"
     return next((f" {remedy}" for pattern, remedy in _INPUT_ERROR_HINTS if re.search(pattern, message)), "")
 
 

@@ -73,8 +73,7 @@ def adjoint(
             lam = {name: w + product[name] if name in product else w for name, w in lam.items()}
         lam = forward_pass.add_query_gradient(checkpoint, lam)
         callback(checkpoint.step, lam)
-    forward_pass.trajectory.check_recomputation(recomputed)
-    return forward_pass.result(lam)
+    return forward_pass.result(lam, recomputed)
 
 
 def _backward_through_update(

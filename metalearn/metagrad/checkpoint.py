@@ -31,8 +31,7 @@ def checkpoint(forward: Forward, params: Params, episodes: Episodes, inner: Inne
             k, step_fn = before.step, forward_pass.trajectory.step_fn
             recomputed[k], lam = vjp_step(step_fn, k, before.state, lam)
         lam = forward_pass.add_query_gradient(before, lam)
-    forward_pass.trajectory.check_recomputation(recomputed)
-    return forward_pass.result(lam)
+    return forward_pass.result(lam, recomputed)
 
 
 def vjp_step(step_fn: StepFn, k: int, state: InnerState, lam: Params) -> tuple[Tensor, Params]:

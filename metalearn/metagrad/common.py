@@ -69,16 +69,19 @@ class ForwardPass:
         self.query = TaskLosses(self.query.losses + query.losses, self.query.predictions)
         return {name: lam[name] + gradient[name] for name in lam}
 
-    def result(self, lam: Params) -> MetaGradient:
+    def result(self, lam: Params, recomputed: Mapping[int, Tensor] | None = None) -> MetaGradient:
         """Return the meta-gradient from lam_0, the adjoint before the first step.
 
-        All tasks share theta, so that their adjoints ``[T, ...]`` add up to ``[...]``.
+        All tasks share theta, so that their adjoints ``[T, ...]`` add up to ``[...]``. ``recomputed`` has the total
+        support losses of the backward pass, by step; they are compared with those of the forward pass.
         """
+        mark = self.trajectory.check_recomputation(recomputed or {})
+        query_losses = self.query.losses if mark is None else self.query.losses + mark
         support = self.episodes.support_x, self.episodes.support_y
         with torch.enable_grad():
             theta = {name: p.detach().requires_grad_() for name, p in self.params.items()}
             grads = vjp(init_state(self.forward, theta, *support, self.inner), theta, lam)
-        return build_result(grads, self.query.losses, self.query.predictions, self.trajectory.support_losses)
+        return build_result(grads, query_losses, self.query.predictions, self.trajectory.support_losses)
 
 
 def run_forward(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, loss: Loss) -> ForwardPass:

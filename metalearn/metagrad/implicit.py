@@ -142,7 +142,8 @@ def conjugate_gradients(
     very first one, with x = b, the first-order gradient (Nocedal & Wright 2006, algorithm 7.1). NaN passes on to x.
 
     ``product`` is v -> A v of all tasks, for v named and shaped like ``b``, each ``[T, ...]``. A task stops after
-    ``steps`` products, or where |b - A x| / |b| is no larger than ``tolerance``.
+    ``steps`` products, or where |b - A x| / |b| is no larger than ``tolerance``. No product follows when all have
+    stopped; on a GPU, where finding that out would take a wait, there are always ``steps``.
 
     Returns:
         ``(x, residuals)``: the iterates, and |b - A x| / |b| of each task, ``[T]``; 0 where b is 0, and so is x.
@@ -152,8 +153,9 @@ def conjugate_gradients(
     x, r, d = {name: torch.zeros_like(w) for name, w in b.items()}, b, b
     square = b_square = _dot(b, b)
     active = b_square != 0
+    on_cpu = square.device.type == "cpu"
     for iteration in range(steps):
-        if not active.any():
+        if on_cpu and not active.any():  # elsewhere reading it waits for the device, and a stopped task changes nothing
             break
         ad = product(d)
         curvature = _dot(d, ad)

@@ -2,6 +2,8 @@
 
 Peak memory grows with the tasks in a pass, peak(c) = a + b c, so two small passes tell how many tasks fit. Those that
 fit are then timed on the whole batch, and the fastest one's memory is measured once more.
+
+``choose_kernels`` measures as well whether a GPU is faster with the stacked kernels.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,19 +19,24 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from metalearn.core.errors import RunError
+from metalearn.core.functional import relative_error
 from metalearn.core.profiling.memory import MIB, MemoryLimitError, peak_bytes
 from metalearn.core.profiling.timing import seconds
 from metalearn.core.types import Episodes, Forward, Loss, Params
 from metalearn.derivatives import available_memory
 from metalearn.inner import InnerLoop
+from metalearn.inner.diagnostics import defer_loss_checks
 from metalearn.metagrad import ENGINES, Engine, meta_gradient
 from metalearn.metagrad.task_chunks import tasks_per_pass
 from metalearn.training.experiment import Experiment, with_config
+from metalearn.training.runtime.precision import ENGINE_BOUND
 
 log = logging.getLogger(__name__)
 
 _FRACTION_OF_FREE = 0.8
 _CACHE_FRIENDLY = (4, 8)  # tasks in a pass: small chunks are sometimes faster on CPUs
+_KERNEL_ADVANTAGE = 1.05  # times that the kernels must be faster, as they round differently
+_WARM_UPS, _REPEATS = 3, 3  # the first two calls compare a CUDA graph with the eager result
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,9 @@ class MetaStepProblem:
         return self.episodes.query_x.device
 
     def step(self, inner: InnerLoop) -> None:
-        """Compute one meta-gradient and discard it."""
-        meta_gradient(self.forward, self.params, self.episodes, inner, loss=self.loss, engine=self.engine)
+        """Compute one meta-gradient and discard it; on a GPU without waits for checks, as a training does."""
+        with defer_loss_checks() if self.device.type == "cuda" else nullcontext():
+            meta_gradient(self.forward, self.params, self.episodes, inner, loss=self.loss, engine=self.engine)
 
     def peak(self, inner: InnerLoop, limit: int) -> int:
         """Return the peak bytes of one meta-gradient."""
@@ -154,9 +163,51 @@ def _does_not_fit_error(problem: MetaStepProblem, inner: InnerLoop, limit: int) 
     """Return the message, with the memory of one task at a time: of two tasks, because the second adds to a sum."""
     two = replace(problem, episodes=problem.episodes.split(2)[0])
     sparse = replace(inner, task_chunk=1, checkpoint_every=max(1, math.isqrt(inner.steps)))
-    needed = min(two.peak(replace(sparse, engine=engine), 2**62) for engine in ENGINES)
+    try:
+        needed = min(two.peak(replace(sparse, engine=engine), 2**62) for engine in ENGINES)
+        least = f"one task at a time takes at least {1.01 * needed / MIB:#.3g} MiB"
+    except MemoryLimitError:
+        least = "not even one task at a time fits into this device's memory"
     return (
-        f"inner.engine=auto: no engine fits into {limit / MIB:#.3g} MiB; one task at a time takes at least "
-        f"{1.01 * needed / MIB:#.3g} MiB. Raise run.memory_limit_mib, or take fewer examples (task.ways, task.shots, "
-        "task.queries), a narrower model or inner.second_order=false."
+        f"inner.engine=auto: no engine fits into {limit / MIB:#.3g} MiB; {least}. Raise run.memory_limit_mib, or take "
+        "fewer examples (task.ways, task.shots, task.queries), a narrower model or inner.second_order=false."
     )
+
+
+def choose_kernels(experiment: Experiment, episodes: Episodes) -> Experiment:
+    """Return the experiment with the stacked kernels if a GPU computes its meta-gradient faster with them.
+
+    They must give the same gradient of ``episodes`` up to rounding. A run that resumes measures again. Without a GPU
+    nothing is measured, nor with ``run.deterministic``, which torch's layers stay with.
+    """
+    config = experiment.config
+    if experiment.device.type != "cuda" or config.run.deterministic or config.algorithm.backend != "metalearn":
+        return experiment
+    try:
+        with experiment.precision(), torch.random.fork_rng(devices=[experiment.device]), defer_loss_checks():
+            with_kernels, without = (_gradient(experiment, episodes, kernels=kernels) for kernels in (True, False))
+            error = relative_error(with_kernels, without)
+            del with_kernels, without
+            kernels_s, torch_s = (_seconds_of_run(experiment, episodes, kernels=kernels) for kernels in (True, False))
+    except RuntimeError as raised:  # of memory as well: torch's layers are what every operation is known to work with
+        log.info("Stacked kernels are not used on this GPU: %.300s", raised)
+        return experiment
+    chosen = error <= ENGINE_BOUND and torch_s > _KERNEL_ADVANTAGE * kernels_s
+    log.info(
+        "Stacked kernels are %s: a meta-gradient takes %.3g ms with them and %.3g ms without, and differs by %.2g",
+        *("used" if chosen else "not used", 1000 * kernels_s, 1000 * torch_s, error),
+    )
+    return replace(experiment, kernels_on_gpus=chosen)
+
+
+def _gradient(experiment: Experiment, episodes: Episodes, *, kernels: bool) -> Params:
+    return replace(experiment, kernels_on_gpus=kernels).meta_gradient_eager(experiment.theta, episodes, 0).grads
+
+
+def _seconds_of_run(experiment: Experiment, episodes: Episodes, *, kernels: bool) -> float:
+    """Return the seconds of a meta-gradient as the run computes it: with ``run.cuda_graph``, of a replay."""
+    one = replace(experiment, kernels_on_gpus=kernels)  # with a graph of its own, freed with it
+    times = [
+        seconds(lambda: one.meta_gradient(one.theta, episodes, 0), one.device) for _ in range(_WARM_UPS + _REPEATS)
+    ]
+    return min(times[_WARM_UPS:])

@@ -29,6 +29,7 @@ from metalearn.config.target import import_targets
 from metalearn.core.errors import ConfigError
 from metalearn.core.functional import functionalize
 from metalearn.core.module_parts import module_parts
+from metalearn.core.profiling.hardware import avoid_triton_without_compiler
 from metalearn.core.types import Episodes, Forward, MetaGradient, Params
 from metalearn.data.glyphs import make_glyphs
 from metalearn.data.image_decoding import load_image_splits
@@ -40,6 +41,7 @@ from metalearn.data.splits import ImageSplits
 from metalearn.inner import SGD, Adam, InnerLoop, Momentum, UpdateRule
 from metalearn.metagrad.baselines.backend import BaselineGradient, backend
 from metalearn.models import MLP, ContextConv4, ContextMLP, Conv4, ResNet12
+from metalearn.models.kernels import kernels_on_gpus
 from metalearn.training.custom import (
     build_custom_algorithm,
     build_custom_model,
@@ -58,7 +60,10 @@ _NUM_STATISTICS_BATCHES = 4
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """The immutable parts of a run; ``theta`` holds the parameters of ``module`` and those that the algorithm adds."""
+    """The immutable parts of a run; ``theta`` holds the parameters of ``module`` and those that the algorithm adds.
+
+    ``kernels_on_gpus`` says whether meta-gradients on a GPU use the stacked kernels (``choose_kernels`` measures it).
+    """
 
     config: TrainConfig
     dataset: str
@@ -71,6 +76,7 @@ class Experiment:
     train: TaskSampler
     validation: TaskSampler
     test: TaskSampler
+    kernels_on_gpus: bool = False
 
     @property
     def inner(self) -> InnerLoop:
@@ -94,10 +100,10 @@ class Experiment:
     def meta_gradient(self, params: Params, episodes: Episodes, iteration: int) -> MetaGradient:
         """Return the meta-gradient of tasks after ``iteration`` meta-steps, as the configuration says how.
 
-        With ``run.cuda_graph`` it is the replay of a graph that is captured at its first use; the result is valid until
+        If ``uses_cuda_graph`` it is the replay of a graph that is captured at its first use; the result is valid until
         the next call. With ``algorithm.backend`` another library computes it.
         """
-        if self.config.run.cuda_graph:
+        if self.uses_cuda_graph:
             return self._graph(params, episodes)
         if self._backend:
             return self._backend(params, episodes, self.inner)
@@ -106,7 +112,22 @@ class Experiment:
     def meta_gradient_eager(self, params: Params, episodes: Episodes, iteration: int) -> MetaGradient:
         """Return the meta-gradient by this library, without a CUDA graph."""
         progress = iteration / self.config.outer.iterations
-        return self.algorithm.meta_gradient(self.forward, params, episodes, loss=self.metric.loss, progress=progress)
+        with kernels_on_gpus(self.kernels_on_gpus):
+            return self.algorithm.meta_gradient(
+                self.forward, params, episodes, loss=self.metric.loss, progress=progress
+            )
+
+    @property
+    def uses_cuda_graph(self) -> bool:
+        """True if ``run.cuda_graph`` asks for a graph; ``auto`` does on a GPU, where a graph can hold every meta-step.
+
+        It cannot if the algorithm changes in the course of training; a user's own code may do so unseen.
+        """
+        setting = self.config.run.cuda_graph
+        if setting != "auto":
+            return setting
+        own_code = self.config.targets().keys() - {"data.target"}
+        return self.device.type == "cuda" and not (self.algorithm.is_annealed or self._backend or own_code)
 
     @cached_property
     def _graph(self) -> Callable[[Params, Episodes], MetaGradient]:
@@ -148,6 +169,7 @@ def build_experiment(config: TrainConfig) -> Experiment:
     """
     import_targets(config.targets())
     device = resolve_device(config.run.device)
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not config.run.deterministic  # shapes never change
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
         torch.use_deterministic_algorithms(True)
@@ -323,4 +345,6 @@ def resolve_device(name: str) -> torch.device:
             f"run.device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; use run.device=auto or "
             "cpu, and under torchrun no more processes than GPUs"
         )
+    if device.type == "cuda":
+        avoid_triton_without_compiler()
     return device

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from traceback import clear_frames
 
 import torch
 
@@ -143,7 +144,8 @@ def explain_out_of_memory(experiment: Experiment, *, processes: int = 1) -> Iter
         if not is_out_of_memory(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-    if reason:  # raised out here, because the traceback would keep the activations that did not fit
+        clear_frames(error.__traceback__)  # which the with statement keeps, and with it the activations
+    if reason:  # raised out here, for the same reason
         raise RunError(_out_of_memory_message(experiment, reason, processes))
 
 
@@ -168,6 +170,8 @@ def _out_of_memory_message(experiment: Experiment, reason: str, processes: int) 
         if (thriftier.engine, tasks) != (inner.engine, chunk):
             mib = _estimate_mib(experiment, thriftier, tasks)
             lines.append(f"  {keys}" + (f"   about {mib:.0f} MiB" if mib else ""))
+    if experiment.uses_cuda_graph:
+        lines.append("  run.cuda_graph=false   a graph keeps the memory of a meta-step between meta-steps")
     lines += [
         "  inner.engine=auto   measures, and takes the fastest that fits",
         "  inner.checkpoint_every=s   near the square root of inner.steps, where those are many",

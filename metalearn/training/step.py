@@ -49,8 +49,7 @@ def compute_meta_update(
     """Return the meta-gradient and metrics of a batch, averaged over all processes.
 
     On a GPU the CPU waits once a meta-step, here: whether losses and gradient are finite is read before the optimizer's
-    step, which could not be undone. (Several processes wait for their all-reduce as well, and the engines
-    ``checkpoint`` and ``adjoint`` in second order for the comparison of their two passes.) The metrics stay on the
+    step, which could not be undone. (Several processes wait for their all-reduce as well.) The metrics stay on the
     device until the meter reads a window of them.
 
     Raises:

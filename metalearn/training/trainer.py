@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from metalearn.config.run_config import changed_keys, to_yaml
 from metalearn.config.schema import TrainConfig, result_keys
 from metalearn.core.errors import ConfigError, RunError, TerminatedError
 from metalearn.core.profiling.hardware import configure_malloc
-from metalearn.training.auto_engine import resolve_auto_engine
+from metalearn.training.auto_engine import choose_kernels, resolve_auto_engine
 from metalearn.training.checkpoints import Checkpointer
 from metalearn.training.evaluate_run import (
     accuracy_metrics,
@@ -36,6 +37,7 @@ from metalearn.training.runtime.precision import check_precision
 from metalearn.training.runtime.signals import StopRequest
 from metalearn.training.runtime.threads import ThreadTuner
 from metalearn.training.state import BestCheckpoint, TrainState
+from metalearn.training.step import local_tasks
 from metalearn.training.tracking.console import print_path, print_summary, progress_bar
 from metalearn.training.tracking.images import save_sinusoid_plot
 from metalearn.training.tracking.meter import Meter
@@ -50,6 +52,7 @@ class BroadcastState(NamedTuple):
     run_dir: Path
     config: TrainConfig
     state: dict[str, Any]
+    kernels_on_gpus: bool
 
 
 def train(config: TrainConfig, run_dir: Path) -> None:
@@ -90,11 +93,12 @@ def _train_main(
     log.info("Training on %s, device %s", experiment.dataset, experiment.device)
     print_path("Run folder", run_dir)
     verify_precision(experiment)
+    experiment = choose_kernels(experiment, local_tasks(experiment, 0, ranks))
 
     # Restore the state and send it to the workers.
     state, meter = TrainState.create(experiment.theta, config.outer), Meter(experiment.device)
     restore_run(state, meter, status)
-    ranks.broadcast(BroadcastState(run_dir, config, state.state_dict()))
+    ranks.broadcast(BroadcastState(run_dir, config, state.state_dict(), experiment.kernels_on_gpus))
 
     # Train, test, and log the result.
     config_yaml = to_yaml(config)
@@ -140,7 +144,7 @@ def train_worker(config: TrainConfig) -> None:
         if start is None:  # the run is finished
             return
         check_ranks_agree(config, start.config, ranks)
-        experiment = with_config(experiment, start.config)
+        experiment = replace(with_config(experiment, start.config), kernels_on_gpus=start.kernels_on_gpus)
         state = TrainState.create(experiment.theta, experiment.config.outer)
         state.load_state_dict(start.state)
         with StopRequest() as stop, experiment.precision(), progress_bar(visible=False) as progress:

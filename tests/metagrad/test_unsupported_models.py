@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from metalearn import InnerLoop, adapt, functionalize, meta_gradient, predict
 from metalearn.inner import explain_torch_errors
+from metalearn.inner.diagnostics import defer_loss_checks
 from metalearn.metagrad import ENGINES
 from tests.metagrad.models import Lambda, linear_on_sequences
 from tests.metagrad.settings import sequences
@@ -67,7 +68,19 @@ def test_model_with_its_own_generator_raises_when_recomputed(engine: str) -> Non
     message = r"support loss of inner step 1 was .* in the forward pass and .* when it was recomputed.*engine='unroll'"
     with pytest.raises(ValueError, match=message):
         meta_gradient(forward, theta, sequences(), InnerLoop(lr=0.1, steps=2, engine=engine))
+    with defer_loss_checks():  # the caller's check of the loss finds it
+        deferred = meta_gradient(forward, theta, sequences(), InnerLoop(lr=0.1, steps=2, engine=engine))
+    assert deferred.loss.isnan()
     meta_gradient(forward, theta, sequences(), InnerLoop(lr=0.1, steps=2, engine=engine, second_order=False))
+
+
+@pytest.mark.parametrize("engine", ["checkpoint", "adjoint"])
+def test_deferred_check_of_recomputation_changes_no_loss(engine: str) -> None:
+    forward, theta = functionalize(linear_on_sequences(nn.Tanh()))
+    inner, tasks = InnerLoop(lr=0.1, steps=2, engine=engine), sequences()
+    expected = meta_gradient(forward, theta, tasks, inner).loss
+    with defer_loss_checks():
+        assert torch.equal(meta_gradient(forward, theta, tasks, inner).loss, expected)
 
 
 def test_out_of_memory_does_not_disable_forward_mode(monkeypatch: pytest.MonkeyPatch) -> None:

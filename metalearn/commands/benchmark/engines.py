@@ -24,6 +24,7 @@ from metalearn.inner import InnerLoop
 from metalearn.metagrad import meta_gradient
 from metalearn.models import Conv4
 from metalearn.training.auto_engine import MetaStepProblem
+from metalearn.training.runtime.precision import precision_context
 from metalearn.training.tracking.console import progress_bar
 
 _CHUNK = 4
@@ -54,7 +55,7 @@ def run_engine_table(config: BenchmarkConfig, output_dir: Path) -> None:
     """
     limit_mib, rounds = config.bench.memory_limit_mib, config.bench.repeats
     report = Report(config, output_dir, "settings", limit_mib=limit_mib, rounds=rounds)
-    with progress_bar() as progress:
+    with precision_context("float32", report.device), progress_bar() as progress:
         for setting in selected(config, ENGINE_SETTINGS):
             torch.manual_seed(config.run.seed)
             forward, theta = functionalize(Conv4(setting.ways, width=setting.width).to(report.device))

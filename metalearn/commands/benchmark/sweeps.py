@@ -33,6 +33,7 @@ from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core.profiling.timing import quartiles
 from metalearn.inner import InnerLoop
 from metalearn.metagrad.baselines.common import Baseline
+from metalearn.training.runtime.precision import precision_context
 from metalearn.training.tracking.console import progress_bar
 
 
@@ -46,7 +47,7 @@ def run_sweeps(config: BenchmarkConfig, output_dir: Path) -> None:
     baselines = available_baselines()
     report = Report(config, output_dir, "sweeps", rounds=config.bench.repeats)
     slopes: dict[str, list[SweepSeries]] = {}
-    with progress_bar() as progress:
+    with precision_context("float32", report.device), progress_bar() as progress:
         for sweep in selected(config, SWEEPS):
             torch.manual_seed(config.run.seed)
             with report.record(sweep.name, asdict(sweep)) as entry:

@@ -1,10 +1,11 @@
-"""Describe the hardware, set the number of threads, and configure the C library's allocator."""
+"""Describe the hardware, set the number of threads, and configure the C library's allocator and torch's kernels."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,21 @@ def describe_hardware(device: torch.device) -> dict[str, str | int | None]:
     if device.type == "cuda":
         description["gpu"] = torch.cuda.get_device_name(device)
     return description
+
+
+def avoid_triton_without_compiler() -> None:
+    """Have torch use its own CUDA kernels where Triton's, which it prefers for some operations, cannot be built.
+
+    Triton builds its launcher by a C compiler (``CC``, gcc or clang) when an operation first runs, and torch does not
+    fall back if there is none.
+    """
+    if "CC" in os.environ or shutil.which("gcc") or shutil.which("clang"):
+        return
+    try:
+        from torch._native.registry import deregister_op_overrides
+    except ImportError:  # before torch 2.13 there was nothing to fall back from
+        return
+    deregister_op_overrides(disable_dsl_names="triton")
 
 
 @contextmanager

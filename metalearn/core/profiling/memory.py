@@ -15,8 +15,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 MIB = 2**20
 
 
-class MemoryLimitError(Exception):
-    """Raised when the measured computation exceeds its memory limit."""
+class MemoryLimitError(MemoryError):
+    """Raised when the measured computation exceeds its memory limit, or runs out of memory."""
 
 
 class PeakTensorMemory(TorchDispatchMode):
@@ -71,6 +71,8 @@ class PeakTensorMemory(TorchDispatchMode):
 def peak_bytes(step: Callable[[], object], device: torch.device, *, limit: int | None = None) -> int:
     """Return the peak memory of one step, beyond what was allocated before it.
 
+    On CUDA the step runs twice, as libraries allocate workspaces in the first that stay.
+
     Raises:
         MemoryLimitError: if it takes more than ``limit`` bytes, or runs out of memory.
     """
@@ -79,13 +81,17 @@ def peak_bytes(step: Callable[[], object], device: torch.device, *, limit: int |
         with live:
             step()
         return live.peak
-    torch.cuda.synchronize(device)
-    before: int = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    reason = ""
     try:
         step()
+        torch.cuda.synchronize(device)
+        before: int = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
     except torch.OutOfMemoryError as error:
-        raise MemoryLimitError(str(error)) from None
+        reason = str(error)
+    if reason:  # raised out here, because the traceback would keep what did fit
+        raise MemoryLimitError(reason)
     peak: int = torch.cuda.max_memory_allocated(device) - before
     if limit is not None and peak > limit:
         raise MemoryLimitError(f"{peak / MIB:.0f} MiB")

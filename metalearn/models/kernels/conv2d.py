@@ -30,6 +30,7 @@ from metalearn.models.kernels.layout import (
     merge_tasks_into_channels,
     split_tasks_from_channels,
     to_kernel_layout,
+    uses_torch_kernels,
 )
 
 _MAX_MATMUL_ROWS = 128
@@ -251,6 +252,12 @@ def _col2im(rows: Tensor, examples: int, geometry: ConvGeometry) -> Tensor:
     (height, width), (out_height, out_width) = geometry.image, geometry.out
     tasks, channels = rows.shape[0], rows.shape[2] // math.prod(geometry.window)
     patches = rows.view(tasks, examples, out_height, out_width, *geometry.window, channels).permute(1, 2, 3, 0, 6, 4, 5)
+    if uses_torch_kernels(rows):
+        columns = patches.permute(0, 3, 4, 5, 6, 1, 2).flatten(5).flatten(1, 4)  # [B, T * C * h * w, H' * W']
+        x = torch.nn.functional.fold(
+            columns, geometry.image, geometry.window, padding=geometry.padding, stride=geometry.stride
+        )
+        return split_tasks_from_channels(x, tasks)
     padded = rows.new_zeros(examples, height + 2 * top, width + 2 * side, tasks, channels)
     for i in range(geometry.window[0]):
         for j in range(geometry.window[1]):

@@ -8,12 +8,15 @@ may be in forward mode.
 ``conv2d``, ``batch_norm`` and ``relu`` can also be called directly, by a class that defines ``batched_forward(params,
 x)`` (see ``functionalize``): ``vmap`` takes longer than a small layer.
 
-They are not used on GPUs, where they have not been measured.
+On GPUs they are used inside ``kernels_on_gpus()``: they launch fewer operations, each over all tasks, and whether that
+is faster depends on the GPU and the shapes (not measured). A training measures it at its start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -25,6 +28,23 @@ from metalearn.models.kernels.batch_norm import batch_norm
 from metalearn.models.kernels.conv2d import conv2d
 from metalearn.models.kernels.layout import forward_over_forward
 from metalearn.models.kernels.relu import relu
+
+_ON_GPUS: ContextVar[bool] = ContextVar("kernels_on_gpus", default=False)
+
+
+@contextmanager
+def kernels_on_gpus(enabled: bool = True) -> Iterator[None]:
+    """Use the kernels on GPUs as well inside, or not; on CPUs they are always used.
+
+    Example:
+        >>> with kernels_on_gpus():
+        ...     result = meta_gradient(forward, theta, episodes, inner)
+    """
+    token = _ON_GPUS.set(enabled)
+    try:
+        yield
+    finally:
+        _ON_GPUS.reset(token)
 
 
 def _conv2d(
@@ -86,13 +106,14 @@ STACKED_LAYERS: dict[Any, Callable[..., Any]] = {
 
 
 def _supports(x: Tensor, *tensors: Tensor) -> bool:
-    """Return whether the kernels support x, on a CPU in float32 or float64, and any other tensor differs by task."""
+    """Return whether the kernels support x, in float32 or float64, and any other tensor differs by task."""
     return any(map(is_batchedtensor, tensors)) and _is_supported(x)
 
 
 def _is_supported(x: Tensor) -> bool:
-    supported = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    return supported and not torch.is_autocast_enabled("cpu") and not forward_over_forward()
+    device = x.device.type
+    supported = (device == "cpu" or (device == "cuda" and _ON_GPUS.get())) and x.dtype in (torch.float32, torch.float64)
+    return supported and not torch.is_autocast_enabled(device) and not forward_over_forward()
 
 
 def _has_valid_output(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> bool:

@@ -3,9 +3,8 @@
     capture:  g = meta_gradient(theta, tasks)          with theta and tasks in static tensors
     replay:   copy theta, tasks into the static tensors;  launch;  read g from where it was
 
-Nothing on the host may depend on values on the GPU, so capturing fails for models that branch on values, and for the
-engines ``checkpoint`` and ``adjoint`` in second order, which compare losses and restore random states in their backward
-pass. Then the meta-gradient is computed without a graph, and a warning says why.
+Nothing on the host may depend on values on the GPU, so capturing fails for models that branch on values. Then the
+meta-gradient is computed without a graph, and a warning says why.
 """
 
 from __future__ import annotations
@@ -66,12 +65,17 @@ class _Graph:
 
     @torch.no_grad()
     def __call__(self, params: Params, episodes: Episodes) -> MetaGradient:
-        """Launch the graph; gradients and predictions are valid until the next call, losses are copies."""
+        """Launch the graph; gradients and predictions are valid until the next call, all else is copied."""
         torch._foreach_copy_(list(self.params.values()), list(params.values()))
         for static, value in zip(_tensors(self.episodes), _tensors(episodes), strict=True):
             static.copy_(value)
         self.replay()
-        return replace(self.results, loss=self.results.loss.clone(), support_loss=self.results.support_loss.clone())
+        return replace(
+            self.results,
+            loss=self.results.loss.clone(),
+            support_loss=self.results.support_loss.clone(),
+            diagnostics={name: value.clone() for name, value in self.results.diagnostics.items()},
+        )
 
 
 class CUDAGraphMetaGradient:
@@ -102,7 +106,15 @@ class CUDAGraphMetaGradient:
     def _verified(self, params: Params, episodes: Episodes) -> MetaGradient:
         """Compute eagerly and compare with the graph, capturing it first if needed."""
         checkpoint = StepCheckpoint.of(0, params)
-        expected = self._eager(params, episodes)
+        try:
+            expected = self._eager(params, episodes)
+        except torch.OutOfMemoryError:
+            if self._graph is None:
+                raise
+            expected = None
+        if expected is None:  # the graph keeps what the eager computation needs
+            self._disable("there is not enough memory beside it")
+            return self._eager(params, episodes)
         if not 0 < global_norm(expected.grads).item() < math.inf:  # nothing to compare with; try at the next call
             return expected
         try:
@@ -113,11 +125,14 @@ class CUDAGraphMetaGradient:
         except Exception as raised:  # whatever it is, the eager result is correct
             problem = _reason(raised)
         if problem:  # out here, because a traceback would keep what was computed
-            self._graph, self._disabled = None, True
-            log.warning("run.cuda_graph=true: the meta-gradient is computed without a graph, as %s", problem)
+            self._disable(problem)
         else:
             self._left_to_verify -= 1
         return expected
+
+    def _disable(self, problem: str) -> None:
+        self._graph, self._disabled = None, True
+        log.warning("run.cuda_graph: the meta-gradient is computed without a graph, as %s", problem)
 
     def _capture(self, params: Params, episodes: Episodes) -> _Graph:
         static = {name: p.detach().clone() for name, p in params.items()}

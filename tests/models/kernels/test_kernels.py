@@ -78,11 +78,15 @@ def case(request: pytest.FixtureRequest) -> Any:
     return ours, theirs, inputs
 
 
-@pytest.fixture(params=["matrix products", "convolutions"])
+@pytest.fixture(params=["matrix products", "convolutions", "as on a GPU"])
 def _either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = 10**6 if request.param == "matrix products" else 0
-    module = importlib.import_module("metalearn.models.kernels.conv2d")  # the package has a function of that name
-    monkeypatch.setattr(module, "_MAX_MATMUL_ROWS", rows)
+    rows = 0 if request.param == "convolutions" else 10**6
+    # The package has functions of these names.
+    modules = [importlib.import_module(f"metalearn.models.kernels.{name}") for name in ("conv2d", "batch_norm")]
+    monkeypatch.setattr(modules[0], "_MAX_MATMUL_ROWS", rows)
+    if request.param == "as on a GPU":
+        for module in modules:
+            monkeypatch.setattr(module, "uses_torch_kernels", lambda x: True)
 
 
 def _same(got: Any, expected: Any) -> None:

@@ -141,7 +141,7 @@ def test_wrong_replay_is_never_used(what: str, model: Any, caplog: pytest.LogCap
         assert_equals_eager(gradient, eager, theta, batch())
     assert recorder.replayed == replays
     assert caplog.record_tuples[1:] == []
-    prefix = "WARNING .*run.cuda_graph=true: the meta-gradient is computed without a graph, as "
+    prefix = "WARNING .*run.cuda_graph: the meta-gradient is computed without a graph, as "
     assert re.match(prefix + message, caplog.text)
 
 
@@ -174,6 +174,22 @@ def test_failed_capture_falls_back_to_eager(
         assert_equals_eager(gradient, eager, theta, batch())
     (message,) = (record.getMessage() for record in caplog.records)
     assert message.endswith(reason)
+
+
+def test_graph_that_leaves_no_memory_is_dropped(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    eager, theta = model
+    fails = iter([False, False, False, True, False, False])  # eager, captured, replayed; eager, eager again; eager
+
+    def scarce(params: Params, episodes: Episodes) -> MetaGradient:
+        if next(fails):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return eager(params, episodes)
+
+    gradient = CUDAGraphMetaGradient(scarce, CPU, record=Recorder())
+    for _ in range(3):
+        assert_equals_eager(gradient, eager, theta, batch())
+    assert not list(fails)
+    assert "without a graph, as there is not enough memory beside it" in caplog.text
 
 
 def test_nonfinite_results_are_not_compared(model: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -216,6 +232,23 @@ def test_training_on_a_cpu_is_bitwise_equal(tmp_path: Path, caplog: pytest.LogCa
     assert len([r for r in caplog.records if "run.cuda_graph" in r.getMessage()]) == 1
     assert_runs_equal(tmp_path / "true", tmp_path / "false")
     train(train_config(*AT_VALIDATIONS, *short, "run.resume=true"), tmp_path / "true")  # the key may differ
+
+
+def test_auto_takes_a_graph_on_gpus_where_it_can_hold_every_meta_step() -> None:
+    def uses_graph(*overrides: str, device: str = "cuda") -> bool:
+        experiment = build_experiment(train_config(*SMALL, *overrides))
+        return dataclasses.replace(experiment, device=torch.device(device)).uses_cuda_graph
+
+    assert uses_graph()
+    assert uses_graph("run.cuda_graph=auto")
+    assert not uses_graph(device="cpu")
+    assert not uses_graph("run.cuda_graph=false")
+    assert uses_graph("run.cuda_graph=true", device="cpu"), "which warns"
+    annealed = ("algorithm=maml_pp", "algorithm.per_step_affine=false", "algorithm.per_step_statistics=false")
+    assert not uses_graph(*annealed)
+    assert uses_graph(*annealed, "algorithm.multi_step_share=0", "algorithm.first_order_share=0")
+    own = "tests.training.own_code:AdaGrad"
+    assert not uses_graph("inner.optimizer=custom", f"inner.optimizer_target={own}")
 
 
 def test_replaced_experiment_captures_its_own_graph() -> None:
