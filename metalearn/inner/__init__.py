@@ -21,7 +21,6 @@ from metalearn.inner.state import (
     with_per_step_params,
 )
 from metalearn.inner.update_rules import SEPARATOR, SGD, Adam, Momentum, UpdateRule, state_key, without_state
-from metalearn.models.kernels import summed_over_tasks
 
 __all__ = [
     "LEARNED_LR_MODES",
@@ -50,7 +49,6 @@ __all__ = [
     "params_at_step",
     "predict",
     "state_key",
-    "summed_over_tasks",
     "support_gradients",
     "task_losses",
     "task_predictions",

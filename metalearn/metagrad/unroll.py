@@ -12,15 +12,7 @@ import torch
 
 from metalearn.core.functional import grad_of
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
-from metalearn.inner import (
-    InnerLoop,
-    check_losses_finite,
-    init_state,
-    inner_step,
-    params_at_step,
-    summed_over_tasks,
-    task_losses,
-)
+from metalearn.inner import InnerLoop, check_losses_finite, init_state, inner_step, params_at_step, task_losses
 from metalearn.metagrad.common import build_result
 
 
@@ -41,6 +33,5 @@ def unroll(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoo
                 objective = weight * query.losses if objective is None else objective + weight * query.losses
         assert objective is not None, "the last step's query loss is always taken"
         check_losses_finite(support_losses, objective)
-        with summed_over_tasks():
-            grads = grad_of(objective.mean(), theta, create_graph=False)
+        grads = grad_of(objective.mean(), theta, create_graph=False)
     return build_result(grads, objective, query.predictions, support_losses)

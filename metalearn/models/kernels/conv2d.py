@@ -9,17 +9,13 @@ A convolution y = x * w is linear in both arguments, and so are the two products
 The derivative of each is a sum of the three, so that a double backward costs six such products. Autograd's own runs a
 generic formula, which is several times slower for grouped convolutions.
 
-Before the first inner step all tasks have the same weight, expanded without a copy. A product is then one plain
-convolution of [C, H, W, T] volumes with a window of one task, two to four times faster than T groups: the first two
-products, and the third where only its sum over tasks is needed.
+Before the first inner step all tasks have the same weight, expanded without a copy. The first two products are then one
+plain convolution of [C, H, W, T] volumes with a window of one task: two to four times faster than T groups.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -35,22 +31,6 @@ from metalearn.models.kernels.layout import (
 
 _MAX_MATMUL_ROWS = 128
 """Rows per task up to which one batched matrix product was measured to be faster than a grouped convolution."""
-
-
-_only_sums_matter: ContextVar[bool] = ContextVar("_only_sums_matter", default=False)
-
-
-@contextmanager
-def summed_over_tasks() -> Iterator[None]:
-    """Take gradients inside for which a weight that ``expand`` repeats for all tasks needs the sum over tasks alone.
-
-    That sum is then one plain convolution. The gradients of the tasks' own copies of the weight are not to be read.
-    """
-    token = _only_sums_matter.set(True)
-    try:
-        yield
-    finally:
-        _only_sums_matter.reset(token)
 
 
 class ConvGeometry(NamedTuple):
@@ -133,7 +113,7 @@ class _Conv(_WithWeight):
         geometry, (first, second, _) = ctx.geometry, ctx.needs_input_grad
         return (
             _conv_input_grad(g, w, geometry) if first else None,
-            _grad_of_weight(x, g, w, geometry) if second else None,
+            _conv_weight_grad(x, g, geometry) if second else None,
             None,
         )
 
@@ -158,7 +138,7 @@ class _ConvInputGrad(_WithWeight):
     def backward(ctx: Any, x: Tensor) -> Any:
         g, w = ctx.saved_tensors
         geometry, (first, second, _) = ctx.geometry, ctx.needs_input_grad
-        return _conv(x, w, geometry) if first else None, _grad_of_weight(x, g, w, geometry) if second else None, None
+        return _conv(x, w, geometry) if first else None, _conv_weight_grad(x, g, geometry) if second else None, None
 
 
 class _ConvWeightGrad(_Bilinear):
@@ -178,15 +158,6 @@ class _ConvWeightGrad(_Bilinear):
         x, g = ctx.saved_tensors
         geometry, (first, second, _) = ctx.geometry, ctx.needs_input_grad
         return _conv_input_grad(g, w, geometry) if first else None, _conv(x, w, geometry) if second else None, None
-
-
-def _grad_of_weight(x: Tensor, g: Tensor, w: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Return the gradient of each task's weight; inside ``summed_over_tasks`` any that have the same sum will do."""
-    if not (_is_shared(w) and _only_sums_matter.get()) or torch.is_grad_enabled():
-        return _conv_weight_grad(x, g, geometry)
-    like = g.new_empty(*w.shape[1:], 1).to(memory_format=torch.channels_last_3d)
-    total = _convolution_backward(_as_volumes(g), _as_volumes(x), like, geometry, of_input=False)
-    return (total / w.shape[0]).squeeze(-1).expand_as(w)
 
 
 _conv, _conv_input_grad, _conv_weight_grad = _Conv.apply, _ConvInputGrad.apply, _ConvWeightGrad.apply

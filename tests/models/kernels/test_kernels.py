@@ -21,7 +21,7 @@ from metalearn.inner import InnerLoop
 from metalearn.metagrad import meta_gradient
 from metalearn.metagrad.baselines import by_hand
 from metalearn.models import Conv4
-from metalearn.models.kernels import STACKED_LAYERS, batch_norm, conv2d, dispatch, relu, summed_over_tasks
+from metalearn.models.kernels import STACKED_LAYERS, batch_norm, conv2d, dispatch, relu
 
 _T, _B = 3, 4
 _EPS = 1e-3
@@ -313,21 +313,3 @@ def test_double_backward_of_dual_tensors_equals_torch() -> None:
             return primal.detach(), tangent.detach()
 
     _same(curvature(ours, False), curvature(theirs, True))
-
-
-def test_gradients_of_tasks_are_replaced_by_their_mean_only_where_sums_matter() -> None:
-    w = _random(3, 2, 3, 3, seed=6).expand(_T, 3, 2, 3, 3).detach().requires_grad_()
-    assert w.stride(0) == 0
-
-    def gradient() -> Tensor:
-        y = conv2d(_IMAGES, w, stride=(2, 2), padding=(1, 1))
-        return torch.autograd.grad(y.sin().sum(), w)[0]
-
-    _, theirs = _convolution(stride=2, padding=1)
-    at = w.detach().clone().requires_grad_()
-    expected = torch.autograd.grad(theirs(_IMAGES, at).sin().sum(), at)[0]
-    _same(gradient(), expected)
-    with summed_over_tasks():
-        _same(gradient().sum(dim=0), expected.sum(dim=0))
-        assert gradient().stride(0) == 0
-    _same(gradient(), expected)
