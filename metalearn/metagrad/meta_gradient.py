@@ -42,7 +42,8 @@ def meta_gradient(
         inner: the inner loop; ``inner.engine`` selects how the gradient is computed, ``inner.task_chunk`` how many
             tasks are in memory at a time (which changes rounding and dropout masks alone).
         loss: ``loss(prediction, target)``, the mean over one task's examples.
-        engine: replaces the one that ``inner.engine`` names: ``reptile``, ``Implicit()`` (iMAML).
+        engine: replaces the one that ``inner.engine`` names: ``reptile``, ``Implicit()`` (iMAML). It is given all tasks
+            at once, or ``inner.task_chunk``.
 
     Returns:
         The loss, the gradients (zeros where the loss does not reach), the query predictions and the support losses.
@@ -73,7 +74,8 @@ def meta_gradient(
         return one_pass(forward, params, tasks, inner, loss)
 
     with explain_torch_errors(vars(episodes), params):
-        result = mean_over_passes(compute, params, episodes, tasks_per_pass(forward, params, episodes, inner))
+        tasks = inner.task_chunk or episodes.tasks if engine else tasks_per_pass(forward, params, episodes, inner)
+        result = mean_over_passes(compute, params, episodes, tasks)
         if not loss_checks_deferred():
             locate_step = partial(_last_nonfinite_step, forward, params, inner=inner, loss=loss)
             _check_finite_gradient(result.grads, compute, (lambda _: None) if engine else locate_step, episodes)

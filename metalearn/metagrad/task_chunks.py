@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -89,14 +88,19 @@ class _LargestResult(TorchDispatchMode):
 def _largest_result(forward: Forward, params: Params, support_x: Tensor, inner: InnerLoop) -> int:
     """Return the bytes of the largest result in the model's pass over one task, ``[1, examples, ...]``.
 
-    0 if the pass fails, which the meta-gradient will explain.
+    0 if the pass fails, which the meta-gradient will explain; memory that runs out is raised here.
     """
     by_shape = _MEASURED.setdefault(getattr(forward, "module", forward), {})
     key = (support_x.shape, support_x.dtype)
     if key not in by_shape:
         theta = meta_params_at_step({name: p.detach() for name, p in params.items()}, inner)
         largest = _LargestResult()
-        with suppress(Exception), torch.random.fork_rng(devices=[]), torch.no_grad(), largest:
-            over_tasks(forward, expand_over_tasks(theta, tasks=1), support_x, model=forward)
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), largest:
+                over_tasks(forward, expand_over_tasks(theta, tasks=1), support_x, model=forward)
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001  # whatever a model raises, it raises again
+            return 0
         by_shape[key] = largest.bytes
     return int(by_shape[key])

@@ -177,7 +177,7 @@ def _does_not_fit_error(problem: MetaStepProblem, inner: InnerLoop, limit: int) 
 def choose_kernels(experiment: Experiment, episodes: Episodes) -> Experiment:
     """Return the experiment with the stacked kernels if a GPU computes its meta-gradient faster with them.
 
-    They must give the same gradient of ``episodes`` up to rounding. A run that resumes measures again. Without a GPU
+    Their gradient of ``episodes`` must be within ``ENGINE_BOUND`` of the one without. A run that resumes measures again. Without a GPU
     nothing is measured, nor with ``run.deterministic``, which torch's layers stay with.
     """
     config = experiment.config
@@ -206,7 +206,7 @@ def _gradient(experiment: Experiment, episodes: Episodes, *, kernels: bool) -> P
 
 def _seconds_of_run(experiment: Experiment, episodes: Episodes, *, kernels: bool) -> float:
     """Return the seconds of a meta-gradient as the run computes it: with ``run.cuda_graph``, of a replay."""
-    one = replace(experiment, kernels_on_gpus=kernels)  # with a graph of its own, freed with it
+    one = replace(experiment, kernels_on_gpus=kernels)  # with a graph of its own
     times = [
         seconds(lambda: one.meta_gradient(one.theta, episodes, 0), one.device) for _ in range(_WARM_UPS + _REPEATS)
     ]

@@ -169,7 +169,8 @@ def build_experiment(config: TrainConfig) -> Experiment:
     """
     import_targets(config.targets())
     device = resolve_device(config.run.device)
-    torch.backends.cudnn.benchmark = device.type == "cuda" and not config.run.deterministic  # shapes never change
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not config.run.deterministic  # shapes never change
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
         torch.use_deterministic_algorithms(True)

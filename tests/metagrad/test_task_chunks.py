@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metalearn import Episodes, InnerLoop, MetaGradient, functionalize, meta_gradient
 from metalearn.core.functional import relative_error
+from metalearn.core.profiling.memory import MemoryLimitError, PeakTensorMemory
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.task_chunks import tasks_per_pass
 from metalearn.metagrad.unroll import unroll
@@ -27,7 +28,9 @@ def _passes(module: nn.Module, episodes: Episodes, inner: InnerLoop) -> list[int
         found.append(chunk.tasks)
         return unroll(forward, params, chunk, *others)
 
-    meta_gradient(*functionalize(module), episodes, inner, engine=engine)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENGINES, "unroll", engine)
+        meta_gradient(*functionalize(module), episodes, inner)
     return found
 
 
@@ -35,6 +38,26 @@ def test_small_maps_take_one_pass_and_large_ones_a_task_each() -> None:
     episodes = image_episodes(tasks=4, ways=5, shots=5, queries=1, dtype=torch.float32)
     assert _passes(Conv4(5), episodes, _INNER) == [4]  # the first maps take 1.2 MiB a task
     assert _passes(Conv4(5, pool="max"), episodes, _INNER) == [1, 1, 1, 1]  # 4.8 MiB
+
+
+def test_engine_of_ones_own_is_given_all_tasks() -> None:
+    found: list[int] = []
+
+    def engine(forward, params, chunk, *others) -> MetaGradient:  # type: ignore[no-untyped-def]
+        found.append(chunk.tasks)
+        return unroll(forward, params, chunk, *others)
+
+    episodes = image_episodes(tasks=4, ways=5, shots=5, queries=1, dtype=torch.float32)
+    meta_gradient(*functionalize(Conv4(5, pool="max")), episodes, _INNER, engine=engine)
+    assert found == [4]
+
+
+def test_memory_that_runs_out_is_raised_and_not_remembered() -> None:
+    forward, theta = functionalize(Conv4(5, pool="max"))
+    episodes = image_episodes(tasks=4, ways=5, shots=5, queries=1, dtype=torch.float32)
+    with pytest.raises(MemoryLimitError), PeakTensorMemory(limit=10**6):
+        tasks_per_pass(forward, theta, episodes, _INNER)
+    assert tasks_per_pass(forward, theta, episodes, _INNER) == 1
 
 
 def test_passes_are_of_nearly_the_same_size() -> None:

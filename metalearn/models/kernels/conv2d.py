@@ -97,7 +97,7 @@ class _Conv(_WithWeight):
     @staticmethod
     def forward(x: Tensor, w: Tensor, geometry: ConvGeometry) -> Tensor:
         tasks = w.shape[0]
-        if _is_shared(w):
+        if _is_shared(w, tasks=len(x)):
             y = torch.conv3d(_as_volumes(x), w[0].unsqueeze(-1), None, (*geometry.stride, 1), (*geometry.padding, 0))
             return _from_volumes(y).data
         if geometry.use_matmul(x.shape[1]):
@@ -122,7 +122,7 @@ class _ConvInputGrad(_WithWeight):
     @staticmethod
     def forward(g: Tensor, w: Tensor, geometry: ConvGeometry) -> Tensor:
         tasks, examples = g.shape[:2]
-        if _is_shared(w):
+        if _is_shared(w, tasks=len(g)):
             like = g.new_empty(examples, *geometry.image, tasks, w.shape[2]).permute(0, 4, 1, 2, 3)
             return _from_volumes(
                 _convolution_backward(_as_volumes(g), like, w[0].unsqueeze(-1), geometry, of_input=True)
@@ -175,9 +175,9 @@ def _convolution_backward(
     return grads[0] if of_input else grads[1]
 
 
-def _is_shared(w: Tensor) -> bool:
+def _is_shared(w: Tensor, *, tasks: int) -> bool:
     """Return whether several tasks have one weight, as ``expand`` repeats it."""
-    return w.shape[0] > 1 and w.stride(0) == 0
+    return w.shape[0] == tasks > 1 and w.stride(0) == 0
 
 
 def _as_volumes(x: Tensor) -> Tensor:
