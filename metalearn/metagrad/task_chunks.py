@@ -100,7 +100,7 @@ def _largest_result(forward: Forward, params: Params, support_x: Tensor, inner: 
                 over_tasks(forward, expand_over_tasks(theta, tasks=1), support_x, model=forward)
         except MemoryError:
             raise
-        except Exception:  # noqa: BLE001  # whatever a model raises, it raises again
+        except Exception:  # whatever a model raises, it raises again
             return 0
         by_shape[key] = largest.bytes
     return int(by_shape[key])
