@@ -177,7 +177,7 @@ def _does_not_fit_error(problem: MetaStepProblem, inner: InnerLoop, limit: int) 
 def choose_kernels(experiment: Experiment, episodes: Episodes) -> Experiment:
     """Return the experiment with the stacked kernels if a GPU computes its meta-gradient faster with them.
 
-    Their gradient of ``episodes`` must be within ``ENGINE_BOUND`` of the one without. A run that resumes measures again.
+    Their gradient of ``episodes`` must be within ``ENGINE_BOUND`` of the one without. A resumed run measures again.
     Without a GPU nothing is measured, nor with ``run.deterministic``, which torch's layers stay with.
     """
     config = experiment.config
