@@ -18,12 +18,12 @@ from metalearn.core.functional import functionalize, relative_error
 from metalearn.core.types import Episodes, MetaGradient, Params
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import ENGINES, meta_gradient
-from metalearn.metagrad.baselines import by_hand
+from metalearn.metagrad.baselines import by_hand, torch_func
 from metalearn.metagrad.baselines.common import Baseline, installed_peers
 
 log = logging.getLogger(__name__)
 
-OURS, BY_HAND, LEARN2LEARN = "metalearn", "hand-written loop", "learn2learn"
+OURS, BY_HAND, TORCH_FUNC, LEARN2LEARN = "metalearn", "hand-written loop", "torch.func", "learn2learn"
 
 BATCHES, TASKS_COMPARED = 5, 2
 """Number of batches on which the methods' gradients are compared, and of tasks in each."""
@@ -67,14 +67,14 @@ def order_name(second_order: bool) -> str:
 
 
 def available_baselines() -> dict[str, Baseline]:
-    """Return the hand-written loop and the installed libraries; warn about those that are missing."""
+    """Return the hand-written loop, torch.func and the installed libraries; warn about those that are missing."""
     peers, missing = installed_peers()
     for name, reason in missing.items():
         log.warning(
             "%s is left out: %s. To compare with it, install it with `pip install -r requirements-peers.txt`.",
             *(name, reason),
         )
-    return {BY_HAND: by_hand.meta_gradient, **peers}
+    return {BY_HAND: by_hand.meta_gradient, TORCH_FUNC: torch_func.meta_gradient, **peers}
 
 
 def speed_reference(baselines: Mapping[str, Baseline]) -> str:

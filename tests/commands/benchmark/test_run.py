@@ -19,7 +19,14 @@ from metalearn import metagrad
 from metalearn.commands.benchmark import engines, float32, methods, sweeps
 from metalearn.commands.benchmark import report as reports
 from metalearn.commands.benchmark import run as benchmark
-from metalearn.commands.benchmark.methods import BY_HAND, LEARN2LEARN, OURS, DisagreementError, check_gradients_equal
+from metalearn.commands.benchmark.methods import (
+    BY_HAND,
+    LEARN2LEARN,
+    OURS,
+    TORCH_FUNC,
+    DisagreementError,
+    check_gradients_equal,
+)
 from metalearn.commands.benchmark.settings import SETTINGS_OF, SWEEPS, EngineBenchmark, EngineCost, Sweep
 from metalearn.config.commands_schema import BENCH_SETTINGS, BenchmarkConfig
 from metalearn.core.errors import ConfigError, RunError
@@ -65,7 +72,7 @@ def test_report_of_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     report = run_and_load(tmp_path, "bench.setting=5way_1shot")
     peers, _ = installed_peers()
     setting = report["settings"]["5way_1shot"]
-    assert len(setting["rows"]) == len(ENGINES) + 1 + 2 * (1 + len(peers))
+    assert len(setting["rows"]) == len(ENGINES) + 1 + 2 * (2 + len(peers))
     for row in setting["rows"]:
         needed = setting["needed_gflop"]["second_order" if row["second_order"] else "first_order"]
         assert row["median_ms"] * row["gflops"] == pytest.approx(1000 * needed)
@@ -123,7 +130,7 @@ def test_baseline_is_hand_written_loop_when_no_library_is_installed(
     monkeypatch.setattr(methods, "installed_peers", lambda: ({}, dict.fromkeys(PEERS, "not installed")))
     report = run_and_load(tmp_path)
     assert report["yardstick"] == BY_HAND
-    assert {row["library"] for row in report["settings"]["5way_1shot"]["rows"]} == {"metalearn", BY_HAND}
+    assert {row["library"] for row in report["settings"]["5way_1shot"]["rows"]} == {"metalearn", BY_HAND, TORCH_FUNC}
     for name in PEERS:
         assert f"{name} is left out: not installed" in caplog.text
     assert caplog.text.count("pip install -r requirements-peers.txt") == len(PEERS)
