@@ -19,11 +19,12 @@ from metalearn.core.types import Episodes, MetaGradient, Params
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import ENGINES, meta_gradient
 from metalearn.metagrad.baselines import by_hand, torch_func
-from metalearn.metagrad.baselines.common import Baseline, installed_peers
+from metalearn.metagrad.baselines.common import Baseline, UnsupportedSettingError, installed_peers
 
 log = logging.getLogger(__name__)
 
 OURS, BY_HAND, TORCH_FUNC, LEARN2LEARN = "metalearn", "hand-written loop", "torch.func", "learn2learn"
+JAX = "JAX"
 
 BATCHES, TASKS_COMPARED = 5, 2
 """Number of batches on which the methods' gradients are compared, and of tasks in each."""
@@ -69,12 +70,34 @@ def order_name(second_order: bool) -> str:
 def available_baselines() -> dict[str, Baseline]:
     """Return the hand-written loop, torch.func and the installed libraries; warn about those that are missing."""
     peers, missing = installed_peers()
-    for name, reason in missing.items():
+    jax, no_jax = installed_peers({JAX: "jax"}, __package__)  # tied to our networks, and no peer of a training
+    for name, reason in (missing | no_jax).items():
         log.warning(
             "%s is left out: %s. To compare with it, install it with `pip install -r requirements-peers.txt`.",
             *(name, reason),
         )
-    return {BY_HAND: by_hand.meta_gradient, TORCH_FUNC: torch_func.meta_gradient, **peers}
+    return {BY_HAND: by_hand.meta_gradient, TORCH_FUNC: torch_func.meta_gradient, **peers, **jax}
+
+
+def leave_out_unsupported(
+    baselines: Mapping[str, Baseline], module: nn.Module, episodes: Episodes, inner: InnerLoop
+) -> dict[str, Baseline]:
+    """Return the baselines that compute this model and inner loop; warn about the others, with the reason.
+
+    Raises:
+        UnsupportedSettingError: if the hand-written loop does not, so that nothing is left to compare with.
+    """
+    supporting, one_task = {}, episodes.split(1)[0]
+    for name, baseline in baselines.items():
+        try:
+            baseline(module, one_task, replace(inner, steps=0))
+        except UnsupportedSettingError as error:
+            if name == BY_HAND:
+                raise
+            log.warning("%s is left out here: %s", name, error)
+        else:
+            supporting[name] = baseline
+    return supporting
 
 
 def speed_reference(baselines: Mapping[str, Baseline]) -> str:

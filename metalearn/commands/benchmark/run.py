@@ -25,6 +25,7 @@ from metalearn.commands.benchmark.methods import (
     available_baselines,
     build_methods,
     check_gradients_equal,
+    leave_out_unsupported,
     speed_reference,
 )
 from metalearn.commands.benchmark.report import Report, plot_speed, print_results, print_time_breakdown
@@ -126,6 +127,7 @@ def measure_case(
     """Time methods that agree, or raise ``DisagreementError``; return the keys of ``benchmark.json``."""
     rounds = config.bench.repeats
     bar = progress.add_task(case.name, total=rounds + 1, note="same meta-gradient?")
+    baselines = leave_out_unsupported(baselines, case.step.module, case.step.episodes, case.step.inner)
     methods = build_methods(case.step.inner, baselines)
     batches = [case.sampler.batch(index, TASKS_COMPARED) for index in range(BATCHES)]
     differences = check_gradients_equal(methods, case.step.module, batches)

@@ -21,6 +21,7 @@ from metalearn.commands.benchmark import report as reports
 from metalearn.commands.benchmark import run as benchmark
 from metalearn.commands.benchmark.methods import (
     BY_HAND,
+    JAX,
     LEARN2LEARN,
     OURS,
     TORCH_FUNC,
@@ -51,6 +52,12 @@ def _small_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "peak_matmul_flops", lambda _: 1e9)
     monkeypatch.setattr(reports, "configure_malloc", lambda: False)  # it would last for later tests
     monkeypatch.setattr(rich, "_console", Console(width=200))
+    monkeypatch.setattr(methods, "installed_peers", peers_without_jax)
+
+
+def peers_without_jax(modules: Any = PEERS, package: str = "") -> Any:
+    """Return the installed peers of a training: JAX, which compiles for minutes, is tested in ``test_jax.py``."""
+    return installed_peers(modules) if modules is PEERS else ({}, {})
 
 
 def run_and_load(
@@ -127,13 +134,15 @@ def test_configured_meta_step_is_timed(tmp_path: Path) -> None:
 def test_baseline_is_hand_written_loop_when_no_library_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(methods, "installed_peers", lambda: ({}, dict.fromkeys(PEERS, "not installed")))
+    monkeypatch.setattr(
+        methods, "installed_peers", lambda modules=PEERS, _="": ({}, dict.fromkeys(modules, "not installed"))
+    )
     report = run_and_load(tmp_path)
     assert report["yardstick"] == BY_HAND
     assert {row["library"] for row in report["settings"]["5way_1shot"]["rows"]} == {"metalearn", BY_HAND, TORCH_FUNC}
-    for name in PEERS:
+    for name in (*PEERS, JAX):
         assert f"{name} is left out: not installed" in caplog.text
-    assert caplog.text.count("pip install -r requirements-peers.txt") == len(PEERS)
+    assert caplog.text.count("pip install -r requirements-peers.txt") == len(PEERS) + 1
 
 
 def test_baseline_is_learn2learn_when_installed() -> None:
