@@ -142,7 +142,7 @@ def _apply(layers: Layers, params: Any, x: Any) -> Any:
             case "relu", slope:
                 x = jax.nn.leaky_relu(x, slope) if slope else jax.nn.relu(x)
             case "max_pool", *_:
-                # Not the maximum of four strided slices: jaxlib 0.10.2's fusion emitters get its derivative wrong on a CPU.
+                # Not the maximum of four strided slices: jaxlib 0.10.2's fusion emitters get its derivative wrong.
                 n, h, w, c = x.shape
                 x = x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
             case "mean", *_:

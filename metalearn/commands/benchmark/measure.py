@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from metalearn.core.profiling.timing import quartiles, ratios, seconds, time_int
 from metalearn.core.types import Episodes
 from metalearn.data.sampler import TaskSampler
 from metalearn.inner import InnerLoop, task_losses
-from metalearn.models import Conv4
+from metalearn.models import MLP, Conv4, ResNet12
 
 DATA, FORWARD, GRADIENT, SECOND_ORDER, OPTIMISER = "data", "forward", "gradient", "second-order pass", "optimiser"
 _TIMED_COMPONENTS = (DATA, FORWARD, OPTIMISER)  # measured directly
@@ -45,17 +45,47 @@ class MetaStep:
 
 
 def random_meta_step(setting: MetaStepSpec, device: torch.device) -> MetaStep:
-    """Return a meta-step of conv4 on random images."""
-    module = Conv4(setting.ways, width=setting.width).to(device)
+    """Return a meta-step on random images."""
+    module = build_network(setting).to(device)
     return MetaStep(module, random_episodes(setting, device), InnerLoop(lr=setting.lr, steps=setting.steps))
 
 
+def build_network(setting: TaskSpec) -> nn.Module:
+    """Return the setting's network, at initial weights from torch's generator."""
+    channels, width = setting.image[0], setting.width
+    if setting.model == "mlp":
+        return MLP(math.prod(setting.image), setting.ways, hidden=(width, width // 2, width // 4, width // 4))
+    if setting.model == "resnet12":
+        return ResNet12(setting.ways, channels=channels, widths=(width, 2 * width, 4 * width, 8 * width))
+    pool = "max" if setting.model == "conv4 max-pool" else "stride"
+    return Conv4(setting.ways, channels=channels, width=width, pool=pool)
+
+
+@dataclass(frozen=True)
+class RandomSampler:
+    """A stream of tasks of random images, by torch's generator: without a data set there is none to reproduce."""
+
+    setting: TaskSpec
+    device: torch.device
+
+    @property
+    def example_shape(self) -> torch.Size:
+        """Shape of one image."""
+        return torch.Size(self.setting.image)
+
+    def tasks(self, first: int, count: int) -> Episodes:
+        """Return ``count`` tasks."""
+        return random_episodes(replace(self.setting, tasks=count), self.device)
+
+    batch = tasks
+
+
 def random_episodes(setting: TaskSpec, device: torch.device) -> Episodes:
-    """Return random images ``[T, N * examples, 1, 28, 28]`` in class order; content changes neither memory nor time."""
+    """Return random images ``[T, N * examples, *image]`` in class order; content changes neither memory nor time."""
     labels = torch.arange(setting.ways, device=device)
 
     def images(each: int) -> Tensor:
-        return torch.rand(setting.tasks, setting.ways * each, 1, 28, 28, device=device)
+        return torch.rand(setting.tasks, setting.ways * each, *setting.image, device=device)
 
     def targets(each: int) -> Tensor:
         return labels.repeat_interleave(each).repeat(setting.tasks, 1)

@@ -163,7 +163,7 @@ def plot_speed(rows_of: Mapping[str, Sequence[BenchmarkResult]], against: str) -
         panel.axvline(1, color=GREY, linewidth=0.8)
         first = panel is panels[0]
         label_rows(panel, [f"{row.label}, {order_name(row.second_order)}" if first else "" for row in rows])
-        panel.set_title(escape_mathtext(title.replace(", conv4", ",\nconv4")), fontsize="small")
+        panel.set_title(escape_mathtext(title.replace(" tasks, ", " tasks,\n")), fontsize="small")
         panel.set_xlabel(f"speed, {against} = 1")
         panel.margins(x=0.2)  # space for the numbers at the ends of the bars
     return figure
