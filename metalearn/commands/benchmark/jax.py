@@ -35,6 +35,7 @@ def num_threads() -> int:
     Too late if the process has used JAX before. Left to itself, JAX takes a thread for each core it may run on.
     """
     os.environ["NPROC"] = str(torch.get_num_threads())  # XLA's pool reads it when it is created, and nothing else
+    jax.config.update("jax_platforms", "cpu")
     jax.devices()
     names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     return sum(name.startswith("tf_XLAEigen") for name in names)
