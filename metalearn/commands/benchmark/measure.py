@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 
-from metalearn.commands.benchmark.methods import OURS, Method
+from metalearn.commands.benchmark.methods import JAX, OURS, Method
 from metalearn.commands.benchmark.settings import MetaStepSpec, TaskSpec
 from metalearn.core.functional import expand_over_tasks, functionalize
 from metalearn.core.profiling.flops import StepFlops
@@ -100,6 +100,7 @@ class BenchmarkResult:
     Args:
         speed: median over rounds of the baseline's time in the same order divided by this method's.
         gflops: 1e9 FLOPs a second at the median, counting only FLOPs that the meta-gradient needs.
+        peak_mib: of live tensors; ``None`` for JAX and other processes, where it is not measured.
         percent_of_peak: rate as a percentage of this machine's rate of matrix products.
     """
 
@@ -111,7 +112,7 @@ class BenchmarkResult:
     steps_per_s: float
     speed: float
     speed_quartiles: tuple[float, float]
-    peak_mib: float
+    peak_mib: float | None
     gflops: float
     percent_of_peak: float
 
@@ -126,9 +127,11 @@ Times = Mapping[str, Sequence[float]]
 
 
 def peaks_mib(step: MetaStep, methods: Sequence[Method]) -> dict[str, float]:
-    """Return the peak memory of every method by its name, MiB."""
+    """Return the peak memory of every method by its name, MiB; JAX's arrays are no tensors, and not seen."""
     peaks = {}
     for method in methods:
+        if method.library == JAX:
+            continue
         step.module.zero_grad()  # learn2learn leaves gradients on the module
         peaks[method.name] = peak_bytes(partial(method.step, step.module, step.episodes), step.device) / MIB
     step.module.zero_grad()
@@ -178,7 +181,7 @@ def compute_results(
                 steps_per_s=1 / middle,
                 speed=speed,
                 speed_quartiles=(slow, fast),
-                peak_mib=peaks[method.name],
+                peak_mib=peaks.get(method.name),
                 gflops=rate / 1e9,
                 percent_of_peak=100 * rate / matrix_product_peak,
             )

@@ -82,7 +82,7 @@ def run_benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
             with report.record(case.name, case.content) as entry:
                 measured = measure_case(case, baselines, config, progress)
                 entry |= {**measured, "rows": [asdict(row) for row in measured["rows"]]}
-                rows[case.title], shares[case.title] = measured["rows"], measured["parts"]["share"]
+                rows[case.title], shares[case.name] = measured["rows"], measured["parts"]["share"]
                 plot_speed(rows, against).savefig(output_dir / "speed.png", dpi=130)
                 print_results(case.title, measured["rows"], measured["matrix_product_gflops"], against)
     if shares:
