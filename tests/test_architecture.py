@@ -55,6 +55,7 @@ ONLY_IN = {
     "learn2learn": {"metagrad/baselines/learn2learn.py"},
     "higher": {"metagrad/baselines/higher.py"},
     "torchopt": {"metagrad/baselines/torchopt.py"},
+    "jax": {"commands/benchmark/jax.py"},
     "scipy": {"derivatives/eigenvalues.py", "commands/compare/statistics.py"},
     "joblib": {"commands/compare/launch.py"},
     "jinja2": {"commands/compare/report.py", "commands/reproduce/table.py"},

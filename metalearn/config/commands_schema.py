@@ -32,7 +32,8 @@ LESSONS = get_args(Lesson)[1:]
 """Names for ``lesson`` in teaching order; a test holds them equal to ``metalearn.lessons.LESSONS``."""
 
 BenchSetting = Literal[
-    "all", "configured", "5way_1shot", "20way_1shot", "5way_1shot_15queries", "5way_5shot", "20way_1shot_wide",
+    "all", "configured", "5way_1shot", "20way_1shot", "5way_1shot_15queries", "5way_1shot_narrow",
+    "5way_5shot_max_pool", "5way_1shot_mlp", "5way_1shot_resnet12", "5way_5shot", "20way_1shot_wide",
     "5way_K1", "5way_K5", "20way_K1", "20way_K5", "steps", "tasks", "ways", "width",
 ]  # fmt: skip
 BENCH_SETTINGS = get_args(BenchSetting)

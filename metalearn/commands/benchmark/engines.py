@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
-from metalearn.commands.benchmark.measure import random_episodes
+from metalearn.commands.benchmark.measure import build_network, random_episodes
 from metalearn.commands.benchmark.report import Report, plot_memory, print_engine_costs
 from metalearn.commands.benchmark.settings import ENGINE_SETTINGS, EngineBenchmark, EngineCost, selected
 from metalearn.config.commands_schema import BenchmarkConfig
@@ -22,7 +22,6 @@ from metalearn.core.profiling.timing import quartiles, ratios, time_interleaved
 from metalearn.core.types import Episodes, Params
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import meta_gradient
-from metalearn.models import Conv4
 from metalearn.training.auto_engine import MetaStepProblem
 from metalearn.training.runtime.precision import precision_context
 from metalearn.training.tracking.console import progress_bar
@@ -58,7 +57,7 @@ def run_engine_table(config: BenchmarkConfig, output_dir: Path) -> None:
     with precision_context("float32", report.device), progress_bar() as progress:
         for setting in selected(config, ENGINE_SETTINGS):
             torch.manual_seed(config.run.seed)
-            forward, theta = functionalize(Conv4(setting.ways, width=setting.width).to(report.device))
+            forward, theta = functionalize(build_network(setting).to(report.device))
             problem = MetaStepProblem(forward, theta, random_episodes(setting, report.device))
             plan = MeasurementPlan(setting.name, setting.steps, setting.timed, rounds, int(limit_mib * MIB))
             with report.record(setting.name, asdict(setting)) as entry:

@@ -139,8 +139,8 @@ def print_errors(setting: MetaStepSpec, errors: Sequence[Float32Error]) -> None:
     """Print a row for each network and order, a column for each method."""
     cells = {}
     for row in errors:
-        name = f"{row.pool}{', biases' if row.biases else ''}, {order_name(row.second_order)}"
-        cells[name, row.who] = f"{row.median:.1e} ({row.times_plain:.2f}; {row.far})"
+        name = f"{row.pool}{', biases' if row.biases else ''},\n{order_name(row.second_order)}"
+        cells[name, row.who.replace(" ", "\n", 1)] = f"{row.median:.1e}\n({row.times_plain:.2f}; {row.far})"
     seeds = len(errors[0].distances)
     title = f"{setting.ways}-way {setting.shots}-shot, K={setting.steps}: |g32 - g64| / |g64|, median of {seeds} seeds"
     header, *table = pivot(cells)

@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 
-from metalearn.commands.benchmark.methods import OURS, Method
+from metalearn.commands.benchmark.methods import JAX, OURS, Method
 from metalearn.commands.benchmark.settings import MetaStepSpec, TaskSpec
 from metalearn.core.functional import expand_over_tasks, functionalize
 from metalearn.core.profiling.flops import StepFlops
@@ -24,7 +24,7 @@ from metalearn.core.profiling.timing import quartiles, ratios, seconds, time_int
 from metalearn.core.types import Episodes
 from metalearn.data.sampler import TaskSampler
 from metalearn.inner import InnerLoop, task_losses
-from metalearn.models import Conv4
+from metalearn.models import MLP, Conv4, ResNet12
 
 DATA, FORWARD, GRADIENT, SECOND_ORDER, OPTIMISER = "data", "forward", "gradient", "second-order pass", "optimiser"
 _TIMED_COMPONENTS = (DATA, FORWARD, OPTIMISER)  # measured directly
@@ -45,17 +45,47 @@ class MetaStep:
 
 
 def random_meta_step(setting: MetaStepSpec, device: torch.device) -> MetaStep:
-    """Return a meta-step of conv4 on random images."""
-    module = Conv4(setting.ways, width=setting.width).to(device)
+    """Return a meta-step on random images."""
+    module = build_network(setting).to(device)
     return MetaStep(module, random_episodes(setting, device), InnerLoop(lr=setting.lr, steps=setting.steps))
 
 
+def build_network(setting: TaskSpec) -> nn.Module:
+    """Return the setting's network, at initial weights from torch's generator."""
+    channels, width = setting.image[0], setting.width
+    if setting.model == "mlp":
+        return MLP(math.prod(setting.image), setting.ways, hidden=(width, width // 2, width // 4, width // 4))
+    if setting.model == "resnet12":
+        return ResNet12(setting.ways, channels=channels, widths=(width, 2 * width, 4 * width, 8 * width))
+    pool = "max" if setting.model == "conv4 max-pool" else "stride"
+    return Conv4(setting.ways, channels=channels, width=width, pool=pool)
+
+
+@dataclass(frozen=True)
+class RandomSampler:
+    """A stream of tasks of random images, by torch's generator: without a data set there is none to reproduce."""
+
+    setting: TaskSpec
+    device: torch.device
+
+    @property
+    def example_shape(self) -> torch.Size:
+        """Shape of one image."""
+        return torch.Size(self.setting.image)
+
+    def tasks(self, first: int, count: int) -> Episodes:
+        """Return ``count`` tasks."""
+        return random_episodes(replace(self.setting, tasks=count), self.device)
+
+    batch = tasks
+
+
 def random_episodes(setting: TaskSpec, device: torch.device) -> Episodes:
-    """Return random images ``[T, N * examples, 1, 28, 28]`` in class order; content changes neither memory nor time."""
+    """Return random images ``[T, N * examples, *image]`` in class order; content changes neither memory nor time."""
     labels = torch.arange(setting.ways, device=device)
 
     def images(each: int) -> Tensor:
-        return torch.rand(setting.tasks, setting.ways * each, 1, 28, 28, device=device)
+        return torch.rand(setting.tasks, setting.ways * each, *setting.image, device=device)
 
     def targets(each: int) -> Tensor:
         return labels.repeat_interleave(each).repeat(setting.tasks, 1)
@@ -70,6 +100,7 @@ class BenchmarkResult:
     Args:
         speed: median over rounds of the baseline's time in the same order divided by this method's.
         gflops: 1e9 FLOPs a second at the median, counting only FLOPs that the meta-gradient needs.
+        peak_mib: of live tensors; ``None`` for JAX and other processes, where it is not measured.
         percent_of_peak: rate as a percentage of this machine's rate of matrix products.
     """
 
@@ -81,7 +112,7 @@ class BenchmarkResult:
     steps_per_s: float
     speed: float
     speed_quartiles: tuple[float, float]
-    peak_mib: float
+    peak_mib: float | None
     gflops: float
     percent_of_peak: float
 
@@ -96,9 +127,11 @@ Times = Mapping[str, Sequence[float]]
 
 
 def peaks_mib(step: MetaStep, methods: Sequence[Method]) -> dict[str, float]:
-    """Return the peak memory of every method by its name, MiB."""
+    """Return the peak memory of every method by its name, MiB; JAX's arrays are no tensors, and not seen."""
     peaks = {}
     for method in methods:
+        if method.library == JAX:
+            continue
         step.module.zero_grad()  # learn2learn leaves gradients on the module
         peaks[method.name] = peak_bytes(partial(method.step, step.module, step.episodes), step.device) / MIB
     step.module.zero_grad()
@@ -148,7 +181,7 @@ def compute_results(
                 steps_per_s=1 / middle,
                 speed=speed,
                 speed_quartiles=(slow, fast),
-                peak_mib=peaks[method.name],
+                peak_mib=peaks.get(method.name),
                 gflops=rate / 1e9,
                 percent_of_peak=100 * rate / matrix_product_peak,
             )

@@ -18,18 +18,20 @@ from metalearn.core.functional import functionalize, relative_error
 from metalearn.core.types import Episodes, MetaGradient, Params
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import ENGINES, meta_gradient
-from metalearn.metagrad.baselines import by_hand
-from metalearn.metagrad.baselines.common import Baseline, installed_peers
+from metalearn.metagrad.baselines import by_hand, torch_func
+from metalearn.metagrad.baselines.common import Baseline, UnsupportedSettingError, installed_peers
 
 log = logging.getLogger(__name__)
 
-OURS, BY_HAND, LEARN2LEARN = "metalearn", "hand-written loop", "learn2learn"
+OURS, BY_HAND, TORCH_FUNC, LEARN2LEARN = "metalearn", "hand-written loop", "torch.func", "learn2learn"
+JAX = "JAX"
 
 BATCHES, TASKS_COMPARED = 5, 2
 """Number of batches on which the methods' gradients are compared, and of tasks in each."""
 
 _FLOAT64_TOLERANCE = 1e-9
 _FLOAT32_TOLERANCE = 1e-4
+_TIMES_PLAIN = 4.0
 
 
 class DisagreementError(RunError):
@@ -67,14 +69,36 @@ def order_name(second_order: bool) -> str:
 
 
 def available_baselines() -> dict[str, Baseline]:
-    """Return the hand-written loop and the installed libraries; warn about those that are missing."""
+    """Return the hand-written loop, torch.func and the installed libraries; warn about those that are missing."""
     peers, missing = installed_peers()
-    for name, reason in missing.items():
+    jax, no_jax = installed_peers({JAX: "jax"}, __package__)  # tied to our networks, and no peer of a training
+    for name, reason in (missing | no_jax).items():
         log.warning(
             "%s is left out: %s. To compare with it, install it with `pip install -r requirements-peers.txt`.",
             *(name, reason),
         )
-    return {BY_HAND: by_hand.meta_gradient, **peers}
+    return {BY_HAND: by_hand.meta_gradient, TORCH_FUNC: torch_func.meta_gradient, **peers, **jax}
+
+
+def leave_out_unsupported(
+    baselines: Mapping[str, Baseline], module: nn.Module, episodes: Episodes, inner: InnerLoop
+) -> dict[str, Baseline]:
+    """Return the baselines that compute this model and inner loop; warn about the others, with the reason.
+
+    Raises:
+        UnsupportedSettingError: if the hand-written loop does not, so that nothing is left to compare with.
+    """
+    supporting, one_task = {}, episodes.split(1)[0]
+    for name, baseline in baselines.items():
+        try:
+            baseline(module, one_task, replace(inner, steps=0))
+        except UnsupportedSettingError as error:
+            if name == BY_HAND:
+                raise
+            log.warning("%s is left out here: %s", name, error)
+        else:
+            supporting[name] = baseline
+    return supporting
 
 
 def speed_reference(baselines: Mapping[str, Baseline]) -> str:
@@ -107,7 +131,8 @@ def check_gradients_equal(
 
     float64 verifies the formulas. In float32 an input of ReLU that lies within rounding of its kink may fall on either
     side of it, and a correct gradient is then off by percents; in most batches no input does. So the median over the
-    batches of each method's distance to its own float64 gradient tells rounding from a wrong kernel. Each is compared
+    batches of each method's distance to its own float64 gradient tells rounding from a wrong kernel. Where kinks are so
+    many that the hand-written loop is far off as well (ResNet-12), a method may be four times as far. Each is compared
     in float64 with the first of its order; the module, of any dtype, is not changed.
 
     Returns:
@@ -118,6 +143,7 @@ def check_gradients_equal(
     """
     references: dict[bool, tuple[str, list[Params]]] = {}
     largest = {"float64": 0.0, "float32": 0.0}
+    distances: dict[Method, float] = {}
     for method in methods:
         exact = [method.gradient(module, batch, torch.float64) for batch in batches]
         reference, expected = references.setdefault(method.second_order, (method.name, exact))
@@ -128,13 +154,16 @@ def check_gradients_equal(
                 f"{_FLOAT64_TOLERANCE:.0e}: one of them is wrong, and nothing was timed."
             )
         rounded = [method.gradient(module, batch, torch.float32) for batch in batches]
-        distance = statistics.median(map(_distance, rounded, exact))
-        if distance >= _FLOAT32_TOLERANCE:
+        distances[method] = statistics.median(map(_distance, rounded, exact))
+        largest = {"float64": max(largest["float64"], difference), "float32": max(distances.values())}
+    plain = {method.second_order: distance for method, distance in distances.items() if method.library == BY_HAND}
+    for method, distance in distances.items():
+        tolerance = max(_FLOAT32_TOLERANCE, _TIMES_PLAIN * plain.get(method.second_order, 0.0))
+        if distance >= tolerance:
             raise DisagreementError(
                 f"{method.name} in float32 is {distance:.1e} from its own float64 gradient, in the median of "
-                f"{len(batches)} batches, more than the tolerance of {_FLOAT32_TOLERANCE:.0e}; nothing was timed."
+                f"{len(batches)} batches, more than the tolerance of {tolerance:.0e}; nothing was timed."
             )
-        largest = {"float64": max(largest["float64"], difference), "float32": max(largest["float32"], distance)}
     return largest
 
 

@@ -37,16 +37,7 @@ from metalearn.training.tracking.plot_style import (
     set_log_axes,
 )
 
-_COLUMNS = {
-    "": "{0.label}",
-    "median ms": "{0.median_ms:.1f}",
-    "quartiles": "{0.quartiles_ms[0]:.1f} to {0.quartiles_ms[1]:.1f}",
-    "steps/s": "{0.steps_per_s:.2f}",
-    "speed": "{0.speed:.2f}",
-    "peak MiB": "{0.peak_mib:.1f}",
-    "GFLOP/s": "{0.gflops:.1f}",
-    "% of peak": "{0.percent_of_peak:.1f}",
-}
+_HEADER = ("", "ms", "quartiles", "speed", "MiB", "GFLOP/s")
 _CHUNK_STYLES = {None: "-", 4: "--", 1: ":"}
 
 
@@ -83,14 +74,22 @@ class Report:
             raise RunError("\n".join([count, *(f"{name}: {error}" for name, error in self.failed.items())]))
 
 
+def _cells(row: BenchmarkResult) -> list[str]:
+    """Return the cells of ``_HEADER``, as many as fit into 80 columns; ``benchmark.json`` has all."""
+    ms = [f"{value:.1f}" if value < 1000 else f"{value:.0f}" for value in (row.median_ms, *row.quartiles_ms)]
+    peak = "-" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+    return [row.label, ms[0], f"{ms[1]}-{ms[2]}", f"{row.speed:.2f}", peak, f"{row.gflops:.1f}"]
+
+
 def print_results(title: str, rows: Sequence[BenchmarkResult], matrix_product_gflops: float, against: str) -> None:
     """Print a table for each order; ``matrix_product_gflops`` is 100% in the last column."""
     for second_order in (True, False):
-        cells = [[cell.format(row) for cell in _COLUMNS.values()] for row in rows if row.second_order == second_order]
+        cells = [_cells(row) for row in rows if row.second_order == second_order]
         print_table(
-            f"{title}: one meta-gradient, {order_name(second_order)}.\nspeed: relative to {against} (>1 is faster). "
-            f"GFLOP/s: of the FLOPs that the gradient needs. peak: {matrix_product_gflops:.0f} GFLOP/s of torch.mm",
-            list(_COLUMNS),
+            f"{title}: one meta-gradient, {order_name(second_order)}.\nms: median. speed: relative to {against} (>1 is "
+            "faster). MiB: peak of live tensors. "
+            f"GFLOP/s: of the FLOPs that the gradient needs; torch.mm: {matrix_product_gflops:.0f}",
+            _HEADER,
             cells,
         )
 
@@ -100,8 +99,8 @@ def print_time_breakdown(shares_of: Mapping[str, Mapping[str, float]]) -> None:
     names = (DATA, FORWARD, GRADIENT, SECOND_ORDER, OPTIMISER)
     print_table(
         "Where the time of a second-order meta-step goes, metalearn unroll, % of the components' sum",
-        ["", *names],
-        [[title, *(f"{100 * shares[name]:.1f}" for name in names)] for title, shares in shares_of.items()],
+        ["", *(name.replace("-", "-\n") for name in names)],
+        [[setting, *(f"{100 * shares[name]:.1f}" for name in names)] for setting, shares in shares_of.items()],
     )
 
 
@@ -109,7 +108,7 @@ def print_engine_costs(setting: EngineBenchmark, rows: Sequence[EngineCost], lim
     """Print two tables, engines by K: peak memory, and time divided by that of ``unroll`` on all tasks."""
     memory, time = {}, {}
     for row in rows:
-        cell = row.name, f"K={row.steps}"
+        cell = row.name.replace(", sparse", ",\nsparse"), f"K={row.steps}"
         memory[cell] = "over" if row.peak_mib is None else f"{row.peak_mib:.0f}"
         if row.ratio_to_unroll:
             time[cell] = f"{row.ratio_to_unroll:.2f}"
@@ -120,23 +119,23 @@ def print_engine_costs(setting: EngineBenchmark, rows: Sequence[EngineCost], lim
 
 
 def print_slopes(lines_of: Mapping[str, list[SweepSeries]]) -> None:
-    """Print a row for each sweep and method: medians at both ends, and the exponents."""
-    print_table(
-        "How cost grows: p of cost ~ x^p, fitted on a log-log scale",
-        ["", "x", "ms", "p of time", "MiB", "p of memory"],
-        [
+    """Print a table for each sweep, a row for each method: medians at both ends, and the exponents."""
+    for axis, lines in lines_of.items():
+        first, last = lines[0].values[0], lines[0].values[-1]
+        print_table(
+            f"How cost grows with the {axis}, {first} to {last}: p of cost ~ x^p, fitted on a log-log scale",
+            ["", "ms", "p of\ntime", "MiB", "p of\nmemory"],
             [
-                f"{axis}: {line.name}",
-                f"{line.values[0]} to {line.values[-1]}",
-                f"{line.median_ms[0]:.0f} to {line.median_ms[-1]:.0f}",
-                f"{line.slope_ms:.2f}",
-                f"{line.peak_mib[0]:.0f} to {line.peak_mib[-1]:.0f}",
-                f"{line.slope_mib:.2f}",
-            ]
-            for axis, lines in lines_of.items()
-            for line in lines
-        ],
-    )
+                [
+                    line.name,
+                    f"{line.median_ms[0]:.0f}-{line.median_ms[-1]:.0f}",
+                    f"{line.slope_ms:.2f}",
+                    f"{line.peak_mib[0]:.0f}-{line.peak_mib[-1]:.0f}",
+                    f"{line.slope_mib:.2f}",
+                ]
+                for line in lines
+            ],
+        )
 
 
 def plot_speed(rows_of: Mapping[str, Sequence[BenchmarkResult]], against: str) -> Figure:
@@ -163,7 +162,7 @@ def plot_speed(rows_of: Mapping[str, Sequence[BenchmarkResult]], against: str) -
         panel.axvline(1, color=GREY, linewidth=0.8)
         first = panel is panels[0]
         label_rows(panel, [f"{row.label}, {order_name(row.second_order)}" if first else "" for row in rows])
-        panel.set_title(escape_mathtext(title.replace(", conv4", ",\nconv4")), fontsize="small")
+        panel.set_title(escape_mathtext(title.replace(" tasks, ", " tasks,\n")), fontsize="small")
         panel.set_xlabel(f"speed, {against} = 1")
         panel.margins(x=0.2)  # space for the numbers at the ends of the bars
     return figure

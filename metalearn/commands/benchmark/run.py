@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from rich.progress import Progress
 from metalearn.commands.benchmark.measure import (
     BenchmarkResult,
     MetaStep,
+    RandomSampler,
+    build_network,
     compute_results,
     peaks_mib,
     step_components,
@@ -25,10 +27,18 @@ from metalearn.commands.benchmark.methods import (
     available_baselines,
     build_methods,
     check_gradients_equal,
+    leave_out_unsupported,
     speed_reference,
 )
 from metalearn.commands.benchmark.report import Report, plot_speed, print_results, print_time_breakdown
-from metalearn.commands.benchmark.settings import CONFIGURED, LIBRARY_SETTINGS, MetaStepSpec, describe_tasks, selected
+from metalearn.commands.benchmark.settings import (
+    CONFIGURED,
+    LIBRARY_SETTINGS,
+    OMNIGLOT_IMAGE,
+    MetaStepSpec,
+    describe_tasks,
+    selected,
+)
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core.errors import ConfigError
 from metalearn.core.profiling.flops import meta_gradient_flops, peak_matmul_flops
@@ -36,7 +46,6 @@ from metalearn.data.sampler import TaskSampler, TaskShape
 from metalearn.data.splits import ImageSplits
 from metalearn.inner import InnerLoop
 from metalearn.metagrad.baselines.common import Baseline
-from metalearn.models import Conv4
 from metalearn.training.experiment import build_experiment, build_model, load_data, num_outputs
 from metalearn.training.runtime.precision import precision_context
 from metalearn.training.state import seed_all
@@ -73,7 +82,7 @@ def run_benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
             with report.record(case.name, case.content) as entry:
                 measured = measure_case(case, baselines, config, progress)
                 entry |= {**measured, "rows": [asdict(row) for row in measured["rows"]]}
-                rows[case.title], shares[case.title] = measured["rows"], measured["parts"]["share"]
+                rows[case.title], shares[case.name] = measured["rows"], measured["parts"]["share"]
                 plot_speed(rows, against).savefig(output_dir / "speed.png", dpi=130)
                 print_results(case.title, measured["rows"], measured["matrix_product_gflops"], against)
     if shares:
@@ -106,6 +115,18 @@ def _configured_case(config: BenchmarkConfig) -> BenchmarkCase:
 
 
 def _setting_case(config: BenchmarkConfig, setting: MetaStepSpec, splits: ImageSplits) -> BenchmarkCase:
+    seed_all(config.run.seed)
+    sampler = _sampler(config, setting, splits)
+    setting = replace(setting, image=tuple(sampler.example_shape))
+    module = build_network(setting).to(splits.train.device)
+    step = MetaStep(module, sampler.batch(0, setting.tasks), InnerLoop(lr=setting.lr, steps=setting.steps))
+    return BenchmarkCase(setting.name, setting.title, asdict(setting), step, sampler)
+
+
+def _sampler(config: BenchmarkConfig, setting: MetaStepSpec, splits: ImageSplits) -> TaskSampler:
+    """Return tasks of the data set, or of random images for a setting with images of another shape than Omniglot's."""
+    if setting.image != OMNIGLOT_IMAGE:
+        return RandomSampler(setting, splits.train.device)
     classes = splits.classes("train")
     if setting.ways > classes:
         raise ConfigError(
@@ -113,11 +134,7 @@ def _setting_case(config: BenchmarkConfig, setting: MetaStepSpec, splits: ImageS
             f"{classes} to train on; choose another setting, or increase data.classes"
         )
     shape = TaskShape(setting.ways, setting.shots, setting.queries)
-    sampler = splits.sampler("train", shape, config.run.seed)
-    seed_all(config.run.seed)
-    module = Conv4(setting.ways, channels=sampler.example_shape[0], width=setting.width).to(splits.train.device)
-    step = MetaStep(module, sampler.batch(0, setting.tasks), InnerLoop(lr=setting.lr, steps=setting.steps))
-    return BenchmarkCase(setting.name, setting.title, asdict(setting), step, sampler)
+    return splits.sampler("train", shape, config.run.seed)
 
 
 def measure_case(
@@ -126,6 +143,7 @@ def measure_case(
     """Time methods that agree, or raise ``DisagreementError``; return the keys of ``benchmark.json``."""
     rounds = config.bench.repeats
     bar = progress.add_task(case.name, total=rounds + 1, note="same meta-gradient?")
+    baselines = leave_out_unsupported(baselines, case.step.module, case.step.episodes, case.step.inner)
     methods = build_methods(case.step.inner, baselines)
     batches = [case.sampler.batch(index, TASKS_COMPARED) for index in range(BATCHES)]
     differences = check_gradients_equal(methods, case.step.module, batches)

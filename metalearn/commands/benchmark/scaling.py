@@ -168,7 +168,7 @@ def print_summary(content: dict[str, Any]) -> None:
     print_table(
         f"{content['tasks']} tasks a meta-step; one all-reduce between two processes takes "
         f"{content['all_reduce_ms']:.2f} ms ({content['gradient_bytes'] / 1e6:.2f} MB)",
-        ["processes", "threads each", "ms a meta-step", "meta-steps/s", "speed-up", "efficiency"],
+        ["processes", "threads\neach", "ms a\nmeta-step", "meta-steps\na second", "speed-up", "efficiency"],
         [
             [str(r["processes"]), str(r["threads"]), f"{r['meta_step_ms']:.1f}", *(f"{r[name]:.2f}" for name in ratios)]
             for r in content["rows"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.config.compose import compose, to_dataclass
@@ -12,10 +12,17 @@ from metalearn.config.schema import iter_fields
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
 
+OMNIGLOT_IMAGE = (1, 28, 28)
+
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """Tasks and a network: conv4 with ``width`` filters; ``name`` is also used in file names."""
+    """Tasks and a network; ``name`` is also used in file names.
+
+    Args:
+        width: filters of conv4, of ResNet-12's first block, or of the MLP's first layer.
+        image: shape of one image; of another than Omniglot's, images are random.
+    """
 
     name: str
     ways: int
@@ -23,12 +30,14 @@ class TaskSpec:
     queries: int
     tasks: int
     width: int
+    model: Literal["conv4", "conv4 max-pool", "mlp", "resnet12"] = field(default="conv4", kw_only=True)
+    image: tuple[int, ...] = field(default=OMNIGLOT_IMAGE, kw_only=True)
 
     @property
     def title(self) -> str:
         """Description for tables and plots."""
         tasks = describe_tasks(self.ways, self.shots, self.queries, self.tasks)
-        return f"{tasks}, conv4 with {self.width} filters"
+        return f"{tasks}, {self.model} {self.width} wide"
 
 
 def describe_tasks(ways: int, shots: int, queries: int, tasks: int) -> str:
@@ -112,8 +121,16 @@ LIBRARY_SETTINGS = (
     MetaStepSpec("5way_1shot", 5, 1, 1, 32, 64, steps=1, lr=0.4),
     MetaStepSpec("20way_1shot", 20, 1, 1, 16, 64, steps=5, lr=0.1),
     MetaStepSpec("5way_1shot_15queries", 5, 1, 15, 16, 64, steps=5, lr=0.4),
+    MetaStepSpec("5way_1shot_narrow", 5, 1, 1, 32, 16, steps=1, lr=0.4),
+    MetaStepSpec("5way_5shot_max_pool", 5, 5, 15, 4, 64, steps=5, lr=0.1, model="conv4 max-pool"),
+    MetaStepSpec("5way_1shot_mlp", 5, 1, 1, 32, 256, steps=1, lr=0.4, model="mlp"),
+    MetaStepSpec("5way_1shot_resnet12", 5, 1, 1, 2, 16, steps=1, lr=0.1, model="resnet12", image=(3, 84, 84)),
 )
-"""Settings of the comparison with other libraries."""
+"""Settings of the comparison with other libraries: what is fastest depends on the network.
+
+With max-pooling these are the tasks and steps of functorch's and higher's Omniglot examples, which take 32 tasks: four,
+as a round would take minutes. ResNet-12 has a quarter of the usual 64 filters, for the same reason.
+"""
 
 FLOAT32_SETTINGS = (
     MetaStepSpec("5way_K1", 5, 1, 1, 1, 64, steps=1, lr=0.4),

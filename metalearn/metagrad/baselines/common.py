@@ -48,14 +48,16 @@ PEERS = {"learn2learn": "learn2learn", "higher": "higher", "TorchOpt": "torchopt
 NOT_INSTALLED = "not installed"
 
 
-def installed_peers(modules: Mapping[str, str] = PEERS) -> tuple[dict[str, Baseline], dict[str, str]]:
+def installed_peers(
+    modules: Mapping[str, str] = PEERS, package: str = "metalearn.metagrad.baselines"
+) -> tuple[dict[str, Baseline], dict[str, str]]:
     """Import the libraries; return those that work, and for the others ``NOT_INSTALLED`` or the error."""
     peers: dict[str, Baseline] = {}
     missing: dict[str, str] = {}
     for name, module in modules.items():
         try:
             with redirect_stderr(io.StringIO()):  # learn2learn imports gym, which prints that it is unmaintained
-                peers[name] = importlib.import_module(f"metalearn.metagrad.baselines.{module}").meta_gradient
+                peers[name] = importlib.import_module(f"{package}.{module}").meta_gradient
         except ImportError as error:
             is_installed = importlib.util.find_spec(module) is not None
             missing[name] = f"cannot be imported ({error})" if is_installed else NOT_INSTALLED

@@ -14,20 +14,38 @@ import rich
 import torch
 from PIL import Image
 from rich.console import Console
+from torch import nn
 
 from metalearn import metagrad
 from metalearn.commands.benchmark import engines, float32, methods, sweeps
 from metalearn.commands.benchmark import report as reports
 from metalearn.commands.benchmark import run as benchmark
-from metalearn.commands.benchmark.methods import BY_HAND, LEARN2LEARN, OURS, DisagreementError, check_gradients_equal
-from metalearn.commands.benchmark.settings import SETTINGS_OF, SWEEPS, EngineBenchmark, EngineCost, Sweep
+from metalearn.commands.benchmark.measure import random_meta_step
+from metalearn.commands.benchmark.methods import (
+    BY_HAND,
+    JAX,
+    LEARN2LEARN,
+    OURS,
+    TORCH_FUNC,
+    DisagreementError,
+    check_gradients_equal,
+)
+from metalearn.commands.benchmark.settings import (
+    LIBRARY_SETTINGS,
+    SETTINGS_OF,
+    SWEEPS,
+    EngineBenchmark,
+    EngineCost,
+    MetaStepSpec,
+    Sweep,
+)
 from metalearn.config.commands_schema import BENCH_SETTINGS, BenchmarkConfig
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.data.splits import ImageSplits
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.baselines.common import PEERS, Baseline, installed_peers
 from metalearn.metagrad.unroll import unroll
-from metalearn.models import Conv4
+from metalearn.models import MLP, Conv4, ResNet12
 from tests.commands.benchmark.factories import CPU, TINY, config
 
 TINY_ENGINES = EngineBenchmark("5way_1shot", 3, 1, 1, 5, 4, steps=(1, 4), timed=(4,))
@@ -44,6 +62,12 @@ def _small_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "peak_matmul_flops", lambda _: 1e9)
     monkeypatch.setattr(reports, "configure_malloc", lambda: False)  # it would last for later tests
     monkeypatch.setattr(rich, "_console", Console(width=200))
+    monkeypatch.setattr(methods, "installed_peers", peers_without_jax)
+
+
+def peers_without_jax(modules: Any = PEERS, package: str = "") -> Any:
+    """Return the installed peers of a training: JAX, which compiles for minutes, is tested in ``test_jax.py``."""
+    return installed_peers(modules) if modules is PEERS else ({}, {})
 
 
 def run_and_load(
@@ -65,7 +89,7 @@ def test_report_of_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     report = run_and_load(tmp_path, "bench.setting=5way_1shot")
     peers, _ = installed_peers()
     setting = report["settings"]["5way_1shot"]
-    assert len(setting["rows"]) == len(ENGINES) + 1 + 2 * (1 + len(peers))
+    assert len(setting["rows"]) == len(ENGINES) + 1 + 2 * (2 + len(peers))
     for row in setting["rows"]:
         needed = setting["needed_gflop"]["second_order" if row["second_order"] else "first_order"]
         assert row["median_ms"] * row["gflops"] == pytest.approx(1000 * needed)
@@ -78,7 +102,7 @@ def test_report_of_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert report["machine"]["torch"] == torch.__version__
     out = capsys.readouterr().out
     assert ">1 is faster" in out
-    assert "second-order pass" in out
+    assert "Where the time of a second-order meta-step goes" in out
     assert plot_names(tmp_path) == ["speed.png"]
 
 
@@ -120,13 +144,15 @@ def test_configured_meta_step_is_timed(tmp_path: Path) -> None:
 def test_baseline_is_hand_written_loop_when_no_library_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(methods, "installed_peers", lambda: ({}, dict.fromkeys(PEERS, "not installed")))
+    monkeypatch.setattr(
+        methods, "installed_peers", lambda modules=PEERS, _="": ({}, dict.fromkeys(modules, "not installed"))
+    )
     report = run_and_load(tmp_path)
     assert report["yardstick"] == BY_HAND
-    assert {row["library"] for row in report["settings"]["5way_1shot"]["rows"]} == {"metalearn", BY_HAND}
-    for name in PEERS:
+    assert {row["library"] for row in report["settings"]["5way_1shot"]["rows"]} == {"metalearn", BY_HAND, TORCH_FUNC}
+    for name in (*PEERS, JAX):
         assert f"{name} is left out: not installed" in caplog.text
-    assert caplog.text.count("pip install -r requirements-peers.txt") == len(PEERS)
+    assert caplog.text.count("pip install -r requirements-peers.txt") == len(PEERS) + 1
 
 
 def test_baseline_is_learn2learn_when_installed() -> None:
@@ -162,7 +188,7 @@ def test_report_of_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert adjoint.median_ms
     assert at["adjoint, 1 task at a time", 4].median_ms is None
     assert report["limit_mib"] == 0.9
-    assert "over: above 0.9" in capsys.readouterr().out
+    assert "over: above 0.9" in " ".join(capsys.readouterr().out.split())
     assert plot_names(tmp_path) == ["memory-5way_1shot.png"]
 
 
@@ -207,7 +233,7 @@ def test_report_of_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert len(lines) == 3
     assert all(len(line["median_ms"]) == len(line["quartiles_ms"]) == 3 for line in lines)
     assert 0.5 < lines[0]["slope_mib"] <= 1, "memory grows with the tasks that are held at once"
-    assert "p of time" in capsys.readouterr().out
+    assert "How cost grows with the tasks T, 1 to 4" in " ".join(capsys.readouterr().out.split())
     assert plot_names(tmp_path) == ["sweep-tasks.png"]
 
 
@@ -217,6 +243,28 @@ def test_sweep_settings_differ_in_one_field(sweep: Sweep) -> None:
         assert getattr(setting, sweep.name) == value
         assert replace(setting, name="base", **{sweep.name: getattr(sweep.base, sweep.name)}) == sweep.base
     assert len(set(sweep.values)) > 2
+
+
+NETWORKS = {"5way_5shot_max_pool": Conv4, "5way_1shot_mlp": MLP, "5way_1shot_resnet12": ResNet12}
+
+
+@pytest.mark.parametrize("setting", LIBRARY_SETTINGS, ids=lambda setting: setting.name)
+def test_settings_have_the_network_and_images_that_they_name(setting: MetaStepSpec) -> None:
+    step = random_meta_step(replace(setting, tasks=1), CPU)
+    assert type(step.module) is NETWORKS.get(setting.name, Conv4)
+    assert max(len(p) for p in step.module.parameters() if p.ndim > 1) == setting.width * (
+        8 if setting.model == "resnet12" else 1
+    )
+    has_max_pool = any(isinstance(m, nn.MaxPool2d) for m in step.module.modules())
+    assert has_max_pool == (setting.model in ("conv4 max-pool", "resnet12"))
+    assert tuple(step.episodes.support_x.shape[2:]) == setting.image
+    assert step.module(step.episodes.query_x[0]).shape == (setting.ways * setting.queries, setting.ways)
+
+
+def test_setting_with_other_images_than_omniglots_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    colour = replace(TINY, name="colour", model="mlp", image=(3, 8, 8))
+    monkeypatch.setattr(benchmark, "LIBRARY_SETTINGS", (colour,))
+    assert run_and_load(tmp_path)["settings"]["colour"]["image"] == [3, 8, 8]
 
 
 def test_setting_names_equal_those_of_the_schema() -> None:

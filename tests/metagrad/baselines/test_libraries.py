@@ -1,4 +1,4 @@
-"""The same weights and tasks by learn2learn, higher and TorchOpt, in float64."""
+"""The same weights and tasks by torch.func, learn2learn, higher and TorchOpt, in float64."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def learn2learn() -> Baseline:
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 5])
 @pytest.mark.parametrize("second_order", [True, False])
-@pytest.mark.parametrize("model", ["conv4", "mlp"])
-@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("model", ["conv4", "conv4 with max-pooling", "mlp"])
+@pytest.mark.parametrize("name", ["torch_func", *LIBRARIES])
 def test_every_engine_equals_the_library(name: str, model: str, second_order: bool, steps: int) -> None:
     module, episodes = MODELS[model]().double(), image_episodes()
     inner = InnerLoop(lr=0.1, steps=steps, second_order=second_order)
@@ -46,7 +46,7 @@ def test_every_engine_equals_the_library(name: str, model: str, second_order: bo
 @pytest.mark.parametrize(
     ("name", "frozen", "adapted"),
     [
-        *[(name, "layers.1.weight", None) for name in LIBRARIES],
+        *[(name, "layers.1.weight", None) for name in ("torch_func", *LIBRARIES)],
         ("learn2learn", "layers.7.bias", None),
         ("learn2learn", "layers.7.bias", frozenset({"layers.7.weight"})),
     ],

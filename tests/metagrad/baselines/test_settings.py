@@ -23,6 +23,7 @@ SUPPORTED = {
     "higher": {*RULES},
     "torchopt": {*RULES},
     "by_hand": set(),
+    "torch_func": set(),
 }
 # A bias before BatchNorm has a gradient of 0, where TorchOpt's Adam gives NaN: see MORE, on another network.
 LIBRARY_SETTINGS = [(name, s) for name in SUPPORTED for s in SETTINGS if (name, s) != ("torchopt", "adam")]
