@@ -45,8 +45,8 @@ $(VENV)/.core: pyproject.toml
 # pip installs all of a file or nothing.
 $(VENV)/.dev: $(VENV)/.core requirements-peers.txt
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	for peer in learn2learn higher torchopt jax; do \
-	  grep "^$$peer[=>]=" requirements-peers.txt > $(VENV)/$$peer.txt; \
+	for peer in learn2learn higher torchopt; do \
+	  grep "^$$peer==" requirements-peers.txt > $(VENV)/$$peer.txt; \
 	  $(BIN)/python -m pip install --quiet --requirement $(VENV)/$$peer.txt \
 	    || echo "WARNING: $$peer could not be installed; the tests that compare with it will be skipped." >&2; \
 	done
