@@ -256,7 +256,7 @@ def test_settings_have_the_network_and_images_that_they_name(setting: MetaStepSp
         8 if setting.model == "resnet12" else 1
     )
     has_max_pool = any(isinstance(m, nn.MaxPool2d) for m in step.module.modules())
-    assert has_max_pool == (setting.model in ("conv4 max-pool", "resnet12"))
+    assert has_max_pool == (setting.name in ("5way_5shot_max_pool", "5way_1shot_resnet12"))
     assert tuple(step.episodes.support_x.shape[2:]) == setting.image
     assert step.module(step.episodes.query_x[0]).shape == (setting.ways * setting.queries, setting.ways)
 
