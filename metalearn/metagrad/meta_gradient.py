@@ -74,7 +74,7 @@ def meta_gradient(
         return one_pass(forward, params, tasks, inner, loss)
 
     with explain_torch_errors(vars(episodes), params):
-        tasks = inner.task_chunk or episodes.tasks if engine else tasks_per_pass(forward, params, episodes, inner)
+        tasks = tasks_per_pass(forward, params, episodes, inner, engine=engine)
         result = mean_over_passes(compute, params, episodes, tasks)
         if not loss_checks_deferred():
             locate_step = partial(_last_nonfinite_step, forward, params, inner=inner, loss=loss)

@@ -31,9 +31,15 @@ _MEASURED = WeakIdKeyDictionary()
 """Models, each with the bytes of its largest result by the shape and type of a task's support images."""
 
 
-def tasks_per_pass(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop) -> int:
-    """Return ``inner.task_chunk``, or without one the number of tasks that is fast on the device."""
-    if inner.task_chunk is not None or episodes.support_x.device.type != "cpu":
+def tasks_per_pass(
+    forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, *, engine: object = None
+) -> int:
+    """Return ``inner.task_chunk``, or without one the number of tasks that is fast on the device.
+
+    An ``engine`` that replaces the named one may need all tasks at once, and is given them.
+    """
+    takes_all = engine is not None or episodes.support_x.device.type != "cpu" or episodes.tasks == 1
+    if inner.task_chunk is not None or takes_all:
         return min(inner.task_chunk or episodes.tasks, episodes.tasks)
     most = max(1, _LARGEST_RESULT_BYTES // max(1, _largest_result(forward, params, episodes.support_x[:1], inner)))
     return math.ceil(episodes.tasks / math.ceil(episodes.tasks / most))  # passes of nearly the same size

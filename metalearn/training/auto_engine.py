@@ -54,6 +54,10 @@ class MetaStepProblem:
         """Of the episodes."""
         return self.episodes.query_x.device
 
+    def tasks_per_pass(self, inner: InnerLoop) -> int:
+        """Return how many tasks a meta-gradient takes at a time."""
+        return tasks_per_pass(self.forward, self.params, self.episodes, inner, engine=self.engine)
+
     def step(self, inner: InnerLoop) -> None:
         """Compute one meta-gradient and discard it; on a GPU without waits for checks, as a training does."""
         with defer_loss_checks() if self.device.type == "cuda" else nullcontext():
@@ -146,7 +150,7 @@ def _chunks(problem: MetaStepProblem, inner: InnerLoop, limit: int) -> list[Inne
         sizes.add(1)
         slope = max(estimate_peak(problem, inner, min(2, most), limit) - one, 1)
         largest = 1 + max(0, limit - one - totals) // slope
-        fast = tasks_per_pass(problem.forward, problem.params, problem.episodes, replace(inner, task_chunk=None))
+        fast = problem.tasks_per_pass(replace(inner, task_chunk=None))
         sizes = {min(largest, most), *(size for size in (fast, *_CACHE_FRIENDLY) if size < min(largest, most))}
     except MemoryLimitError:
         pass  # nothing larger fits than what was found

@@ -28,8 +28,7 @@ from metalearn.core.profiling.memory import MIB
 from metalearn.core.types import Episodes, MetaGradient, Params
 from metalearn.derivatives import available_memory
 from metalearn.inner import InnerLoop
-from metalearn.metagrad.task_chunks import tasks_per_pass
-from metalearn.training.auto_engine import estimate_peak, first_meta_step
+from metalearn.training.auto_engine import MetaStepProblem, estimate_peak, first_meta_step
 from metalearn.training.experiment import Experiment, build_algorithm, build_metric, build_model
 from metalearn.training.state import TrainState, preserve_rng_state, seed_all
 
@@ -153,8 +152,8 @@ def _out_of_memory_message(experiment: Experiment, reason: str, processes: int) 
     config, inner = experiment.config, experiment.algorithm.peak_memory_inner
     local_tasks = math.ceil(config.task.meta_batch / processes)
     problem = first_meta_step(experiment)
-    chunk = min(local_tasks, tasks_per_pass(problem.forward, problem.params, problem.episodes, inner))
-    mib = _estimate_mib(experiment, inner, chunk)
+    chunk = min(local_tasks, problem.tasks_per_pass(inner))
+    mib = _estimate_mib(problem, inner, chunk)
     needs = f" A meta-step takes about {mib:.0f} MiB as it is set" if mib else " As it is set, a meta-step does not fit"
     lines = [
         f"Out of memory ({reason}).{needs} (inner.engine={config.inner.engine}, {chunk} of {local_tasks} "
@@ -168,7 +167,7 @@ def _out_of_memory_message(experiment: Experiment, reason: str, processes: int) 
         ("inner.engine=adjoint inner.task_chunk=1", adjoint, 1),
     ):
         if (thriftier.engine, tasks) != (inner.engine, chunk):
-            mib = _estimate_mib(experiment, thriftier, tasks)
+            mib = _estimate_mib(problem, thriftier, tasks)
             lines.append(f"  {keys}" + (f"   about {mib:.0f} MiB" if mib else ""))
     if experiment.uses_cuda_graph:
         lines.append("  run.cuda_graph=false   a graph keeps the memory of a meta-step between meta-steps")
@@ -180,9 +179,8 @@ def _out_of_memory_message(experiment: Experiment, reason: str, processes: int) 
     return "\n".join(lines)
 
 
-def _estimate_mib(experiment: Experiment, inner: InnerLoop, tasks: int) -> float | None:
+def _estimate_mib(problem: MetaStepProblem, inner: InnerLoop, tasks: int) -> float | None:
     """Return MiB of a meta-step by peak(c) = a + b c from passes of one and two tasks; ``None`` if these do not fit."""
-    problem = first_meta_step(experiment)
     try:
         one = estimate_peak(problem, inner, 1)
         if tasks == 1:

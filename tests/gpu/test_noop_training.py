@@ -161,35 +161,28 @@ def test_every_kind_of_benchmark_computes_in_plain_float32(reported: dict[str, A
     assert outside != ["ieee"]
 
 
-def test_out_of_memory_names_keys_and_estimates(on_noop: OnNoop) -> None:
-    """The estimates need the memory that the failed meta-step had."""
-    reported = on_noop(
-        TRAINING
-        + """
+def _error_of_training(on_noop: OnNoop, *overrides: str, gib: str) -> str:
+    """Return the message of a training that ends with ``RunError`` on a GPU of so much memory."""
+    program = f"""
 from metalearn.core.errors import RunError
 try:
-    train("model.width=64", "task.meta_batch=16", "task.queries=10", "inner.steps=5")
+    train(*{overrides})
 except RunError as error:
     report(raised=str(error))
-""",
-        NOOP_GIB="0.4",
-    )
-    first, *keys = reported["raised"].splitlines()
-    assert "A meta-step takes about" in first, reported
-    assert all("about" in line for line in keys[:3]), reported
-    assert "run.cuda_graph=false" in keys[3], reported
+"""
+    return str(on_noop(TRAINING + program, NOOP_GIB=gib)["raised"])
+
+
+def test_out_of_memory_names_keys_and_estimates(on_noop: OnNoop) -> None:
+    """The estimates need the memory that the failed meta-step had."""
+    overrides = ("model.width=64", "task.meta_batch=16", "task.queries=10", "inner.steps=5")
+    raised = _error_of_training(on_noop, *overrides, gib="0.4")
+    first, *keys = raised.splitlines()
+    assert "A meta-step takes about" in first, raised
+    assert all("about" in line for line in keys[:3]), raised
+    assert "run.cuda_graph=false" in keys[3], raised
 
 
 def test_auto_engine_without_memory_says_so(on_noop: OnNoop) -> None:
-    reported = on_noop(
-        TRAINING
-        + """
-from metalearn.core.errors import RunError
-try:
-    train("model.width=512", "task.meta_batch=2", "inner.engine=auto", "data.classes=30")
-except RunError as error:
-    report(raised=str(error))
-""",
-        NOOP_GIB="0.1",
-    )
-    assert "not even one task at a time fits" in reported["raised"]
+    overrides = ("model.width=512", "task.meta_batch=2", "inner.engine=auto", "data.classes=30")
+    assert "not even one task at a time fits" in _error_of_training(on_noop, *overrides, gib="0.1")

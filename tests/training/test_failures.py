@@ -162,8 +162,9 @@ def test_out_of_memory_names_the_estimate_and_the_keys(error: Exception) -> None
 
 def test_memory_estimate_equals_a_measured_meta_step() -> None:
     experiment = build_experiment(config("inner.steps=3", "task.meta_batch=8"))
-    measured = first_meta_step(experiment).peak(experiment.inner, 2**62) / 2**20
-    assert _estimate_mib(experiment, experiment.inner, 8) == pytest.approx(measured, rel=0.05)
+    problem = first_meta_step(experiment)
+    measured = problem.peak(experiment.inner, 2**62) / 2**20
+    assert _estimate_mib(problem, experiment.inner, 8) == pytest.approx(measured, rel=0.05)
 
 
 def test_explain_out_of_memory_keeps_other_errors() -> None:
