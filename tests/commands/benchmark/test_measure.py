@@ -92,23 +92,31 @@ def test_check_passes_when_one_batch_is_at_a_kink() -> None:
     )
 
 
+def _off(library: str, error: float) -> Method:
+    """Return a method whose float32 gradient is off by so much."""
+
+    def step(module: nn.Module, episodes: Episodes) -> MetaGradient:
+        dtype = episodes.query_x.dtype
+        g = torch.ones(1, dtype=dtype) * (1 + error if dtype == torch.float32 else 1)
+        return MetaGradient(g[0], {"w": g}, g, g)
+
+    return Method(library, "", True, step)
+
+
 @pytest.mark.parametrize("factor", [3.0, 5.0])
 def test_float32_may_be_four_times_as_far_as_the_hand_written_loop(factor: float) -> None:
     # Where the loop is 1e-2 off in each batch, as among many kinks, 3e-2 is rounding and 5e-2 is not.
-    def method(library: str, error: float) -> Method:
-        def step(module: nn.Module, episodes: Episodes) -> MetaGradient:
-            dtype = episodes.query_x.dtype
-            g = torch.ones(1, dtype=dtype) * (1 + error if dtype == torch.float32 else 1)
-            return MetaGradient(g[0], {"w": g}, g, g)
-
-        return Method(library, "", True, step)
-
-    with_error = [method("x", factor / 100), method(BY_HAND, 0.01)]
+    with_error = [_off("x", factor / 100), _off(BY_HAND, 0.01)]
     if factor < 4:
         assert check_gradients_equal(with_error, tiny_step().module, tiny_batches())["float32"] > 1e-2
     else:
         with pytest.raises(DisagreementError, match=r"^x, second order in float32 is 5\.0e-02 .* tolerance of 4e-02"):
             check_gradients_equal(with_error, tiny_step().module, tiny_batches())
+
+
+def test_float32_tolerance_is_kept_where_the_hand_written_loop_meets_it() -> None:
+    with pytest.raises(DisagreementError, match=r"second order in float32 is 2\.0e-04 .* tolerance of 1e-04"):
+        check_gradients_equal([_off("x", 2e-4), _off(BY_HAND, 9e-5)], tiny_step().module, tiny_batches())
 
 
 def test_check_raises_when_float64_is_nan() -> None:
