@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
+from metalearn.commands.benchmark.machine import describe_in_a_line, describe_machine, other_work
 from metalearn.commands.benchmark.measure import (
     DATA,
     FORWARD,
@@ -23,9 +25,9 @@ from metalearn.commands.benchmark.settings import EngineBenchmark, EngineCost, p
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import NonFiniteError, RunError
-from metalearn.core.profiling.hardware import configure_malloc, describe_hardware
+from metalearn.core.profiling.hardware import configure_malloc
 from metalearn.training.experiment import resolve_device
-from metalearn.training.tracking.console import print_path, print_table
+from metalearn.training.tracking.console import print_line, print_path, print_table
 from metalearn.training.tracking.plot_style import (
     ENGINE_STYLES,
     GREY,
@@ -49,9 +51,11 @@ class Report:
 
     def __init__(self, config: BenchmarkConfig, output_dir: Path, key: str, **content: Any) -> None:
         configure_malloc()
+        if config.run.threads != "auto":
+            torch.set_num_threads(config.run.threads)
         self.device = resolve_device(config.run.device)
         self.path, self.settings = output_dir / "benchmark.json", dict[str, Any]()
-        self.content = {"machine": describe_hardware(self.device), **content, key: self.settings}
+        self.content = {"machine": describe_machine(self.device), **content, key: self.settings}
         self.failed: dict[str, Exception] = {}
 
     @contextmanager
@@ -59,7 +63,10 @@ class Report:
         """Save the entry of a setting, which the block fills, or the reason why the setting could not be measured."""
         entry = dict(spec)
         try:
-            yield entry
+            with other_work() as others:
+                yield entry
+            entry["other_work"] = others
+            print_line(describe_in_a_line(self.content["machine"], others))
         except (DisagreementError, NonFiniteError) as error:
             self.failed[name] = error
             entry["failed"] = str(error)

@@ -101,7 +101,9 @@ def test_report_of_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert setting["largest_difference"]["float64"] < 1e-9
     assert report["machine"]["torch"] == torch.__version__
     out = capsys.readouterr().out
-    assert ">1 is faster" in out
+    assert ">1 is faster" in " ".join(out.split())
+    assert setting["other_work"]["others_cores"] >= 0
+    assert f"torch on {torch.get_num_threads()} thread(s); other work took" in out
     assert "Where the time of a second-order meta-step goes" in out
     assert plot_names(tmp_path) == ["speed.png"]
 

@@ -1,0 +1,58 @@
+"""Describe what a benchmark runs on, and how busy other processes keep that machine meanwhile."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import distributions
+from typing import Any
+
+import psutil
+import torch
+
+from metalearn.core.profiling.hardware import describe_hardware
+
+_PEERS = ("jax", "jaxlib", "learn2learn", "higher", "torchopt")
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Return ``describe_hardware``, the cores that this process may use, and the other libraries' versions."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    installed = {found.name: found.version for found in distributions()}
+    versions = {name: installed[name] for name in _PEERS if name in installed}
+    return {**describe_hardware(device), "cores_available": available, "peers": versions}
+
+
+@contextmanager
+def other_work() -> Iterator[dict[str, float]]:
+    """Measure, into the dictionary, how many cores processes other than this one and its children used meanwhile.
+
+    Where a container shows the counters of its host, all of the host's work is counted. ``load_average`` is the last
+    minute's, this process included.
+    """
+    found: dict[str, float] = {}
+    psutil.cpu_percent()  # since its last call
+    own, started = _own_seconds(), time.perf_counter()
+    yield found
+    used = (_own_seconds() - own) / (time.perf_counter() - started)
+    busy = psutil.cpu_percent() / 100 * (psutil.cpu_count() or 1)
+    found |= {"others_cores": max(0.0, busy - used), "load_average": psutil.getloadavg()[0]}
+
+
+def _own_seconds() -> float:
+    """Return the CPU time of this process and its children, those that have ended included."""
+    this = psutil.Process()
+    of_processes = [process.cpu_times() for process in (this, *this.children(recursive=True))]
+    return sum(t.user + t.system + t.children_user + t.children_system for t in of_processes)
+
+
+def describe_in_a_line(machine: dict[str, Any], others: dict[str, float]) -> str:
+    """Return the machine, threads, versions and what else was running as one line."""
+    versions = {"torch": machine["torch"], **machine["peers"]}
+    return (
+        f"{machine['cpu']}, {machine['cores_available']} of {machine['cores']} cores, torch on {machine['threads']} "
+        f"thread(s); other work took {others['others_cores']:.1f} cores, load {others['load_average']:.1f}; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+    )
