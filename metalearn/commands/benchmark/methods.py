@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from metalearn.metagrad.baselines.common import Baseline, UnsupportedSettingErro
 log = logging.getLogger(__name__)
 
 OURS, BY_HAND, TORCH_FUNC, LEARN2LEARN = "metalearn", "hand-written loop", "torch.func", "learn2learn"
-JAX = "JAX"
+JAX, PLAIN = "JAX", "unroll, plain"
 
 BATCHES, TASKS_COMPARED = 5, 2
 """Number of batches on which the methods' gradients are compared, and of tasks in each."""
@@ -45,7 +46,7 @@ class Method:
     library: str
     engine: str
     second_order: bool
-    step: Callable[[nn.Module, Episodes], MetaGradient]
+    step: Callable[[nn.Module, Episodes], Any]
 
     @property
     def label(self) -> str:

@@ -20,7 +20,7 @@ from metalearn.commands.benchmark.measure import (
     BenchmarkResult,
     SweepSeries,
 )
-from metalearn.commands.benchmark.methods import DisagreementError, order_name
+from metalearn.commands.benchmark.methods import PLAIN, DisagreementError, order_name
 from metalearn.commands.benchmark.settings import EngineBenchmark, EngineCost, pivot
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core import serialization as files
@@ -50,12 +50,17 @@ class Report:
     """
 
     def __init__(self, config: BenchmarkConfig, output_dir: Path, key: str, **content: Any) -> None:
-        configure_malloc()
+        self.keeps_memory = configure_malloc()
         if config.run.threads != "auto":
             torch.set_num_threads(config.run.threads)
         self.device = resolve_device(config.run.device)
         self.path, self.settings = output_dir / "benchmark.json", dict[str, Any]()
-        self.content = {"machine": describe_machine(self.device), **content, key: self.settings}
+        self.content = {
+            "machine": describe_machine(self.device),
+            "configure_malloc": self.keeps_memory,
+            **content,
+            key: self.settings,
+        }
         self.failed: dict[str, Exception] = {}
 
     @contextmanager
@@ -90,12 +95,14 @@ def _cells(row: BenchmarkResult) -> list[str]:
 
 def print_results(title: str, rows: Sequence[BenchmarkResult], matrix_product_gflops: float, against: str) -> None:
     """Print a table for each order; ``matrix_product_gflops`` is 100% in the last column."""
+    has_plain = any(row.engine == PLAIN for row in rows)
+    plain = ". plain: without metalearn.configure_malloc(), which the others have" if has_plain else ""
     for second_order in (True, False):
         cells = [_cells(row) for row in rows if row.second_order == second_order]
         print_table(
             f"{title}: one meta-gradient, {order_name(second_order)}.\nms: median. speed: relative to {against} (>1 is "
             "faster). MiB: peak of live tensors. "
-            f"GFLOP/s: of the FLOPs that the gradient needs; torch.mm: {matrix_product_gflops:.0f}",
+            f"GFLOP/s: of the FLOPs that the gradient needs; torch.mm: {matrix_product_gflops:.0f}{plain}",
             _HEADER,
             cells,
         )

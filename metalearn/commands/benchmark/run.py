@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,17 @@ from metalearn.commands.benchmark.measure import (
 )
 from metalearn.commands.benchmark.methods import (
     BATCHES,
+    JAX,
+    OURS,
     TASKS_COMPARED,
+    Method,
     available_baselines,
     build_methods,
     check_gradients_equal,
     leave_out_unsupported,
     speed_reference,
 )
+from metalearn.commands.benchmark.plain import plain_methods
 from metalearn.commands.benchmark.report import Report, plot_speed, print_results, print_time_breakdown
 from metalearn.commands.benchmark.settings import (
     CONFIGURED,
@@ -42,6 +49,7 @@ from metalearn.commands.benchmark.settings import (
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core.errors import ConfigError
 from metalearn.core.profiling.flops import meta_gradient_flops, peak_matmul_flops
+from metalearn.core.profiling.timing import seconds
 from metalearn.data.sampler import TaskSampler, TaskShape
 from metalearn.data.splits import ImageSplits
 from metalearn.inner import InnerLoop
@@ -80,7 +88,7 @@ def run_benchmark(config: BenchmarkConfig, output_dir: Path) -> None:
     with precision_context("float32", report.device), progress_bar() as progress:
         for case in cases(config, report.device):
             with report.record(case.name, case.content) as entry:
-                measured = measure_case(case, baselines, config, progress)
+                measured = measure_case(case, baselines, config, progress, keeps_memory=report.keeps_memory)
                 entry |= {**measured, "rows": [asdict(row) for row in measured["rows"]]}
                 rows[case.title], shares[case.name] = measured["rows"], measured["parts"]["share"]
                 plot_speed(rows, against).savefig(output_dir / "speed.png", dpi=130)
@@ -138,9 +146,17 @@ def _sampler(config: BenchmarkConfig, setting: MetaStepSpec, splits: ImageSplits
 
 
 def measure_case(
-    case: BenchmarkCase, baselines: dict[str, Baseline], config: BenchmarkConfig, progress: Progress
+    case: BenchmarkCase,
+    baselines: dict[str, Baseline],
+    config: BenchmarkConfig,
+    progress: Progress,
+    *,
+    keeps_memory: bool,
 ) -> dict[str, Any]:
-    """Time methods that agree, or raise ``DisagreementError``; return the keys of ``benchmark.json``."""
+    """Time methods that agree, or raise ``DisagreementError``; return the keys of ``benchmark.json``.
+
+    Where this process ``keeps_memory``, our ``unroll`` is also timed in one that does not.
+    """
     rounds = config.bench.repeats
     bar = progress.add_task(case.name, total=rounds + 1, note="same meta-gradient?")
     baselines = leave_out_unsupported(baselines, case.step.module, case.step.episodes, case.step.inner)
@@ -151,18 +167,27 @@ def measure_case(
     peaks = peaks_mib(case.step, methods)
     progress.update(bar, note="")
     peak = peak_matmul_flops(case.step.device)
-    measured = times(
-        case.step,
-        methods,
-        rounds,
-        components=step_components(case.step, case.sampler, config.outer.lr),
-        on_round=lambda done: progress.update(bar, completed=done),
-    )
+    process: AbstractContextManager[list[Method]] = plain_methods(case.step) if keeps_memory else nullcontext([])
+    with process as plain:
+        methods = sorted([*methods, *plain], key=lambda method: (not method.second_order, method.library != OURS))
+        # The first call of each, in which JAX compiles, is none of the timed rounds.
+        first_s = {
+            m.name: seconds(partial(m.step, case.step.module, case.step.episodes), case.step.device) for m in methods
+        }
+        measured = times(
+            case.step,
+            methods,
+            rounds,
+            components=step_components(case.step, case.sampler, config.outer.lr),
+            on_round=lambda done: progress.update(bar, completed=done),
+        )
     against = speed_reference(baselines)
     flops = meta_gradient_flops(case.step.module, case.step.episodes, case.step.inner.steps)
     return {
         "largest_difference": differences,
         "matrix_product_gflops": peak / 1e9,
+        "first_call_s": first_s,
+        "jax_threads": sys.modules[baselines[JAX].__module__].num_threads() if JAX in baselines else None,
         "needed_gflop": {order: count / 1e9 for order, count in flops._asdict().items()},
         "parts": time_breakdown(methods, measured),
         "rows": compute_results(methods, measured, peaks, flops, against=against, matrix_product_peak=peak),

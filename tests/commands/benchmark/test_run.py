@@ -26,6 +26,7 @@ from metalearn.commands.benchmark.methods import (
     JAX,
     LEARN2LEARN,
     OURS,
+    PLAIN,
     TORCH_FUNC,
     DisagreementError,
     check_gradients_equal,
@@ -106,6 +107,27 @@ def test_report_of_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert f"torch on {torch.get_num_threads()} thread(s); other work took" in out
     assert "Where the time of a second-order meta-step goes" in out
     assert plot_names(tmp_path) == ["speed.png"]
+
+
+def test_plain_call_is_timed_in_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reports, "configure_malloc", lambda: True)  # only says so
+    report = run_and_load(tmp_path)
+    rows = report["settings"]["5way_1shot"]["rows"]
+    plain = [row for row in rows if row["engine"] == PLAIN]
+    assert [(row["library"], row["second_order"]) for row in plain] == [(OURS, True), (OURS, False)]
+    assert all(row["median_ms"] > 0 and row["peak_mib"] is None for row in plain)
+    assert report["configure_malloc"] is True
+    assert "plain: without metalearn.configure_malloc()" in " ".join(capsys.readouterr().out.split())
+
+
+def test_threads_are_those_of_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    reports.Report(config("run.threads=3"), tmp_path, "settings")
+    reports.Report(config(), tmp_path, "settings")
+    assert numbers == [3]
 
 
 @pytest.mark.parametrize(
