@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
     from metalearn.metagrad import meta_gradient
 
 __version__ = "0.1.0"
+
+_SPIN_COUNT = "100000"
+"""Turns for which a CPU thread of torch waits for others before it sleeps; GNU's OpenMP takes 300,000."""
 
 __all__ = [
     "SGD",
@@ -107,6 +112,20 @@ _RENAMED = {
 """Former names, which still work and warn when they are called."""
 
 _MODULES = {"algorithms": "algorithms", "derivatives": "derivatives", "gradcheck": "derivatives.gradcheck"}
+
+
+def _limit_spinning() -> None:
+    """Let torch's CPU threads sleep sooner while they wait for each other, unless torch is loaded or the user chose.
+
+    They wait at each of a meta-step's 1,500 operations. Beside other work on all cores the one that is waited for does
+    not run, and those that wait keep its core: a meta-step took 1.6 to 2.7 times as long as with this limit, while alone
+    it took the same time.
+    """
+    if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT
+
+
+_limit_spinning()
 
 
 def __getattr__(name: str) -> Any:
