@@ -131,7 +131,8 @@ class Experiment:
 
     @cached_property
     def _graph(self) -> Callable[[Params, Episodes], MetaGradient]:
-        return with_cuda_graph(lambda params, episodes: self.meta_gradient_eager(params, episodes, 0), self.device)
+        of = replace(self)  # self would be in a cycle with its graph, whose memory then stays after its last use
+        return with_cuda_graph(lambda params, episodes: of.meta_gradient_eager(params, episodes, 0), self.device)
 
     @cached_property
     def _backend(self) -> BaselineGradient | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,6 +271,18 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale.item()
+
+
+def test_graph_goes_with_its_experiment() -> None:
+    experiment = build_experiment(train_config(*SMALL, "run.cuda_graph=true"))
+    assert experiment._graph is not None
+    gone = weakref.ref(experiment)
+    gc.disable()  # a cycle would keep the graph's memory until it runs
+    try:
+        del experiment
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu
