@@ -117,9 +117,8 @@ _MODULES = {"algorithms": "algorithms", "derivatives": "derivatives", "gradcheck
 def _limit_spinning() -> None:
     """Let torch's CPU threads sleep sooner while they wait for each other, unless torch is loaded or the user chose.
 
-    They wait at each of a meta-step's 1,500 operations. Beside other work on all cores the one that is waited for does
-    not run, and those that wait keep its core: a meta-step took 1.6 to 2.7 times as long as with this limit, while alone
-    it took the same time.
+    They wait at each of a meta-step's 1,500 operations. Beside other work on all cores the thread that is waited for
+    does not run, and those that wait keep its core: without this limit, a meta-step took 1.6 to 2.3 times as long.
     """
     if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT

@@ -38,6 +38,7 @@ ERRORS = [
     ("inner.steps=null", r"inner\.steps=null: must be a whole number"),
     ("inner.lr=true", r"inner\.lr=true: must be a number"),
     ("inner.engine=nope", r"inner\.engine=nope: must be one of unroll, checkpoint, adjoint"),
+    ("run.threads=null", r"run\.threads=null: must be a whole number, at least 1 or auto \("),
     ("inner.task_chunk=0", r"inner\.task_chunk=0: must be a whole number, at least 1 or null"),
     ("inner.lr=0", r"inner\.lr=0: must be a number above 0"),
     ("inner.lr=nan", r"inner\.lr=nan: must be a number above 0"),

@@ -55,7 +55,8 @@ def test_fastest_number_is_chosen_if_it_is_clearly_faster(
         for _ in range(2):
             tuner.tune(taking(seconds))
     assert torch.get_num_threads() == chosen
-    (message,) = caplog.messages
+    announced, message = caplog.messages
+    assert announced.startswith("run.threads=auto measures meta-steps; ")
     assert message.startswith(f"run.threads=auto: {chosen} (a meta-step takes 1000 ms with 1, ")
 
 
