@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -36,11 +37,13 @@ def time_interleaved(
 ) -> dict[Key, list[float]]:
     """Return ``rounds`` times of each key, each timed once per round, after ``warm_up`` rounds that do not count.
 
-    ``seconds_of`` runs one alternative once; ``on_round`` is called with the number of rounds done, warm-up included.
+    Each round has an order of its own, as what ran before may leave threads that still wait. ``seconds_of`` runs one
+    alternative once; ``on_round`` is called with the number of rounds done, warm-up included.
     """
     times: dict[Key, list[float]] = {key: [] for key in keys}
+    shuffled = random.Random(0)
     for turn in range(warm_up + rounds):
-        for key in keys:
+        for key in shuffled.sample(keys, len(keys)):
             taken = seconds_of(key)
             if turn >= warm_up:
                 times[key].append(taken)

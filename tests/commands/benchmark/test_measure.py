@@ -164,9 +164,13 @@ def test_timing_is_interleaved_and_drops_the_warm_up() -> None:
         calls.append(key)
         return len(calls)
 
-    assert time_interleaved(taken, ["a", "b"], 2, warm_up=1, on_round=rounds.append) == {"a": [3, 5], "b": [4, 6]}
-    assert calls == ["a", "b"] * 3
-    assert rounds == [1, 2, 3]
+    times = time_interleaved(taken, ["a", "b"], 8, warm_up=1, on_round=rounds.append)
+    turns = [calls[i : i + 2] for i in range(0, len(calls), 2)]
+    assert all(sorted(turn) == ["a", "b"] for turn in turns), "each once a round"
+    assert ["a", "b"] in turns
+    assert ["b", "a"] in turns, "rounds have different orders"
+    assert times == {key: [i + 1 for i, call in enumerate(calls) if call == key][1:] for key in "ab"}
+    assert rounds == list(range(1, 10))
     assert seconds(lambda: None, CPU) >= 0
 
 
