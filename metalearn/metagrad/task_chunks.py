@@ -1,8 +1,8 @@
 """Split the tasks of a meta-gradient into passes, and take the mean over them.
 
 On a CPU, stacking tasks saves the time of starting operations, until their results no longer fit into the caches. So by
-default a pass takes as many tasks as keep the largest result of an operation, in a support pass of the model, within
-``_LARGEST_RESULT_BYTES``: at 5-way 1-shot, 33 tasks of a convolution network with stride 2; at 5-way 5-shot with
+default a pass takes as many tasks as keep the largest result of an operation on images, in a support pass of the model,
+within ``_LARGEST_RESULT_BYTES``: at 5-way 1-shot, 33 tasks of a convolution network with stride 2; at 5-way 5-shot with
 max-pooling one. On a GPU a pass takes all tasks.
 """
 
@@ -78,15 +78,20 @@ def mean_over_passes(
 
 
 class _LargestResult(TorchDispatchMode):
-    """Context that notes the bytes of the largest result of an operation."""
+    """Context that notes the bytes of the largest result of an operation, but for copies and views of parameters.
 
-    def __init__(self) -> None:
+    Those do not grow with the examples. A result is taken for one if it has as many elements as a parameter.
+    """
+
+    def __init__(self, params: Params) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # not annotated in torch
         self.bytes = 0
+        self._of_params = {p.numel() for p in params.values()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        sizes = (leaf.numel() * leaf.element_size() for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        sizes = (leaf.numel() * leaf.element_size() for leaf in results if leaf.numel() not in self._of_params)
         self.bytes = max((self.bytes, *sizes))
         return out
 
@@ -100,7 +105,7 @@ def _largest_result(forward: Forward, params: Params, support_x: Tensor, inner: 
     key = (support_x.shape, support_x.dtype)
     if key not in by_shape:
         theta = meta_params_at_step({name: p.detach() for name, p in params.items()}, inner)
-        largest = _LargestResult()
+        largest = _LargestResult(theta)
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad(), largest:
                 over_tasks(forward, expand_over_tasks(theta, tasks=1), support_x, model=forward)

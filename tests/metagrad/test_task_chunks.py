@@ -14,7 +14,7 @@ from metalearn.core.profiling.memory import MemoryLimitError, PeakTensorMemory
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.task_chunks import tasks_per_pass
 from metalearn.metagrad.unroll import unroll
-from metalearn.models import Conv4
+from metalearn.models import MLP, Conv4
 from tests.factories import image_episodes
 
 _INNER = InnerLoop(lr=0.1, steps=2)
@@ -38,6 +38,13 @@ def test_small_maps_take_one_pass_and_large_ones_a_task_each() -> None:
     episodes = image_episodes(tasks=4, ways=5, shots=5, queries=1, dtype=torch.float32)
     assert _passes(Conv4(5), episodes, _INNER) == [4]  # the first maps take 1.2 MiB a task
     assert _passes(Conv4(5, pool="max"), episodes, _INNER) == [1, 1, 1, 1]  # 4.8 MiB
+
+
+@pytest.mark.parametrize("module", [MLP(784, 5, hidden=(2048,)), Conv4(5, width=256)], ids=["MLP", "Conv4"])
+def test_large_weights_take_one_pass(module: nn.Module) -> None:
+    episodes = image_episodes(tasks=4, ways=5, shots=1, queries=1, dtype=torch.float32)
+    assert max(4 * p.numel() for p in module.parameters()) > 2 * 2**20  # of which four would exceed the limit
+    assert _passes(module, episodes, _INNER) == [4]
 
 
 def test_engine_of_ones_own_is_given_all_tasks() -> None:
