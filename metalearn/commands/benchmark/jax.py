@@ -32,7 +32,8 @@ Layers = tuple[tuple[Any, ...], ...]
 def num_threads() -> int | None:
     """Start JAX with torch's number of threads, for the whole process, and return the number that it has.
 
-    ``None`` where that cannot be told: on other systems than Linux, and before jaxlib 0.7. Too late if the process has used JAX before. Left to itself, JAX takes a thread for each core it may run on.
+    ``None`` where that cannot be told: on other systems than Linux, and before jaxlib 0.7. Too late if the process has
+    used JAX before. Left to itself, JAX takes a thread for each core it may run on.
     """
     os.environ["NPROC"] = str(torch.get_num_threads())  # XLA's pool reads it when it is created, and nothing else
     jax.config.update("jax_platforms", "cpu")
