@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 
 OUT_OF_MEMORY = r"(?i)out of memory|not enough memory|can('t|not) allocate memory|DefaultCPUAllocator|alloc_failed"
 """Pattern of torch's messages for running out of memory, which on CPUs has no exception class."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a GPU's or a CPU's allocator failed."""
+    by_torch = isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error)) is not None
+    return by_torch or isinstance(error, MemoryError)
 
 
 class MetalearnError(Exception):

@@ -45,6 +45,9 @@ def meta_gradient(
         engine: replaces the one that ``inner.engine`` names: ``reptile``, ``Implicit()`` (iMAML). It is given all tasks
             at once, or ``inner.task_chunk``.
 
+    On a CPU, where ``inner.task_chunk`` is ``None``, the model is first called once more with the support images of one
+    task, to see how many tasks a pass may take: once for each model and shape.
+
     Returns:
         The loss, the gradients (zeros where the loss does not reach), the query predictions and the support losses.
 

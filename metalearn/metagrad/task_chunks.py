@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from metalearn.core.errors import NonFiniteLossError
+from metalearn.core.errors import NonFiniteLossError, is_out_of_memory
 from metalearn.core.functional import expand_over_tasks
 from metalearn.core.types import Episodes, Forward, MetaGradient, Params
 from metalearn.inner import InnerLoop, meta_params_at_step
@@ -78,22 +78,27 @@ def mean_over_passes(
 
 
 class _LargestResult(TorchDispatchMode):
-    """Context that notes the bytes of the largest result of an operation, but for copies and views of parameters.
-
-    Those do not grow with the examples. A result is taken for one if it has as many elements as a parameter.
-    """
+    """Context that notes the bytes of the largest result of an operation that depends on more than the parameters."""
 
     def __init__(self, params: Params) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # not annotated in torch
         self.bytes = 0
-        self._of_params = {p.numel() for p in params.values()}
+        self._of_params = WeakIdKeyDictionary()
+        self._of_params.update(dict.fromkeys(params.values(), True))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        sizes = (leaf.numel() * leaf.element_size() for leaf in results if leaf.numel() not in self._of_params)
-        self.bytes = max((self.bytes, *sizes))
+        inputs, results = _tensors((args, kwargs)), _tensors(out)
+        if inputs and all(tensor in self._of_params for tensor in inputs):
+            for tensor in results:
+                self._of_params[tensor] = True
+        else:
+            self.bytes = max((self.bytes, *(tensor.numel() * tensor.element_size() for tensor in results)))
         return out
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _largest_result(forward: Forward, params: Params, support_x: Tensor, inner: InnerLoop) -> int:
@@ -107,11 +112,11 @@ def _largest_result(forward: Forward, params: Params, support_x: Tensor, inner: 
         theta = meta_params_at_step({name: p.detach() for name, p in params.items()}, inner)
         largest = _LargestResult(theta)
         try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad(), largest:
-                over_tasks(forward, expand_over_tasks(theta, tasks=1), support_x, model=forward)
-        except MemoryError:
-            raise
-        except Exception:  # whatever a model raises, it raises again
-            return 0
+            with torch.random.fork_rng(devices=[]), largest:
+                over_tasks(forward, expand_over_tasks(theta, tasks=1), support_x.detach(), model=forward)
+        except Exception as error:  # whatever else a model raises, it raises again
+            if is_out_of_memory(error):
+                raise
+            largest.bytes = 0
         by_shape[key] = largest.bytes
     return int(by_shape[key])

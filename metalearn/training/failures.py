@@ -9,7 +9,6 @@ replay_episode("RUN_FOLDER/nonfinite/meta-step-00000123.pt")      # raises the s
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +21,13 @@ from metalearn.config.run_config import check_trusted, parse_run_config, to_yaml
 from metalearn.config.schema import TrainConfig
 from metalearn.config.target import import_targets
 from metalearn.core import serialization as files
-from metalearn.core.errors import OUT_OF_MEMORY, NonFiniteError, NonFiniteGradientError, RemoteNonFiniteError, RunError
+from metalearn.core.errors import (
+    NonFiniteError,
+    NonFiniteGradientError,
+    RemoteNonFiniteError,
+    RunError,
+    is_out_of_memory,
+)
 from metalearn.core.functional import functionalize
 from metalearn.core.profiling.memory import MIB
 from metalearn.core.types import Episodes, MetaGradient, Params
@@ -126,13 +131,6 @@ def replay_episode(path: Path | str, *, trust_code: bool = False) -> MetaGradien
         )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether a GPU's or a CPU's allocator failed; torch has no error class for CPUs."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error)) is not None
-
-
 @contextmanager
 def explain_out_of_memory(experiment: Experiment, *, processes: int = 1) -> Iterator[None]:
     """Replace torch's out-of-memory error by a ``RunError`` with a meta-step's memory and the keys that lower it."""
@@ -152,7 +150,8 @@ def _out_of_memory_message(experiment: Experiment, reason: str, processes: int) 
     config, inner = experiment.config, experiment.algorithm.peak_memory_inner
     local_tasks = math.ceil(config.task.meta_batch / processes)
     problem = first_meta_step(experiment)
-    chunk = min(local_tasks, problem.tasks_per_pass(inner))
+    problem = replace(problem, episodes=problem.episodes.split(local_tasks)[0])
+    chunk = problem.tasks_per_pass(inner)
     mib = _estimate_mib(problem, inner, chunk)
     needs = f" A meta-step takes about {mib:.0f} MiB as it is set" if mib else " As it is set, a meta-step does not fit"
     lines = [

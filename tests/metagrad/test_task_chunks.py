@@ -47,6 +47,26 @@ def test_large_weights_take_one_pass(module: nn.Module) -> None:
     assert _passes(module, episodes, _INNER) == [4]
 
 
+def test_results_as_large_as_a_weight_count() -> None:
+    x, y = torch.randn(4, 1024, 1024), torch.zeros(4, 1024).long()
+    assert _passes(nn.Linear(1024, 1024), Episodes(x, y, x[:, :1], y[:, :1]), _INNER) == [2, 2]  # 4 MiB a task
+
+
+class Curious(nn.Linear):
+    """Looks at the gradient of its output by its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = x.detach().requires_grad_()
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(at.square().sum(), at)
+        return super().forward(x + 0 * slope)
+
+
+def test_model_that_differentiates_is_measured() -> None:
+    x, y = torch.randn(4, 1024, 1024), torch.zeros(4, 1024).long()
+    assert _passes(Curious(1024, 2), Episodes(x, y, x[:, :1], y[:, :1]), _INNER) == [2, 2]
+
+
 def test_engine_of_ones_own_is_given_all_tasks() -> None:
     episodes = image_episodes(tasks=4, ways=5, shots=5, queries=1, dtype=torch.float32)
     assert _passes(Conv4(5, pool="max"), episodes, _INNER, named=False) == [4]
@@ -58,6 +78,31 @@ def test_memory_that_runs_out_is_raised_and_not_remembered() -> None:
     with pytest.raises(MemoryLimitError), PeakTensorMemory(limit=10**6):
         tasks_per_pass(forward, theta, episodes, _INNER)
     assert tasks_per_pass(forward, theta, episodes, _INNER) == 1
+
+
+def test_lack_of_memory_by_torch_is_raised() -> None:
+    class Large(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    forward, theta = functionalize(Large(3, 2))
+    x, y = torch.randn(4, 5, 3), torch.zeros(4, 5).long()
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        tasks_per_pass(forward, theta, Episodes(x, y, x, y), _INNER)
+
+
+def test_failing_model_is_tried_once() -> None:
+    class Failing(nn.Linear):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Failing.calls += 1
+            raise ValueError("not today")
+
+    forward, theta = functionalize(Failing(3, 2))
+    x, y = torch.randn(4, 5, 3), torch.zeros(4, 5).long()
+    assert [tasks_per_pass(forward, theta, Episodes(x, y, x, y), _INNER) for _ in range(3)] == [4, 4, 4]
+    assert Failing.calls == 1
 
 
 def test_passes_are_of_nearly_the_same_size() -> None:
