@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from metalearn.core.errors import RunError
+from metalearn.core.errors import RunError, is_out_of_memory
 from metalearn.core.functional import relative_error
 from metalearn.core.profiling.memory import MIB, MemoryLimitError, peak_bytes
 from metalearn.core.profiling.timing import seconds
@@ -127,7 +127,9 @@ def _best_time(problem: MetaStepProblem, inner: InnerLoop) -> float | None:
     try:
         problem.step(inner)
         return min(problem.seconds(inner), problem.seconds(inner))
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         return None
 
 
@@ -150,8 +152,10 @@ def _chunks(problem: MetaStepProblem, inner: InnerLoop, limit: int) -> list[Inne
         sizes.add(1)
         slope = max(estimate_peak(problem, inner, min(2, most), limit) - one, 1)
         largest = 1 + max(0, limit - one - totals) // slope
-        fast = problem.tasks_per_pass(replace(inner, task_chunk=None))
-        sizes = {min(largest, most), *(size for size in (fast, *_CACHE_FRIENDLY) if size < min(largest, most))}
+        sizes = {min(largest, most)}
+        if inner.task_chunk is None:
+            fast = problem.tasks_per_pass(inner)
+            sizes |= {size for size in (fast, *_CACHE_FRIENDLY) if size < min(largest, most)}
     except MemoryLimitError:
         pass  # nothing larger fits than what was found
     return [replace(inner, task_chunk=size) for size in sorted(sizes)]
