@@ -85,14 +85,15 @@ def test_peak_memory_ignores_tensors_without_memory() -> None:
     assert (zeros.numel(), shape.numel(), live.peak) == (1000, 1000, 0)
 
 
+@pytest.mark.parametrize("mib", [8, 64])  # glibc's own threshold never exceeds 32 MiB
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
-def test_configure_malloc_keeps_freed_memory() -> None:
+def test_configure_malloc_keeps_freed_memory(mib: int) -> None:
     code = (
         "import resource, sys, torch\n"
         "from metalearn import configure_malloc\n"
         "if sys.argv[1] == 'keep': assert configure_malloc()\n"
         "def step():\n"
-        "    held = [torch.ones(2**21) for _ in range(16)]\n"  # 8 MiB each
+        f"    held = [torch.ones({mib} * 2**18) for _ in range(8)]\n"
         "for _ in range(3): step()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(3): step()\n"
