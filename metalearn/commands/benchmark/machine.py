@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import distributions
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import psutil
@@ -18,11 +18,14 @@ _PEERS = ("jax", "jaxlib", "learn2learn", "higher", "torchopt")
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Return ``describe_hardware``, the cores that this process may use, and the other libraries' versions."""
+    """Return ``describe_hardware``, the cores that this process may use, OpenMP's spin count, and versions."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    installed = {found.name: found.version for found in distributions()}
-    versions = {name: installed[name] for name in _PEERS if name in installed}
-    return {**describe_hardware(device), "cores_available": available, "peers": versions}
+    versions = {}
+    for name in _PEERS:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    spins = os.environ.get("GOMP_SPINCOUNT")
+    return {**describe_hardware(device), "cores_available": available, "spin_count": spins, "peers": versions}
 
 
 @contextmanager
@@ -42,10 +45,14 @@ def other_work() -> Iterator[dict[str, float]]:
 
 
 def _own_seconds() -> float:
-    """Return the CPU time of this process and its children, those that have ended included."""
+    """Return the CPU time of this process and its children, on Linux also of those that have ended."""
     this = psutil.Process()
-    of_processes = [process.cpu_times() for process in (this, *this.children(recursive=True))]
-    return sum(t.user + t.system + t.children_user + t.children_system for t in of_processes)
+    seconds = 0.0
+    for process in (this, *this.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            t = process.cpu_times()
+            seconds += t.user + t.system + t.children_user + t.children_system
+    return seconds
 
 
 def describe_in_a_line(machine: dict[str, Any], others: dict[str, float]) -> str:

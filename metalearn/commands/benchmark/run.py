@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -155,7 +154,7 @@ def measure_case(
 ) -> dict[str, Any]:
     """Time methods that agree, or raise ``DisagreementError``; return the keys of ``benchmark.json``.
 
-    Where this process ``keeps_memory``, our ``unroll`` is also timed in one that does not.
+    Where this process ``keeps_memory`` on a CPU, our ``unroll`` is also timed in one that does not.
     """
     rounds = config.bench.repeats
     bar = progress.add_task(case.name, total=rounds + 1, note="same meta-gradient?")
@@ -167,7 +166,9 @@ def measure_case(
     peaks = peaks_mib(case.step, methods)
     progress.update(bar, note="")
     peak = peak_matmul_flops(case.step.device)
-    process: AbstractContextManager[list[Method]] = plain_methods(case.step) if keeps_memory else nullcontext([])
+    process: AbstractContextManager[list[Method]] = (
+        plain_methods(case.step) if keeps_memory and case.step.device.type == "cpu" else nullcontext([])
+    )
     with process as plain:
         methods = sorted([*methods, *plain], key=lambda method: (not method.second_order, method.library != OURS))
         # The first call of each, in which JAX compiles, is none of the timed rounds.
@@ -187,8 +188,14 @@ def measure_case(
         "largest_difference": differences,
         "matrix_product_gflops": peak / 1e9,
         "first_call_s": first_s,
-        "jax_threads": sys.modules[baselines[JAX].__module__].num_threads() if JAX in baselines else None,
+        "jax_threads": _jax_threads() if JAX in baselines else None,
         "needed_gflop": {order: count / 1e9 for order, count in flops._asdict().items()},
         "parts": time_breakdown(methods, measured),
         "rows": compute_results(methods, measured, peaks, flops, against=against, matrix_product_peak=peak),
     }
+
+
+def _jax_threads() -> int | None:
+    from metalearn.commands.benchmark.jax import num_threads
+
+    return num_threads()
