@@ -68,8 +68,8 @@ def describe_allowed(hint: Any, *, plural: bool = False) -> str:
     if origin in (Union, types.UnionType):
         if arguments[0] is bool or get_args(arguments[0])[:1] == (bool,):
             return f"one of false, true, {', '.join(get_args(arguments[1]))}"
-        other = "null" if arguments[1] is type(None) else describe_allowed(arguments[1])
-        return f"{describe_allowed(arguments[0])} or {other}"
+        others = ["null" if other is type(None) else describe_allowed(other) for other in arguments[1:]]
+        return " or ".join([describe_allowed(arguments[0]), *others])
     if origin is Literal:
         choices = ", ".join(map(str, arguments))
         return f"one of {choices}" if len(arguments) > 1 else choices

@@ -65,8 +65,10 @@ class ThreadTuner:
         Args:
             seconds_of_step: takes a step that changes nothing, with torch's present number of threads.
         """
+        if not self.choices:
+            return
         present, times = torch.get_num_threads(), dict[int, float]()
-        if self.choices and self._logged is None:
+        if self._logged is None:
             log.info("run.threads=auto measures meta-steps; this takes some seconds beside other work")
         for threads in self.choices:
             torch.set_num_threads(threads)
