@@ -69,30 +69,48 @@ def test_dependence_on_the_queries() -> None:
     assert f"stays at {lowest:.1%} to {highest:.1%}" in ON_ONE_LINE
 
 
-@pytest.mark.parametrize(
-    ("setting", "label"),
-    [
-        ("5way_1shot", "5-way 1-shot, 1 query, T = 32, K = 1"),
-        ("20way_1shot", "20-way 1-shot, 1 query, T = 16, K = 5"),
-        ("5way_1shot_15queries", "5-way 1-shot, 15 queries, T = 16, K = 5"),
-    ],
-)
-@pytest.mark.parametrize("second_order", [True, False])
-def test_speeds(setting: str, label: str, second_order: bool) -> None:
+SPEEDS = {
+    "5way_1shot": "5-way 1-shot, 1 query, T = 32, K = 1",
+    "20way_1shot": "20-way 1-shot, 1 query, T = 16, K = 5",
+    "5way_1shot_15queries": "5-way 1-shot, 15 queries, T = 16, K = 5",
+    "5way_1shot_narrow": "5-way 1-shot, T = 32, K = 1, 16 filters",
+    "5way_5shot_max_pool": "5-way 5-shot, 15 queries, T = 4, K = 5, max-pooling",
+    "5way_1shot_mlp": "5-way 1-shot, T = 32, K = 1, MLP",
+    "5way_1shot_resnet12": "5-way 1-shot, 84 x 84, T = 2, K = 1, ResNet-12 of 16 filters",
+}
+OTHERS = ("hand-written loop", "torch.func", "higher", "TorchOpt", "JAX")
+
+
+def speed_row(setting: str, second_order: bool) -> str:
     rows = [r for r in read("benchmark/peers.json")["settings"][setting]["rows"] if r["second_order"] == second_order]
-    speeds = {(r["library"], r["engine"] or ""): f"{r['speed']:.2f}" for r in reversed(rows)}
-    ours = rows[0]
-    assert (ours["library"], ours["engine"]) == ("metalearn", "unroll")
-    others = [("metalearn", "checkpoint"), ("metalearn", "adjoint"), ("hand-written loop", "")]
-    cells = [
-        label,
+    of = {(r["library"], r["engine"] or ""): r for r in rows}
+    methods = [("metalearn", engine) for engine in ("unroll, plain", "checkpoint", "adjoint")]
+    methods += [(library, "") for library in OTHERS]
+    ours = of["metalearn", "unroll"]
+    return row(
+        SPEEDS[setting],
         "second" if second_order else "first",
         "{:.0f} ({:.0f} to {:.0f})".format(ours["median_ms"], *ours["quartiles_ms"]),
         f"**{ours['speed']:.2f}**",
-        *(speeds.get(method, "-") for method in [*others, ("higher", ""), ("TorchOpt", "")]),
+        *(f"{of[method]['speed']:.2f}" if method in of else "-" for method in methods),
         f"{ours['gflops']:.0f}, {ours['percent_of_peak']:.0f}%",
-    ]
-    assert row(*cells) in README
+    )
+
+
+@pytest.mark.parametrize("setting", SPEEDS)
+@pytest.mark.parametrize("second_order", [True, False])
+def test_speeds(setting: str, second_order: bool) -> None:
+    assert speed_row(setting, second_order) in README
+
+
+def test_beside_other_work() -> None:
+    measured = read("benchmark/busy.json")
+    calls, training = measured["call_ms"], measured["training_ms"]
+    jax = calls["JAX, in turns with the others"]
+    spans = [f"{min(ms):,} to {max(ms):,}" for ms in (*list(calls.values())[:3], jax)]
+    assert "{} ms without either, {} with the shorter wait, {} on one thread, JAX {}".format(*spans) in ON_ONE_LINE
+    alone = f"{min(training['alone'])} to {max(training['alone'])}"
+    assert f"took {training['beside'][0]} ms, alone {alone}" in ON_ONE_LINE
 
 
 # Label in the README's tables; engine, second order, task_chunk, whether checkpoints are sparse.
