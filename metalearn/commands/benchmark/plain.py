@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +17,7 @@ from metalearn.commands.benchmark.measure import MetaStep
 from metalearn.commands.benchmark.methods import OURS, PLAIN, DisagreementError, Method
 from metalearn.core.functional import functionalize, relative_error
 from metalearn.core.types import Episodes, Params
+from metalearn.inner import InnerLoop
 from metalearn.metagrad import meta_gradient
 
 _TOLERANCE = 1e-3
@@ -35,8 +36,8 @@ def plain_methods(step: MetaStep) -> Iterator[list[Method]]:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     inner = replace(step.inner, engine="unroll")
-    inputs = pickle.dumps((step.module, step.episodes, inner, torch.get_num_threads()))
-    process = context.Process(target=_serve, args=(there, inputs), daemon=True)
+    copies = copy.deepcopy((step.module, step.episodes))  # as they are moved to shared memory
+    process = context.Process(target=_serve, args=(there, *copies, inner, torch.get_num_threads()), daemon=True)
     process.start()
     there.close()  # so that its end is noticed here
 
@@ -69,8 +70,7 @@ def plain_methods(step: MetaStep) -> Iterator[list[Method]]:
         process.join()
 
 
-def _serve(connection: Connection, inputs: bytes) -> None:
-    module, episodes, inner, threads = pickle.loads(inputs)
+def _serve(connection: Connection, module: nn.Module, episodes: Episodes, inner: InnerLoop, threads: int) -> None:
     torch.set_num_threads(threads)
     while True:
         second_order, wants_gradient = connection.recv()
