@@ -12,8 +12,7 @@ OUT_OF_MEMORY = r"(?i)out of memory|not enough memory|can('t|not) allocate memor
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether a GPU's or a CPU's allocator failed."""
-    by_torch = isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error)) is not None
-    return by_torch or isinstance(error, MemoryError)
+    return isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)) is not None
 
 
 class MetalearnError(Exception):

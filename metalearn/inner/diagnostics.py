@@ -13,7 +13,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-from metalearn.core.errors import OUT_OF_MEMORY, NonFiniteLossError
+from metalearn.core.errors import NonFiniteLossError, is_out_of_memory
 from metalearn.core.graph_checks import ACTIVATION_CHECKPOINT_ERROR
 
 _IN_PLACE = (
@@ -120,7 +120,7 @@ def explain_torch_errors(*inputs: Mapping[str, object]) -> Iterator[None]:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         raised_by_metalearn = str(frame.f_globals.get("__name__")).startswith("metalearn.")
         explained = raised_by_metalearn and isinstance(error, (ValueError, AssertionError))
-        if not (explained or isinstance(error, RecursionError) or re.search(OUT_OF_MEMORY, message)):
+        if not (explained or isinstance(error, RecursionError) or is_out_of_memory(error)):
             layer, kind = _innermost_layer(error)
             place = f"layer '{layer}' ({kind})" if layer else "the model or the loss"
             hint = _input_error_hint(message, inputs)

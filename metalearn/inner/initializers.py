@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from metalearn.core.errors import OUT_OF_MEMORY
+from metalearn.core.errors import is_out_of_memory
 from metalearn.core.types import Forward, Params
 from metalearn.inner.losses import task_predictions
 
@@ -76,7 +75,7 @@ def embeddings(forward: Forward, fast: Params, x: Tensor, weight: str, bias: str
     try:
         embedded = task_predictions(forward, {**fast, weight: identity, bias: head.new_zeros(tasks, width)}, x)
     except (RuntimeError, ValueError) as error:
-        if re.search(OUT_OF_MEMORY, str(error)):
+        if is_out_of_memory(error):
             raise
         task_predictions(forward, fast, x)  # raises if the model fails under its own weights as well
         raise ValueError(wrong_layer) from error

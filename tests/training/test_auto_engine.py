@@ -61,9 +61,8 @@ def test_largest_or_configured_chunk_is_chosen(problem: MetaStepProblem, monkeyp
     chosen = choose_engine(problem, AUTO, limit_mib=1.05 * three)
     assert chosen.task_chunk in (3, 4, 5)
     assert choose_engine(problem, dataclasses.replace(AUTO, task_chunk=2), limit_mib=1000).task_chunk == 2
-    monkeypatch.setattr(
-        MetaStepProblem, "seconds", lambda self, inner: inner.task_chunk or 6
-    )  # smaller ones are faster
+    # Smaller ones are faster now.
+    monkeypatch.setattr(MetaStepProblem, "seconds", lambda self, inner: inner.task_chunk or 6)
     assert choose_engine(problem, dataclasses.replace(AUTO, task_chunk=5), limit_mib=1000).task_chunk == 5
 
 

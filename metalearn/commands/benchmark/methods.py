@@ -133,8 +133,8 @@ def check_gradients_equal(
     side of it, and a correct gradient is then off by percents; with max-pooling this happens in every other batch. So
     the smallest over the batches of each method's distance to its own float64 gradient tells rounding from a wrong
     kernel. Where kinks are so many that the hand-written loop exceeds the tolerance (ResNet-12), a method may be four
-    times as far, up to 0.1.
-    Each is compared in float64 with the first of its order; the module, of any dtype, is not changed.
+    times as far, up to 0.1. Each is compared in float64 with the first of its order; the module, of any dtype, is not
+    changed.
 
     Returns:
         ``float64``: the largest relative difference; ``float32``: the largest of the smallest distances.
@@ -157,9 +157,9 @@ def check_gradients_equal(
         rounded = [method.gradient(module, batch, torch.float32) for batch in batches]
         distances[method] = min(map(_distance, rounded, exact))
         largest = {"float64": max(largest["float64"], difference), "float32": max(distances.values())}
-    plain = {method.second_order: distance for method, distance in distances.items() if method.library == BY_HAND}
+    of_loop = {method.second_order: distance for method, distance in distances.items() if method.library == BY_HAND}
     for method, distance in distances.items():
-        loop = plain.get(method.second_order, 0.0)
+        loop = of_loop.get(method.second_order, 0.0)
         tolerance = _FLOAT32_TOLERANCE
         if loop >= tolerance:
             tolerance = min(_TIMES_LOOP * loop, _FLOAT32_CEILING)

@@ -262,17 +262,6 @@ def test_replaced_experiment_captures_its_own_graph() -> None:
     assert len(other.meta_gradient(experiment.theta, episodes, 0).support_loss) == 0
 
 
-class Branches(nn.Module):
-    """Reads a value back, which a graph cannot do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = torch.ones((), device="cuda")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale.item()
-
-
 def test_graph_goes_with_its_experiment() -> None:
     experiment = build_experiment(train_config(*SMALL, "run.cuda_graph=true"))
     assert experiment._graph is not None
@@ -283,6 +272,17 @@ def test_graph_goes_with_its_experiment() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+class Branches(nn.Module):
+    """Reads a value back, which a graph cannot do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.ones((), device="cuda")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.item()
 
 
 @pytest.mark.gpu
