@@ -31,13 +31,16 @@ if TYPE_CHECKING:
     from metalearn.inner import (
         SGD,
         Adam,
+        GradientTransform,
         InnerLoop,
+        MetaCurvature,
         Momentum,
         UpdateRule,
         adapt,
         predict,
         with_learned_lrs,
         with_per_step_params,
+        with_transform,
     )
     from metalearn.metagrad import meta_gradient
 
@@ -52,9 +55,11 @@ __all__ = [
     "Algorithm",
     "Episodes",
     "Forward",
+    "GradientTransform",
     "InnerLoop",
     "Learner",
     "Loss",
+    "MetaCurvature",
     "MetaGradient",
     "Momentum",
     "NonFiniteLossError",
@@ -76,6 +81,7 @@ __all__ = [
     "with_learned_lrs",
     "with_per_step_params",
     "with_steps",
+    "with_transform",
 ]
 
 _HOMES = {
@@ -84,9 +90,11 @@ _HOMES = {
     "Algorithm": "algorithms",
     "Episodes": "core.types",
     "Forward": "core.types",
+    "GradientTransform": "inner",
     "InnerLoop": "inner",
     "Learner": "inference.learner",
     "Loss": "core.types",
+    "MetaCurvature": "inner",
     "MetaGradient": "core.types",
     "Momentum": "inner",
     "NonFiniteLossError": "core.errors",
@@ -102,6 +110,7 @@ _HOMES = {
     "predict": "inner",
     "with_learned_lrs": "inner",
     "with_per_step_params": "inner",
+    "with_transform": "inner",
 }
 
 _RENAMED = {

@@ -22,7 +22,15 @@ from metalearn import metagrad
 from metalearn.core.deprecation import renamed
 from metalearn.core.module_parts import ModuleParts
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
-from metalearn.inner import InnerLoop, PrototypeHead, ZeroContext, with_learned_lrs, with_per_step_params
+from metalearn.inner import (
+    InnerLoop,
+    MetaCurvature,
+    PrototypeHead,
+    ZeroContext,
+    with_learned_lrs,
+    with_per_step_params,
+    with_transform,
+)
 from metalearn.metagrad import Engine
 from metalearn.metagrad.implicit import Implicit
 from metalearn.metagrad.reptile import reptile as reptile_gradient
@@ -69,8 +77,8 @@ class Algorithm:
         return self.annealing is not _unchanged
 
     def init(self, params: Params) -> Params:
-        """Return theta: the model's parameters, with per-step values and learned step sizes."""
-        return with_learned_lrs(with_per_step_params(params, self.inner), self.inner)
+        """Return theta: the model's parameters, with per-step values, learned step sizes and a learned transform."""
+        return with_transform(with_learned_lrs(with_per_step_params(params, self.inner), self.inner), self.inner)
 
     def inner_at(self, progress: float) -> InnerLoop:
         """Return the inner loop at a training progress in [0, 1]."""
@@ -139,6 +147,16 @@ def meta_sgd(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
     Li et al. 2017, arXiv 1707.09835, section 3. They start from random step sizes; here all start from ``inner.lr``.
     """
     return Algorithm("meta_sgd", dataclasses.replace(inner, learned_lr="parameter"))
+
+
+def meta_curvature(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
+    """Build Meta-Curvature: gradients are multiplied by learned matrices along each of their modes, identity at first.
+
+        theta_{k+1} = theta_k - alpha M(dL_support(theta_k)),    min over theta and M
+
+    Park & Oliva 2019, arXiv 1902.03356, section 3.2: MC2.
+    """
+    return Algorithm("meta_curvature", dataclasses.replace(inner, transform=MetaCurvature()))
 
 
 def maml_pp(
@@ -296,6 +314,6 @@ def _head(algorithm: str, parts: ModuleParts) -> tuple[str, ...]:
 
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
-    f.__name__: f for f in (maml, anil, boil, meta_sgd, maml_pp, reptile, imaml, cavia, protonet)
+    f.__name__: f for f in (maml, anil, boil, meta_sgd, meta_curvature, maml_pp, reptile, imaml, cavia, protonet)
 }
 """By name; ``ALGORITHMS[name](inner, parts, **options)``."""

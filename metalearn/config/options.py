@@ -24,7 +24,7 @@ from metalearn.config.key_types import (
     Text,
 )
 
-PlainAlgorithm = Literal["maml", "anil", "boil", "meta_sgd", "reptile", "cavia", "protonet"]
+PlainAlgorithm = Literal["maml", "anil", "boil", "meta_sgd", "meta_curvature", "reptile", "cavia", "protonet"]
 PLAIN_ALGORITHMS = get_args(PlainAlgorithm)
 """Algorithms without options of their own."""
 

@@ -71,4 +71,6 @@ def _why_ways_fixed(inner: InnerLoop, algorithm: str, head: Sequence[str]) -> st
         return "the model has no linear head with a bias, which could be built for other classes"
     if inner.learned_lr == "parameter" and (inner.adapted_params is None or inner.adapted_params & set(head)):
         return f"algorithm={algorithm} has learned a step size for every entry of its head, and none for another head"
+    if inner.transform is not None and (inner.adapted_params is None or inner.adapted_params & set(head)):
+        return f"algorithm={algorithm} has learned matrices of the size of its head, and none for another head"
     return None

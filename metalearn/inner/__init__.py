@@ -19,7 +19,9 @@ from metalearn.inner.state import (
     params_at_step,
     with_learned_lrs,
     with_per_step_params,
+    with_transform,
 )
+from metalearn.inner.transforms import GradientTransform, MetaCurvature
 from metalearn.inner.update_rules import SEPARATOR, SGD, Adam, Momentum, UpdateRule, state_key, without_state
 
 __all__ = [
@@ -27,9 +29,11 @@ __all__ = [
     "SEPARATOR",
     "SGD",
     "Adam",
+    "GradientTransform",
     "Initializer",
     "InnerLoop",
     "InnerState",
+    "MetaCurvature",
     "Momentum",
     "PrototypeHead",
     "TaskLosses",
@@ -55,6 +59,7 @@ __all__ = [
     "total_support_loss",
     "with_learned_lrs",
     "with_per_step_params",
+    "with_transform",
     "without_state",
 ]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metalearn.core.deprecation import adopt_former_methods, renamed
 from metalearn.core.types import Forward, Params
+from metalearn.inner.transforms import GradientTransform
 from metalearn.inner.update_rules import FORMER_METHODS, SGD, UpdateRule
 
 LEARNED_LR_MODES = ("parameter", "layer", "layer_and_step")
@@ -51,6 +52,8 @@ class InnerLoop:
         learned_lr: whether step sizes are meta-parameters: ``"parameter"``, one for every entry (Meta-SGD);
             ``"layer"``, one for every tensor; ``"layer_and_step"``, K for every tensor (MAML++).
             ``with_learned_lrs`` adds them to theta.
+        transform: a learned preconditioner of the gradients that the rule is given: ``MetaCurvature()``, or any
+            ``GradientTransform``. ``with_transform`` adds what it learns to theta.
         weight_decay: of the adapted parameters, added to the gradients: ``g + weight_decay * theta_k``.
         clip_norm: largest norm of a task's gradients over all adapted parameters; ``None`` does not clip.
         proximal_weight: of the pull towards the task's first parameters:
@@ -73,6 +76,7 @@ class InnerLoop:
     checkpoint_every: int = 1
     rule: UpdateRule = field(default_factory=SGD)
     learned_lr: str | None = None
+    transform: GradientTransform | None = None
     weight_decay: float = 0.0
     clip_norm: float | None = None
     proximal_weight: float = 0.0
@@ -111,6 +115,11 @@ class InnerLoop:
                 if (value := getattr(self, name)) is not None:
                     object.__setattr__(self, name, convert(value))
         self._check_rule()
+        if isinstance(self.transform, type) or not (self.transform is None or hasattr(self.transform, "init")):
+            raise ValueError(
+                f"InnerLoop: transform={self.transform!r}; it must be an object with init and a call, such as "
+                "metalearn.inner.MetaCurvature(), or None."
+            )
         for setting in ("adapted_params", "per_step_params"):
             if isinstance(value := getattr(self, setting), str):
                 raise ValueError(f"InnerLoop: {setting}={value!r}; it must be a set of names, as in {{{value!r}}}.")
@@ -145,7 +154,7 @@ class InnerLoop:
     @property
     def is_plain_sgd(self) -> bool:
         """True if a step is theta - lr * g with a fixed step size, and nothing else."""
-        extras = (self.learned_lr, self.weight_decay, self.clip_norm, self.proximal_weight)
+        extras = (self.learned_lr, self.transform, self.weight_decay, self.clip_norm, self.proximal_weight)
         return type(self.rule) is SGD and not any(extras)
 
     @property

@@ -20,13 +20,14 @@ from metalearn.core.functional import expand_over_tasks
 from metalearn.core.types import Forward, Params
 from metalearn.inner.batch_norm_statistics import is_norm_statistic
 from metalearn.inner.config import InnerLoop
+from metalearn.inner.transforms import GradientTransform
 from metalearn.inner.update_rules import SEPARATOR, broadcast_over_params, clip_by_norm, state_key, without_state
 
 InnerState = Params
 """Fast weights and other entries that T tasks pass from one inner step to the next, each ``[T, ...]``."""
 
-_LR, _ANCHOR = "lr", "anchor"
-_OUTSIDE_THE_RULE = (state_key(_LR, ""), state_key(_ANCHOR, ""))
+_LR, _ANCHOR, _TRANSFORM = "lr", "anchor", "transform"
+_OUTSIDE_THE_RULE = tuple(state_key(kind, "") for kind in (_LR, _ANCHOR, _TRANSFORM))
 
 
 def lr_key(name: str) -> str:
@@ -53,6 +54,26 @@ def with_learned_lrs(theta: Params, inner: InnerLoop) -> Params:
         shape = (inner.steps,) if inner.learned_lr == "layer_and_step" else ()
         lrs = {name: lr.new_full(shape, inner.lr) for name, lr in lrs.items()}
     return {**theta, **lrs}
+
+
+def with_transform(theta: Params, inner: InnerLoop) -> Params:
+    """Return theta with what ``inner.transform`` learns, as ``transform::NAME``.
+
+    Example:
+        >>> theta = {"w": torch.zeros(3, 2)}
+        >>> list(with_transform(theta, InnerLoop(lr=0.1, steps=2, transform=MetaCurvature())))
+        ['w', 'transform::w/out', 'transform::w/in']
+    """
+    _check_param_names(theta, inner)
+    return theta | _initial_transform(theta, inner)
+
+
+def _initial_transform(theta: Params, inner: InnerLoop) -> Params:
+    if inner.transform is None:
+        return {}
+    params = meta_params_at_step(theta, inner)
+    adapted = {name: params[name].detach() for name in adapted_param_names(params, inner)}
+    return {state_key(_TRANSFORM, name): w for name, w in inner.transform.init(adapted).items()}
 
 
 def with_per_step_params(theta: Params, inner: InnerLoop) -> Params:
@@ -109,6 +130,8 @@ def apply_update(state: InnerState, grads: Params, inner: InnerLoop, k: int) -> 
     if inner.proximal_weight:
         anchors = {name: state[state_key(_ANCHOR, name)] for name in grads}
         grads = {name: g + inner.proximal_weight * (state[name] - anchors[name]) for name, g in grads.items()}
+    if (transform := inner.transform) is not None:
+        grads = _apply_transform(transform, state, grads, k)
     # The direction of the update rule
     rule_state = {n: w for n, w in state.items() if SEPARATOR in n and not n.startswith(_OUTSIDE_THE_RULE)}
     with _check_stateless(inner):
@@ -117,6 +140,14 @@ def apply_update(state: InnerState, grads: Params, inner: InnerLoop, k: int) -> 
     # theta_{k+1} = theta_k - alpha * d_k
     fast = {name: state[name] - _lr_at_step(state, name, inner, k) * d for name, d in directions.items()}
     return {**state, **fast, **rule_state}
+
+
+def _apply_transform(transform: GradientTransform, state: InnerState, grads: Params, k: int) -> Params:
+    prefix = state_key(_TRANSFORM, "")
+    learned = {name.removeprefix(prefix): w for name, w in state.items() if name.startswith(prefix)}
+    transformed = transform(k, grads, learned)
+    _check_directions(f"the transform {type(transform).__name__}", grads, transformed)
+    return transformed
 
 
 @contextmanager
@@ -140,19 +171,23 @@ def _check_rule_output(inner: InnerLoop, grads: Params, output: Any) -> tuple[Pa
     if not (isinstance(output, tuple) and len(output) == 2 and all(isinstance(part, dict) for part in output)):
         raise TypeError(f"the rule {rule} must return (directions, state), two dictionaries of tensors.")
     directions, rule_state = output
-    for name in sorted({*directions, *grads}):
-        shape, expected = (tuple(tree[name].shape) if name in tree else "missing" for tree in (directions, grads))
-        if shape != expected:
-            raise ValueError(
-                f"the rule {rule}: its direction for {name!r} is {shape}, and the gradient is {expected}; give one "
-                "direction for every gradient, shaped like it, with the task dimension."
-            )
+    _check_directions(f"the rule {rule}", grads, directions)
     if wrong := [name for name in rule_state if SEPARATOR not in name]:
         raise ValueError(
             f"the rule {rule}: its state has the name {wrong[0]!r}, which is a parameter's; make names with "
             "metalearn.inner.state_key(kind, name)."
         )
     return directions, rule_state
+
+
+def _check_directions(who: str, grads: Params, directions: Params) -> None:
+    for name in sorted({*directions, *grads}):
+        shape, expected = (tuple(tree[name].shape) if name in tree else "missing" for tree in (directions, grads))
+        if shape != expected:
+            raise ValueError(
+                f"{who}: its direction for {name!r} is {shape}, and the gradient is {expected}; give one "
+                "direction for every gradient, shaped like it, with the task dimension."
+            )
 
 
 def _lr_at_step(state: InnerState, name: str, inner: InnerLoop, k: int) -> Tensor | float:
@@ -175,7 +210,9 @@ def check_params_match_config(theta: Params, inner: InnerLoop, *, training: bool
         ValueError: naming the missing, unknown or wrongly shaped entry, and the function that makes it.
     """
     _check_param_names(theta, inner)
-    lrs = {name for name in theta if SEPARATOR in name and not is_norm_statistic(name)}
+    _check_transform(theta, inner)
+    outside = (state_key(_TRANSFORM, ""),)
+    lrs = {n for n in theta if SEPARATOR in n and not is_norm_statistic(n) and not n.startswith(outside)}
     expected = set() if inner.learned_lr is None else {lr_key(name) for name in adapted_param_names(theta, inner)}
     if lrs != expected:
         kind, names = ("lacks", expected - lrs) if expected - lrs else ("has", lrs - expected)
@@ -202,6 +239,20 @@ def check_params_match_config(theta: Params, inner: InnerLoop, *, training: bool
                 f"params[{name!r}] has shape {shape}, and per_step_params names it: it must lead with "
                 f"{inner.steps + 1}, one for every number of steps, as metalearn.with_per_step_params(theta, inner) "
                 "makes it."
+            )
+
+
+def _check_transform(theta: Params, inner: InnerLoop) -> None:
+    """Check that theta has what the transform learns, in its shapes, and nothing of another."""
+    on_meta = {name: torch.empty_like(p, device="meta") for name, p in theta.items()}
+    expected = {name: tuple(w.shape) for name, w in _initial_transform(on_meta, inner).items()}
+    given = {name: tuple(w.shape) for name, w in theta.items() if name.startswith(state_key(_TRANSFORM, ""))}
+    for name in sorted(expected.keys() | given.keys()):
+        if given.get(name) != expected.get(name):
+            raise ValueError(
+                f"params[{name!r}] is {given.get(name, 'missing')}, and should be {expected.get(name, 'absent')} with "
+                f"transform={inner.transform!r}: make params with metalearn.with_transform(theta, inner), which adds "
+                "what a transform learns."
             )
 
 

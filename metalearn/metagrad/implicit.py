@@ -32,6 +32,7 @@ from metalearn.metagrad.trajectory import StepCheckpoint
 
 _UNSUPPORTED = {
     "learned_lr": "the solution of the inner problem does not depend on step sizes",
+    "transform": "the solution of the inner problem does not depend on a preconditioner of the steps",
     "query_weights": "the query loss is taken at the solution, whatever steps led there",
     "per_step_params": "the inner problem has one solution, and not one for every step",
 }
@@ -81,7 +82,7 @@ class Implicit:
 
         Raises:
             ValueError: if ``inner.proximal_weight`` is 0, or if ``inner`` has a setting that iMAML has no gradient for:
-                ``learned_lr``, ``query_weights`` or ``per_step_params``.
+                ``learned_lr``, ``transform``, ``query_weights`` or ``per_step_params``.
             NonFiniteLossError: if a loss is NaN or infinite.
         """
         if not inner.proximal_weight:

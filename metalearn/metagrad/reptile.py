@@ -17,6 +17,7 @@ from metalearn.metagrad.common import build_result, check_unsupported_settings, 
 
 _UNSUPPORTED = {
     "learned_lr": "step sizes are not displaced by an inner step",
+    "transform": "what it learns is not displaced by an inner step",
     "query_weights": "there is no query set, and so no query loss to weigh",
     "per_step_params": "no step displaces the parameters that the model is given after the last one",
     "initializer": "theta moves towards theta_K, which says nothing if tasks do not start from theta",
@@ -36,8 +37,8 @@ def reptile(forward: Forward, params: Params, episodes: Episodes, inner: InnerLo
         not measure how well a new task is learned. ``support_loss``: before each step, over support and query examples.
 
     Raises:
-        ValueError: if ``inner`` has a setting that Reptile has no gradient for: ``learned_lr``, ``query_weights``,
-            ``per_step_params`` or ``initializer``.
+        ValueError: if ``inner`` has a setting that Reptile has no gradient for: ``learned_lr``, ``transform``,
+            ``query_weights``, ``per_step_params`` or ``initializer``.
         NonFiniteLossError: if a loss is NaN or infinite.
     """
     check_unsupported_settings("reptile", "Reptile", inner, _UNSUPPORTED)

@@ -9,7 +9,16 @@ import torch
 
 from metalearn import Episodes, Forward, InnerLoop, MetaGradient, Params, functionalize
 from metalearn.core.functional import relative_error
-from metalearn.inner import Adam, Momentum, PrototypeHead, ZeroContext, with_learned_lrs, with_per_step_params
+from metalearn.inner import (
+    Adam,
+    MetaCurvature,
+    Momentum,
+    PrototypeHead,
+    ZeroContext,
+    with_learned_lrs,
+    with_per_step_params,
+    with_transform,
+)
 from metalearn.models import MLP
 
 HEAD = frozenset({"layers.4.weight", "layers.4.bias"})
@@ -27,6 +36,14 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     "rates of parameters": {"learned_lr": "parameter"},
     "rates of layers": {"learned_lr": "layer", "clip_norm": 0.3},
     "rates of layers and steps": {"learned_lr": "layer_and_step", "rule": Momentum(0.5)},
+    "curvature": {"transform": MetaCurvature()},
+    "curvature of the body, learned rates": {
+        "transform": MetaCurvature(),
+        "adapted_params": BODY,
+        "learned_lr": "layer_and_step",
+        "rule": Momentum(0.5),
+        "clip_norm": 0.3,
+    },
     "head alone": {"adapted_params": HEAD},
     "body alone, learned rates": {"adapted_params": BODY, "learned_lr": "parameter"},
     "weighted steps": {"query_weights": (0.1, 0.2, 0.0, 0.7)},
@@ -53,7 +70,7 @@ def model_with_setting(setting: str, **more: Any) -> tuple[Forward, Params, Inne
     """Return the small network, theta with random rates and per-step parameters, and the inner loop."""
     forward, theta = small_mlp()
     inner = InnerLoop(**{"lr": 0.2, "steps": 3, **SETTINGS[setting], **more})
-    theta = with_learned_lrs(with_per_step_params(theta, inner), inner)
+    theta = with_transform(with_learned_lrs(with_per_step_params(theta, inner), inner), inner)
     return forward, {n: p + 0.05 * torch.randn_like(p) for n, p in theta.items()}, inner
 
 

@@ -16,7 +16,7 @@ from metalearn.core.errors import NonFiniteLossError
 from metalearn.core.functional import grad_of, relative_error
 from metalearn.core.profiling.memory import PeakTensorMemory
 from metalearn.derivatives import hessian
-from metalearn.inner import adapt, task_losses
+from metalearn.inner import MetaCurvature, adapt, task_losses
 from metalearn.metagrad.implicit import Implicit, conjugate_gradients
 from metalearn.metagrad.task_chunks import mean_over_passes
 from metalearn.models import MLP
@@ -211,6 +211,7 @@ def test_dropout_mask_is_the_same_for_all_products(monkeypatch: pytest.MonkeyPat
     [
         ({"proximal_weight": 0.0}, r"inner\.proximal_weight is 0, .*Give inner\.proximal_weight a positive number"),
         ({"learned_lr": "layer"}, r"inner\.learned_lr='layer', which iMAML has no gradient for"),
+        ({"transform": MetaCurvature()}, r"inner\.transform=.* has no gradient for"),
         ({"query_weights": (0.0, 0.5, 0.5)}, r"inner\.query_weights=.* has no gradient for"),
         ({"per_step_params": {"layers.2.weight"}}, r"inner\.per_step_params=.* has no gradient for"),
     ],

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from metalearn import Episodes, InnerLoop, functionalize
 from metalearn.core.errors import NonFiniteLossError
 from metalearn.core.functional import relative_error
-from metalearn.inner import Adam, Momentum, ZeroContext
+from metalearn.inner import Adam, MetaCurvature, Momentum, ZeroContext
 from metalearn.metagrad.reptile import reptile
 from metalearn.models import MLP
 from tests.metagrad.settings import HEAD, small_mlp, vectors
@@ -105,6 +105,7 @@ def test_theta_that_requires_gradients_is_not_changed() -> None:
     ("name", "value"),
     [
         ("learned_lr", "layer"),
+        ("transform", MetaCurvature()),
         ("query_weights", (0.0, 0.5, 0.5)),
         ("per_step_params", {"layers.2.weight"}),
         ("initializer", ZeroContext(frozenset({"layers.4.bias"}))),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metalearn import InnerLoop, functionalize, meta_gradient
 from metalearn.core.functional import relative_error
-from metalearn.inner import SGD, Adam, Momentum, with_learned_lrs
+from metalearn.inner import SGD, Adam, MetaCurvature, Momentum, with_learned_lrs
 from metalearn.metagrad.baselines.common import UnsupportedSettingError, check_supported
 from tests.metagrad.baselines.libraries import LIBRARIES, load_library, mlp, smooth
 from tests.metagrad.settings import BODY, HEAD, SETTINGS, assert_equal, model_with_setting, vectors
@@ -144,6 +144,7 @@ def test_every_unsupported_setting_raises() -> None:
     unsupported = {
         "rule": Adam(),
         "learned_lr": "layer",
+        "transform": MetaCurvature(),
         "weight_decay": 0.1,
         "clip_norm": 1.0,
         "proximal_weight": 0.1,
