@@ -81,7 +81,7 @@ def evaluate(config: EvaluateConfig, output_dir: Path) -> None:
     trained = load_trusted_config(run_dir, trust_code=config.run.trust_code)
     wanted = dataclasses.replace(
         trained,
-        data=relocate_data(trained.data, config.data.root),
+        data=relocate_data(trained.data, config.data.root, rotate_test=config.data.rotate_test),
         run=dataclasses.replace(trained.run, device=config.run.device or trained.run.device),
         eval=dataclasses.replace(
             trained.eval,

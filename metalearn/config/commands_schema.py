@@ -88,9 +88,10 @@ class EvaluateEvalConfig(Section):
 
 @dataclass(frozen=True)
 class EvaluateDataConfig(Section):
-    """Where the data lies now."""
+    """Where the data lies now, and which protocol is tested."""
 
     root: Annotated[Text | None, Doc("holds omniglot-py/; null: as in the run, or METALEARN_DATA if that is gone")]
+    rotate_test: Annotated[Bool | None, Doc("of Omniglot: rotate test classes as well; null: as in the run")]
 
 
 @dataclass(frozen=True)

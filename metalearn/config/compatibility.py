@@ -138,7 +138,8 @@ def _ways(config: TrainConfig) -> Iterator[str]:
     """Check the smallest split; one of images is listed below, and of a user's own data it is not known yet."""
     data, smallest, where = config.data, sys.maxsize, ""
     if isinstance(data, OmniglotConfig):
-        smallest, where = OMNIGLOT_SPLITS[data.split].smallest, f"Omniglot's {data.split} split"
+        smallest = OMNIGLOT_SPLITS[data.split].smallest * (4 if data.rotate_test else 1)
+        where = f"Omniglot's {data.split} split"
     elif isinstance(data, GlyphsConfig):
         smallest = glyph_split_sizes(data.classes).smallest
         where = f"{data.classes} glyphs ({GLYPH_SPLIT_FRACTIONS[1]:.0%} validate)"

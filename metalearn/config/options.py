@@ -85,6 +85,9 @@ class OmniglotConfig(DataConfig):
         Literal["classic", "alphabets"], Doc("classic: 1100/100/423 random classes; alphabets: whole ones")
     ]
     rotations: Annotated[Bool, Doc("rotate training classes by multiples of 90 degrees into new ones")]
+    rotate_test: Annotated[
+        Bool, LATE, Doc("rotate validation and test classes as well, as the code of Finn et al. does")
+    ]
 
 
 @dataclass(frozen=True)

@@ -184,12 +184,19 @@ def changed_keys(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str,
     }
 
 
-def relocate_data(data: AnyData, root: str | None) -> AnyData:
+def relocate_data(data: AnyData, root: str | None, *, rotate_test: bool | None = None) -> AnyData:
     """Return a finished run's data set where it lies now: in ``root``, where it was, or in ``METALEARN_DATA``.
 
+    ``rotate_test`` replaces the run's own, unless it is ``None``.
+
     Raises:
-        ConfigError: if ``root`` is given for a data set that is not on disk.
+        ConfigError: if ``root`` is given for a data set that is not on disk, or ``rotate_test`` for one that is not
+            Omniglot.
     """
+    if rotate_test is not None:
+        if not isinstance(data, OmniglotConfig):
+            raise ConfigError(f"data.rotate_test is of Omniglot, and the run was trained on {data.name}; leave it out")
+        data = replace(data, rotate_test=rotate_test)
     if isinstance(data, ImagesConfig):
         return replace(data, root=root or data.root)
     if not isinstance(data, OmniglotConfig):

@@ -46,7 +46,9 @@ class OmniglotImages(NamedTuple):
     parts: list[str]
 
 
-def load_omniglot(root: str | None = None, *, split: str = "classic", rotations: bool = True) -> ImageSplits:
+def load_omniglot(
+    root: str | None = None, *, split: str = "classic", rotations: bool = True, rotate_test: bool = False
+) -> ImageSplits:
     """Load Omniglot, split by class.
 
     Args:
@@ -56,6 +58,9 @@ def load_omniglot(root: str | None = None, *, split: str = "classic", rotations:
             Finn et al. 2017 do); ``"alphabets"``: whole alphabets, the original evaluation set as test and five
             background alphabets for validation (803 / 161 / 659).
         rotations: whether to add training classes rotated by multiples of 90 degrees.
+        rotate_test: whether to add validation and test classes so rotated. (The code of Finn et al. rotates each class
+            of a test task at random: the same tasks, but for two rotations of one character, which it never shows
+            together.)
 
     Raises:
         DataError: if it is unavailable, incomplete or damaged; the message names the folder or file.
@@ -65,13 +70,11 @@ def load_omniglot(root: str | None = None, *, split: str = "classic", rotations:
         raise ValueError(f"omniglot: split={split!r}; it must be one of {', '.join(OMNIGLOT_SPLITS)}.")
     characters = load_characters(root)
     train, validation, test = _classic_split() if split == "classic" else _alphabet_split(characters)
-    images = characters.images
-    return ImageSplits(
-        "omniglot",
-        train=with_rotations(images[train]) if rotations else images[train],
-        validation=images[validation],
-        test=images[test],
+    train_images, validation_images, test_images = (
+        with_rotations(characters.images[classes]) if rotated else characters.images[classes]
+        for classes, rotated in ((train, rotations), (validation, rotate_test), (test, rotate_test))
     )
+    return ImageSplits("omniglot", train_images, validation_images, test_images)
 
 
 def load_characters(root: str | None = None) -> OmniglotImages:

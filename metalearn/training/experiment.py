@@ -223,7 +223,7 @@ def load_data(config: TrainConfig) -> ImageSplits:
     """Load an image data set; raise ``DataError`` if it is damaged or missing, ``ConfigError`` for other data."""
     data = config.data
     if isinstance(data, OmniglotConfig):
-        return load_omniglot(data.root, split=data.split, rotations=data.rotations)
+        return load_omniglot(data.root, split=data.split, rotations=data.rotations, rotate_test=data.rotate_test)
     if isinstance(data, ImagesConfig):
         return load_image_splits(
             data.root,

@@ -115,6 +115,17 @@ def test_data_of_a_finished_run_is_found_where_it_lies_now(tmp_path: Path, monke
         relocate_data(glyphs, here)
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_finished_run_is_tested_by_either_protocol(recorded: bool) -> None:
+    omniglot = train_config(f"data.rotate_test={str(recorded).lower()}").data
+    for asked, expected in ((None, recorded), (True, True), (False, False)):
+        data = relocate_data(omniglot, None, rotate_test=asked)
+        assert isinstance(data, OmniglotConfig)
+        assert data.rotate_test is expected
+    with pytest.raises(ConfigError, match=r"data\.rotate_test is of Omniglot, and the run was trained on glyphs"):
+        relocate_data(train_config("data=glyphs").data, None, rotate_test=True)
+
+
 def test_text_of_a_run_is_not_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "hidden")
     text = to_yaml(train_config("data=glyphs", "run.init_from=/a")).replace("/a", "${oc.env:SECRET}")

@@ -17,7 +17,7 @@ from PIL import Image
 from metalearn.core.errors import DataError
 from metalearn.data import metadata as catalog
 from metalearn.data import omniglot
-from metalearn.data.splits import with_rotations
+from metalearn.data.splits import ImageSplits, with_rotations
 
 DRAWING = "images_background/A/c1/0000"
 
@@ -141,6 +141,23 @@ def test_rotations_make_new_classes() -> None:
     assert torch.equal(rotated[:2], images)
     assert rotated[2, 0, 0].tolist() == [[1, 3], [0, 2]]
     assert torch.equal(rotated[4], images[0].flip(-1, -2))
+
+
+def test_either_part_is_rotated(root: Path) -> None:
+    def load(*, rotations: bool = True, rotate_test: bool = False) -> ImageSplits:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(omniglot, "_classic_split", lambda: [[0, 1], [2], [3, 4]])
+            return omniglot.load_omniglot(str(root), rotations=rotations, rotate_test=rotate_test)
+
+    plain = load(rotations=False)
+    assert [len(part) for part in (plain.train, plain.validation, plain.test)] == [2, 1, 2]
+    for rotations, rotate_test in ((True, False), (False, True), (True, True)):
+        splits = load(rotations=rotations, rotate_test=rotate_test)
+        for part, rotated in (("train", rotations), ("validation", rotate_test), ("test", rotate_test)):
+            expected = getattr(plain, part)
+            assert torch.equal(getattr(splits, part), with_rotations(expected) if rotated else expected)
+    assert torch.equal(load().train, with_rotations(plain.train)), "as in the papers"
+    assert torch.equal(load().test, plain.test)
 
 
 def test_unknown_split_raises() -> None:
