@@ -20,13 +20,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"core"},
     "derivatives": {"core"},
     "inner": {"core", "models"},
-    "config": {"core", "data"},
+    "pretrained": {"core"},
+    "config": {"core", "data", "pretrained"},
     "metagrad": {"core", "derivatives", "inner"},
     "algorithms": {"core", "inner", "metagrad"},
     "lessons": {"core", "data", "derivatives", "inner", "metagrad"},
-    "training": MATHEMATICS | {"config", "algorithms", "lessons"},
-    "inference": MATHEMATICS | {"config", "algorithms", "training"},
-    "commands": MATHEMATICS | {"config", "algorithms", "lessons", "training", "inference"},
+    "training": MATHEMATICS | {"config", "pretrained", "algorithms", "lessons"},
+    "inference": MATHEMATICS | {"config", "pretrained", "algorithms", "training"},
+    "commands": MATHEMATICS | {"config", "pretrained", "algorithms", "lessons", "training", "inference"},
     "__main__": {"commands"},
 }
 """The packages from the ground up: each imports only packages that stand before it."""
@@ -60,7 +61,7 @@ ONLY_IN = {
     "joblib": {"commands/compare/launch.py"},
     "jinja2": {"commands/compare/report.py", "commands/reproduce/table.py"},
     "markdown": {"commands/compare/report.py"},
-    "safetensors": {"inference/weights_file.py"},
+    "safetensors": {"pretrained/model_file.py", "inference/weights_file.py"},
 }
 LAYERS: dict[str, list[set[str]]] = {
     "training": [

@@ -40,6 +40,7 @@ from metalearn.config.run_config import (
 from metalearn.config.schema import TrainConfig
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
+from metalearn.pretrained.model_file import find_run
 
 
 def train_worker(config: TrainConfig) -> None:
@@ -68,7 +69,7 @@ def train(config: TrainConfig, run_dir: Path) -> None:
 
 
 def check_evaluate(config: EvaluateConfig) -> None:
-    """Check that ``run.dir`` is the folder of a run, and that code that it names is trusted."""
+    """Check that ``run.dir`` is a run, and that code that it names is trusted."""
     if errors := run_dir_errors(config.run.dir):
         raise ConfigError("\n".join(errors))
     load_trusted_config(config.run.dir, trust_code=config.run.trust_code)
@@ -77,8 +78,8 @@ def check_evaluate(config: EvaluateConfig) -> None:
 @command("evaluate", EvaluateConfig, check_evaluate)
 def evaluate(config: EvaluateConfig, output_dir: Path) -> None:
     """Test the best checkpoint of a run again, on the tasks of test classes that the run itself was tested on."""
-    run_dir = Path(config.run.dir)
-    trained = load_trusted_config(run_dir, trust_code=config.run.trust_code)
+    run = find_run(config.run.dir)
+    trained = load_trusted_config(run, trust_code=config.run.trust_code)
     wanted = dataclasses.replace(
         trained,
         data=relocate_data(trained.data, config.data.root, rotate_test=config.data.rotate_test),
@@ -92,7 +93,7 @@ def evaluate(config: EvaluateConfig, output_dir: Path) -> None:
     validate_train_config(wanted, trains=False)
     from metalearn.training.evaluate_run import evaluate_run
 
-    evaluate_run(wanted, run_dir, output_dir)
+    evaluate_run(wanted, run, output_dir)
 
 
 @command("compare", CompareConfig, check_compare, may_continue=lambda config: True)

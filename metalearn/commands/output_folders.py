@@ -15,8 +15,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from metalearn.config.run_config import parse_record
-from metalearn.core.errors import ConfigError
+from metalearn.core.errors import ConfigError, RunError
 from metalearn.data.metadata import resolve_dataset
+from metalearn.pretrained.model_file import find_run
 from metalearn.training.run_folder import TRAINING_FILES, is_locked
 
 COMPARISON_FILE = "comparison.yaml"
@@ -122,6 +123,7 @@ def register_resolvers() -> None:
     """Tell Hydra how runs and comparisons are named."""
     OmegaConf.register_new_resolver("run_name", _run_name)
     OmegaConf.register_new_resolver("comparison_name", _comparison_name)
+    OmegaConf.register_new_resolver("evaluations_dir", _evaluations_dir)
     OmegaConf.register_new_resolver("moment", timestamp)
 
 
@@ -155,10 +157,17 @@ def _comparison_name(*, _root_: Any) -> str:
     return f"{tasks}/{comparison_dir_name(Path('outputs/comparisons') / tasks, sections, timestamp())}"
 
 
-def run_dir_errors(folder: str) -> list[str]:
-    """Return what is wrong with ``run.dir`` as the folder of a run."""
-    if (Path(folder) / "config.yaml").is_file():
-        return []
-    is_comparison = (Path(folder) / COMPARISON_FILE).is_file()
-    what = "a comparison's folder; name one of the runs in it" if is_comparison else "not a run's folder"
-    return [f"run.dir={folder}: {what}, as it holds no config.yaml"]
+def run_dir_errors(run: str) -> list[str]:
+    """Return what is wrong with ``run.dir`` as a run's folder, a model file or the name of a shipped model."""
+    if (Path(run) / COMPARISON_FILE).is_file():
+        return [f"run.dir={run}: a comparison's folder; name one of the runs in it"]
+    try:
+        find_run(run)
+    except RunError as error:
+        return [f"run.dir={error}"]
+    return []
+
+
+def _evaluations_dir(run: str) -> str:
+    """Return the folder of a run's tests: in the run's own, or below outputs/ for one that is a file."""
+    return f"{run}/evaluations" if Path(run).is_dir() else f"outputs/evaluations/{Path(run).stem}"

@@ -73,7 +73,7 @@ class BenchmarkConfig(TrainConfig):
 class EvaluateRunConfig(Section):
     """Which run, and where to test it."""
 
-    dir: Annotated[Text, Doc("folder of the run to test")]
+    dir: Annotated[Text, Doc("a run's folder, an exported file, or a shipped model (run= is short)")]
     device: Annotated[Device | None, Doc("null: as the run was trained")]
     trust_code: TrustCode
 
@@ -107,7 +107,7 @@ class EvaluateConfig(Section):
 class AdaptRunConfig(Section):
     """Which run, and where to compute."""
 
-    dir: Annotated[Text, Doc("folder of the run whose best checkpoint is adapted; nothing is written there")]
+    dir: Annotated[Text, Doc("a run's folder, an exported file, or a shipped model (run= is short); only read")]
     device: Annotated[Device, Doc("auto: the GPU if there is one")]
     trust_code: TrustCode
 

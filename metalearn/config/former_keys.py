@@ -1,4 +1,4 @@
-"""Former names of keys, still accepted on the command line, in experiment files and in the ``config.yaml`` of runs."""
+"""Former and short names of keys: the former still accepted in experiment files and the ``config.yaml`` of runs too."""
 
 from __future__ import annotations
 
@@ -30,18 +30,22 @@ RENAMED_IN = {
 }
 """Keys in no section, by the command that had them."""
 
+SHORT = {"adapt": {"run": "run.dir"}, "evaluate": {"run": "run.dir"}}
+"""Shorter names of keys that stay, by command."""
+
 REMOVED = {"run.accept": "start a new run from the parameters of another with run.init_from=RUN_FOLDER"}
 """Keys that there were, and what to do instead."""
 
 
 def rename_overrides(command: str, overrides: Iterable[str]) -> list[str]:
-    """Return the overrides of a command under the present names of their keys, with a warning for each former one."""
-    table, result = RENAMED | RENAMED_IN.get(command, {}), []
+    """Return the overrides of a command under the whole present names of their keys; warn of each former one."""
+    former, short, result = RENAMED | RENAMED_IN.get(command, {}), SHORT.get(command, {}), []
     for override in overrides:
         found = re.match(r"([+~]*)([\w.]+)(.*)", override, flags=re.DOTALL)
-        if found and found[2] in table:
-            _warn(found[2], table[found[2]])
-            override = f"{found[1]}{table[found[2]]}{found[3]}"
+        if found and (present := (former | short).get(found[2])):
+            if found[2] in former:
+                _warn(found[2], present)
+            override = f"{found[1]}{present}{found[3]}"
         result.append(override)
     return result
 

@@ -23,6 +23,7 @@ from metalearn.config.schema import TrainConfig, result_keys
 from metalearn.config.validation import from_dict, validate_train_config
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.data.metadata import omniglot_unavailable_reason, resolve_dataset
+from metalearn.pretrained.model_file import find_run, pretrained_models, read_record
 
 log = logging.getLogger(__name__)
 
@@ -41,19 +42,21 @@ def load_run_config(path: Path) -> TrainConfig:
         raise ConfigError(f"{path} is not the configuration of a run: {error}") from error
 
 
-def load_trusted_config(run_dir: str | Path, *, trust_code: bool, how: str = "run.trust_code=true") -> TrainConfig:
+def load_trusted_config(run: str | Path, *, trust_code: bool, how: str = "run.trust_code=true") -> TrainConfig:
     """Load the configuration of a run whose model will be built.
 
     Args:
-        run_dir: the run's folder.
+        run: its folder, a model file, or the name of a shipped model.
         trust_code: whether the user allows to run code that it names.
         how: to allow it, for the message.
 
     Raises:
         ConfigError: if it does not fit the schema, or names code that may not be run.
+        RunError: if there is no such run, or a model file is damaged.
     """
-    path = Path(run_dir) / "config.yaml"
-    config = load_run_config(path)
+    found = find_run(run)
+    path = found if found.is_file() else found / "config.yaml"
+    config = parse_run_config(read_record(found).config_yaml, found) if found.is_file() else load_run_config(path)
     check_trusted(config, path, trust_code=trust_code, how=how)
     return config
 
@@ -125,8 +128,9 @@ def resolve_data(config: Trained) -> Trained:
     Raises:
         ConfigError: if the task does not fit the fallback.
     """
-    if config.run.init_from is not None:
-        source = str(Path(config.run.init_from).expanduser().absolute())
+    source = config.run.init_from
+    if source is not None and (Path(source).exists() or source not in pretrained_models()):
+        source = str(Path(source).expanduser().absolute())
         config = replace(config, run=replace(config.run, init_from=source))
     data = config.data
     if isinstance(data, ImagesConfig):
@@ -206,6 +210,16 @@ def relocate_data(data: AnyData, root: str | None, *, rotate_test: bool | None =
         return data
     recorded = data.root if data.root is None or Path(data.root).is_dir() else os.environ.get("METALEARN_DATA")
     return replace(data, root=root or recorded or data.root, fallback=None)
+
+
+def without_paths(config: TrainConfig) -> TrainConfig:
+    """Return the configuration without the paths of this machine, as a model file has it."""
+    config = replace(config, run=replace(config.run, init_from=None))
+    if isinstance(config.data, OmniglotConfig):
+        return replace(config, data=replace(config.data, root=None))
+    if isinstance(config.data, ImagesConfig):
+        return replace(config, data=replace(config.data, root=Path(config.data.root).name))
+    return config
 
 
 def to_yaml(config: Any) -> str:

@@ -26,6 +26,14 @@ class CorruptFileError(RunError):
     """A file not written by ``save_checked``: its digest is missing or differs, or it holds more than tensors."""
 
 
+def check_new_file(path: Path, example: str, *, overwrite: bool) -> None:
+    """Raise ``RunError`` if a file cannot be made there: a folder is, or a file that may not be overwritten."""
+    if path.is_dir():
+        raise RunError(f"{path} is a folder; name a file in it, as {path / example}.")
+    if path.exists() and not overwrite:
+        raise RunError(f"{path} exists, and is not overwritten; remove it, or choose another name.")
+
+
 def atomic_write_text(path: Path, text: str) -> None:
     """Write a file through a temporary one: a reader sees the old content or the new, never a part."""
     atomic_write_bytes(path, text.encode())

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from torch import Tensor
 
 from metalearn.algorithms import Algorithm
 from metalearn.config.options import CustomDataConfig
+from metalearn.config.run_config import to_yaml, without_paths
 from metalearn.config.schema import TrainConfig, result_keys
+from metalearn.core import serialization as files
 from metalearn.core.errors import DataError, MetalearnError, RunError
 from metalearn.core.functional import expand_over_tasks
 from metalearn.core.types import Episodes, Forward, Params
@@ -40,9 +42,10 @@ from metalearn.inference.inputs import (
 )
 from metalearn.inference.inversion import apply_inversion, should_invert, warn_if_inverted
 from metalearn.inference.new_head import inner_for_ways
-from metalearn.inference.weights_file import AdaptedModel, CheckpointOrigin, read_weights, tensor_digest, write_weights
+from metalearn.inference.weights_file import AdaptedModel, CheckpointOrigin, read_weights, write_weights
 from metalearn.inner import adapt, meta_params_at_step, predict
 from metalearn.inner.batch_norm_statistics import is_norm_statistic, statistics_at
+from metalearn.pretrained.model_file import ModelRecord, model_bytes, read_card, tensor_digest
 from metalearn.training.evaluation import predict_nontransductive
 from metalearn.training.experiment import build_metric
 from metalearn.training.runtime.precision import precision_context
@@ -64,6 +67,7 @@ class Learner:
         theta: meta-parameters, learned step sizes and running statistics.
         head: names of weight and bias of the last linear layer.
         iteration: meta-steps of training before the checkpoint.
+        validation_score: accuracy of the checkpoint on validation classes, a fraction; for a regression the error.
         example_shape: of one input: ``[channels, height, width]``, or ``[1]`` for sinusoids.
         outputs: size of the model's output.
 
@@ -78,9 +82,18 @@ class Learner:
     algorithm: Algorithm = field(repr=False)
     head: tuple[str, ...] = field(repr=False)
     iteration: int
+    validation_score: float
     example_shape: torch.Size
     outputs: int
     _adapted: AdaptedModel | None = field(default=None, init=False, repr=False)
+
+    @property
+    def card(self) -> Mapping[str, Any]:
+        """About the model's test, as ``metrics.json``; a shipped model adds data, recipe and licence.
+
+        Empty while the run is not finished.
+        """
+        return read_card(self.run_dir)
 
     @property
     def is_regression(self) -> bool:
@@ -240,6 +253,26 @@ class Learner:
         write_weights(self._state(), self._origin, target, overwrite=overwrite)
         return target
 
+    def export(self, path: str | Path, *, card: Mapping[str, Any] | None = None, overwrite: bool = False) -> Path:
+        """Save the trained model itself, not adapted, as a safetensors file, which ``load`` takes like a run's folder.
+
+        It holds the meta-parameters, the configuration without the paths of this machine, and a digest of all that.
+
+        Args:
+            path: of the file; missing folders are created.
+            card: what to say about the model, as JSON; ``None``: the figures of the run's test.
+            overwrite: whether it may replace a file.
+
+        Raises:
+            RunError: if the file exists and ``overwrite`` is false.
+        """
+        target = Path(path).expanduser()
+        files.check_new_file(target, "model.safetensors", overwrite=overwrite)
+        about = self.card if card is None else card
+        record = ModelRecord(to_yaml(without_paths(self.config)), self.iteration, self.validation_score, about)
+        files.atomic_write_bytes(target, model_bytes(self.theta, record))
+        return target
+
     def restore(self, path: str | Path) -> Learner:
         """Load the adapted weights that ``save`` wrote, in place of adapting; return the learner.
 
@@ -299,11 +332,10 @@ class Learner:
 
     @functools.cached_property
     def _origin(self) -> CheckpointOrigin:
-        config = (self.run_dir / "config.yaml").read_bytes()
         return CheckpointOrigin(
             run=str(self.run_dir),
             algorithm=self.algorithm.name,
-            config_digest=hashlib.sha256(config).hexdigest(),
+            config_digest=hashlib.sha256(to_yaml(self.config).encode()).hexdigest(),
             keys=result_keys(self.config),
             theta_digest=tensor_digest(self.theta),
         )

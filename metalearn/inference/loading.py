@@ -1,4 +1,4 @@
-"""Load the best checkpoint of a training as a ``Learner``."""
+"""Load the best checkpoint of a training, or a shipped model, as a ``Learner``."""
 
 from __future__ import annotations
 
@@ -11,37 +11,38 @@ from metalearn.config.options import CustomDataConfig
 from metalearn.config.run_config import load_trusted_config
 from metalearn.config.schema import TrainConfig
 from metalearn.config.target import import_targets
-from metalearn.core.errors import ConfigError, RunError
+from metalearn.core.errors import ConfigError
 from metalearn.core.functional import functionalize
 from metalearn.core.module_parts import module_parts
 from metalearn.core.types import Episodes
 from metalearn.inference.inputs import example_shape
 from metalearn.inference.learner import Learner
+from metalearn.pretrained.model_file import find_run
 from metalearn.training.checkpoints import load_best
 from metalearn.training.evaluation import collect_norm_statistics
 from metalearn.training.experiment import build_algorithm, build_metric, build_model, build_samplers, resolve_device
 from metalearn.training.state import preserve_rng_state, seed_all
 
 
-def load(run_dir: str | Path, device: str = "auto", *, trust_code: bool = False) -> Learner:
-    """Load the best checkpoint of a finished or running training, ready to adapt; its data set is not needed.
+def load(run: str | Path, device: str = "auto", *, trust_code: bool = False) -> Learner:
+    """Load a trained model, ready to adapt; its data set is not needed.
 
     Args:
-        run_dir: the run's folder, with its ``config.yaml`` and ``checkpoints/``.
+        run: the name of a shipped model, ``"omniglot-5w1s"``, ``"omniglot-5w5s"``, ``"omniglot-20w1s"`` or
+            ``"omniglot-20w5s"``; a finished or running training's folder, with its ``config.yaml`` and
+            ``checkpoints/``; or a file that ``Learner.export`` has written. A path that exists counts more than a name.
         device: ``auto`` (the GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         trust_code: whether to run the user's own code that ``config.yaml`` names (``model=custom`` and its kind), if
             any. Data of ``data=custom`` are made again, for the shape of an example.
 
     Raises:
-        RunError: if this is not a run's folder, or its checkpoint is missing or damaged.
+        RunError: if there is no such model, or it is missing a checkpoint or damaged.
         ConfigError: if its configuration cannot be read or names code without ``trust_code``, or the device is missing.
     """
-    folder = Path(run_dir).expanduser()
-    if not (folder / "config.yaml").is_file():
-        raise RunError(f"{folder}: not a run's folder, as it holds no config.yaml; name one that training has made.")
+    source = find_run(run)
     if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]*))?", device):
         raise ConfigError(f"device={device}: must be auto, cpu, cuda or cuda:N")
-    config = load_trusted_config(folder, trust_code=trust_code, how="metalearn.load(run, trust_code=True)")
+    config = load_trusted_config(source, trust_code=trust_code, how="metalearn.load(run, trust_code=True)")
     torch_device = resolve_device(device)
     with preserve_rng_state():  # the caller's
         import_targets(config.targets())
@@ -56,9 +57,12 @@ def load(run_dir: str | Path, device: str = "auto", *, trust_code: bool = False)
         if algorithm.tracks_norm_statistics:
             inner = algorithm.eval_inner(config.inner.steps)
             like |= collect_norm_statistics(forward, like, task, inner, loss=build_metric(config).loss)
-    best = load_best(folder, like=like, device=torch_device)
+    best = load_best(source, like=like, device=torch_device)
     head = module_parts(module).head
-    return Learner(folder, config, torch_device, forward, best.params, algorithm, head, best.iteration, shape, outputs)
+    return Learner(
+        *(source, config, torch_device, forward, best.params, algorithm, head),
+        *(best.iteration, best.validation_score, shape, outputs),
+    )
 
 
 def _example_task(config: TrainConfig, device: torch.device) -> Episodes:

@@ -6,14 +6,12 @@ metadata the classes, the steps, and the SHA-256 of its content and of the meta-
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -22,6 +20,7 @@ from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
 from metalearn.core.types import Params
 from metalearn.inner import SEPARATOR
+from metalearn.pretrained.model_file import read_safetensors, tensor_digest
 
 _FORMAT = "metalearn-adapted-1"
 _SUPPORT = f"support{SEPARATOR}x"
@@ -57,15 +56,6 @@ class CheckpointOrigin:
     theta_digest: str
 
 
-def tensor_digest(tensors: Params) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and bits."""
-    sha = hashlib.sha256()
-    for name, t in sorted(tensors.items()):
-        sha.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\n".encode())
-        sha.update(t.detach().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()
-
-
 def write_weights(adapted: AdaptedModel, origin: CheckpointOrigin, path: Path, *, overwrite: bool) -> None:
     """Write the file atomically; raise ``RunError`` if it exists already, or a label cannot be saved."""
     if odd := [one for one in adapted.classes if type(one) not in (str, int)]:
@@ -73,10 +63,7 @@ def write_weights(adapted: AdaptedModel, origin: CheckpointOrigin, path: Path, *
             f"label {odd[0]!r} is a {type(odd[0]).__name__}, and only strings and integers can be saved; adapt with "
             "such labels."
         )
-    if path.is_dir():
-        raise RunError(f"{path} is a folder; name a file in it, as {path / 'adapted.safetensors'}.")
-    if path.exists() and not overwrite:
-        raise RunError(f"{path} exists, and is not overwritten; remove it, or choose another name.")
+    files.check_new_file(path, "adapted.safetensors", overwrite=overwrite)
     tensors = {**adapted.weights, _SUPPORT: adapted.support_x}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     metadata = {
@@ -100,7 +87,7 @@ def read_weights(path: Path, origin: CheckpointOrigin) -> AdaptedModel:
         RunError: if the file is missing, damaged or another format, or of another run; then with the differences.
     """
     try:
-        tensors, metadata = _read_safetensors(path)
+        tensors, metadata = read_safetensors(path)
         if metadata.get("format") != _FORMAT:
             raise RunError(f"{path} holds no adapted weights of metalearn; name a file that a learner has saved.")
         if tensor_digest(tensors) != metadata["content.sha256"]:
@@ -112,18 +99,6 @@ def read_weights(path: Path, origin: CheckpointOrigin) -> AdaptedModel:
         return AdaptedModel(tensors, support_x, tuple(json.loads(metadata["classes"])), int(metadata["steps"]))
     except (KeyError, ValueError, TypeError) as error:
         raise RunError(f"{path} is damaged: its metadata are incomplete ({error}). Adapt again.") from error
-
-
-def _read_safetensors(path: Path) -> tuple[Params, dict[str, str]]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError:
-        raise RunError(f"{path}: there is no such file of adapted weights.") from None
-    except (safetensors.SafetensorError, OSError) as error:
-        raise RunError(
-            f"{path} cannot be read as a safetensors file ({error}); it is damaged, or another kind."
-        ) from error
 
 
 def _check_same_run(path: Path, metadata: Mapping[str, str], origin: CheckpointOrigin) -> None:

@@ -17,6 +17,7 @@ import torch
 from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
 from metalearn.core.types import Params
+from metalearn.pretrained.model_file import read_model
 from metalearn.training.run_folder import TRAINING_FILES, check_no_run_in
 from metalearn.training.state import BestCheckpoint, TrainState, check_same_shapes
 from metalearn.training.tracking.meter import Meter
@@ -181,16 +182,31 @@ def restore_best(best: BestCheckpoint | None, run_dir: Path) -> None:
         save_best(best, run_dir)
 
 
-def load_best(run_dir: Path, *, like: Params, device: torch.device) -> BestCheckpoint:
-    """Load a run's best parameters from ``best.pt``, or from the latest state if that is damaged or missing.
+def load_best(run: Path, *, like: Params, device: torch.device) -> BestCheckpoint:
+    """Load a run's best parameters: of a model file, or of a folder's ``best.pt``.
+
+    If that is damaged or missing, they are taken from the latest state.
 
     Raises:
         RunError: if they are missing, damaged, or do not fit the parameters ``like``.
     """
+    if run.is_file():
+        params, record = read_model(run)
+        best, path = BestCheckpoint(record.iteration, record.validation_score, params), run
+    else:
+        best, path = _load_best_of_folder(run), best_path(run)
+    try:
+        check_same_shapes(best.params, like)
+    except RunError as error:
+        raise RunError(f"{path}: {error}") from None
+    return best._replace(params={name: p.to(device) for name, p in best.params.items()})
+
+
+def _load_best_of_folder(run_dir: Path) -> BestCheckpoint:
     path = best_path(run_dir)
     try:
         content: dict[str, Any] = files.load_checked(path)
-        best = BestCheckpoint(content["iteration"], content["validation_accuracy"], content["params"])
+        return BestCheckpoint(content["iteration"], content["validation_accuracy"], content["params"])
     except (FileNotFoundError, files.CorruptFileError) as error:
         missing = isinstance(error, FileNotFoundError)
         reason = f"{path} does not exist." if missing else str(error)
@@ -198,10 +214,5 @@ def load_best(run_dir: Path, *, like: Params, device: torch.device) -> BestCheck
         if state is None or state["state"]["best"] is None:
             why = " The run has not reached its first validation, or was copied without it." if missing else ""
             raise RunError(reason + why) from None
-        best = BestCheckpoint(*state["state"]["best"])
         log.warning("%s The best parameters are taken from the state instead.", reason)
-    try:
-        check_same_shapes(best.params, like)
-    except RunError as error:
-        raise RunError(f"{path}: {error}") from None
-    return best._replace(params={name: p.to(device) for name, p in best.params.items()})
+        return BestCheckpoint(*state["state"]["best"])

@@ -13,6 +13,7 @@ from metalearn.config.run_config import resolve_resume, to_yaml
 from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import RunError
 from metalearn.core.types import Params
+from metalearn.pretrained.model_file import find_run
 from metalearn.training.checkpoints import claim_folder, load_best, load_latest, remove_unfinished, restore_best
 from metalearn.training.state import BestCheckpoint, TrainState
 from metalearn.training.tracking.meter import Meter
@@ -73,10 +74,12 @@ def _load_initial(source: Path, run_dir: Path, theta: Params, device: torch.devi
     """Return the best parameters of the run that ``run.init_from`` names."""
     if source.resolve() == run_dir.resolve():
         raise RunError(f"run.init_from={source}: this is the run's own folder; resume it with run.resume=true instead.")
-    if not source.is_dir():
-        raise RunError(f"run.init_from={source}: there is no such folder; name the folder of a run.")
     try:
-        best = load_best(source, like=theta, device=device)
+        found = source if source.is_dir() else find_run(source)
+    except RunError as error:
+        raise RunError(f"run.init_from={error}") from error
+    try:
+        best = load_best(found, like=theta, device=device)
     except RunError as error:
         raise RunError(f"run.init_from={source}: {error}") from error
     log.info("Starting from the best parameters of %s, those of its meta-step %d", source, best.iteration)

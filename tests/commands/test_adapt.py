@@ -227,7 +227,7 @@ def test_adapt_raises_when_query_class_is_not_in_weights(run: Path, folders: Pat
         (["invert=maybe"], r"invert=maybe: must be one of false, true, auto"),
         (["steps=-1"], r"steps=-1: must be a whole number, at least 0 or null"),
         (["on_unreadable=stopp"], r"on_unreadable=stopp: must be one of stop, skip"),
-        (["run.dir=typo"], r"run\.dir=typo: not a run's folder, as it holds no config\.yaml"),
+        (["run.dir=typo"], r"run\.dir=typo: there is no such folder of a run, and no such model"),
         (["run.device=gpu"], r"run\.device=gpu: must be auto, cpu, cuda or cuda:N"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from metalearn.config.compose import compose, to_dataclass
-from metalearn.config.former_keys import RENAMED, RENAMED_IN, rename_overrides
+from metalearn.config.former_keys import RENAMED, RENAMED_IN, SHORT, rename_overrides
 from metalearn.config.schema import iter_fields
 from tests.config.factories import SCHEMAS, train_config, write_experiment
 
@@ -48,6 +48,14 @@ def test_former_key_on_the_command_line_is_accepted_with_a_warning(command: str,
 
 def test_former_key_of_one_command_is_no_key_of_another() -> None:
     assert rename_overrides("train", ["row=x", "minutes=3"]) == ["row=x", "minutes=3"]
+
+
+@pytest.mark.parametrize("command", SHORT)
+def test_run_is_short_for_its_folder(command: str, recwarn: pytest.WarningsRecorder) -> None:
+    given = ["run=omniglot-5w1s", "run.device=cpu", "++run=x"]
+    assert rename_overrides(command, given) == ["run.dir=omniglot-5w1s", "run.device=cpu", "++run.dir=x"]
+    assert not recwarn.list
+    assert rename_overrides("train", given) == given
 
 
 def test_former_key_in_an_experiment_file_is_accepted_with_a_warning(tmp_path: Path) -> None:

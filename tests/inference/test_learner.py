@@ -218,7 +218,7 @@ def test_load_draws_nothing_and_raises_when_folder_is_not_a_run(run: Path, tmp_p
     before = torch.get_rng_state()
     metalearn.load(run, "cpu")
     assert torch.equal(torch.get_rng_state(), before)
-    with pytest.raises(RunError, match=r"typo: not a run's folder, as it holds no config\.yaml"):
+    with pytest.raises(RunError, match=r"typo: there is no such folder of a run, and no such model"):
         metalearn.load(tmp_path / "typo")
     with pytest.raises(ConfigError, match=r"device=gpu: must be auto, cpu, cuda or cuda:N"):
         metalearn.load(run, "gpu")

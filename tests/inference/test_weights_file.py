@@ -13,7 +13,7 @@ import metalearn
 from metalearn import Params
 from metalearn.core.errors import RunError
 from metalearn.inference.learner import NotAdaptedError
-from metalearn.inference.weights_file import tensor_digest
+from metalearn.pretrained.model_file import tensor_digest
 from tests.inference.factories import query, support
 
 

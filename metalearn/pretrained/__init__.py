@@ -1,0 +1,1 @@
+"""Trained models as files, and those that are shipped."""

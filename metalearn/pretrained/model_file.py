@@ -1,0 +1,177 @@
+"""A trained model as one safetensors file: meta-parameters, the run's configuration, and the figures of its test.
+
+Some are shipped in ``metalearn/pretrained/``. Wherever the folder of a run is asked for, such a file or the name of a
+shipped one will do. Importing this needs no torch: a configuration is checked before torch is imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+
+from metalearn.core.errors import RunError
+
+if TYPE_CHECKING:
+    from metalearn.core.types import Params
+
+PRETRAINED = Path(__file__).parent
+"""Folder of the models that are shipped."""
+
+_FORMAT = "metalearn-model-1"
+_DIGEST = "sha256"
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What a model file says about its tensors.
+
+    Args:
+        config_yaml: the configuration of the run, as its ``config.yaml``.
+        iteration: meta-steps of training before the checkpoint.
+        validation_score: of that checkpoint.
+        card: about the test: what its ``metrics.json`` holds, and whatever was added; empty for an unfinished run.
+    """
+
+    config_yaml: str
+    iteration: int
+    validation_score: float
+    card: Mapping[str, Any]
+
+
+def pretrained_models() -> list[str]:
+    """Return the names of the shipped models, as ``load`` takes them."""
+    return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
+
+
+def find_run(run: str | Path) -> Path:
+    """Return the path of a run's folder or of a model file; the name of a shipped model is that of its file.
+
+    A path that exists counts more than a name.
+
+    Raises:
+        RunError: if it is neither.
+    """
+    path = Path(run).expanduser()
+    if path.is_file() or (path / "config.yaml").is_file():
+        return path
+    if path.exists():
+        raise RunError(f"{run}: not a run's folder, as it holds no config.yaml; name one that training has made.")
+    shipped = pretrained_models()
+    if str(run) in shipped:
+        return PRETRAINED / f"{run}.safetensors"
+    near = "".join(f" Did you mean {name}?" for name in difflib.get_close_matches(str(run), shipped, n=1))
+    raise RunError(
+        f"{run}: there is no such folder of a run, and no such model.{near} Name a folder that training has made, a "
+        f"file of Learner.export, or a shipped model: {', '.join(shipped)}."
+    )
+
+
+def read_record(path: Path) -> ModelRecord:
+    """Return what a model file says about its tensors, without reading them.
+
+    Raises:
+        RunError: if it is damaged, or another kind of file.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return _parse(file.metadata() or {}, path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_card(run: Path) -> Mapping[str, Any]:
+    """Return what a model file says about its test, or a run's ``metrics.json``; nothing if the run is not finished.
+
+    Raises:
+        RunError: if either is damaged.
+    """
+    if run.is_file():
+        return read_record(run).card
+    path = run / "metrics.json"
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{path} does not hold the metrics of a finished run ({error}).") from error
+
+
+def read_model(path: Path) -> tuple[Params, ModelRecord]:
+    """Read meta-parameters to the CPU, and what the file says about them.
+
+    Raises:
+        RunError: if it is damaged, or another kind of file.
+    """
+    tensors, metadata = read_safetensors(path)
+    record = _parse(metadata, path)
+    if metadata.get(_DIGEST) != _digest(tensors, metadata):
+        raise RunError(f"{path} is damaged: the SHA-256 in it is that of another content. Copy it again.")
+    return tensors, record
+
+
+def model_bytes(tensors: Params, record: ModelRecord) -> bytes:
+    """Return the content of a model file."""
+    import safetensors.torch
+
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    metadata = {
+        "format": _FORMAT,
+        "config.yaml": record.config_yaml,
+        "iteration": str(record.iteration),
+        "validation_score": repr(record.validation_score),
+        "card": json.dumps(record.card),
+    }
+    return safetensors.torch.save(tensors, {**metadata, _DIGEST: _digest(tensors, metadata)})
+
+
+def read_safetensors(path: Path) -> tuple[Params, dict[str, str]]:
+    """Read the tensors and the metadata of any safetensors file.
+
+    Raises:
+        RunError: if it is missing or cannot be read.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise RunError(f"{path}: there is no such file.") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def tensor_digest(tensors: Params) -> str:
+    """Return the SHA-256 of names, dtypes, shapes and bits."""
+    sha = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        sha.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\n".encode())
+        sha.update(t.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _digest(tensors: Params, metadata: Mapping[str, str]) -> str:
+    """Return the SHA-256 of the tensors and of every other entry of the metadata."""
+    text = json.dumps({name: value for name, value in metadata.items() if name != _DIGEST}, sort_keys=True)
+    return hashlib.sha256((text + tensor_digest(tensors)).encode()).hexdigest()
+
+
+def _parse(metadata: Mapping[str, str], path: Path) -> ModelRecord:
+    if metadata.get("format") != _FORMAT:
+        raise RunError(f"{path} holds no model of metalearn; name a file that Learner.export has written.")
+    try:
+        return ModelRecord(
+            metadata["config.yaml"],
+            int(metadata["iteration"]),
+            float(metadata["validation_score"]),
+            json.loads(metadata["card"]),
+        )
+    except (KeyError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged: its metadata are incomplete ({error!r}). Copy it again.") from error
+
+
+def _unreadable(path: Path, error: Exception) -> RunError:
+    return RunError(f"{path} cannot be read as a safetensors file ({error}); it is damaged, or another kind.")
