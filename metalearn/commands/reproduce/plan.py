@@ -24,7 +24,9 @@ SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
 PUBLISHED = {
     ("maml", "second"): ("Finn et al. 2017", (0.987, 0.999, 0.958, 0.989)),
     ("maml", "first"): ("Nichol et al. 2018", (0.983, 0.992, 0.894, 0.979)),
+    ("meta_sgd", "second"): ("Li et al. 2017", (0.9953, 0.9993, 0.9593, 0.9897)),
     ("maml_pp", "second"): ("Antoniou et al. 2019", (0.9947, 0.9993, 0.9765, 0.9933)),
+    ("meta_curvature", "second"): ("Park & Oliva 2019", (0.9997, 0.9989, 0.9912, 0.9965)),
 }
 """Accuracies on Omniglot by algorithm and order, in the order of ``SETTINGS``; Finn et al. report no first order."""
 
@@ -69,11 +71,6 @@ def published(algorithm: str, order: str, ways: int, shots: int) -> Published | 
         return None
     source, accuracies = PUBLISHED[algorithm, order]
     return Published(accuracies[SETTINGS.index((ways, shots))], source)
-
-
-def experiment_name(ways: int, shots: int, algorithm: str = "maml") -> str:
-    """Return the name of the file in ``conf/experiment/`` with the published budget."""
-    return f"omniglot_{ways}way_{shots}shot" + ("" if algorithm == "maml" else f"_{algorithm}")
 
 
 @dataclass(frozen=True)

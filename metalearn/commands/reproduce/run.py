@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,11 +20,15 @@ from metalearn.commands.reproduce.table import (
     BEGIN,
     END,
     FILE,
+    ROTATED,
     between_markers,
     check_enough_seeds,
+    format_gain,
     format_interval,
     format_published,
+    gain,
     read_metrics,
+    read_rotated,
     read_rows,
     readme_table,
     replace_table,
@@ -32,8 +37,10 @@ from metalearn.commands.reproduce.table import (
 )
 from metalearn.commands.shell import invocation
 from metalearn.config.commands_schema import ReproduceConfig
+from metalearn.config.options import OmniglotConfig
 from metalearn.core import serialization as files
 from metalearn.training.checkpoints import state_paths
+from metalearn.training.evaluate_run import evaluate_run
 from metalearn.training.run_folder import folder_lock
 from metalearn.training.runtime.signals import SIGHUP, sigterm_as_exception
 from metalearn.training.tracking.console import print_line, print_path, print_table, progress_bar
@@ -68,7 +75,9 @@ def run_reproduction(config: ReproduceConfig, folder: Path) -> int:
                 check_enough_seeds(path, row.experiment, row.order, row.seeds)
         print_path("Row folder", folder / config.experiment_name)
         try:
-            reasons = train_missing(every, config.time_limit_minutes, config.jobs)
+            with time_limit(config.time_limit_minutes):
+                reasons = train_missing(every, config.jobs)
+                test_rotated_classes(every)
         except TimeLimitReached:
             print_line(f"The time limit of {config.time_limit_minutes:g} minutes is reached.")
             reasons = {}
@@ -76,6 +85,7 @@ def run_reproduction(config: ReproduceConfig, folder: Path) -> int:
             print_unfinished(every, {})
             raise
         results = [found for row in rows if (found := collect_row(row)) is not None]
+        add_gain(results, rows)
         for found in results:
             save_row(found, folder, record=config.update_reference)
     if results:
@@ -91,15 +101,26 @@ def output_files(folder: Path, *, record: bool) -> list[Path]:
     return [folder / FILE, *([REFERENCE] if record else [])]
 
 
-def train_missing(every: Sequence[Job], minutes: float | None, at_a_time: int) -> Mapping[Path, str]:
-    """Train the runs that are not finished; return why some failed, by folder, or raise ``TimeLimitReached``."""
+def train_missing(every: Sequence[Job], at_a_time: int) -> Mapping[Path, str]:
+    """Train the runs that are not finished; return why some failed, by folder."""
     left = [job for job in every if read_metrics(job) is None]
     if done := len(every) - len(left):
         log.info("%d of %d runs are finished already", done, len(every))
     if not left:
         return {}
-    with progress_bar() as progress, time_limit(minutes):
+    with progress_bar() as progress:
         return launch(left, at_a_time=min(at_a_time, len(left)), progress=progress)
+
+
+def test_rotated_classes(every: Sequence[Job]) -> None:
+    """Test the finished runs on Omniglot once more, with test classes rotated as the training classes are."""
+    for job in every:
+        data, folder = job.config.data, job.folder / ROTATED
+        if not isinstance(data, OmniglotConfig) or read_metrics(job) is None or read_rotated(job) is not None:
+            continue
+        log.info("%s: testing with rotated test classes", job.folder.name)
+        config = dataclasses.replace(job.config, data=dataclasses.replace(data, rotate_test=True))
+        evaluate_run(config, job.folder, folder)
 
 
 @contextmanager
@@ -124,7 +145,16 @@ def time_limit(minutes: float | None) -> Iterator[None]:
 def collect_row(row: TableRow) -> dict[str, Any] | None:
     """Return the row's results; ``None`` while a run of it is not finished."""
     metrics = [found for job in row.jobs if (found := read_metrics(job)) is not None]
-    return row_results(row, metrics) if len(metrics) == len(row.jobs) else None
+    if len(metrics) < len(row.jobs):
+        return None
+    return row_results(row, metrics, [found for job in row.jobs if (found := read_rotated(job)) is not None])
+
+
+def add_gain(results: Sequence[dict[str, Any]], rows: Sequence[TableRow]) -> None:
+    """Add to the second-order row what it gains over first order on the same tasks, if both are finished."""
+    if {found["order"] for found in results} == {"second", "first"}:
+        jobs = {row.order: row.jobs for row in rows}
+        next(found for found in results if found["order"] == "second")["gain"] = gain(jobs["second"], jobs["first"])
 
 
 def save_row(row: Mapping[str, Any], folder: Path, *, record: bool) -> None:
@@ -151,12 +181,17 @@ def write_readme(rows: Sequence[Mapping[str, Any]]) -> None:
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the finished rows next to the published accuracies."""
     title = f"{rows[0]['experiment']}: {rows[0]['dataset']}, {rows[0]['test_tasks']} test tasks a seed"
-    header = ["order", "test accuracy", "non-transductive", "seeds", "published", "minutes a seed"]
-    cells = []
-    for row in rows:
-        accuracies = format_interval(row["accuracy"]), format_interval(row["nontransductive"])
-        seeds, minutes = " ".join(map(str, row["seeds"])), f"{row['minutes']:.1f}"
-        cells.append([row["order"], *accuracies, seeds, format_published(row["published"]), minutes])
+    lines: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "test accuracy": lambda row: format_interval(row["accuracy"]),
+        "gain over first order": lambda row: format_gain(row["gain"]),
+        "non-transductive": lambda row: format_interval(row["nontransductive"]),
+        "rotated test classes": lambda row: format_interval(row["rotated"]),
+        "published": lambda row: format_published(row["published"]),
+        "seeds": lambda row: " ".join(map(str, row["seeds"])),
+        "minutes a seed": lambda row: f"{row['minutes']:.1f}",
+    }
+    header = ["", *(f"{row['order']} order" for row in rows)]
+    cells = [[name, *map(text, rows)] for name, text in lines.items()]
     print_table(title, header, cells)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,11 +11,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from metalearn.commands.compare.gather import hardware_of
-from metalearn.commands.compare.statistics import seed_ci, task_ci
+from metalearn.commands.compare.statistics import difference, seed_ci, task_ci
 from metalearn.commands.compare.variants import Job
-from metalearn.commands.reproduce.plan import PUBLISHED, SETTINGS, Published, TableRow, experiment_name, published
-from metalearn.config.compose import compose, to_dataclass
-from metalearn.config.schema import TrainConfig
+from metalearn.commands.reproduce.plan import Published, TableRow, published
 from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
 
@@ -67,8 +64,40 @@ def read_metrics(job: Job) -> Metrics | None:
     return metrics
 
 
-def row_results(row: TableRow, metrics: Sequence[Metrics]) -> dict[str, Any]:
-    """Return a row from the metrics of every seed, as it is saved: accuracies are fractions, intervals half-widths."""
+def read_rotated(job: Job) -> Metrics | None:
+    """Return the metrics of a run's test with rotated test classes; ``None`` if there was none, or of fewer tasks."""
+    path = job.folder / ROTATED / "metrics.json"
+    try:
+        metrics: Metrics = json.loads(path.read_text())
+        return metrics if metrics["test.episodes"] == job.config.eval.episodes else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def gain(second: Sequence[Job], first: Sequence[Job]) -> dict[str, Any] | None:
+    """Return the mean of second order's accuracy minus first order's, paired by test task, with its 95% interval.
+
+    Of each seed both orders have the same initial parameters, training tasks and test tasks. ``None`` if the accuracies
+    of the tasks are not there.
+    """
+    try:
+        scores = [
+            [json.loads((job.folder / "test_tasks.json").read_text())["accuracy"] for job in jobs]
+            for jobs in (second, first)
+        ]
+        if [len(tasks) for tasks in scores[0]] != [len(tasks) for tasks in scores[1]]:
+            return None
+        found, of_seeds = difference(scores[0], scores[1], paired=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return {"mean": found.mean, "ci95": found.ci95, "runs": of_seeds}
+
+
+def row_results(row: TableRow, metrics: Sequence[Metrics], rotated: Sequence[Metrics]) -> dict[str, Any]:
+    """Return a row from the metrics of every seed, as it is saved: accuracies are fractions, intervals half-widths.
+
+    ``rotated`` are those of the test with rotated classes, of every seed or of none.
+    """
     config = row.jobs[0].config
     ways, shots = config.task.ways, config.task.shots
     reported = published(config.algorithm.name, row.order, ways, shots) if config.data.name == "omniglot" else None
@@ -82,6 +111,8 @@ def row_results(row: TableRow, metrics: Sequence[Metrics]) -> dict[str, Any]:
         "seeds": row.seeds,
         "accuracy": estimate(metrics, "test.accuracy", "test.ci95"),
         "nontransductive": estimate(metrics, "test.accuracy_nontransductive", "test.ci95_nontransductive"),
+        "rotated": estimate(rotated, "test.accuracy", "test.ci95") if len(rotated) == len(metrics) else None,
+        "gain": None,
         "runs": [
             {name: m[key] for name, key in _OF_RUN.items()} | {"minutes": m["time.total_s"] / 60} for m in metrics
         ],
@@ -111,6 +142,9 @@ def estimate(metrics: Sequence[Metrics], mean: str, ci95: str) -> dict[str, Any]
     return {"mean": found.mean, "ci95": found.ci95, "over": "seeds" if found.ci95 > task_ci(halves) else "tasks"}
 
 
+ROTATED = "rotated_test"
+"""The folder in a run's that holds its test with rotated test classes."""
+
 FILE = "omniglot.json"
 """The rows, in ``outputs/reproduction/`` and, if they are recorded, in ``outputs/reference/``."""
 
@@ -126,7 +160,7 @@ def read_rows(path: Path) -> list[Row]:
         return []
     try:
         rows: list[Row] = json.loads(path.read_text())["rows"]
-        _render(rows)  # fails if something is missing
+        readme_table(rows)  # fails if something is missing
     except (OSError, ValueError, KeyError, TypeError, UndefinedError) as error:
         raise RunError(f"{path} is not a file of rows: {error!r}. Move it away, or restore it.") from error
     return rows
@@ -154,34 +188,15 @@ def upsert_row(path: Path, row: Row) -> None:
 
 
 def readme_table(rows: Sequence[Row]) -> str:
-    """Return a table of all measured rows, and of the published rows that were not measured."""
-    measured = {_key(row) for row in rows}
-    every = [(algorithm, order, *task) for task in SETTINGS for algorithm, order in PUBLISHED]
-    missing = [_unmeasured_row(a, o, n, k) for a, o, n, k in every if (experiment_name(n, k, a), o) not in measured]
-    return _render([*rows, *missing])
-
-
-def _render(rows: Sequence[Row]) -> str:
-    """Return the rows as a table, by task, order and budget."""
+    """Return the measured rows as a table, by task and experiment."""
 
     def place(row: Row) -> tuple[Any, ...]:
-        return row["ways"], row["shots"], row["order"] == "first", row["iterations"], row["experiment"]
+        return row["ways"], row["shots"], row["experiment"], row["order"] == "first"
 
     loader = PackageLoader("metalearn.commands.reproduce")
     environment = Environment(loader=loader, trim_blocks=True, undefined=StrictUndefined)
-    environment.filters.update(interval=format_interval, published=format_published)
+    environment.filters.update(interval=format_interval, gain=format_gain, published=format_published)
     return environment.get_template("table.md.j2").render(rows=sorted(rows, key=place)).rstrip()
-
-
-@functools.cache
-def _unmeasured_row(algorithm: str, order: str, ways: int, shots: int) -> Row:
-    experiment = experiment_name(ways, shots, algorithm)
-    config = to_dataclass(compose("train", [f"experiment={experiment}"]), TrainConfig)
-    reported = published(algorithm, order, ways, shots)
-    row = {"experiment": experiment, "order": order, "ways": ways, "shots": shots}
-    budget = {"iterations": config.outer.iterations, "tasks_per_step": config.task.meta_batch}
-    unknown = dict.fromkeys(("accuracy", "nontransductive", "minutes"))
-    return {**row, **budget, **unknown, "published": reported and reported._asdict()}
 
 
 def format_interval(estimate: Row | None) -> str:
@@ -190,6 +205,11 @@ def format_interval(estimate: Row | None) -> str:
         return "-"
     over = " (over tasks)" if estimate["over"] == "tasks" else ""
     return f"{estimate['mean']:.2%} ± {estimate['ci95']:.2%}{over}"
+
+
+def format_gain(gain: Row | None) -> str:
+    """Format a difference of accuracies with its 95% interval, in points."""
+    return "-" if gain is None else f"{100 * gain['mean']:+.2f} ± {100 * gain['ci95']:.2f}"
 
 
 def format_published(reported: Row | None) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,10 @@ _PAD = 64 * 2**20
 
 
 def describe_hardware(device: torch.device) -> dict[str, str | int | None]:
-    """Return the processor, cores, threads and versions, and the name of the GPU if ``device`` is one."""
+    """Return the processor, cores, threads and versions, and the name of the GPU if ``device`` is one.
+
+    ``commit`` is that of metalearn's own checkout, if it runs from one.
+    """
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -29,9 +34,24 @@ def describe_hardware(device: torch.device) -> dict[str, str | int | None]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
+    if commit := _commit():
+        description["commit"] = commit
     if device.type == "cuda":
         description["gpu"] = torch.cuda.get_device_name(device)
     return description
+
+
+@functools.cache
+def _commit() -> str | None:
+    """Return the commit of the checkout that metalearn runs from, with ``-dirty`` if files have changed since."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def avoid_triton_without_compiler() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from metalearn.commands.reproduce.plan import build_rows, check_reproduce
+from metalearn.commands.reproduce.table import ROTATED
 from metalearn.config.commands_schema import ReproduceConfig
 from metalearn.config.compose import compose, to_dataclass
 
@@ -20,8 +21,12 @@ def configuration(*overrides: str) -> ReproduceConfig:
     return config
 
 
-def finish(config: ReproduceConfig, folder: Path, **changed: Any) -> None:
-    """Write the metrics that the trainings would."""
+SCORES = {"second": [[1.0, 0.9], [0.9, 0.9], [0.8, 1.0]], "first": [[0.8, 0.9], [0.7, 0.7], [0.7, 0.8]]}
+"""Accuracies of two test tasks, by order and seed."""
+
+
+def finish(config: ReproduceConfig, folder: Path, *, rotated: bool = True, **changed: Any) -> None:
+    """Write the metrics that the trainings and the tests with rotated classes would."""
     for row in build_rows(config, folder):
         for job, accuracy in zip(row.jobs, ACCURACIES, strict=False):
             training = job.config
@@ -47,3 +52,9 @@ def finish(config: ReproduceConfig, folder: Path, **changed: Any) -> None:
                 **changed,
             }
             (job.folder / "metrics.json").write_text(json.dumps(metrics))
+            tasks = SCORES[row.order][job.config.run.seed]
+            (job.folder / "test_tasks.json").write_text(json.dumps({"accuracy": tasks}))
+            if rotated:
+                (job.folder / ROTATED).mkdir(exist_ok=True)
+                of_test = {**metrics, "test.accuracy": accuracy - 0.01}
+                (job.folder / ROTATED / "metrics.json").write_text(json.dumps(of_test))

@@ -18,7 +18,9 @@ from metalearn.commands.reproduce import run
 from metalearn.commands.reproduce.plan import build_rows
 from metalearn.commands.reproduce.run import FINISHED, UNFINISHED, TimeLimitReached, run_reproduction, time_limit
 from metalearn.commands.reproduce.table import read_rows
+from metalearn.config.options import OmniglotConfig
 from metalearn.config.run_config import to_yaml
+from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import ConfigError, RunError
 from tests.commands.process import words
 from tests.commands.reproduce.factories import ROW, configuration, finish
@@ -147,3 +149,26 @@ def test_code_that_is_not_there_is_named_before_a_run_is_started(tmp_path: Path)
     with pytest.raises(ConfigError, match=r"model\.target=metalearn\.models:Conv5: metalearn\.models has no Conv5"):
         run_reproduction(configuration("seeds=[0]", own), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_finished_runs_are_tested_with_rotated_classes_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: Path
+) -> None:
+    config = configuration("seeds=[0,1]")
+    finish(config, tmp_path, rotated=False)
+    tested = []
+
+    def evaluate(trained: TrainConfig, run_dir: Path, output_dir: Path) -> None:
+        assert isinstance(trained.data, OmniglotConfig)
+        assert trained.data.rotate_test
+        tested.append(run_dir.name)
+        output_dir.mkdir()
+        metrics = json.loads((run_dir / "metrics.json").read_text()) | {"test.accuracy": 0.5}
+        (output_dir / "metrics.json").write_text(json.dumps(metrics))
+
+    monkeypatch.setattr(run, "evaluate_run", evaluate)
+    for _ in range(2):
+        assert run_reproduction(config, tmp_path) == FINISHED
+    assert tested == ["second_order-seed0", "second_order-seed1"]
+    (row,) = read_rows(tmp_path / "omniglot.json")
+    assert row["rotated"]["mean"] == 0.5

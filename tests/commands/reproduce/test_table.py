@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,15 @@ def test_results_are_over_seeds_and_recorded(recorded: Path) -> None:
     ]
     assert (second["iterations"], second["tasks_per_step"], second["minutes"]) == (15_000, 8, 11)
     assert second["machine"] == {"cpu": "a processor", "cores": "2"}
+    assert second["rotated"] == {"mean": pytest.approx(0.973), "ci95": pytest.approx(half), "over": "seeds"}
+    gains = [0.1, 0.2, 0.15]  # of each seed, over the same two tasks
+    of_seeds = 4.302653 * statistics.stdev(gains) / 3**0.5
+    assert second["gain"] == {
+        "mean": pytest.approx(0.15),
+        "ci95": pytest.approx(of_seeds),
+        "runs": pytest.approx(gains),
+    }
+    assert first["gain"] is None
     assert second["published"] == {"accuracy": 0.987, "source": "Finn et al. 2017"}
     assert first["published"] == {"accuracy": 0.983, "source": "Nichol et al. 2018"}
 
@@ -42,18 +52,32 @@ def test_results_are_over_seeds_and_recorded(recorded: Path) -> None:
     assert "old" not in readme
     lines = readme.splitlines()
     line = (
-        f"| 5-way 1-shot, `{ROW}` | second | 98.30% ± {half:.2%} | 3 | 94.30% ± {half:.2%} | 98.7% (Finn et al. 2017) "
-        "| 15,000 of 8 tasks | 11 |"
-    )
-    missing = (
-        "| 20-way 1-shot, `omniglot_20way_1shot` | first | not measured | - | - | 89.4% (Nichol et al. 2018) "
-        "| 60,000 of 16 tasks | - |"
+        f"| 5-way 1-shot, `{ROW}` | second | 98.30% ± {half:.2%} | +15.00 ± {100 * of_seeds:.2f} | 94.30% ± {half:.2%} "
+        f"| 97.30% ± {half:.2%} | 98.7% (Finn et al. 2017) | 15,000 of 8 tasks | 3 | 11 |"
     )
     assert line in lines
-    assert missing in lines
-    assert readme.count("not measured") == 12  # of 4 settings in 3 rows, the measured ones are of other budgets
-    tasks = [line.partition(",")[0] for line in lines if "-way" in line]
-    assert tasks == sorted(tasks, key=lambda task: int(task[2:4].strip("-")) * 10 + int(task.split()[2][0]))
+    assert [line.split(" | ")[1] for line in lines if "-way" in line] == ["second", "first"], (
+        "what was run, and no more"
+    )
+
+
+def test_tasks_of_another_row_come_in_order() -> None:
+    row: dict[str, Any] = {"order": "second", "accuracy": None, "nontransductive": None, "published": None}
+    row |= {"iterations": 1, "tasks_per_step": 1, "seeds": [0], "minutes": 1.0}
+    settings = [(20, 5), (5, 5), (20, 1), (5, 1)]
+    rows = [{**row, "ways": n, "shots": k, "experiment": f"{n}-{k}"} for n, k in settings]
+    found = [line.split("`")[1] for line in readme_table(rows).splitlines()[2:]]
+    assert found == ["5-1", "5-5", "20-1", "20-5"]
+
+
+@pytest.mark.parametrize("damaged", ["", "{}", "[]", '{"accuracy": [1.0]}', None])
+def test_gain_is_left_out_without_the_tasks(damaged: str | None, recorded: Path) -> None:
+    config = configuration("orders=[second,first]")
+    finish(config, recorded / "rows")
+    path = recorded / "rows" / ROW / "first_order-seed1" / "test_tasks.json"
+    path.unlink() if damaged is None else path.write_text(damaged)
+    assert run_reproduction(config, recorded / "rows") == FINISHED
+    assert [row["gain"] for row in read_rows(recorded / "rows" / "omniglot.json")] == [None, None]
 
 
 def test_interval_is_over_tasks_when_one_seed(recorded: Path) -> None:
@@ -62,7 +86,7 @@ def test_interval_is_over_tasks_when_one_seed(recorded: Path) -> None:
     run_reproduction(config, recorded / "rows")
     (row,) = read_rows(recorded / run.REFERENCE)
     assert row["accuracy"] == {"mean": 0.98, "ci95": 0.001, "over": "tasks"}
-    assert "| 98.00% ± 0.10% (over tasks) | 1 |" in (recorded / "README.md").read_text()
+    assert "| 98.00% ± 0.10% (over tasks) | - |" in (recorded / "README.md").read_text()
 
 
 def test_row_is_not_replaced_when_it_has_more_seeds(recorded: Path) -> None:
