@@ -193,10 +193,15 @@ def readme_table(rows: Sequence[Row]) -> str:
     def place(row: Row) -> tuple[Any, ...]:
         return row["ways"], row["shots"], row["experiment"], row["order"] == "first"
 
+    return render("table.md.j2", rows=sorted(rows, key=place))
+
+
+def render(template: str, **values: Any) -> str:
+    """Return one of this command's templates, filled in."""
     loader = PackageLoader("metalearn.commands.reproduce")
     environment = Environment(loader=loader, trim_blocks=True, undefined=StrictUndefined)
     environment.filters.update(interval=format_interval, gain=format_gain, published=format_published)
-    return environment.get_template("table.md.j2").render(rows=sorted(rows, key=place)).rstrip()
+    return environment.get_template(template).render(values).rstrip()
 
 
 def format_interval(estimate: Row | None) -> str:

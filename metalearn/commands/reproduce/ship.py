@@ -1,0 +1,69 @@
+"""Ship a trained model of each setting in ``metalearn/pretrained/``, with a model card.
+
+    python -m metalearn.commands.reproduce.ship outputs/reproduction
+
+Of the recorded rows of a setting, the one with the best mean on validation classes is taken, and of its seeds the one
+that is best there. Test classes choose nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from metalearn.commands.reproduce.plan import SETTINGS
+from metalearn.commands.reproduce.run import REFERENCE
+from metalearn.commands.reproduce.table import read_rows, render
+from metalearn.core import serialization as files
+from metalearn.inference.loading import load
+from metalearn.pretrained.model_file import PRETRAINED
+
+DATA = (
+    "Omniglot (Lake, Salakhutdinov & Tenenbaum 2015, Science 350), 28 x 28 pixels, white on black: 1,100 characters "
+    "and their rotations to train on, 100 to choose the checkpoint, 423 to test (data.split=classic)"
+)
+LICENCE = "MIT, as metalearn's; the data set's own is MIT as well"
+MODEL_CARD = "MODEL_CARD.md"
+
+
+def ship(recorded: Sequence[Mapping[str, Any]], rows_dir: Path, target: Path = PRETRAINED) -> None:
+    """Export a model of every setting that is recorded, and write the model card.
+
+    Args:
+        recorded: rows, as ``read_rows`` returns them.
+        rows_dir: folder of their runs, as ``reproduce`` has made it.
+        target: folder of the models.
+
+    Raises:
+        RunError: if a run is missing or damaged.
+    """
+    models = []
+    for setting in SETTINGS:
+        rows = [row for row in recorded if (row["ways"], row["shots"]) == setting]
+        if not rows:
+            continue
+        row = max(rows, key=lambda row: statistics.fmean(run["validation"] for run in row["runs"]))
+        best = max(row["runs"], key=lambda run: run["validation"])
+        learner = load(rows_dir / row["experiment"] / f"{row['order']}_order-seed{best['seed']}", "cpu")
+        order = f"inner.second_order={str(row['order'] == 'second').lower()}"
+        card = {
+            "name": f"omniglot-{setting[0]}w{setting[1]}s",
+            "data": DATA,
+            "recipe": f"experiment={row['experiment']} {order} run.seed={best['seed']}",
+            "licence": LICENCE,
+            **learner.card,
+        }
+        path = learner.export(target / f"{card['name']}.safetensors", card=card, overwrite=True)
+        content = path.read_bytes()
+        facts = {"mib": len(content) / 2**20, "sha256": hashlib.sha256(content).hexdigest()}
+        models.append({"card": card, "row": row, **facts})
+    text = render("model_card.md.j2", models=models, data=DATA, licence=LICENCE)
+    files.atomic_write_text(target / MODEL_CARD, text + "\n")
+
+
+if __name__ == "__main__":
+    ship(read_rows(REFERENCE), Path(sys.argv[1]))
