@@ -12,11 +12,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from metalearn.core.errors import RunError
 from metalearn.core.types import Forward, Params
-from metalearn.inner import InnerLoop, PrototypeHead, params_at_step
+from metalearn.inner import InnerLoop, MetaCurvature, PrototypeHead, params_at_step
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,37 @@ class PrototypeInitializer:
         first = params_at_step(fast, InnerLoop(lr=1.0, steps=0, per_step_params=self.per_step), 0)
         made = self.head(forward, first, support_x, support_y)
         return {**fast, **{name: made[name] for name in (self.head.weight, self.head.bias)}}
+
+
+@dataclass(frozen=True)
+class CurvatureOfNewHead:
+    """``MetaCurvature`` with a head of other classes than it was learned for.
+
+    Classes are exchangeable, so what is learned along them is taken as the same for each class, and for each pair:
+
+        M = d I + e (1 1^T - I),    d and e the means of the learned diagonal and of the other entries
+    """
+
+    weight: str
+    bias: str
+    ways: int
+
+    def init(self, params: Params) -> Params:
+        """Return what ``MetaCurvature`` learns, for the trained head."""
+        return MetaCurvature().init(params)
+
+    def __call__(self, k: int, grads: Params, learned: Params) -> Params:
+        """Return the gradients of the new head and of all other parameters, multiplied."""
+        matrix, scale = learned[f"{self.weight}/out"], learned[f"{self.bias}/scale"]  # [T, N, N], [T, N]
+        n = matrix.shape[-1]
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
+        others = (matrix.sum((-2, -1)) - n * diagonal) / (n * (n - 1))
+        eye = torch.eye(self.ways, dtype=matrix.dtype, device=matrix.device)
+        resized = {
+            f"{self.weight}/out": diagonal[:, None, None] * eye + others[:, None, None] * (1 - eye),
+            f"{self.bias}/scale": scale.mean(-1, keepdim=True).expand(-1, self.ways),
+        }
+        return MetaCurvature()(k, grads, learned | resized)
 
 
 def inner_for_ways(inner: InnerLoop, ways: int, *, trained: int, algorithm: str, head: Sequence[str]) -> InnerLoop:
@@ -58,8 +90,11 @@ def inner_for_ways(inner: InnerLoop, ways: int, *, trained: int, algorithm: str,
             *(trained, ways, inner.steps),
         )
     weight, bias = head
+    adapted = inner.adapted_params is None or inner.adapted_params & set(head)
     return dataclasses.replace(
-        inner, initializer=PrototypeInitializer(PrototypeHead(weight, bias, ways=ways), inner.per_step_params)
+        inner,
+        initializer=PrototypeInitializer(PrototypeHead(weight, bias, ways=ways), inner.per_step_params),
+        transform=CurvatureOfNewHead(weight, bias, ways) if inner.transform and adapted else inner.transform,
     )
 
 
@@ -71,6 +106,6 @@ def _why_ways_fixed(inner: InnerLoop, algorithm: str, head: Sequence[str]) -> st
         return "the model has no linear head with a bias, which could be built for other classes"
     if inner.learned_lr == "parameter" and (inner.adapted_params is None or inner.adapted_params & set(head)):
         return f"algorithm={algorithm} has learned a step size for every entry of its head, and none for another head"
-    if inner.transform is not None and (inner.adapted_params is None or inner.adapted_params & set(head)):
-        return f"algorithm={algorithm} has learned matrices of the size of its head, and none for another head"
+    if type(inner.transform) not in (type(None), MetaCurvature):
+        return f"{type(inner.transform).__name__} has learned what fits this head, and may not fit another"
     return None

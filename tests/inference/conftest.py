@@ -26,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Untrained checkpoints of other algorithms, by name."""
     folder = tmp_path_factory.mktemp("runs")
-    names = ["anil", "boil", "meta_sgd", "reptile", "maml_pp", "imaml", "protonet", "cavia"]
+    names = ["anil", "boil", "meta_sgd", "meta_curvature", "reptile", "maml_pp", "imaml", "protonet", "cavia"]
     return {name: untrained(folder / name, f"algorithm={name}") for name in names}
 
 

@@ -20,7 +20,8 @@ from metalearn import Learner, Params
 from metalearn.core.errors import ConfigError, DataError, MetalearnError, RunError
 from metalearn.inference.inputs import as_images
 from metalearn.inference.learner import NotAdaptedError
-from metalearn.inner import predict
+from metalearn.inference.new_head import CurvatureOfNewHead
+from metalearn.inner import MetaCurvature, predict
 from metalearn.inner.batch_norm_statistics import statistics_at, with_fixed_statistics
 from tests.inference.factories import NAMES, checkpoint, network, query, scaled, support
 from tests.training.run_folders import untrained
@@ -165,7 +166,8 @@ def test_queries_are_predicted_in_chunks(run: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("name", "ways"), [("maml", 2), *((name, 7) for name in ("maml", "anil", "boil", "reptile", "imaml", "maml_pp"))]
+    ("name", "ways"),
+    [("maml", 2), *((name, 7) for name in ("maml", "anil", "boil", "meta_curvature", "reptile", "imaml", "maml_pp"))],
 )
 def test_head_starts_at_prototypes_when_ways_differ(
     name: str, ways: int, run: Path, runs: dict[str, Path], caplog: pytest.LogCaptureFixture
@@ -187,6 +189,24 @@ def test_head_starts_at_prototypes_when_ways_differ(
     proba = learner.predict_proba(query(ways))
     assert proba.shape == (2 * ways, ways)
     torch.testing.assert_close(proba.sum(dim=1), torch.ones(2 * ways))
+
+
+@pytest.mark.parametrize("ways", [3, 5])
+def test_learned_curvature_treats_the_classes_of_a_new_head_alike(ways: int) -> None:
+    grads = {"w": torch.randn(2, ways, 4), "b": torch.randn(2, ways), "other": torch.randn(2, 3, 4)}
+    start = CurvatureOfNewHead("w", "b", ways).init({name: g[0] for name, g in grads.items()})
+    learned = {name: torch.randn(2, *m.shape) for name, m in start.items()}
+    trained, other = learned | {"w/out": torch.randn(2, 5, 5), "b/scale": torch.randn(2, 5)}, torch.randperm(ways)
+    curvature = CurvatureOfNewHead("w", "b", ways)
+    got = curvature(0, grads, trained)
+    permuted = curvature(0, grads | {"w": grads["w"][:, other], "b": grads["b"][:, other]}, trained)
+    torch.testing.assert_close(permuted, got | {"w": got["w"][:, other], "b": got["b"][:, other]})
+    torch.testing.assert_close(got["other"], MetaCurvature()(0, grads, learned)["other"])
+    # What is the same for every class and every pair is kept as it is.
+    symmetric = 0.3 * torch.eye(5) + 0.7 * torch.ones(5, 5)
+    alike = learned | {"w/out": symmetric.expand(2, 5, 5), "b/scale": torch.full((2, 5), 1.5)}
+    expected = learned | {"w/out": symmetric[:ways, :ways].expand(2, -1, -1), "b/scale": torch.full((2, ways), 1.5)}
+    torch.testing.assert_close(curvature(0, grads, alike), MetaCurvature()(0, grads, expected))
 
 
 def test_trained_head_is_used_when_ways_are_equal(run: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -27,7 +27,7 @@ from tests.training.run_folders import run as train
 
 OMNIGLOT = OmniglotConfig("omniglot", "/home/me/drawings", None, "classic", True, False)
 IMAGES = ImagesConfig("images", "/home/me/drawings", 28, 1, [0.6, 0.2, 0.2], 0, "stop")
-NAMES = ("maml", "meta_sgd", "maml_pp", "protonet", "cavia")
+NAMES = ("maml", "meta_sgd", "meta_curvature", "maml_pp", "protonet", "cavia")
 
 
 @pytest.mark.parametrize("name", NAMES)
