@@ -64,6 +64,7 @@ class Learner:
     """A trained model that adapts to new classes, made by ``load``. Only ``adapt`` and ``restore`` change it.
 
     Args:
+        run_dir: the run's folder, or the model's file.
         theta: meta-parameters, learned step sizes and running statistics.
         head: names of weight and bias of the last linear layer.
         iteration: meta-steps of training before the checkpoint.

@@ -24,13 +24,13 @@ from metalearn.training.experiment import build_algorithm, build_metric, build_m
 from metalearn.training.state import preserve_rng_state, seed_all
 
 
-def load(run: str | Path, device: str = "auto", *, trust_code: bool = False) -> Learner:
+def load(run_dir: str | Path, device: str = "auto", *, trust_code: bool = False) -> Learner:
     """Load a trained model, ready to adapt; its data set is not needed.
 
     Args:
-        run: the name of a shipped model, ``"omniglot-5w1s"``, ``"omniglot-5w5s"``, ``"omniglot-20w1s"`` or
-            ``"omniglot-20w5s"``; a finished or running training's folder, with its ``config.yaml`` and
-            ``checkpoints/``; or a file that ``Learner.export`` has written. A path that exists counts more than a name.
+        run_dir: the folder of a finished or running training, with its ``config.yaml`` and ``checkpoints/``; a file of
+            ``Learner.export``; or the name of a shipped model: ``omniglot-5w1s``, ``omniglot-5w5s``, ``omniglot-20w1s``
+            or ``omniglot-20w5s``. A path that exists counts more than a name.
         device: ``auto`` (the GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         trust_code: whether to run the user's own code that ``config.yaml`` names (``model=custom`` and its kind), if
             any. Data of ``data=custom`` are made again, for the shape of an example.
@@ -39,7 +39,7 @@ def load(run: str | Path, device: str = "auto", *, trust_code: bool = False) -> 
         RunError: if there is no such model, or it is missing a checkpoint or damaged.
         ConfigError: if its configuration cannot be read or names code without ``trust_code``, or the device is missing.
     """
-    source = find_run(run)
+    source = find_run(run_dir)
     if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]*))?", device):
         raise ConfigError(f"device={device}: must be auto, cpu, cuda or cuda:N")
     config = load_trusted_config(source, trust_code=trust_code, how="metalearn.load(run, trust_code=True)")
