@@ -25,7 +25,10 @@ from tests.paths import REPO
 
 PATH = REPO / "README.md"
 README = PATH.read_text()
-EXTENDING = ("Your own model", "Your own data", "Your own update rule", "Your own algorithm", "In a plain loop")
+EXTENDING = (
+    *("Your own model", "Your own data", "Your own update rule", "Your own preconditioner", "Your own algorithm"),
+    "In a plain loop",
+)
 FRAGMENTS = ("Why `create_graph=True` is what makes MAML second-order", "Adapt to your own images")
 
 
