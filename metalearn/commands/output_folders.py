@@ -159,7 +159,7 @@ def _comparison_name(*, _root_: Any) -> str:
 
 def run_dir_errors(run: str) -> list[str]:
     """Return what is wrong with ``run.dir`` as a run's folder, a model file or the name of a shipped model."""
-    if (Path(run) / COMPARISON_FILE).is_file():
+    if (Path(run).expanduser() / COMPARISON_FILE).is_file():
         return [f"run.dir={run}: a comparison's folder; name one of the runs in it"]
     try:
         find_run(run)
@@ -170,4 +170,5 @@ def run_dir_errors(run: str) -> list[str]:
 
 def _evaluations_dir(run: str) -> str:
     """Return the folder of a run's tests: in the run's own, or below outputs/ for one that is a file."""
-    return f"{run}/evaluations" if Path(run).is_dir() else f"outputs/evaluations/{Path(run).stem}"
+    path = Path(run).expanduser()
+    return f"{path}/evaluations" if (path / "config.yaml").is_file() else f"outputs/evaluations/{path.stem}"

@@ -90,7 +90,7 @@ class EvaluateEvalConfig(Section):
 class EvaluateDataConfig(Section):
     """Where the data lies now, and which protocol is tested."""
 
-    root: Annotated[Text | None, Doc("holds omniglot-py/; null: as in the run, or METALEARN_DATA if that is gone")]
+    root: Annotated[Text | None, Doc("holds omniglot-py/; null: as in the run, or METALEARN_DATA if it is not there")]
     rotate_test: Annotated[Bool | None, Doc("of Omniglot: rotate test classes as well; null: as in the run")]
 
 

@@ -208,7 +208,7 @@ def relocate_data(data: AnyData, root: str | None, *, rotate_test: bool | None =
             kind = "your own data" if isinstance(data, CustomDataConfig) else "embedded"
             raise ConfigError(f"data.root={root}: the run was trained on {data.name}, which is {kind}; leave it out")
         return data
-    recorded = data.root if data.root is None or Path(data.root).is_dir() else os.environ.get("METALEARN_DATA")
+    recorded = data.root if data.root and Path(data.root).is_dir() else os.environ.get("METALEARN_DATA")
     return replace(data, root=root or recorded or data.root, fallback=None)
 
 

@@ -45,7 +45,7 @@ from metalearn.inference.new_head import inner_for_ways
 from metalearn.inference.weights_file import AdaptedModel, CheckpointOrigin, read_weights, write_weights
 from metalearn.inner import adapt, meta_params_at_step, predict
 from metalearn.inner.batch_norm_statistics import is_norm_statistic, statistics_at
-from metalearn.pretrained.model_file import ModelRecord, model_bytes, read_card, tensor_digest
+from metalearn.pretrained.model_file import ModelRecord, model_bytes, tensor_digest
 from metalearn.training.evaluation import predict_nontransductive
 from metalearn.training.experiment import build_metric
 from metalearn.training.runtime.precision import precision_context
@@ -71,6 +71,8 @@ class Learner:
         validation_score: accuracy of the checkpoint on validation classes, a fraction; for a regression the error.
         example_shape: of one input: ``[channels, height, width]``, or ``[1]`` for sinusoids.
         outputs: size of the model's output.
+        card: about the model's test, as ``metrics.json`` has it; a shipped model adds data, recipe and licence. Empty
+            if the checkpoint was not tested.
 
     Example: ``metalearn.load(run).adapt(support, ["cat", "cat", "dog"]).predict(images)``
     """
@@ -86,15 +88,8 @@ class Learner:
     validation_score: float
     example_shape: torch.Size
     outputs: int
+    card: Mapping[str, Any] = field(repr=False)
     _adapted: AdaptedModel | None = field(default=None, init=False, repr=False)
-
-    @property
-    def card(self) -> Mapping[str, Any]:
-        """About the model's test, as ``metrics.json``; a shipped model adds data, recipe and licence.
-
-        Empty while the run is not finished.
-        """
-        return read_card(self.run_dir)
 
     @property
     def is_regression(self) -> bool:
@@ -157,8 +152,8 @@ class Learner:
     def adapt(self, images: Examples, labels: Examples | Iterable[Any], *, steps: int | None = None) -> Learner:
         """Adapt the checkpoint to these classes by the run's algorithm, replacing earlier classes; return the learner.
 
-        If the number of classes differs from ``task.ways``, the head is built from the classes' mean embeddings
-        (``PrototypeHead``) and then adapted by the usual steps.
+        Fewer classes than ``task.ways`` take as many outputs of the trained head; for more, a head is built from the
+        classes' mean embeddings (``PrototypeHead``). The usual steps follow.
 
         Args:
             images: support set ``[S, C, H, W]`` (or ``[S, H, W]`` if C is 1), uint8 or floating point in [0, 1]; for a
@@ -257,11 +252,12 @@ class Learner:
     def export(self, path: str | Path, *, card: Mapping[str, Any] | None = None, overwrite: bool = False) -> Path:
         """Save the trained model itself, not adapted, as a safetensors file, which ``load`` takes like a run's folder.
 
-        It holds the meta-parameters, the configuration without the paths of this machine, and a digest of all that.
+        It holds the meta-parameters, the configuration without the folders of data (options of ``custom`` ones stay as
+        they are), the card, and a digest of all that.
 
         Args:
             path: of the file; missing folders are created.
-            card: what to say about the model, as JSON; ``None``: the figures of the run's test.
+            card: what to say about the model, values that JSON has; ``None``: this learner's.
             overwrite: whether it may replace a file.
 
         Raises:
@@ -269,10 +265,14 @@ class Learner:
         """
         target = Path(path).expanduser()
         files.check_new_file(target, "model.safetensors", overwrite=overwrite)
+        files.atomic_write_bytes(target, self.to_bytes(card))
+        return target
+
+    def to_bytes(self, card: Mapping[str, Any] | None = None) -> bytes:
+        """Return the content of the file that ``export`` writes."""
         about = self.card if card is None else card
         record = ModelRecord(to_yaml(without_paths(self.config)), self.iteration, self.validation_score, about)
-        files.atomic_write_bytes(target, model_bytes(self.theta, record))
-        return target
+        return model_bytes(self.theta, record)
 
     def restore(self, path: str | Path) -> Learner:
         """Load the adapted weights that ``save`` wrote, in place of adapting; return the learner.

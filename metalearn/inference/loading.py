@@ -17,7 +17,7 @@ from metalearn.core.module_parts import module_parts
 from metalearn.core.types import Episodes
 from metalearn.inference.inputs import example_shape
 from metalearn.inference.learner import Learner
-from metalearn.pretrained.model_file import find_run
+from metalearn.pretrained.model_file import find_run, read_card
 from metalearn.training.checkpoints import load_best
 from metalearn.training.evaluation import collect_norm_statistics
 from metalearn.training.experiment import build_algorithm, build_metric, build_model, build_samplers, resolve_device
@@ -30,7 +30,7 @@ def load(run_dir: str | Path, device: str = "auto", *, trust_code: bool = False)
     Args:
         run_dir: the folder of a finished or running training, with its ``config.yaml`` and ``checkpoints/``; a file of
             ``Learner.export``; or the name of a shipped model: ``omniglot-5w1s``, ``omniglot-5w5s``, ``omniglot-20w1s``
-            or ``omniglot-20w5s``. A path that exists counts more than a name.
+            or ``omniglot-20w5s``. A run that exists under this path counts more than a name.
         device: ``auto`` (the GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         trust_code: whether to run the user's own code that ``config.yaml`` names (``model=custom`` and its kind), if
             any. Data of ``data=custom`` are made again, for the shape of an example.
@@ -61,7 +61,7 @@ def load(run_dir: str | Path, device: str = "auto", *, trust_code: bool = False)
     head = module_parts(module).head
     return Learner(
         *(source, config, torch_device, forward, best.params, algorithm, head),
-        *(best.iteration, best.validation_score, shape, outputs),
+        *(best.iteration, best.validation_score, shape, outputs, read_card(source, best.iteration)),
     )
 
 

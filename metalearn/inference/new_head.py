@@ -1,8 +1,11 @@
-"""Adapt to another number of classes than in training: build a new head from the support set, if the algorithm can.
+"""Adapt to another number of classes than in training, if the algorithm can.
+
+Fewer classes take as many outputs of the trained head: classes are exchangeable, as tasks number them at random. More
+classes need a new head, which is built from the support set:
 
     w_n = 2 c_n,    b_n = -|c_n|^2,    c_n = mean of f(x) over the support examples of class n
 
-(Snell et al. 2017, arXiv 1703.05175, eq. 8.) The algorithm's usual inner steps start from that head.
+(Snell et al. 2017, arXiv 1703.05175, eq. 8.) The algorithm's usual inner steps start from either.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from metalearn.core.errors import RunError
 from metalearn.core.types import Forward, Params
-from metalearn.inner import InnerLoop, MetaCurvature, PrototypeHead, params_at_step
+from metalearn.inner import Initializer, InnerLoop, MetaCurvature, PrototypeHead, params_at_step
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,22 @@ class PrototypeInitializer:
 
 
 @dataclass(frozen=True)
+class FirstOutputs:
+    """An initializer for ``InnerLoop``: the first outputs of the trained head, and all other parameters of theta."""
+
+    head: tuple[str, ...]
+    ways: int
+    per_step: frozenset[str]
+
+    def __call__(self, forward: Forward, fast: Params, support_x: Tensor, support_y: Tensor) -> Params:
+        """Return ``fast`` with the smaller head."""
+        return {
+            **fast,
+            **{name: fast[name].narrow(2 if name in self.per_step else 1, 0, self.ways) for name in self.head},
+        }
+
+
+@dataclass(frozen=True)
 class CurvatureOfNewHead:
     """``MetaCurvature`` with a head of other classes than it was learned for.
 
@@ -56,7 +75,7 @@ class CurvatureOfNewHead:
         """Return what ``MetaCurvature`` learns, for the trained head."""
         return MetaCurvature().init(params)
 
-    def __call__(self, k: int, grads: Params, learned: Params) -> Params:
+    def apply(self, k: int, grads: Params, learned: Params) -> Params:
         """Return the gradients of the new head and of all other parameters, multiplied."""
         matrix, scale = learned[f"{self.weight}/out"], learned[f"{self.bias}/scale"]  # [T, N, N], [T, N]
         n = matrix.shape[-1]
@@ -67,7 +86,7 @@ class CurvatureOfNewHead:
             f"{self.weight}/out": diagonal[:, None, None] * eye + others[:, None, None] * (1 - eye),
             f"{self.bias}/scale": scale.mean(-1, keepdim=True).expand(-1, self.ways),
         }
-        return MetaCurvature()(k, grads, learned | resized)
+        return MetaCurvature().apply(k, grads, learned | resized)
 
 
 def inner_for_ways(inner: InnerLoop, ways: int, *, trained: int, algorithm: str, head: Sequence[str]) -> InnerLoop:
@@ -83,18 +102,26 @@ def inner_for_ways(inner: InnerLoop, ways: int, *, trained: int, algorithm: str,
             f"{ways} classes, and the run was trained for task.ways={trained}: {why}. Give {trained} classes, train "
             f"with task.ways={ways}, or use another algorithm, such as maml or protonet."
         )
-    if inner.initializer is None:  # ProtoNet builds its head so for any number of classes
-        log.warning(
-            "The run was trained for %d classes, and these are %d: the head was built from the classes' mean "
-            "embeddings (prototypes), and %d inner steps follow.",
-            *(trained, ways, inner.steps),
-        )
     weight, bias = head
+    initializer: Initializer = PrototypeInitializer(PrototypeHead(weight, bias, ways=ways), inner.per_step_params)
+    if inner.initializer is None:  # else it is ProtoNet's, which builds its head for any number of classes
+        how = "the head was built from the classes' mean embeddings (prototypes)"
+        if ways < trained:
+            initializer, how = (
+                FirstOutputs((weight, bias), ways, inner.per_step_params),
+                "as many outputs of the trained head were taken",
+            )
+        log.warning(
+            "The run was trained for %d classes, and these are %d: %s, and %d inner steps follow.",
+            *(trained, ways, how, inner.steps),
+        )
     adapted = inner.adapted_params is None or inner.adapted_params & set(head)
     return dataclasses.replace(
         inner,
-        initializer=PrototypeInitializer(PrototypeHead(weight, bias, ways=ways), inner.per_step_params),
-        transform=CurvatureOfNewHead(weight, bias, ways) if inner.transform and adapted else inner.transform,
+        initializer=initializer,
+        transform=CurvatureOfNewHead(weight, bias, ways)
+        if inner.transform is not None and adapted
+        else inner.transform,
     )
 
 

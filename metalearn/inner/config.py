@@ -115,10 +115,11 @@ class InnerLoop:
                 if (value := getattr(self, name)) is not None:
                     object.__setattr__(self, name, convert(value))
         self._check_rule()
-        if isinstance(self.transform, type) or not (self.transform is None or hasattr(self.transform, "init")):
+        has_methods = all(callable(getattr(self.transform, name, None)) for name in ("init", "apply"))
+        if self.transform is not None and (isinstance(self.transform, type) or not has_methods):
             raise ValueError(
-                f"InnerLoop: transform={self.transform!r}; it must be an object with init and a call, such as "
-                "metalearn.inner.MetaCurvature(), or None."
+                f"InnerLoop: transform={self.transform!r}; it must be an object with the methods init and apply, such "
+                "as metalearn.inner.MetaCurvature(), or None."
             )
         for setting in ("adapted_params", "per_step_params"):
             if isinstance(value := getattr(self, setting), str):
@@ -154,8 +155,8 @@ class InnerLoop:
     @property
     def is_plain_sgd(self) -> bool:
         """True if a step is theta - lr * g with a fixed step size, and nothing else."""
-        extras = (self.learned_lr, self.transform, self.weight_decay, self.clip_norm, self.proximal_weight)
-        return type(self.rule) is SGD and not any(extras)
+        extras = (self.learned_lr, self.weight_decay, self.clip_norm, self.proximal_weight)
+        return type(self.rule) is SGD and self.transform is None and not any(extras)
 
     @property
     def query_loss_weights(self) -> tuple[float, ...]:

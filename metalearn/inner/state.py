@@ -21,7 +21,14 @@ from metalearn.core.types import Forward, Params
 from metalearn.inner.batch_norm_statistics import is_norm_statistic
 from metalearn.inner.config import InnerLoop
 from metalearn.inner.transforms import GradientTransform
-from metalearn.inner.update_rules import SEPARATOR, broadcast_over_params, clip_by_norm, state_key, without_state
+from metalearn.inner.update_rules import (
+    SEPARATOR,
+    UpdateRule,
+    broadcast_over_params,
+    clip_by_norm,
+    state_key,
+    without_state,
+)
 
 InnerState = Params
 """Fast weights and other entries that T tasks pass from one inner step to the next, each ``[T, ...]``."""
@@ -73,7 +80,13 @@ def _initial_transform(theta: Params, inner: InnerLoop) -> Params:
         return {}
     params = meta_params_at_step(theta, inner)
     adapted = {name: params[name].detach() for name in adapted_param_names(params, inner)}
-    return {state_key(_TRANSFORM, name): w for name, w in inner.transform.init(adapted).items()}
+    learned, device = inner.transform.init(adapted), next((p.device for p in adapted.values()), None)
+    if elsewhere := [name for name, w in learned.items() if w.device != device]:
+        raise ValueError(
+            f"the transform {type(inner.transform).__name__}: init made {elsewhere[0]!r} on the device "
+            f"{learned[elsewhere[0]].device}, and the parameters are on {device}; make it with device=p.device."
+        )
+    return {state_key(_TRANSFORM, name): w for name, w in learned.items()}
 
 
 def with_per_step_params(theta: Params, inner: InnerLoop) -> Params:
@@ -93,7 +106,7 @@ def init_state(forward: Forward, theta: Params, support_x: Tensor, support_y: Te
         fast = {name: w.view_as(w) for name, w in {**fast, **initial}.items()}
     adapted = {name: fast[name] for name in adapted_param_names(fast, inner)}
     anchors = {state_key(_ANCHOR, name): w for name, w in adapted.items()} if inner.proximal_weight else {}
-    with _check_stateless(inner):
+    with _check_stateless("rule", inner.rule):
         rule_state = inner.rule.init(adapted)
     if not isinstance(rule_state, dict) or any(SEPARATOR not in name for name in rule_state):
         raise ValueError(
@@ -134,7 +147,7 @@ def apply_update(state: InnerState, grads: Params, inner: InnerLoop, k: int) -> 
         grads = _apply_transform(transform, state, grads, k)
     # The direction of the update rule
     rule_state = {n: w for n, w in state.items() if SEPARATOR in n and not n.startswith(_OUTSIDE_THE_RULE)}
-    with _check_stateless(inner):
+    with _check_stateless("rule", inner.rule):
         output = inner.rule.update(k, grads, rule_state)
     directions, rule_state = _check_rule_output(inner, grads, output)
     # theta_{k+1} = theta_k - alpha * d_k
@@ -145,23 +158,27 @@ def apply_update(state: InnerState, grads: Params, inner: InnerLoop, k: int) -> 
 def _apply_transform(transform: GradientTransform, state: InnerState, grads: Params, k: int) -> Params:
     prefix = state_key(_TRANSFORM, "")
     learned = {name.removeprefix(prefix): w for name, w in state.items() if name.startswith(prefix)}
-    transformed = transform(k, grads, learned)
+    with _check_stateless("transform", transform):
+        transformed = transform.apply(k, grads, learned)
+    if not isinstance(transformed, dict):
+        raise TypeError(f"the transform {type(transform).__name__}: apply must return a dictionary of tensors.")
     _check_directions(f"the transform {type(transform).__name__}", grads, transformed)
     return transformed
 
 
 @contextmanager
-def _check_stateless(inner: InnerLoop) -> Iterator[None]:
-    """Check that a rule does not change itself: engines that recompute a step would find it changed."""
-    before = dict(getattr(inner.rule, "__dict__", {}))
+def _check_stateless(kind: str, used: UpdateRule | GradientTransform) -> Iterator[None]:
+    """Check that a rule or transform does not change itself: engines that recompute a step would find it changed."""
+    before = dict(getattr(used, "__dict__", {}))
     yield
-    after = getattr(inner.rule, "__dict__", {})
+    after = getattr(used, "__dict__", {})
     for name, value in after.items():
         is_new = name not in before and any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
         if is_new or (name in before and value is not before[name]):
             raise ValueError(
-                f"the rule {type(inner.rule).__name__} keeps {name!r} on itself, and engines that take a step again "
-                "would find it changed. Return it in the state, under a name of metalearn.inner.state_key(kind, name)."
+                f"the {kind} {type(used).__name__} keeps {name!r} on itself, and engines that take a step again would "
+                "find it changed. Let a rule return it in its state, under a name of metalearn.inner.state_key(kind, "
+                "name)."
             )
 
 
@@ -244,6 +261,8 @@ def check_params_match_config(theta: Params, inner: InnerLoop, *, training: bool
 
 def _check_transform(theta: Params, inner: InnerLoop) -> None:
     """Check that theta has what the transform learns, in its shapes, and nothing of another."""
+    if inner.transform is None and not any(name.startswith(state_key(_TRANSFORM, "")) for name in theta):
+        return
     on_meta = {name: torch.empty_like(p, device="meta") for name, p in theta.items()}
     expected = {name: tuple(w.shape) for name, w in _initial_transform(on_meta, inner).items()}
     given = {name: tuple(w.shape) for name, w in theta.items() if name.startswith(state_key(_TRANSFORM, ""))}
@@ -251,8 +270,8 @@ def _check_transform(theta: Params, inner: InnerLoop) -> None:
         if given.get(name) != expected.get(name):
             raise ValueError(
                 f"params[{name!r}] is {given.get(name, 'missing')}, and should be {expected.get(name, 'absent')} with "
-                f"transform={inner.transform!r}: make params with metalearn.with_transform(theta, inner), which adds "
-                "what a transform learns."
+                f"transform={inner.transform!r}: metalearn.with_transform(theta, inner) adds what a transform learns; "
+                "leave out what is of another."
             )
 
 

@@ -17,15 +17,15 @@ from metalearn.core.types import Params
 
 
 class GradientTransform(Protocol):
-    """Maps gradients to gradients, for T tasks at once. Make it a frozen dataclass: it is part of the settings."""
+    """Maps gradients to gradients, for T tasks at once. Make it a frozen dataclass: it keeps nothing between steps."""
 
     def init(self, params: Params) -> Params:
         """Return the learned tensors to begin with, under names of its own, from the adapted parameters ``[...]``.
 
-        It is also called with tensors of the device ``meta``, where names and shapes alone count.
+        They are on the device of the parameters, which may be ``meta``, where names and shapes alone count.
         """
 
-    def __call__(self, k: int, grads: Params, learned: Params) -> Params:
+    def apply(self, k: int, grads: Params, learned: Params) -> Params:
         """Return the gradients of step k, counted from 0, transformed by differentiable operations.
 
         The gradients, the learned tensors and the result are ``[T, ...]``.
@@ -55,7 +55,7 @@ class MetaCurvature:
                 learned[f"{name}/{mode}"] = torch.eye(size, dtype=p.dtype, device=p.device)
         return learned
 
-    def __call__(self, k: int, grads: Params, learned: Params) -> Params:
+    def apply(self, k: int, grads: Params, learned: Params) -> Params:
         """Return the products."""
         return {name: _multiply_modes(g, name, learned) for name, g in grads.items()}
 

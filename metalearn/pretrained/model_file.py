@@ -53,23 +53,26 @@ def pretrained_models() -> list[str]:
 def find_run(run: str | Path) -> Path:
     """Return the path of a run's folder or of a model file; the name of a shipped model is that of its file.
 
-    A path that exists counts more than a name.
+    A run that exists under this path counts more than a name.
 
     Raises:
         RunError: if it is neither.
     """
-    path = Path(run).expanduser()
+    try:
+        path = Path(run).expanduser()
+    except RuntimeError as error:  # the home of an unknown user
+        raise RunError(f"{run}: {error}") from None
     if path.is_file() or (path / "config.yaml").is_file():
         return path
-    if path.exists():
-        raise RunError(f"{run}: not a run's folder, as it holds no config.yaml; name one that training has made.")
     shipped = pretrained_models()
     if str(run) in shipped:
         return PRETRAINED / f"{run}.safetensors"
-    near = "".join(f" Did you mean {name}?" for name in difflib.get_close_matches(str(run), shipped, n=1))
+    if path.exists():
+        raise RunError(f"{run}: not a run's folder, as it holds no config.yaml; name one that training has made.")
+    near = "".join(f" Did you mean {name}?" for name in difflib.get_close_matches(Path(run).name, shipped, n=1))
     raise RunError(
         f"{run}: there is no such folder of a run, and no such model.{near} Name a folder that training has made, a "
-        f"file of Learner.export, or a shipped model: {', '.join(shipped)}."
+        f"file of Learner.export, or a shipped model ({', '.join(shipped) or 'none here'})."
     )
 
 
@@ -86,8 +89,8 @@ def read_record(path: Path) -> ModelRecord:
         raise _unreadable(path, error) from error
 
 
-def read_card(run: Path) -> Mapping[str, Any]:
-    """Return what a model file says about its test, or a run's ``metrics.json``; nothing if the run is not finished.
+def read_card(run: Path, iteration: int) -> Mapping[str, Any]:
+    """Return the card of a model file, or ``metrics.json`` of a run whose checkpoint of ``iteration`` was tested.
 
     Raises:
         RunError: if either is damaged.
@@ -96,9 +99,13 @@ def read_card(run: Path) -> Mapping[str, Any]:
         return read_record(run).card
     path = run / "metrics.json"
     try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
+        metrics = dict(json.loads(path.read_text())) if path.exists() else {}
     except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{path} does not hold the metrics of a finished run ({error}).") from error
+        raise RunError(
+            f"{path} does not hold the metrics of a finished run ({error}). Restore it; or remove it, and resume the "
+            "run, which tests it again."
+        ) from error
+    return metrics if metrics.get("validation.best_iteration") == iteration else {}
 
 
 def read_model(path: Path) -> tuple[Params, ModelRecord]:
@@ -167,11 +174,14 @@ def _parse(metadata: Mapping[str, str], path: Path) -> ModelRecord:
             metadata["config.yaml"],
             int(metadata["iteration"]),
             float(metadata["validation_score"]),
-            json.loads(metadata["card"]),
+            dict(json.loads(metadata["card"])),
         )
-    except (KeyError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged: its metadata are incomplete ({error!r}). Copy it again.") from error
 
 
 def _unreadable(path: Path, error: Exception) -> RunError:
-    return RunError(f"{path} cannot be read as a safetensors file ({error}); it is damaged, or another kind.")
+    return RunError(
+        f"{path} cannot be read as a safetensors file ({error}); it is damaged, or of another kind: name a file that "
+        "Learner.export or Learner.save has written."
+    )

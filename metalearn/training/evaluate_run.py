@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from metalearn.config.options import OmniglotConfig
 from metalearn.config.schema import TaskConfig, TrainConfig
 from metalearn.core import serialization as files
-from metalearn.core.profiling.hardware import describe_hardware
+from metalearn.core.profiling.hardware import checkout_commit, describe_hardware
 from metalearn.core.profiling.memory import MIB
 from metalearn.core.types import Params
 from metalearn.training.checkpoints import load_best
@@ -97,6 +98,7 @@ def accuracy_metrics(experiment: Experiment, result: Evaluation) -> dict[str, An
         "device": f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
         "seed": config.run.seed,
         "task": _describe_task(config.task, experiment.metric),
+        "rotate_test": _rotates_test(config),
         "score": name,
         f"test.{name}": result.final.mean,
         "test.ci95": result.final.ci95,
@@ -111,7 +113,7 @@ def accuracy_metrics(experiment: Experiment, result: Evaluation) -> dict[str, An
 
 
 def cost_metrics(meter: Meter, *, total_s: float) -> dict[str, Any]:
-    """Return a training's memory in MiB, times in milliseconds and seconds, and hardware for ``metrics.json``."""
+    """Return a training's memory (MiB), times (ms, s), hardware and commit for ``metrics.json``."""
     return {
         "memory.peak_mib": meter.peak_bytes / MIB,
         "memory.kind": "cuda" if meter.device.type == "cuda" else "cpu-tensors",
@@ -121,6 +123,7 @@ def cost_metrics(meter: Meter, *, total_s: float) -> dict[str, Any]:
         "time.checkpoint_s": meter.checkpoint_s,
         "time.total_s": total_s,
         **{f"machine.{name}": value for name, value in describe_hardware(meter.device).items()},
+        "commit": checkout_commit(),
     }
 
 
@@ -162,7 +165,8 @@ def accuracy_rows(experiment: Experiment, result: Evaluation) -> dict[str, str]:
     backend = "" if config.algorithm.backend == "metalearn" else f", by {config.algorithm.backend}"
     steps = "  ".join(f"{k}: {metric.format(estimate.mean, digits=1)}" for k, estimate in enumerate(result.per_step))
     rows = {
-        "task": f"{experiment.dataset}, {_describe_task(config.task, metric)}",
+        "task": f"{experiment.dataset}, {_describe_task(config.task, metric)}"
+        + (", rotated test classes" if _rotates_test(config) else ""),
         "algorithm": f"{config.algorithm.label}{_describe_engine(experiment)}{precision}{backend}",
         f"test {metric.name}": f"{result.final.format(metric)} (95% CI, {result.episodes} tasks, {last} inner steps)",
         "after each inner step": steps,
@@ -185,6 +189,10 @@ def cost_rows(metrics: dict[str, Any]) -> dict[str, str]:
         "peak memory": f"{metrics['memory.peak_mib']:.1f} MiB ({kinds[metrics['memory.kind']]})",
         "total time": f"{metrics['time.total_s'] / 60:.1f} min",
     }
+
+
+def _rotates_test(config: TrainConfig) -> bool:
+    return isinstance(config.data, OmniglotConfig) and config.data.rotate_test
 
 
 def _describe_task(task: TaskConfig, metric: Metric) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from metalearn.config.run_config import resolve_resume, to_yaml
-from metalearn.config.schema import TrainConfig
-from metalearn.core.errors import RunError
+from metalearn.config.run_config import load_trusted_config, resolve_resume, to_yaml
+from metalearn.config.schema import TrainConfig, iter_fields
+from metalearn.core.errors import ConfigError, RunError
 from metalearn.core.types import Params
 from metalearn.pretrained.model_file import find_run
 from metalearn.training.checkpoints import claim_folder, load_best, load_latest, remove_unfinished, restore_best
@@ -81,9 +81,20 @@ def _load_initial(source: Path, run_dir: Path, theta: Params, device: torch.devi
     try:
         best = load_best(found, like=theta, device=device)
     except RunError as error:
-        raise RunError(f"run.init_from={source}: {error}") from error
+        raise RunError(f"run.init_from={source}: {error}{_describe_model(found)}") from error
     log.info("Starting from the best parameters of %s, those of its meta-step %d", source, best.iteration)
     return best
+
+
+def _describe_model(run: Path) -> str:
+    """Return the keys that a run must have to take another's parameters, as that has them."""
+    try:
+        config = load_trusted_config(run, trust_code=True)  # nothing of it is run
+    except (ConfigError, RunError):
+        return ""
+    model = " ".join(f"{key}={value}" for key, value in iter_fields(config.model, "model.") if key != "model.name")
+    keys = f"algorithm={config.algorithm.name} task.ways={config.task.ways} model={config.model.name} {model}"
+    return f" It was trained with {keys.strip()}."
 
 
 def restore_run(state: TrainState, meter: Meter, status: RunStatus) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from metalearn.config.run_config import changed_keys, to_yaml
 from metalearn.config.schema import TrainConfig, result_keys
 from metalearn.core.errors import ConfigError, RunError, TerminatedError
-from metalearn.core.profiling.hardware import configure_malloc
+from metalearn.core.profiling.hardware import checkout_commit, configure_malloc
 from metalearn.training.auto_engine import choose_kernels, resolve_auto_engine
 from metalearn.training.checkpoints import Checkpointer
 from metalearn.training.evaluate_run import (
@@ -72,6 +72,7 @@ def train(config: TrainConfig, run_dir: Path) -> None:
     """
     started_at = time.perf_counter()
     configure_malloc()
+    checkout_commit()  # of the code that trains, not of what lies there when it ends
     with init_distributed(training_device(config)) as ranks:
         check_tasks_per_process(config, ranks)
         experiment = resolve_auto_engine(build_experiment(config))

@@ -204,7 +204,9 @@ def test_configuration_of_another_file_is_an_error() -> None:
 
 
 def test_evaluate_needs_the_folder_of_a_run(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"run\.dir is required: folder of the run to test"):
+    with pytest.raises(
+        ConfigError, match=r"run\.dir is required: a run's folder, an exported file, or a shipped model"
+    ):
         to_dataclass(compose("evaluate"), EvaluateConfig)
     with pytest.raises(ConfigError, match=r"not a run's folder, as it holds no config\.yaml"):
         check_evaluate(to_dataclass(compose("evaluate", [f"run.dir={tmp_path}"]), EvaluateConfig))

@@ -108,7 +108,7 @@ def test_data_of_a_finished_run_is_found_where_it_lies_now(tmp_path: Path, monke
     here, gone = str(tmp_path), str(tmp_path / "gone")
     assert [root(here, None), root(gone, here), root(None, None), root(gone, None)] == [here, here, None, gone]
     monkeypatch.setenv("METALEARN_DATA", "/elsewhere")
-    assert [root(gone, None), root(here, None)] == ["/elsewhere", here]
+    assert [root(gone, None), root(here, None), root(None, None)] == ["/elsewhere", here, "/elsewhere"]
     glyphs = train_config("data=glyphs").data
     assert relocate_data(glyphs, None) == glyphs
     with pytest.raises(ConfigError, match="trained on glyphs, which is embedded"):

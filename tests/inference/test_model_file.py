@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,16 @@ import safetensors.torch
 import torch
 
 import metalearn
-from metalearn.commands.output_folders import run_dir_errors
+from metalearn.commands.main import check_evaluate
+from metalearn.commands.output_folders import register_resolvers, run_dir_errors
+from metalearn.config.commands_schema import EvaluateConfig
+from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.options import AnyData, ImagesConfig, OmniglotConfig
 from metalearn.config.run_config import load_trusted_config, resolve_data, to_yaml
 from metalearn.core.errors import MetalearnError, RunError
 from metalearn.core.functional import relative_error
 from metalearn.pretrained import model_file
-from metalearn.pretrained.model_file import find_run, pretrained_models, read_model, read_record
+from metalearn.pretrained.model_file import find_run, pretrained_models, read_model
 from metalearn.training.checkpoints import load_best
 from tests.config.factories import train_config
 from tests.inference.factories import query, support
@@ -67,12 +71,12 @@ def test_file_is_not_overwritten(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", [OMNIGLOT, IMAGES])
 def test_file_holds_no_path_of_this_machine(data: AnyData, tmp_path: Path) -> None:
-    folder = untrained(tmp_path / "run", *SMALL, "run.init_from=/home/me/run")
-    config = dataclasses.replace(train_config(*SMALL), data=data)
+    folder = untrained(tmp_path / "run", *SMALL)
+    config = dataclasses.replace(train_config(*SMALL, "run.init_from=/home/me/run"), data=data)
     (folder / "config.yaml").write_text(to_yaml(config))
-    assert "/home/me" in (folder / "config.yaml").read_text()
+    assert (folder / "config.yaml").read_text().count("/home/me") == 2
     path = metalearn.load(folder, "cpu").export(tmp_path / "model.safetensors")
-    assert "/home/me" not in read_record(path).config_yaml
+    assert b"/home/me" not in path.read_bytes()
     assert metalearn.load(path, "cpu").example_shape == metalearn.load(folder, "cpu").example_shape
 
 
@@ -102,6 +106,19 @@ def test_every_flipped_bit_is_found(runs: dict[str, Path], tmp_path: Path) -> No
         (safetensors.torch.save({"w": torch.ones(2)}, {"format": "metalearn-model-1"}), "its metadata are incomplete"),
         (
             safetensors.torch.save({}, {"format": "metalearn-model-1", "card": "[" * 100_000, "config.yaml": ""}),
+            "its metadata are incomplete",
+        ),
+        (
+            safetensors.torch.save(
+                {},
+                {
+                    "format": "metalearn-model-1",
+                    "card": "[1]",
+                    "config.yaml": "",
+                    "iteration": "1",
+                    "validation_score": "0.5",
+                },
+            ),
             "its metadata are incomplete",
         ),
     ],
@@ -144,13 +161,40 @@ def test_shipped_model_goes_by_its_name(shipped: str, run: Path) -> None:
         metalearn.load("ours-5w5s")
 
 
-def test_path_counts_more_than_a_name(shipped: str, run: Path) -> None:
+def test_run_of_that_name_counts_more(shipped: str, run: Path) -> None:
     own = Path(shipped)
-    own.mkdir()
-    with pytest.raises(RunError, match=r"ours-5w1s: not a run's folder, as it holds no config\.yaml"):
-        find_run(shipped)
+    own.mkdir()  # as training makes for all runs on a task
+    assert find_run(shipped).parent == model_file.PRETRAINED
     (own / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     assert find_run(shipped) == own
+
+
+def test_commands_take_a_file_and_a_name(shipped: str, run: Path) -> None:
+    register_resolvers()
+    path = metalearn.load(shipped, "cpu").export("mine.safetensors")
+    for given, name in ((path, "mine"), (shipped, shipped), (run, None)):
+        config = compose("evaluate", [f"run={given}"], return_hydra_config=True)
+        check_evaluate(to_dataclass(compose("evaluate", [f"run={given}"]), EvaluateConfig))
+        expected = f"outputs/evaluations/{name}/" if name else f"{run}/evaluations/"
+        assert config.hydra.run.dir.startswith(expected)
+
+
+def test_parameters_of_another_kind_of_model_are_refused(shipped: str, tmp_path: Path) -> None:
+    for other in ("algorithm=meta_curvature", "task.ways=3"):
+        with pytest.raises(RunError, match=r"ours-5w1s: .*It was trained with algorithm=maml task\.ways=5 model=conv4"):
+            train(tmp_path / "run", *SMALL, other, f"run.init_from={shipped}")
+    with pytest.raises(RunError, match=r"run\.init_from=.*ours-5w5s: there is no such .*Did you mean ours-5w1s\?"):
+        train(tmp_path / "run", *SMALL, "run.init_from=ours-5w5s")
+
+
+def test_card_of_another_checkpoint_is_left_out(run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({**metrics, "validation.best_iteration": 1}))
+    assert metalearn.load(folder, "cpu").card == {}, "the run went on and was tested since"
+    (folder / "metrics.json").write_text("[1]")
+    with pytest.raises(RunError, match=r"metrics\.json does not hold the metrics of a finished run"):
+        metalearn.load(folder, "cpu")
 
 
 def test_training_begins_with_a_shipped_model(shipped: str, run: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metalearn import InnerLoop, Params, adapt, functionalize, meta_gradient, with_transform
 from metalearn.core.functional import relative_error
-from metalearn.inner import MetaCurvature
+from metalearn.inner import SGD, MetaCurvature
 from metalearn.models import Conv4
 from tests.factories import image_episodes
 from tests.metagrad.settings import HEAD, small_mlp, vectors
@@ -29,7 +29,7 @@ def random_curvature(shape: tuple[int, ...]) -> tuple[Tensor, Params]:
 
 def transformed(grad: Tensor, learned: Params) -> Tensor:
     of_tasks = {name: matrix.expand(TASKS, *matrix.shape) for name, matrix in learned.items()}
-    return MetaCurvature()(0, {"w": grad}, of_tasks)["w"]
+    return MetaCurvature().apply(0, {"w": grad}, of_tasks)["w"]
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (4, 3), (4, 3, 2), (4, 3, 2, 3), (2, 3, 2, 2, 2)])
@@ -98,14 +98,14 @@ class Doubled:
     def init(self, params: Params) -> Params:
         return {}
 
-    def __call__(self, k: int, grads: Params, learned: Params) -> Params:
+    def apply(self, k: int, grads: Params, learned: Params) -> Params:
         return {name: 2 * g for name, g in grads.items()}
 
 
 class NoBiases(Doubled):
     """Leaves gradients out."""
 
-    def __call__(self, k: int, grads: Params, learned: Params) -> Params:
+    def apply(self, k: int, grads: Params, learned: Params) -> Params:
         return {name: g for name, g in grads.items() if not name.endswith("bias")}
 
 
@@ -132,7 +132,63 @@ def test_what_does_not_fit_raises(given: Any, taken: Any, message: str) -> None:
         meta_gradient(forward, theta, vectors(), InnerLoop(0.1, 2, transform=taken))
 
 
-@pytest.mark.parametrize("transform", [MetaCurvature, "curvature", 3])
+class FalsyWarp(NamedTuple):
+    """Is false, as every tuple without entries, and learns a matrix for each weight."""
+
+    def init(self, params: Params) -> Params:
+        return {name: torch.eye(p.shape[1]).to(p) for name, p in params.items() if p.ndim == 2}
+
+    def apply(self, k: int, grads: Params, learned: Params) -> Params:
+        return {name: g @ learned[name] if name in learned else g for name, g in grads.items()}
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize("engine", ["checkpoint", "adjoint"])
+def test_transform_that_is_false_is_differentiated(engine: str, second_order: bool) -> None:
+    assert not FalsyWarp()
+    forward, theta = small_mlp()
+    inner = InnerLoop(0.1, 2, second_order=second_order, transform=FalsyWarp())
+    theta = with_transform(theta, inner)
+    episodes = vectors()
+    expected = meta_gradient(forward, theta, episodes, inner).grads
+    got = meta_gradient(forward, theta, episodes, dataclasses.replace(inner, engine=engine)).grads
+    assert relative_error(got, expected) < 1e-12
+
+
+class Averaging(Doubled):
+    """Keeps the gradients of the step before."""
+
+    def apply(self, k: int, grads: Params, learned: Params) -> Params:
+        mean = {name: (g + getattr(self, "before", grads)[name]) / 2 for name, g in grads.items()}
+        object.__setattr__(self, "before", grads)
+        return mean
+
+
+class OnCpu(Doubled):
+    def init(self, params: Params) -> Params:
+        return {"scale": torch.ones(1)}
+
+
+class NoDictionary(Doubled):
+    def apply(self, k: int, grads: Params, learned: Params) -> Any:
+        return list(grads.values())
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (Averaging(), r"the transform Averaging keeps 'before' on itself"),
+        (OnCpu(), r"the transform OnCpu: init made 'scale' on the device cpu, and the parameters are on meta; make it"),
+        (NoDictionary(), r"the transform NoDictionary: apply must return a dictionary"),
+    ],
+)
+def test_transform_that_breaks_its_contract_raises(transform: Any, message: str) -> None:
+    forward, theta = small_mlp()
+    with pytest.raises((ValueError, TypeError), match=message):
+        meta_gradient(forward, theta, vectors(), InnerLoop(0.1, 2, transform=transform))
+
+
+@pytest.mark.parametrize("transform", [MetaCurvature, "curvature", 3, SGD()])
 def test_transform_must_be_an_object(transform: Any) -> None:
-    with pytest.raises(ValueError, match=r"InnerLoop: transform=.*; it must be an object with init and a call"):
+    with pytest.raises(ValueError, match=r"InnerLoop: transform=.*; it must be an object with the methods init and"):
         InnerLoop(0.1, 2, transform=transform)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import shlex
 import signal
@@ -14,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from metalearn.commands.compare.launch import launch
-from metalearn.commands.compare.variants import Job
+from metalearn.commands.compare.variants import Job, replace_in
 from metalearn.commands.reproduce.plan import TableRow, build_rows, resolve_row
 from metalearn.commands.reproduce.table import (
     BEGIN,
@@ -26,7 +25,6 @@ from metalearn.commands.reproduce.table import (
     format_gain,
     format_interval,
     format_published,
-    gain,
     read_metrics,
     read_rotated,
     read_rows,
@@ -39,6 +37,7 @@ from metalearn.commands.shell import invocation
 from metalearn.config.commands_schema import ReproduceConfig
 from metalearn.config.options import OmniglotConfig
 from metalearn.core import serialization as files
+from metalearn.core.errors import RunError
 from metalearn.training.checkpoints import state_paths
 from metalearn.training.evaluate_run import evaluate_run
 from metalearn.training.run_folder import folder_lock
@@ -69,6 +68,7 @@ def run_reproduction(config: ReproduceConfig, folder: Path) -> int:
     """
     rows = [resolve_row(row) for row in build_rows(config, folder)]
     every = [job for row in rows for job in row.jobs]
+    reasons: dict[Path, str] = {}
     with folder_lock(folder / config.experiment_name, wait=False), sigterm_as_exception(*SIGHUP):
         for row in rows:
             for path in output_files(folder, record=config.update_reference):
@@ -76,21 +76,19 @@ def run_reproduction(config: ReproduceConfig, folder: Path) -> int:
         print_path("Row folder", folder / config.experiment_name)
         try:
             with time_limit(config.time_limit_minutes):
-                reasons = train_missing(every, config.jobs)
-                test_rotated_classes(every)
+                reasons |= train_missing(every, config.jobs)
+                reasons |= evaluate_rotated(every)
         except TimeLimitReached:
             print_line(f"The time limit of {config.time_limit_minutes:g} minutes is reached.")
-            reasons = {}
         except (KeyboardInterrupt, SystemExit):
             print_unfinished(every, {})
             raise
         results = [found for row in rows if (found := collect_row(row)) is not None]
-        add_gain(results, rows)
         for found in results:
             save_row(found, folder, record=config.update_reference)
     if results:
         print_rows(results)
-    if len(results) == len(rows):
+    if len(results) == len(rows) and not any(lacks_rotated(job) for job in every):
         return FINISHED
     print_unfinished(every, reasons)
     return FAILED if reasons else UNFINISHED
@@ -112,15 +110,23 @@ def train_missing(every: Sequence[Job], at_a_time: int) -> Mapping[Path, str]:
         return launch(left, at_a_time=min(at_a_time, len(left)), progress=progress)
 
 
-def test_rotated_classes(every: Sequence[Job]) -> None:
-    """Test the finished runs on Omniglot once more, with test classes rotated as the training classes are."""
-    for job in every:
-        data, folder = job.config.data, job.folder / ROTATED
-        if not isinstance(data, OmniglotConfig) or read_metrics(job) is None or read_rotated(job) is not None:
-            continue
+def lacks_rotated(job: Job) -> bool:
+    """Return whether a run on Omniglot is finished, and not yet tested with rotated test classes."""
+    data = job.config.data
+    is_asked = isinstance(data, OmniglotConfig) and not data.rotate_test
+    return is_asked and read_metrics(job) is not None and read_rotated(job) is None
+
+
+def evaluate_rotated(every: Sequence[Job]) -> Mapping[Path, str]:
+    """Test the finished runs once more, with test classes rotated as training classes are; return why some failed."""
+    reasons = {}
+    for job in filter(lacks_rotated, every):
         log.info("%s: testing with rotated test classes", job.folder.name)
-        config = dataclasses.replace(job.config, data=dataclasses.replace(data, rotate_test=True))
-        evaluate_run(config, job.folder, folder)
+        try:
+            evaluate_run(replace_in(job.config, "data", rotate_test=True), job.folder, job.folder / ROTATED)
+        except RunError as error:
+            reasons[job.folder] = f"no test with rotated test classes: {error}"
+    return reasons
 
 
 @contextmanager
@@ -147,14 +153,7 @@ def collect_row(row: TableRow) -> dict[str, Any] | None:
     metrics = [found for job in row.jobs if (found := read_metrics(job)) is not None]
     if len(metrics) < len(row.jobs):
         return None
-    return row_results(row, metrics, [found for job in row.jobs if (found := read_rotated(job)) is not None])
-
-
-def add_gain(results: Sequence[dict[str, Any]], rows: Sequence[TableRow]) -> None:
-    """Add to the second-order row what it gains over first order on the same tasks, if both are finished."""
-    if {found["order"] for found in results} == {"second", "first"}:
-        jobs = {row.order: row.jobs for row in rows}
-        next(found for found in results if found["order"] == "second")["gain"] = gain(jobs["second"], jobs["first"])
+    return row_results(row, metrics)
 
 
 def save_row(row: Mapping[str, Any], folder: Path, *, record: bool) -> None:
@@ -197,7 +196,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def print_unfinished(every: Sequence[Job], reasons: Mapping[Path, str]) -> None:
     """Print which runs are left, how far they are, and the command that resumes them."""
-    left = [job for job in every if not (job.folder / "metrics.json").exists()]
+    left = [job for job in every if not (job.folder / "metrics.json").exists() or lacks_rotated(job)]
     for job in left:
         if reason := reasons.get(job.folder):
             print_line(f"{job.folder.name} failed: {reason}")

@@ -19,6 +19,7 @@ from metalearn.commands.reproduce.plan import SETTINGS
 from metalearn.commands.reproduce.run import REFERENCE
 from metalearn.commands.reproduce.table import read_rows, render
 from metalearn.core import serialization as files
+from metalearn.core.errors import RunError
 from metalearn.inference.loading import load
 from metalearn.pretrained.model_file import PRETRAINED
 
@@ -39,16 +40,21 @@ def ship(recorded: Sequence[Mapping[str, Any]], rows_dir: Path, target: Path = P
         target: folder of the models.
 
     Raises:
-        RunError: if a run is missing or damaged.
+        RunError: if a run is missing, damaged, or not the recorded one; then nothing is written.
     """
-    models = []
+    models, contents = [], {}
     for setting in SETTINGS:
         rows = [row for row in recorded if (row["ways"], row["shots"]) == setting]
         if not rows:
             continue
         row = max(rows, key=lambda row: statistics.fmean(run["validation"] for run in row["runs"]))
         best = max(row["runs"], key=lambda run: run["validation"])
-        learner = load(rows_dir / row["experiment"] / f"{row['order']}_order-seed{best['seed']}", "cpu")
+        folder = rows_dir / row["experiment"] / f"{row['order']}_order-seed{best['seed']}"
+        learner = load(folder, "cpu")
+        if learner.card.get("test.accuracy") != best["accuracy"]:
+            raise RunError(
+                f"{folder}: this is not the run of the recorded row; name the folder where that was trained."
+            )
         order = f"inner.second_order={str(row['order'] == 'second').lower()}"
         card = {
             "name": f"omniglot-{setting[0]}w{setting[1]}s",
@@ -57,13 +63,16 @@ def ship(recorded: Sequence[Mapping[str, Any]], rows_dir: Path, target: Path = P
             "licence": LICENCE,
             **learner.card,
         }
-        path = learner.export(target / f"{card['name']}.safetensors", card=card, overwrite=True)
-        content = path.read_bytes()
+        name, content = f"{card['name']}.safetensors", learner.to_bytes(card)
+        contents[name] = content
         facts = {"mib": len(content) / 2**20, "sha256": hashlib.sha256(content).hexdigest()}
         models.append({"card": card, "row": row, **facts})
-    text = render("model_card.md.j2", models=models, data=DATA, licence=LICENCE)
-    files.atomic_write_text(target / MODEL_CARD, text + "\n")
+    contents[MODEL_CARD] = render("model_card.md.j2", models=models, data=DATA, licence=LICENCE).encode() + b"\n"
+    for name, content in contents.items():  # when all are made
+        files.atomic_write_bytes(target / name, content)
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m metalearn.commands.reproduce.ship ROWS_FOLDER")
     ship(read_rows(REFERENCE), Path(sys.argv[1]))

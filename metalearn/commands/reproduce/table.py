@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from metalearn.commands.compare.gather import hardware_of
 from metalearn.commands.compare.statistics import difference, seed_ci, task_ci
-from metalearn.commands.compare.variants import Job
+from metalearn.commands.compare.variants import Job, replace_in
 from metalearn.commands.reproduce.plan import Published, TableRow, published
 from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
@@ -69,36 +70,53 @@ def read_rotated(job: Job) -> Metrics | None:
     path = job.folder / ROTATED / "metrics.json"
     try:
         metrics: Metrics = json.loads(path.read_text())
-        return metrics if metrics["test.episodes"] == job.config.eval.episodes else None
+        expected = {"test.episodes": job.config.eval.episodes, "rotate_test": True}
+        return metrics if {name: metrics[name] for name in expected} == expected else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def gain(second: Sequence[Job], first: Sequence[Job]) -> dict[str, Any] | None:
+def gain_over_first_order(row: TableRow) -> dict[str, Any] | None:
     """Return the mean of second order's accuracy minus first order's, paired by test task, with its 95% interval.
 
-    Of each seed both orders have the same initial parameters, training tasks and test tasks. ``None`` if the accuracies
-    of the tasks are not there.
+    Of each seed both orders have the same initial parameters, training tasks and test tasks. ``None`` for a first-order
+    row, and where the runs of first order beside this row's are not finished.
     """
+    if row.order != "second":
+        return None
+    first = [
+        dataclasses.replace(
+            job,
+            folder=job.folder.with_name(job.folder.name.replace("second", "first")),
+            config=replace_in(job.config, "inner", second_order=False),
+        )
+        for job in row.jobs
+    ]
+    if any(read_metrics(job) is None for job in first):
+        return None
     try:
         scores = [
             [json.loads((job.folder / "test_tasks.json").read_text())["accuracy"] for job in jobs]
-            for jobs in (second, first)
+            for jobs in (row.jobs, first)
         ]
         if [len(tasks) for tasks in scores[0]] != [len(tasks) for tasks in scores[1]]:
             return None
         found, of_seeds = difference(scores[0], scores[1], paired=True)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return {"mean": found.mean, "ci95": found.ci95, "runs": of_seeds}
+    over_seeds = seed_ci(of_seeds, [0.0] * len(of_seeds)).ci95  # without the variation among tasks
+    return {
+        "mean": found.mean,
+        "ci95": found.ci95,
+        "over": "seeds" if over_seeds == found.ci95 else "tasks",
+        "runs": of_seeds,
+    }
 
 
-def row_results(row: TableRow, metrics: Sequence[Metrics], rotated: Sequence[Metrics]) -> dict[str, Any]:
-    """Return a row from the metrics of every seed, as it is saved: accuracies are fractions, intervals half-widths.
-
-    ``rotated`` are those of the test with rotated classes, of every seed or of none.
-    """
+def row_results(row: TableRow, metrics: Sequence[Metrics]) -> dict[str, Any]:
+    """Return a row from the metrics of every seed, as it is saved: accuracies are fractions, intervals half-widths."""
     config = row.jobs[0].config
+    rotated = [found for job in row.jobs if (found := read_rotated(job)) is not None]
     ways, shots = config.task.ways, config.task.shots
     reported = published(config.algorithm.name, row.order, ways, shots) if config.data.name == "omniglot" else None
     return {
@@ -112,7 +130,7 @@ def row_results(row: TableRow, metrics: Sequence[Metrics], rotated: Sequence[Met
         "accuracy": estimate(metrics, "test.accuracy", "test.ci95"),
         "nontransductive": estimate(metrics, "test.accuracy_nontransductive", "test.ci95_nontransductive"),
         "rotated": estimate(rotated, "test.accuracy", "test.ci95") if len(rotated) == len(metrics) else None,
-        "gain": None,
+        "gain": gain_over_first_order(row),
         "runs": [
             {name: m[key] for name, key in _OF_RUN.items()} | {"minutes": m["time.total_s"] / 60} for m in metrics
         ],
@@ -123,6 +141,7 @@ def row_results(row: TableRow, metrics: Sequence[Metrics], rotated: Sequence[Met
         "tasks_per_step": config.task.meta_batch,
         "minutes": statistics.fmean(m["time.total_s"] for m in metrics) / 60,
         "machine": hardware_of(metrics),
+        "commits": sorted({m["commit"] for m in metrics if m.get("commit")}),
         "overrides": row.overrides,
         "command": row.command,
         "published": reported and reported._asdict(),
@@ -183,7 +202,11 @@ def check_enough_seeds(path: Path, experiment: str, order: str, seeds: Sequence[
 def upsert_row(path: Path, row: Row) -> None:
     """Add or replace one row of a file; raise ``RunError`` if the former row has more seeds."""
     check_enough_seeds(path, *_key(row), row["seeds"])
-    rows = {_key(other): other for other in read_rows(path)} | {_key(row): row}
+    rows = {_key(other): other for other in read_rows(path)}
+    former = rows.get(_key(row), {})
+    if former.get("runs") == row["runs"]:  # of the same runs, what was measured before and is not there now
+        row = {**row, **{name: former.get(name) for name in ("gain", "rotated") if row[name] is None}}
+    rows[_key(row)] = row
     files.atomic_write_json(path, {"rows": list(rows.values())})
 
 
@@ -214,7 +237,10 @@ def format_interval(estimate: Row | None) -> str:
 
 def format_gain(gain: Row | None) -> str:
     """Format a difference of accuracies with its 95% interval, in points."""
-    return "-" if gain is None else f"{100 * gain['mean']:+.2f} ± {100 * gain['ci95']:.2f}"
+    if gain is None:
+        return "-"
+    over = " (over tasks)" if gain["over"] == "tasks" else ""
+    return f"{100 * gain['mean']:+.2f} ± {100 * gain['ci95']:.2f}{over}"
 
 
 def format_published(reported: Row | None) -> str:

@@ -20,10 +20,7 @@ _PAD = 64 * 2**20
 
 
 def describe_hardware(device: torch.device) -> dict[str, str | int | None]:
-    """Return the processor, cores, threads and versions, and the name of the GPU if ``device`` is one.
-
-    ``commit`` is that of metalearn's own checkout, if it runs from one.
-    """
+    """Return the processor, cores, threads and versions, and the name of the GPU if ``device`` is one."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -34,16 +31,17 @@ def describe_hardware(device: torch.device) -> dict[str, str | int | None]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
-    if commit := _commit():
-        description["commit"] = commit
     if device.type == "cuda":
         description["gpu"] = torch.cuda.get_device_name(device)
     return description
 
 
 @functools.cache
-def _commit() -> str | None:
-    """Return the commit of the checkout that metalearn runs from, with ``-dirty`` if files have changed since."""
+def checkout_commit() -> str | None:
+    """Return the commit of the checkout that metalearn runs from, with ``-dirty`` if files have changed since.
+
+    It is that of the first call; ``None`` where metalearn is installed.
+    """
     root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None

@@ -25,8 +25,9 @@ SCORES = {"second": [[1.0, 0.9], [0.9, 0.9], [0.8, 1.0]], "first": [[0.8, 0.9], 
 """Accuracies of two test tasks, by order and seed."""
 
 
-def finish(config: ReproduceConfig, folder: Path, *, rotated: bool = True, **changed: Any) -> None:
-    """Write the metrics that the trainings and the tests with rotated classes would."""
+def finish(config: ReproduceConfig, folder: Path, **changed: Any) -> None:
+    """Write the metrics that the trainings and, unless ``rotated=False``, the tests with rotated classes would."""
+    rotated = changed.pop("rotated", True)
     for row in build_rows(config, folder):
         for job, accuracy in zip(row.jobs, ACCURACIES, strict=False):
             training = job.config
@@ -49,6 +50,7 @@ def finish(config: ReproduceConfig, folder: Path, *, rotated: bool = True, **cha
                 "time.total_s": 600.0 + 60 * training.run.seed,
                 "machine.cpu": "a processor",
                 "machine.cores": 2,
+                "commit": "0123abc",
                 **changed,
             }
             (job.folder / "metrics.json").write_text(json.dumps(metrics))
@@ -56,5 +58,5 @@ def finish(config: ReproduceConfig, folder: Path, *, rotated: bool = True, **cha
             (job.folder / "test_tasks.json").write_text(json.dumps({"accuracy": tasks}))
             if rotated:
                 (job.folder / ROTATED).mkdir(exist_ok=True)
-                of_test = {**metrics, "test.accuracy": accuracy - 0.01}
+                of_test = {**metrics, "test.accuracy": accuracy - 0.01, "rotate_test": True}
                 (job.folder / ROTATED / "metrics.json").write_text(json.dumps(of_test))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import signal
@@ -16,7 +17,14 @@ import pytest
 
 from metalearn.commands.reproduce import run
 from metalearn.commands.reproduce.plan import build_rows
-from metalearn.commands.reproduce.run import FINISHED, UNFINISHED, TimeLimitReached, run_reproduction, time_limit
+from metalearn.commands.reproduce.run import (
+    FAILED,
+    FINISHED,
+    UNFINISHED,
+    TimeLimitReached,
+    run_reproduction,
+    time_limit,
+)
 from metalearn.commands.reproduce.table import read_rows
 from metalearn.config.options import OmniglotConfig
 from metalearn.config.run_config import to_yaml
@@ -151,9 +159,13 @@ def test_code_that_is_not_there_is_named_before_a_run_is_started(tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
-def test_finished_runs_are_tested_with_rotated_classes_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: Path
-) -> None:
+def rotated(run_dir: Path, output_dir: Path) -> None:
+    output_dir.mkdir()
+    metrics = json.loads((run_dir / "metrics.json").read_text()) | {"test.accuracy": 0.5, "rotate_test": True}
+    (output_dir / "metrics.json").write_text(json.dumps(metrics))
+
+
+def test_finished_runs_are_tested_with_rotated_classes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configuration("seeds=[0,1]")
     finish(config, tmp_path, rotated=False)
     tested = []
@@ -162,9 +174,7 @@ def test_finished_runs_are_tested_with_rotated_classes_once(
         assert isinstance(trained.data, OmniglotConfig)
         assert trained.data.rotate_test
         tested.append(run_dir.name)
-        output_dir.mkdir()
-        metrics = json.loads((run_dir / "metrics.json").read_text()) | {"test.accuracy": 0.5}
-        (output_dir / "metrics.json").write_text(json.dumps(metrics))
+        rotated(run_dir, output_dir)
 
     monkeypatch.setattr(run, "evaluate_run", evaluate)
     for _ in range(2):
@@ -172,3 +182,42 @@ def test_finished_runs_are_tested_with_rotated_classes_once(
     assert tested == ["second_order-seed0", "second_order-seed1"]
     (row,) = read_rows(tmp_path / "omniglot.json")
     assert row["rotated"]["mean"] == 0.5
+
+
+def test_test_with_rotated_classes_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configuration("seeds=[0,1]", "time_limit_minutes=5")
+    finish(config, tmp_path, rotated=False)
+
+    def evaluate(error: BaseException, trained: TrainConfig, run_dir: Path, output_dir: Path) -> None:
+        if run_dir.name == "second_order-seed1":
+            raise error
+        rotated(run_dir, output_dir)
+
+    errors: list[tuple[BaseException, int, str]] = [
+        (TimeLimitReached(), UNFINISHED, "1 of 2 runs are finished. The same command resumes here:"),
+        (RunError("best.pt is gone."), FAILED, "no test with rotated test classes: best.pt is gone."),
+    ]
+    for error, status, text in errors:
+        monkeypatch.setattr(run, "evaluate_run", functools.partial(evaluate, error))
+        assert run_reproduction(config, tmp_path) == status
+        assert text in capsys.readouterr().out
+        (row,) = read_rows(tmp_path / "omniglot.json")
+        assert (row["accuracy"]["mean"], row["rotated"]) == (pytest.approx(0.981), None), "it is kept at least"
+
+
+def test_failures_are_named_when_the_time_limit_is_reached_after_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configuration("seeds=[0,1]", "time_limit_minutes=5")
+    finish(configuration("seeds=[0]"), tmp_path, rotated=False)
+    failed = tmp_path / ROW / "second_order-seed1"
+
+    def over(*arguments: Any) -> None:
+        raise TimeLimitReached
+
+    monkeypatch.setattr(run, "launch", lambda *arguments, **settings: {failed: "it fell"})
+    monkeypatch.setattr(run, "evaluate_run", over)
+    assert run_reproduction(config, tmp_path) == FAILED
+    assert "second_order-seed1 failed: it fell" in capsys.readouterr().out

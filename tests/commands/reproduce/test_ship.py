@@ -17,6 +17,7 @@ from metalearn.commands.reproduce.run import REFERENCE
 from metalearn.commands.reproduce.ship import MODEL_CARD, ship
 from metalearn.commands.reproduce.table import read_rows
 from metalearn.config.run_config import load_trusted_config, relocate_data
+from metalearn.core.errors import RunError
 from metalearn.pretrained.model_file import PRETRAINED, find_run, pretrained_models
 from metalearn.training.evaluate_run import evaluate_run
 from tests.paths import REPO
@@ -34,8 +35,8 @@ def rows_dir(tmp_path: Path) -> Path:
     return tmp_path / "rows"
 
 
-def recorded(experiment: str, order: str, validation: tuple[float, float]) -> dict[str, Any]:
-    runs = [{"seed": seed, "validation": score} for seed, score in enumerate(validation)]
+def recorded(experiment: str, order: str, validation: tuple[float, float], test: float) -> dict[str, Any]:
+    runs = [{"seed": seed, "validation": score, "accuracy": test} for seed, score in enumerate(validation)]
     accuracy = {"mean": 0.5, "ci95": 0.1, "over": "seeds"}
     row = {"experiment": experiment, "order": order, "ways": 5, "shots": 1, "runs": runs}
     return {**row, "accuracy": accuracy, "published": None}
@@ -43,7 +44,8 @@ def recorded(experiment: str, order: str, validation: tuple[float, float]) -> di
 
 def test_best_seed_of_the_best_row_is_shipped(rows_dir: Path, tmp_path: Path) -> None:
     # The other row has the best seed of all, but not the best mean.
-    rows = [recorded("row", "second", (0.90, 0.92)), recorded("other", "first", (0.80, 0.99))]
+    test = json.loads((rows_dir / "row" / "second_order-seed0" / "metrics.json").read_text())["test.accuracy"]
+    rows = [recorded("row", "second", (0.90, 0.92), test), recorded("other", "first", (0.80, 0.99), test)]
     ship(rows, rows_dir, tmp_path / "pretrained")
     path = tmp_path / "pretrained" / "omniglot-5w1s.safetensors"
     assert {p.name for p in path.parent.iterdir()} == {path.name, MODEL_CARD}
@@ -59,6 +61,14 @@ def test_best_seed_of_the_best_row_is_shipped(rows_dir: Path, tmp_path: Path) ->
         "## omniglot-5w1s",
     ):
         assert fact in text
+
+
+def test_nothing_is_shipped_if_a_run_is_not_the_recorded_one(rows_dir: Path, tmp_path: Path) -> None:
+    test = json.loads((rows_dir / "row" / "second_order-seed0" / "metrics.json").read_text())["test.accuracy"]
+    rows = [recorded("row", "second", (0.9, 0.92), test), {**recorded("other", "first", (0.9, 0.9), 2.0), "shots": 5}]
+    with pytest.raises(RunError, match=r"other/first_order-seed0: this is not the run of the recorded row"):
+        ship(rows, rows_dir, tmp_path / "pretrained")
+    assert not (tmp_path / "pretrained").exists()
 
 
 def test_models_are_of_the_recorded_rows() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from metalearn.commands.reproduce import run
 from metalearn.commands.reproduce.run import FINISHED, run_reproduction
-from metalearn.commands.reproduce.table import BEGIN, END, between_markers, read_rows, readme_table
+from metalearn.commands.reproduce.table import BEGIN, END, ROTATED, between_markers, read_rows, readme_table
 from metalearn.core.errors import RunError
 from tests.commands.reproduce.factories import ACCURACIES, ROW, configuration, finish
 from tests.paths import REPO
@@ -34,12 +34,14 @@ def test_results_are_over_seeds_and_recorded(recorded: Path) -> None:
     ]
     assert (second["iterations"], second["tasks_per_step"], second["minutes"]) == (15_000, 8, 11)
     assert second["machine"] == {"cpu": "a processor", "cores": "2"}
+    assert second["commits"] == ["0123abc"]
     assert second["rotated"] == {"mean": pytest.approx(0.973), "ci95": pytest.approx(half), "over": "seeds"}
     gains = [0.1, 0.2, 0.15]  # of each seed, over the same two tasks
     of_seeds = 4.302653 * statistics.stdev(gains) / 3**0.5
     assert second["gain"] == {
         "mean": pytest.approx(0.15),
         "ci95": pytest.approx(of_seeds),
+        "over": "seeds",
         "runs": pytest.approx(gains),
     }
     assert first["gain"] is None
@@ -53,7 +55,7 @@ def test_results_are_over_seeds_and_recorded(recorded: Path) -> None:
     lines = readme.splitlines()
     line = (
         f"| 5-way 1-shot, `{ROW}` | second | 98.30% ± {half:.2%} | +15.00 ± {100 * of_seeds:.2f} | 94.30% ± {half:.2%} "
-        f"| 97.30% ± {half:.2%} | 98.7% (Finn et al. 2017) | 15,000 of 8 tasks | 3 | 11 |"
+        f"| 97.30% ± {half:.2%} | 98.7% (Finn et al. 2017) | 15,000 of 8 tasks, 1 inner | 3 | 11 |"
     )
     assert line in lines
     assert [line.split(" | ")[1] for line in lines if "-way" in line] == ["second", "first"], (
@@ -61,9 +63,32 @@ def test_results_are_over_seeds_and_recorded(recorded: Path) -> None:
     )
 
 
+def test_what_was_measured_is_kept_when_it_is_gathered_again(recorded: Path) -> None:
+    both, second = configuration("orders=[second,first]"), configuration("orders=[second]")
+    finish(both, recorded / "rows")
+    run_reproduction(both, recorded / "rows")
+    path = recorded / "rows" / "omniglot.json"
+    before = read_rows(path)
+    run_reproduction(second, recorded / "rows")
+    assert read_rows(path) == before, "the runs of first order are still beside them"
+    for folder in (recorded / "rows" / ROW).glob("*-seed*"):
+        for name in ("test_tasks.json", f"{ROTATED}/metrics.json"):
+            (folder / name).unlink(missing_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "evaluate_run", lambda *arguments: None)
+        run_reproduction(second, recorded / "rows")
+    assert read_rows(path) == before, "archived without the tasks"
+    finish(second, recorded / "rows", **{"rotated": False, "validation.best_iteration": 13_000})
+    (recorded / "rows" / ROW / "first_order-seed0" / "metrics.json").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "evaluate_run", lambda *arguments: None)
+        run_reproduction(second, recorded / "rows")
+    assert [read_rows(path)[0][name] for name in ("gain", "rotated")] == [None, None], "these are other runs"
+
+
 def test_tasks_of_another_row_come_in_order() -> None:
     row: dict[str, Any] = {"order": "second", "accuracy": None, "nontransductive": None, "published": None}
-    row |= {"iterations": 1, "tasks_per_step": 1, "seeds": [0], "minutes": 1.0}
+    row |= {"iterations": 1, "inner_steps": 1, "tasks_per_step": 1, "seeds": [0], "minutes": 1.0}
     settings = [(20, 5), (5, 5), (20, 1), (5, 1)]
     rows = [{**row, "ways": n, "shots": k, "experiment": f"{n}-{k}"} for n, k in settings]
     found = [line.split("`")[1] for line in readme_table(rows).splitlines()[2:]]
