@@ -154,8 +154,8 @@ class InnerLoop:
     @property
     def is_plain_sgd(self) -> bool:
         """True if a step is theta - lr * g with a fixed step size, and nothing else."""
-        extras = (self.learned_lr, self.transform, self.weight_decay, self.clip_norm, self.proximal_weight)
-        return type(self.rule) is SGD and not any(extras)
+        extras = (self.learned_lr, self.weight_decay, self.clip_norm, self.proximal_weight)
+        return type(self.rule) is SGD and self.transform is None and not any(extras)
 
     @property
     def query_loss_weights(self) -> tuple[float, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -130,6 +130,28 @@ def test_what_does_not_fit_raises(given: Any, taken: Any, message: str) -> None:
     theta = with_transform(theta, InnerLoop(0.1, 2, transform=given))
     with pytest.raises(ValueError, match=message):
         meta_gradient(forward, theta, vectors(), InnerLoop(0.1, 2, transform=taken))
+
+
+class FalsyWarp(NamedTuple):
+    """Is false, as every tuple without entries, and learns a matrix for each weight."""
+
+    def init(self, params: Params) -> Params:
+        return {name: torch.eye(p.shape[1]).to(p) for name, p in params.items() if p.ndim == 2}
+
+    def __call__(self, k: int, grads: Params, learned: Params) -> Params:
+        return {name: g @ learned[name] if name in learned else g for name, g in grads.items()}
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize("engine", ["checkpoint", "adjoint"])
+def test_transform_that_is_false_is_differentiated(engine: str, second_order: bool) -> None:
+    assert not FalsyWarp()
+    forward, theta = small_mlp()
+    inner = InnerLoop(0.1, 2, second_order=second_order, transform=FalsyWarp())
+    theta, episodes = with_transform(theta, inner), vectors()
+    expected = meta_gradient(forward, theta, episodes, inner).grads
+    got = meta_gradient(forward, theta, episodes, dataclasses.replace(inner, engine=engine)).grads
+    assert relative_error(got, expected) < 1e-12
 
 
 @pytest.mark.parametrize("transform", [MetaCurvature, "curvature", 3])
