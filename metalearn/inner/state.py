@@ -35,6 +35,7 @@ InnerState = Params
 
 _LR, _ANCHOR, _TRANSFORM = "lr", "anchor", "transform"
 _OUTSIDE_THE_RULE = tuple(state_key(kind, "") for kind in (_LR, _ANCHOR, _TRANSFORM))
+_LEARNED_BY_TRANSFORM = state_key(_TRANSFORM, "")
 
 
 def lr_key(name: str) -> str:
@@ -156,7 +157,7 @@ def apply_update(state: InnerState, grads: Params, inner: InnerLoop, k: int) -> 
 
 
 def _apply_transform(transform: GradientTransform, state: InnerState, grads: Params, k: int) -> Params:
-    prefix = state_key(_TRANSFORM, "")
+    prefix = _LEARNED_BY_TRANSFORM
     learned = {name.removeprefix(prefix): w for name, w in state.items() if name.startswith(prefix)}
     with _check_stateless("transform", transform):
         transformed = transform.apply(k, grads, learned)
@@ -228,8 +229,7 @@ def check_params_match_config(theta: Params, inner: InnerLoop, *, training: bool
     """
     _check_param_names(theta, inner)
     _check_transform(theta, inner)
-    outside = (state_key(_TRANSFORM, ""),)
-    lrs = {n for n in theta if SEPARATOR in n and not is_norm_statistic(n) and not n.startswith(outside)}
+    lrs = {n for n in theta if SEPARATOR in n and not is_norm_statistic(n) and not n.startswith(_LEARNED_BY_TRANSFORM)}
     expected = set() if inner.learned_lr is None else {lr_key(name) for name in adapted_param_names(theta, inner)}
     if lrs != expected:
         kind, names = ("lacks", expected - lrs) if expected - lrs else ("has", lrs - expected)
@@ -261,11 +261,11 @@ def check_params_match_config(theta: Params, inner: InnerLoop, *, training: bool
 
 def _check_transform(theta: Params, inner: InnerLoop) -> None:
     """Check that theta has what the transform learns, in its shapes, and nothing of another."""
-    if inner.transform is None and not any(name.startswith(state_key(_TRANSFORM, "")) for name in theta):
+    given = {name: tuple(w.shape) for name, w in theta.items() if name.startswith(_LEARNED_BY_TRANSFORM)}
+    if inner.transform is None and not given:  # as in most meta-steps: no tensor is made for the check
         return
     on_meta = {name: torch.empty_like(p, device="meta") for name, p in theta.items()}
     expected = {name: tuple(w.shape) for name, w in _initial_transform(on_meta, inner).items()}
-    given = {name: tuple(w.shape) for name, w in theta.items() if name.startswith(state_key(_TRANSFORM, ""))}
     for name in sorted(expected.keys() | given.keys()):
         if given.get(name) != expected.get(name):
             raise ValueError(

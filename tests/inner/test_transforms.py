@@ -148,8 +148,7 @@ def test_transform_that_is_false_is_differentiated(engine: str, second_order: bo
     assert not FalsyWarp()
     forward, theta = small_mlp()
     inner = InnerLoop(0.1, 2, second_order=second_order, transform=FalsyWarp())
-    theta = with_transform(theta, inner)
-    episodes = vectors()
+    theta, episodes = with_transform(theta, inner), vectors()
     expected = meta_gradient(forward, theta, episodes, inner).grads
     got = meta_gradient(forward, theta, episodes, dataclasses.replace(inner, engine=engine)).grads
     assert relative_error(got, expected) < 1e-12
