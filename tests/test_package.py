@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -13,12 +14,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import metalearn
 from metalearn.commands.reproduce.plan import check_reproduce
 from metalearn.config.commands_schema import ReproduceConfig
 from metalearn.config.compose import compose, to_dataclass, user_conf_dir
 from metalearn.core.errors import ConfigError
+from metalearn.data.glyphs import make_glyphs
 from tests.commands.process import SMALL
 from tests.paths import REPO
 
@@ -79,6 +82,22 @@ def test_trains_from_an_empty_folder(environment: Path, tmp_path: Path) -> None:
     assert json.loads(metrics.read_text())["iterations"] == 2
     assert list(metrics.parent.glob("events.out.tfevents*"))
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+
+
+def test_shipped_model_adapts_from_an_empty_folder(environment: Path, tmp_path: Path) -> None:
+    drawings = 255 - make_glyphs(classes=5, drawings=4, seed=9)[:, :, 0]
+    for c, d in itertools.product(range(5), range(4)):
+        path = tmp_path / ("support" if d == 0 else "query") / f"class{c}" / f"{d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(drawings[c, d].numpy()).save(path)
+    adapted = run(
+        environment, "metalearn", "adapt", "run=omniglot-5w1s", "support=support", "query=query", cwd=tmp_path
+    )
+    assert adapted.returncode == 0, adapted.stderr
+    load = "import metalearn; print(metalearn.__file__); print(metalearn.load('omniglot-20w1s', 'cpu').card['name'])"
+    file, name = run(environment, "python", "-c", load, cwd=tmp_path).stdout.split()
+    assert file.startswith(str(environment.parent))
+    assert name == "omniglot-20w1s"
 
 
 def test_trains_own_code_of_the_current_folder(environment: Path, tmp_path: Path) -> None:
