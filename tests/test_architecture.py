@@ -126,6 +126,7 @@ COMMANDS: dict[str, set[str]] = {
     "shell": set(),
     "output_folders": set(),
     "command_line": set(),
+    "mistakes": set(),
     "cli": set(),
     "processes": set(),
     "adapt": set(),
@@ -137,7 +138,7 @@ COMMANDS: dict[str, set[str]] = {
     "main": {"adapt", "benchmark", "compare", "gradients", "reproduce", "verify"},
 }
 """The packages in ``commands/``, and which commands each may import besides ``SHARED``."""
-SHARED = ["shell", "output_folders", "command_line", "cli", "processes"]
+SHARED = ["shell", "output_folders", "command_line", "mistakes", "cli", "processes"]
 
 
 @pytest.mark.parametrize("package", COMMANDS)

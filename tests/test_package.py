@@ -157,5 +157,5 @@ def test_conf_in_the_current_folder_is_searched_by_default(mine: Path, monkeypat
     assert user_conf_dir() == str(mine.parents[1])
     assert user_conf_dir(["hydra.searchpath=[elsewhere]"]) is None
     assert compose("train", ["experiment=mine"]).inner.lr == 0.125
-    with pytest.raises(ConfigError, match="Could not find 'experiment/mine'"):
+    with pytest.raises(ConfigError, match=r"experiment=mine: there is no such option"):
         compose("train", ["experiment=mine"], config_dir=str(REPO / "conf"))

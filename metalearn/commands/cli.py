@@ -26,6 +26,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from metalearn.commands.command_line import parse_flags, requested_jobs
+from metalearn.commands.mistakes import find_mistakes
 from metalearn.commands.output_folders import RUN_FILES
 from metalearn.commands.shell import exit_when_stdout_closes, invocation
 from metalearn.config.compose import (
@@ -68,9 +69,11 @@ def command(
         @exit_when_stdout_closes()
         def command() -> None:
             sys.argv[1:] = allow_new_options(rename_overrides(name, sys.argv[1:]))
-            flags = parse_flags(name)
-            _search_user_conf_dir(flags)
             try:
+                if mistakes := find_mistakes(name, kind, sys.argv[1:]):
+                    raise ConfigError("\n".join(map(str, mistakes)))
+                flags = parse_flags(name)
+                _search_user_conf_dir(flags)
                 if torchrun.world_size() > 1 and (follow is None or flags.multirun):
                     raise ConfigError(_ONE_TRAINING)
                 if flags.help:

@@ -23,6 +23,18 @@ from metalearn.config.compose import compose, search_folders
 from metalearn.config.messages import format_hydra_error
 from metalearn.core.errors import ConfigError
 
+_SWITCHES = (
+    *(("--help", "-h"), ("--help-all",), ("--hydra-help",), ("--resolve",), ("--run", "-r"), ("--multirun", "-m")),
+    ("--shell-completion", "-sc"),
+)
+_WITH_VALUE = (
+    *(("--cfg", "-c"), ("--package", "-p"), ("--config-path", "-cp"), ("--config-name", "-cn")),
+    *(("--config-dir", "-cd"), ("--experimental-rerun",)),
+)
+FLAGS_WITH_VALUE = {flag for flags in (*_WITH_VALUE, ("--info", "-i")) for flag in flags}
+FLAGS = FLAGS_WITH_VALUE | {flag for flags in (*_SWITCHES, ("--version",)) for flag in flags}
+"""All that a command takes besides ``KEY=VALUE``."""
+
 
 def parse_flags(name: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags that Hydra documents, as Hydra does; the rest is ``overrides``.
@@ -34,20 +46,13 @@ def parse_flags(name: str, arguments: Sequence[str] | None = None) -> argparse.N
     start = shlex.join(invocation(name))
     parser = argparse.ArgumentParser(start, add_help=False, usage="%(prog)s [KEY=VALUE ...] [FLAG ...]; see --help")
     parser.add_argument("overrides", nargs="*")
-    for flags in (
-        *(("--help", "-h"), ("--hydra-help",), ("--resolve",), ("--run", "-r"), ("--multirun", "-m")),
-        ("--shell-completion", "-sc"),
-    ):
+    for flags in _SWITCHES:
         parser.add_argument(*flags, action="store_true")
     parser.add_argument(
         "--version", action="version", version=f"metalearn {metalearn.__version__}, with Hydra {hydra.__version__}"
     )
-    parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
-    parser.add_argument("--package", "-p")
-    parser.add_argument("--config-path", "-cp")
-    parser.add_argument("--config-name", "-cn")
-    parser.add_argument("--config-dir", "-cd")
-    parser.add_argument("--experimental-rerun")
+    for flags in _WITH_VALUE:
+        parser.add_argument(*flags, choices=["job", "hydra", "all"] if "--cfg" in flags else None)
     info = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
     parser.add_argument("--info", "-i", const="all", nargs="?", choices=info)
     return parser.parse_args(arguments)

@@ -153,7 +153,10 @@ def _format_key_error(error: Any, key: str, value: Any, owner: type, kind: type,
         return f"{shown}: there is no such key{file_of(key)}. {_nearest(key, kind, list(hints(owner)))}"
     if error["type"] == "value_error":
         return f"{shown}: {error['ctx']['error']}{file_of(key)}"
-    return f"{shown}: must be {describe_allowed(hint)}{file_of(key)} ({description(hint)})"
+    allowed = describe_allowed(hint)
+    if "whole number" in allowed and isinstance(value, float) and value.is_integer():
+        allowed += f"; write {int(value)}"
+    return f"{shown}: must be {allowed}{file_of(key)} ({description(hint)})"
 
 
 def _options(classes: Sequence[type]) -> str:
@@ -174,6 +177,56 @@ def _nearest(key: str, kind: type, known: Sequence[str]) -> str:
     return f"{hint}The keys{' of ' + prefix if prefix else ''} are {', '.join(known)}."
 
 
+_SYNONYMS = {
+    "epochs": "outer.iterations",
+    "iters": "outer.iterations",
+    "steps": "inner.steps",
+    "meta_lr": "outer.lr",
+    "batch_size": "task.meta_batch",
+    "meta_batch_size": "task.meta_batch",
+    "n_way": "task.ways",
+    "way": "task.ways",
+    "n_shot": "task.shots",
+    "shot": "task.shots",
+    "k_shot": "task.shots",
+    "adapt_lr": "inner.lr",
+    "adaptation_steps": "inner.steps",
+    "order": "inner.second_order",
+    "gpu": "run.device",
+    "name": "experiment",
+}
+"""What other programs call a key."""
+_OTHER_NAMES = {
+    "fomaml": "inner.second_order=false",
+    "first_order": "inner.second_order=false",
+    "maml++": "algorithm=maml_pp",
+    "mamlpp": "algorithm=maml_pp",
+    "mamlplusplus": "algorithm=maml_pp",
+    "mc": "algorithm=meta_curvature",
+    "prototypical": "algorithm=protonet",
+    "proto": "algorithm=protonet",
+    **dict.fromkeys(("miniimagenet", "tieredimagenet", "cifarfs", "cub", "folder"), "data=images data.root=FOLDER"),
+}
+"""What other programs call an option of a group, without signs and capitals."""
+
+
+def nearest_key(key: str, kind: type, *, exact: bool = False) -> str | None:
+    """Return the key that was probably meant; ``None`` if none is near, or with ``exact`` if it is not one."""
+    every = ["experiment"]
+    for name, hint in hints(kind).items():
+        classes = section_classes(hint)
+        every += [f"{name}.{k}" for c in classes for k in hints(c)] or [name]
+        every += [name] if name in GROUPS else []
+    word = key.replace("-", "_")
+    if word in every or exact:
+        return word if word in every else None
+    last = word.rpartition(".")[2]
+    same = sorted({k for k in every if k.rpartition(".")[2] == last}, key=lambda k: (not k.startswith("run."), k))
+    close = difflib.get_close_matches(word, every, n=1, cutoff=0.75)
+    synonym = _SYNONYMS.get(word)
+    return next(iter([*same, *([synonym] if synonym in every else []), *close]), None)
+
+
 def format_hydra_error(error: Exception, overrides: Sequence[str]) -> str:
     """Return what Hydra or OmegaConf could not compose: the override or file, and what to write."""
     if isinstance(error, OverrideParseException):
@@ -188,9 +241,14 @@ def format_hydra_error(error: Exception, overrides: Sequence[str]) -> str:
         return f"{merging[1]}: this cannot be composed: {str(error.__cause__).partition(chr(10))[0]}"
     text = re.sub(r"^In '\w+': |\nConfig search path:.*", "", str(error), flags=re.DOTALL).strip()
     text = text.replace("'++", "'") or type(error).__name__
-    if found := re.search(r"Could not find '(\w+)/(\w+)'", text):
-        close = difflib.get_close_matches(found[2], re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE), n=1)
-        text += f"\nDid you mean {found[1]}={close[0]}?" if close else ""
+    if found := re.search(r"Could not find '(\w+)/([^']+)'", text):
+        group, name, options = found[1], found[2], re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
+        word = re.sub(r"[-_ ]", "", name.lower())
+        plain = {re.sub("_", "", option): option for option in options}
+        close = [plain[near] for near in difflib.get_close_matches(word, plain, n=1)]
+        meant = _OTHER_NAMES.get(word) or "".join(f"{group}={option}" for option in close)
+        text = f"{group}={name}: there is no such option. " + (f"Did you mean {meant}? " if meant else "")
+        text += f"The options of {group} are {', '.join(options)}."
     named = any(override.partition("=")[0].lstrip("+~") in text for override in overrides)
     return text if named or not overrides else f"{' '.join(overrides)}: this cannot be composed: {text}"
 

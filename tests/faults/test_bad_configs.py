@@ -39,7 +39,7 @@ ON_THE_COMMAND_LINE: list[Case] = [
     ("train", ("inner.steps=many",), r"inner\.steps=many: must be a whole number, at least 0"),
     ("train", ("inner.lr=-1",), r"inner\.lr=-1: must be a number above 0"),
     ("train", ("task.ways=2000",), r"task\.ways=2000: at most 100"),
-    ("train", ("model=resnet",), r"Could not find 'model/resnet'[\s\S]*conv4"),
+    ("train", ("model=resnet",), r"model=resnet: there is no such option\. .*conv4"),
     ("train", ("inner.engine=fast",), r"inner\.engine=fast: must be one of unroll, checkpoint, adjoint"),
     ("train", ("run.device=gpu",), r"run\.device=gpu: must be auto, cpu, cuda or cuda:N"),
     ("train", ("--multirun", "inner.steps=1,2,-3"), r"inner\.steps=-3: must be a whole number, at least 0"),
