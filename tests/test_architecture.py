@@ -37,6 +37,7 @@ ONLY_IN = {
         "commands/cli.py",
         "config/compose.py",
         "config/run_config.py",
+        "config/help.py",
         "config/messages.py",
         "commands/command_line.py",
         "commands/output_folders.py",

@@ -14,6 +14,7 @@ import errno
 import functools
 import logging
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -39,11 +40,13 @@ from metalearn.config.compose import (
     user_conf_dir,
 )
 from metalearn.config.former_keys import rename_overrides
-from metalearn.config.messages import help_text
+from metalearn.config.help import MAIN_KEYS, help_text
 from metalearn.core.errors import ConfigError, MetalearnError, RunError, TerminatedError
 from metalearn.training.run_folder import check_no_run_in
 from metalearn.training.runtime import torchrun
 from metalearn.training.runtime.signals import sigterm_as_exception
+
+_WIDEST_HELP = 100
 
 
 def command(
@@ -76,9 +79,8 @@ def command(
                 _search_user_conf_dir(flags)
                 if torchrun.world_size() > 1 and (follow is None or flags.multirun):
                     raise ConfigError(_ONE_TRAINING)
-                if flags.help:
-                    start = shlex.join(invocation(name))
-                    print(help_text(compose(name), kind, start, function.__doc__ or "", group_defaults(name, kind)))
+                if flags.help or flags.help_all:
+                    print(_help(name, kind, function.__doc__ or "", MAIN_KEYS.get(name, ()) if flags.help else ()))
                     return
                 jobs = _checked(name, flags, kind, check, may_continue)
             except MetalearnError as error:
@@ -102,6 +104,12 @@ def command(
         return command
 
     return decorate
+
+
+def _help(name: str, kind: type[Config], about: str, main: Sequence[str]) -> str:
+    width = min(shutil.get_terminal_size().columns, _WIDEST_HELP)
+    start, options = shlex.join(invocation(name)), group_defaults(name, kind)
+    return help_text(compose(name), kind, start, about, options, main=main, width=width)
 
 
 def _search_user_conf_dir(flags: argparse.Namespace) -> None:

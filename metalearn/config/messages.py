@@ -1,14 +1,12 @@
-"""Texts about the configuration: every key for ``--help``, and a message for every error."""
+"""A message for every error of the configuration, and the words that describe a key."""
 
 from __future__ import annotations
 
 import difflib
 import functools
-import inspect
 import re
-import textwrap
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -16,10 +14,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from hydra.errors import OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from typing_extensions import Doc
+
+from metalearn.config.key_types import LARGEST_SEED
 
 GROUPS = ("algorithm", "data", "model")
 _WORDS: dict[Any, tuple[str, str]] = {
@@ -84,7 +84,7 @@ def describe_allowed(hint: Any, *, plural: bool = False) -> str:
         return "names with values, as {width: 32}"
     words = _WORDS[base][plural]
     return words + "".join(
-        text.format(getattr(limit, mark.__name__.lower()))
+        text.format(bound if (bound := getattr(limit, mark.__name__.lower())) != LARGEST_SEED else "2^63 - 1")
         for mark, text in _LIMITS
         for limit in limits
         if type(limit) is mark
@@ -251,45 +251,6 @@ def format_hydra_error(error: Exception, overrides: Sequence[str]) -> str:
         text += f"The options of {group} are {', '.join(options)}."
     named = any(override.partition("=")[0].lstrip("+~") in text for override in overrides)
     return text if named or not overrides else f"{' '.join(overrides)}: this cannot be composed: {text}"
-
-
-def help_text(config: DictConfig, kind: type, script: str, about: str, options: Mapping[str, DictConfig]) -> str:
-    """Return every key of a configuration with its default, meaning and range.
-
-    Args:
-        config: composed, without overrides.
-        kind: its schema.
-        script: the words that start the command.
-        about: what it does.
-        options: sections of the groups' options, by ``GROUP=OPTION``.
-    """
-    usage = f"usage: {script} [KEY=VALUE ...] [GROUP=OPTION ...] [--cfg job] [--multirun] [--hydra-help]"
-    lines = [inspect.cleandoc(about), "", usage, "", "Keys, with their defaults:"]
-    plain: Any = OmegaConf.to_container(config, resolve=False)
-    sections = {name: classes for name, hint in hints(kind).items() if (classes := section_classes(hint))}
-    top = {name: hint for name, hint in hints(kind).items() if name not in sections}
-    if top:
-        lines += ["", *_help_lines("", top, plain)]
-    for name, classes in sections.items():
-        if len(classes) == 1:
-            lines += ["", *_help_lines(f"{name}.", hints(classes[0]), plain[name])]
-    for choice, node in options.items():
-        group = choice.partition("=")[0]
-        owner = section_class(kind, group, node.name)
-        assert owner is not None
-        values: Any = OmegaConf.to_container(node, resolve=False)
-        lines += ["", f"With {choice}:", *_help_lines(f"{group}.", hints(owner), values)]
-    if options:
-        lines += ["", "experiment=NAME sets the keys that conf/experiment/NAME.yaml holds; --cfg job shows the result."]
-    return "\n".join(lines)
-
-
-def _help_lines(prefix: str, keys: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
-    for name, hint in keys.items():
-        default = "(required)" if values[name] == "???" else format_value(values[name])
-        head = f"  {prefix}{name}={default}"
-        text = f"{description(hint)} ({describe_allowed(hint)})"
-        yield from textwrap.wrap(text, 118, initial_indent=f"{head:<34}  ", subsequent_indent=" " * 36)
 
 
 def file_setting(key: str, overrides: Sequence[str], folders: Sequence[Path]) -> str:

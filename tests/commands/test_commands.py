@@ -115,15 +115,18 @@ def test_cfg_job_prints_the_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "line"),
     [
-        ("train.py", "run.device="),
+        ("train.py", r"inner\.second_order=true\n"),
         ("evaluate.py", "run.device="),
-        ("gradients.py", r"  lesson=all +the lesson on second-order gradients to run, or all of them"),
+        ("gradients.py", r"  lesson=all\n +the lesson on second-order gradients to run, or all of them"),
     ],
 )
 def test_help(script: str, line: str, tmp_path: Path) -> None:
     printed = command(script, "--help", cwd=tmp_path).stdout
     assert f"usage: python {REPO / 'scripts' / script}" in printed
     assert re.search(line, printed)
+    whole = command(script, "--help-all", cwd=tmp_path).stdout
+    assert ("run.threads=auto" in whole) == (script == "train.py")
+    assert (whole != printed) == (script == "train.py")
 
 
 def test_missing_device_is_an_error(tmp_path: Path) -> None:

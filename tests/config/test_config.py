@@ -14,7 +14,15 @@ import pytest
 
 from metalearn import InnerLoop
 from metalearn.config.compose import CONF, compose, group_defaults
-from metalearn.config.messages import describe_allowed, description, help_text, hints, section_class, section_classes
+from metalearn.config.help import MAIN_KEYS, help_text
+from metalearn.config.messages import (
+    describe_allowed,
+    description,
+    hints,
+    nearest_key,
+    section_class,
+    section_classes,
+)
 from metalearn.config.options import GlyphsConfig, OmniglotConfig
 from metalearn.config.schema import ENGINES as ENGINE_NAMES
 from metalearn.config.schema import TrainConfig, iter_fields
@@ -83,9 +91,9 @@ def test_four_classic_experiments_exist() -> None:
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_help_explains_every_key(name: str) -> None:
     kind: Any = SCHEMAS[name]
-    text = re.sub(
-        r"\s+", " ", help_text(compose(name), kind, f"python scripts/{name}.py", "Does it.", group_defaults(name, kind))
-    )
+    whole = help_text(compose(name), kind, f"python scripts/{name}.py", "Does it.", group_defaults(name, kind))
+    assert max(map(len, whole.splitlines())) <= 80
+    text = re.sub(r"\s+", " ", whole)
     keys = {key: hint for key, hint in hints(kind).items() if not section_classes(hint)}
     keys |= {
         f"{section}.{key}": hint
@@ -98,6 +106,20 @@ def test_help_explains_every_key(name: str) -> None:
         assert f" {key}=" in text
         assert f"{description(hint)} ({describe_allowed(hint)})" in text, key
     assert "usage: python scripts/" in text
+
+
+@pytest.mark.parametrize("name", MAIN_KEYS)
+def test_short_help_has_a_screen_of_keys(name: str) -> None:
+    kind: Any = SCHEMAS[name]
+    options = group_defaults(name, kind)
+    text = help_text(compose(name), kind, f"metalearn {name}", "Does it.", options, main=MAIN_KEYS[name])
+    assert max(map(len, text.splitlines())) <= 80
+    assert len(text.splitlines()) <= 50
+    assert [line.strip().partition("=")[0] for line in text.splitlines() if re.match(r"  [\w.]+=", line)][
+        : len(MAIN_KEYS[name])
+    ] == list(MAIN_KEYS[name])
+    assert all(nearest_key(key, kind, exact=True) for key in MAIN_KEYS[name])
+    assert "--help-all shows all" in text
 
 
 def defaults_of(function: Any) -> dict[str, Any]:

@@ -70,7 +70,7 @@ ERRORS = [
     ("run.resume=null", r"run\.resume=null: must be one of false, true, auto"),
     ("run.checkpoint_every_s=-1", r"run\.checkpoint_every_s=-1: must be a number, at least 0 or null"),
     ("run.on_nonfinite=ignore", r"run\.on_nonfinite=ignore: must be one of stop, skip"),
-    ("run.seed=9223372036854775808", r"run\.seed=9223372036854775808: .* at most 9223372036854775807"),
+    ("run.seed=9223372036854775808", r"run\.seed=9223372036854775808: .* at most 2\^63 - 1"),
     ("run.seed=-1", r"run\.seed=-1: must be a whole number, at least 0"),
     ("run.device=gpu", r"run\.device=gpu: must be auto, cpu, cuda or cuda:N"),
     ("run.device='cuda:'", r"run\.device=cuda:: must be auto, cpu, cuda or cuda:N"),
