@@ -79,6 +79,7 @@ LAYERS: dict[str, list[set[str]]] = {
     ],
     "training.runtime": [{"torchrun", "signals", "precision", "cuda_graph", "threads"}, {"distributed"}],
     "training.tracking": [
+        {"tags"},
         {"console", "curvature", "event_files", "meter", "plot_style"},
         {"tensorboard"},
         {"images"},

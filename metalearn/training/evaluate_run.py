@@ -130,9 +130,9 @@ def cost_metrics(meter: Meter, *, total_s: float) -> dict[str, Any]:
 def hparams_metrics(metrics: dict[str, Any]) -> dict[str, float]:
     """Return the metrics that TensorBoard's table of runs compares, by tag."""
     return {
-        f"test/{metrics['score']}": metrics[f"test.{metrics['score']}"],
-        "memory/peak_mib": metrics["memory.peak_mib"],
-        "time/median_meta_step_ms": metrics["time.meta_step_ms"],
+        f"{metrics['score']}/test": metrics[f"test.{metrics['score']}"],
+        "cost/peak_mib": metrics["memory.peak_mib"],
+        "cost/median_meta_step_ms": metrics["time.meta_step_ms"],
     }
 
 

@@ -192,8 +192,8 @@ def log_step(context: TrainContext, state: TrainState, episodes: Episodes, lr: f
     if context.checkpointer:
         with context.meter.logging():
             if state.skipped:
-                metrics["train/skipped"] = float(state.skipped)
-            metrics |= {"outer/lr": lr, **learned_lr_metrics(state.params)}
+                metrics["optimizer/skipped"] = float(state.skipped)
+            metrics |= {"optimizer/lr": lr, **learned_lr_metrics(state.params)}
             try:
                 metrics |= second_order_metrics(context.experiment, state, episodes)
             except NonFiniteError as error:  # diagnostics must not stop the training

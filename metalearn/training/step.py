@@ -110,7 +110,7 @@ class _LocalGradient(NamedTuple):
 
 
 def _metrics(experiment: Experiment) -> dict[str, Callable[[MetaGradient, Episodes], Tensor]]:
-    """Return the training metrics by their names, ``train/NAME`` in TensorBoard. To add one, add a line."""
+    """Return the training metrics by name; ``training_tag`` gives their tags. To add one, add a line."""
     metric = experiment.metric
     metrics: dict[str, Callable[[MetaGradient, Episodes], Tensor]] = {
         "query_loss": lambda result, episodes: result.loss,

@@ -52,7 +52,7 @@ def tensorboard(comparison: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         wait_for(lambda: runs <= set(get_json(f"{address}data/runs")), f"TensorBoard to find {sorted(runs)}")
         with_scalars = runs - {"report"}
         tags = f"{address}data/plugin/scalars/tags"
-        wait_for(lambda: all("test/accuracy" in get_json(tags).get(run, {}) for run in with_scalars), "the curves")
+        wait_for(lambda: all("accuracy/test" in get_json(tags).get(run, {}) for run in with_scalars), "the curves")
         yield address
 
 

@@ -42,13 +42,13 @@ def curves(card: Locator) -> Locator:
 
 def test_time_series_overlays_the_variants(page: Page, tensorboard: str, screenshot: Screenshot) -> None:
     visit(page, tensorboard, "timeseries")
-    page.locator("metrics-tag-filter-component input").fill("^validation/accuracy$")
+    page.locator("metrics-tag-filter-component input").fill("^accuracy/validation$")
     card = page.locator("scalar-card").filter(has_text=re.compile(r"validation\s*/accuracy(?!_)")).first
     card.wait_for()
     for run in RUNS:
         assert page.locator("runs-table").get_by_text(run, exact=True).count() == 1, "once in the list of runs"
         row = card.locator("tb-data-table-content-row").filter(has_text=run)
-        wait_for_count(row, 1, f"rows of {run} under the curves of validation/accuracy")
+        wait_for_count(row, 1, f"rows of {run} under the curves of accuracy/validation")
         assert re.search(r"0\.\d", row.inner_text()), "its last value"
     assert page.locator("runs-table tb-data-table-content-row").count() == len(RUNS) + 1, "these and the report"
     wait_for(lambda: coloured_pixels(card.locator("line-chart").screenshot()) > 300, "the curves to be drawn")
@@ -65,10 +65,10 @@ def test_scalars_overlay_the_variants(page: Page, tensorboard: str, screenshot: 
     visit(page, tensorboard, "scalars")
     for run in RUNS:
         page.locator("tf-runs-selector").get_by_text(run, exact=True).wait_for()
-    page.locator("tf-scalar-dashboard tf-tag-filterer input").fill("^validation/accuracy$")
-    card = page.locator("tf-scalar-card").filter(has=page.get_by_text("tag: validation/accuracy", exact=True)).last
+    page.locator("tf-scalar-dashboard tf-tag-filterer input").fill("^accuracy/validation$")
+    card = page.locator("tf-scalar-card").filter(has=page.get_by_text("tag: accuracy/validation", exact=True)).last
     card.scroll_into_view_if_needed()
-    wait_for_count(curves(card), 2 * len(RUNS), "curves of validation/accuracy, each as it is and smoothed")
+    wait_for_count(curves(card), 2 * len(RUNS), "curves of accuracy/validation, each as it is and smoothed")
     screenshot("scalars")
 
 
@@ -124,7 +124,7 @@ def test_images_show_the_tasks_of_every_run(
     plots = sorted(path.stem for path in (comparison / "plots").glob("*.png"))
     assert len(plots) >= 6
     visit(page, tensorboard, "images")
-    for tag, run in [("validation/tasks", run) for run in RUNS] + [(f"report/{name}", "report") for name in plots]:
+    for tag, run in [("tasks/validation", run) for run in RUNS] + [(f"report/{name}", "report") for name in plots]:
         card = (
             page.locator("tf-image-loader")
             .filter(has=page.get_by_text(run, exact=True))

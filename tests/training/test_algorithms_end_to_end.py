@@ -47,10 +47,10 @@ def test_every_algorithm_trains(name: str, tmp_path: Path) -> None:
     assert 0 <= metrics["test.accuracy"] <= 1
     assert 0 <= metrics["test.accuracy_nontransductive"] <= 1
     curves = read_scalars(tmp_path / "run")
-    assert all(math.isfinite(p.value) for p in curves["train/query_loss"])
-    assert ("grad/cosine_first_vs_second" in curves) == (name not in ("reptile", "imaml", "protonet"))
-    assert ("train/cg_residual" in curves) == (name == "imaml")
-    assert ("rates/mean" in curves) == (name in ("meta_sgd", "maml_pp"))
+    assert all(math.isfinite(p.value) for p in curves["loss/query"])
+    assert ("gradients/cosine_first_vs_second" in curves) == (name not in ("reptile", "imaml", "protonet"))
+    assert ("gradients/cg_residual" in curves) == (name == "imaml")
+    assert ("optimizer/learned_lr/mean" in curves) == (name in ("meta_sgd", "maml_pp"))
 
 
 def test_maml_pp_resumes_bitwise_equal(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_baseline_library_takes_the_same_steps(name: str, backend: str, tmp_path
         assert metrics["backend"] == by
         curves.append(read_scalars(tmp_path / by))
     assert curves[0].keys() == curves[1].keys(), "the same scalars"
-    ours, theirs = ([p.value for p in c["train/query_loss"]] for c in curves)
+    ours, theirs = ([p.value for p in c["loss/query"]] for c in curves)
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 
@@ -106,7 +106,7 @@ def test_sinusoids_train(tmp_path: Path) -> None:
     assert metrics["score"] == "mse"
     assert len(metrics["test.mse_per_step"]) == 3
     assert "test.accuracy" not in metrics
-    assert "validation/mse" in read_scalars(tmp_path / "run")
+    assert "mse/validation" in read_scalars(tmp_path / "run")
     assert Image.open(tmp_path / "run" / "sinusoid.png").size[0] > 800
 
 

@@ -64,10 +64,10 @@ def test_skipped_meta_steps_are_counted_and_change_nothing(
     assert metrics_without_times(tmp_path)["iterations.skipped"] == 5
     assert metrics_without_times(tmp_path)["iterations"] == 24
     curves = read_scalars(tmp_path)
-    assert {(p.step, p.value) for p in curves["train/skipped"]} >= {(6, 3.0), *((n, 5.0) for n in range(9, 25, 3))}
-    steps = [p.step for p in curves["train/query_loss"]]
+    assert {(p.step, p.value) for p in curves["optimizer/skipped"]} >= {(6, 3.0), *((n, 5.0) for n in range(9, 25, 3))}
+    steps = [p.step for p in curves["loss/query"]]
     assert steps == [3, 9, 12, 15, 16, 18, 21, 24], "a window of skipped meta-steps logs nothing"
-    assert [p.step for p in curves["validation/accuracy"]] == [8, 16, 24], "also after a skipped meta-step"
+    assert [p.step for p in curves["accuracy/validation"]] == [8, 16, 24], "also after a skipped meta-step"
     assert "Meta-step 4 is skipped: the query loss of task 1 is nan" in caplog.text
     assert sorted(p.name for p in (tmp_path / FOLDER).glob("*.pt")) == [f"meta-step-{n:08}.pt" for n in range(4, 9)]
     assert load_state(tmp_path)["state"]["optimizer"]["state"][0]["step"] == 19
@@ -79,7 +79,7 @@ def test_nonfinite_diagnostics_do_not_stop_the_training(
     poison(range(5, 6), monkeypatch)
     train(config("run.on_nonfinite=skip", "log.curvature_every=3", "log.eigenvalue_every=6"), tmp_path)
     assert "No second-order metrics at meta-step 6" in caplog.text
-    cosines = [p.step for p in read_scalars(tmp_path)["grad/cosine_first_vs_second"]]
+    cosines = [p.step for p in read_scalars(tmp_path)["gradients/cosine_first_vs_second"]]
     assert cosines == [n for n in range(3, 25, 3) if n != 6]
 
 

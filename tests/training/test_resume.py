@@ -40,7 +40,7 @@ def test_resumed_run_is_bitwise_equal(iteration: int, finished: Path, tmp_path: 
     assert_runs_equal(tmp_path, finished)
     ours, theirs = read_scalars(tmp_path), read_scalars(finished)
     assert {tag: [p.step for p in ours[tag]] for tag in ours} == {tag: [p.step for p in theirs[tag]] for tag in theirs}
-    seconds = [p.value for p in ours["time/training_s"]]
+    seconds = [p.value for p in ours["cost/training_s"]]
     assert seconds == sorted(seconds), "the seconds of both processes, added up"
 
 
@@ -144,7 +144,7 @@ def test_init_from_starts_with_the_best_parameters(
     metrics = run(tmp_path, *AT_VALIDATIONS, f"run.init_from={finished}", "outer.iterations=32", "outer.lr=1e-3")
     best = metrics_without_times(finished)
     assert metrics["iterations"] == 32
-    validations = read_scalars(tmp_path)["validation/accuracy"]
+    validations = read_scalars(tmp_path)["accuracy/validation"]
     assert validations[0].value == pytest.approx(best["validation.best_accuracy"]), "on the same tasks"
     assert [point.step for point in validations] == [0, 8, 16, 24, 32]
     assert metrics["validation.best_accuracy"] >= best["validation.best_accuracy"]

@@ -80,19 +80,19 @@ def test_event_file_holds_every_tag(finished: Finished) -> None:
     folder, metrics = finished
     shown = events(folder)
     scalars = {tag: [(e.step, e.value) for e in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
-    every_5 = [f"train/{name}" for name in ("query_loss", "query_accuracy", "support_loss", "grad_norm")]
-    for tag in (*every_5, "time/meta_step_ms", "memory/peak_mib", "outer/lr"):
+    every_5 = ["loss/query", "accuracy/train", "loss/support", "gradients/norm"]
+    for tag in (*every_5, "cost/meta_step_ms", "cost/peak_mib", "optimizer/lr"):
         assert [step for step, _ in scalars[tag]] == list(range(5, 41, 5)), tag
         assert all(math.isfinite(value) for _, value in scalars[tag])
     cosine = [0.005 * (1 + math.cos(math.pi * (step - 1) / 40)) / 2 for step in range(5, 41, 5)]
-    assert [value for _, value in scalars["outer/lr"]] == pytest.approx(cosine, rel=1e-5), "the rate that was used"
-    for tag in ("validation/accuracy", "validation/accuracy_low", "validation/accuracy_high"):
+    assert [value for _, value in scalars["optimizer/lr"]] == pytest.approx(cosine, rel=1e-5), "the rate that was used"
+    for tag in ("accuracy/validation", "accuracy/validation_low", "accuracy/validation_high"):
         assert [step for step, _ in scalars[tag]] == [20, 40]
-    low, mean, high = (scalars[f"validation/accuracy{end}"][-1][1] for end in ("_low", "", "_high"))
+    low, mean, high = (scalars[f"accuracy/validation{end}"][-1][1] for end in ("_low", "", "_high"))
     assert low < mean < high
-    by_step = [value for _, value in scalars["test/accuracy_by_inner_step"]]
+    by_step = [value for _, value in scalars["accuracy/test_by_inner_step"]]
     assert by_step == pytest.approx(metrics["test.accuracy_per_step"])
-    assert [image.step for image in shown.Images("validation/tasks")] == [20, 40]
+    assert [image.step for image in shown.Images("tasks/validation")] == [20, 40]
     text = shown.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "second_order: true" in text
 
@@ -103,9 +103,9 @@ def test_every_engine_takes_the_same_steps(engine: str, tmp_path: Path) -> None:
     run(tmp_path / "unroll", *base)
     more = [f"inner.engine={engine}", "inner.task_chunk=3", "inner.checkpoint_every=2"]
     assert run(tmp_path / engine, *base, *more)["engine"] == engine
-    norms = curve(tmp_path / engine, "train/grad_norm")
+    norms = curve(tmp_path / engine, "gradients/norm")
     # float32, and Adam's first steps are signs
-    assert norms == pytest.approx(curve(tmp_path / "unroll", "train/grad_norm"), rel=1e-2)
+    assert norms == pytest.approx(curve(tmp_path / "unroll", "gradients/norm"), rel=1e-2)
 
 
 def test_auto_engine_is_resolved_before_the_first_step(tmp_path: Path) -> None:
@@ -122,9 +122,9 @@ def test_second_order_metrics_are_logged_when_due(tmp_path: Path) -> None:
     due = ["log.curvature_every=2", "log.eigenvalue_every=2", "log.every=4"]
     run(tmp_path / "run", *QUICK, *due, "inner.steps=2")
     shown = events(tmp_path / "run")
-    tags = {tag for tag in shown.Tags()["scalars"] if tag.startswith("grad/")}
-    norms = {f"grad/adjoint_norm/step_{k}" for k in range(3)}
-    assert tags == {"grad/cosine_first_vs_second", "grad/support_top_eigenvalue", *norms}
+    tags = {tag for tag in shown.Tags()["scalars"] if tag.startswith("gradients/") and tag != "gradients/norm"}
+    norms = {f"gradients/adjoint_norm/step_{k}" for k in range(3)}
+    assert tags == {"gradients/cosine_first_vs_second", "gradients/support_top_eigenvalue", *norms}
     for tag in tags:
         points = shown.Scalars(tag)
         assert [e.step for e in points] == [2, 4]
@@ -144,7 +144,7 @@ def test_mixed_precision_is_verified_before_the_first_step(tmp_path: Path, monke
     assert verified == ["bfloat16"]
     assert metrics["precision"] == "bfloat16"
     run(tmp_path / "full", *QUICK, "log.every=1")
-    low, full = (curve(tmp_path / name, "train/query_loss") for name in ("low", "full"))
+    low, full = (curve(tmp_path / name, "loss/query") for name in ("low", "full"))
     assert low != full
     assert low == pytest.approx(full, rel=0.1)
     assert verified == ["bfloat16"], "float32 needs no check"
@@ -152,7 +152,7 @@ def test_mixed_precision_is_verified_before_the_first_step(tmp_path: Path, monke
 
 def test_best_checkpoint_is_the_reported_one(finished: Finished) -> None:
     folder, metrics = finished
-    assert metrics["validation.best_accuracy"] == pytest.approx(max(curve(folder, "validation/accuracy")))
+    assert metrics["validation.best_accuracy"] == pytest.approx(max(curve(folder, "accuracy/validation")))
     experiment = build_experiment(load_run_config(folder / "config.yaml"))
     best = load_best(folder, like=experiment.theta, device=experiment.device)
     assert best.iteration == metrics["validation.best_iteration"]
@@ -226,13 +226,13 @@ def test_training_of_one_iteration_without_inner_steps(tmp_path: Path) -> None:
     metrics = run(tmp_path / "run", *SMALL, "inner.steps=0", "inner.eval_steps=0", "outer.iterations=1")
     assert len(metrics["test.accuracy_per_step"]) == 1
     assert metrics["time.meta_step_ms"] > 0
-    assert "train/support_loss" not in events(tmp_path / "run").Tags()["scalars"]
+    assert "loss/support" not in events(tmp_path / "run").Tags()["scalars"]
 
 
 def test_clip_norm_bounds_the_update_at_a_constant_rate(tmp_path: Path) -> None:
     constant = ["outer.lr=1e-3", "outer.schedule=constant", "outer.iterations=5"]
     run(tmp_path / "run", *SMALL, *constant, "outer.clip_norm=1e-12")
-    assert curve(tmp_path / "run", "outer/lr") == [pytest.approx(1e-3)]
+    assert curve(tmp_path / "run", "optimizer/lr") == [pytest.approx(1e-3)]
     theta = build_experiment(load_run_config(tmp_path / "run" / "config.yaml")).theta
     params = best_params(tmp_path / "run")
     # Adam divides by the gradient's size plus 1e-8, so that a gradient of 1e-12 moves nothing by more than 1e-4 lr.

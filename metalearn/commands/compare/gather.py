@@ -85,7 +85,7 @@ def collect_results(
     """
     runs = {job.folder: load_run(job, reasons.get(job.folder)) for job in jobs}
     scalars = {folder: _read_curves(folder) for folder, run in runs.items() if run.state == "finished"}
-    best = [max(p.value for p in curves["validation/accuracy"]) for curves in scalars.values() if curves]
+    best = [max(p.value for p in curves["accuracy/validation"]) for curves in scalars.values() if curves]
     if target is None and best:
         target = math.floor(100 * (min(best) + _ROUNDING)) / 100
     results = []
@@ -138,17 +138,17 @@ def _add_metrics(result: VariantResult, scalars: list[Scalars], target: float | 
         per_step=[seed_ci(means, halves) for means, halves in zip(per_step, per_step_ci95, strict=True)],
         meta_step_ms=statistics.median(column("time.meta_step_ms")),
         peak_mib=max(column("memory.peak_mib")),
-        training_s=statistics.fmean(s["time/training_s"][-1].value for s in scalars) if scalars else None,
+        training_s=statistics.fmean(s["cost/training_s"][-1].value for s in scalars) if scalars else None,
         time_to=None if target is None else time_to_accuracy(scalars, target),
-        curve=aggregate_curve(scalars, "validation/accuracy"),
-        cosine=aggregate_curve(scalars, "grad/cosine_first_vs_second"),
+        curve=aggregate_curve(scalars, "accuracy/validation"),
+        cosine=aggregate_curve(scalars, "gradients/cosine_first_vs_second"),
     )
 
 
 def aggregate_curve(scalars: Sequence[Scalars], tag: str) -> list[CurvePoint]:
     """Aggregate a tag over seeds, at the meta-steps that all of them have."""
     by_step = [{p.step: p.value for p in s.get(tag, [])} for s in scalars]
-    times = [{p.step: p.value for p in s["time/training_s"]} for s in scalars]
+    times = [{p.step: p.value for p in s["cost/training_s"]} for s in scalars]
     common = sorted(set.intersection(*(set(points) for points in by_step))) if by_step else []
     points = []
     for step in common:
@@ -162,8 +162,8 @@ def time_to_accuracy(scalars: Sequence[Scalars], target: float) -> TimeToAccurac
     """Return when validation first reached the target; ``None`` if it never did."""
     reached = []
     for run in scalars:
-        seconds = {p.step: p.value for p in run["time/training_s"]}
-        first = next((p.step for p in run["validation/accuracy"] if p.value >= target - _ROUNDING), None)
+        seconds = {p.step: p.value for p in run["cost/training_s"]}
+        first = next((p.step for p in run["accuracy/validation"] if p.value >= target - _ROUNDING), None)
         if first is not None:
             reached.append((seconds[first], first))
     if not reached:

@@ -75,8 +75,8 @@ def curvature(
         )
         cosine = cosine_similarity(flat_first, flat_exact, dim=0).item()
     return {
-        "grad/cosine_first_vs_second": cosine,
-        **{f"grad/adjoint_norm/step_{k}": norm for k, norm in sorted(norms.items())},
+        "gradients/cosine_first_vs_second": cosine,
+        **{f"gradients/adjoint_norm/step_{k}": norm for k, norm in sorted(norms.items())},
     }
 
 
@@ -100,7 +100,7 @@ def support_eigenvalue(
         with checkpoint.replay_rng():  # one dropout mask, so that there is one Hessian
             return total_support_loss(forward, expand_over_tasks(theta, tasks=1), x, y, loss=loss)
 
-    tag = "grad/support_top_eigenvalue"
+    tag = "gradients/support_top_eigenvalue"
     try:
         with _preserve_rng(episodes):
             return {tag: top_eigenvalues(f, theta, tol=_EIGENVALUE_TOLERANCE, mode="reverse_over_reverse").item()}

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metalearn.core.errors import RunError
+from metalearn.training.tracking.tags import present_tag
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it logs every file read, and what a resumed run hides
 
@@ -24,7 +25,7 @@ class ScalarEvent(NamedTuple):
 
 
 def read_scalars(run_dir: Path) -> dict[str, list[ScalarEvent]]:
-    """Return every curve of a run by its tag, with all points in the order of their steps.
+    """Return every curve of a run by its present tag, with all points in the order of their steps.
 
     A resumed run has several event files; points after the meta-step that it resumed from are dropped. Sub-folders,
     such as those of evaluations, are other runs. Raise ``RunError`` if the folder holds no event file.
@@ -36,7 +37,7 @@ def read_scalars(run_dir: Path) -> dict[str, list[ScalarEvent]]:
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})  # 0: all; the default is 10,000 a tag
     events.Reload()
     return {
-        tag: _drop_superseded([ScalarEvent(e.step, e.wall_time, e.value) for e in events.Scalars(tag)])
+        present_tag(tag): _drop_superseded([ScalarEvent(e.step, e.wall_time, e.value) for e in events.Scalars(tag)])
         for tag in events.Tags()["scalars"]
     }
 

@@ -36,7 +36,7 @@ def log_task_images(experiment: Experiment, state: TrainState, tensorboard: Tens
     if not experiment.config.log.images or not _can_draw(experiment):
         return
     try:
-        tensorboard.log_image("validation/tasks", render_tasks(experiment, state.params), state.iteration)
+        tensorboard.log_image("tasks/validation", render_tasks(experiment, state.params), state.iteration)
     except NonFiniteLossError as error:  # the next meta-step stops the run, if training meets it as well
         log.warning("no picture at meta-step %d: %s", state.iteration, error)
 

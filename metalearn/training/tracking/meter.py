@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from metalearn.core.profiling.memory import MIB, PeakTensorMemory
+from metalearn.training.tracking.tags import training_tag
 
 
 class Meter:
@@ -109,15 +110,15 @@ class Meter:
 
     def close_window(self) -> dict[str, float]:
         """Return the window's mean metrics by TensorBoard tag; ``open_window`` starts the next."""
-        means = {f"train/{name}": values.mean().item() for name, values in self._stack_metrics().items()}
+        means = {training_tag(name): values.mean().item() for name, values in self._stack_metrics().items()}
         self._pause_clock()
         if self.device.type == "cuda":
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device))
         if self._timed_steps:
             self.training_s += self._elapsed_s
             self._window_ms.append(1000 * self._elapsed_s / self._timed_steps)
-            means["time/meta_step_ms"] = self._window_ms[-1]
-        return {**means, "time/training_s": self.training_s, "memory/peak_mib": self.peak_bytes / MIB}
+            means["cost/meta_step_ms"] = self._window_ms[-1]
+        return {**means, "cost/training_s": self.training_s, "cost/peak_mib": self.peak_bytes / MIB}
 
     def _stack_metrics(self) -> dict[str, Tensor]:
         """Return the window's metrics so far, ``[steps]`` each, without skipped steps."""

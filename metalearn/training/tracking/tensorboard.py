@@ -48,31 +48,31 @@ def _interval_tags(tag: str) -> list[str]:
 
 
 # Custom scalars. The tags of a multi-line chart are regular expressions, and one that is not anchored takes
-# validation/accuracy_low for validation/accuracy; those of a margin chart are names. A margin chart is not smoothed.
+# accuracy/validation_low for accuracy/validation; those of a margin chart are names. A margin chart is not smoothed.
 LAYOUT: dict[str, dict[str, list[str | list[str]]]] = {
     "Accuracy": {
-        "validation accuracy": ["Multiline", ["^validation/accuracy$"]],
-        "validation accuracy, 95% interval": ["Margin", _interval_tags("validation/accuracy")],
-        "query accuracy in training": ["Multiline", ["^train/query_accuracy$"]],
-        "test accuracy by inner step, 95% interval": ["Margin", _interval_tags("test/accuracy_by_inner_step")],
+        "validation accuracy": ["Multiline", ["^accuracy/validation$"]],
+        "validation accuracy, 95% interval": ["Margin", _interval_tags("accuracy/validation")],
+        "query accuracy in training": ["Multiline", ["^accuracy/train$"]],
+        "test accuracy by inner step, 95% interval": ["Margin", _interval_tags("accuracy/test_by_inner_step")],
     },
     "Cost": {
-        "time of a meta-step, ms": ["Multiline", ["^time/meta_step_ms$"]],
-        "peak memory, MiB": ["Multiline", ["^memory/peak_mib$"]],
-        "training time, s": ["Multiline", ["^time/training_s$"]],
+        "time of a meta-step, ms": ["Multiline", ["^cost/meta_step_ms$"]],
+        "peak memory, MiB": ["Multiline", ["^cost/peak_mib$"]],
+        "training time, s": ["Multiline", ["^cost/training_s$"]],
     },
     "Second order": {
-        "cosine of first- and second-order meta-gradient": ["Multiline", ["^grad/cosine_first_vs_second$"]],
-        "norm of the adjoint at every inner step": ["Multiline", ["^grad/adjoint_norm/.*"]],
-        "largest eigenvalue of the support loss": ["Multiline", ["^grad/support_top_eigenvalue$"]],
-        "norm of the meta-gradient": ["Multiline", ["^train/grad_norm$"]],
+        "cosine of first- and second-order meta-gradient": ["Multiline", ["^gradients/cosine_first_vs_second$"]],
+        "norm of the adjoint at every inner step": ["Multiline", ["^gradients/adjoint_norm/.*"]],
+        "largest eigenvalue of the support loss": ["Multiline", ["^gradients/support_top_eigenvalue$"]],
+        "norm of the meta-gradient": ["Multiline", ["^gradients/norm$"]],
     },
 }
 
 METRICS = {
-    "test/accuracy": "test accuracy",
-    "memory/peak_mib": "peak memory, MiB",
-    "time/median_meta_step_ms": "meta-step, ms (median)",
+    "accuracy/test": "test accuracy",
+    "cost/peak_mib": "peak memory, MiB",
+    "cost/median_meta_step_ms": "meta-step, ms (median)",
 }
 """Tags of the metrics that a table of runs compares, with the headings of their columns."""
 
@@ -158,18 +158,18 @@ class TensorBoardLogger(EventWriter):
 
     def log_validation(self, result: Evaluation, iteration: int) -> None:
         """Log the score on validation tasks with the ends of its interval."""
-        self._log_interval(f"validation/{result.metric.name}", result.final, iteration)
+        self._log_interval(f"{result.metric.name}/validation", result.final, iteration)
         self.flush()
 
     def log_test(self, result: Evaluation, iteration: int = 0) -> None:
         """Log the test score at its meta-step, and with its interval against the number of inner steps."""
         name = result.metric.name
-        self.log_scalars({f"test/{name}": result.final.mean}, iteration)
+        self.log_scalars({f"{name}/test": result.final.mean}, iteration)
         for step, estimate in enumerate(result.per_step):
-            self._log_interval(f"test/{name}_by_inner_step", estimate, step)
+            self._log_interval(f"{name}/test_by_inner_step", estimate, step)
         if result.nontransductive:
             steps = len(result.per_step) - 1
-            self.log_scalars({f"test/{name}_nontransductive": result.nontransductive.mean}, steps)
+            self.log_scalars({f"{name}/test_nontransductive": result.nontransductive.mean}, steps)
 
     def _log_interval(self, tag: str, estimate: MeanCI, step: int) -> None:
         mean, ci95 = estimate.mean, estimate.ci95
@@ -191,7 +191,7 @@ class TensorBoardLogger(EventWriter):
         """Log histograms of the learned step sizes, one for each parameter of the model."""
         for name, p in params.items():
             if name.startswith(lr_key("")):
-                tag = f"rates/{name.removeprefix(lr_key(''))}"
+                tag = f"optimizer/learned_lr/{name.removeprefix(lr_key(''))}"
                 self._writer.add_histogram(tag, p.detach().cpu().numpy(), iteration)
 
 
@@ -202,7 +202,10 @@ def learned_lr_metrics(params: Params) -> dict[str, float]:
         return {}
     flat = torch.cat(rates)
     values = torch.stack([flat.mean(), *flat.aminmax()]).tolist()
-    return {f"rates/{name}": value for name, value in zip(("mean", "smallest", "largest"), values, strict=True)}
+    return {
+        f"optimizer/learned_lr/{name}": value
+        for name, value in zip(("mean", "smallest", "largest"), values, strict=True)
+    }
 
 
 def to_hparam_value(value: Value) -> float | str:

@@ -106,9 +106,9 @@ def write_run(job: Job, tasks: list[float], validation: list[float], seconds: fl
     job.folder.mkdir(parents=True)
     writer = SummaryWriter(str(job.folder))
     for i, accuracy in enumerate(validation, start=1):
-        writer.add_scalar("validation/accuracy", accuracy, 100 * i)
-        writer.add_scalar("time/training_s", seconds * i, 100 * i)
-        writer.add_scalar("grad/cosine_first_vs_second", 0.5 + 0.1 * i, 100 * i)
+        writer.add_scalar("accuracy/validation", accuracy, 100 * i)
+        writer.add_scalar("cost/training_s", seconds * i, 100 * i)
+        writer.add_scalar("gradients/cosine_first_vs_second", 0.5 + 0.1 * i, 100 * i)
     writer.close()
     nontransductive = [value - 0.1 for value in tasks]
     (job.folder / "test_tasks.json").write_text(

@@ -269,7 +269,7 @@ def test_nan_of_one_process_is_skipped_by_all_which_share_the_stop_request(tmp_p
 def test_init_from_is_read_by_the_main_process(tmp_path: Path, uninterrupted_run: Path) -> None:
     more = [f"run.init_from={uninterrupted_run}", "outer.iterations=8"]
     alone, shared = (train_together(n, tmp_path / str(n), *more) for n in (1, 2))
-    (first, *_) = read_scalars(shared)["validation/accuracy"]
+    (first, *_) = read_scalars(shared)["accuracy/validation"]
     assert first.step == 0
     best = metrics_without_times(uninterrupted_run)["validation.best_accuracy"]
     assert first.value == pytest.approx(best), "on the same tasks"

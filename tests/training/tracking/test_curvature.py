@@ -29,19 +29,21 @@ def test_diagnostics_equal_dense_computation() -> None:
 
     few = episodes.split(4)[0]
     first, second = flat(forward, theta, few, inner, False), flat(forward, theta, few, inner, True)
-    assert got["grad/cosine_first_vs_second"] == pytest.approx((first @ second / first.norm() / second.norm()).item())
-    assert got["grad/cosine_first_vs_second"] < 0.999
+    assert got["gradients/cosine_first_vs_second"] == pytest.approx(
+        (first @ second / first.norm() / second.norm()).item()
+    )
+    assert got["gradients/cosine_first_vs_second"] < 0.999
 
     # A task alone: |lam_K| and |lam_0| are the norms of its own first- and second-order meta-gradients.
     for k, order in ((2, False), (0, True)):
         norms = torch.stack([flat(forward, theta, task, inner, order).norm() for task in few.split(1)])
-        assert got[f"grad/adjoint_norm/step_{k}"] == pytest.approx(norms.mean().item())
+        assert got[f"gradients/adjoint_norm/step_{k}"] == pytest.approx(norms.mean().item())
 
     dense = hessian(lambda p: cross_entropy(forward(p, x[0]), y[0]), theta)
     matrix = torch.cat(
         [torch.cat([b.reshape(theta[i].numel(), -1) for b in row.values()], dim=1) for i, row in dense.items()]
     )
-    top = support_eigenvalue(forward, theta, few)["grad/support_top_eigenvalue"]
+    top = support_eigenvalue(forward, theta, few)["gradients/support_top_eigenvalue"]
     assert top == pytest.approx(torch.linalg.eigvalsh(matrix)[-1].item(), rel=0.01)
 
 
@@ -55,7 +57,7 @@ def test_eigenvalue_uses_one_dropout_mask() -> None:
 
     dense = top_eigenvalues(same_mask, theta, mode="reverse_over_reverse")  # 15 numbers: by the dense matrix
     torch.manual_seed(4)
-    top = support_eigenvalue(forward, theta, Episodes(x, y, x, y))["grad/support_top_eigenvalue"]
+    top = support_eigenvalue(forward, theta, Episodes(x, y, x, y))["gradients/support_top_eigenvalue"]
     assert top == pytest.approx(dense.item())
 
 
@@ -68,5 +70,5 @@ def test_diagnostics_preserve_the_generator() -> None:
     got = curvature(forward, theta, Episodes(x, y, x, y), InnerLoop(lr=0.5, steps=1, second_order=False))
     support_eigenvalue(forward, theta, Episodes(x, y, x, y))
     assert torch.equal(torch.rand(2), expected)
-    assert got["grad/cosine_first_vs_second"] < 0.9999
-    assert {"grad/adjoint_norm/step_0", "grad/adjoint_norm/step_1"} < got.keys()
+    assert got["gradients/cosine_first_vs_second"] < 0.9999
+    assert {"gradients/adjoint_norm/step_0", "gradients/adjoint_norm/step_1"} < got.keys()

@@ -94,9 +94,9 @@ def test_repeated_test_counts_once(tmp_path: Path) -> None:
     for resumed_at, values in ((None, (0.2, 0.7, 0.8)), (40, (0.3, 0.6, 0.9))):
         with TensorBoardLogger(tmp_path, config="", resumed_at=resumed_at) as tracker:
             for step, value in enumerate(values):
-                tracker.log_scalars({"test/accuracy_by_inner_step": value}, step)
+                tracker.log_scalars({"accuracy/test_by_inner_step": value}, step)
     assert len(list(tmp_path.glob(EVENT_FILES))) == 2
-    points = read_scalars(tmp_path)["test/accuracy_by_inner_step"]
+    points = read_scalars(tmp_path)["accuracy/test_by_inner_step"]
     assert [p.step for p in points] == [0, 1, 2]
     assert [p.value for p in points] == pytest.approx(values)
 
@@ -134,21 +134,21 @@ def test_log_test_logs_scores_and_intervals(tmp_path: Path) -> None:
         tracker.log_test(evaluation(0.2, 0.7, 0.75), 400)
     curves = read_scalars(tmp_path)
     points = {tag: {p.step: round(p.value, 6) for p in curve} for tag, curve in curves.items()}
-    ends = [points.pop(f"test/accuracy_by_inner_step_{end}") for end in ("low", "high")]
+    ends = [points.pop(f"accuracy/test_by_inner_step_{end}") for end in ("low", "high")]
     assert ends == [{0: 0.102, 1: 0.602, 2: 0.652}, {0: 0.298, 1: 0.798, 2: 0.848}], "1.96 * 0.05"
     assert points == {
-        "test/accuracy": {400: 0.75},
-        "test/accuracy_by_inner_step": {0: 0.2, 1: 0.7, 2: 0.75},
-        "test/accuracy_nontransductive": {2: 0.5},
+        "accuracy/test": {400: 0.75},
+        "accuracy/test_by_inner_step": {0: 0.2, 1: 0.7, 2: 0.75},
+        "accuracy/test_nontransductive": {2: 0.5},
     }
 
 
 def write_run(folder: Path, values: dict[str, Value], *, test: float) -> None:
     with TensorBoardLogger(folder, config="") as tracker:
         for step in (10, 20):
-            tracker.log_scalars({"memory/peak_mib": 50.0 + step, "time/meta_step_ms": 5.0}, step)
+            tracker.log_scalars({"cost/peak_mib": 50.0 + step, "cost/meta_step_ms": 5.0}, step)
         tracker.log_test(evaluation(0.2, test), 20)
-        metrics = {"test/accuracy": test, "memory/peak_mib": 70.0, "time/median_meta_step_ms": 6.0}
+        metrics = {"accuracy/test": test, "cost/peak_mib": 70.0, "cost/median_meta_step_ms": 6.0}
         tracker.log_hparams(values, metrics, 20)
 
 
@@ -221,9 +221,9 @@ def test_hparams_columns_do_not_hide_other_runs(tmp_path: Path) -> None:
 def test_log_hparams_repeats_no_point(tmp_path: Path) -> None:
     write_run(tmp_path / "run", CONV, test=0.75)
     with TensorBoardLogger(tmp_path / "run", config="", resumed_at=20) as tracker:  # cut after the last meta-step
-        tracker.log_hparams(CONV, {"memory/peak_mib": 70.0}, 20)
+        tracker.log_hparams(CONV, {"cost/peak_mib": 70.0}, 20)
     points = {tag: [e.step for e in accumulated(tmp_path / "run").Scalars(tag)] for tag in METRICS}
-    assert points == {"test/accuracy": [20], "memory/peak_mib": [10, 20], "time/median_meta_step_ms": [20]}
+    assert points == {"accuracy/test": [20], "cost/peak_mib": [10, 20], "cost/median_meta_step_ms": [20]}
     assert [path.is_file() for path in (tmp_path / "run").iterdir()] == [True, True], "add_hparams makes a folder"
 
 
@@ -244,13 +244,13 @@ def test_layouts_of_several_runs_are_merged(tmp_path: Path) -> None:
 
 def test_every_chart_matches_its_curves() -> None:
     tags = [
-        *(f"validation/accuracy{end}" for end in ("", "_low", "_high")),
-        *(f"train/{name}" for name in ("query_accuracy", "grad_norm", "query_loss")),
-        *(f"test/accuracy{end}" for end in ("", "_nontransductive")),
-        *(f"test/accuracy_by_inner_step{end}" for end in ("", "_low", "_high")),
-        *(f"time/{name}" for name in ("meta_step_ms", "training_s", "median_meta_step_ms")),
-        *("memory/peak_mib", "grad/cosine_first_vs_second", "grad/support_top_eigenvalue", "outer/lr"),
-        *(f"grad/adjoint_norm/step_{k}" for k in range(3)),
+        *(f"accuracy/validation{end}" for end in ("", "_low", "_high")),
+        *("accuracy/train", "gradients/norm", "loss/query"),
+        *(f"accuracy/test{end}" for end in ("", "_nontransductive")),
+        *(f"accuracy/test_by_inner_step{end}" for end in ("", "_low", "_high")),
+        *(f"cost/{name}" for name in ("meta_step_ms", "training_s", "median_meta_step_ms")),
+        *("cost/peak_mib", "gradients/cosine_first_vs_second", "gradients/support_top_eigenvalue", "optimizer/lr"),
+        *(f"gradients/adjoint_norm/step_{k}" for k in range(3)),
     ]
     taken = []
     for charts in LAYOUT.values():
@@ -259,5 +259,5 @@ def test_every_chart_matches_its_curves() -> None:
             matched = [tag for tag in tags if any(matches(p, tag) for p in patterns)]
             assert len(matched) == (3 if kind == "Margin" or "adjoint" in title else 1), title
             taken += matched
-    others = {"train/query_loss", "test/accuracy", "test/accuracy_nontransductive", "time/median_meta_step_ms"}
-    assert set(tags) - set(taken) == {*others, "outer/lr"}
+    others = {"loss/query", "accuracy/test", "accuracy/test_nontransductive", "cost/median_meta_step_ms"}
+    assert set(tags) - set(taken) == {*others, "optimizer/lr"}
