@@ -3,14 +3,15 @@
 #   make train ARGS="task.ways=20"    any key of `python scripts/train.py --help`
 #   make compare                      first against second order: accuracy, time and memory; a quarter of an hour
 #   make test                         lint, types and tests, JOBS of them at a time
-#   make faults                       every fault of the README's table, as often as it says; a quarter of an hour
+#   make faults                       every fault of the table in docs/results.md, as often as it says; a quarter of an hour
+#   make docs                         the documentation site, in outputs/site/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 JOBS ?= 2
 
-.PHONY: train compare test faults lint bench clean-venv
+.PHONY: train compare test faults docs lint bench clean-venv
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.core
@@ -28,6 +29,10 @@ test: lint
 faults: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/faults -m fault --faults-report outputs/reference/faults.json $(ARGS)
 
+docs: $(VENV)/.dev
+	$(BIN)/python -m docs.blocks
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,7 +49,7 @@ $(VENV)/.core: pyproject.toml
 # The peers are compared with, never depended on: where one does not install, its tests skip and say so. One by one, as
 # pip installs all of a file or nothing.
 $(VENV)/.dev: $(VENV)/.core requirements-peers.txt
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,docs]'
 	for peer in learn2learn higher torchopt; do \
 	  grep "^$$peer==" requirements-peers.txt > $(VENV)/$$peer.txt; \
 	  $(BIN)/python -m pip install --quiet --requirement $(VENV)/$$peer.txt \

@@ -213,7 +213,7 @@ def multi_step_weights(steps: int, progress: float) -> tuple[float, ...]:
 
     As in the authors' code (arXiv 1810.09502, section 4, "annealed weighting").
 
-    Example:
+    Examples:
         >>> multi_step_weights(2, 0.0)
         (0.0, 0.5, 0.5)
     """

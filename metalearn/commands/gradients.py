@@ -116,6 +116,8 @@ def to_json(results: list[LessonResult], *, complete: bool) -> dict[str, Any]:
         {
             "name": result.name,
             "title": result.lesson.title if result.lesson else None,
+            "claim": result.lesson.claim if result.lesson else None,
+            "code": result.lesson.code if result.lesson else None,
             "right": result.passed,
             "seconds": round(result.seconds, 3),
             "error": result.error,
@@ -154,7 +156,7 @@ def print_lesson(result: LessonResult, output_dir: Path) -> None:
     table.add_column("expected", max_width=28)
     table.add_column("verdict")
     for check in lesson.checks:
-        table.add_row(Text(check.name), *(Text(cell) for cell in _format_check(check)), _verdict(check.passed))
+        table.add_row(Text(check.name), *(Text(cell) for cell in format_check(check)), _verdict(check.passed))
     console.print(table)
     for note in lesson.notes:
         console.print(Padding(f"- {escape(note)}", (0, 2)), highlight=False)
@@ -163,7 +165,7 @@ def print_lesson(result: LessonResult, output_dir: Path) -> None:
     console.print(Text(f"{result.name}: ").append(_verdict(result.passed)))
 
 
-def _format_check(check: Check) -> tuple[str, str]:
+def format_check(check: Check) -> tuple[str, str]:
     """Return the computed and the expected value, the latter with its tolerance and, if not analytic, its source."""
     digits = 8 if check.passed else 17  # a wrong number may differ late
     expected = _format_value(check.expected, digits)

@@ -63,7 +63,7 @@ def help_text(
         lines += ["", f"The keys that matter first; --help-all shows all {count}:"]
         lines += [line for key in main for line in _main_key(key, kind, plain, options, width)]
     else:
-        for title, keys in _sections(kind, plain, options):
+        for title, keys in key_sections(kind, plain, options):
             lines += ["", title, *(line for key, hint, value in keys for line in _entry(key, hint, value, width))]
     flags = {name: text for name, text in _FLAGS.items() if main or name != "--help-all"}
     if not options:
@@ -81,7 +81,7 @@ def _every_key(kind: type) -> set[str]:
     }
 
 
-def _sections(
+def key_sections(
     kind: type, plain: Mapping[str, Any], options: Mapping[str, DictConfig]
 ) -> Iterator[tuple[str, list[tuple[str, Any, Any]]]]:
     """Yield the title and the keys of every section: names, hints and default values."""

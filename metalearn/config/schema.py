@@ -148,7 +148,9 @@ class LogConfig(Section):
     every: Annotated[Count, Doc("meta-steps between points in TensorBoard; scalars are means over them")]
     images: Annotated[Bool, Doc("a grid of support and query images with predictions, at each validation")]
     curvature_every: Annotated[
-        Count | None, LATE, Doc("meta-steps between points of the second-order term (grad/ in the README); null: never")
+        Count | None,
+        LATE,
+        Doc("meta-steps between points of the second-order term (gradients/…); null: never"),
     ]
     eigenvalue_every: Annotated[
         Count | None,

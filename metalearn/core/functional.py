@@ -49,7 +49,7 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
             in training mode with running statistics, ``sparse=True``, ``max_norm=``, a gradient hook, scripted, lazy.
         TypeError: if the module does not take one tensor.
 
-    Example:
+    Examples:
         >>> forward, theta = functionalize(nn.Linear(3, 2))
         >>> forward(theta, torch.zeros(4, 3)).shape
         torch.Size([4, 2])

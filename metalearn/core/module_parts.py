@@ -51,7 +51,7 @@ def module_parts(module: nn.Module, *, head: str | None = None) -> ModuleParts:
     Raises:
         ValueError: if the module has no linear layer called ``head``, or if ``head`` is ``None`` and ambiguous.
 
-    Example:
+    Examples:
         >>> module_parts(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))).head
         ('2.weight', '2.bias')
     """

@@ -29,7 +29,7 @@ def batches(tasks: Iterable[Any], size: int) -> Iterator[Episodes]:
         TypeError: if an item is no task, or holds anything but tensors and arrays.
         ValueError: if an item differs from the first of its batch in shape, type or device, or ``size`` is below 1.
 
-    Example:
+    Examples:
         >>> task = (torch.zeros(5, 3), torch.zeros(5), torch.zeros(9, 3), torch.zeros(9))
         >>> [episodes.tasks for episodes in batches([task] * 5, size=2)]
         [2, 2, 1]

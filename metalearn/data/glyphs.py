@@ -34,7 +34,7 @@ def make_glyphs(
     Returns:
         ``[classes, drawings, 1, size, size]`` uint8, white on black.
 
-    Example:
+    Examples:
         >>> make_glyphs(classes=3, drawings=2).shape
         torch.Size([3, 2, 1, 28, 28])
     """

@@ -65,7 +65,7 @@ class EpisodeSampler:
         ValueError: if the images have fewer classes than N or a class has fewer drawings than K + Q, or if the counts
             do not add up to the images.
 
-    Example:
+    Examples:
         >>> images = torch.zeros(10, 20, 1, 28, 28, dtype=torch.uint8)
         >>> EpisodeSampler(images, TaskShape(5, 1, 3), seed=0, split="train").tasks(0, 8).query_x.shape
         torch.Size([8, 15, 1, 28, 28])

@@ -37,7 +37,7 @@ class SinusoidSampler:
     Raises:
         ValueError: if there is not at least one shot and one query.
 
-    Example:
+    Examples:
         >>> SinusoidSampler(10, 10, seed=0, split="train").tasks(0, 25).support_x.shape
         torch.Size([25, 10, 1])
 

@@ -73,7 +73,7 @@ def directional(
         ValueError: for fewer than two steps, for steps that are not positive, for a direction of length zero, or if it
             or the gradient is not shaped like ``x``.
 
-    Example:
+    Examples:
         >>> check = directional(lambda x: x.pow(3).sum(), torch.ones(3, dtype=torch.float64))
         >>> check.error < 1e-8
         True

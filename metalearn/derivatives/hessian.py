@@ -29,7 +29,7 @@ def hessian(f: ScalarFunction, x: Input, *, memory_limit: int | None = None) -> 
         NonFiniteGradientError: if an entry is NaN or infinite, though ``f`` is finite.
         ValueError, TypeError: where ``hvp`` raises them.
 
-    Example:
+    Examples:
         >>> hessian(lambda x: x[0] ** 2 * x[1], torch.tensor([1.0, 2.0]))
         tensor([[4., 2.],
                 [2., 0.]])

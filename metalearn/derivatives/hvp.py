@@ -61,7 +61,7 @@ def hvp(f: ScalarFunction, x: Input, v: Input, *, mode: str = "forward_over_reve
         NotImplementedError: in the modes that use forward mode, if an operation lacks a formula for it, or if ``f``
             enters ``torch.no_grad()``, which forward mode does not see.
 
-    Example:
+    Examples:
         >>> x, v = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])
         >>> hvp(lambda x: x[0] ** 2 * x[1], x, v)
         tensor([4., 2.])

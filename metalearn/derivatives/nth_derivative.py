@@ -48,7 +48,7 @@ def nth_derivative(
             returns several numbers, or an unknown mode.
         TypeError: if ``x`` holds anything but floating-point tensors.
 
-    Example:
+    Examples:
         >>> nth_derivative(lambda x: x**3, torch.tensor(2.0), order=2)
         tensor(12.)
     """

@@ -98,7 +98,7 @@ def adapt(
         TypeError: if a parameter is not a floating-point tensor.
         NonFiniteLossError: if a support loss is NaN or infinite.
 
-    Example:
+    Examples:
         >>> forward, theta = functionalize(nn.Linear(3, 2))
         >>> fast = adapt(forward, theta, torch.randn(8, 4, 3), torch.zeros(8, 4).long(), InnerLoop(lr=0.1, steps=2))
         >>> fast["weight"].shape

@@ -48,7 +48,7 @@ def with_learned_lrs(theta: Params, inner: InnerLoop) -> Params:
 
     They are ``lr::NAME`` for every adapted parameter: shaped like it, ``[]``, or ``[K]``.
 
-    Example:
+    Examples:
         >>> theta = {"w": torch.zeros(3)}
         >>> with_learned_lrs(theta, InnerLoop(lr=0.1, steps=2, learned_lr="layer_and_step"))["lr::w"]
         tensor([0.1000, 0.1000])
@@ -67,7 +67,7 @@ def with_learned_lrs(theta: Params, inner: InnerLoop) -> Params:
 def with_transform(theta: Params, inner: InnerLoop) -> Params:
     """Return theta with what ``inner.transform`` learns, as ``transform::NAME``.
 
-    Example:
+    Examples:
         >>> theta = {"w": torch.zeros(3, 2)}
         >>> list(with_transform(theta, InnerLoop(lr=0.1, steps=2, transform=MetaCurvature())))
         ['w', 'transform::w/out', 'transform::w/in']

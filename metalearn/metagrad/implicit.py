@@ -55,7 +55,7 @@ class Implicit:
     Raises:
         ValueError: if a number is out of range.
 
-    Example:
+    Examples:
         >>> inner = InnerLoop(lr=0.1, steps=16, proximal_weight=2.0)
         >>> result = Implicit(cg_steps=5)(forward, theta, episodes, inner, cross_entropy)
         >>> result.diagnostics["cg_residual"]

@@ -58,7 +58,7 @@ def meta_gradient(
         NonFiniteLossError: if a loss is NaN or infinite; naming the task and the inner step.
         NonFiniteGradientError: if the gradient is, though no loss is; naming the parameter and the task.
 
-    Example:
+    Examples:
         >>> forward, theta = functionalize(nn.Linear(3, 2))
         >>> x, y = torch.randn(8, 4, 3), torch.zeros(8, 4).long()
         >>> result = meta_gradient(forward, theta, Episodes(x, y, x, y), InnerLoop(lr=0.1, steps=2))

@@ -38,7 +38,7 @@ class ContextMLP(nn.Module):
     Raises:
         ValueError: if ``context`` is below 1.
 
-    Example:
+    Examples:
         >>> ContextMLP(1, 1)(torch.zeros(10, 1)).shape
         torch.Size([10, 1])
     """
@@ -78,7 +78,7 @@ class ContextConv4(nn.Module):
     Raises:
         ValueError: if ``pool`` is unknown or ``context`` is below 1.
 
-    Example:
+    Examples:
         >>> ContextConv4(ways=5)(torch.zeros(10, 1, 28, 28)).shape
         torch.Size([10, 5])
 

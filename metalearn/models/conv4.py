@@ -47,7 +47,7 @@ class Conv4(nn.Module):
     Raises:
         ValueError: if ``pool`` is neither.
 
-    Example:
+    Examples:
         >>> Conv4(ways=5)(torch.zeros(10, 1, 28, 28)).shape
         torch.Size([10, 5])
 

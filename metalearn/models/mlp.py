@@ -18,7 +18,7 @@ class MLP(nn.Module):
 
     Shapes: ``[examples, ...]`` with ``inputs`` entries an example, to ``[examples, ways]``.
 
-    Example:
+    Examples:
         >>> MLP(784, 5)(torch.zeros(10, 1, 28, 28)).shape
         torch.Size([10, 5])
     """

@@ -31,7 +31,7 @@ class ResNet12(nn.Module):
     Raises:
         ValueError: if there is no width, or one below 1.
 
-    Example:
+    Examples:
         >>> ResNet12(ways=5, widths=(8, 16, 32, 64))(torch.zeros(10, 3, 84, 84)).shape
         torch.Size([10, 5])
 

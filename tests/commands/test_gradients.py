@@ -191,5 +191,5 @@ def test_command_exits_with_1_when_a_check_fails(tmp_path: Path) -> None:
     ],
 )
 def test_numbers_have_relevant_digits(check: Check, cells: tuple[str, str]) -> None:
-    output = gradients._format_check(check)
+    output = gradients.format_check(check)
     assert (output[0][:12], output[1]) == (cells[0][:12], cells[1])

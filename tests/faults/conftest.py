@@ -1,4 +1,4 @@
-"""Record the results for every fault, and write them to the file that the README's table is made of.
+"""Record the results for every fault, and write them to the file that the table of faults is made of.
 
 ``make faults`` tries all cases; the default run a few of each. Tests name their fault by
 ``@pytest.mark.fault(fault, must_hold, cases=…)``, where ``cases`` is how many cases one test tries, 1 by default.

@@ -108,7 +108,7 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
 
     Reference: Wilson 1927, doi 10.1080/01621459.1927.10502953.
 
-    Example:
+    Examples:
         >>> low, high = wilson_interval(8, 10)
         >>> f"{low:.3f} {high:.3f}"
         '0.490 0.943'

@@ -251,7 +251,7 @@ def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
     Raises:
         ValueError: if x or y is invalid.
 
-    Example:
+    Examples:
         >>> round(log_log_slope([1, 2, 4], [3, 12, 48]), 12)
         2.0
     """

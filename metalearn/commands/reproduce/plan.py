@@ -63,7 +63,7 @@ class Published(NamedTuple):
 def published(algorithm: str, order: str, ways: int, shots: int) -> Published | None:
     """Return the published accuracy; ``None`` where there is none.
 
-    Example:
+    Examples:
         >>> str(published("maml", "second", 5, 1))
         '98.7% (Finn et al. 2017)'
     """

@@ -35,7 +35,7 @@ class PatchTransformer(nn.Module):
     Raises:
         ValueError: if the patches do not fill the image.
 
-    Example:
+    Examples:
         >>> PatchTransformer(ways=5)(torch.zeros(10, 1, 28, 28)).shape
         torch.Size([10, 5])
 
@@ -67,7 +67,7 @@ class ResidualNet(nn.Module):
 
     Images ``[examples, channels, height, width]`` to logits ``[examples, ways]``; the stem halves both sides twice.
 
-    Example:
+    Examples:
         >>> ResidualNet(ways=5)(torch.zeros(10, 1, 28, 28)).shape
         torch.Size([10, 5])
 

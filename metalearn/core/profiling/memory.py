@@ -28,7 +28,7 @@ class PeakTensorMemory(TorchDispatchMode):
     Raises:
         MemoryLimitError: inside an operation, as soon as more than ``limit`` bytes are alive.
 
-    Example:
+    Examples:
         >>> with PeakTensorMemory() as live:
         ...     x = torch.zeros(1024)
         >>> live.peak

@@ -67,7 +67,7 @@ def backend(name: str, module: nn.Module, *, loss: Loss = cross_entropy) -> Base
     Raises:
         ConfigError: if the name is unknown, or the library is not installed or cannot be imported.
 
-    Example:
+    Examples:
         >>> forward, theta = functionalize(module)
         >>> compute = backend("higher", module)
         >>> grads = compute(theta, episodes, InnerLoop(lr=0.1, steps=2)).grads

@@ -36,7 +36,7 @@ _ON_GPUS: ContextVar[bool] = ContextVar("kernels_on_gpus", default=False)
 def kernels_on_gpus(enabled: bool = True) -> Iterator[None]:
     """Use the kernels on GPUs as well inside, or not; on CPUs they are always used.
 
-    Example:
+    Examples:
         >>> with kernels_on_gpus():
         ...     result = meta_gradient(forward, theta, episodes, inner)
     """

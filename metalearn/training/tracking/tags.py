@@ -34,7 +34,7 @@ def training_tag(metric: str) -> str:
 def present_tag(tag: str) -> str:
     """Return the tag that a curve of an earlier version would have now.
 
-    Example:
+    Examples:
         >>> present_tag("validation/accuracy_low")
         'accuracy/validation_low'
     """

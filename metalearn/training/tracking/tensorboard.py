@@ -1,4 +1,4 @@
-"""TensorBoard event files of a run. The README lists the tags.
+"""TensorBoard event files of a run. docs/reference/files.md lists the tags.
 
 A run records its own hyperparameters. Which of them a table of runs shows is recorded once for all runs of a folder,
 because TensorBoard takes the first such list that it finds; so a run must not write one.

@@ -1,0 +1,1 @@
+"""The pages of the documentation; ``blocks`` writes their tables and numbers."""

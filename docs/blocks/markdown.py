@@ -1,0 +1,48 @@
+"""Tables and figures in Markdown, from the committed files of ``outputs/reference/``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+REFERENCE = ROOT / "outputs" / "reference"
+
+
+def read(name: str) -> dict[str, Any]:
+    """Return a file of ``outputs/reference/``."""
+    content: dict[str, Any] = json.loads((REFERENCE / name).read_text(encoding="utf-8"))
+    return content
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table."""
+    return "\n".join([row(*head), "|---" * len(head) + "|", *(row(*cells) for cells in rows)])
+
+
+def row(*cells: object) -> str:
+    """Return a row of a table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def estimate(value: dict[str, float]) -> str:
+    """Format a mean and its 95% interval, both shares."""
+    return f"{value['mean']:.2%} ± {value['ci95']:.2%}"
+
+
+def points(value: dict[str, float], digits: int) -> str:
+    """Format a difference of shares and its 95% interval in points."""
+    return f"{100 * value['mean']:.{digits}f} ± {100 * value['ci95']:.{digits}f}"
+
+
+def accuracy(metrics: dict[str, Any], kind: str = "") -> str:
+    """Format a run's test accuracy; ``kind`` is ``""`` or ``"_nontransductive"``."""
+    return f"{metrics[f'test.accuracy{kind}']:.2%} ± {metrics[f'test.ci95{kind}']:.2%}"
+
+
+def machine(about: dict[str, Any]) -> str:
+    """Say on what was measured."""
+    threads = int(about["threads"])
+    return f"{about['cpu']}, {threads} thread{'s' * (threads > 1)}, torch {about['torch']}, Python {about['python']}"
