@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from metalearn import metagrad
 from metalearn.core.deprecation import renamed
 from metalearn.core.module_parts import ModuleParts
+from metalearn.core.short_repr import short_repr
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
 from metalearn.inner import (
     InnerLoop,
@@ -70,6 +71,8 @@ class Algorithm:
     annealing: Annealing = _unchanged
     tracks_norm_statistics: bool = False
     diagnostics: tuple[str, ...] = ()
+
+    __repr__ = short_repr
 
     @property
     def is_annealed(self) -> bool:

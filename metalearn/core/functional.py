@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from metalearn.core.deprecation import adopt_former_methods
 from metalearn.core.errors import NonFiniteGradientError
 from metalearn.core.module_checks import check_module, check_signature
+from metalearn.core.short_repr import short_repr
 from metalearn.core.types import Forward, Params, check_tensors
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ class ModuleForward:
     """A module, which no pass changes, as a pure function; can be pickled and copied if the module can."""
 
     module: nn.Module
+
+    __repr__ = short_repr
 
     def __call__(self, params: Params, x: Tensor) -> Tensor:
         """Return the module's predictions for one task under ``params``.

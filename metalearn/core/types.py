@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from torch import Tensor
 
 from metalearn.core.deprecation import renamed
+from metalearn.core.short_repr import short_repr
 
 Params = dict[str, Tensor]
 """Named parameters of one model (``theta``), or of T adapted copies stacked along dimension 0 (``fast``)."""
@@ -72,6 +73,8 @@ class Episodes:
     query_x: Tensor
     query_y: Tensor
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
         check_examples("support", self.support_x, self.support_y)
         check_examples("query", self.query_x, self.query_y)
@@ -108,3 +111,5 @@ class MetaGradient:
     predictions: Tensor
     support_loss: Tensor
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    __repr__ = short_repr

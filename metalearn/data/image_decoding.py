@@ -24,6 +24,7 @@ from rich.progress import track
 from torch import Tensor
 
 from metalearn.core.errors import DataError
+from metalearn.core.short_repr import short_repr
 from metalearn.data.cache import load_or_build
 from metalearn.data.image_folder import (
     MAX_LISTED,
@@ -59,6 +60,9 @@ class FolderImages(NamedTuple):
     labels: Tensor | None
     classes: list[str]
     paths: list[Path]
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from rich.progress import track
 from torch import Tensor
 
 from metalearn.core.errors import DataError
+from metalearn.core.short_repr import short_repr
 from metalearn.data.cache import load_or_build
 from metalearn.data.metadata import DRAWINGS_PER_CLASS, OMNIGLOT_PARTS, OMNIGLOT_SPLITS, cache_dir, omniglot_base
 from metalearn.data.omniglot_download import ensure_omniglot
@@ -44,6 +45,9 @@ class OmniglotImages(NamedTuple):
     images: Tensor
     alphabets: list[str]
     parts: list[str]
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 def load_omniglot(

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from metalearn.core.short_repr import short_repr
 from metalearn.core.types import Episodes
 from metalearn.data.counter_rng import random_keys, task_keys
 
@@ -76,6 +77,8 @@ class EpisodeSampler:
     seed: int
     split: str
     counts: Sequence[int] | None = None
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         self._check_images()

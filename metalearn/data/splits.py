@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metalearn.core.short_repr import short_repr
 from metalearn.data.sampler import EpisodeSampler, TaskShape
 
 
@@ -32,6 +33,8 @@ class ImageSplits:
     validation: Tensor
     test: Tensor
     counts: ClassSizes | None = None
+
+    __repr__ = short_repr
 
     def to(self, device: torch.device | str) -> ImageSplits:
         """Move the images to another device."""

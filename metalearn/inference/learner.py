@@ -28,6 +28,7 @@ from metalearn.config.schema import TrainConfig, result_keys
 from metalearn.core import serialization as files
 from metalearn.core.errors import DataError, MetalearnError, RunError
 from metalearn.core.functional import expand_over_tasks
+from metalearn.core.short_repr import short_repr
 from metalearn.core.types import Episodes, Forward, Params
 from metalearn.data.image_decoding import FolderImages, UnreadableImagesError, read_folder
 from metalearn.data.omniglot import SIZE
@@ -90,6 +91,10 @@ class Learner:
     outputs: int
     card: Mapping[str, Any] = field(repr=False)
     _adapted: AdaptedModel | None = field(default=None, init=False, repr=False)
+
+    def __repr__(self) -> str:
+        classes = "not adapted" if self._adapted is None else self._adapted.classes
+        return short_repr(self, algorithm=self.algorithm.name, classes=classes)
 
     @property
     def is_regression(self) -> bool:

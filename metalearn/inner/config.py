@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metalearn.core.deprecation import adopt_former_methods, renamed
 from metalearn.core.types import Forward, Params
+from metalearn.core.short_repr import short_repr
 from metalearn.inner.transforms import GradientTransform
 from metalearn.inner.update_rules import FORMER_METHODS, SGD, UpdateRule
 
@@ -90,6 +91,8 @@ class InnerLoop:
         for name, is_valid, needed in (
             ("lr", 0 < lr < math.inf, "a positive number"),
             ("steps", _is_whole(self.steps, least=0), "a whole number, 0 or more"),
+    __repr__ = short_repr
+
             ("second_order", isinstance(self.second_order, bool), "True or False"),
             ("engine", isinstance(self.engine, str), "a name, as in engine='unroll'"),
             (

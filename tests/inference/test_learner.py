@@ -69,6 +69,16 @@ def test_maml_equals_hand_written_loop(ways: int, run: Path, caplog: pytest.LogC
     assert learner.score(query(ways), truth) == pytest.approx(right / (2 * ways))
 
 
+def test_repr_names_the_algorithm_and_the_classes(run: Path) -> None:
+    learner = metalearn.load(run, device="cpu")
+    assert repr(learner).endswith("outputs=5, algorithm='maml', classes='not adapted')")
+    text = repr(learner.adapt(*support()))
+    assert text.startswith("Learner(run_dir=")
+    assert text.endswith("algorithm='maml', classes=('b', 'c', 'd', 'e', 'f'))")
+    assert "device=cpu" in text
+    assert len(text) < 400
+
+
 def prototype_logits(run: Path, ways: int) -> Tensor:
     """Return -|f(x) - c_n|^2 for sorted classes."""
     module, images = embedding(run), scaled(support(ways)[0])
