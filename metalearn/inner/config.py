@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,13 +11,16 @@ from numbers import Integral, Real
 from torch import Tensor
 
 from metalearn.core.deprecation import adopt_former_methods, renamed
-from metalearn.core.types import Forward, Params
 from metalearn.core.short_repr import short_repr
+from metalearn.core.types import Forward, Params
 from metalearn.inner.transforms import GradientTransform
 from metalearn.inner.update_rules import FORMER_METHODS, SGD, UpdateRule
 
 LEARNED_LR_MODES = ("parameter", "layer", "layer_and_step")
 """Names for ``InnerLoop.learned_lr``."""
+
+ENGINE_NAMES = ("unroll", "checkpoint", "adjoint")
+"""Names for ``InnerLoop.engine``; a test holds them equal to ``metalearn.metagrad.ENGINES``."""
 
 _WHOLE_NUMBERS = ("steps", "task_chunk", "checkpoint_every")
 _NUMBERS = ("lr", "weight_decay", "proximal_weight", "clip_norm")
@@ -43,7 +47,8 @@ class InnerLoop:
         steps: K, the number of inner steps, at least 0.
         second_order: whether the meta-gradient goes through the inner gradients (MAML) or takes them as
             constants (first-order MAML).
-        engine: how the meta-gradient is computed, one of ``metalearn.metagrad.ENGINES``.
+        engine: how the meta-gradient is computed, ``unroll``, ``checkpoint`` or ``adjoint``; ``auto`` is for a
+            training, which measures them.
         task_chunk: at most this many tasks are held in memory at a time; ``None``: on a GPU all of them, on a CPU
             as many as are fast (all, unless the model's maps are large).
         checkpoint_every: the engines ``checkpoint`` and ``adjoint`` keep the fast weights of every s-th step and
@@ -86,15 +91,14 @@ class InnerLoop:
     per_step_params: frozenset[str] = frozenset()
     initializer: Initializer | None = None
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
         lr, decay, proximal, clip = map(_as_float, (self.lr, self.weight_decay, self.proximal_weight, self.clip_norm))
         for name, is_valid, needed in (
             ("lr", 0 < lr < math.inf, "a positive number"),
             ("steps", _is_whole(self.steps, least=0), "a whole number, 0 or more"),
-    __repr__ = short_repr
-
             ("second_order", isinstance(self.second_order, bool), "True or False"),
-            ("engine", isinstance(self.engine, str), "a name, as in engine='unroll'"),
             (
                 "task_chunk",
                 self.task_chunk is None or _is_whole(self.task_chunk),
@@ -117,6 +121,7 @@ class InnerLoop:
             for name in names:
                 if (value := getattr(self, name)) is not None:
                     object.__setattr__(self, name, convert(value))
+        self._check_engine()
         self._check_rule()
         has_methods = all(callable(getattr(self.transform, name, None)) for name in ("init", "apply"))
         if self.transform is not None and (isinstance(self.transform, type) or not has_methods):
@@ -131,6 +136,15 @@ class InnerLoop:
         if self.adapted_params is not None and not self.adapted_params:
             raise ValueError("InnerLoop: adapted_params is empty; name a parameter, or take steps=0 to adapt nothing.")
         self._convert_query_weights()
+
+    def _check_engine(self) -> None:
+        if isinstance(self.engine, str) and self.engine in (*ENGINE_NAMES, "auto"):
+            return
+        near = difflib.get_close_matches(str(self.engine).lower(), ENGINE_NAMES, n=1)
+        raise ValueError(
+            f"InnerLoop: engine={self.engine!r}; it must be one of {', '.join(ENGINE_NAMES)}."
+            + "".join(f" Did you mean {name!r}?" for name in near)
+        )
 
     def _check_rule(self) -> None:
         if isinstance(self.rule, type):

@@ -52,7 +52,7 @@ def meta_gradient(
         The loss, the gradients (zeros where the loss does not reach), the query predictions and the support losses.
 
     Raises:
-        ValueError: if the engine is unknown, a loss depends on no parameter, or the model cannot be batched over tasks
+        ValueError: if the engine is ``auto``, a loss depends on no parameter, or the model cannot be batched over tasks
             or differentiated twice.
         TypeError: if a parameter is not a floating-point tensor.
         NonFiniteLossError: if a loss is NaN or infinite; naming the task and the inner step.
@@ -66,8 +66,9 @@ def meta_gradient(
         torch.Size([2, 3])
     """
     if engine is None and inner.engine not in ENGINES:
-        measured = " 'auto' is for scripts/train.py, which measures." if inner.engine == "auto" else ""
-        raise ValueError(f"meta_gradient: engine={inner.engine!r} is not one of {', '.join(ENGINES)}.{measured}")
+        raise ValueError(
+            f"meta_gradient: engine={inner.engine!r} is for training, which measures; take one of {', '.join(ENGINES)}."
+        )
     check_forward(forward)
     check_params(params)
     check_params_match_config(params, inner, training=True)

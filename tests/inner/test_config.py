@@ -15,6 +15,7 @@ from torch import nn
 
 from metalearn import InnerLoop, Params, functionalize, meta_gradient
 from metalearn.inner import SGD, Adam, Momentum, ZeroContext
+from metalearn.inner.config import ENGINE_NAMES
 from metalearn.metagrad import ENGINES
 from tests.metagrad.settings import vectors
 
@@ -39,7 +40,9 @@ FORMER_FIELDS = {
         ({"steps": 1.5}, "steps=1.5; it must be a whole number"),
         ({"steps": -1}, "steps=-1; it must be a whole number, 0 or more"),
         ({"second_order": "false"}, "second_order='false'; it must be True or False"),
-        ({"engine": ["unroll"]}, "engine=['unroll']; it must be a name"),
+        ({"engine": ["unroll"]}, "engine=['unroll']; it must be one of unroll, checkpoint, adjoint."),
+        ({"engine": "adjont"}, "engine='adjont'; it must be one of unroll, checkpoint, adjoint. Did you mean 'adj"),
+        ({"engine": "Unroll"}, "Did you mean 'unroll'?"),
         ({"task_chunk": 1.5}, "task_chunk=1.5; it must be at least 1, or None"),
         ({"task_chunk": 0}, "task_chunk=0; it must be at least 1, or None"),
         ({"task_chunk": "2"}, "task_chunk='2'; it must be at least 1"),
@@ -60,6 +63,10 @@ FORMER_FIELDS = {
 def test_wrong_setting_raises_with_its_value(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         InnerLoop(**{"lr": 0.1, "steps": 2, **settings})
+
+
+def test_names_of_engines_are_those_of_the_engines() -> None:
+    assert tuple(ENGINES) == ENGINE_NAMES
 
 
 @pytest.mark.parametrize("make", [lambda: Momentum(1.0), lambda: Adam((0.9, 1.5)), lambda: Adam(eps=0.0)])

@@ -146,6 +146,6 @@ def test_parameters_are_not_changed() -> None:
     assert all(torch.equal(p, before[n]) and not p.requires_grad and p.grad is None for n, p in theta.items())
 
 
-def test_unknown_engine_raises() -> None:
-    with pytest.raises(ValueError, match=r"engine='nope' is not one of unroll"):
-        meta_gradient(*functionalize(TwoHeads()), Episodes(X, Y, X, Y), InnerLoop(lr=0.1, steps=1, engine="nope"))
+def test_engine_that_a_training_chooses_raises() -> None:
+    with pytest.raises(ValueError, match=r"engine='auto' is for training, which measures; take one of unroll, ch"):
+        meta_gradient(*functionalize(TwoHeads()), Episodes(X, Y, X, Y), InnerLoop(lr=0.1, steps=1, engine="auto"))
