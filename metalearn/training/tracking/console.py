@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import rich
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -21,9 +23,19 @@ def progress_bar(*, visible: bool = True) -> Progress:
         TextColumn("ETA"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
-        console=rich.get_console(),
+        console=_progress_console(),
         disable=not visible,
     )
+
+
+def _progress_console() -> Console:
+    """Return a console that redraws a bar.
+
+    In a notebook rich does so by ipywidgets, and warns where that is missing; there the line is written again.
+    """
+    console = rich.get_console()
+    lacks_widgets = console.is_jupyter and importlib.util.find_spec("ipywidgets") is None
+    return Console(force_jupyter=False) if lacks_widgets else console
 
 
 def print_summary(title: str, rows: Mapping[str, str]) -> None:
