@@ -17,7 +17,7 @@ def short_repr(self: Any, **more: object) -> str:
     A tensor is its dtype and shape, a single number also its value; the device is named once. A class takes it by
     ``__repr__ = short_repr``.
 
-    Example:
+    Examples:
         >>> print(short_repr(Episodes(*[torch.zeros(2, 5)] * 4)))
         Episodes(support_x=float32[2, 5], support_y=float32[2, 5], query_x=float32[2, 5], query_y=float32[2, 5], on cpu)
     """
