@@ -24,7 +24,9 @@ from metalearn.training.tracking.tensorboard import TensorBoardLogger
 log = logging.getLogger(__name__)
 
 _NUM_TASKS = 4
-_CELL, _GAP, _LEFT, _TOP = 56, 6, 34, 22  # pixels
+_CELL, _GAP = 56, 6  # pixels
+_NARROW = 4  # columns of images: tasks up to this width are drawn two in a row
+_LETTERS = 12 / 350  # of the picture's width: legible in TensorBoard, which shrinks pictures to 350 pixels
 _CORRECT_COLOUR, _WRONG_COLOUR = (0, 158, 115), (213, 94, 0)  # Okabe and Ito's green and vermilion, for every eye
 _MAX_ROWS, _MAX_QUERIES = 20, 8
 _SINUSOID_STEPS = (0, 1, 10)
@@ -68,51 +70,62 @@ def render_tasks(experiment: Experiment, params: Params) -> NDArray[np.uint8]:
     """Draw the first validation tasks with the adapted model's predictions, ``[height, width, 3]``."""
     if isinstance(experiment.validation, SinusoidSampler):
         return _draw_sinusoids(experiment, params, experiment.validation)
-    tasks = experiment.validation.tasks(0, _NUM_TASKS)
+    tasks = experiment.validation.tasks(0, _NUM_TASKS if experiment.config.task.ways <= _MAX_ROWS // 2 else 2)
     fast = adapt(experiment.forward, params, tasks.support_x, tasks.support_y, experiment.eval_inner)
     return draw_tasks(tasks, predict(experiment.forward, fast, tasks.query_x))
 
 
 def draw_tasks(episodes: Episodes, predictions: Tensor) -> NDArray[np.uint8]:
-    """Draw a batch of tasks side by side, ``[height, width, 3]``: a row per class, support images, then queries.
+    """Draw a batch of tasks, ``[height, width, 3]``, narrow ones in pairs: a row per class, support, then queries.
 
     A query's frame is green if its prediction is correct; else vermilion, with the wrong label on it. Images are
     ``[T, examples, 1 or 3, height, width]`` in [0, 1]; predictions are logits, ``[T, Q, N]``.
     """
-    return np.hstack([_draw_task(one, p) for one, p in zip(episodes.split(1), predictions.split(1), strict=True)])
+    ways = predictions.shape[-1]
+    shots, queries = (
+        max(labels.count(label) for labels in y.tolist() for label in range(ways))
+        for y in (episodes.support_y, episodes.query_y)
+    )
+    queries = min(queries, _MAX_QUERIES)
+    in_pairs = shots + queries <= _NARROW and episodes.tasks % 2 == 0
+    width = max(shots + queries, 3) * (_CELL + _GAP) * (2 if in_pairs else 1)
+    tasks = zip(episodes.split(1), predictions.split(1), strict=True)
+    drawn = [_draw_task(one, p, shots, queries, letters=round(_LETTERS * width) + 2) for one, p in tasks]
+    return np.vstack([np.hstack(drawn[i : i + 2]) for i in range(0, len(drawn), 2)] if in_pairs else drawn)
 
 
-def _draw_task(episodes: Episodes, predictions: Tensor) -> NDArray[np.uint8]:
+def _draw_task(episodes: Episodes, predictions: Tensor, shots: int, queries: int, *, letters: int) -> NDArray[np.uint8]:
+    """Draw one task with that many columns; ``letters`` is the height of its texts in pixels."""
     support, query = episodes.support_x[0].cpu(), episodes.query_x[0].cpu()
     support_y, query_y = episodes.support_y[0].tolist(), episodes.query_y[0].tolist()
     predicted = predictions[0].argmax(dim=-1).tolist()
     ways = min(predictions.shape[-1], _MAX_ROWS)
-    shots = max(support_y.count(label) for label in range(ways))
-    queries = min(max(query_y.count(label) for label in range(ways)), _MAX_QUERIES)
 
     # An empty sheet with its headings.
-    pitch = _CELL + _GAP
-    split = _LEFT + shots * pitch + 2 * _GAP
-    sheet = Image.new("RGB", (max(split + queries * pitch, 230), _TOP + ways * pitch), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    draw.text((_LEFT, 4), "support", fill="black", font=font)
+    pitch, left_of_all, top_of_all = _CELL + _GAP, 8 + round(1.6 * letters), round(1.6 * letters)
+    split = left_of_all + max(shots * pitch, 4 * letters) + 2 * _GAP
+    width = split + max(queries * pitch, 8 * letters)
+    sheet = Image.new("RGB", (width, top_of_all + ways * pitch), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=letters)
+    draw.text((left_of_all, 2), "support", fill="black", font=font)
     correct = sum(p == y for p, y in zip(predicted, query_y, strict=True))
-    draw.text((split, 4), f"queries: {correct} of {len(query_y)} right", fill="black", font=font)
+    draw.text((split, 2), f"queries: {correct} of {len(query_y)}", fill="black", font=font)
 
     # A row per class.
     for label in range(ways):
-        top = _TOP + label * pitch
-        draw.text((8, top + _CELL // 2 - 8), str(label), fill="black", font=font)
+        top = top_of_all + label * pitch
+        draw.text((8, top + (_CELL - letters) // 2), str(label), fill="black", font=font)
         for column, i in enumerate(i for i, y in enumerate(support_y) if y == label):
-            sheet.paste(_to_cell(support[i]), (_LEFT + column * pitch, top))
+            sheet.paste(_to_cell(support[i]), (left_of_all + column * pitch, top))
         for column, i in enumerate([i for i, y in enumerate(query_y) if y == label][:queries]):
             left = split + column * pitch
             sheet.paste(_to_cell(query[i]), (left, top))
             colour = _CORRECT_COLOUR if predicted[i] == label else _WRONG_COLOUR
             draw.rectangle((left, top, left + _CELL - 1, top + _CELL - 1), outline=colour, width=3)
             if predicted[i] != label:
-                draw.rectangle((left, top, left + 19, top + 17), fill=colour)
-                draw.text((left + 3, top + 1), str(predicted[i]), fill="white", font=font)
+                box = draw.textbbox((left + 3, top), str(predicted[i]), font=font)
+                draw.rectangle((left, top, box[2] + 3, box[3] + 3), fill=colour)
+                draw.text((left + 3, top), str(predicted[i]), fill="white", font=font)
     return np.asarray(sheet)
 
 

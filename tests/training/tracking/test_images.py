@@ -39,3 +39,11 @@ def test_draw_tasks_limits_rows_and_queries() -> None:
     picture = draw_tasks(rgb, torch.zeros(1, 300, 30))
     assert picture.shape[0] < 1500
     assert picture.shape[1] < 800
+
+
+def test_tasks_are_arranged_so_that_texts_stay_legible() -> None:
+    narrow, wide = image_episodes(tasks=4, ways=3, queries=1), image_episodes(tasks=4, ways=3, queries=8)
+    in_pairs, below = (draw_tasks(e, torch.zeros(*e.query_y.shape, 3)).shape for e in (narrow, wide))
+    assert in_pairs[1] < 550, "two in a row: TensorBoard shrinks them to 350 pixels"
+    assert below[0] > 2 * in_pairs[0] * 0.9, "one above the other"
+    assert below[1] < 900
