@@ -148,9 +148,7 @@ class LogConfig(Section):
     every: Annotated[Count, Doc("meta-steps between points in TensorBoard; scalars are means over them")]
     images: Annotated[Bool, Doc("a grid of support and query images with predictions, at each validation")]
     curvature_every: Annotated[
-        Count | None,
-        LATE,
-        Doc("meta-steps between points of the second-order term (gradients/…); null: never"),
+        Count | None, LATE, Doc("meta-steps between looks at the second-order term, from the first on; null: never")
     ]
     eigenvalue_every: Annotated[
         Count | None,
@@ -201,6 +199,7 @@ def iter_fields(config: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 _NOT_COMPARED = (
     *("run.resume", "run.checkpoint_every_s", "run.on_nonfinite", "run.cuda_graph", "run.threads"),
+    *("log.every", "log.images", "log.curvature_every", "log.eigenvalue_every"),
     "data.root",
 )
 

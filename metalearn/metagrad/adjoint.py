@@ -52,11 +52,13 @@ def adjoint(
     loss: Loss,
     *,
     callback: Callable[[int, Params], None] = lambda k, lam: None,
+    forward_mode: bool = True,
 ) -> MetaGradient:
     """Compute the meta-gradient of one chunk of tasks; arguments and result as for ``metalearn.meta_gradient``.
 
     ``callback`` is called with k and lam_k, each ``[T, ...]``, for k = K, ..., 0; for K alone if every
-    step's Jacobian is the identity: in first order, if steps are plain.
+    step's Jacobian is the identity: in first order, if steps are plain. Without ``forward_mode``, Hessian-vector
+    products are by reverse over reverse, which is faster for a few tasks and takes more memory.
     """
     forward_pass = run_forward(forward, params, episodes, inner, loss)
     lam, recomputed = forward_pass.lam, {}
@@ -69,7 +71,9 @@ def adjoint(
                 at = params_at_step(fast, inner, k)
                 return total_support_loss(forward, at, episodes.support_x, episodes.support_y, loss=loss)
 
-            recomputed[checkpoint.step], product = support_hvp(forward, support_loss, checkpoint, v)
+            recomputed[checkpoint.step], product = support_hvp(
+                forward, support_loss, checkpoint, v, forward_mode=forward_mode
+            )
             lam = {name: w + product[name] if name in product else w for name, w in lam.items()}
         lam = forward_pass.add_query_gradient(checkpoint, lam)
         callback(checkpoint.step, lam)
@@ -124,11 +128,16 @@ _NO_FORWARD_MODE = WeakIdKeyDictionary()
 
 
 def support_hvp(
-    forward: Forward, support_loss: Callable[[Params], Tensor], checkpoint: StepCheckpoint, v: Params
+    forward: Forward,
+    support_loss: Callable[[Params], Tensor],
+    checkpoint: StepCheckpoint,
+    v: Params,
+    *,
+    forward_mode: bool = True,
 ) -> tuple[Tensor, Params]:
     """Return the support loss before a step, and H v: by forward over reverse, or else by reverse over reverse."""
     at = {name: checkpoint.state[name] for name in v}
-    if forward not in _NO_FORWARD_MODE:
+    if forward_mode and forward not in _NO_FORWARD_MODE:
         try:
             with checkpoint.replay_rng():
                 return value_and_hvp(support_loss, at, v, mode="forward_over_reverse")

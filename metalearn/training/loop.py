@@ -29,7 +29,7 @@ from metalearn.training.runtime.signals import StopRequest
 from metalearn.training.runtime.threads import ThreadTuner
 from metalearn.training.state import BestCheckpoint, TrainState, preserve_rng_state
 from metalearn.training.step import apply_meta_update, compute_meta_update, local_tasks
-from metalearn.training.tracking.curvature import second_order_metrics
+from metalearn.training.tracking.curvature import curvature_due, second_order_metrics
 from metalearn.training.tracking.images import log_task_images
 from metalearn.training.tracking.meter import Meter
 from metalearn.training.tracking.tensorboard import learned_lr_metrics
@@ -185,8 +185,9 @@ def validate(context: TrainContext, state: TrainState) -> float:
 def log_step(context: TrainContext, state: TrainState, episodes: Episodes, lr: float) -> None:
     """Log a meta-step's metrics to TensorBoard if they are due; ``state`` is after it, ``lr`` was its learning rate."""
     settings = context.experiment.config.log
-    every = [n for n in (settings.every, settings.curvature_every, settings.eigenvalue_every) if n]
-    if not (validation_due(context, state) or any(state.iteration % n == 0 for n in every)):
+    every = [n for n in (settings.every, settings.eigenvalue_every) if n]
+    due = any(state.iteration % n == 0 for n in every) or curvature_due(state.iteration, settings.curvature_every)
+    if not (due or validation_due(context, state)):
         return
     metrics = context.meter.close_window()
     if context.checkpointer:
@@ -194,10 +195,7 @@ def log_step(context: TrainContext, state: TrainState, episodes: Episodes, lr: f
             if state.skipped:
                 metrics["optimizer/skipped"] = float(state.skipped)
             metrics |= {"optimizer/lr": lr, **learned_lr_metrics(state.params)}
-            try:
-                metrics |= second_order_metrics(context.experiment, state, episodes)
-            except NonFiniteError as error:  # diagnostics must not stop the training
-                log.warning("No second-order metrics at meta-step %d: %s", state.iteration, error)
+            metrics |= second_order_metrics(context.experiment, state, episodes)
             context.checkpointer.tensorboard.log_scalars(metrics, state.iteration)
     context.meter.open_window()
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
+from metalearn.core.errors import NonFiniteError
 from metalearn.core.functional import expand_over_tasks
 from metalearn.core.types import Episodes, Forward, Loss, Params
 from metalearn.derivatives import top_eigenvalues
@@ -23,31 +23,56 @@ from metalearn.inner import InnerLoop, meta_params_at_step, total_support_loss, 
 from metalearn.metagrad.adjoint import adjoint
 from metalearn.metagrad.trajectory import StepCheckpoint
 from metalearn.training.experiment import Experiment
-from metalearn.training.state import TrainState
+from metalearn.training.state import TrainState, preserve_rng_state
 
 log = logging.getLogger(__name__)
 
-_NUM_TASKS = 4
+_NUM_TASKS = 2
 _EIGENVALUE_TOLERANCE = 0.01
 
 
+def has_curvature(experiment: Experiment) -> bool:
+    """Return whether the training has a second-order term to look at, and ``log.curvature_every`` asks for it.
+
+    Without inner steps (ProtoNet) there is none, and Reptile and iMAML have another meta-gradient.
+    """
+    has_adjoint = experiment.algorithm.engine is None and experiment.inner.steps > 0
+    return has_adjoint and experiment.config.log.curvature_every is not None
+
+
+def curvature_due(iteration: int, every: int | None) -> bool:
+    """Return whether to look at the second-order term after ``iteration`` meta-steps: the first, and each ``every``."""
+    return every is not None and (iteration == 1 or iteration % every == 0)
+
+
 def second_order_metrics(experiment: Experiment, state: TrainState, episodes: Episodes) -> dict[str, float]:
-    """Return the diagnostics that ``log.curvature_every`` and ``log.eigenvalue_every`` ask for now, by tag."""
+    """Return the diagnostics that ``log.curvature_every`` and ``log.eigenvalue_every`` ask for now, by tag.
+
+    They leave the training as it is: no random number of it is drawn, and a failure is a warning.
+    """
     settings, inner, loss = experiment.config.log, experiment.inner, experiment.metric.loss
     metrics: dict[str, float] = {}
-    has_adjoint = experiment.algorithm.engine is None and inner.steps > 0
-    if has_adjoint and settings.curvature_every and state.iteration % settings.curvature_every == 0:
-        metrics |= curvature(experiment.forward, state.params, episodes, inner, loss=loss)
-    if settings.eigenvalue_every and state.iteration % settings.eigenvalue_every == 0:
-        params = meta_params_at_step(state.params, inner)
-        metrics |= support_eigenvalue(experiment.forward, params, episodes, loss=loss)
+    try:
+        if has_curvature(experiment) and curvature_due(state.iteration, settings.curvature_every):
+            metrics |= curvature(experiment.forward, state.params, episodes, inner, loss=loss)
+        if settings.eigenvalue_every and state.iteration % settings.eigenvalue_every == 0:
+            params = meta_params_at_step(state.params, inner)
+            metrics |= support_eigenvalue(experiment.forward, params, episodes, loss=loss)
+    except NonFiniteError as error:
+        log.warning("No second-order metrics at meta-step %d: %s", state.iteration, error)
+    except (RuntimeError, ValueError) as error:  # first-order training needs neither the memory nor a second derivative
+        log.warning(
+            "No second-order metrics at meta-step %d: %s The training goes on; log.curvature_every=null "
+            "log.eigenvalue_every=null leave them out.",
+            *(state.iteration, f"{str(error).splitlines()[0].rstrip('.')}."),
+        )
     return metrics
 
 
 def curvature(
     forward: Forward, params: Params, episodes: Episodes, inner: InnerLoop, *, loss: Loss = cross_entropy
 ) -> dict[str, float]:
-    """Return cosine and norms by TensorBoard tag, from the batch's first tasks: four, or a task chunk.
+    """Return cosine and norms by TensorBoard tag, from the batch's first tasks: two, or a task chunk.
 
     ``inner`` may be of either order: the diagnostics are of the second-order term that it has or lacks.
     """
@@ -63,12 +88,12 @@ def curvature(
             sums[k] = per_task.sum(dim=0)
 
     second = dataclasses.replace(inner, second_order=True)
-    with _preserve_rng(few):
-        exact = adjoint(forward, params, few, second, loss, callback=record)
+    with preserve_rng_state():
+        exact = adjoint(forward, params, few, second, loss, callback=record, forward_mode=False)
     if inner.is_plain_sgd and inner.initializer is None:
         cosine = cosine_similarity(sums[inner.steps], sums[0], dim=0).item()
     else:  # lam_K is not the first order's gradient
-        with _preserve_rng(few):
+        with preserve_rng_state():
             first = adjoint(forward, params, few, dataclasses.replace(inner, second_order=False), loss)
         flat_first, flat_exact = (
             torch.cat([g.flatten() for g in without_state(result.grads).values()]) for result in (first, exact)
@@ -78,11 +103,6 @@ def curvature(
         "gradients/cosine_first_vs_second": cosine,
         **{f"gradients/adjoint_norm/step_{k}": norm for k, norm in sorted(norms.items())},
     }
-
-
-def _preserve_rng(episodes: Episodes) -> AbstractContextManager[None]:
-    """Return a context that restores the random generators, so that diagnostics do not change the training."""
-    return torch.random.fork_rng(devices=[episodes.query_x.device] if episodes.query_x.is_cuda else [])
 
 
 def support_eigenvalue(
@@ -102,7 +122,7 @@ def support_eigenvalue(
 
     tag = "gradients/support_top_eigenvalue"
     try:
-        with _preserve_rng(episodes):
+        with preserve_rng_state():
             return {tag: top_eigenvalues(f, theta, tol=_EIGENVALUE_TOLERANCE, mode="reverse_over_reverse").item()}
     except ArithmeticError as error:
         log.warning("%s: %s", tag, error)
