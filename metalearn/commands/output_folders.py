@@ -18,10 +18,8 @@ from metalearn.config.run_config import parse_record
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.data.metadata import resolve_dataset
 from metalearn.pretrained.model_file import find_run
-from metalearn.training.run_folder import TRAINING_FILES, is_locked
+from metalearn.training.run_folder import COMPARISON_FILE, TRAINING_FILES, is_locked
 
-COMPARISON_FILE = "comparison.yaml"
-"""The file that makes a folder a comparison's: its configuration."""
 RESULTS_FILE = "results.json"
 """The file that a comparison writes when all of its runs have ended."""
 RUN_FILES = (*TRAINING_FILES, "benchmark.json", "lessons.json", "verify.json", COMPARISON_FILE)

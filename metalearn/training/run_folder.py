@@ -16,8 +16,19 @@ log = logging.getLogger(__name__)
 TRAINING_FILES = ("config.yaml", "metrics.json", "checkpoints")
 """A folder with one of these holds a training."""
 
+COMPARISON_FILE = "comparison.yaml"
+"""The file that makes a folder a comparison's: its configuration."""
+
+_SWEEP_FILE = "multirun.yaml"  # Hydra's
+
 LOCK = ".lock"
 """The file that is locked while a process works in the folder; the system releases it when that dies."""
+
+
+def is_part_of_more(run_dir: Path) -> bool:
+    """Return whether a run is one of a comparison's or of a sweep's."""
+    run_dir = run_dir.absolute()
+    return (run_dir.parent / COMPARISON_FILE).exists() or any((p / _SWEEP_FILE).exists() for p in run_dir.parents[:2])
 
 
 def check_no_run_in(folder: Path, files: Iterable[str]) -> None:

@@ -31,7 +31,7 @@ from metalearn.training.experiment import Experiment, build_experiment, training
 from metalearn.training.failures import DivergedError, explain_out_of_memory
 from metalearn.training.loop import TrainContext, train_loop
 from metalearn.training.resume import RunStatus, open_run, restore_run
-from metalearn.training.run_folder import folder_lock
+from metalearn.training.run_folder import folder_lock, is_part_of_more
 from metalearn.training.runtime.distributed import DistributedContext, init_distributed
 from metalearn.training.runtime.precision import check_precision
 from metalearn.training.runtime.signals import StopRequest
@@ -39,9 +39,10 @@ from metalearn.training.runtime.threads import ThreadTuner
 from metalearn.training.state import BestCheckpoint, TrainState
 from metalearn.training.step import local_tasks
 from metalearn.training.tracking.console import print_path, print_summary, progress_bar
+from metalearn.training.tracking.curvature import has_curvature
 from metalearn.training.tracking.images import save_sinusoid_plot
 from metalearn.training.tracking.meter import Meter
-from metalearn.training.tracking.tensorboard import TensorBoardLogger
+from metalearn.training.tracking.tensorboard import TensorBoardLogger, build_layout, experiment_summary
 
 log = logging.getLogger(__name__)
 
@@ -103,11 +104,17 @@ def _train_main(
 
     # Train, test, and log the result.
     config_yaml = to_yaml(config)
+    keys, metric = result_keys(config), experiment.metric.name
+    layout = build_layout(
+        metric,
+        has_curvature=has_curvature(experiment),
+        has_eigenvalue=config.log.eigenvalue_every is not None,
+    )
     resumed_at = state.iteration if status.started else None
     with (
         experiment.precision(),
         TensorBoardLogger(
-            run_dir, config=config_yaml, resumed_at=resumed_at, file_sizes=status.file_sizes
+            run_dir, config=config_yaml, layout=layout, resumed_at=resumed_at, file_sizes=status.file_sizes
         ) as tensorboard,
         progress_bar() as progress,
     ):
@@ -120,12 +127,14 @@ def _train_main(
             "processes": ranks.size,
             "iterations": state.iteration,
             "iterations.skipped": state.skipped,
-            f"validation.best_{experiment.metric.name}": best.validation_score,
+            f"validation.best_{metric}": best.validation_score,
             "validation.best_iteration": best.iteration,
             **cost_metrics(meter, total_s=checkpointer.total_s),
         }
         tensorboard.log_test(result, best.iteration)
-        tensorboard.log_hparams(result_keys(config), hparams_metrics(metrics), state.iteration)
+        tensorboard.log_hparams(keys, hparams_metrics(metrics), state.iteration)
+        if not is_part_of_more(run_dir):
+            tensorboard.add_summary(experiment_summary([keys], metric))
 
     # Write metrics.json, which marks the run as finished, and print the summary.
     write_metrics(metrics, result, run_dir)

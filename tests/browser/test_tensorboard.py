@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metalearn.training.tracking.tensorboard import LAYOUT, METRICS
+from metalearn.training.tracking.tensorboard import build_layout, metric_columns
 from tests.browser.comparison import INNER_STEPS, RUNS, VARIANTS
 from tests.browser.server import PATIENCE_S, wait_for
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # it may be missing
     from playwright.sync_api import Locator, Page
 
 pytestmark = pytest.mark.browser
+LAYOUT = build_layout("accuracy", has_curvature=True, has_eigenvalue=True)
+METRICS = metric_columns("accuracy")
 Screenshot = Callable[[str], Path]
 
 

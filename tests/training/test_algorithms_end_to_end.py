@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metalearn.algorithms import ALGORITHMS
 from metalearn.commands.compare.variants import check_compare
@@ -42,13 +43,16 @@ def tiny(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_trains(name: str, tmp_path: Path) -> None:
-    metrics = run(tmp_path / "run", *tiny(name), "log.curvature_every=2")
+    metrics = run(tmp_path / "run", *tiny(name))  # of fewer meta-steps than log.curvature_every
     assert metrics["algorithm"] == name
     assert 0 <= metrics["test.accuracy"] <= 1
     assert 0 <= metrics["test.accuracy_nontransductive"] <= 1
     curves = read_scalars(tmp_path / "run")
     assert all(math.isfinite(p.value) for p in curves["loss/query"])
-    assert ("gradients/cosine_first_vs_second" in curves) == (name not in ("reptile", "imaml", "protonet"))
+    has_second_order = name not in ("reptile", "imaml", "protonet")
+    assert ("gradients/cosine_first_vs_second" in curves) == has_second_order
+    layout = EventAccumulator(str(tmp_path / "run")).Reload().Tensors("custom_scalars__config__")[0].tensor_proto
+    assert (b"Second order" in layout.string_val[0]) == has_second_order, "no chart stays empty"
     assert ("gradients/cg_residual" in curves) == (name == "imaml")
     assert ("optimizer/learned_lr/mean" in curves) == (name in ("meta_sgd", "maml_pp"))
 

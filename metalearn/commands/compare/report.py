@@ -184,7 +184,7 @@ class ReportLogger(EventWriter):
         self, markdown: str, images: Mapping[str, NDArray[np.uint8]], *, runs: Sequence[Mapping[str, Value]]
     ) -> None:
         """Log the report, images ``[height, width, 3]``, and the columns of the HParams table from runs' keys."""
-        self.add_summary(experiment_summary(runs))
+        self.add_summary(experiment_summary(runs, "accuracy"))
         self.log_text("report", markdown)
         for name, image in images.items():
             self.log_image(f"report/{name}", image)

@@ -25,7 +25,6 @@ from metalearn.commands.compare.variants import (
     to_train_config,
 )
 from metalearn.commands.output_folders import (
-    COMPARISON_FILE,
     RESULTS_FILE,
     RUN_FILES,
     comparison_key,
@@ -40,7 +39,7 @@ from metalearn.core import serialization as files
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.training.experiment import resolve_device
-from metalearn.training.run_folder import check_no_run_in, folder_lock
+from metalearn.training.run_folder import COMPARISON_FILE, check_no_run_in, folder_lock
 from metalearn.training.runtime.signals import SIGHUP, sigterm_as_exception
 from metalearn.training.tracking.console import print_line, print_path, progress_bar
 

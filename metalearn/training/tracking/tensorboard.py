@@ -1,7 +1,8 @@
 """TensorBoard event files of a run. docs/reference/files.md lists the tags.
 
 A run records its own hyperparameters. Which of them a table of runs shows is recorded once for all runs of a folder,
-because TensorBoard takes the first such list that it finds; so a run must not write one.
+because TensorBoard takes the first such list that it finds: a comparison's, whose runs write none, or else any run's.
+In a sweep none is written, as TensorBoard then shows the keys that differ first.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from metalearn.core.types import Params
 from metalearn.inner import lr_key
 from metalearn.training.evaluation import Evaluation, MeanCI
 from metalearn.training.tracking.event_files import EVENT_FILES, read_scalars
+from metalearn.training.tracking.tags import describe_tag
 
 log = logging.getLogger(__name__)
 
@@ -47,34 +49,53 @@ def _interval_tags(tag: str) -> list[str]:
     return [tag, f"{tag}_low", f"{tag}_high"]
 
 
-# Custom scalars. The tags of a multi-line chart are regular expressions, and one that is not anchored takes
-# accuracy/validation_low for accuracy/validation; those of a margin chart are names. A margin chart is not smoothed.
-LAYOUT: dict[str, dict[str, list[str | list[str]]]] = {
-    "Accuracy": {
-        "validation accuracy": ["Multiline", ["^accuracy/validation$"]],
-        "validation accuracy, 95% interval": ["Margin", _interval_tags("accuracy/validation")],
-        "query accuracy in training": ["Multiline", ["^accuracy/train$"]],
-        "test accuracy by inner step, 95% interval": ["Margin", _interval_tags("accuracy/test_by_inner_step")],
-    },
-    "Cost": {
-        "time of a meta-step, ms": ["Multiline", ["^cost/meta_step_ms$"]],
-        "peak memory, MiB": ["Multiline", ["^cost/peak_mib$"]],
-        "training time, s": ["Multiline", ["^cost/training_s$"]],
-    },
-    "Second order": {
-        "cosine of first- and second-order meta-gradient": ["Multiline", ["^gradients/cosine_first_vs_second$"]],
-        "norm of the adjoint at every inner step": ["Multiline", ["^gradients/adjoint_norm/.*"]],
-        "largest eigenvalue of the support loss": ["Multiline", ["^gradients/support_top_eigenvalue$"]],
-        "norm of the meta-gradient": ["Multiline", ["^gradients/norm$"]],
-    },
-}
+Layout = dict[str, dict[str, list[str | list[str]]]]
+"""Charts of the page Custom Scalars by section: the kind and the tags of each."""
 
-METRICS = {
-    "accuracy/test": "test accuracy",
-    "cost/peak_mib": "peak memory, MiB",
-    "cost/median_meta_step_ms": "meta-step, ms (median)",
-}
-"""Tags of the metrics that a table of runs compares, with the headings of their columns."""
+MAIN_KEYS = ("algorithm.name", "inner.lr", "inner.second_order", "inner.steps", "run.seed")
+"""Keys that a table of runs shows first if none differ: as many as TensorBoard shows without being asked."""
+
+
+def build_layout(metric: str, *, has_curvature: bool, has_eigenvalue: bool) -> Layout:
+    """Return the charts of a run that has a metric and these diagnostics: no chart stays empty.
+
+    The tags of a multi-line chart are regular expressions, and one that is not anchored takes accuracy/validation_low
+    for accuracy/validation; those of a margin chart are names. A margin chart is not smoothed.
+    """
+    layout: Layout = {
+        metric.capitalize(): {
+            f"validation {metric}": ["Multiline", [f"^{metric}/validation$"]],
+            f"validation {metric}, 95% interval": ["Margin", _interval_tags(f"{metric}/validation")],
+            f"query {metric} in training": ["Multiline", [f"^{metric}/train$"]],
+            f"test {metric} by inner step, 95% interval": ["Margin", _interval_tags(f"{metric}/test_by_inner_step")],
+        },
+        "Cost": {
+            "time of a meta-step, ms": ["Multiline", ["^cost/meta_step_ms$"]],
+            "peak memory, MiB": ["Multiline", ["^cost/peak_mib$"]],
+            "training time, s": ["Multiline", ["^cost/training_s$"]],
+        },
+    }
+    second_order: dict[str, list[str | list[str]]] = {}
+    if has_curvature:
+        second_order |= {
+            "cosine of first- and second-order meta-gradient": ["Multiline", ["^gradients/cosine_first_vs_second$"]],
+            "norm of the adjoint at every inner step": ["Multiline", ["^gradients/adjoint_norm/.*"]],
+            "norm of the meta-gradient": ["Multiline", ["^gradients/norm$"]],
+        }
+    if has_eigenvalue:
+        second_order["largest eigenvalue of the support loss"] = ["Multiline", ["^gradients/support_top_eigenvalue$"]]
+    return layout | ({"Second order": second_order} if second_order else {})
+
+
+def metric_columns(metric: str) -> dict[str, str]:
+    """Return the tags of the metrics that a table of runs compares, with the headings of their columns."""
+    nontransductive = {"accuracy/test_nontransductive": "non-transductive"} if metric == "accuracy" else {}
+    return {
+        f"{metric}/test": f"test {metric}",
+        **nontransductive,
+        "cost/peak_mib": "peak memory, MiB",
+        "cost/median_meta_step_ms": "meta-step, ms (median)",
+    }
 
 
 Writer = TypeVar("Writer", bound="EventWriter")
@@ -88,6 +109,7 @@ class EventWriter:
 
     def __init__(self, folder: Path, *, purge_step: int | None = None) -> None:
         self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        self._described: set[str] = set()
 
     def __enter__(self: Writer) -> Writer:
         return self
@@ -106,15 +128,20 @@ class EventWriter:
     def log_scalars(self, values: Mapping[str, float], iteration: int = 0) -> None:
         """Log points of several curves at one meta-step."""
         for tag, value in values.items():
-            self._writer.add_scalar(tag, value, iteration)
+            text = "" if tag in self._described else describe_tag(tag)  # TensorBoard reads it in a tag's first record
+            plugin = SummaryMetadata.PluginData(plugin_name="scalars")
+            metadata = SummaryMetadata(summary_description=text, plugin_data=plugin) if text else None
+            point = Summary.Value(tag=tag, simple_value=value, metadata=metadata)
+            self.add_summary(Summary(value=[point]), iteration)
+            self._described.add(tag)
 
     def log_image(self, tag: str, image: NDArray[np.uint8], iteration: int = 0) -> None:
         """Log an image ``[height, width, 3]``."""
         self._writer.add_image(tag, image, iteration, dataformats="HWC")
 
-    def add_summary(self, summary: Summary) -> None:
+    def add_summary(self, summary: Summary, iteration: int | None = None) -> None:
         """Write a record of TensorBoard's own format."""
-        self._writer._get_file_writer().add_summary(summary)
+        self._writer._get_file_writer().add_summary(summary, iteration)
 
     def flush(self) -> None:
         """Write everything logged so far to disk."""
@@ -124,11 +151,19 @@ class EventWriter:
 class TensorBoardLogger(EventWriter):
     """Logs a run; ``config`` is its YAML, ``file_sizes`` those at the checkpoint that it resumes from.
 
+    ``layout`` is of the page Custom Scalars.
+
     Of an interrupted run, points after meta-step ``resumed_at`` are hidden, and earlier ones are not written twice.
     """
 
     def __init__(
-        self, run_dir: Path, *, config: str, resumed_at: int | None = None, file_sizes: Mapping[str, int] | None = None
+        self,
+        run_dir: Path,
+        *,
+        config: str,
+        layout: Layout | None = None,
+        resumed_at: int | None = None,
+        file_sizes: Mapping[str, int] | None = None,
     ) -> None:
         self._run_dir = run_dir
         self._logged: dict[tuple[str, int], float] = {}
@@ -143,7 +178,7 @@ class TensorBoardLogger(EventWriter):
         super().__init__(run_dir, purge_step=0 if resumed_at is None else resumed_at + 1)
         if is_first:
             self.log_text("config", f"```yaml\n{config}```")
-            self._writer.add_custom_scalars(LAYOUT)
+            self._writer.add_custom_scalars(layout or {})
 
     def log_scalars(self, values: Mapping[str, float], iteration: int = 0) -> None:
         """Log points of several curves at one meta-step, but for those that an earlier process has logged."""
@@ -209,18 +244,20 @@ def learned_lr_metrics(params: Params) -> dict[str, float]:
 
 
 def to_hparam_value(value: Value) -> float | str:
-    """Return numbers as they are, everything else as on the command line."""
+    """Return fractions as they are, everything else as on the command line: TensorBoard shows a number 0 as 0.0000."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    if isinstance(value, (int, float, str)):
+    if isinstance(value, (float, str)):
         return value
+    if isinstance(value, int):
+        return str(value)
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{name}: {to_hparam_value(v)}' for name, v in value.items())}}}"
     return f"[{', '.join(str(to_hparam_value(v)) for v in value)}]"
 
 
-def experiment_summary(runs: Iterable[Mapping[str, Value]]) -> Summary:
-    """Return the columns of a table of runs: the metrics, and the keys that differ, or all keys if none differ.
+def experiment_summary(runs: Iterable[Mapping[str, Value]], metric: str) -> Summary:
+    """Return the columns of a table of runs: the metrics, and the keys that differ, or all if none do, main ones first.
 
     With all keys, those alike in every run would push the metrics off the screen; the run's text ``config`` has them.
     No range of values is set: TensorBoard would hide runs outside of it, such as those of another comparison.
@@ -229,11 +266,16 @@ def experiment_summary(runs: Iterable[Mapping[str, Value]]) -> Summary:
     infos = []
     for name in sorted({name for run in texts for name in run}):
         found = [run.get(name) for run in texts]
-        is_number = all(isinstance(value, (int, float)) for value in found if value is not None)
+        is_number = all(isinstance(value, float) for value in found if value is not None)
         kind = DATA_TYPE_FLOAT64 if is_number else DATA_TYPE_STRING
         infos.append(HParamInfo(name=name, type=kind, differs=len(set(found)) > 1))
-    infos = [info for info in infos if info.differs] or infos
-    metrics = [MetricInfo(name=MetricName(tag=tag), display_name=heading) for tag, heading in METRICS.items()]
+    if not any(info.differs for info in infos):
+        for info in infos:
+            info.differs = info.name in MAIN_KEYS  # TensorBoard's order: those that differ, then by name
+    else:
+        infos = [info for info in infos if info.differs]
+    columns = metric_columns(metric).items()
+    metrics = [MetricInfo(name=MetricName(tag=tag), display_name=heading) for tag, heading in columns]
     data = HParamsPluginData(
         experiment=Experiment(hparam_infos=infos, metric_infos=metrics), version=metadata.PLUGIN_DATA_VERSION
     )

@@ -24,15 +24,20 @@ from torch.utils.tensorboard import SummaryWriter
 from metalearn.core.errors import RunError
 from metalearn.training.evaluation import Evaluation
 from metalearn.training.tracking.event_files import EVENT_FILES, ScalarEvent, read_scalars
+from metalearn.training.tracking.tags import describe_tag
 from metalearn.training.tracking.tensorboard import (
-    LAYOUT,
-    METRICS,
+    MAIN_KEYS,
     EventWriter,
     TensorBoardLogger,
     Value,
+    build_layout,
     experiment_summary,
+    metric_columns,
     to_hparam_value,
 )
+
+LAYOUT = build_layout("accuracy", has_curvature=True, has_eigenvalue=True)
+METRICS = metric_columns("accuracy")
 
 
 def accumulated(folder: Path) -> EventAccumulator:
@@ -144,7 +149,7 @@ def test_log_test_logs_scores_and_intervals(tmp_path: Path) -> None:
 
 
 def write_run(folder: Path, values: dict[str, Value], *, test: float) -> None:
-    with TensorBoardLogger(folder, config="") as tracker:
+    with TensorBoardLogger(folder, config="", layout=LAYOUT) as tracker:
         for step in (10, 20):
             tracker.log_scalars({"cost/peak_mib": 50.0 + step, "cost/meta_step_ms": 5.0}, step)
         tracker.log_test(evaluation(0.2, test), 20)
@@ -154,7 +159,7 @@ def write_run(folder: Path, values: dict[str, Value], *, test: float) -> None:
 
 def write_columns(folder: Path, runs: list[dict[str, Value]]) -> None:
     with EventWriter(folder) as writer:
-        writer.add_summary(experiment_summary(runs))
+        writer.add_summary(experiment_summary(runs, "accuracy"))
 
 
 class HParams:
@@ -181,7 +186,12 @@ class HParams:
         return {metric.name.tag: metric.value for metric in self.rows[run].metric_values}
 
 
-CONV: dict[str, Value] = {"inner.second_order": True, "inner.task_chunk": None, "model.name": "conv4", "model.width": 8}
+CONV: dict[str, Value] = {
+    "inner.second_order": True,
+    "inner.task_chunk": None,
+    "model.name": "conv4",
+    "model.dropout": 0.5,
+}
 MLP: dict[str, Value] = {"inner.second_order": False, "inner.task_chunk": 4, "model.name": "conv4", "model.layers": [3]}
 
 
@@ -194,28 +204,32 @@ def test_hparams_table_has_every_key_of_every_run(report: bool, tmp_path: Path) 
     table = HParams(tmp_path)
     assert set(table.rows) == {"second_order-seed0", "mlp-seed0"}, "no extra run, and the report is none"
     if report:
-        assert table.columns == ["inner.second_order", "inner.task_chunk", "model.layers", "model.width"]
+        assert table.columns == ["inner.second_order", "inner.task_chunk", "model.dropout", "model.layers"]
     else:  # TensorBoard's own choice
         assert set(table.columns) == set(CONV) | set(MLP)
         assert table.columns[:2] == ["inner.second_order", "inner.task_chunk"]
     assert table.values("second_order-seed0") == CONV | {"inner.second_order": "true", "inner.task_chunk": "null"}
-    assert table.values("mlp-seed0") == MLP | {"inner.second_order": "false", "model.layers": "[3]"}
+    assert table.values("mlp-seed0") == MLP | {
+        "inner.second_order": "false",
+        "inner.task_chunk": "4",
+        "model.layers": "[3]",
+    }
     tags = [info.name.tag for info in table.experiment.metric_infos]
     assert tags == list(METRICS) if report else set(METRICS) < set(tags)
     metrics = table.metrics("second_order-seed0")
-    assert [metrics[tag] for tag in METRICS] == pytest.approx([0.75, 70.0, 6.0])
+    assert [metrics[tag] for tag in METRICS] == pytest.approx([0.75, 0.5, 70.0, 6.0])
 
 
 def test_hparams_columns_do_not_hide_other_runs(tmp_path: Path) -> None:
     write_run(tmp_path / "a", CONV, test=0.75)
     write_columns(tmp_path / "report", [CONV, MLP])
     infos = {info.name: info for info in HParams(tmp_path).experiment.hparam_infos}
-    assert infos["model.width"].type == api_pb2.DATA_TYPE_FLOAT64
-    assert infos["inner.task_chunk"].type == api_pb2.DATA_TYPE_STRING, "null or a number"
+    assert infos["model.dropout"].type == api_pb2.DATA_TYPE_FLOAT64
+    assert infos["inner.task_chunk"].type == api_pb2.DATA_TYPE_STRING, "null or a whole number, as text"
     assert not any(info.WhichOneof("domain") for info in infos.values()), "it would hide other runs"
     write_run(tmp_path / "equal" / "a", CONV, test=0.75)
     write_columns(tmp_path / "equal" / "report", [CONV])
-    assert HParams(tmp_path / "equal").columns == sorted(CONV), "all keys if none differ"
+    assert HParams(tmp_path / "equal").columns == ["inner.second_order", *sorted(CONV.keys() - {*MAIN_KEYS})], "all"
 
 
 def test_log_hparams_repeats_no_point(tmp_path: Path) -> None:
@@ -223,13 +237,53 @@ def test_log_hparams_repeats_no_point(tmp_path: Path) -> None:
     with TensorBoardLogger(tmp_path / "run", config="", resumed_at=20) as tracker:  # cut after the last meta-step
         tracker.log_hparams(CONV, {"cost/peak_mib": 70.0}, 20)
     points = {tag: [e.step for e in accumulated(tmp_path / "run").Scalars(tag)] for tag in METRICS}
-    assert points == {"accuracy/test": [20], "cost/peak_mib": [10, 20], "cost/median_meta_step_ms": [20]}
+    assert points == {
+        "accuracy/test": [20],
+        "accuracy/test_nontransductive": [1],
+        "cost/peak_mib": [10, 20],
+        "cost/median_meta_step_ms": [20],
+    }
     assert [path.is_file() for path in (tmp_path / "run").iterdir()] == [True, True], "add_hparams makes a folder"
+
+
+def test_seeds_and_counts_read_as_they_were_given(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"run.seed": 0, "inner.lr": 0.4, "task.ways": 20}, test=0.75)
+    assert HParams(tmp_path).values("a") == {"run.seed": "0", "inner.lr": 0.4, "task.ways": "20"}, "0 would be 0.0000"
+
+
+def test_curves_are_described(tmp_path: Path) -> None:
+    with TensorBoardLogger(tmp_path / "run", config="") as tracker:
+        for step in (1, 2):
+            tracker.log_scalars({"gradients/adjoint_norm/step_0": 1.0, "accuracy/train": 0.5, "mine": 1.0}, step)
+    data = MultiplexerDataProvider(multiplexed(tmp_path), str(tmp_path))
+    found = data.list_scalars(RequestContext(), experiment_id="", plugin_name="scalars")["run"]
+    assert found["gradients/adjoint_norm/step_0"].description.startswith("Norm of a task's query gradient")
+    assert found["accuracy/train"].description.startswith("Accuracy on the queries of training tasks")
+    assert found["mine"].description == ""
+    assert [e.value for e in accumulated(tmp_path / "run").Scalars("mine")] == [1.0, 1.0]
+
+
+def test_every_charted_tag_is_described() -> None:
+    for charts in LAYOUT.values():
+        for _, tags in charts.values():
+            for tag in tags:
+                assert isinstance(tag, str)
+                assert describe_tag(tag.strip("^$").replace(".*", "step_3")), tag
+
+
+def test_chart_that_would_be_empty_is_left_out() -> None:
+    plain = build_layout("mse", has_curvature=False, has_eigenvalue=False)
+    assert list(plain) == ["Mse", "Cost"]
+    assert plain["Mse"]["validation mse"] == ["Multiline", ["^mse/validation$"]]
+    sharp = build_layout("accuracy", has_curvature=False, has_eigenvalue=True)
+    assert list(sharp["Second order"]) == ["largest eigenvalue of the support loss"]
+    default = build_layout("accuracy", has_curvature=True, has_eigenvalue=False)
+    assert not any("eigenvalue" in title for title in default["Second order"])
 
 
 def test_to_hparam_value_is_command_line_syntax() -> None:
     values = [to_hparam_value(value) for value in (True, False, None, 3, 0.4, "conv4", [1, None, True], [])]
-    assert values == ["true", "false", "null", 3, 0.4, "conv4", "[1, null, true]", "[]"]
+    assert values == ["true", "false", "null", "3", 0.4, "conv4", "[1, null, true]", "[]"]
 
 
 def test_layouts_of_several_runs_are_merged(tmp_path: Path) -> None:
