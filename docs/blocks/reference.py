@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -16,6 +17,7 @@ from metalearn.config import commands_schema, schema
 from metalearn.config.compose import compose, group_defaults
 from metalearn.config.help import key_sections
 from metalearn.config.messages import describe_allowed, description, format_value
+from metalearn.training.tracking.tags import DESCRIPTIONS
 
 
 def commands() -> str:
@@ -74,3 +76,13 @@ def algorithm(name: str) -> str:
     if measured := measured_accuracy(name):
         parts.append(measured)
     return "\n\n".join(parts)
+
+
+def tags() -> str:
+    """List TensorBoard's curves, with what it says of them."""
+    readable = {r"\w+/(validation|test_by_inner_step)_(low|high)": "…_low`, `…_high", r"\w+": "accuracy", r"\d+": "k"}
+    rows = []
+    for pattern, text in DESCRIPTIONS:
+        name = functools.reduce(lambda tag, change: tag.replace(*change), readable.items(), pattern)
+        rows.append((f"`{name}`", text))
+    return table(("tag", "what it is"), rows)

@@ -10,7 +10,7 @@ _TRAINING = {
     "query_accuracy": "accuracy/train",
     "query_mse": "mse/train",
 }
-_DESCRIPTIONS = (
+DESCRIPTIONS = (
     (r"accuracy/train", "Accuracy on the queries of training tasks after adaptation, mean since the last point."),
     (r"mse/train", "Mean squared error on the queries of training tasks after adaptation, mean since the last point."),
     (
@@ -73,7 +73,7 @@ def training_tag(metric: str) -> str:
 
 def describe_tag(tag: str) -> str:
     """Return what TensorBoard says of a curve; empty for one that needs no words."""
-    return next((text for pattern, text in _DESCRIPTIONS if re.fullmatch(pattern, tag)), "")
+    return next((text for pattern, text in DESCRIPTIONS if re.fullmatch(pattern, tag)), "")
 
 
 def present_tag(tag: str) -> str:
