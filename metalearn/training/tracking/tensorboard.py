@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary, SummaryMetadata
 from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams.api_pb2 import (
     DATA_TYPE_FLOAT64,
@@ -130,8 +130,8 @@ class EventWriter:
         for tag, value in values.items():
             text = "" if tag in self._described else describe_tag(tag)  # TensorBoard reads it in a tag's first record
             plugin = SummaryMetadata.PluginData(plugin_name="scalars")
-            metadata = SummaryMetadata(summary_description=text, plugin_data=plugin) if text else None
-            point = Summary.Value(tag=tag, simple_value=value, metadata=metadata)
+            described = SummaryMetadata(summary_description=text, plugin_data=plugin, data_class=DATA_CLASS_SCALAR)
+            point = Summary.Value(tag=tag, simple_value=value, metadata=described if text else None)
             self.add_summary(Summary(value=[point]), iteration)
             self._described.add(tag)
 

@@ -13,6 +13,7 @@ import torch
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR
 from tensorboard.context import RequestContext
 from tensorboard.data.provider import ListHyperparametersResult
 from tensorboard.plugins.base_plugin import TBContext
@@ -260,6 +261,8 @@ def test_curves_are_described(tmp_path: Path) -> None:
     assert found["gradients/adjoint_norm/step_0"].description.startswith("Norm of a task's query gradient")
     assert found["accuracy/train"].description.startswith("Accuracy on the queries of training tasks")
     assert found["mine"].description == ""
+    record = accumulated(tmp_path / "run").SummaryMetadata("accuracy/train")
+    assert record.data_class == DATA_CLASS_SCALAR, "TensorBoard's fast reader drops other records' descriptions"
     assert [e.value for e in accumulated(tmp_path / "run").Scalars("mine")] == [1.0, 1.0]
 
 
