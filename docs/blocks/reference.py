@@ -80,7 +80,7 @@ def algorithm(name: str) -> str:
 
 def tags() -> str:
     """List TensorBoard's curves, with what it says of them."""
-    readable = {r"\w+/(validation|test_by_inner_step)_(low|high)": "…_low`, `…_high", r"\w+": "accuracy", r"\d+": "k"}
+    readable = {r".+": "…", r"\w+": "accuracy", r"\d+": "k"}
     rows = []
     for pattern, text in DESCRIPTIONS:
         name = functools.reduce(lambda tag, change: tag.replace(*change), readable.items(), pattern)

@@ -88,9 +88,12 @@ def test_event_file_holds_every_tag(finished: Finished) -> None:
         assert all(math.isfinite(value) for _, value in scalars[tag])
     cosine = [0.005 * (1 + math.cos(math.pi * (step - 1) / 40)) / 2 for step in [1, *range(5, 41, 5)]]
     assert [value for _, value in scalars["optimizer/lr"]] == pytest.approx(cosine, rel=1e-5), "the rate that was used"
-    for tag in ("accuracy/validation", "accuracy/validation_low", "accuracy/validation_high"):
+    for tag in ("accuracy/validation", "intervals/accuracy/validation_low", "intervals/accuracy/validation_high"):
         assert [step for step, _ in scalars[tag]] == [20, 40]
-    low, mean, high = (scalars[f"accuracy/validation{end}"][-1][1] for end in ("_low", "", "_high"))
+    low, mean, high = (
+        scalars[tag][-1][1]
+        for tag in ("intervals/accuracy/validation_low", "accuracy/validation", "intervals/accuracy/validation_high")
+    )
     assert low < mean < high
     by_step = [value for _, value in scalars["accuracy/test_by_inner_step"]]
     assert by_step == pytest.approx(metrics["test.accuracy_per_step"])

@@ -1,4 +1,4 @@
-"""Tags of TensorBoard's curves. It lists their groups by the alphabet: accuracy, cost, gradients, loss, optimizer."""
+"""Tags of TensorBoard's curves. It lists their groups by the alphabet: accuracy, cost, gradients, intervals, …"""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ DESCRIPTIONS = (
     (r"mse/train", "Mean squared error on the queries of training tasks after adaptation, mean since the last point."),
     (
         r"\w+/validation",
-        "Mean over the validation tasks, adapted by inner.eval_steps; _low and _high end its 95% interval.",
+        "Mean over the validation tasks, adapted by inner.eval_steps; intervals/ has its 95% interval.",
     ),
-    (r"\w+/(validation|test_by_inner_step)_(low|high)", "An end of the mean's 95% interval over tasks."),
+    (r"intervals/.+", "An end of the mean's 95% interval over tasks."),
     (r"\w+/test", "Mean over the test tasks, of the parameters that were best in validation, at their meta-step."),
     (r"\w+/test_by_inner_step", "Test score after 0, 1, ... inner steps, which are the horizontal axis."),
     (
@@ -57,6 +57,7 @@ _FORMER = (
     (r"train/query_(accuracy|mse)", r"\1/train"),
     (r"train/grad_norm", "gradients/norm"),
     (r"train/(.+)", r"gradients/\1"),
+    (r"(validation|test)/(accuracy|mse)(.*)_(low|high)", r"intervals/\2/\1\3_\4"),
     (r"(validation|test)/(accuracy|mse)(.*)", r"\2/\1\3"),
     (r"rates/(.+)", r"optimizer/learned_lr/\1"),
     (r"outer/lr", "optimizer/lr"),
@@ -81,7 +82,7 @@ def present_tag(tag: str) -> str:
 
     Examples:
         >>> present_tag("validation/accuracy_low")
-        'accuracy/validation_low'
+        'intervals/accuracy/validation_low'
     """
     for pattern, present in _FORMER:
         if found := re.fullmatch(pattern, tag):

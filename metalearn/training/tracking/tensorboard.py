@@ -46,7 +46,7 @@ _LONGEST_WAIT_S = 10.0
 
 def _interval_tags(tag: str) -> list[str]:
     """Return the tags of a mean and of the ends of its interval."""
-    return [tag, f"{tag}_low", f"{tag}_high"]
+    return [tag, f"intervals/{tag}_low", f"intervals/{tag}_high"]
 
 
 Layout = dict[str, dict[str, list[str | list[str]]]]
@@ -59,8 +59,9 @@ MAIN_KEYS = ("algorithm.name", "inner.lr", "inner.second_order", "inner.steps", 
 def build_layout(metric: str, *, has_curvature: bool, has_eigenvalue: bool) -> Layout:
     """Return the charts of a run that has a metric and these diagnostics: no chart stays empty.
 
-    The tags of a multi-line chart are regular expressions, and one that is not anchored takes accuracy/validation_low
-    for accuracy/validation; those of a margin chart are names. A margin chart is not smoothed.
+    The tags of a multi-line chart are regular expressions, and one that is not anchored takes
+    intervals/accuracy/validation_low for accuracy/validation; those of a margin chart are names. A margin chart is not
+    smoothed.
     """
     layout: Layout = {
         metric.capitalize(): {

@@ -140,7 +140,7 @@ def test_log_test_logs_scores_and_intervals(tmp_path: Path) -> None:
         tracker.log_test(evaluation(0.2, 0.7, 0.75), 400)
     curves = read_scalars(tmp_path)
     points = {tag: {p.step: round(p.value, 6) for p in curve} for tag, curve in curves.items()}
-    ends = [points.pop(f"accuracy/test_by_inner_step_{end}") for end in ("low", "high")]
+    ends = [points.pop(f"intervals/accuracy/test_by_inner_step_{end}") for end in ("low", "high")]
     assert ends == [{0: 0.102, 1: 0.602, 2: 0.652}, {0: 0.298, 1: 0.798, 2: 0.848}], "1.96 * 0.05"
     assert points == {
         "accuracy/test": {400: 0.75},
@@ -301,10 +301,10 @@ def test_layouts_of_several_runs_are_merged(tmp_path: Path) -> None:
 
 def test_every_chart_matches_its_curves() -> None:
     tags = [
-        *(f"accuracy/validation{end}" for end in ("", "_low", "_high")),
+        *("accuracy/validation", *(f"intervals/accuracy/validation_{end}" for end in ("low", "high"))),
         *("accuracy/train", "gradients/norm", "loss/query"),
         *(f"accuracy/test{end}" for end in ("", "_nontransductive")),
-        *(f"accuracy/test_by_inner_step{end}" for end in ("", "_low", "_high")),
+        *("accuracy/test_by_inner_step", *(f"intervals/accuracy/test_by_inner_step_{end}" for end in ("low", "high"))),
         *(f"cost/{name}" for name in ("meta_step_ms", "training_s", "median_meta_step_ms")),
         *("cost/peak_mib", "gradients/cosine_first_vs_second", "gradients/support_top_eigenvalue", "optimizer/lr"),
         *(f"gradients/adjoint_norm/step_{k}" for k in range(3)),
