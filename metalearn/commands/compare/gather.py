@@ -39,34 +39,64 @@ _ROUNDING = 1e-6  # event files hold float32
 
 
 def measure_engine_costs(
-    config: TrainConfig, settings: CompareSettings, folder: Path, progress: Progress
-) -> list[EngineCost]:
-    """Measure the cost of the engines, or load it if it was measured with the same settings on the same machine."""
-    steps = sorted({*settings.steps, *([config.inner.steps] if config.inner.steps else [])})
+    config: TrainConfig, settings: CompareSettings, folder: Path, progress: Progress, *, budget_s: float
+) -> tuple[list[EngineCost], list[int]]:
+    """Return the cost of the engines, and the numbers K of inner steps that were left out to save time.
+
+    What was measured with the same settings on the same machine is loaded. ``inner.steps`` is always measured, and then
+    the other K from the lowest on, as long as that is expected to end within ``budget_s``.
+    """
+    steps = {*settings.steps, *([config.inner.steps] if config.inner.steps else [])}
+    wanted = sorted(steps, key=lambda k: (k != config.inner.steps, k))
     conditions = {
         "machine": describe_hardware(resolve_device(config.run.device)),
         "precision": config.run.precision,
         "task": asdict(config.task),
         "model": asdict(config.model),
         "lr": config.inner.lr,
-        "steps": steps,
         "rounds": settings.repeats,
         "limit_mib": settings.memory_limit_mib,
     }
-    path = folder / COST_FILE
+    path, rows = folder / COST_FILE, list[EngineCost]()
     if path.exists():
         content = json.loads(path.read_text())
         saved = content.pop("rows")
         if content == conditions:
-            return [EngineCost(**{**row, "quartiles_ms": (q := row["quartiles_ms"]) and tuple(q)}) for row in saved]
+            rows = [EngineCost(**{**row, "quartiles_ms": (q := row["quartiles_ms"]) and tuple(q)}) for row in saved]
+    rows = [row for row in rows if row.steps in wanted]
+    missing = [k for k in wanted if k not in {row.steps for row in rows}]
+    if not missing:
+        return rows, []
+    log.info("Measuring one meta-gradient of either order and every engine in turns, at K = %s", _join(missing))
     experiment = build_experiment(config)
     problem = MetaStepProblem(experiment.forward, experiment.theta, experiment.train.batch(0, config.task.meta_batch))
     limit = int(settings.memory_limit_mib * MIB)
-    plan = MeasurementPlan("memory and time against K", steps, steps, settings.repeats, limit)
-    with experiment.precision():
-        rows = measure(problem, lambda k: compared_inner_loops(config.inner.lr, k), plan, progress)
+    while missing:
+        k = missing[0]
+        if rows and expected_seconds(rows, k, settings.repeats) > budget_s:
+            log.info("K = %s left out: it would take longer than the training did", _join(missing))
+            break
+        plan = MeasurementPlan(f"memory and time at K = {k}", [k], [k], settings.repeats, limit)
+        with experiment.precision():
+            rows += measure(problem, lambda k: compared_inner_loops(config.inner.lr, k), plan, progress)
+        budget_s -= expected_seconds(rows, k, settings.repeats)
+        missing = missing[1:]
     files.atomic_write_json(path, {**conditions, "rows": [asdict(row) for row in rows]})
-    return rows
+    return rows, missing
+
+
+_EXTRA_ROUNDS = 4  # one to warm up, and about three for the memory and the comparison of the gradients
+
+
+def expected_seconds(rows: Sequence[EngineCost], steps: int, rounds: int) -> float:
+    """Return how long the engines take to measure at some K, from the nearest K that was measured, in proportion."""
+    nearest = min((row.steps for row in rows), key=lambda k: abs(k - steps))
+    round_ms = sum(row.median_ms or 0 for row in rows if row.steps == nearest)
+    return round_ms / 1000 * steps / nearest * (rounds + _EXTRA_ROUNDS)
+
+
+def _join(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps))
 
 
 def compared_inner_loops(lr: float, steps: int) -> list[InnerLoop]:

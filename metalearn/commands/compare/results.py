@@ -115,6 +115,7 @@ class Results:
         cost: of one meta-gradient against K: first order, and second order by every engine, all tasks at once.
         cost_limit_mib: at which a measurement of memory was stopped.
         cost_machine: hardware of that measurement, which may differ from that of the runs.
+        cost_left_out: numbers K of inner steps whose measurement would have taken longer than the training.
         runs_at_a_time: number of runs that shared the machine.
     """
 
@@ -133,6 +134,7 @@ class Results:
     cost: list[EngineCost] = field(default_factory=list)
     cost_limit_mib: float = 4096
     cost_machine: dict[str, Any] = field(default_factory=dict)
+    cost_left_out: list[int] = field(default_factory=list)
     runs_at_a_time: int = 1
 
     @property

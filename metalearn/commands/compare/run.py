@@ -148,10 +148,12 @@ def collect(
 ) -> Results:
     """Return all results, with the cost of a meta-gradient; that is measured only once in a folder."""
     found, target = collect_results(variants, every, reasons, config.compare.target_accuracy)
-    with progress_bar() as progress:
-        costs = measure_engine_costs(shared, config.compare, folder, progress)
-    here = describe_hardware(resolve_device(shared.run.device))
+    at_a_time = 1 if launcher_overrides() else runs_at_a_time(every, config.compare.jobs)
     metrics = [run.metrics for variant in found for run in variant.finished]
+    trained_s = sum(run["time.total_s"] for run in metrics) / at_a_time
+    with progress_bar() as progress:
+        costs, left_out = measure_engine_costs(shared, config.compare, folder, progress, budget_s=trained_s)
+    here = describe_hardware(resolve_device(shared.run.device))
     memory_kinds = dict.fromkeys(m["memory.kind"] for m in metrics) or ["cuda" if "gpu" in here else "cpu-tensors"]
     return Results(
         title=f"{shared.data.label}, {shared.task.ways}-way {shared.task.shots}-shot",
@@ -169,5 +171,6 @@ def collect(
         cost=costs,
         cost_limit_mib=config.compare.memory_limit_mib,
         cost_machine=dict(here),
-        runs_at_a_time=1 if launcher_overrides() else runs_at_a_time(every, config.compare.jobs),
+        cost_left_out=left_out,
+        runs_at_a_time=at_a_time,
     )

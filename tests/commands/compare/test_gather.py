@@ -10,15 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.progress import Progress
 from torch.utils.tensorboard import SummaryWriter
 
-from metalearn.commands.compare.gather import collect_results, differences
+from metalearn.commands.benchmark.engines import MeasurementPlan
+from metalearn.commands.benchmark.settings import EngineCost
+from metalearn.commands.compare import gather
+from metalearn.commands.compare.gather import collect_results, differences, measure_engine_costs
 from metalearn.commands.compare.launch import failure_reason
 from metalearn.commands.compare.results import TimeToAccuracy
 from metalearn.commands.compare.statistics import difference, seed_ci
-from metalearn.commands.compare.variants import Job, Variant, jobs, parse_variants
+from metalearn.commands.compare.variants import Job, Variant, jobs, parse_variants, to_train_config
 from metalearn.config.commands_schema import CompareConfig
 from metalearn.config.compose import compose, to_dataclass
+
+SMALL_TASK = ["data=glyphs", "data.classes=50", "model.width=8", "task.meta_batch=2"]
 
 
 def test_seed_ci_equals_students_t() -> None:
@@ -153,6 +159,34 @@ def test_metrics_of_a_variant(comparison: tuple[list[Variant], list[Job]]) -> No
     assert (point.iteration, point.training_s) == (200, 6.0)
     assert (point.low, point.mean, point.high) == pytest.approx((0.7, 0.75, 0.8))
     assert [p.mean for p in first.cosine] == pytest.approx([0.6, 0.7, 0.8])
+
+
+def test_engines_are_measured_within_the_time_of_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = to_dataclass(compose("compare", SMALL_TASK), CompareConfig)
+    shared, measured = to_train_config(config), list[int]()
+
+    def measure(problem: object, inners: object, plan: MeasurementPlan, progress: Progress) -> list[EngineCost]:
+        measured.append(*plan.steps)
+        return [EngineCost(e, True, None, 1, plan.steps[0], 50.0, 100.0 * plan.steps[0]) for e in ("unroll", "adjoint")]
+
+    def costs(budget_s: float) -> tuple[list[EngineCost], list[int]]:
+        measured.clear()
+        with Progress() as progress:
+            return measure_engine_costs(shared, config.compare, tmp_path, progress, budget_s=budget_s)
+
+    monkeypatch.setattr(gather, "measure", measure)
+    # A round takes 0.2 s at K = 1, and 7 + 4 are taken: 2.2 s, then 4.4 s at K = 2, 11 s at 5 and 22 s at 10.
+    with caplog.at_level("INFO"):
+        assert costs(0.0)[1] == [2, 5, 10]
+    assert measured == [1], "inner.steps, whatever it takes"
+    assert "K = 2, 5, 10 left out" in caplog.text
+    assert costs(4.5)[1] == [5, 10]
+    assert measured == [2], "K = 1 is in cost.json"
+    rows, left_out = costs(1000.0)
+    assert (measured, left_out) == ([5, 10], [])
+    assert [row.steps for row in rows if row.engine == "unroll"] == [1, 2, 5, 10]
 
 
 def test_time_to_accuracy_when_target_is_set(comparison: tuple[list[Variant], list[Job]]) -> None:
