@@ -200,7 +200,7 @@ class CompareSettings(Section):
     jobs: Annotated[Count | None, Doc("runs at a time on this machine; null: one per core, or one on a GPU")]
     target_accuracy: Annotated[
         Annotated[StrictFloat, Field(gt=0, le=1)] | None,
-        Doc("validation accuracy whose time is reported, as a fraction; null: the highest that all runs reach"),
+        Doc("validation accuracy whose time is reported; null: the highest that all, or half, of the runs reach"),
     ]
     steps: Annotated[
         list[Count],

@@ -110,14 +110,13 @@ def collect_results(
 ) -> tuple[list[VariantResult], float | None]:
     """Return every variant's result, and the target accuracy of their times.
 
-    ``reasons`` tells why runs failed, by folder. A ``target`` of ``None`` becomes the highest whole percentage of
-    validation accuracy that all finished runs reach.
+    ``reasons`` tells why runs failed, by folder. A ``target`` of ``None`` is chosen by ``choose_target``.
     """
     runs = {job.folder: load_run(job, reasons.get(job.folder)) for job in jobs}
     scalars = {folder: _read_curves(folder) for folder, run in runs.items() if run.state == "finished"}
-    best = [max(p.value for p in curves["accuracy/validation"]) for curves in scalars.values() if curves]
-    if target is None and best:
-        target = math.floor(100 * (min(best) + _ROUNDING)) / 100
+    validated = [[p.value for p in curves["accuracy/validation"]] for curves in scalars.values() if curves]
+    if target is None and validated:
+        target = choose_target(validated)
     results = []
     for variant in variants:
         folders = [job.folder for job in jobs if job.variant == variant.name]
@@ -125,6 +124,21 @@ def collect_results(
         curves = [scalars[folder] for folder in folders if scalars.get(folder)]
         results.append(_add_metrics(result, curves, target) if result.finished else result)
     return results, target
+
+
+def choose_target(validated: Sequence[Sequence[float]]) -> float:
+    """Return the highest whole percentage that all runs reach in validation.
+
+    If most reach that in their first validation, as beside one bad variant, it is the highest that half of them reach.
+    """
+    best = [max(accuracies) for accuracies in validated]
+    target = _floor_percent(min(best))
+    at_first = sum(accuracies[0] >= target - _ROUNDING for accuracies in validated)
+    return target if 2 * at_first <= len(validated) else _floor_percent(statistics.median_high(best))
+
+
+def _floor_percent(accuracy: float) -> float:
+    return math.floor(100 * (accuracy + _ROUNDING)) / 100
 
 
 def hardware_of(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:

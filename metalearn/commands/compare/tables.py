@@ -140,7 +140,8 @@ def _time_to_target(variant: VariantResult) -> str:
     if reached is None:
         return "not reached" if variant.finished else _NONE
     seeds = f"{reached.seeds} of {len(variant.finished)} seeds"
-    return f"{format_duration(reached.training_s)}, {reached.iterations:.0f} steps, {seeds}"
+    at_most = "at most " if variant.curve and reached.iterations == variant.curve[0].iteration else ""
+    return f"{at_most}{format_duration(reached.training_s)}, {reached.iterations:.0f} steps, {seeds}"
 
 
 def per_step_rows(results: Results) -> Table:

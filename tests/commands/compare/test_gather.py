@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from metalearn.commands.benchmark.engines import MeasurementPlan
 from metalearn.commands.benchmark.settings import EngineCost
 from metalearn.commands.compare import gather
-from metalearn.commands.compare.gather import collect_results, differences, measure_engine_costs
+from metalearn.commands.compare.gather import choose_target, collect_results, differences, measure_engine_costs
 from metalearn.commands.compare.launch import failure_reason
 from metalearn.commands.compare.results import TimeToAccuracy
 from metalearn.commands.compare.statistics import difference, seed_ci
@@ -159,6 +159,18 @@ def test_metrics_of_a_variant(comparison: tuple[list[Variant], list[Job]]) -> No
     assert (point.iteration, point.training_s) == (200, 6.0)
     assert (point.low, point.mean, point.high) == pytest.approx((0.7, 0.75, 0.8))
     assert [p.mean for p in first.cosine] == pytest.approx([0.6, 0.7, 0.8])
+
+
+@pytest.mark.parametrize(
+    ("validated", "target"),
+    [
+        ([[0.5, 0.9], [0.4, 0.761]], 0.76),  # what both reach, one of them at first
+        ([[0.93, 0.96], [0.90, 0.94], [0.55, 0.56]], 0.94),  # nearly all reach 56% at first; two of three reach 94%
+        ([[0.96, 0.9], [0.94, 0.9]], 0.96),  # no target is reached later
+    ],
+)
+def test_target_is_not_below_most_first_validations(validated: list[list[float]], target: float) -> None:
+    assert choose_target(validated) == target
 
 
 def test_engines_are_measured_within_the_time_of_the_training(
