@@ -61,7 +61,8 @@ class ProcessPool:
     ) -> tuple[int, str]:
         """Run a command, append its output to the file ``console``, and return its exit status and output.
 
-        ``threads`` is its ``OMP_NUM_THREADS`` unless the environment sets it; ``callback`` gets each piece of output.
+        ``threads`` is its ``OMP_NUM_THREADS`` unless the environment sets it; ``callback`` gets what was written in
+        the last half second, if anything.
 
         Raises:
             ChildProcessError: if the pool is closing.
@@ -86,8 +87,8 @@ class ProcessPool:
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(_POLL_S)
                 ended = child.returncode is not None
-                if piece := source.read():
-                    written += piece
-                    callback(piece)
+                piece = source.read()
+                written += piece
+                callback(piece)
             self.running.discard(child)
         return child.returncode, written

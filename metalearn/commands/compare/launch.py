@@ -6,6 +6,7 @@ every variant is a ``scripts/train.py --multirun`` over the seeds, and the launc
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -18,6 +19,7 @@ from rich.progress import Progress
 
 from metalearn.commands.compare.variants import Job, format_override
 from metalearn.commands.processes import METALEARN, ProcessPool
+from metalearn.training.evaluation import MeanCI
 from metalearn.training.experiment import resolve_device
 
 log = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ TRAIN = (*METALEARN, "train")
 CONSOLE = "console.log"
 """The file in a run's folder that holds its terminal output."""
 
-_VALIDATED = re.compile(r"(\d+)/\d+  validation accuracy (\S+)")
+_PROGRESS = re.compile(r"^(?:meta-training )? *(\d+)/\d+(?:  validation accuracy (\S+))?", re.MULTILINE)
 _ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b(?! ignored)", re.MULTILINE)
 _HYDRA_HINT = "Set the environment variable HYDRA_FULL_ERROR"
 _MAX_REASON_LENGTH = 600
@@ -52,6 +54,7 @@ def launch(jobs: Sequence[Job], *, at_a_time: int, progress: Progress) -> dict[P
     threads = max(1, _num_cores() // at_a_time)
     bar = progress.add_task("meta-training", total=sum(job.config.outer.iterations for job in jobs), note="")
     steps = dict.fromkeys([job.folder for job in jobs], 0)
+    notes = dict.fromkeys(steps, "training")
 
     def update_bar(job: Job, iteration: int, note: str) -> None:
         steps[job.folder] = iteration
@@ -61,12 +64,15 @@ def launch(jobs: Sequence[Job], *, at_a_time: int, progress: Progress) -> dict[P
 
         def train(job: Job) -> str | None:
             def show_progress(output: str) -> None:
-                for iteration, accuracy in _VALIDATED.findall(output):
-                    update_bar(job, int(iteration), f"{job.folder.name}: validation {accuracy}")
+                progress.update(bar)
+                for iteration, accuracy in _PROGRESS.findall(output):
+                    notes[job.folder] = f"validation {accuracy}" if accuracy else notes[job.folder]
+                    update_bar(job, int(iteration), f"{job.folder.name}: {notes[job.folder]}")
 
             folder = format_override(str(job.folder.absolute()))
             command = [*job.overrides, f"run.seed={job.config.run.seed}", "run.resume=auto", f"hydra.run.dir={folder}"]
             log.info("%s: started", job.folder.name)
+            update_bar(job, 0, f"{job.folder.name}: starting")
             try:
                 status, output = pool.run(
                     [*TRAIN, *command], job.folder / CONSOLE, threads=threads, callback=show_progress
@@ -76,7 +82,7 @@ def launch(jobs: Sequence[Job], *, at_a_time: int, progress: Progress) -> dict[P
                 reason = f"{type(error).__name__}: {error}"
             if pool.closing:
                 return reason
-            log.info("%s: %s", job.folder.name, f"FAILED, {reason}" if reason else "finished")
+            log.info("%s: %s", job.folder.name, f"FAILED, {reason}" if reason else describe_finished(job.folder))
             update_bar(job, job.config.outer.iterations, "")
             return reason
 
@@ -111,6 +117,13 @@ def sweep(jobs: Sequence[Job], launcher: Sequence[str], folder: Path) -> list[st
     parent = f"hydra.sweep.dir={format_override(str(folder.absolute()))}"
     name = f"hydra.sweep.subdir='{jobs[0].variant}-seed${{run.seed}}'"
     return [*jobs[0].overrides, f"run.seed={seeds}", "run.resume=auto", parent, name, *launcher]
+
+
+def describe_finished(folder: Path) -> str:
+    """Return that a run is finished, with its test accuracy."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    mean, ci95 = metrics.get("test.accuracy"), metrics.get("test.ci95")
+    return "finished" if mean is None or ci95 is None else f"finished, test accuracy {MeanCI(mean, ci95)}"
 
 
 def failure_reason(status: int, output: str, folder: Path) -> str | None:

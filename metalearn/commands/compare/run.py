@@ -125,7 +125,7 @@ def train_missing(every: Sequence[Job], at_a_time: int | None, folder: Path) -> 
         log.info("%d runs through %s", len(left), launcher[0])
         return launch_with_hydra(left, launcher, folder)
     number = runs_at_a_time(left, at_a_time)
-    log.info("%d runs, %d at a time", len(left), number)
+    log.info("%d runs, %d at a time; each takes a while to start before its first meta-step", len(left), number)
     with progress_bar() as progress:
         return launch(left, at_a_time=number, progress=progress)
 

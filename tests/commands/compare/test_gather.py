@@ -17,7 +17,7 @@ from metalearn.commands.benchmark.engines import MeasurementPlan
 from metalearn.commands.benchmark.settings import EngineCost
 from metalearn.commands.compare import gather
 from metalearn.commands.compare.gather import choose_target, collect_results, differences, measure_engine_costs
-from metalearn.commands.compare.launch import failure_reason
+from metalearn.commands.compare.launch import describe_finished, failure_reason
 from metalearn.commands.compare.results import TimeToAccuracy
 from metalearn.commands.compare.statistics import difference, seed_ci
 from metalearn.commands.compare.variants import Job, Variant, jobs, parse_variants, to_train_config
@@ -90,6 +90,11 @@ def test_difference_covers_truth_in_95_percent() -> None:
 )
 def test_failure_reason_is_the_last_error(status: int, written: str, reason: str, tmp_path: Path) -> None:
     assert failure_reason(status, written, tmp_path) == reason
+
+
+def test_finished_run_is_announced_with_its_accuracy(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text('{"test.accuracy": 0.856, "test.ci95": 0.014}')
+    assert describe_finished(tmp_path) == "finished, test accuracy 85.60% ± 1.40%"
 
 
 def test_run_with_metrics_is_finished_whatever_its_status(tmp_path: Path) -> None:
