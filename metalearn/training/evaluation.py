@@ -33,6 +33,7 @@ class Metric:
         name: in ``metrics.json`` and TensorBoard.
         per_task: maps predictions ``[T, Q, ...]`` and targets ``[T, Q, ...]`` to scores ``[T]``.
         as_percent: whether the score is a fraction that is printed as a percentage.
+        highest: largest possible score; the smallest is 0.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Metric:
     per_task: Callable[[Tensor, Tensor], Tensor]
     higher_is_better: bool
     as_percent: bool
+    highest: float
 
     def is_better(self, a: float, b: float) -> bool:
         """Return whether ``a`` beats ``b``; non-finite scores always lose."""
@@ -62,13 +64,21 @@ def squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
     return (predictions - targets).square().flatten(1).mean(dim=1)
 
 
-ACCURACY = Metric("accuracy", cross_entropy, accuracy, higher_is_better=True, as_percent=True)
-MSE = Metric("mse", mse_loss, squared_error, higher_is_better=False, as_percent=False)
+ACCURACY = Metric("accuracy", cross_entropy, accuracy, higher_is_better=True, as_percent=True, highest=1.0)
+MSE = Metric("mse", mse_loss, squared_error, higher_is_better=False, as_percent=False, highest=math.inf)
 
 
 @dataclass(frozen=True)
 class MeanCI:
-    """A mean over tasks and the half-width of its 95% interval, 1.96 standard errors."""
+    """A mean over tasks and the half-width of its 95% interval, 1.96 standard errors.
+
+    The half-width may reach beyond the possible scores. ``ends`` cuts it there, which leaves out only values that the
+    true mean cannot have, so that the interval covers it as often as before.
+
+    Example:
+        >>> print(MeanCI(0.95, 0.02), MeanCI(0.95, 0.08), sep=", ")
+        95.00% ± 2.00%, 95.00% (87 to 100%)
+    """
 
     mean: float
     ci95: float
@@ -81,8 +91,19 @@ class MeanCI:
     def __str__(self) -> str:
         return self.format(ACCURACY)
 
+    def ends(self, lowest: float, highest: float) -> tuple[float, float]:
+        """Return the ends of the interval, cut at the lowest and the highest possible mean."""
+        return max(self.mean - self.ci95, lowest), min(self.mean + self.ci95, highest)
+
+    def is_cut(self, lowest: float, highest: float) -> bool:
+        """Return whether the interval reaches beyond the possible means."""
+        return self.mean - self.ci95 < lowest or self.mean + self.ci95 > highest
+
     def format(self, metric: Metric) -> str:
-        """Return mean and half-width as text for tables."""
+        """Return mean and half-width as text for tables, or the ends of the interval where it is cut."""
+        if metric.as_percent and self.is_cut(0, metric.highest):
+            low, high = (round(100 * end, 2) for end in self.ends(0, metric.highest))
+            return f"{metric.format(self.mean)} ({low:g} to {high:g}%)"
         return f"{metric.format(self.mean)} ± {metric.format(self.ci95)}"
 
 

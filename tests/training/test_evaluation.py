@@ -24,7 +24,7 @@ def test_interval_is_1_96_standard_errors() -> None:
     estimate = MeanCI.of(torch.tensor([0.0, 1.0, 1.0, 1.0]))
     assert estimate.mean == 0.75
     assert estimate.ci95 == pytest.approx(1.96 * 0.5 / 2)  # standard deviation 0.5, with n - 1
-    assert str(estimate) == "75.00% ± 49.00%"
+    assert str(estimate) == "75.00% (26 to 100%)", "cut at 100%"
 
 
 def test_accuracy_is_per_task() -> None:

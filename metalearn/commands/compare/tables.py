@@ -7,6 +7,7 @@ from typing import Any
 
 from metalearn.commands.benchmark.settings import EngineCost, pivot
 from metalearn.commands.compare.results import Difference, Results, RunResult, VariantResult
+from metalearn.training.evaluation import MeanCI
 
 
 def headline(results: Results) -> list[str]:
@@ -161,17 +162,25 @@ def difference_rows(results: Results) -> Table:
     rows = [
         [
             f"{each.first} minus {each.other}",
-            f"{_format_points(each.accuracy.mean)} ± {100 * each.accuracy.ci95:.2f}",
+            format_points(each.accuracy),
             "yes" if each.is_significant else "no",
-            f"{_format_points(each.nontransductive.mean)} ± {100 * each.nontransductive.ci95:.2f}",
-            ", ".join(f"{s}: {_format_points(d)}" for s, d in zip(each.seeds, each.per_seed, strict=True)),
+            format_points(each.nontransductive),
+            ", ".join(f"{s}: {_format_signed(d)}" for s, d in zip(each.seeds, each.per_seed, strict=True)),
         ]
         for each in results.differences
     ]
     return [points, accuracy, "significant", "non-transductive", f"{accuracy} per seed"], rows
 
 
-def _format_points(difference: float) -> str:
+def format_points(difference: MeanCI) -> str:
+    """Format a difference of accuracies with its interval as percentage points, cut at 100 like an accuracy's."""
+    if difference.is_cut(-1, 1):
+        low, high = (round(100 * end, 2) for end in difference.ends(-1, 1))
+        return f"{_format_signed(difference.mean)} ({low:g} to {high:g})"
+    return f"{_format_signed(difference.mean)} ± {100 * difference.ci95:.2f}"
+
+
+def _format_signed(difference: float) -> str:
     """Format as percentage points with a sign; zero has none."""
     rounded = round(100 * difference, 2)
     return f"{rounded:+.2f}" if rounded else "0.00"
@@ -208,7 +217,7 @@ def run_rows(results: Results) -> Table:
 
 def _format_accuracy(metrics: dict[str, Any], suffix: str) -> str:
     mean, ci95 = (metrics.get(f"test.{name}{suffix}") for name in ("accuracy", "ci95"))
-    return _NONE if mean is None or ci95 is None else f"{mean:.2%} ± {ci95:.2%}"
+    return _NONE if mean is None or ci95 is None else str(MeanCI(mean, ci95))
 
 
 def _format(value: Any, format_value: Callable[[Any], str]) -> str:

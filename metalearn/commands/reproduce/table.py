@@ -13,10 +13,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from metalearn.commands.compare.gather import hardware_of
 from metalearn.commands.compare.statistics import difference, seed_ci, task_ci
+from metalearn.commands.compare.tables import format_points
 from metalearn.commands.compare.variants import Job, replace_in
 from metalearn.commands.reproduce.plan import Published, TableRow, published
 from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
+from metalearn.training.evaluation import MeanCI
 
 Metrics = Mapping[str, Any]
 
@@ -232,7 +234,7 @@ def format_interval(estimate: Row | None) -> str:
     if estimate is None:
         return "-"
     over = " (over tasks)" if estimate["over"] == "tasks" else ""
-    return f"{estimate['mean']:.2%} ± {estimate['ci95']:.2%}{over}"
+    return f"{MeanCI(estimate['mean'], estimate['ci95'])}{over}"
 
 
 def format_gain(gain: Row | None) -> str:
@@ -240,7 +242,7 @@ def format_gain(gain: Row | None) -> str:
     if gain is None:
         return "-"
     over = " (over tasks)" if gain["over"] == "tasks" else ""
-    return f"{100 * gain['mean']:+.2f} ± {100 * gain['ci95']:.2f}{over}"
+    return f"{format_points(MeanCI(gain['mean'], gain['ci95']))}{over}"
 
 
 def format_published(reported: Row | None) -> str:

@@ -32,7 +32,7 @@ from torch.utils.tensorboard.summary import hparams as torch_hparams
 
 from metalearn.core.types import Params
 from metalearn.inner import lr_key
-from metalearn.training.evaluation import Evaluation, MeanCI
+from metalearn.training.evaluation import Evaluation, MeanCI, Metric
 from metalearn.training.tracking.event_files import EVENT_FILES, read_scalars
 from metalearn.training.tracking.tags import describe_tag
 
@@ -194,7 +194,7 @@ class TensorBoardLogger(EventWriter):
 
     def log_validation(self, result: Evaluation, iteration: int) -> None:
         """Log the score on validation tasks with the ends of its interval."""
-        self._log_interval(f"{result.metric.name}/validation", result.final, iteration)
+        self._log_interval(f"{result.metric.name}/validation", result.final, iteration, result.metric)
         self.flush()
 
     def log_test(self, result: Evaluation, iteration: int = 0) -> None:
@@ -202,14 +202,14 @@ class TensorBoardLogger(EventWriter):
         name = result.metric.name
         self.log_scalars({f"{name}/test": result.final.mean}, iteration)
         for step, estimate in enumerate(result.per_step):
-            self._log_interval(f"{name}/test_by_inner_step", estimate, step)
+            self._log_interval(f"{name}/test_by_inner_step", estimate, step, result.metric)
         if result.nontransductive:
             steps = len(result.per_step) - 1
             self.log_scalars({f"{name}/test_nontransductive": result.nontransductive.mean}, steps)
 
-    def _log_interval(self, tag: str, estimate: MeanCI, step: int) -> None:
-        mean, ci95 = estimate.mean, estimate.ci95
-        self.log_scalars(dict(zip(_interval_tags(tag), (mean, mean - ci95, mean + ci95), strict=True)), step)
+    def _log_interval(self, tag: str, estimate: MeanCI, step: int, metric: Metric) -> None:
+        values = estimate.mean, *estimate.ends(0, metric.highest)
+        self.log_scalars(dict(zip(_interval_tags(tag), values, strict=True)), step)
 
     def log_hparams(self, values: Mapping[str, Value], metrics: Mapping[str, float], iteration: int = 0) -> None:
         """Make the run a row of the HParams table; once, at its end.
