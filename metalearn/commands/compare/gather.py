@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -71,15 +72,19 @@ def measure_engine_costs(
     experiment = build_experiment(config)
     problem = MetaStepProblem(experiment.forward, experiment.theta, experiment.train.batch(0, config.task.meta_batch))
     limit = int(settings.memory_limit_mib * MIB)
+    seconds_per_step = 0.0  # of the last measurement, which may take longer than its rounds
     while missing:
         k = missing[0]
-        if rows and expected_seconds(rows, k, settings.repeats) > budget_s:
+        expected = max(expected_seconds(rows, k, settings.repeats), seconds_per_step * k) if rows else 0.0
+        if expected > budget_s:
             log.info("K = %s left out: it would take longer than the training did", _join(missing))
             break
         plan = MeasurementPlan(f"memory and time at K = {k}", [k], [k], settings.repeats, limit)
+        started = time.perf_counter()
         with experiment.precision():
             rows += measure(problem, lambda k: compared_inner_loops(config.inner.lr, k), plan, progress)
-        budget_s -= expected_seconds(rows, k, settings.repeats)
+        taken = max(time.perf_counter() - started, expected_seconds(rows, k, settings.repeats))
+        budget_s, seconds_per_step = budget_s - taken, taken / k
         missing = missing[1:]
     files.atomic_write_json(path, {**conditions, "rows": [asdict(row) for row in rows]})
     return rows, missing
