@@ -1,4 +1,4 @@
-"""No interval of an accuracy reaches beyond 0 and 100% where a command prints it."""
+"""No interval of an accuracy reaches beyond 0 and 100% where a command prints or draws it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.collections import LineCollection
+from matplotlib.container import ErrorbarContainer
 
 from metalearn.commands.adapt.predictions import format_accuracy
+from metalearn.commands.compare.plots import plots
 from metalearn.commands.compare.results import Results
 from metalearn.commands.compare.tables import (
     difference_rows,
@@ -53,6 +57,7 @@ def printed() -> Iterator[tuple[str, str]]:
     given = extreme()
     for rows in (variant_rows, per_step_rows, run_rows, difference_rows):
         yield rows.__name__, str(rows(given))
+    yield "headline", " ".join(headline(given))
     yield "headline of one variant", " ".join(headline(results(extreme().variants[:1])))
     for estimate in (HIGH, LOW):
         yield "MeanCI", estimate.format(ACCURACY)
@@ -76,7 +81,7 @@ class _Card(dict[str, object]):
 def test_printed_intervals_end_at_0_and_100(place: str, text: str) -> None:
     found = [(float(low), float(high)) for low, high in _CLIPPED.findall(text)]
     assert found, "the interval is given by its ends"
-    lowest = -100 if place == "difference_rows" else 0
+    lowest = -100 if place in ("headline", "difference_rows") else 0
     assert all(lowest <= low < high <= 100 for low, high in found)
     for mean, half in re.findall(r"([-+\d.]+)%? ± ([\d.]+)", text):
         assert lowest <= float(mean) - float(half), place
@@ -89,6 +94,23 @@ def test_interval_is_cut_only_where_it_passes() -> None:
     assert str(MeanCI(1.0, 0.0)) == "100.00% ± 0.00%"
     assert format_points(MeanCI(-0.05, 1.27)) == "-5.00 (-100 to 100)"
     assert MeanCI(2.0, 3.0).format(MSE) == "2 ± 3", "not a percentage"
+
+
+def test_drawn_intervals_and_axes_end_at_0_and_100() -> None:
+    for name in ("accuracy", "accuracy_per_step", "overview", "validation"):
+        figure = plots(extreme())[name]
+        for axes in figure.axes[: 1 if name == "overview" else None]:
+            along = 0 if name in ("accuracy", "overview") else 1
+            lowest = -100 if name == "overview" else 0
+            ends = [bars for c in axes.containers if isinstance(c, ErrorbarContainer) for bars in c.lines[2]]
+            for bars in [*ends, *(found for found in axes.collections if isinstance(found, LineCollection))]:
+                drawn = np.array(bars.get_segments())[..., along]
+                assert drawn.min() >= lowest, name
+                assert drawn.max() <= 100 + 1e-9, name
+            low, high = axes.get_xlim() if along == 0 else axes.get_ylim()
+            assert lowest - 4 <= low < high <= 100 + 4, f"{name}: half a marker's room"
+            ticks = axes.get_xticks() if along == 0 else axes.get_yticks()
+            assert all(lowest <= tick <= 100 for tick in ticks if low <= tick <= high), name
 
 
 def test_logged_intervals_end_at_0_and_100(tmp_path: Path) -> None:

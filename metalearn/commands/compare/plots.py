@@ -11,16 +11,17 @@ from matplotlib.ticker import MaxNLocator
 
 from metalearn.commands.benchmark.settings import EngineCost
 from metalearn.commands.compare.results import CurvePoint, Results, VariantResult
-from metalearn.commands.compare.tables import format_number
+from metalearn.commands.compare.tables import format_number, step_costs
+from metalearn.training.evaluation import MeanCI
 from metalearn.training.tracking.plot_style import (
     ENGINE_STYLES,
     GREY,
-    NEUTRAL,
     draw_estimate,
     draw_line,
     label_rows,
     legend_below,
     legend_handle,
+    limit_to_percent,
     line_style,
     metalearn_style,
     new_figure,
@@ -31,9 +32,8 @@ from metalearn.training.tracking.plot_style import (
 INTERVAL = (
     "95% intervals cover seeds and tasks: Student's t over the means of the seeds, since each seed draws its own "
     "parameters and tasks. They are never narrower than the interval over the test tasks, which is the only one that a "
-    "single seed has."
+    "single seed has. An interval that would pass 0 or 100% is given by its ends, cut there."
 )
-_BAND = "The line is the mean over seeds; the band reaches from the lowest to the highest seed."
 
 _STEP_OFFSET = 0.3  # width of a group of variants, as a share of the distance between two inner steps
 _MARKS_ON_A_CURVE = 8
@@ -49,12 +49,62 @@ def plots(results: Results) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
+def plot_overview(results: Results, title: str) -> Figure | None:
+    """Plot what each variant gains in test accuracy over a baseline, beside the time and memory of its steps.
+
+    Of two variants the baseline is first order, or else the second; of several it is the first.
+    """
+    if not results.differences:
+        return None
+    names, costs = [variant.name for variant in results.variants], step_costs(results)
+    pair = results.orders or results.variants
+    baseline = names.index(pair[1].name) if len(names) == 2 else 0
+    both = {f"ms per {costs.step}{', rough' if costs.is_rough else ''}": costs.ms, "peak MiB": costs.mib}
+    measured = {label: values for label, values in both.items() if any(value is not None for value in values)}
+    figure, panels = new_figure(title, results.title, height=1.6 + 0.5 * len(names), panels=1 + len(measured))
+    for panel in panels:
+        label_rows(panel, names)
+        panel.tick_params(labelleft=panel is panels[0])
+    _draw_gains(panels[0], results, baseline)
+    panels[0].set_xlabel("accuracy gain, points")
+    for panel, (label, values) in zip(panels[1:], measured.items(), strict=True):
+        _draw_bars(panel, values, values[baseline])
+        panel.set_xlabel(label)
+    return figure
+
+
+def _draw_gains(axes: Axes, results: Results, baseline: int) -> None:
+    """Draw each variant's difference from the baseline with its interval; the baseline is a line at zero."""
+    names = [variant.name for variant in results.variants]
+    for each in results.differences:
+        sign = 1 if each.other == names[baseline] else -1
+        row = names.index(each.first if sign == 1 else each.other)
+        percent = to_percent(MeanCI(sign * each.accuracy.mean, each.accuracy.ci95))
+        seeds = [100 * sign * value for value in each.per_seed]
+        draw_estimate(axes, row, percent, seeds, line_style(row), lowest=-100)
+    axes.axvline(0, color=GREY, linewidth=1, zorder=0)
+    axes.text(0, baseline, "  baseline", color=GREY, va="center")
+    limit_to_percent(axes, "x", lowest=-100)
+
+
+def _draw_bars(axes: Axes, values: Sequence[float | None], baseline: float | None) -> None:
+    """Draw a bar per row, labelled with its value and, but for the baseline's, how many times that it is."""
+    for row, value in enumerate(values):
+        if value is None:
+            axes.text(0.01, row, "not measured", transform=axes.get_yaxis_transform(), color=GREY, va="center")
+            continue
+        ratio = f" ({value / baseline:.2f}x)" if baseline and value != baseline else ""
+        bar = axes.barh(row, value, height=0.5, color=line_style(row).colour)
+        axes.bar_label(bar, [f"{format_number(value)}{ratio}"], padding=3)
+    axes.set_xlim(0, 1.65 * max(value for value in values if value is not None))  # with the labels
+
+
 def plot_accuracy(results: Results, title: str) -> Figure | None:
     """Plot the test accuracy of each variant by both protocols, with 95% intervals and a dot per seed."""
     if not any(variant.accuracy for variant in results.variants):
         return None
     height = 2.2 + 0.65 * len(results.variants)
-    figure, (axes,) = new_figure(title, results.title, height=height)
+    figure, (axes,) = new_figure(title, f"{results.title}; bars: 95% intervals", height=height)
     label_rows(axes, [variant.name for variant in results.variants])
     for row, variant in enumerate(results.variants):
         if variant.accuracy is None:
@@ -68,24 +118,10 @@ def plot_accuracy(results: Results, title: str) -> Figure | None:
                 seeds = [100 * value for value in values if value is not None]
                 offset = 0.1 if hollow else -0.1
                 draw_estimate(axes, row + offset, to_percent(estimate), seeds, line_style(row), hollow=hollow)
-    axes.set_xlabel("test accuracy, % (bar: 95% interval)")
-    protocols = legend_handle("transductive"), legend_handle("non-transductive", hollow=True)
-    legend_below(figure, [*protocols, legend_handle("a seed", seed=True)])
-    return figure
-
-
-def plot_difference(results: Results, title: str) -> Figure | None:
-    """Plot each difference in percentage points, with its 95% interval, a dot per seed, and a line at zero."""
-    if not results.differences:
-        return None
-    figure, (axes,) = new_figure(title, results.title, height=2.2 + 0.6 * len(results.differences))
-    label_rows(axes, [f"{each.first}\nminus {each.other}" for each in results.differences])
-    for row, each in enumerate(results.differences):
-        seeds = [100 * value for value in each.per_seed]
-        draw_estimate(axes, row, to_percent(each.accuracy), seeds, NEUTRAL, hollow=False)
-    axes.axvline(0, color=GREY, linewidth=1, zorder=0)
-    axes.set_xlabel("test accuracy, percentage points (right of zero: the first named is ahead)")
-    legend_below(figure, [legend_handle("mean and 95% interval"), legend_handle("a seed", seed=True)])
+    limit_to_percent(axes, "x")
+    axes.set_xlabel("test accuracy, %")
+    entries = {"transductive": legend_handle(), "non-transductive": legend_handle(hollow=True)}
+    legend_below(figure, {**entries, "a seed": legend_handle(seed=True)})
     return figure
 
 
@@ -94,18 +130,19 @@ def plot_accuracy_per_step(results: Results, title: str) -> Figure | None:
     drawn = [(i, variant) for i, variant in enumerate(results.variants) if variant.per_step]
     if not drawn:
         return None
-    figure, panels = new_figure(title, results.title, panels=2)
+    figure, panels = new_figure(title, f"{results.title}; bars: 95% intervals", panels=2)
     for nth, (i, variant) in enumerate(drawn):
         offset = _STEP_OFFSET * (nth - (len(drawn) - 1) / 2) / len(drawn)
         percent = [to_percent(estimate) for estimate in variant.per_step]
         for first, axes in enumerate(panels):
             x = [step + offset for step in range(first, len(percent))]
-            means, halves = [each.mean for each in percent[first:]], [each.ci95 for each in percent[first:]]
+            means, ends = [each.mean for each in percent[first:]], [each.ends(0, 100) for each in percent[first:]]
             draw_line(axes, x, means, line_style(i), variant.name)
-            axes.errorbar(x, means, yerr=halves, fmt="none", ecolor=line_style(i).colour, elinewidth=1, capsize=2)
+            axes.vlines(x, [low for low, _ in ends], [high for _, high in ends], line_style(i).colour, linewidth=1)
     for axes in panels:
+        limit_to_percent(axes, "y")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    panels[0].set(xlabel="inner steps at test", ylabel="test accuracy, % (bar: 95% interval)")
+    panels[0].set(xlabel="inner steps at test", ylabel="test accuracy, %")
     panels[1].set_xlabel("inner steps at test, from the first on (another scale)")
     legend_below(figure)
     return figure
@@ -132,6 +169,7 @@ def plot_validation(results: Results, title: str) -> Figure | None:
         for axes in (by_step, by_time):
             axes.axhline(target, color=GREY, linewidth=0.8, zorder=1, label=f"target, {target:.1f}%")
     by_step.set_ylim(bottom=_lower_limit([points for _, _, points in curves], results.target_accuracy))
+    limit_to_percent(by_step, "y")
     legend_below(figure)
     return figure
 
@@ -212,27 +250,6 @@ def plot_cost(results: Results, title: str) -> Figure | None:
     return figure
 
 
-def plot_per_run_cost(results: Results, title: str) -> Figure | None:
-    """Plot milliseconds of a meta-step and peak memory of each variant's runs."""
-    variants = results.variants
-    if not any(variant.meta_step_ms is not None or variant.peak_mib is not None for variant in variants):
-        return None
-    figure, (time, memory) = new_figure(title, results.title, height=1.8 + 0.45 * len(variants), panels=2)
-    label_rows(time, [variant.name for variant in variants])
-    label_rows(memory, [""] * len(variants))
-    for axes, name in ((time, "meta_step_ms"), (memory, "peak_mib")):
-        for row, value in enumerate(getattr(variant, name) for variant in variants):
-            if value is None:
-                axes.text(0.01, row, "not measured", transform=axes.get_yaxis_transform(), color=GREY, va="center")
-            else:
-                bar = axes.barh(row, value, height=0.5, color=line_style(row).colour)
-                axes.bar_label(bar, fmt=format_number, padding=3)
-        axes.margins(x=0.18)  # for the numbers at the ends of the bars
-    time.set_xlabel("time of a meta-step, ms (median)")
-    memory.set_xlabel("peak memory, MiB")
-    return figure
-
-
 class Plot(NamedTuple):
     """A plot: its title, its caption in the report, and the function that draws it if there is data."""
 
@@ -242,46 +259,39 @@ class Plot(NamedTuple):
 
 
 PLOTS = {
+    "overview": Plot(
+        "What is gained, and what it costs",
+        "The gain is in test accuracy over the baseline on the same seeds, with its 95% interval; dots are seeds. If "
+        "the bar crosses the line, it is not known which of the two is better.",
+        plot_overview,
+    ),
     "accuracy": Plot(
         "Test accuracy of each variant",
         "Filled: transductive, the queries of a task are predicted as one batch. Hollow: non-transductive, each query "
-        f"is predicted without the others. Bars are 95% intervals, faint dots are seeds. {INTERVAL}",
+        "is predicted without the others. Bars are 95% intervals, faint dots are seeds.",
         plot_accuracy,
-    ),
-    "difference": Plot(
-        "Difference in test accuracy on the same seeds",
-        "Right of zero the variant that is named first is ahead. The bar is the 95% interval of the mean, faint dots "
-        f"are seeds; if the bar crosses zero, it is not known which of the two is better. {INTERVAL}",
-        plot_difference,
     ),
     "accuracy_per_step": Plot(
         "Test accuracy after each inner step",
-        "Left: from step 0, the model before it has seen the task. Right: from step 1, on another scale. Points of the "
-        f"same step are drawn side by side, so that their bars, 95% intervals, do not hide one another. {INTERVAL}",
+        "First from step 0, the model before it has seen the task, then from step 1, on another scale. Points of the "
+        "same step are drawn side by side, so that their bars, 95% intervals, do not hide one another.",
         plot_accuracy_per_step,
     ),
     "validation": Plot(
         "Validation accuracy during training",
-        f"{_BAND} Left against meta-steps, right against the time spent in them. The thin horizontal line is the "
-        "accuracy that the time to target refers to. The vertical axis may begin above the start of training, so that "
-        "its end can be read.",
+        "The line is the mean over seeds; the band reaches from the lowest to the highest seed. The vertical axis may "
+        "begin above the start of training, so that its end can be read.",
         plot_validation,
     ),
-    "per_run_cost": Plot(
-        "Time and memory of a meta-step, as the runs measured them",
-        "Time is the median over seeds of each run's median; memory is the highest peak of the variant's runs.",
-        plot_per_run_cost,
-    ),
     "cost": Plot(
-        "Memory and time of one meta-gradient against the inner steps",
-        "Both axes are logarithmic. First order, and second order by each engine, on all tasks at once, measured in "
-        "turns. A line ends where the peak exceeded the limit.",
+        "Cost of one meta-gradient against the inner steps",
+        "First order, and second order by each engine, on all tasks at once, measured in turns. Both axes are "
+        "logarithmic. A line ends where the peak exceeded the limit.",
         plot_cost,
     ),
     "cosine": Plot(
         "Agreement of the first- with the second-order meta-gradient",
-        "Cosine of the angle between the two on the same tasks: at 1 they point the same way, at 0 they are "
-        f"unrelated. {_BAND}",
+        "Cosine of the angle between the two on the same tasks: at 1 they point the same way, at 0 they are unrelated.",
         plot_cosine,
     ),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import re
@@ -30,7 +29,7 @@ from metalearn.config.schema import result_keys
 from metalearn.core import serialization as files
 from metalearn.training.tracking.console import print_line, print_path, print_table
 from metalearn.training.tracking.event_files import EVENT_FILES
-from metalearn.training.tracking.plot_style import metalearn_style
+from metalearn.training.tracking.plot_style import inline_svg, metalearn_style, stack_panels
 from metalearn.training.tracking.tensorboard import EventWriter, Value, experiment_summary
 
 _MAX_NAMES_IN_TITLE = 3
@@ -83,7 +82,7 @@ def render_summary(results: Results) -> str:
 
 
 def render_markdown(results: Results, folder: Path, images: Mapping[str, str]) -> str:
-    """Return the whole report as Markdown; ``images`` holds the path or address of each plot, by name."""
+    """Return the whole report as Markdown; ``images`` holds the path of each plot, by name."""
     overrides = [override for variant in results.variants for override in variant.overrides]
     cost_machine = {name: str(value) for name, value in results.cost_machine.items() if name in ("cpu", "gpu")}
     measured_elsewhere = any(str(results.machine.get(name)) != value for name, value in cost_machine.items())
@@ -117,12 +116,13 @@ REPORT_RUN = "report"
 _PLOTS_DIR = "plots"
 _WIDE = 140  # characters
 _ONLY_IF_WIDE = ("non-transductive", "training time")
+_IMAGE = re.compile(rf'<img alt="[^"]*" src="({_PLOTS_DIR}/\w+\.png)" />')
 
 
 @metalearn_style()
 def write_report(results: Results, folder: Path) -> Path:
     """Write ``report.md``, ``report.html`` and ``plots/`` over those of an earlier report; return ``report.html``."""
-    links, embedded = {}, {}
+    links, pictures = {}, {}
     for name, figure in plots(results).items():
         vector, pixels = io.StringIO(), io.BytesIO()
         figure.savefig(vector, format="svg", metadata={"Date": None})  # the same results make the same file
@@ -130,9 +130,14 @@ def write_report(results: Results, folder: Path) -> Path:
         files.atomic_write_text(folder / _PLOTS_DIR / f"{name}.svg", vector.getvalue())
         files.atomic_write_bytes(folder / _PLOTS_DIR / f"{name}.png", pixels.getvalue())
         links[name] = f"{_PLOTS_DIR}/{name}.png"
-        embedded[name] = f"data:image/svg+xml;base64,{base64.b64encode(vector.getvalue().encode()).decode()}"
-    files.atomic_write_text(folder / "report.md", render_markdown(results, folder, links))
-    body = markdown.markdown(render_markdown(results, folder, embedded), extensions=["tables"])
+        figure.suptitle("")  # in the page it is a heading
+        wide = inline_svg(figure, f"wide-{name}", PLOTS[name].title, "wide")
+        stack_panels(figure)
+        pictures[links[name]] = wide + inline_svg(figure, f"narrow-{name}", PLOTS[name].title, "narrow")
+    text = render_markdown(results, folder, links)
+    files.atomic_write_text(folder / "report.md", text)
+    body = markdown.markdown(text, extensions=["tables"])
+    body = _IMAGE.sub(lambda image: pictures[image[1]], body)
     page = folder / "report.html"
     files.atomic_write_text(page, HTML.get_template("report.html.j2").render(title=title(results), body=body))
     for path in (folder / _PLOTS_DIR).glob("*.*g"):

@@ -138,6 +138,13 @@ class Results:
     runs_at_a_time: int = 1
 
     @property
+    def orders(self) -> tuple[VariantResult, VariantResult] | None:
+        """The second- and the first-order variant if these are compared, and differ in nothing else."""
+        names = ("inner.second_order=true", "inner.second_order=false")
+        found = {" ".join(variant.overrides).lower(): variant for variant in self.variants}
+        return (found[names[0]], found[names[1]]) if set(found) == set(names) else None
+
+    @property
     def complete(self) -> bool:
         """True if every run of every variant is finished."""
         return all(run.state == "finished" for variant in self.variants for run in variant.runs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from metalearn.commands.benchmark.settings import EngineCost, pivot
 from metalearn.commands.compare.results import Difference, Results, RunResult, VariantResult
@@ -11,35 +11,80 @@ from metalearn.training.evaluation import MeanCI
 
 
 def headline(results: Results) -> list[str]:
-    """Return sentences about which variant is ahead, by how much, at what cost, and which runs are missing."""
-    by_name = {variant.name: variant for variant in results.variants}
-    sentences = []
-    for each in results.differences:
-        sentences.append(_describe_difference(each))
-        first, other = by_name[each.first], by_name[each.other]
-        # Times of runs that shared the machine are no evidence: it is unknown which ran at the same time.
-        exclusive = results.runs_at_a_time == 1
-        ratios = _ratio("the time per meta-step", first.meta_step_ms, other.meta_step_ms, "ms") if exclusive else []
-        ratios += _ratio("the peak memory", first.peak_mib, other.peak_mib, "MiB")
-        if ratios:
-            sentences.append(f"In the runs, {first.name} took {' and '.join(ratios)} of {other.name}.")
-    if not results.differences:
-        sentences += _describe_accuracies(results.variants)
-    return [*sentences, *_second_order_cost(results), *_describe_missing(results)]
+    """Return one sentence about which variant is ahead and at what cost, and sentences about missing runs."""
+    if len(results.differences) == 1:
+        sentences = [
+            _describe_difference(results, each) + _describe_costs(results, each) + "." for each in results.differences
+        ]
+    elif results.differences:
+        sentences = [_describe_best(results)]
+    else:
+        sentences = _describe_accuracies(results.variants)
+    return [*sentences, *_describe_missing(results)]
 
 
-def _describe_difference(each: Difference) -> str:
-    mean, ci95 = each.accuracy.mean, each.accuracy.ci95
-    if mean == 0 and ci95 == 0:
-        return f"{each.first} and {each.other} are equal on every test task."
-    leader, trailer = (each.first, each.other) if mean >= 0 else (each.other, each.first)
-    points = f"{100 * abs(mean):.2f} ± {100 * ci95:.2f} percentage points of test accuracy"
+def _describe_difference(results: Results, each: Difference) -> str:
+    if each.accuracy.mean == each.accuracy.ci95 == 0:
+        return f"{each.first} and {each.other} are equal on every test task"
     over = describe_interval(len(each.seeds)) + ("" if each.paired else "; they were tested on different tasks")
-    if each.is_significant:
-        return f"{leader} is ahead of {trailer} by {points} (95% interval {over}): the interval excludes zero."
+    points, interval = "percentage points of test accuracy", f"(95% interval {over})"
+    if not each.is_significant:
+        return (
+            f"There is no clear difference between {each.first} and {each.other}: {format_points(each.accuracy)} "
+            f"{points} {interval}, which includes zero"
+        )
+    names = (each.first, each.other) if each.accuracy.mean > 0 else (each.other, each.first)
+    ahead = format_points(MeanCI(abs(each.accuracy.mean), each.accuracy.ci95)).removeprefix("+")
+    if results.orders and names[0] == results.orders[0].name:
+        return f"Second order buys {ahead} {points} over first order {interval}"
+    return f"{names[0]} is ahead of {names[1]} by {ahead} {points} {interval}"
+
+
+def _describe_costs(results: Results, each: Difference) -> str:
+    """Return the cost of second order, or else of the variant that is named first, as the end of a sentence."""
+    costs, names = step_costs(results), [variant.name for variant in results.variants]
+    of, to = [v.name for v in results.orders] if results.orders else (each.first, each.other)
+    a, b = names.index(of), names.index(to)
+    ratios = [] if costs.is_rough else _ratio("the time", costs.ms[a], costs.ms[b], "ms")
+    ratios += _ratio("the peak memory", costs.mib[a], costs.mib[b], "MiB")
+    shown = ("second order", "first order") if results.orders else (of, to)
+    return f"; a {costs.step} of {shown[0]} costs {' and '.join(ratios)} of {shown[1]}" if ratios else ""
+
+
+class StepCosts(NamedTuple):
+    """Time and memory of a step of each variant; ``is_rough`` if other runs slowed it down."""
+
+    step: str
+    ms: list[float | None]
+    mib: list[float | None]
+    is_rough: bool
+
+
+def step_costs(results: Results) -> StepCosts:
+    """Return the costs of the two orders as measured in turns, if they were, else of the variants' runs."""
+    if results.orders:
+        second, _ = results.orders
+        engine = next((run.metrics["engine"] for run in second.finished if "engine" in run.metrics), "unroll")
+        rows = {row.name: row for row in results.cost if row.steps == results.inner_steps}
+        found = [rows.get(engine if variant is second else "first order") for variant in results.variants]
+        measured = [row for row in found if row and row.median_ms is not None and row.peak_mib is not None]
+        if len(measured) == len(found):
+            return StepCosts("meta-gradient", [r.median_ms for r in measured], [r.peak_mib for r in measured], False)
+    ms, mib = [v.meta_step_ms for v in results.variants], [v.peak_mib for v in results.variants]
+    return StepCosts("meta-step", ms, mib, results.runs_at_a_time > 1)
+
+
+def _describe_best(results: Results) -> str:
+    """Name the highest accuracy among several variants, and count the differences from the first."""
+    measured = [(v.accuracy.mean, v) for v in results.variants if v.accuracy]
+    best = max(measured, key=lambda pair: pair[0])[1]
+    clear = [each.accuracy.mean > 0 for each in results.differences if each.is_significant]
+    ahead, behind, rest = clear.count(False), clear.count(True), len(results.differences) - len(clear)
     return (
-        f"There is no significant difference between {leader} and {trailer}: {points} (95% interval {over}), which "
-        "includes zero."
+        f"{best.name} has the highest test accuracy of {len(measured)} variants, {best.accuracy}; against "
+        f"{results.variants[0].name}, the first, {ahead or 'none'} of the others {'are' if ahead > 1 else 'is'} "
+        f"clearly ahead, {behind or 'none'} clearly behind, and {rest or 'none'} without a clear difference (95% "
+        "intervals)."
     )
 
 
@@ -68,24 +113,6 @@ def _describe_accuracies(variants: list[VariantResult]) -> list[str]:
     if len(variants) > 1:
         sentences.append("No difference can be computed yet: two variants must have finished the same seed.")
     return sentences
-
-
-def _second_order_cost(results: Results) -> list[str]:
-    """Compare ``unroll``, the usual way to compute the second-order gradient, with first order."""
-    costs = {row.name: row for row in results.cost if row.steps == results.inner_steps}
-    if "first order" not in costs or "unroll" not in costs:
-        return []
-    first, second = costs["first order"], costs["unroll"]
-    ratios = _ratio("the time", second.median_ms, first.median_ms, "ms")
-    ratios += _ratio("the peak memory", second.peak_mib, first.peak_mib, "MiB")
-    if second.peak_mib is None and first.peak_mib:
-        limit = results.cost_limit_mib
-        values = f"over {limit:g} against {format_number(first.peak_mib)} MiB"
-        ratios.append(f"over {format_number(limit / first.peak_mib)} times the peak memory ({values})")
-    if not ratios:
-        return []
-    start = f"Measured in turns at K = {results.inner_steps}, one second-order meta-gradient (unroll) takes"
-    return [f"{start} {' and '.join(ratios)} of first order."]
 
 
 def missing_runs(results: Results, state: str) -> list[tuple[VariantResult, RunResult]]:

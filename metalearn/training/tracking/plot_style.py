@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import html
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from textwrap import fill
+from typing import Literal, NamedTuple
 
 import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 import metalearn
 from metalearn.training.evaluation import MeanCI
@@ -24,7 +29,10 @@ _COLOURS = _STYLE["axes.prop_cycle"].by_key()["color"]
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")  # one more than colours: the ninth line differs from the first
 _DASHES = ((), (5, 2), (6, 2, 1, 2), (1, 1.5), (10, 3), (3, 1, 1, 1, 1, 1), (2, 3), (10, 2, 2, 2, 2, 2))
 _WIDTH = 9.0  # inches
-_LEGEND_CHARACTERS = 100  # per line of a legend
+_NARROW, _LEGEND_LINE = 4.6, 0.2  # inches
+_NAME, _LABEL = 20, 40  # characters per line of a row's name and of a legend's entry, in a narrow figure
+_PANEL_SHARE = 0.75  # of the height that a panel has when it stands beside others
+_LEGEND_CHARACTERS = 11  # per inch of a legend
 
 
 class LineStyle(NamedTuple):
@@ -33,10 +41,6 @@ class LineStyle(NamedTuple):
     colour: str
     marker: str
     dashes: tuple[float, ...]
-
-
-NEUTRAL = LineStyle("#444444", "o", ())
-"""For data that belongs to no single variant."""
 
 
 @contextmanager
@@ -103,15 +107,23 @@ def draw_line(axes: Axes, x: Sequence[float], y: Sequence[float], at: LineStyle,
 
 @metalearn_style()
 def draw_estimate(
-    axes: Axes, row: float, percent: MeanCI, seeds: Sequence[float], at: LineStyle, *, hollow: bool
+    axes: Axes,
+    row: float,
+    percent: MeanCI,
+    seeds: Sequence[float],
+    at: LineStyle,
+    *,
+    lowest: float = 0,
+    hollow: bool = False,
 ) -> None:
-    """Draw a mean with its interval in a row, and a faint dot per seed next to it."""
+    """Draw a mean with its interval, cut at ``lowest`` and 100, in a row, and a faint dot per seed next to it."""
+    low, high = percent.ends(lowest, 100)
     dots = [row + (0.13 if hollow else -0.13)] * len(seeds)
-    axes.plot(seeds, dots, "o", color=at.colour, alpha=0.35, markersize=4.5, markeredgewidth=0)
+    axes.plot(seeds, dots, "o", color=at.colour, alpha=0.5, markersize=4.5, markeredgewidth=0)
     axes.errorbar(
         [percent.mean],
         [row],
-        xerr=[percent.ci95],
+        xerr=[[percent.mean - low], [high - percent.mean]],
         fmt=at.marker,
         color=at.colour,
         markerfacecolor="white" if hollow else at.colour,
@@ -119,7 +131,7 @@ def draw_estimate(
     )
 
 
-def legend_handle(label: str, *, hollow: bool = False, seed: bool = False) -> Line2D:
+def legend_handle(*, hollow: bool = False, seed: bool = False) -> Line2D:
     """Return a legend entry that explains the marks of ``draw_estimate``."""
     return Line2D(
         [],
@@ -131,21 +143,74 @@ def legend_handle(label: str, *, hollow: bool = False, seed: bool = False) -> Li
         markerfacecolor="white" if hollow else GREY,
         markersize=4.5 if seed else 7,
         markeredgewidth=0 if seed else 1,
-        label=label,
     )
 
 
 @metalearn_style()
-def legend_below(figure: Figure, entries: Iterable[Line2D] = ()) -> None:
-    """Add a legend below all panels: the entries, or else every labelled line, each label once."""
-    found: dict[str, Artist] = {str(entry.get_label()): entry for entry in entries}
+def legend_below(figure: Figure, entries: Mapping[str, Artist] | None = None) -> None:
+    """Add a legend below all panels: the entries by label, or else every labelled line, each label once."""
+    found: dict[str, Artist] = dict(entries or {})
     if not found:
         for axes in figure.axes:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 found.setdefault(label, handle)
     longest = max(map(len, found)) + 8  # with the line in front of the label, and a gap
-    columns = max(1, min(len(found), _LEGEND_CHARACTERS // longest))
+    columns = max(1, min(len(found), int(figure.get_figwidth() * _LEGEND_CHARACTERS) // longest))
     figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns)
+
+
+def limit_to_percent(axes: Axes, axis: Literal["x", "y"], lowest: float = 0) -> None:
+    """End an axis of accuracies at ``lowest`` and 100, with room for half a marker."""
+    low, high = axes.get_xlim() if axis == "x" else axes.get_ylim()
+    room = 0.02 * (high - low)
+    limits = max(low, lowest - room), min(high, 100 + room)
+    axes.set_xlim(limits) if axis == "x" else axes.set_ylim(limits)
+
+
+@metalearn_style()
+def stack_panels(figure: Figure) -> None:
+    """Make a figure as narrow as a phone: panels below one another, names of rows and the legend in more lines."""
+    panels = figure.axes
+    entries = [text for legend in figure.legends for text in legend.get_texts()]
+    height = figure.get_figheight() * max(1, _PANEL_SHARE * len(panels)) + _LEGEND_LINE * len(entries)
+    figure.set_size_inches(_NARROW, height)
+    grid = GridSpec(len(panels), 1, figure=figure)
+    for i, panel in enumerate(panels):
+        panel.set_subplotspec(grid[i])
+        panel.set_ylabel(panel.get_ylabel() or panels[0].get_ylabel())
+        panel.tick_params(labelleft=True)
+        if isinstance(panel.yaxis.get_major_locator(), FixedLocator):  # names of rows
+            names = [label.get_text().replace(",", ", ") for label in panel.get_yticklabels()]
+            panel.set_yticks(panel.get_yticks(), [fill(name, _NAME) for name in names])
+    for legend in figure.legends:
+        handles = zip(legend.get_texts(), legend.legend_handles, strict=True)
+        found = {fill(text.get_text(), _LABEL): handle for text, handle in handles if handle is not None}
+        legend.remove()
+        legend_below(figure, found)
+
+
+_SVG_COLOURS = {
+    "#000000": "currentColor",
+    "#ffffff": "var(--paper)",
+    "#666666": "var(--faint)",
+    "#0072b2": "var(--blue)",
+}
+
+
+def inline_svg(figure: Figure, name: str, label: str, layout: str) -> str:
+    """Return a figure as an element of a page: transparent, in the page's font and the colours of its style sheet.
+
+    The page sets ``--paper``, ``--faint`` and ``--blue``. Ids begin with ``name``, so that figures do not share them.
+    """
+    written = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(written, format="svg", transparent=True, metadata=metadata)
+    svg = written.getvalue().partition("<svg")[2]
+    svg = re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", svg)
+    for colour, variable in _SVG_COLOURS.items():
+        svg = re.sub(rf"(fill|stroke): {colour}", rf"\1: {variable}", svg)
+    return f'<svg class="{layout}" role="img" aria-label="{html.escape(label)}"{svg.strip()}'
 
 
 def to_percent(estimate: MeanCI) -> MeanCI:

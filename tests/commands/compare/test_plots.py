@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ import matplotlib.style
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -19,7 +22,7 @@ from matplotlib.patches import Rectangle
 from metalearn.commands.benchmark.settings import EngineCost
 from metalearn.commands.compare.plots import PLOTS, plots
 from metalearn.commands.compare.results import Results
-from metalearn.training.tracking.plot_style import line_style, new_figure
+from metalearn.training.tracking.plot_style import inline_svg, line_style, new_figure, stack_panels
 from tests.commands.compare.factories import broken_variant, cost_rows, difference, results, two_orders, variant
 
 LONG_NAMES = [f"engine-adjoint,task_chunk-{i}" for i in range(8)]
@@ -97,8 +100,9 @@ def test_accuracy_per_inner_step() -> None:
     assert y_of(line(from_one, "first_order")) == pytest.approx([92.8, 94.8, 96.8])
     assert x_of(line(from_none, "first_order")) == pytest.approx([0, 1, 2, 3], abs=0.2), "side by side, near the step"
     assert x_of(line(from_none, "first_order")) != x_of(line(from_none, "second_order"))
-    bars = [container for container in from_one.containers if isinstance(container, ErrorbarContainer)]
-    (low, high) = bars[0].lines[2][0].get_segments()[0][:, 1]
+    bars = from_one.collections[0]
+    assert isinstance(bars, LineCollection)
+    (low, high) = np.asarray(bars.get_segments()[0])[:, 1]
     assert (low, high) == pytest.approx((93.1, 94.9)), "94% ± 0.9% after the first step"
 
 
@@ -135,14 +139,27 @@ def test_validation_axis_shows_end_of_training_and_target() -> None:
     assert high > 99.9
 
 
-def test_differences_in_percentage_points() -> None:
-    figure = draw("difference", two_orders((0.010, 0.012, 0.014), ci95=0.005))
-    (axes,) = figure.axes
-    assert estimates(axes) == [pytest.approx((1.2, 0.5))]
-    assert faint_dots(axes) == [pytest.approx([1.0, 1.2, 1.4])]
-    assert [0.0, 0.0] in [x_of(each) for each in axes.lines], "the line at zero"
-    assert tick_labels(axes.get_yticklabels()) == ["second_order\nminus first_order"]
-    assert "percentage points" in axes.get_xlabel()
+def test_overview_shows_gain_and_cost_over_first_order() -> None:
+    gain, time, memory = draw("overview", two_orders((0.010, 0.012, 0.014), ci95=0.005)).axes
+    assert estimates(gain) == [pytest.approx((1.2, 0.5))]
+    assert faint_dots(gain) == [pytest.approx([1.0, 1.2, 1.4])]
+    assert [0.0, 0.0] in [x_of(each) for each in gain.lines], "the line at zero"
+    assert tick_labels(gain.get_yticklabels()) == ["second_order", "first_order"]
+    assert [text.get_position()[1] for text in gain.texts] == [1], "the row of the baseline, first order"
+    assert (time.get_xlabel(), memory.get_xlabel()) == ("ms per meta-gradient", "peak MiB")
+    assert (widths(time), widths(memory)) == ([1500, 500], [800, 90]), "measured in turns at K = 5"
+    assert [text.get_text() for text in time.texts] == ["1500 (3.00x)", "500"]
+
+
+def test_overview_of_several_variants_is_over_the_first() -> None:
+    first, better, worse = variant("a", ms=20.0), variant("b", ms=40.0), variant("c", ms=10.0)
+    others = [difference(first, better, (-0.02, -0.04), 0.01), difference(first, worse, (0.05,), 0.02)]
+    given = dataclasses.replace(results([first, better, worse], others), runs_at_a_time=2)
+    gain, time, _ = draw("overview", given).axes
+    assert estimates(gain) == [pytest.approx((3, 1)), pytest.approx((-5, 2))]
+    assert [text.get_position()[1] for text in gain.texts] == [0]
+    assert time.get_xlabel() == "ms per meta-step, rough"
+    assert [text.get_text() for text in time.texts] == ["20.0", "40.0 (2.00x)", "10.0 (0.50x)"]
 
 
 def test_cost_ends_at_the_limit() -> None:
@@ -175,13 +192,6 @@ def test_cost_axis_spans_a_minimal_range() -> None:
         assert len([tick for tick in axes.get_yticks() if low <= tick <= high]) >= 2
 
 
-def test_per_run_cost() -> None:
-    time, memory = draw("per_run_cost", two_orders()).axes
-    assert widths(time) == [48, 24]
-    assert widths(memory) == [54, 36]
-    assert [text.get_text() for text in time.texts] == ["48.0", "24.0"]
-
-
 def test_style_applies_to_new_figures_only() -> None:
     before = dict(matplotlib.rcParams)
     _, (axes,) = new_figure("title", "note")
@@ -207,7 +217,7 @@ def test_style_follows_position_when_another_variant_is_empty() -> None:
 
 def test_one_seed_has_no_band() -> None:
     drawn = plots(two_orders((0.012,)))
-    assert faint_dots(drawn["difference"].axes[0]) == [pytest.approx([1.2])]
+    assert faint_dots(drawn["overview"].axes[0]) == [pytest.approx([1.2])]
     assert not drawn["validation"].axes[0].collections
     assert "one seed" in drawn["validation"].get_suptitle()
     assert "band" in draw("validation", two_orders()).get_suptitle()
@@ -215,10 +225,9 @@ def test_one_seed_has_no_band() -> None:
 
 def test_unfinished_variant_is_labelled() -> None:
     drawn = plots(results([variant("second_order"), broken_variant("first_order")]))
-    assert "difference" not in drawn
+    assert "overview" not in drawn
     assert [text.get_text() for text in drawn["accuracy"].axes[0].texts] == ["no finished run"]
     assert legend_texts(drawn["validation"]) == ["second_order", "target, 95.0%"]
-    assert len(drawn["per_run_cost"].axes[0].patches) == 1
 
 
 def many() -> Results:
@@ -227,16 +236,39 @@ def many() -> Results:
     return results(variants, others, cost=cost_rows(limit_at=20))
 
 
+@pytest.mark.parametrize("layout", ["wide", "narrow"])
 @pytest.mark.parametrize("given", [many(), two_orders((0.01,)), results([variant("no $\\formula$")])])
-def test_nothing_is_cut_off_or_overlaps(given: Results) -> None:
+def test_nothing_is_cut_off_or_overlaps(given: Results, layout: str) -> None:
     for name, figure in plots(given).items():
+        if layout == "narrow":
+            figure.suptitle("")  # a heading of the page
+            stack_panels(figure)
+            assert figure.get_figwidth() < 5
         figure.savefig(io.BytesIO(), format="png", dpi=50)
         width, height = figure.get_size_inches()
         low, high = figure.get_tightbbox().get_points()
         assert (low >= -0.01).all(), name
         assert (high <= np.array([width, height]) + 0.01).all(), name
-        assert all(axes.get_position().height > 0.3 for axes in figure.axes), name
+        assert all(axes.get_position().height > (0.3 if layout == "wide" else 0.1) for axes in figure.axes), name
         for legend in figure.legends:
             top = legend.get_window_extent().y1
             boxes = [axes.get_tightbbox() for axes in figure.axes]
             assert all(box is not None and box.y0 >= top for box in boxes), f"{name}: the legend hides something"
+        boxes = [axes.get_tightbbox() for axes in figure.axes]
+        for box, other in itertools.combinations(filter(None, boxes), 2):
+            assert not box.overlaps(other), f"{name}: two panels overlap"
+
+
+def test_inline_picture_takes_the_colours_and_the_font_of_its_page() -> None:
+    figure = draw("accuracy", two_orders())
+    svg = inline_svg(figure, "first", 'a "title"', "wide")
+    assert svg.startswith('<svg class="wide" role="img" aria-label="a &quot;title&quot;"')
+    assert not re.search("(fill|stroke): #(000000|ffffff|666666|0072b2)", svg)
+    assert "currentColor" in svg
+    assert ">second_order</text>" in svg, "text, not outlines"
+    found = re.findall(r' id="([^"]*)', svg)
+    assert found
+    assert all(name.startswith("first-") for name in found)
+    used = re.findall(r'(?:href="#|url\(#)([^")]*)', svg)
+    assert used
+    assert set(used) <= set(found), "what refers to an id finds it"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 from html.parser import HTMLParser
 from pathlib import Path
@@ -27,7 +26,7 @@ from metalearn.commands.compare.tables import (
 )
 from metalearn.training.evaluation import MeanCI
 from metalearn.training.tracking.event_files import EVENT_FILES
-from tests.commands.compare.factories import broken_variant, cost_rows, difference, results, two_orders, variant
+from tests.commands.compare.factories import broken_variant, cost_rows, curve, difference, results, two_orders, variant
 
 NASTY = "<script>alert(1)</script>|a|b\n\n# `c` *d* __e__ [f](http://g) ![h](http://i) ~~j~~ &amp; \\"
 _VOID = {"meta", "img", "br", "hr"}
@@ -76,32 +75,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+COSTS = (  # 1500 / 500 ms and 800 / 90 MiB, measured in turns at K = 5
+    "; a meta-gradient of second order costs 3.00 times the time (1500 against 500 ms) and 8.89 times the peak memory "
+    "(800 against 90.0 MiB) of first order."
+)
+
+
 @pytest.mark.parametrize(
     ("per_seed", "ci95", "sentence"),
     [
         (
             (0.010, 0.012, 0.014),
             0.005,
-            "second_order is ahead of first_order by 1.20 ± 0.50 percentage points of test accuracy "
-            "(95% interval over 3 seeds and their tasks): the interval excludes zero.",
+            "Second order buys 1.20 ± 0.50 percentage points of test accuracy over first order "
+            "(95% interval over 3 seeds and their tasks)",
         ),
         (
             (-0.010, -0.014),
             0.005,
             "first_order is ahead of second_order by 1.20 ± 0.50 percentage points of test accuracy "
-            "(95% interval over 2 seeds and their tasks): the interval excludes zero.",
+            "(95% interval over 2 seeds and their tasks)",
         ),
         (
             (0.003,),
             0.005,
-            "There is no significant difference between second_order and first_order: 0.30 ± 0.50 percentage points of "
-            "test accuracy (95% interval over the test tasks only, as there is one seed), which includes zero.",
+            "There is no clear difference between second_order and first_order: +0.30 ± 0.50 percentage points of "
+            "test accuracy (95% interval over the test tasks only, as there is one seed), which includes zero",
         ),
-        ((0.0, 0.0), 0.0, "second_order and first_order are equal on every test task."),
+        ((0.0, 0.0), 0.0, "second_order and first_order are equal on every test task"),
     ],
 )
-def test_headline_begins_with_the_difference(per_seed: tuple[float, ...], ci95: float, sentence: str) -> None:
-    assert headline(two_orders(per_seed, ci95))[0] == sentence
+def test_headline_is_one_sentence_on_gain_and_cost(per_seed: tuple[float, ...], ci95: float, sentence: str) -> None:
+    assert headline(two_orders(per_seed, ci95)) == [sentence + COSTS]
 
 
 def test_headline_mentions_different_tasks_when_unpaired() -> None:
@@ -110,34 +115,36 @@ def test_headline_mentions_different_tasks_when_unpaired() -> None:
     assert "they were tested on different tasks" in headline(apart)[0]
 
 
-def test_headline_gives_costs_as_ratios_and_no_times_of_runs_that_shared_the_machine() -> None:
-    _, runs, engines = headline(two_orders())
-    assert runs == (
-        "In the runs, second_order took 2.00 times the time per meta-step (48.0 against 24.0 ms) and "
-        "1.50 times the peak memory (54.0 against 36.0 MiB) of first_order."
-    )
-    assert engines == (  # 1500 / 500 ms and 800 / 90 MiB
-        "Measured in turns at K = 5, one second-order meta-gradient (unroll) takes 3.00 times the time "
-        "(1500 against 500 ms) and 8.89 times the peak memory (800 against 90.0 MiB) of first order."
-    )
-    _, shared, in_turns = headline(dataclasses.replace(two_orders(), runs_at_a_time=2))
-    assert shared == "In the runs, second_order took 1.50 times the peak memory (54.0 against 36.0 MiB) of first_order."
-    assert in_turns == engines
+def test_headline_of_other_variants_gives_costs_of_runs_and_no_times_of_runs_that_shared_the_machine() -> None:
+    one, other = variant("one", ms=48.0, mib=54.0), variant("other", ms=24.0, mib=36.0)
+    given = results([one, other], [difference(one, other, (0.010, 0.012), 0.005)])
+    alone = "; a meta-step of one costs 2.00 times the time (48.0 against 24.0 ms) and 1.50 times the peak memory"
+    shared = "; a meta-step of one costs 1.50 times the peak memory"
+    end = " (54.0 against 36.0 MiB) of other."
+    assert headline(given)[0].endswith(f"tasks){alone}{end}")
+    assert headline(dataclasses.replace(given, runs_at_a_time=2))[0].endswith(f"tasks){shared}{end}")
 
 
 def test_headline_omits_costs_that_were_not_measured() -> None:
     given = two_orders()
     bare = [dataclasses.replace(each, meta_step_ms=None, peak_mib=None) for each in given.variants]
-    assert len(headline(dataclasses.replace(given, variants=bare, cost=[]))) == 1
+    assert headline(dataclasses.replace(given, variants=bare, cost=[]))[0].endswith("their tasks).")
     other_steps = dataclasses.replace(given, inner_steps=3)
-    assert not any("K = 3" in sentence for sentence in headline(other_steps)), "it was not measured at 3"
-    no_unroll = [row for row in given.cost if row.engine != "unroll"]
-    assert not any("K = 5" in sentence for sentence in headline(dataclasses.replace(given, cost=no_unroll)))
+    assert "a meta-step of second order costs 2.00 times" in headline(other_steps)[0], "it was not measured at 3"
+    over_limit = dataclasses.replace(given, cost=cost_rows(limit_at=5))
+    assert "a meta-step of second order costs 2.00 times" in headline(over_limit)[0]
 
 
-def test_headline_gives_lower_bound_when_peak_exceeds_limit() -> None:
-    (sentence,) = headline(dataclasses.replace(two_orders(), cost=cost_rows(limit_at=5), cost_limit_mib=900))[2:]
-    assert "takes over 10.0 times the peak memory (over 900 against 90.0 MiB) of first order" in sentence
+def test_headline_names_the_best_of_several_variants() -> None:
+    variants = [variant(name, 0.9 + i / 100) for i, name in enumerate("abcd")]
+    gaps = ((-0.01, 0.02), (-0.02, 0.01), (0.03, 0.01))  # without a clear difference, clearly ahead, clearly behind
+    given = results(
+        variants, [difference(variants[0], v, (m,), h) for v, (m, h) in zip(variants[1:], gaps, strict=True)]
+    )
+    assert headline(given) == [
+        "d has the highest test accuracy of 4 variants, 93.00% ± 0.90%; against a, the first, 1 of the others is "
+        "clearly ahead, 1 clearly behind, and 1 without a clear difference (95% intervals)."
+    ]
 
 
 def test_headline_lists_failed_and_unfinished_runs() -> None:
@@ -154,7 +161,7 @@ def test_report_lists_reasons_when_nothing_is_finished(tmp_path: Path) -> None:
     found = page(given, tmp_path)
     assert "the loss is not finite" in found.of("blockquote")
     assert "second_order-seed1" in found.of("blockquote"), "the unfinished one"
-    assert "img" not in [tag for tag, _ in found.tags]
+    assert "svg" not in [tag for tag, _ in found.tags]
     assert variant_rows(given)[1][0] == ["second_order", "-", "-", "-", "-", "-", "-", "0 of 2"]
 
 
@@ -170,6 +177,8 @@ def test_variant_rows() -> None:
         "time to 95.0%": "28.8 s, 600 steps, 3 of 3 seeds",
         "finished seeds": "3 of 3",
     }
+    at_first = dataclasses.replace(variant("fast"), curve=curve(0.98, ms=48.0, band=0.01)[12:])  # from step 600 on
+    assert variant_rows(results([at_first]))[1][0][6] == "at most 28.8 s, 600 steps, 3 of 3 seeds"
     slow = dataclasses.replace(variant("slow"), time_to=None)
     assert variant_rows(results([slow]))[1][0][6] == "not reached"
     assert len(variant_rows(results([slow], target=None))[0]) == 7
@@ -189,15 +198,11 @@ def test_rows_of_steps_costs_and_runs() -> None:
 
 def test_page_loads_nothing_from_outside(folder: Path) -> None:
     found = Page((folder / "report.html").read_text())
-    images = [attributes["src"] or "" for tag, attributes in found.tags if tag == "img"]
-    assert len(images) == len(PLOTS)
-    for source in images:
-        kind, _, data = source.partition(",")
-        assert kind == "data:image/svg+xml;base64"
-        assert b"<svg" in base64.b64decode(data)
-    attributes = {name for _, given in found.tags for name in given}
-    assert "href" not in attributes
-    assert not {tag for tag, _ in found.tags} & {"script", "link", "iframe", "object"}
+    layouts = [attributes["class"] for tag, attributes in found.tags if tag == "svg"]
+    assert layouts == ["wide", "narrow"] * len(PLOTS)
+    links = [value or "" for _, given in found.tags for name, value in given.items() if "href" in name]
+    assert all(link.startswith("#") for link in links)
+    assert not {tag for tag, _ in found.tags} & {"script", "link", "iframe", "object", "img", "image"}
     assert "url(" not in found.of("style")
     assert "@import" not in found.of("style")
     assert found.of("title") == "omniglot, 5-way 1-shot: second_order against first_order"
@@ -207,8 +212,8 @@ def test_page_contains_every_part(folder: Path) -> None:
     found = Page((folder / "report.html").read_text())
     assert all(sentence in found.of("p") for sentence in headline(two_orders()))
     for caption in PLOTS.values():
-        assert caption.title in found.of("h3")
         assert caption.text in found.of("p")
+    assert all(caption.title in found.of("h2") for name, caption in PLOTS.items() if name != "overview")
     assert "+1.20 ± 0.50" in found.of("td")
     assert "0: +1.00, 1: +1.20, 2: +1.40" in found.of("td")
     assert "python scripts/compare.py data=omniglot" in found.of("pre")
@@ -217,10 +222,17 @@ def test_page_contains_every_part(folder: Path) -> None:
     assert "some CPU" in found.of("li")
 
 
+def test_gain_and_cost_come_before_any_table(folder: Path) -> None:
+    text = (folder / "report.md").read_text()
+    places = [text.index(part) for part in ("Second order buys", "plots/overview.png", "\n| ")]
+    assert places == sorted(places)
+
+
 def test_markdown_links_existing_plots(folder: Path) -> None:
     text = (folder / "report.md").read_text()
     for name, caption in PLOTS.items():
         assert f"![{caption.title}](plots/{name}.png)" in text
+        assert text.count(caption.text) == 1
         with Image.open(folder / "plots" / f"{name}.png") as plot:
             assert plot.width == pytest.approx(1350, abs=2)
     expected = {f"{name}.{kind}" for name in PLOTS for kind in ("png", "svg")}
@@ -233,7 +245,8 @@ def test_user_text_adds_no_markup(tmp_path: Path) -> None:
     found = page(given, tmp_path)
     assert {tag for tag, _ in found.tags} <= {
         *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "blockquote", "ul", "li"),
-        *("table", "thead", "tbody", "tr", "th", "td", "img", "strong", "pre", "details", "summary"),
+        *("table", "thead", "tbody", "tr", "th", "td", "strong", "pre", "details", "summary"),
+        *("svg", "defs", "g", "path", "text", "tspan", "use", "clippath", "rect"),
     }
     shown = " ".join(NASTY.split())
     for tag in ("title", "h1", "blockquote", "td", "pre", "details", "li", "p"):
@@ -268,19 +281,11 @@ def test_report_replaces_earlier_one(tmp_path: Path) -> None:
     (tmp_path / "plots" / "notes.txt").write_text("of someone else")
     write_report(dataclasses.replace(given, cost=[], differences=[]), tmp_path)
     left = {path.name for path in (tmp_path / "plots").iterdir()}
-    assert not left & {"cost.png", "cost.svg", "difference.png", "difference.svg"}
+    assert not left & {"cost.png", "cost.svg", "overview.png", "overview.svg"}
     assert {"accuracy.png", "accuracy.svg", "notes.txt"} <= left
     assert "plots/cost.png" not in (tmp_path / "report.md").read_text()
     write_report(given, tmp_path)
     assert (tmp_path / "report.html").read_bytes() == first, "the same results give the same page"
-
-
-def test_headline_is_a_list_when_it_is_long(tmp_path: Path) -> None:
-    variants = [variant(name) for name in "abcd"]
-    given = results(variants, [difference(variants[0], other, (0.01, 0.02), 0.1) for other in variants[1:]])
-    found = page(given, tmp_path)
-    assert headline(given)[4] in found.of("li")
-    assert found.of("title") == "omniglot, 5-way 1-shot: 4 variants compared"
 
 
 def test_format_number_and_duration() -> None:
