@@ -103,3 +103,17 @@ def test_evaluate_keeps_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     inner = InnerLoop(lr=0.1, steps=1, second_order=False)
     evaluate(forward, theta, sampler(), inner, episodes=4, batch=2, nontransductive=True)
     assert set(graphs) == {False}
+
+
+def test_of_many_queries_some_of_every_class_are_predicted_alone() -> None:
+    forward, theta = functionalize(Conv4(5, width=4))
+    many = EpisodeSampler(make_glyphs(classes=20), TaskShape(5, 1, 13), seed=0, split="test")
+    inner = InnerLoop(lr=0.4, steps=1)
+    result = evaluate(forward, theta, many, inner, episodes=3, batch=3, nontransductive=True)
+    tasks = many.tasks(0, 3)
+    chosen = [65 * i // 25 for i in range(25)]
+    assert {int(y) for y in tasks.query_y[0, chosen]} == set(range(5))
+    fast = adapt(forward, theta, tasks.support_x, tasks.support_y, inner)
+    right = predict_nontransductive(forward, fast, tasks).argmax(-1) == tasks.query_y
+    assert result.nontransductive is not None
+    assert result.nontransductive.mean == pytest.approx(right[:, chosen].double().mean().item(), abs=0.012)
