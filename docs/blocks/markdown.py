@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from metalearn.training.evaluation import MeanCI
+
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "outputs" / "reference"
 
@@ -29,7 +31,7 @@ def row(*cells: object) -> str:
 
 def estimate(value: dict[str, float]) -> str:
     """Format a mean and its 95% interval, both shares."""
-    return f"{value['mean']:.2%} ± {value['ci95']:.2%}"
+    return str(MeanCI(value["mean"], value["ci95"]))
 
 
 def points(value: dict[str, float], digits: int) -> str:
@@ -39,7 +41,7 @@ def points(value: dict[str, float], digits: int) -> str:
 
 def accuracy(metrics: dict[str, Any], kind: str = "") -> str:
     """Format a run's test accuracy; ``kind`` is ``""`` or ``"_nontransductive"``."""
-    return f"{metrics[f'test.accuracy{kind}']:.2%} ± {metrics[f'test.ci95{kind}']:.2%}"
+    return str(MeanCI(metrics[f"test.accuracy{kind}"], metrics[f"test.ci95{kind}"]))
 
 
 def machine(about: dict[str, Any]) -> str:

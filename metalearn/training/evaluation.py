@@ -77,7 +77,7 @@ class MeanCI:
     The half-width may reach beyond the possible scores. ``ends`` cuts it there, which leaves out only values that the
     true mean cannot have, so that the interval covers it as often as before.
 
-    Example:
+    Examples:
         >>> print(MeanCI(0.95, 0.02), MeanCI(0.95, 0.08), sep=", ")
         95.00% ± 2.00%, 95.00% (87 to 100%)
     """
