@@ -64,9 +64,9 @@ def validate_train_config(config: TrainConfig, *, trains: bool = True) -> None:
     """
     messages = find_conflicts(config, trains=trains)
     messages += target_errors(config.targets())
-    if not messages and isinstance(config.data, OmniglotConfig) and config.data.fallback is None:
+    if not messages and isinstance(config.data, OmniglotConfig):
         try:
-            resolve_dataset(config.data.name, config.data.root, None)
+            resolve_dataset(config.data.name, config.data.root, config.data.fallback)
         except DataError as error:
             messages.append(str(error))
     if messages:

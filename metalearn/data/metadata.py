@@ -55,8 +55,9 @@ def cache_dir() -> Path:
 
 
 def omniglot_root(root: str | None) -> Path:
-    """Return the folder to look in: ``root``, or the default one if that is ``None`` or empty."""
-    return Path(root).expanduser() if root else cache_dir() / "data"
+    """Return the folder to look in: ``root``, else ``$METALEARN_DATA``, else the default one."""
+    named = root or os.environ.get("METALEARN_DATA")
+    return Path(named).expanduser() if named else cache_dir() / "data"
 
 
 def omniglot_base(root: str | None) -> Path:
@@ -71,23 +72,32 @@ def omniglot_base(root: str | None) -> Path:
 def omniglot_source(root: str | None) -> str:
     """Return where Omniglot comes from: ``"disk"``, ``"archives"`` (on disk, still packed) or ``"download"``.
 
-    A root that was given but does not exist is taken as a mistake and not created. Raises ``DataError``, which says why
-    but names no remedy, if Omniglot is unavailable.
+    A folder that was named but does not exist is taken as a mistake and not created. Raises ``DataError``, which says
+    why but names no remedy, if Omniglot is unavailable.
     """
+    named = _named_root(root)
     try:
         folder, base = omniglot_root(root), omniglot_base(root)
-        if root and not folder.is_dir():
-            raise DataError(f"data.root={root}: there is no such folder")
+        if named and not folder.is_dir():
+            raise DataError(f"{named}: there is no such folder")
         missing = [part for part in OMNIGLOT_PARTS if not (base / part).is_dir()]
         if missing and all((base / f"{part}.zip").is_file() for part in missing):
             return "archives"
         if len(missing) < len(OMNIGLOT_PARTS):
             return "disk"  # if a part is missing, reading it raises
     except (OSError, RuntimeError) as error:  # a name too long, a missing permission, the home of an unknown user
-        raise DataError(f"data.root={root}: this folder cannot be looked into ({str(error).rstrip('.')})") from error
+        raise DataError(f"{named}: this folder cannot be looked into ({str(error).rstrip('.')})") from error
     if _has_network():
         return "download"
-    raise DataError(f"{folder} holds no Omniglot, and it cannot be downloaded from here")
+    raise DataError(f"{named or folder}: this folder holds no Omniglot, and it cannot be downloaded from here")
+
+
+def _named_root(root: str | None) -> str | None:
+    """Return where the folder to look in was named, and how; ``None`` if it is the default one."""
+    variable = os.environ.get("METALEARN_DATA")
+    if variable and root in (None, "", variable):
+        return f"METALEARN_DATA={variable}"
+    return f"data.root={root}" if root else None
 
 
 def omniglot_unavailable_reason(root: str | None) -> str | None:
@@ -100,19 +110,19 @@ def omniglot_unavailable_reason(root: str | None) -> str | None:
 
 
 def resolve_dataset(name: str, root: str | None, fallback: str | None) -> str:
-    """Return the data set to train on: ``name``, or ``fallback`` if Omniglot is unavailable.
+    """Return the data set to train on: ``name``, or ``fallback`` if Omniglot is unavailable and no folder was named.
 
     Raises:
-        DataError: if Omniglot is unavailable and there is no fallback; the message names three remedies.
+        DataError: if Omniglot is unavailable and nothing may take its place; the message names three remedies.
     """
     if name != "omniglot" or (reason := omniglot_unavailable_reason(root)) is None:
         return name
-    if fallback is None:
+    if fallback is None or _named_root(root):
         raise DataError(
-            f"{reason}, and data.fallback=null forbids another data set. Three ways out:\n"
-            "  data.root=FOLDER       a folder that holds omniglot-py/ (METALEARN_DATA=FOLDER does the same)\n"
-            "  mkdir -p FOLDER        with a network, an existing or the default folder is filled by download\n"
-            "  data.fallback=glyphs   train on the embedded glyphs instead (or data=glyphs)"
+            f"{reason}. Three ways out:\n"
+            "  data.root=FOLDER  that holds omniglot-py/; METALEARN_DATA=FOLDER does the same\n"
+            "  mkdir -p FOLDER   an existing folder, or the default one, is filled by download\n"
+            "  data=glyphs       train on the embedded glyphs instead"
         )
     return fallback
 

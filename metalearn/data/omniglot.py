@@ -56,8 +56,8 @@ def load_omniglot(
     """Load Omniglot, split by class.
 
     Args:
-        root: folder that holds ``omniglot-py``, as torchvision lays it out; ``None`` for the default one, which is
-            filled by download.
+        root: folder that holds ``omniglot-py``, as torchvision lays it out; ``None`` for ``$METALEARN_DATA``, or the
+            default one, which is filled by download.
         split: ``"classic"``: 1100 / 100 / 423 classes at random, by a fixed seed (as Vinyals et al. 2016 and
             Finn et al. 2017 do); ``"alphabets"``: whole alphabets, the original evaluation set as test and five
             background alphabets for validation (803 / 161 / 659).

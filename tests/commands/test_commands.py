@@ -79,7 +79,10 @@ def test_nothing_of_the_users_is_overwritten(name: str, tmp_path: Path) -> None:
 
 def test_fallback_is_loud_and_in_the_name(tmp_path: Path) -> None:
     small = [override for override in SMALL if not override.startswith("data")]
-    run = command("train.py", *small, f"data.root={tmp_path}/typo", cwd=tmp_path)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "data").touch()  # a file, so that nothing can be downloaded
+    run = command("train.py", *small, cwd=tmp_path, METALEARN_CACHE=str(cache))
     assert "NO OMNIGLOT" in run.stdout
     (metrics_file,) = tmp_path.glob("outputs/glyphs-5w1s/*/metrics.json")
     assert json.loads(metrics_file.read_text())["dataset"] == "glyphs"
@@ -159,14 +162,14 @@ def test_config_raises_when_invalid(schema: type[Any], override: str, message: s
         ("train", ["inner.second_ordr=true"], "Did you mean inner.second_order?"),
         ("train", ["inner.second_order=maybe"], "inner.second_order=maybe: must be true or false"),
         ("train", ["--cfg", "job", "inner.steps=-1"], "inner.steps=-1: must be a whole number, at least 0"),
-        ("train", ["data.root=/nonexistent", "data.fallback=null"], "data.root=/nonexistent: there is no such folder"),
+        ("train", ["data.root=/nonexistent"], "data.root=/nonexistent: there is no such folder"),
         ("train", ["--multirun", "inner.steps=1,-2"], "inner.steps=-2: must be"),
         ("train", ["--multirun", "inner.second_ordr=true,false"], "Did you mean inner.second_order?"),
         ("evaluate", ["run.dir=typo"], "run.dir=typo: there is no such folder of a run"),
         ("adapt", ["run.dir=typo", "support=support"], "run.dir=typo: there is no such folder of a run"),
         ("compare", ["compare.variants=['inner.second_ordr=true']"], "Did you mean inner.second_order?"),
         ("compare", ["compare.sedes=[1]"], "Did you mean compare.seeds?"),
-        ("compare", ["data.root=/nonexistent", "data.fallback=null"], "data.root=/nonexistent: there is no such f"),
+        ("compare", ["data.root=/nonexistent"], "data.root=/nonexistent: there is no such f"),
         ("reproduce", ["experiment_name=nope"], "nope: there is no such experiment. The rows are omniglot_20way_1shot"),
         ("gradients", ["lesson=nope"], "ConfigError: lesson=nope: must be one of all, create_graph, backward,"),
     ],

@@ -42,11 +42,12 @@ def test_experiments_of_a_folder_with_a_comma_are_found(tmp_path: Path) -> None:
     assert train_config("experiment=mine", config_dir=tmp_path / "my, own").inner.steps == 7
 
 
-def test_metalearn_data_is_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("METALEARN_DATA", "/somewhere")
+def test_metalearn_data_is_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images_background").mkdir()
+    monkeypatch.setenv("METALEARN_DATA", str(tmp_path))
     data = train_config().data
     assert isinstance(data, OmniglotConfig)
-    assert data.root == "/somewhere"
+    assert data.root == str(tmp_path)
 
 
 @pytest.mark.parametrize("name", [name for name in OMNIGLOT_EXPERIMENTS if "_cpu" not in name])

@@ -177,17 +177,15 @@ def test_file_that_cannot_be_composed_is_named(content: bytes, message: str, tmp
         train_config("experiment=mine", config_dir=tmp_path)
 
 
-def test_missing_omniglot_without_fallback_is_an_error() -> None:
+def test_root_that_is_not_there_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"data\.root=/nonexistent: there is no such folder(?s:.*)Three ways out"):
-        train_config("data.root=/nonexistent", "data.fallback=null")
-    train_config("data.root=/nonexistent")
+        train_config("data.root=/nonexistent")
 
 
 @pytest.mark.parametrize("root", ["~nobody_by_this_name/x", "x" * 300])
 def test_root_that_cannot_be_read_is_named(root: str) -> None:
     with pytest.raises(ConfigError, match=rf"data\.root={root}: this folder cannot be looked into \("):
-        train_config(f"data.root='{root}'", "data.fallback=null")
-    train_config(f"data.root='{root}'")
+        train_config(f"data.root='{root}'")
 
 
 def test_ways_are_limited_by_the_data_in_use() -> None:

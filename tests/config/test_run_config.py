@@ -17,7 +17,7 @@ from tests.paths import REPO
 
 
 def test_saved_configuration_is_loaded_as_it_was(tmp_path: Path) -> None:
-    for overrides in (["data=glyphs", "model=mlp", "model.hidden=[4,4]"], ["inner.task_chunk=3", "data.root='1e3'"]):
+    for overrides in (["data=glyphs", "model=mlp", "model.hidden=[4,4]"], ["inner.task_chunk=3", "run.init_from='1e3'"]):
         config = train_config(*overrides)
         (tmp_path / "config.yaml").write_text(to_yaml(config))
         assert load_run_config(tmp_path / "config.yaml") == config
@@ -98,9 +98,10 @@ def test_resolved_root_does_not_depend_on_the_working_directory(
 
 
 def test_data_of_a_finished_run_is_found_where_it_lies_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    omniglot = train_config().data
+    assert isinstance(omniglot, OmniglotConfig)
+
     def root(recorded: str | None, given: str | None) -> str | None:
-        omniglot = train_config().data
-        assert isinstance(omniglot, OmniglotConfig)
         data = relocate_data(replace(omniglot, root=recorded), given)
         assert isinstance(data, OmniglotConfig)
         assert data.fallback is None, "a test on other data is no test"

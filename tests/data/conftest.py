@@ -45,6 +45,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(omniglot, "_PIXELS_SHA256", PIXELS)
     monkeypatch.setattr(catalog, "_has_network", lambda: False)
     monkeypatch.setenv("METALEARN_CACHE", str(cache))
+    monkeypatch.delenv("METALEARN_DATA", raising=False)
 
 
 def make_root(root: Path) -> Path:

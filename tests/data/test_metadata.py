@@ -14,8 +14,9 @@ from metalearn.data.metadata import glyph_split_sizes, omniglot_source, resolve_
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_network_and_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog, "_has_network", lambda: False)
+    monkeypatch.delenv("METALEARN_DATA", raising=False)
 
 
 def test_metadata_imports_no_torch() -> None:
@@ -55,9 +56,19 @@ def test_download_needs_an_existing_or_the_default_folder(tmp_path: Path, monkey
         omniglot_source(str(tmp_path / "typo"))
 
 
-def test_fallback_when_omniglot_is_unavailable(tmp_path: Path) -> None:
-    assert resolve_dataset("omniglot", str(tmp_path), "glyphs") == "glyphs"
-    assert resolve_dataset("omniglot", str(tmp_path / "typo"), "glyphs") == "glyphs"
+def test_fallback_takes_the_place_of_the_default_folder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_dataset("omniglot", None, "glyphs") == "glyphs"
     assert resolve_dataset("glyphs", None, None) == "glyphs"
-    with pytest.raises(DataError, match=r"(?s)holds no Omniglot.*Three ways out.*data\.root=.*mkdir.*data\.fallback="):
-        resolve_dataset("omniglot", str(tmp_path), None)
+    ways = r"[\s\S]*Three ways out[\s\S]*data\.root=[\s\S]*mkdir[\s\S]*data=glyphs"
+    with pytest.raises(DataError, match=f"holds no Omniglot{ways}"):
+        resolve_dataset("omniglot", None, None)
+    with pytest.raises(DataError, match=rf"data\.root={tmp_path}: this folder holds no Omniglot{ways}"):
+        resolve_dataset("omniglot", str(tmp_path), "glyphs")
+    with pytest.raises(DataError, match=rf"data\.root={tmp_path}/typo: there is no such folder{ways}"):
+        resolve_dataset("omniglot", f"{tmp_path}/typo", "glyphs")
+    monkeypatch.setenv("METALEARN_DATA", f"{tmp_path}/typo")
+    for root in (None, f"{tmp_path}/typo"):  # as the configuration takes it from the environment
+        with pytest.raises(DataError, match=f"METALEARN_DATA={tmp_path}/typo: there is no such folder{ways}"):
+            resolve_dataset("omniglot", root, "glyphs")
+    with pytest.raises(DataError, match=r"data\.root=/nope: there is no such folder"):
+        resolve_dataset("omniglot", "/nope", "glyphs")

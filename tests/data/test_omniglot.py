@@ -160,6 +160,13 @@ def test_either_part_is_rotated(root: Path) -> None:
     assert torch.equal(load().test, plain.test)
 
 
+def test_metalearn_data_is_the_default(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METALEARN_DATA", str(root))
+    assert omniglot.load_characters().images.shape[0] == 5
+    with pytest.raises(DataError, match=r"data\.root=/nope: there is no such folder"):
+        omniglot.load_characters("/nope")
+
+
 def test_unknown_split_raises() -> None:
     with pytest.raises(ValueError, match=r"split='nope'; it must be one of classic, alphabets"):
         omniglot.load_omniglot(split="nope")

@@ -43,7 +43,7 @@ ON_THE_COMMAND_LINE: list[Case] = [
     ("train", ("inner.engine=fast",), r"inner\.engine=fast: must be one of unroll, checkpoint, adjoint"),
     ("train", ("run.device=gpu",), r"run\.device=gpu: must be auto, cpu, cuda or cuda:N"),
     ("train", ("--multirun", "inner.steps=1,2,-3"), r"inner\.steps=-3: must be a whole number, at least 0"),
-    ("train", ("data.root=/nonexistent", "data.fallback=null"), r"data\.root=/nonexistent.*no such folder[\s\S]*Thr"),
+    ("train", ("data.root=/nonexistent",), r"data\.root=/nonexistent.*no such folder[\s\S]*Thr"),
     ("train", ("outer.lr= 1=2",), r"outer\.lr= 1=2: [\s\S]*Write KEY=VALUE without spaces"),
     ("evaluate", (), r"run\.dir is required"),
     ("evaluate", ("run.dir=.", "eval.episodes=1"), r"eval\.episodes=1: must be a whole number, at least 2"),
