@@ -6,6 +6,8 @@ import re
 import signal
 from pathlib import Path
 
+from metalearn.core.text import plural
+
 OUT_OF_MEMORY = r"(?i)out of memory|not enough memory|can('t|not) allocate memory|DefaultCPUAllocator|alloc_failed"
 """Pattern of torch's messages for running out of memory, which on CPUs has no exception class."""
 
@@ -28,7 +30,12 @@ class DataError(MetalearnError):
 
 
 class RunError(MetalearnError):
-    """A run folder or file that cannot be used as requested, or training that cannot continue."""
+    """A run folder or file that cannot be used as requested, or training that cannot continue.
+
+    ``resumable``: the folder of the run, if it holds a checkpoint from which the same command resumes.
+    """
+
+    resumable: Path | None = None
 
 
 class NonFiniteError(MetalearnError, ArithmeticError):
@@ -106,7 +113,7 @@ class NonFiniteLossError(NonFiniteError):
             else f"the support loss was {before:.4g} one step earlier; take a smaller inner.lr or fewer inner.steps, "
             f"or look for {zero}"
         )
-        super().__init__(f"the {kind} loss of task {task} is {value} after {step} inner steps: {why}.")
+        super().__init__(f"the {kind} loss of task {task} is {value} after {plural(step, 'inner step')}: {why}.")
 
     def with_task_offset(self, first: int) -> NonFiniteLossError:
         """Return the same error with ``first`` added to its task."""
@@ -116,12 +123,13 @@ class NonFiniteLossError(NonFiniteError):
 
 
 class RunExistsError(RunError):
-    """An output folder that already holds another run."""
+    """An output folder that already holds another run; ``can_resume`` says whether that is a training."""
 
-    def __init__(self, folder: Path, file: str) -> None:
+    def __init__(self, folder: Path, file: str, *, can_resume: bool = False) -> None:
+        resume = " The command that started it resumes it with run.resume=true." if can_resume else ""
         super().__init__(
             f"hydra.run.dir={folder} already holds a run (its {file}), which would be overwritten. Choose another "
-            "folder, or leave hydra.run.dir out for a new one."
+            f"folder, or leave hydra.run.dir out for a new one.{resume}"
         )
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from metalearn.core.errors import DataError
 from metalearn.core.short_repr import short_repr
+from metalearn.core.text import plural
 from metalearn.data.cache import load_or_build
 from metalearn.data.metadata import DRAWINGS_PER_CLASS, OMNIGLOT_PARTS, OMNIGLOT_SPLITS, cache_dir, omniglot_base
 from metalearn.data.omniglot_download import ensure_omniglot
@@ -108,7 +109,7 @@ def _list_drawings(base: Path) -> tuple[list[Path], str]:
             images = sorted(entries, key=lambda entry: entry.name)
             numbers = [int(image.name[5:7]) for image in images]
             if numbers != list(range(1, DRAWINGS_PER_CLASS + 1)) or len({image.name[:4] for image in images}) != 1:
-                what = f"{character.relative_to(base)} holds {len(images)} drawings"
+                what = f"{character.relative_to(base)} holds {plural(len(images), 'drawing')}"
                 raise DataError(
                     _incomplete_error(base, f"{what} and not {DRAWINGS_PER_CLASS} of one number, _01.png to _20.png")
                 )
@@ -120,7 +121,9 @@ def _list_drawings(base: Path) -> tuple[list[Path], str]:
                 line = f"{part}/{character.name}/{image.name} {stat.st_size} {stat.st_mtime_ns}\n"
                 digest.update(os.fsencode(line))  # names need not be UTF-8
         if len(classes) != n_classes:
-            raise DataError(_incomplete_error(base, f"{part} holds {len(classes)} characters and not {n_classes}"))
+            raise DataError(
+                _incomplete_error(base, f"{part} holds {plural(len(classes), 'character')} and not {n_classes}")
+            )
     return drawings, digest.hexdigest()
 
 

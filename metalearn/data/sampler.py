@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metalearn.core.short_repr import short_repr
+from metalearn.core.text import plural
 from metalearn.core.types import Episodes
 from metalearn.data.counter_rng import random_keys, task_keys
 
@@ -90,7 +91,8 @@ class EpisodeSampler:
         sizes = self._sizes
         if self.shape.ways > len(sizes):
             raise ValueError(
-                f"EpisodeSampler: {self.shape.ways} ways, but split '{self.split}' has only {len(sizes)} classes."
+                f"EpisodeSampler: {self.shape.ways} ways, but split '{self.split}' has only "
+                f"{plural(len(sizes), 'class', 'classes')}."
             )
         if self.shape.shots + self.shape.queries > min(sizes):
             least = min(sizes)

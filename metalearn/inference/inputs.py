@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metalearn.config.options import DataConfig, ImagesConfig, SinusoidConfig
 from metalearn.core.errors import DataError
+from metalearn.core.text import plural
 from metalearn.data.omniglot import SIZE
 
 Examples = Tensor | NDArray[Any] | Sequence[Any]
@@ -97,7 +98,7 @@ def as_targets(values: Examples | Iterable[Any], count: int, size: int = 1) -> T
     """
     y = as_numbers("targets", values, (size,))
     if len(y) != count:
-        raise DataError(f"{len(y)} targets for {count} inputs; give one target an input.")
+        raise DataError(f"{plural(len(y), 'target')} for {plural(count, 'input')}; give one target an input.")
     return y
 
 
@@ -109,7 +110,7 @@ def as_labels(labels: Examples | Iterable[Any], count: int) -> list[Any]:
         labels = [labels.tolist()] if labels.ndim == 0 else labels.tolist()
     plain = [one.item() if isinstance(one, (np.generic, Tensor)) and one.ndim == 0 else one for one in labels]
     if len(plain) != count:
-        raise DataError(f"{len(plain)} labels for {count} images; give one label an image.")
+        raise DataError(f"{plural(len(plain), 'label')} for {plural(count, 'image')}; give one label an image.")
     for one in plain:
         if not isinstance(one, Hashable):
             raise DataError(f"label {one!r} is a {type(one).__name__}; a label must be hashable, as 'cat' or 3.")
@@ -121,8 +122,7 @@ def unique_classes(labels: Sequence[Any]) -> tuple[Any, ...]:
     different = set(labels)
     if len(different) < 2:
         raise DataError(
-            f"all {len(labels)} images have the label {labels[0]!r}; there is nothing to tell apart with fewer than 2 "
-            "classes."
+            f"every image has the label {labels[0]!r}; there is nothing to tell apart with fewer than 2 classes."
         )
     try:
         return tuple(sorted(different))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metalearn.config.options import DataConfig, GlyphsConfig, OmniglotConfig
+from metalearn.core.text import plural
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,8 @@ def should_invert(choice: bool | str, images: Tensor, data: DataConfig) -> bool:
     )
     if odd := int((light != inverted).sum()):
         log.warning(
-            "%d of %d images have %s borders, unlike the others; all are treated the same (invert=%s).",
-            *(odd, len(images), "dark" if inverted else "light", str(inverted).lower()),
+            "%s of %d with %s borders, unlike the others; all are treated the same (invert=%s).",
+            *(plural(odd, "image"), len(images), "dark" if inverted else "light", str(inverted).lower()),
         )
     return inverted
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from metalearn.core.errors import RunError
+from metalearn.core.text import plural
 from metalearn.core.types import Forward, Params
 from metalearn.inner import Initializer, InnerLoop, MetaCurvature, PrototypeHead, params_at_step
 
@@ -112,8 +113,8 @@ def inner_for_ways(inner: InnerLoop, ways: int, *, trained: int, algorithm: str,
                 "as many outputs of the trained head were taken",
             )
         log.warning(
-            "The run was trained for %d classes, and these are %d: %s, and %d inner steps follow.",
-            *(trained, ways, how, inner.steps),
+            "The run was trained for %d classes, and these are %d: %s, and %s.",
+            *(trained, ways, how, f"{plural(inner.steps, 'inner step')} follow{'s' if inner.steps == 1 else ''}"),
         )
     adapted = inner.adapted_params is None or inner.adapted_params & set(head)
     return dataclasses.replace(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metalearn.core.deprecation import adopt_former_methods, renamed
 from metalearn.core.short_repr import short_repr
+from metalearn.core.text import plural
 from metalearn.core.types import Forward, Params
 from metalearn.inner.transforms import GradientTransform
 from metalearn.inner.update_rules import FORMER_METHODS, SGD, UpdateRule
@@ -164,8 +165,9 @@ class InnerLoop:
         weights = tuple(_as_float(w) for w in self.query_weights)
         if len(weights) != self.steps + 1 or not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
             raise ValueError(
-                f"InnerLoop: query_weights={self.query_weights!r}; they must be {self.steps + 1} numbers, 0 or more "
-                "and not all 0: one for the parameters before the first step, and one after each of the steps."
+                f"InnerLoop: query_weights={self.query_weights!r}; they must be "
+                f"{plural(self.steps + 1, 'number')}, 0 or more and not all 0: one for "
+                "the parameters before the first step, and one after each of the steps."
             )
         object.__setattr__(self, "query_weights", weights)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from metalearn.core.functional import expand_over_tasks
+from metalearn.core.text import plural
 from metalearn.core.types import Forward, Params
 from metalearn.inner.batch_norm_statistics import is_norm_statistic
 from metalearn.inner.config import InnerLoop
@@ -247,7 +248,7 @@ def check_params_match_config(theta: Params, inner: InnerLoop, *, training: bool
         if shape != expected_shape or (0 in shape and inner.steps > 0):
             raise ValueError(
                 f"params[{name!r}] has shape {shape}, which is not that of learned_lr={inner.learned_lr!r} with "
-                f"{inner.steps} steps; make it with metalearn.with_learned_lrs(theta, inner)."
+                f"{plural(inner.steps, 'step')}; make it with metalearn.with_learned_lrs(theta, inner)."
             )
     for name in inner.per_step_params:
         shape = tuple(theta[name].shape)
@@ -279,6 +280,6 @@ def _check_param_names(theta: Params, inner: InnerLoop) -> None:
     for setting in ("adapted_params", "per_step_params"):
         if unknown := (getattr(inner, setting) or set()) - theta.keys():
             raise ValueError(
-                f"InnerLoop: {setting} names {', '.join(sorted(unknown))}, which params has not; it has "
+                f"InnerLoop: {setting} names {', '.join(sorted(unknown))}; the names in params are "
                 f"{', '.join(without_state(theta))}."
             )

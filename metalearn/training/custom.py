@@ -23,6 +23,7 @@ from metalearn.config.target import call_target, import_target, parameter_names
 from metalearn.core.errors import ConfigError
 from metalearn.core.functional import functionalize
 from metalearn.core.module_parts import ModuleParts
+from metalearn.core.text import plural
 from metalearn.core.types import Episodes
 from metalearn.data.sampler import EpisodeSampler, TaskSampler, TaskShape
 from metalearn.inner import InnerLoop, UpdateRule
@@ -193,14 +194,15 @@ class ClassSampler(EpisodeSampler):
         sizes = self._sizes
         if len(sizes) < ways:
             raise ValueError(
-                f"task.ways={ways}: tasks of {ways} ways, but split '{self.split}' has only {len(sizes)} classes; "
-                "lower it, or give more classes"
+                f"task.ways={ways}: tasks of {ways} ways, but split '{self.split}' has only "
+                f"{plural(len(sizes), 'class', 'classes')}; lower it, or give more classes"
             )
         if min(sizes) < shots + queries:
             name = "task.queries" if self.split == "train" else "eval.queries"
             raise ValueError(
-                f"class {sizes.index(min(sizes))} has {min(sizes)} examples, and a task takes {shots + queries} of a "
-                f"class (task.shots={shots}, {name}={queries}); lower these, add examples, or leave the class out"
+                f"class {sizes.index(min(sizes))} has {plural(min(sizes), 'example')}, and a task takes "
+                f"{shots + queries} of a class (task.shots={shots}, {name}={queries}); lower these, "
+                "add examples, or leave the class out"
             )
         examples = x.flatten(0, 1) if self.counts is None else x
         if x.is_floating_point() and not (finite := examples.flatten(1).isfinite().all(dim=1)).all():
@@ -242,7 +244,7 @@ class CustomSampler:
         if not isinstance(episodes, Episodes):
             raise TypeError(f"tasks({first}, {count}) returned a {type(episodes).__name__}; it must be Episodes")
         if episodes.tasks != count:
-            raise ValueError(f"tasks({first}, {count}) returned {episodes.tasks} tasks; it must be {count}")
+            raise ValueError(f"tasks({first}, {count}) returned {plural(episodes.tasks, 'task')}; it must be {count}")
         moved = (tensor.to(self.device) for tensor in _tensors(episodes))
         return Episodes(*(tensor.float() if tensor.is_floating_point() else tensor for tensor in moved))
 

@@ -77,7 +77,7 @@ INVALID: list[tuple[Any, Any, str]] = [
     (IMAGES, [*AB, "c"], r"3 labels for 2 images"),
     (IMAGES, [["a"], ["b"]], r"label \['a'\] is a list; a label must be hashable"),
     (IMAGES, ["a", 1], r"labels of several types \(int, str\) cannot be sorted"),
-    (IMAGES, ["a", "a"], r"all 2 images have the label 'a'.*fewer than 2 classes"),
+    (IMAGES, ["a", "a"], r"every image has the label 'a'.*fewer than 2 classes"),
 ]
 
 
@@ -113,7 +113,7 @@ def test_regression_raises_when_input_is_invalid(sinusoid: Path) -> None:
     learner.adapt([1.0, 2.0], [1.0, 2.0])
     with pytest.raises(RunError, match="no classes, and so no probabilities; use predict"):
         learner.predict_proba([1.0])
-    with pytest.raises(DataError, match="1 targets for 2 inputs"):
+    with pytest.raises(DataError, match="1 target for 2 inputs"):
         learner.score([1.0, 2.0], [1.0])
 
 

@@ -137,7 +137,7 @@ def test_params_that_do_not_match_settings_raise() -> None:
         (
             theta,
             InnerLoop(0.2, 3, adapted_params=frozenset({"heads"})),
-            r"names heads, which params has not; it has layers.1.weight",
+            r"names heads; the names in params are layers.1.weight",
         ),
         (two_steps, InnerLoop(0.2, 5, learned_lr=by_step), r"has shape \(2,\)"),
         (theta, InnerLoop(0.2, 2, per_step_params=NORM), r"it must lead with 3, one for every number of steps"),

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from metalearn.core.profiling.hardware import describe_hardware
+from metalearn.core.text import plural
 
 _PEERS = ("jax", "jaxlib", "learn2learn", "higher", "torchopt")
 
@@ -59,7 +60,7 @@ def describe_in_a_line(machine: dict[str, Any], others: dict[str, float]) -> str
     """Return the machine, threads, versions and what else was running as one line."""
     versions = {"torch": machine["torch"], **machine["peers"]}
     return (
-        f"{machine['cpu']}, {machine['cores_available']} of {machine['cores']} cores, torch on {machine['threads']} "
-        f"thread(s); other work took {others['others_cores']:.1f} cores, load {others['load_average']:.1f}; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        f"{machine['cpu']}, {machine['cores_available']} of {machine['cores']} cores, torch on "
+        f"{plural(machine['threads'], 'thread')}; other work took {others['others_cores']:.1f} cores, "
+        f"load {others['load_average']:.1f}; " + ", ".join(f"{name} {version}" for name, version in versions.items())
     )

@@ -38,6 +38,7 @@ from metalearn.config.schema import TrainConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.core.profiling.hardware import describe_hardware
+from metalearn.core.text import plural
 from metalearn.training.experiment import resolve_device
 from metalearn.training.run_folder import COMPARISON_FILE, check_no_run_in, folder_lock
 from metalearn.training.runtime.signals import SIGHUP, sigterm_as_exception
@@ -69,7 +70,10 @@ def run_comparison(config: CompareConfig, folder: Path) -> bool:
             results = collect(config, shared.config, variants, every, reasons, folder)
         except (KeyboardInterrupt, SystemExit):
             finished = sum(_is_finished(job) for job in every)
-            print_line(f"Stopped; {finished} of {len(every)} runs are finished. The same command resumes here.")
+            print_line(
+                f"Stopped; {finished} of {plural(len(every), 'run is', 'runs are')} finished. "
+                "The same command resumes here."
+            )
             raise
         write_results(results, every, folder)
         print_results(results, folder)
@@ -117,15 +121,16 @@ def train_missing(every: Sequence[Job], at_a_time: int | None, folder: Path) -> 
     """Train the runs that are not finished; return why some failed, by their folder."""
     left = [job for job in every if not _is_finished(job)]
     if done := len(every) - len(left):
-        log.info("%d of %d runs are finished already", done, len(every))
+        log.info("%d of %s finished already", done, plural(len(every), "run is", "runs are"))
     if not left:
         return {}
     mark_incomplete(folder)
     if launcher := launcher_overrides():
-        log.info("%d runs through %s", len(left), launcher[0])
+        log.info("%s through %s", plural(len(left), "run"), launcher[0])
         return launch_with_hydra(left, launcher, folder)
     number = runs_at_a_time(left, at_a_time)
-    log.info("%d runs, %d at a time; each takes a while to start before its first meta-step", len(left), number)
+    starting = "each takes a while to start before its first meta-step"
+    log.info("%s, %d at a time; %s", plural(len(left), "run"), number, starting)
     with progress_bar() as progress:
         return launch(left, at_a_time=number, progress=progress)
 

@@ -38,6 +38,7 @@ from metalearn.config.commands_schema import ReproduceConfig
 from metalearn.config.options import OmniglotConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
+from metalearn.core.text import plural
 from metalearn.training.checkpoints import state_paths
 from metalearn.training.evaluate_run import evaluate_run
 from metalearn.training.run_folder import folder_lock
@@ -79,7 +80,7 @@ def run_reproduction(config: ReproduceConfig, folder: Path) -> int:
                 reasons |= train_missing(every, config.jobs)
                 reasons |= evaluate_rotated(every)
         except TimeLimitReached:
-            print_line(f"The time limit of {config.time_limit_minutes:g} minutes is reached.")
+            print_line(f"The time limit is reached (time_limit_minutes={config.time_limit_minutes:g}).")
         except (KeyboardInterrupt, SystemExit):
             print_unfinished(every, {})
             raise
@@ -103,7 +104,7 @@ def train_missing(every: Sequence[Job], at_a_time: int) -> Mapping[Path, str]:
     """Train the runs that are not finished; return why some failed, by folder."""
     left = [job for job in every if read_metrics(job) is None]
     if done := len(every) - len(left):
-        log.info("%d of %d runs are finished already", done, len(every))
+        log.info("%d of %s finished already", done, plural(len(every), "run is", "runs are"))
     if not left:
         return {}
     with progress_bar() as progress:
@@ -203,5 +204,8 @@ def print_unfinished(every: Sequence[Job], reasons: Mapping[Path, str]) -> None:
         elif states := state_paths(job.folder):
             iteration = int(states[0].stem.rpartition("-")[2])
             print_line(f"{job.folder.name}: {iteration} of {job.config.outer.iterations} meta-steps")
-    print_line(f"{len(every) - len(left)} of {len(every)} runs are finished. The same command resumes here:")
+    print_line(
+        f"{len(every) - len(left)} of {plural(len(every), 'run is', 'runs are')} finished. "
+        "The same command resumes here:"
+    )
     print_line(f"  {shlex.join([*invocation('reproduce'), *sys.argv[1:]])}")

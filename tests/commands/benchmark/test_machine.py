@@ -16,7 +16,7 @@ def test_line_has_machine_threads_versions_and_other_work() -> None:
     found = describe_machine(CPU) | {"cpu": "Some CPU", "cores": 4, "cores_available": 2, "threads": 1, "torch": "3.0"}
     line = describe_in_a_line(found | {"peers": {"jax": "0.10.2"}}, {"others_cores": 1.25, "load_average": 2.04})
     assert line == (
-        "Some CPU, 2 of 4 cores, torch on 1 thread(s); other work took 1.2 cores, load 2.0; torch 3.0, jax 0.10.2"
+        "Some CPU, 2 of 4 cores, torch on 1 thread; other work took 1.2 cores, load 2.0; torch 3.0, jax 0.10.2"
     )
 
 

@@ -57,7 +57,7 @@ def test_only_finished_orders_are_saved_at_time_limit(
     (row,) = read_rows(recorded / "rows" / "omniglot.json")
     assert row["order"] == "first"
     output = capsys.readouterr().out
-    assert "The time limit of 7 minutes is reached." in output
+    assert "The time limit is reached (time_limit_minutes=7)." in output
     assert "second_order-seed0: 4321 of 15000 meta-steps" in output
     assert "3 of 6 runs are finished. The same command resumes here:" in output
     assert f"python scripts/reproduce.py experiment_name={ROW} time_limit_minutes=7" in output

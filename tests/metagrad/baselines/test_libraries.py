@@ -103,7 +103,7 @@ def test_learn2learn_raises_for_parts_of_submodules_and_shared_parameters(learn2
     module, episodes = MODELS["mlp"]().double(), image_episodes()
     with pytest.raises(UnsupportedSettingError, match=r"whole submodules, and layers\.7\.weight is part of one"):
         learn2learn(module, episodes, InnerLoop(0.1, 2, adapted_params=frozenset({"layers.7.weight"})))
-    with pytest.raises(ValueError, match=r"adapted_params names heads, which params has not"):
+    with pytest.raises(ValueError, match=r"adapted_params names heads; the names in params are"):
         learn2learn(module, episodes, InnerLoop(0.1, 2, adapted_params=frozenset({"heads"})))
 
     learned = InnerLoop(0.1, 2, learned_lr="parameter")

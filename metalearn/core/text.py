@@ -1,0 +1,46 @@
+"""Text for people: plural forms, and lines as wide as the terminal."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from typing import TextIO
+
+
+def plural(count: int, noun: str, nouns: str | None = None) -> str:
+    """Return a count and what is counted.
+
+    Example:
+        >>> plural(1, "class", "classes"), plural(2, "run")
+        ('1 class', '2 runs')
+    """
+    return f"{count} {noun if count == 1 else nouns or f'{noun}s'}"
+
+
+def wrap(text: str, width: int, *, indent: str = "", first: str | None = None) -> list[str]:
+    """Break text into lines between words only, so that paths and overrides can be copied.
+
+    Args:
+        text: whose own lines stay apart; one that begins with two blanks, as a command, is not broken.
+        width: of a line, in characters.
+        indent: before every line.
+        first: before the first line, in the place of ``indent``.
+    """
+    lines: list[str] = []
+    for line in text.split("\n"):
+        start = indent if lines or first is None else first
+        whole = line.startswith("  ") or not line
+        lines += [start + line] if whole else textwrap.wrap(
+            line,
+            width,
+            initial_indent=start,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )  # fmt: skip
+    return lines
+
+
+def fit(text: str, stream: TextIO) -> str:
+    """Return text as wide as the terminal; unchanged if the stream is a file or a pipe, where it may be searched."""
+    return "\n".join(wrap(text, shutil.get_terminal_size().columns)) if stream.isatty() else text
