@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import math
+import shlex
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from rich.text import Text
 from metalearn.config.commands_schema import GradientsConfig
 from metalearn.core import serialization as files
 from metalearn.core.profiling.hardware import describe_hardware, one_thread
+from metalearn.core.text import wrap
 from metalearn.lessons import LESSONS, Check, Lesson
 from metalearn.training.tracking.console import print_path, print_table, progress_bar
 from metalearn.training.tracking.tensorboard import EventWriter
@@ -150,9 +153,12 @@ def print_lesson(result: LessonResult, output_dir: Path) -> None:
         console.print(Text(f"{result.name} raised {result.error}", style="bold red"))
         return
     console.print(Text(lesson.title, style="bold"), Text(lesson.claim), sep="\n\n")
-    code = Syntax(lesson.code, "python", theme="ansi_dark", background_color="default", word_wrap=True)
+    code = Syntax(fit_code(lesson.code, console.width - 4), "python", theme="ansi_dark", background_color="default")
     console.print(Padding(code, (1, 2)))
-    table = Table("what", "computed")
+    print_path("  the whole lesson", inspect.getsourcefile(LESSONS[result.name]) or result.name)
+    table = Table()
+    table.add_column("what", overflow="fold")
+    table.add_column("computed", overflow="fold")
     table.add_column("expected", max_width=28)
     table.add_column("verdict")
     for check in lesson.checks:
@@ -163,6 +169,19 @@ def print_lesson(result: LessonResult, output_dir: Path) -> None:
     for file in result.files.values():
         print_path("  plot", output_dir / file)
     console.print(Text(f"{result.name}: ").append(_verdict(result.passed)))
+
+
+def fit_code(code: str, width: int) -> str:
+    """Break lines of code that are too long between words, indented further; a comment goes above its line."""
+    lines: list[str] = []
+    for line in code.splitlines():
+        indent = line[: len(line) - len(line.lstrip())]
+        statement, mark, comment = line.partition("  # ")
+        if mark and len(line) > width:
+            lines += wrap(comment, width, indent=f"{indent}# ")
+            line = statement
+        lines += wrap(line.strip(), width, indent=f"{indent}        ", first=indent)
+    return "\n".join(lines)
 
 
 def format_check(check: Check) -> tuple[str, str]:
@@ -201,7 +220,7 @@ def print_summary(results: list[LessonResult], output_dir: Path) -> None:
         if result.error:
             console.print(Text(f"{result.name} raised {result.error}", style="bold red"))
     print_path("Written to", output_dir / "lessons.json")
-    console.print(f"TensorBoard: tensorboard --logdir {output_dir}", soft_wrap=True, highlight=False, markup=False)
+    print_path("TensorBoard", f"tensorboard --logdir {shlex.quote(str(output_dir))}")
 
 
 class LessonLogger(EventWriter):

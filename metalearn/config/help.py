@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from metalearn.config.messages import describe_allowed, description, format_value, hints, section_class, section_classes
+from metalearn.core.text import wrap
 
 _TRAINING = (
     *("inner.second_order", "inner.steps", "inner.lr", "inner.engine", "task.ways", "task.shots", "outer.iterations"),
@@ -57,7 +57,8 @@ def help_text(
         width: of a line, in characters.
     """
     plain: Any = OmegaConf.to_container(config, resolve=False)
-    lines = [f"usage: {start} [KEY=VALUE ...]", "", *_paragraphs(inspect.cleandoc(about), width)]
+    paragraphs = "\n\n".join(" ".join(one.split()) for one in inspect.cleandoc(about).split("\n\n"))
+    lines = [f"usage: {start} [KEY=VALUE ...]", "", *wrap(paragraphs, width)]
     if main:
         count = len(_every_key(kind))
         lines += ["", f"The keys that matter first; --help-all shows all {count}:"]
@@ -106,7 +107,7 @@ def _main_key(
     section, _, last = key.partition(".")
     if not last:  # a group
         names = [choice.partition("=")[2] for choice in options if choice.startswith(f"{key}=")]
-        return [f"  {key}={plain[key]['name']}", *_wrap(f"one of {', '.join(names)}", width)]
+        return [f"  {key}={plain[key]['name']}", *_meaning(f"one of {', '.join(names)}", width)]
     owner = section_class(kind, section, plain[section].get("name"))
     assert owner is not None
     return list(_entry(key, hints(owner)[last], plain[section][last], width))
@@ -116,18 +117,8 @@ def _entry(key: str, hint: Any, value: Any, width: int) -> Iterator[str]:
     """Yield a key with its default value on one line, and its meaning and range below it."""
     default = "(required)" if value == "???" else re.sub(r"[$]{oc.env:(\w+),null}", r"$\1", format_value(value))
     yield f"  {key}={default}"
-    yield from _wrap(f"{description(hint)} ({describe_allowed(hint)})", width)
+    yield from _meaning(f"{description(hint)} ({describe_allowed(hint)})", width)
 
 
-def _wrap(text: str, width: int) -> list[str]:
-    indent = " " * 6
-    return textwrap.wrap(
-        text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
-
-
-def _paragraphs(text: str, width: int) -> Iterator[str]:
-    for number, paragraph in enumerate(text.split("\n\n")):
-        if number:
-            yield ""
-        yield from textwrap.wrap(" ".join(paragraph.split()), width, break_long_words=False, break_on_hyphens=False)
+def _meaning(text: str, width: int) -> list[str]:
+    return wrap(text, width, indent=" " * 6)

@@ -135,7 +135,7 @@ def lesson() -> Lesson:
     return Lesson(
         title="backward(create_graph=True): the same numbers, and a leak",
         claim=_CLAIM,
-        code=source_of(by_backward, alive_after, backward, autograd_grad),
+        code=source_of(leaf, grad_of, break_cycle, by_backward, alive_after, backward, autograd_grad),
         checks=checks,
         notes=[f"torch warns: {text.partition('. ')[0]}." for text in warning],
         plots={"memory_held": _plot(memory)},

@@ -89,7 +89,7 @@ def lesson() -> Lesson:
     return Lesson(
         title="create_graph: what makes a gradient differentiable",
         claim=_CLAIM,
-        code=source_of(twice, penalised, in_the_input),
+        code=source_of(leaf, twice, penalised, in_the_input),
         checks=[*_second_derivatives(), *_piecewise_linear(), *_no_way_to_x()],
         notes=[
             f"without create_graph: {error_message(lambda: twice(create_graph=False))}",

@@ -82,7 +82,7 @@ def lesson() -> Lesson:
     return Lesson(
         title="graph: what create_graph adds",
         claim=_CLAIM,
-        code=source_of(square_and_derivative, one_step),
+        code=source_of(leaf, predict, squared_error, square_and_derivative, one_step),
         checks=[*_square(y, dy, constant), *_maml(first, second)],
         notes=[
             f"nodes of x^2: {len(nodes(y))}; of its gradient with create_graph=True: {len(nodes(dy))}",

@@ -92,7 +92,7 @@ def lesson() -> Lesson:
     return Lesson(
         title="maml: the Hessian term of the meta-gradient",
         claim=_CLAIM,
-        code=source_of(meta, by_hessians),
+        code=source_of(forward, support_loss, query_loss, adapted, meta, by_hessians),
         checks=[
             *(*_by_hand(), *_one_step(first, second), *_three_steps()),
             *(*_finite_differences(first, second), *_scaling()),

@@ -83,7 +83,7 @@ def lesson() -> Lesson:
     return Lesson(
         title="orders: third, fourth and higher derivatives, and their price",
         claim=_CLAIM,
-        code=source_of(nested, differentiable),
+        code=source_of(leaf, nested, differentiable),
         checks=[*_cube(), *_against_formulas(), *_against_forward_mode(), *_growth(counts)],
         notes=[
             *(f"nodes by order, {name}: {', '.join(map(str, count))}" for name, count in counts.items()),

@@ -15,7 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metalearn.commands import gradients
-from metalearn.commands.gradients import run_lessons
+from metalearn.commands.gradients import fit_code, run_lessons
 from metalearn.config.commands_schema import GradientsConfig
 from metalearn.lessons import LESSONS, Check, Lesson, create_graph
 from tests.commands.process import command, python
@@ -193,3 +193,24 @@ def test_command_exits_with_1_when_a_check_fails(tmp_path: Path) -> None:
 def test_numbers_have_relevant_digits(check: Check, cells: tuple[str, str]) -> None:
     output = gradients.format_check(check)
     assert (output[0][:12], output[1]) == (cells[0][:12], cells[1])
+
+
+def test_long_lines_of_code_keep_their_indentation() -> None:
+    code = "def f(a, b):\n    return a + b  # the sum of both\n    x = first + second + third"
+    assert fit_code(code, 100) == code
+    expected = [
+        "def f(a, b):",
+        "    # the sum of both",
+        "    return a + b",
+        "    x = first + second +",
+        " " * 12 + "third",
+    ]
+    assert fit_code(code, 25).splitlines() == expected
+
+
+def test_shown_code_uses_no_helper_that_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_lessons(GradientsConfig(lesson="backward"), tmp_path)
+    output = capsys.readouterr().out
+    assert all(f"def {name}(" in output for name in ("leaf", "grad_of", "break_cycle", "alive_after"))
+    assert "the whole lesson: " in output
+    assert "metalearn/lessons/backward.py" in output

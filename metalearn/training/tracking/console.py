@@ -1,8 +1,9 @@
-"""Terminal output: progress bars with an ETA, and tables."""
+"""Terminal output: progress bars with an ETA, tables, and lines that are broken between words only."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from metalearn.core.text import fit
 
 
 class LoggedProgress(Progress):
@@ -86,19 +89,31 @@ def print_summary(title: str, rows: Mapping[str, str]) -> None:
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows under a header; every column but the first holds numbers."""
-    table = Table(title=title, title_justify="left")
+    console, table = rich.get_console(), Table(title=title, title_justify="left")
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left", overflow="fold", min_width=6 if i else None)
     for row in rows:
         table.add_row(*row)
-    rich.get_console().print(table)
+    table.collapse_padding = table.__rich_measure__(console, console.options.update(width=1000)).maximum > console.width
+    console.print(table)
 
 
-def print_path(what: str, path: Path) -> None:
-    """Print where something was written, on one line that can be copied."""
+def print_path(what: str, path: Path | str) -> None:
+    """Print where something was written, or a command, on one line that can be copied."""
     rich.get_console().print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
 
 
 def print_line(text: str) -> None:
     """Print a sentence without highlighting or markup."""
-    rich.get_console().print(text, soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False)
+    rich.get_console().print(fit(text, sys.stdout), soft_wrap=True, highlight=False, markup=False)
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints log records above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        try:
+            print_line(self.format(record))
+        except Exception:  # as every handler of logging does
+            self.handleError(record)

@@ -1,10 +1,30 @@
-"""Progress where the output is no terminal."""
+"""Tables and log records on a narrow terminal; progress where the output is no terminal."""
 
 from __future__ import annotations
 
-import pytest
+import logging
 
-from metalearn.training.tracking.console import progress_bar
+import pytest
+import rich
+from rich.console import Console
+
+from metalearn.training.tracking.console import ConsoleHandler, print_table, progress_bar
+
+
+def test_table_gives_up_blanks_before_it_breaks_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(width=80, record=True)
+    monkeypatch.setattr(rich, "get_console", lambda: console)
+    print_table("Errors", ["model, order, K", *"abcdefg"], [["attention 1st 1", *["raised"] * 7]])
+    lines = console.export_text().splitlines()
+    assert sum("attention 1st 1" in line for line in lines) == 1
+    assert max(map(len, lines)) <= 80
+
+
+def test_record_is_one_line_of_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "/a/" + "x" * 100
+    handler = ConsoleHandler()
+    handler.emit(logging.LogRecord("x", logging.INFO, "", 1, "%s: [b]this", (path,), None))
+    assert capsys.readouterr().out == f"{path}: [b]this\n"
 
 
 def test_progress_prints_lines_into_a_file(capsys: pytest.CaptureFixture[str]) -> None:
