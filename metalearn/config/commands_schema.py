@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, StrictFloat, StrictInt
+from pydantic import Field, StrictFloat
 from typing_extensions import Doc
 
 from metalearn.config.key_types import (
@@ -13,6 +13,7 @@ from metalearn.config.key_types import (
     Count,
     Device,
     Episodes,
+    Int,
     OnError,
     Options,
     Positive,
@@ -31,16 +32,8 @@ Lesson = Literal[
 LESSONS = get_args(Lesson)[1:]
 """Names for ``lesson`` in teaching order; a test holds them equal to ``metalearn.lessons.LESSONS``."""
 
-BenchSetting = Literal[
-    "all", "configured", "5way_1shot", "20way_1shot", "5way_1shot_15queries", "5way_1shot_narrow",
-    "5way_5shot_max_pool", "5way_1shot_mlp", "5way_1shot_resnet12", "5way_5shot", "20way_1shot_wide",
-    "5way_K1", "5way_K5", "20way_K1", "20way_K5", "steps", "tasks", "ways", "width",
-]  # fmt: skip
-BENCH_SETTINGS = get_args(BenchSetting)
-"""Names for ``bench.setting``; a test holds them equal to what ``commands/benchmark`` allows for each kind."""
-
 TrustCode = Annotated[Bool, Doc("run the user's own code that the run's config.yaml names, if any")]
-Repeats = Annotated[StrictInt, Field(ge=2)]
+Repeats = Annotated[Int, Field(ge=2)]
 
 
 @dataclass(frozen=True)
@@ -56,8 +49,11 @@ class BenchConfig(Section):
     ]
     repeats: Annotated[Repeats, Doc("times that every method is timed, in turns; with bench.kind=float32: seeds")]
     setting: Annotated[
-        BenchSetting,
-        Doc("one of the kind's settings, or all; configured, with bench.kind=peers: the configuration's own meta-step"),
+        Text,
+        Doc(
+            "one of the kind's settings, which the message about an unknown one lists, or all; configured, with "
+            "bench.kind=peers: the configuration's own meta-step"
+        ),
     ]
     memory_limit_mib: Annotated[Positive, Doc("with bench.kind=engines: MiB at which a measurement is stopped")]
 

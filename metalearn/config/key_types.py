@@ -18,10 +18,14 @@ LATE = "late"
 Bool = StrictBool
 Text = Annotated[StrictStr, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 """Text; a name of digits, such as a folder's, is an integer in YAML."""
-Seed = Annotated[StrictInt, Field(ge=0, le=LARGEST_SEED)]
-Count = Annotated[StrictInt, Field(ge=1)]
-Steps = Annotated[StrictInt, Field(ge=0)]
-Episodes = Annotated[StrictInt, Field(ge=2)]
+Int = Annotated[
+    StrictInt, BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
+]
+"""A whole number, which may be written as 1e3."""
+Seed = Annotated[Int, Field(ge=0, le=LARGEST_SEED)]
+Count = Annotated[Int, Field(ge=1)]
+Steps = Annotated[Int, Field(ge=0)]
+Episodes = Annotated[Int, Field(ge=2)]
 Positive = Annotated[StrictFloat, Field(gt=0)]
 NonNegative = Annotated[StrictFloat, Field(ge=0)]
 Share = Annotated[StrictFloat, Field(ge=0, le=1)]

@@ -69,7 +69,8 @@ def describe_allowed(hint: Any, *, plural: bool = False) -> str:
         if arguments[0] is bool or get_args(arguments[0])[:1] == (bool,):
             return f"one of false, true, {', '.join(get_args(arguments[1]))}"
         others = ["null" if other is type(None) else describe_allowed(other) for other in arguments[1:]]
-        return " or ".join([describe_allowed(arguments[0]), *others])
+        first = describe_allowed(arguments[0])
+        return (", or " if "," in first else " or ").join([first, *others])
     if origin is Literal:
         choices = ", ".join(map(str, arguments))
         return f"one of {choices}" if len(arguments) > 1 else choices
@@ -153,10 +154,10 @@ def _format_key_error(error: Any, key: str, value: Any, owner: type, kind: type,
         return f"{shown}: there is no such key{file_of(key)}. {_nearest(key, kind, list(hints(owner)))}"
     if error["type"] == "value_error":
         return f"{shown}: {error['ctx']['error']}{file_of(key)}"
-    allowed = describe_allowed(hint)
-    if "whole number" in allowed and isinstance(value, float) and value.is_integer():
-        allowed += f"; write {int(value)}"
-    return f"{shown}: must be {allowed}{file_of(key)} ({description(hint)})"
+    base = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    words = [str(word) for word in get_args(base)] if get_origin(base) is Literal else []
+    near = "".join(f" Did you mean {word}?" for word in difflib.get_close_matches(str(value), words, n=1))
+    return f"{shown}: must be {describe_allowed(hint)}{file_of(key)} ({description(hint)}){'.' if near else ''}{near}"
 
 
 def _options(classes: Sequence[type]) -> str:

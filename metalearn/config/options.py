@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, StrictFloat, StrictInt
+from pydantic import AfterValidator, BeforeValidator, Field, StrictFloat
 from typing_extensions import Doc
 
 from metalearn.config.key_types import (
     LATE,
     Bool,
     Count,
+    Int,
     NonNegative,
     OnError,
     Options,
@@ -95,7 +96,7 @@ class GlyphsConfig(DataConfig):
     """``conf/data/glyphs.yaml``."""
 
     name: Annotated[Literal["glyphs"], Doc("the data set")]
-    classes: Annotated[StrictInt, Field(ge=20), Doc("characters to invent: 70% to train on, 10% validation, 20% test")]
+    classes: Annotated[Int, Field(ge=20), Doc("characters to invent: 70% to train on, 10% validation, 20% test")]
     jitter: Annotated[NonNegative, Doc("how differently one character is drawn, as a fraction of the image's width")]
     seed: Annotated[Seed, Doc("of the characters and drawings")]
 

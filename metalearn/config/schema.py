@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, StrictInt
+from pydantic import Field
 from typing_extensions import Doc
 
 from metalearn.config.key_types import (
@@ -19,6 +19,7 @@ from metalearn.config.key_types import (
     Count,
     Device,
     Episodes,
+    Int,
     Momentum,
     NonNegative,
     OnError,
@@ -41,7 +42,7 @@ ENGINES = get_args(Engine)[:-1]
 class TaskConfig(Section):
     """Size of a task, and tasks per meta-step."""
 
-    ways: Annotated[StrictInt, Field(ge=2), Doc("N, classes per task")]
+    ways: Annotated[Int, Field(ge=2), Doc("N, classes per task")]
     shots: Annotated[Count, Doc("support examples per class")]
     queries: Annotated[Count, Doc("query examples per class")]
     meta_batch: Annotated[Count, Doc("T, tasks per meta-step, and tasks at a time in evaluation")]
@@ -120,7 +121,7 @@ class RunConfig(Section):
     threads: Annotated[
         Count | Literal["auto"],
         LATE,
-        Doc("CPU threads; auto: one or all, whichever is faster at the start and at validations"),
+        Doc("CPU threads; auto: one or all, whichever is faster at the start and at validations; in a benchmark: all"),
     ]
     deterministic: Annotated[Bool, Doc("forbid operations that are not reproducible bit by bit")]
     precision: Annotated[

@@ -29,7 +29,7 @@ ERRORS = [
     ("inner.steps=-1", r"inner\.steps=-1: must be a whole number, at least 0"),
     ("inner.steps=many", r"inner\.steps=many: must be a whole number, at least 0"),
     ("inner.steps=1.5", r"inner\.steps=1\.5: must be a whole number"),
-    ("inner.steps=1.0", r"inner\.steps=1\.0: must be a whole number"),
+    ("inner.steps=1.5", r"inner\.steps=1\.5: must be a whole number"),
     ("task=[1]", r"^task=\[1\]: this cannot be composed: Cannot merge"),
     ("~data.name", r"^data\.name is required: choose with data=NAME one of omniglot, glyphs"),
     ("data.name=null", r"^data\.name=null: must be one of omniglot, glyphs"),
@@ -38,8 +38,8 @@ ERRORS = [
     ("inner.steps=null", r"inner\.steps=null: must be a whole number"),
     ("inner.lr=true", r"inner\.lr=true: must be a number"),
     ("inner.engine=nope", r"inner\.engine=nope: must be one of unroll, checkpoint, adjoint"),
-    ("run.threads=null", r"run\.threads=null: must be a whole number, at least 1 or auto \("),
-    ("inner.task_chunk=0", r"inner\.task_chunk=0: must be a whole number, at least 1 or null"),
+    ("run.threads=null", r"run\.threads=null: must be a whole number, at least 1, or auto \("),
+    ("inner.task_chunk=0", r"inner\.task_chunk=0: must be a whole number, at least 1, or null"),
     ("inner.lr=0", r"inner\.lr=0: must be a number above 0"),
     ("inner.lr=nan", r"inner\.lr=nan: must be a number above 0"),
     ("inner.lr=inf", r"inner\.lr=inf: must be a number above 0"),
@@ -68,7 +68,7 @@ ERRORS = [
     ("run.resume=maybe", r"run\.resume=maybe: must be one of false, true, auto"),
     ("run.resume=1", r"run\.resume=1: must be one of false, true, auto"),
     ("run.resume=null", r"run\.resume=null: must be one of false, true, auto"),
-    ("run.checkpoint_every_s=-1", r"run\.checkpoint_every_s=-1: must be a number, at least 0 or null"),
+    ("run.checkpoint_every_s=-1", r"run\.checkpoint_every_s=-1: must be a number, at least 0, or null"),
     ("run.on_nonfinite=ignore", r"run\.on_nonfinite=ignore: must be one of stop, skip"),
     ("run.seed=9223372036854775808", r"run\.seed=9223372036854775808: .* at most 2\^63 - 1"),
     ("run.seed=-1", r"run\.seed=-1: must be a whole number, at least 0"),
@@ -225,3 +225,15 @@ def test_every_job_of_a_sweep_is_expanded() -> None:
             sweep_jobs([override])
     with pytest.raises(ConfigError, match="no viable alternative"):
         sweep_jobs(["inner.steps=["])
+
+
+def test_whole_numbers_may_be_written_as_floats() -> None:
+    config = train_config(
+        "data=glyphs", "data.classes=2e2", "outer.iterations=1e3", "run.seed=5.0", "log.curvature_every=1e1"
+    )
+    numbers = (config.outer.iterations, config.run.seed, config.log.curvature_every)
+    assert (numbers, {type(number) for number in numbers}) == ((1000, 5, 10), {int})
+    with pytest.raises(ConfigError, match=r"outer\.iterations=1000\.5: must be a whole number, at least 1 \("):
+        train_config("outer.iterations=1000.5")
+    with pytest.raises(ConfigError, match=r"inner\.steps=true: must be a whole number"):
+        train_config("inner.steps=true")

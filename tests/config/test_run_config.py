@@ -17,7 +17,10 @@ from tests.paths import REPO
 
 
 def test_saved_configuration_is_loaded_as_it_was(tmp_path: Path) -> None:
-    for overrides in (["data=glyphs", "model=mlp", "model.hidden=[4,4]"], ["inner.task_chunk=3", "run.init_from='1e3'"]):
+    for overrides in (
+        ["data=glyphs", "model=mlp", "model.hidden=[4,4]"],
+        ["inner.task_chunk=3", "run.init_from='1e3'"],
+    ):
         config = train_config(*overrides)
         (tmp_path / "config.yaml").write_text(to_yaml(config))
         assert load_run_config(tmp_path / "config.yaml") == config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
@@ -11,6 +12,7 @@ from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import iter_fields
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
+from metalearn.core.text import plural
 
 OMNIGLOT_IMAGE = (1, 28, 28)
 
@@ -42,7 +44,7 @@ class TaskSpec:
 
 def describe_tasks(ways: int, shots: int, queries: int, tasks: int) -> str:
     """Return, for example, ``5-way 1-shot, 15 queries, 16 tasks``."""
-    return f"{ways}-way {shots}-shot, {queries} quer{'y' if queries == 1 else 'ies'}, {tasks} tasks"
+    return f"{ways}-way {shots}-shot, {plural(queries, 'query', 'queries')}, {plural(tasks, 'task')}"
 
 
 def pivot(cells: Mapping[tuple[str, Any], str], empty: str = "") -> list[list[str]]:
@@ -186,10 +188,14 @@ _PART_OF_SETTING = ("task.", "inner.", "model.")
 
 def check_benchmark(config: BenchmarkConfig) -> None:
     """Raise ``ConfigError`` for an invalid training or setting, and for keys that would be ignored."""
-    validate_train_config(config)
     kind, setting = config.bench.kind, config.bench.setting
     if setting not in SETTINGS_OF[kind]:
-        raise ConfigError(f"bench.setting={setting}: bench.kind={kind} has {', '.join(SETTINGS_OF[kind])}")
+        near = "".join(f" Did you mean {one}?" for one in difflib.get_close_matches(setting, SETTINGS_OF[kind], n=1))
+        raise ConfigError(
+            f"bench.setting={setting}: there is no such setting.{near} The settings of bench.kind={kind} are "
+            f"{', '.join(SETTINGS_OF[kind])}."
+        )
+    validate_train_config(config)
     default = dict(iter_fields(to_dataclass(compose("benchmark"), BenchmarkConfig)))
     changed = {name: value for name, value in iter_fields(config) if value != default.get(name)}
     if unsupported := [f"{name}={value}" for name, value in changed.items() if name in _UNSUPPORTED]:

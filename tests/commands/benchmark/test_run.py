@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,9 +40,12 @@ from metalearn.commands.benchmark.settings import (
     EngineCost,
     MetaStepSpec,
     Sweep,
+    check_benchmark,
 )
-from metalearn.config.commands_schema import BENCH_SETTINGS, BenchmarkConfig
+from metalearn.config.commands_schema import BenchmarkConfig
+from metalearn.config.compose import compose, to_dataclass
 from metalearn.core.errors import ConfigError, RunError
+from metalearn.core.text import plural
 from metalearn.data.splits import ImageSplits
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.baselines.common import PEERS, Baseline, installed_peers
@@ -104,7 +108,7 @@ def test_report_of_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out = capsys.readouterr().out
     assert ">1 is faster" in " ".join(out.split())
     assert setting["other_work"]["others_cores"] >= 0
-    assert f"torch on {torch.get_num_threads()} thread(s); other work took" in out
+    assert f"torch on {plural(torch.get_num_threads(), 'thread')}; other work took" in out
     assert "Where the time of a second-order meta-step goes" in out
     assert plot_names(tmp_path) == ["speed.png"]
 
@@ -291,9 +295,16 @@ def test_setting_with_other_images_than_omniglots_is_timed(tmp_path: Path, monke
     assert run_and_load(tmp_path)["settings"]["colour"]["image"] == [3, 8, 8]
 
 
-def test_setting_names_equal_those_of_the_schema() -> None:
-    assert {name for names in SETTINGS_OF.values() for name in names} == set(BENCH_SETTINGS)
-    assert len(BENCH_SETTINGS) == len(set(BENCH_SETTINGS))
+@pytest.mark.parametrize(("kind", "setting", "near"), [("peers", "nope", ""), ("engines", "5way_1shots", "5way_1shot")])
+def test_unknown_setting_lists_those_of_the_kind(kind: str, setting: str, near: str) -> None:
+    config = to_dataclass(compose("benchmark", [f"bench.kind={kind}", f"bench.setting={setting}"]), BenchmarkConfig)
+    meant = f" Did you mean {near}?" if near else ""
+    known = ", ".join(SETTINGS_OF[kind])
+    message = (
+        f"bench.setting={setting}: there is no such setting.{meant} The settings of bench.kind={kind} are {known}."
+    )
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_benchmark(config)
 
 
 @pytest.mark.parametrize(
