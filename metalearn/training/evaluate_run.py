@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from metalearn.config.schema import TaskConfig, TrainConfig
 from metalearn.core import serialization as files
 from metalearn.core.profiling.hardware import checkout_commit, describe_hardware
 from metalearn.core.profiling.memory import MIB
+from metalearn.core.text import plural
 from metalearn.core.types import Params
 from metalearn.training.checkpoints import load_best
-from metalearn.training.evaluation import ACCURACY, MSE, Evaluation, Metric, evaluate
+from metalearn.training.evaluation import ACCURACY, MSE, Evaluation, MeanCI, Metric, evaluate
 from metalearn.training.experiment import Experiment, build_experiment
 from metalearn.training.runtime.distributed import DistributedContext
 from metalearn.training.tracking.console import print_path, print_summary, progress_bar
@@ -136,6 +137,12 @@ def hparams_metrics(metrics: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def format_test(metrics: Mapping[str, Any]) -> str:
+    """Return the test score in ``metrics.json`` with its interval, as ``accuracy 97.31% ± 0.42%``."""
+    metric = ACCURACY if metrics["score"] == ACCURACY.name else MSE
+    return f"{metric.name} {MeanCI(metrics[f'test.{metric.name}'], metrics['test.ci95']).format(metric)}"
+
+
 def write_metrics(metrics: dict[str, Any], result: Evaluation, run_dir: Path) -> Path:
     """Write ``test_tasks.json``, the score of every task, then ``metrics.json``, flat with dotted names."""
     name, nontransductive = result.metric.name, result.nontransductive_scores
@@ -168,7 +175,8 @@ def accuracy_rows(experiment: Experiment, result: Evaluation) -> dict[str, str]:
         "task": f"{experiment.dataset}, {_describe_task(config.task, metric)}"
         + (", rotated test classes" if _rotates_test(config) else ""),
         "algorithm": f"{config.algorithm.label}{_describe_engine(experiment)}{precision}{backend}",
-        f"test {metric.name}": f"{result.final.format(metric)} (95% CI, {result.episodes} tasks, {last} inner steps)",
+        f"test {metric.name}": f"{result.final.format(metric)} "
+        f"(95% CI, {result.episodes} tasks, {plural(last, 'inner step')})",
         "after each inner step": steps,
     }
     if result.nontransductive:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
 from metalearn.commands.benchmark.machine import describe_in_a_line, describe_machine, other_work
@@ -25,7 +24,7 @@ from metalearn.commands.benchmark.settings import EngineBenchmark, EngineCost, p
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import NonFiniteError, RunError
-from metalearn.core.profiling.hardware import configure_malloc
+from metalearn.core.profiling.hardware import configure_malloc, set_num_threads
 from metalearn.training.experiment import resolve_device
 from metalearn.training.tracking.console import print_line, print_path, print_table
 from metalearn.training.tracking.plot_style import (
@@ -52,7 +51,7 @@ class Report:
     def __init__(self, config: BenchmarkConfig, output_dir: Path, key: str, **content: Any) -> None:
         self.keeps_memory = configure_malloc()
         if config.run.threads != "auto":
-            torch.set_num_threads(config.run.threads)
+            set_num_threads(config.run.threads)
         self.device = resolve_device(config.run.device)
         self.path, self.settings = output_dir / "benchmark.json", dict[str, Any]()
         self.content = {

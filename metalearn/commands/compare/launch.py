@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import signal
 from collections.abc import Sequence
@@ -19,7 +18,8 @@ from rich.progress import Progress
 
 from metalearn.commands.compare.variants import Job, format_override
 from metalearn.commands.processes import METALEARN, ProcessPool
-from metalearn.training.evaluation import MeanCI
+from metalearn.core.profiling.hardware import num_cores
+from metalearn.training.evaluate_run import format_test
 from metalearn.training.experiment import resolve_device
 
 log = logging.getLogger(__name__)
@@ -40,18 +40,13 @@ def runs_at_a_time(jobs: Sequence[Job], requested: int | None) -> int:
     """Return the number requested; by default one per core, but one on a GPU, whose memory and time are measured."""
     if requested is None:
         on_gpu = any(resolve_device(job.config.run.device).type == "cuda" for job in jobs)
-        requested = 1 if on_gpu else _num_cores()
+        requested = 1 if on_gpu else num_cores()
     return max(1, min(requested, len(jobs)))
-
-
-def _num_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def launch(jobs: Sequence[Job], *, at_a_time: int, progress: Progress) -> dict[Path, str]:
     """Train on this machine, some runs at a time; return why runs failed, by their folder."""
-    threads = max(1, _num_cores() // at_a_time)
+    threads = max(1, num_cores() // at_a_time)
     bar = progress.add_task("meta-training", total=sum(job.config.outer.iterations for job in jobs), note="")
     steps = dict.fromkeys([job.folder for job in jobs], 0)
     notes = dict.fromkeys(steps, "training")
@@ -120,10 +115,8 @@ def sweep(jobs: Sequence[Job], launcher: Sequence[str], folder: Path) -> list[st
 
 
 def describe_finished(folder: Path) -> str:
-    """Return that a run is finished, with its test accuracy."""
-    metrics = json.loads((folder / "metrics.json").read_text())
-    mean, ci95 = metrics.get("test.accuracy"), metrics.get("test.ci95")
-    return "finished" if mean is None or ci95 is None else f"finished, test accuracy {MeanCI(mean, ci95)}"
+    """Return that a run is finished, with its test score."""
+    return f"finished, test {format_test(json.loads((folder / 'metrics.json').read_text()))}"
 
 
 def failure_reason(status: int, output: str, folder: Path) -> str | None:

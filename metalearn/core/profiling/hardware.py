@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import platform
 import shutil
@@ -13,6 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from metalearn.core.text import plural
+
+log = logging.getLogger(__name__)
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of <malloc.h>
 _LARGEST_INT = 2**31 - 1
@@ -65,6 +70,21 @@ def avoid_triton_without_compiler() -> None:
     except ImportError:  # before torch 2.13 there was nothing to fall back from
         return
     deregister_op_overrides(disable_dsl_names="triton")
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_num_threads(threads: int) -> None:
+    """Set torch's number of CPU threads as ``run.threads`` says; warn if there are fewer cores."""
+    if threads > (cores := num_cores()):
+        log.warning(
+            "run.threads=%d: this process may use %s, and more threads wait for each other; take %d or auto.",
+            *(threads, plural(cores, "core"), cores),
+        )
+    torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -13,6 +13,9 @@ from typing import Literal
 
 import torch
 
+from metalearn.core.profiling.hardware import set_num_threads
+from metalearn.core.text import plural
+
 log = logging.getLogger(__name__)
 
 _ADVANTAGE = 1.2
@@ -48,14 +51,14 @@ class ThreadTuner:
         most, on_cpu = torch.get_num_threads(), device.type == "cpu"
         tuner = cls((1, most) if setting == "auto" and on_cpu and most > 1 and not deterministic else ())
         if setting != "auto":
-            torch.set_num_threads(setting)
+            set_num_threads(setting)
         elif resumed in tuner.choices:
             torch.set_num_threads(resumed)
         if on_cpu and resumed not in (None, torch.get_num_threads()):
             log.warning(
-                "The checkpoint was written with %s CPU threads, and there are %d now: sums are rounded differently, "
-                "and the run does not end with the same bits (run.threads=%s keeps the number)",
-                *(resumed, torch.get_num_threads(), resumed),
+                "The checkpoint was written with %s, and now it is %s: sums are rounded differently, and the run does "
+                "not end with the same bits (run.threads=%s keeps the number)",
+                *(plural(resumed or 0, "CPU thread"), plural(torch.get_num_threads(), "thread"), resumed),
             )
         return tuner
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from metalearn.core.profiling import hardware
 from metalearn.training.runtime.threads import ThreadTuner
 from tests.faults.runs import metrics_without_times
 from tests.training.run_folders import AT_VALIDATIONS, run, run_interrupted
@@ -117,4 +118,16 @@ def test_another_number_than_the_checkpoints_is_told(caplog: pytest.LogCaptureFi
     assert not caplog.messages
     torch.set_num_threads(2)
     ThreadTuner.create("auto", CPU, deterministic=False, resumed=8)
-    assert caplog.messages[0].startswith("The checkpoint was written with 8 CPU threads, and there are 2 now")
+    assert caplog.messages[0].startswith("The checkpoint was written with 8 CPU threads, and now it is 2 threads")
+
+
+def test_more_threads_than_cores_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hardware, "num_cores", lambda: 2)
+    ThreadTuner.create(2, CPU, deterministic=False)
+    assert not caplog.messages
+    ThreadTuner.create(3, CPU, deterministic=False)
+    assert caplog.messages == [
+        "run.threads=3: this process may use 2 cores, and more threads wait for each other; take 2 or auto."
+    ]
