@@ -25,10 +25,12 @@ from torch import Tensor
 
 from metalearn.core.errors import DataError
 from metalearn.core.short_repr import short_repr
+from metalearn.core.text import plural
 from metalearn.data.cache import load_or_build
 from metalearn.data.image_folder import (
     MAX_LISTED,
     ImageClass,
+    check_classes_hold_images,
     check_split_sizes,
     list_classes,
     list_images,
@@ -53,11 +55,11 @@ class UnreadableImagesError(DataError):
 class FolderImages(NamedTuple):
     """A folder of images ``[examples, channels, size, size]`` uint8.
 
-    ``labels`` ``[examples]`` are positions in ``classes``, sorted names; without classes they are ``None`` and empty.
+    ``labels`` are the class of each image, and ``classes`` their sorted names; without classes ``None`` and empty.
     """
 
     images: Tensor
-    labels: Tensor | None
+    labels: list[str] | None
     classes: list[str]
     paths: list[Path]
 
@@ -114,8 +116,8 @@ def load_image_splits(
     check_split_sizes(_sizes(splits), root, ways=ways, needed=needed)
     if overlapping := overlapping_classes(splits):
         log.warning(
-            "%s: %d classes are in more than one split, so that tests are not of new classes: %s.",
-            *(root, len(overlapping), preview_names(overlapping)),
+            "%s: %s in more than one split, so that tests are not of new classes: %s.",
+            *(root, plural(len(overlapping), "class is", "classes are"), preview_names(overlapping)),
         )
     # Sorted by path, which no setting of the split changes, so that one cache serves all splits.
     paths = sorted(path for classes in splits.values() for one in classes for path in one.files)
@@ -152,6 +154,7 @@ def read_folder(
     try:
         flat = list_images(folder) if may_be_flat else None
         classes = [] if flat else list_classes(folder)
+        check_classes_hold_images(folder, classes)
     except OSError as error:
         raise DataError(f"{folder}: this folder cannot be looked into ({error})") from error
     paths = flat or [file for one in classes for file in one.files]
@@ -163,7 +166,7 @@ def read_folder(
     if without or not rows:
         what = f"no readable image in {preview_names(without)}" if without else "no readable image"
         raise DataError(f"{folder} holds {what}. Add images, or remove such classes.")
-    readable_labels = torch.tensor([labels[i] for i in rows]) if classes else None
+    readable_labels = [classes[labels[i]].name for i in rows] if classes else None
     return FolderImages(images, readable_labels, [one.name for one in classes], [paths[i] for i in rows])
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from metalearn.core.errors import DataError
+from metalearn.core.text import plural
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Extensions of images, in upper case too: torchvision's list."""
@@ -73,11 +74,30 @@ def list_classes(folder: Path) -> list[ImageClass]:
         )
     classes = [ImageClass(name, _images_below(folder / name, {_identity(folder)})) for name in names]
     if not any(one.files for one in classes):
-        found = f"{len(loose)} images but no folders of classes" if loose else "no images"
+        found = f"{plural(len(loose), 'image')} but no folders of classes" if loose else "no images"
         raise DataError(
             f"{folder} holds {found}. It must hold one folder a class, with images in it ({', '.join(EXTENSIONS)})."
         )
     return classes
+
+
+def check_classes_hold_images(folder: Path, classes: Sequence[ImageClass]) -> None:
+    """Check that the folders of a support or query set are classes, and not folders of classes.
+
+    A class may hold its images in a folder of their own, as ``CLASS/images/``.
+
+    Raises:
+        DataError: if every folder holds nothing but folders, and one of them several.
+    """
+    inside = {one.name: {file.relative_to(folder / one.name).parts[:-1] for file in one.files} for one in classes}
+    if () in {place for places in inside.values() for place in places}:
+        return
+    for name, places in inside.items():
+        if len(below := sorted({place[0] for place in places})) > 1:
+            raise DataError(
+                f"{folder} holds folders of folders ({name} holds {preview_names(below)}), and none with images right "
+                f"in it. Name the folder whose sub-folders are the classes, as {folder / name}."
+            )
 
 
 def list_images(folder: Path) -> list[Path] | None:
@@ -98,14 +118,14 @@ def check_split_sizes(
         if len(classes) < ways:
             names = f" ({preview_names([name for name, _ in classes])})" if classes else ""
             errors.append(
-                f"data.root={root}: {split} has {len(classes)} classes{names}, and a task takes task.ways={ways}; "
-                "lower task.ways, add classes, or choose data.fractions that give it more"
+                f"data.root={root}: {split} has {plural(len(classes), 'class', 'classes')}{names}, and a task "
+                f"takes task.ways={ways}; lower task.ways, add classes, or choose data.fractions that give it more"
             )
         if small := [f"{name}: {count}" for name, count in classes if count < needed[split]]:
             errors.append(
-                f"data.root={root}: of the classes for {split}, {len(small)} have fewer than {needed[split]} images, "
-                f"which a task takes of each class as shots and queries: {preview_names(small)}. Add images, remove "
-                f"the class, or lower task.shots or {'task' if split == 'train' else 'eval'}.queries"
+                f"data.root={root}: a task takes {needed[split]} images of each class for {split}, as shots and "
+                f"queries, and {plural(len(small), 'class has', 'classes have')} fewer: {preview_names(small)}. Add "
+                f"images, remove such classes, or lower task.shots or {'task' if split == 'train' else 'eval'}.queries"
             )
     if errors:
         raise DataError("\n".join(errors))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -131,8 +132,8 @@ class Learner:
             unreadable: former name of ``on_unreadable``.
 
         Returns:
-            ``images`` for ``adapt`` and ``predict``, ``labels`` (positions in ``classes``; ``None`` for a flat folder),
-            ``classes`` and ``paths``.
+            ``images`` and ``labels`` for ``adapt`` (the class of each image, which is the name of its folder; ``None``
+            for a flat folder), the sorted ``classes``, and the ``paths`` of the images.
 
         Raises:
             DataError: if an image cannot be read, or there is none.
@@ -266,7 +267,7 @@ class Learner:
             overwrite: whether it may replace a file.
 
         Raises:
-            RunError: if the file exists and ``overwrite`` is false.
+            RunError: if the file exists and ``overwrite`` is false, or the card holds values that JSON has not.
         """
         target = Path(path).expanduser()
         files.check_new_file(target, "model.safetensors", overwrite=overwrite)
@@ -276,6 +277,12 @@ class Learner:
     def to_bytes(self, card: Mapping[str, Any] | None = None) -> bytes:
         """Return the content of the file that ``export`` writes."""
         about = self.card if card is None else card
+        try:
+            json.dumps(about)
+        except (TypeError, ValueError) as error:
+            raise RunError(
+                f"card={about!r}: this cannot be written as JSON ({error}); give text, numbers and lists."
+            ) from None
         record = ModelRecord(to_yaml(without_paths(self.config)), self.iteration, self.validation_score, about)
         return model_bytes(self.theta, record)
 

@@ -26,6 +26,7 @@ PRETRAINED = Path(__file__).parent
 
 _FORMAT = "metalearn-model-1"
 _DIGEST = "sha256"
+_MAX_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,21 @@ def find_run(run: str | Path) -> Path:
     if str(run) in shipped:
         return PRETRAINED / f"{run}.safetensors"
     if path.exists():
-        raise RunError(f"{run}: not a run's folder, as it holds no config.yaml; name one that training has made.")
+        raise RunError(f"{run}: not a run's folder, as it holds no config.yaml; {_runs_below(path)}")
     near = "".join(f" Did you mean {name}?" for name in difflib.get_close_matches(Path(run).name, shipped, n=1))
     raise RunError(
         f"{run}: there is no such folder of a run, and no such model.{near} Name a folder that training has made, a "
         f"file of Learner.export, or a shipped model ({', '.join(shipped) or 'none here'})."
     )
+
+
+def _runs_below(folder: Path) -> str:
+    """Return which runs lie in a folder, the latest first, for the message that it is none."""
+    found = [file for depth in ("*", "*/*") for file in folder.glob(f"{depth}/config.yaml")]
+    latest = sorted(found, key=lambda file: file.stat().st_mtime, reverse=True)[:_MAX_LISTED]
+    if not latest:
+        return "name one that training has made."
+    return "\n".join(["name one of those in it, the latest first:", *(f"  {file.parent}" for file in latest)])
 
 
 def read_record(path: Path) -> ModelRecord:

@@ -31,7 +31,7 @@ from metalearn.inference.inversion import border_brightness
 from tests.commands.process import command
 from tests.training.run_folders import SINUSOID, untrained
 
-GREEN, VERMILION, GREY = (0, 158, 115), (213, 94, 0), (119, 119, 119)
+GREEN, VERMILION, GREY, BLUE = (0, 158, 115), (213, 94, 0), (119, 119, 119), (0, 114, 178)
 DRAWINGS = 255 - make_glyphs(classes=7, drawings=4, seed=9)[:, :, 0]  # dark ink on light paper
 NAMES = ["=cmd()", "[b]", "c c", "d", "é", "f", "g"]
 
@@ -92,7 +92,7 @@ def test_command_adapts_and_predicts_a_users_folder(run: Path, folders: Path) ->
     support = read_folder(folders / "support", size=28, channels=1)
     query = read_folder(folders / "query", size=28, channels=1)
     assert support.labels is not None
-    learner.adapt(255 - support.images, [support.classes[i] for i in support.labels])
+    learner.adapt(255 - support.images, support.labels)
     probabilities = learner.predict_proba(255 - query.images)
     written = rows(out)
     columns = [f"p({name})" for name in sorted(NAMES[:5])]
@@ -164,7 +164,7 @@ def test_images_are_inverted_when_borders_are_light(
 def test_warning_names_images_with_other_borders(run: Path, folders: Path, caplog: pytest.LogCaptureFixture) -> None:
     Image.fromarray(np.zeros((30, 30), np.uint8)).save(folders / "support" / "d" / "dark.png")
     adapt(run, folders)
-    assert "1 of 10 images have dark borders, unlike the others; all are treated the same (invert=true)" in caplog.text
+    assert "1 image of 10 with dark borders, unlike the others; all are treated the same (invert=true)" in caplog.text
 
 
 def test_border_brightness_of_glyphs_is_dark() -> None:
@@ -225,7 +225,7 @@ def test_adapt_raises_when_query_class_is_not_in_weights(run: Path, folders: Pat
         (["support=null", "weights=mine", "query=null"], r"weights=mine without query: there is nothing to do"),
         (["save=/"], r"save=/: this exists, and is not overwritten"),
         (["invert=maybe"], r"invert=maybe: must be one of false, true, auto"),
-        (["steps=-1"], r"steps=-1: must be a whole number, at least 0 or null"),
+        (["steps=-1"], r"steps=-1: must be a whole number, at least 0, or null"),
         (["on_unreadable=stopp"], r"on_unreadable=stopp: must be one of stop, skip"),
         (["run.dir=typo"], r"run\.dir=typo: there is no such folder of a run, and no such model"),
         (["run.device=gpu"], r"run\.device=gpu: must be auto, cpu, cuda or cuda:N"),
@@ -291,6 +291,36 @@ def test_csv_escapes_formulas(tmp_path: Path) -> None:
     assert [row[0] for row in found[1:]] == ["'=1+1", "'+1", "'-1", "'@x", "'\tx", "a,b\n=c", 'q"', "safe"]
     assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) for row in found for cell in row)
     assert found[1][1:4] == ["'=a", "1.000000", "'=a"]
+
+
+def test_picture_shows_what_was_learned_from(tmp_path: Path) -> None:
+    learned = torch.full((20, 1, 8, 8), 55, dtype=torch.uint8), ["a"] * 20
+    write_picture(predictions(3), torch.zeros(3, 1, 8, 8, dtype=torch.uint8), tmp_path / "p.png", learned_from=learned)
+    drawn = count(tmp_path / "p.png", (55, 55, 55)) // (78 * 78)
+    assert drawn == 16, "two rows of eight, inside of their frames"
+    picture = np.asarray(Image.open(tmp_path / "p.png"))
+    assert (picture[:250] == np.array(BLUE)).all(axis=-1).any(), "framed above the predictions"
+    assert not (picture[:250] == np.array(GREEN)).all(axis=-1).any()
+
+
+def test_folder_of_folders_of_classes_is_refused(run: Path, folders: Path) -> None:
+    with pytest.raises(DataError, match=r"holds folders of folders \(query holds .*Name the folder .*/query\."):
+        adapt(run, folders.parent, f"support='{folders}'")
+    learner = metalearn.load(run, "cpu")
+    with pytest.raises(DataError, match="holds folders of folders"):
+        learner.read(folders)
+    for name in NAMES[:5]:  # CLASS/images/1.png is one class
+        (folders / "support" / name).rename(folders / "moved")
+        (folders / "support" / name).mkdir()
+        (folders / "moved").rename(folders / "support" / name / "images")
+    assert learner.read(folders / "support").classes == sorted(NAMES[:5])
+
+
+def test_labels_of_a_folder_are_predicted(run: Path, folders: Path) -> None:
+    learner = metalearn.load(run, "cpu")
+    images, labels, classes, _ = learner.read(folders / "support")
+    assert labels is not None
+    assert set(learner.adapt(images, labels).predict(images)) <= set(classes) == set(NAMES[:5])
 
 
 @pytest.mark.parametrize(("images", "drawn"), [(3, 3), (64, 64), (200, 64)])

@@ -52,7 +52,7 @@ def test_split_folders_are_used(validation: str, tmp_path: Path, caplog: Any) ->
         "test": ["a", "d"],
     }
     load_image_splits(tmp_path / "root", size=8)
-    assert "1 classes are in more than one split, so that tests are not of new classes: a." in caplog.text
+    assert "1 class is in more than one split, so that tests are not of new classes: a." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_cyclic_links_are_followed_once(tmp_path: Path) -> None:
         (lambda root: None, "there is no such folder"),
         (lambda root: root.mkdir(), "holds no images. It must hold one folder a class"),
         (lambda root: (root / "a").mkdir(parents=True), "holds no images"),
-        (lambda root: save_image(root / "x.png"), "holds 1 images but no folders of classes"),
+        (lambda root: save_image(root / "x.png"), "holds 1 image but no folders of classes"),
         (
             lambda root: (save_image(root / "x.png"), save_image(root / "a" / "x.png")),
             r"images \(x\.png\), which belong to no class",
@@ -122,7 +122,7 @@ def test_too_few_classes_or_images_raise_before_decoding(tmp_path: Path, monkeyp
     root = make_classes(tmp_path / "root", {f"c{i}": 4 for i in range(9)} | {"c9": 3})
     where = next(split for split, classes in list_splits(root).items() if "c9" in [one.name for one in classes])
     needed = dict.fromkeys(("train", "validation", "test"), 4)
-    with pytest.raises(DataError, match=rf"for {where}, 1 have fewer than 4 images, .*shots and queries: c9: 3\."):
+    with pytest.raises(DataError, match=rf"4 images of each class for {where}, .*, and 1 class has fewer: c9: 3\."):
         load_image_splits(root, size=8, needed=needed)
     with pytest.raises(DataError, match=r"validation has 2 classes \(c\d, c\d\), and a task takes task\.ways=3"):
         load_image_splits(root, size=8, ways=3)
@@ -134,5 +134,5 @@ def test_class_too_small_after_skipping_raises(tmp_path: Path) -> None:
     root = make_classes(tmp_path / "root", {f"c{i}": 2 for i in range(5)})
     (root / "c0" / "000.png").write_text("no image")
     needed = dict.fromkeys(("train", "validation", "test"), 2)
-    with pytest.raises(DataError, match=r"1 have fewer than 2 images, .*: c0: 1"):
+    with pytest.raises(DataError, match=r"takes 2 images .* 1 class has fewer: c0: 1"):
         load_image_splits(root, size=8, needed=needed, on_unreadable="skip")

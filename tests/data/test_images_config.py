@@ -38,8 +38,8 @@ def test_build_samplers_from_folder(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("task.ways=3", r"validation has 2 classes .*task\.ways=3(?s:.*)test has 2 classes"),
-        ("task.queries=3", r"of the classes for train, \d have fewer than 4 images"),
-        ("eval.queries=4", r"of the classes for test, \d have fewer than 5 images.*eval\.queries"),
+        ("task.queries=3", r"takes 4 images of each class for train, .* fewer"),
+        ("eval.queries=4", r"takes 5 images of each class for test, .* fewer.*eval\.queries"),
         ("data.fractions=[0.5,0.5]", r"data\.fractions=\[0\.5, 0\.5\]: must be 3 numbers above 0"),
         ("data.fractions=[0.5,0.4,0.2]", "must be three shares that add up to 1"),
         ("data.fractions=[1.5,0.4,0.2]", r"data\.fractions=\[1\.5, 0\.4, 0\.2\]: must be 3 numbers"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -56,6 +58,11 @@ def test_card_is_of_the_test_unless_it_is_given(run: Path, runs: dict[str, Path]
     path = learner.export(tmp_path / "model.safetensors")
     assert metalearn.load(path, "cpu").card == learner.card
     assert learner.export(path, card={"licence": "MIT"}, overwrite=True) == path
+    with pytest.raises(
+        RunError, match=r"card=.*torch\.float32.*: this cannot be written as JSON \(.*dtype.*\); give text"
+    ):
+        learner.export(tmp_path / "other.safetensors", card={"dtype": torch.float32})
+    assert not (tmp_path / "other.safetensors").exists()
     assert metalearn.load(path, "cpu").card == {"licence": "MIT"}
 
 
@@ -207,3 +214,16 @@ def test_training_begins_with_a_shipped_model(shipped: str, run: Path, tmp_path:
     )
     assert relative_error(first.params, second.params) == 0
     assert resolve_data(train_config(*SMALL, f"run.init_from={shipped}")).run.init_from == shipped
+
+
+def test_runs_in_a_folder_that_is_none_are_listed(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"holds no config\.yaml; name one that training has made\."):
+        find_run(tmp_path)
+    for age, name in enumerate(("new", "old")):
+        config = tmp_path / "glyphs-5w1s" / name / "config.yaml"
+        config.parent.mkdir(parents=True)
+        config.touch()
+        os.utime(config, (1000 - age, 1000 - age))
+    listed = f"name one of those in it, the latest first:\n  {tmp_path}/glyphs-5w1s/new\n  {tmp_path}/glyphs-5w1s/old"
+    with pytest.raises(RunError, match=f"{re.escape(listed)}$"):
+        find_run(tmp_path)

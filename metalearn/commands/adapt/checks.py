@@ -9,7 +9,7 @@ from metalearn.commands.output_folders import run_dir_errors
 from metalearn.config.commands_schema import AdaptConfig
 from metalearn.config.run_config import load_trusted_config
 from metalearn.core.errors import ConfigError, DataError
-from metalearn.data.image_folder import list_classes, list_images, preview_names
+from metalearn.data.image_folder import check_classes_hold_images, list_classes, list_images, preview_names
 
 
 def check_adapt(config: AdaptConfig) -> None:
@@ -76,6 +76,7 @@ def _key_errors(config: AdaptConfig) -> list[str]:
 
 def _class_names(folder: Path) -> list[str]:
     classes = list_classes(folder)
+    check_classes_hold_images(folder, classes)
     if empty := [one.name for one in classes if not one.files]:
         raise DataError(f"{folder} holds no image in {preview_names(empty)}. Add images there, or remove such classes.")
     return [one.name for one in classes]

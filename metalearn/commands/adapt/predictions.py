@@ -15,43 +15,93 @@ from rich.markup import escape
 from torch import Tensor
 
 from metalearn.core import serialization as files
+from metalearn.core.text import plural
 from metalearn.training.tracking.console import print_table
 
 _CELL, _GAP, _TEXT, _TOP = 84, 10, 18, 26  # pixels
+_SUPPORT = (0, 114, 178)
 _CORRECT, _WRONG, _UNKNOWN = (0, 158, 115), (213, 94, 0), (119, 119, 119)  # as in training's pictures of tasks
 _MAX_IMAGES = 64
 _COLUMNS = 8
 
 
-def write_picture(predictions: Predictions, images: Tensor, path: Path) -> None:
-    """Write at most 64 of the images ``[Q, 1 or 3, height, width]``, evenly spread over all of them, as a PNG file.
+def write_picture(
+    predictions: Predictions,
+    images: Tensor,
+    path: Path,
+    *,
+    learned_from: tuple[Tensor, Sequence[str]] | None = None,
+) -> None:
+    """Write the support images, and below them the predicted ones, as a PNG file.
 
     A frame is green if the prediction is correct, vermilion if it is wrong, and grey if that is unknown.
-    """
-    count = len(images)
-    chosen = list(range(count)) if count <= _MAX_IMAGES else [i * count // _MAX_IMAGES for i in range(_MAX_IMAGES)]
-    columns = min(len(chosen), _COLUMNS)
-    width, height = _CELL + _GAP, _CELL + _TEXT + _GAP
-    size = max(columns * width + _GAP, 330), _TOP + math.ceil(len(chosen) / columns) * height
-    sheet = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
-    correct, predicted = predictions.correct, predictions.predicted
 
-    title = f"{count} images" if len(chosen) == count else f"{len(chosen)} of {count} images"
+    Args:
+        predictions: of the images.
+        images: predicted ``[Q, 1 or 3, height, width]``; at most 64 are drawn, evenly spread over all of them.
+        path: of the file.
+        learned_from: support images and the class of each; as many are drawn as fit into two rows.
+    """
+    correct, predicted, count = predictions.correct, predictions.predicted, len(images)
+    grids = []
+    if learned_from is not None:
+        support, labels = learned_from
+        chosen = _spread(len(support), 2 * _COLUMNS)
+        title = f"adapted to {_how_many(chosen, len(support))}"
+        grids.append(_Grid(title, support[chosen], [(printable_name(labels[i]), _SUPPORT) for i in chosen]))
+    chosen = _spread(count, _MAX_IMAGES)
+    title = f"predicted {_how_many(chosen, count)}"
     if correct is not None:
-        title += f"; {sum(correct)} of all {count} predicted correctly (green)"
-    draw.text((_GAP, 6), title, fill="black", font=font)
-    for position, i in enumerate(chosen):
-        left, top = _GAP + position % columns * width, _TOP + position // columns * height
-        pixels = images[i].cpu().expand(3, -1, -1).permute(1, 2, 0).numpy()
-        sheet.paste(Image.fromarray(pixels).resize((_CELL, _CELL), Image.Resampling.NEAREST), (left, top))
-        colour = _UNKNOWN if correct is None else _CORRECT if correct[i] else _WRONG
-        draw.rectangle((left, top, left + _CELL - 1, top + _CELL - 1), outline=colour, width=3)
-        label = _truncate(predictions.classes[predicted[i]], draw, font)
-        draw.text((left, top + _CELL + 2), label, fill=colour, font=font)
+        title += f"; {sum(correct)} of all {count} correctly (green)"
+    colours = [_UNKNOWN if correct is None else _CORRECT if correct[i] else _WRONG for i in chosen]
+    names = [predictions.classes[predicted[i]] for i in chosen]
+    grids.append(_Grid(title, images[chosen], list(zip(names, colours, strict=True))))
+
+    columns = min(max(len(grid.cells) for grid in grids), _COLUMNS)
+    width = max(columns * (_CELL + _GAP) + _GAP, 330)
+    sheet = Image.new("RGB", (width, sum(grid.height(columns) for grid in grids)), "white")
+    top = 0
+    for grid in grids:
+        grid.draw(sheet, top, columns)
+        top += grid.height(columns)
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
     files.atomic_write_bytes(path, buffer.getvalue())
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Return the positions of at most so many of ``count`` images, evenly spread."""
+    return list(range(count)) if count <= most else [i * count // most for i in range(most)]
+
+
+def _how_many(chosen: Sequence[int], count: int) -> str:
+    images = plural(count, "image")
+    return images if len(chosen) == count else f"{images} ({len(chosen)} are shown)"
+
+
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """Images ``[cells, channels, height, width]`` in rows below a title, each with its text and colour."""
+
+    title: str
+    images: Tensor
+    cells: Sequence[tuple[str, tuple[int, int, int]]]
+
+    def height(self, columns: int) -> int:
+        """Return the height in pixels."""
+        return _TOP + math.ceil(len(self.cells) / columns) * (_CELL + _TEXT + _GAP)
+
+    def draw(self, sheet: Image.Image, top: int, columns: int) -> None:
+        """Draw title and images from ``top`` on."""
+        draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+        draw.text((_GAP, top + 6), self.title, fill="black", font=font)
+        for position, (image, (text, colour)) in enumerate(zip(self.images, self.cells, strict=True)):
+            row, column = divmod(position, columns)
+            x, y = _GAP + column * (_CELL + _GAP), top + _TOP + row * (_CELL + _TEXT + _GAP)
+            pixels = image.cpu().expand(3, -1, -1).permute(1, 2, 0).numpy()
+            sheet.paste(Image.fromarray(pixels).resize((_CELL, _CELL), Image.Resampling.NEAREST), (x, y))
+            draw.rectangle((x, y, x + _CELL - 1, y + _CELL - 1), outline=colour, width=3)
+            draw.text((x, y + _CELL + 2), _truncate(text, draw, font), fill=colour, font=font)
 
 
 def _truncate(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

@@ -17,6 +17,7 @@ from metalearn.commands.adapt.predictions import (
     write_picture,
 )
 from metalearn.config.commands_schema import AdaptConfig
+from metalearn.core.text import plural
 from metalearn.data.image_decoding import FolderImages
 from metalearn.inference.inversion import apply_inversion, should_invert
 from metalearn.inference.learner import Learner
@@ -46,9 +47,9 @@ def run_adapt(config: AdaptConfig, output_dir: Path) -> None:
 
     # Adapt, or load weights that were adapted before.
     if support is not None:
+        support = support._replace(images=apply_inversion(support.images, inverted))
         assert support.labels is not None, "support is a folder of classes"
-        labels = [support.classes[label] for label in support.labels.tolist()]
-        learner.adapt(apply_inversion(support.images, inverted), labels, steps=config.steps)
+        learner.adapt(support.images, support.labels, steps=config.steps)
     else:
         learner.restore(str(config.weights))
     if support is not None or config.save is not None:
@@ -56,10 +57,11 @@ def run_adapt(config: AdaptConfig, output_dir: Path) -> None:
         print_path("Adapted weights", path)
 
     # Predict, and report.
+    print_path("Run", learner.run_dir)
     facts = {
-        "run": f"{escape(str(learner.run_dir))} ({learner.algorithm.name}, meta-step {learner.iteration})",
+        "checkpoint": f"{learner.algorithm.name}, meta-step {learner.iteration}",
         "adapted to": f"{len(learner.classes_)} classes, "
-        + (f"{len(support.images)} images" if support else f"from {escape(str(config.weights))}"),
+        + (plural(len(support.images), "image") if support else f"from {escape(str(config.weights))}"),
         "inner steps": str(learner.steps_),
         "images": f"{'x'.join(map(str, learner.example_shape))}, {'inverted' if inverted else 'not inverted'}",
     }
@@ -67,10 +69,13 @@ def run_adapt(config: AdaptConfig, output_dir: Path) -> None:
         images = apply_inversion(query.images, inverted)
         predictions = _predict(learner, query, images, str(config.query))
         write_csv(predictions, output_dir / TABLE)
-        write_picture(predictions, images, output_dir / PICTURE)
+        learned = (support.images, support.labels) if support and support.labels else None
+        write_picture(predictions, images, output_dir / PICTURE, learned_from=learned)
         print_predictions(predictions)
         correct = predictions.correct
-        facts["accuracy" if correct else "predicted"] = format_accuracy(correct) if correct else f"{len(images)} images"
+        facts["accuracy" if correct else "predicted"] = (
+            format_accuracy(correct) if correct else plural(len(images), "image")
+        )
     print_summary("Adapted", facts)
     print_path("Written to", output_dir)
 
@@ -91,7 +96,7 @@ def _predict(learner: Learner, query: FolderImages, images: Tensor, folder: str)
         probabilities = learner.predict_proba(images, progress=lambda done: progress.update(bar, completed=done))
     truth = None
     if query.labels is not None:
-        truth = [classes.index(query.classes[label]) for label in query.labels.tolist()]
+        truth = [classes.index(label) for label in query.labels]
     root = Path(folder).expanduser()
     names = [printable_name(path.relative_to(root)) for path in query.paths]
     return Predictions(names, probabilities, [printable_name(one) for one in classes], truth)
