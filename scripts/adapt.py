@@ -1,6 +1,11 @@
 """Adapt a trained run to your own images: ``python scripts/adapt.py run.dir=RUN support=DIR query=DIR``."""
 
-from metalearn.commands.main import adapt
+import sys
+
+try:
+    from metalearn.__main__ import start
+except ModuleNotFoundError as error:
+    sys.exit(f"{error} in {sys.executable}: activate the environment that metalearn is installed in.")
 
 if __name__ == "__main__":
-    adapt()
+    start("adapt")

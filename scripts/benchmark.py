@@ -1,6 +1,11 @@
 """Time a meta-step next to other libraries, or with ``bench.kind=`` engines, float32 or sweeps."""
 
-from metalearn.commands.main import benchmark
+import sys
+
+try:
+    from metalearn.__main__ import start
+except ModuleNotFoundError as error:
+    sys.exit(f"{error} in {sys.executable}: activate the environment that metalearn is installed in.")
 
 if __name__ == "__main__":
-    benchmark()
+    start("benchmark")

@@ -1,6 +1,11 @@
 """Compare variants of a training over several seeds, by default second-order MAML with first-order MAML."""
 
-from metalearn.commands.main import compare
+import sys
+
+try:
+    from metalearn.__main__ import start
+except ModuleNotFoundError as error:
+    sys.exit(f"{error} in {sys.executable}: activate the environment that metalearn is installed in.")
 
 if __name__ == "__main__":
-    compare()
+    start("compare")

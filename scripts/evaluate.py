@@ -1,6 +1,11 @@
 """Test the best checkpoint of a finished run again: ``python scripts/evaluate.py run.dir=RUN``."""
 
-from metalearn.commands.main import evaluate
+import sys
+
+try:
+    from metalearn.__main__ import start
+except ModuleNotFoundError as error:
+    sys.exit(f"{error} in {sys.executable}: activate the environment that metalearn is installed in.")
 
 if __name__ == "__main__":
-    evaluate()
+    start("evaluate")

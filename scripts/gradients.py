@@ -1,6 +1,11 @@
 """Run the lessons on second-order gradients, or one of them: ``python scripts/gradients.py lesson=maml``."""
 
-from metalearn.commands.main import gradients
+import sys
+
+try:
+    from metalearn.__main__ import start
+except ModuleNotFoundError as error:
+    sys.exit(f"{error} in {sys.executable}: activate the environment that metalearn is installed in.")
 
 if __name__ == "__main__":
-    gradients()
+    start("gradients")

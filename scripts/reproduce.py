@@ -1,6 +1,11 @@
 """Reproduce a row of the published table: ``python scripts/reproduce.py experiment_name=NAME``, again to resume."""
 
-from metalearn.commands.main import reproduce
+import sys
+
+try:
+    from metalearn.__main__ import start
+except ModuleNotFoundError as error:
+    sys.exit(f"{error} in {sys.executable}: activate the environment that metalearn is installed in.")
 
 if __name__ == "__main__":
-    reproduce()
+    start("reproduce")

@@ -1,6 +1,11 @@
 """Train MAML, validate while training, and test the best checkpoint once."""
 
-from metalearn.commands.main import train
+import sys
+
+try:
+    from metalearn.__main__ import start
+except ModuleNotFoundError as error:
+    sys.exit(f"{error} in {sys.executable}: activate the environment that metalearn is installed in.")
 
 if __name__ == "__main__":
-    train()
+    start("train")

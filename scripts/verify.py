@@ -1,6 +1,11 @@
 """Check every engine on this machine: against unroll, finite differences, learn2learn, higher and TorchOpt."""
 
-from metalearn.commands.main import verify
+import sys
+
+try:
+    from metalearn.__main__ import start
+except ModuleNotFoundError as error:
+    sys.exit(f"{error} in {sys.executable}: activate the environment that metalearn is installed in.")
 
 if __name__ == "__main__":
-    verify()
+    start("verify")

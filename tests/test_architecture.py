@@ -129,6 +129,7 @@ COMMANDS: dict[str, set[str]] = {
     "output_folders": set(),
     "command_line": set(),
     "mistakes": set(),
+    "after_training": set(),
     "cli": set(),
     "processes": set(),
     "adapt": set(),
@@ -140,7 +141,7 @@ COMMANDS: dict[str, set[str]] = {
     "main": {"adapt", "benchmark", "compare", "gradients", "reproduce", "verify"},
 }
 """The packages in ``commands/``, and which commands each may import besides ``SHARED``."""
-SHARED = ["shell", "output_folders", "command_line", "mistakes", "cli", "processes"]
+SHARED = ["shell", "output_folders", "command_line", "mistakes", "after_training", "cli", "processes"]
 
 
 @pytest.mark.parametrize("package", COMMANDS)

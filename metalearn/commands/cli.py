@@ -13,12 +13,13 @@ import argparse
 import errno
 import functools
 import logging
+import os
 import shlex
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,7 +27,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from metalearn.commands.command_line import parse_flags, requested_jobs
+from metalearn.commands.command_line import command_again, parse_flags, requested_jobs
 from metalearn.commands.mistakes import find_mistakes
 from metalearn.commands.output_folders import RUN_FILES
 from metalearn.commands.shell import exit_when_stdout_closes, invocation
@@ -42,6 +43,7 @@ from metalearn.config.compose import (
 from metalearn.config.former_keys import rename_overrides
 from metalearn.config.help import MAIN_KEYS, help_text
 from metalearn.core.errors import ConfigError, MetalearnError, RunError, TerminatedError
+from metalearn.core.text import fit
 from metalearn.training.run_folder import check_no_run_in
 from metalearn.training.runtime import torchrun
 from metalearn.training.runtime.signals import sigterm_as_exception
@@ -85,22 +87,30 @@ def command(
                 jobs = _checked(name, flags, kind, check, may_continue)
             except MetalearnError as error:
                 _exit_with_error(error)
+            if flags.cfg == "job" and not flags.resolve:
+                sys.argv.append("--resolve")
             if follow is None or torchrun.rank() == 0:
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+                if len(ended) > 1:
+                    from metalearn.commands.after_training import print_runs
+
+                    print_runs(ended)
             elif jobs and not flags.cfg:  # without Hydra's folder and log, which are the first process's
                 logging.basicConfig(format=f"[process {torchrun.rank()}] %(message)s")
-                with _report_errors("nothing is written by this process"):
+                with _report_errors(name):
                     follow(jobs[0])
 
         def job(config: DictConfig) -> None:
             output_dir = Path(HydraConfig.get().runtime.output_dir)
-            with _report_errors(f"what was written so far lies in {output_dir}"):
+            with _report_errors(name, output_dir):
                 checked = to_dataclass(config, kind, HydraConfig.get().overrides.task)
                 check(checked)
                 if not may_continue(checked):
                     check_no_run_in(output_dir, RUN_FILES)
                 function(checked, output_dir)
+            ended.append((list(HydraConfig.get().overrides.task), output_dir))
 
+        ended: list[tuple[list[str], Path]] = []
         return command
 
     return decorate
@@ -174,24 +184,49 @@ _NOTHING_TO_RESUME = (
 
 
 @contextmanager
-def _report_errors(written: str) -> Iterator[None]:
-    """End a command on an error that a user can fix without a stack trace, and on a signal with its exit code."""
+def _report_errors(name: str, output_dir: Path | None = None) -> Iterator[None]:
+    """End a command on an error that a user can fix without a stack trace, and on a signal with its exit code.
+
+    An output folder that is still empty is removed; ``None`` for a process that writes nothing.
+    """
     try:
         with sigterm_as_exception():
             yield
     except TerminatedError as error:
-        print(error, file=sys.stderr)
+        _print_error(f"{error}{_how_to_resume(name, error)}")
         sys.exit(128 + error.signal)
     except MetalearnError as error:
-        _exit_with_error(error)
+        _remove_if_empty(output_dir)
+        _exit_with_error(error, _how_to_resume(name, error))
     except OSError as error:
         if error.errno not in _OS_ERROR_HINTS:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _exit_with_error(RunError(f"{error.strerror}{where}; {written}. {_OS_ERROR_HINTS[error.errno]}"))
+        _exit_with_error(RunError(f"{error.strerror}{where}; {_written(output_dir)} {_OS_ERROR_HINTS[error.errno]}"))
     except KeyboardInterrupt:
-        print(f"Interrupted; {written}.", file=sys.stderr)
+        _print_error(f"Interrupted; {_written(output_dir)}")
         sys.exit(130)
+
+
+def _how_to_resume(name: str, error: MetalearnError) -> str:
+    """Return the whole command that resumes a run from its checkpoint; empty if there is none."""
+    if not isinstance(error, RunError) or error.resumable is None or torchrun.rank():
+        return ""
+    under = ", started by torchrun as before" if torchrun.world_size() > 1 else ""
+    command = command_again(name, f"hydra.run.dir={error.resumable}", "run.resume=true")
+    return f"\nThis resumes it{under}:\n  {command}"
+
+
+def _written(output_dir: Path | None) -> str:
+    _remove_if_empty(output_dir)
+    there = output_dir is not None and output_dir.exists()
+    return f"what was written so far lies in {output_dir}." if there else "nothing was written."
+
+
+def _remove_if_empty(folder: Path | None) -> None:
+    if folder and folder != Path.cwd():
+        with suppress(OSError):  # it is not empty
+            os.rmdir(folder)
 
 
 _OS_ERROR_HINTS = {
@@ -205,9 +240,13 @@ _OS_ERROR_HINTS = {
 """Errors of the system that a user can fix, and how."""
 
 
-def _exit_with_error(error: MetalearnError) -> NoReturn:
+def _exit_with_error(error: MetalearnError, how_to_resume: str = "") -> NoReturn:
     who = f"[process {torchrun.rank()}] " if torchrun.rank() else ""
-    message = f"{who}{type(error).__name__}: {error}"
+    message = f"{who}{type(error).__name__}: {error}{how_to_resume}"
     torchrun.report_error(message)
-    print(message, file=sys.stderr)
+    _print_error(message)
     sys.exit(2)
+
+
+def _print_error(message: str) -> None:
+    print(fit(message, sys.stderr), file=sys.stderr)

@@ -13,13 +13,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import metalearn
 from metalearn.commands.output_folders import register_resolvers
 from metalearn.commands.shell import invocation
-from metalearn.config.compose import compose, search_folders
+from metalearn.config.compose import compose, search_folders, user_conf_dir
 from metalearn.config.messages import format_hydra_error
 from metalearn.core.errors import ConfigError
 
@@ -125,6 +126,22 @@ def recompose_with(name: str, more: Sequence[str]) -> DictConfig:
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else flags.overrides
     last = {override.partition("=")[0].lstrip("+"): override for override in [*given, *more]}
     return compose(name, list(last.values()), flags.config_dir)
+
+
+def command_again(name: str, *more: str) -> str:
+    """Return the running command as it would be typed again, with more overrides and without a folder of its own."""
+    replaced = {override.partition("=")[0] for override in more}
+    given = list(HydraConfig.get().overrides.task)
+    kept = [override for override in given if override.lstrip("+").partition("=")[0] not in {*replaced, "run.resume"}]
+    sources = HydraConfig.get().runtime.config_sources
+    folders = [source.path for source in sources if source.provider == "command-line"]
+    flags = [f"--config-dir={folder}" for folder in folders if folder != user_conf_dir(given)]
+    return shlex.join([*invocation(name), *flags, *kept, *more])
+
+
+def is_sweep() -> bool:
+    """Return whether this is a job of a ``--multirun``."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def launcher_overrides() -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import shutil
 import sys
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from metalearn.config.run_config import (
 from metalearn.config.schema import TrainConfig
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
+from metalearn.core.text import fit, wrap
 from metalearn.pretrained.model_file import find_run
 
 
@@ -63,9 +65,11 @@ def train(config: TrainConfig, run_dir: Path) -> None:
     inner.second_order=true differentiates through the inner update (MAML); false does not (first-order MAML).
     """
     resolved = resolve_resume(resolve_data(config), run_dir)
+    from metalearn.commands.after_training import print_next_steps
     from metalearn.training.trainer import train
 
     train(resolved, run_dir)
+    print_next_steps(resolved, run_dir)
 
 
 def check_evaluate(config: EvaluateConfig) -> None:
@@ -203,12 +207,20 @@ def main() -> None:
         else:
             near = "".join(f" Did you mean {match}?" for match in difflib.get_close_matches(name, COMMANDS, n=1))
             known = ", ".join(COMMANDS)
-            print(f"metalearn {name}: there is no such command.{near} The commands are {known}.", file=sys.stderr)
+            message = f"metalearn {name}: there is no such command.{near} The commands are {known}."
+            print(fit(message, sys.stderr), file=sys.stderr)
             sys.exit(2)
 
 
 def _usage() -> str:
-    lines = [f"  {name:<11}{(inspect.getdoc(function) or '').splitlines()[0]}" for name, function in COMMANDS.items()]
+    width = shutil.get_terminal_size().columns
+    lines = [
+        line
+        for name, function in COMMANDS.items()
+        for line in wrap(
+            (inspect.getdoc(function) or "").splitlines()[0], width, indent=" " * 13, first=f"  {name:<11}"
+        )
+    ]
     return "\n".join(
         [
             "usage: metalearn COMMAND [KEY=VALUE ...]",

@@ -82,17 +82,14 @@ class Checkpointer:
             log.warning("The state after meta-step %d could not be saved: %s", state.iteration, error)
 
     def describe_latest(self) -> str:
-        """Return a sentence that names the latest checkpoint and how to resume; empty if there is none."""
+        """Return a sentence that names the latest checkpoint; empty if there is none."""
         try:
             content = load_latest(self.run_dir)
         except RunError:  # all are damaged, which must not hide why the run ends
             content = None
         if content is None:
             return ""
-        return (
-            f"The checkpoint of meta-step {content['state']['iteration']} is kept; resume from it with "
-            f"hydra.run.dir={self.run_dir} run.resume=true."
-        )
+        return f"The checkpoint of meta-step {content['state']['iteration']} is kept."
 
 
 def claim_folder(run_dir: Path, config_yaml: str) -> None:

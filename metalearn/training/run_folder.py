@@ -39,7 +39,7 @@ def check_no_run_in(folder: Path, files: Iterable[str]) -> None:
     """
     for file in files:
         if (folder / file).exists():
-            raise RunExistsError(folder, file)
+            raise RunExistsError(folder, file, can_resume=file in TRAINING_FILES)
 
 
 @contextmanager

@@ -186,7 +186,7 @@ def train_and_test(context: TrainContext, state: TrainState) -> tuple[BestCheckp
             if not isinstance(error, DivergedError):
                 checkpointer.save_on_exit(state)
             if latest := checkpointer.describe_latest():
-                error.args = (f"{error} {latest}",)
+                error.args, error.resumable = (f"{error} {latest}",), context.run_dir
         if isinstance(error, TerminatedError):
             ranks.wait_for_main()  # torchrun ends the other processes as soon as one has ended
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,15 @@ def test_train_from_another_folder_then_evaluate(tmp_path: Path) -> None:
 
 
 def test_run_dir_is_honoured_and_never_shared(tmp_path: Path) -> None:
-    command("train.py", *SMALL, "hydra.run.dir=mine", cwd=tmp_path)
+    first = command("train.py", *SMALL, "hydra.run.dir=mine", cwd=tmp_path)
     assert (tmp_path / "mine" / "metrics.json").is_file()
+    assert "To see its plots:\n  tensorboard --logdir .\n" in first.stdout
+    other = shlex.join(["python", str(REPO / "scripts" / "train.py"), *SMALL, "inner.second_order=false"])
+    assert f"To compare with the first order:\n  {other}\n" in first.stdout
     logged = (tmp_path / "mine" / "train.log").read_text()
     second = command("train.py", *SMALL, "hydra.run.dir=mine", cwd=tmp_path, code=2)
     assert "mine already holds a run" in second.stderr
+    assert "The command that started it resumes it with run.resume=true." in second.stderr
     assert (tmp_path / "mine" / "train.log").read_text() == logged
     (tmp_path / "file").touch()
     third = command("train.py", *SMALL, "hydra.run.dir=file", cwd=tmp_path, code=2)
@@ -89,11 +94,15 @@ def test_fallback_is_loud_and_in_the_name(tmp_path: Path) -> None:
 
 
 def test_multirun_gives_each_job_a_folder(tmp_path: Path) -> None:
-    command("train.py", "--multirun", "inner.second_order=true,false", *SMALL, cwd=tmp_path)
+    printed = command("train.py", "--multirun", "inner.second_order=true,false", *SMALL, cwd=tmp_path).stdout
     found = list(tmp_path.glob("outputs/sweeps/*/glyphs-5w1s/maml-*/metrics.json"))
     assert {json.loads(p.read_text())["second_order"] for p in found} == {True, False}
     assert len({p.parents[2] for p in found}) == 1, "one sweep, one folder"
     assert {p.name for p in tmp_path.iterdir()} == {"outputs"}
+    table = printed[printed.index("2 runs") :]
+    for order in ("true", "false"):
+        assert re.search(rf"(?i)│ inner.second_order={order} +│ +accuracy +\d+\.\d+% ± +\d+\.\d+% │ +\d+\.\d │", table)
+    assert "To compare with" not in printed, "a sweep has compared"
 
 
 def test_sweep_resumes_when_its_folders_have_names(tmp_path: Path) -> None:
@@ -112,6 +121,8 @@ def test_sweep_resumes_when_its_folders_have_names(tmp_path: Path) -> None:
 def test_cfg_job_prints_the_configuration(tmp_path: Path) -> None:
     printed = command("train.py", "--cfg", "job", "inner.lr=0.25", cwd=tmp_path).stdout
     assert re.search(r"inner:\n  lr: 0\.25\n", printed)
+    assert "  queries: 1\n  validation_episodes" in printed, "no ${task.shots}"
+    assert "${" not in printed
     assert not list(tmp_path.iterdir())
 
 
@@ -132,6 +143,22 @@ def test_help(script: str, line: str, tmp_path: Path) -> None:
     assert (whole != printed) == (script == "train.py")
 
 
+def test_run_that_ends_early_names_the_command_that_resumes_it(tmp_path: Path) -> None:
+    given = [*SMALL, "eval.every=1", "outer.lr=1e30", "outer.schedule=constant"]
+    ended = command("train.py", *given, "hydra.run.dir=mine", cwd=tmp_path, code=2)
+    place = [f"hydra.run.dir={tmp_path}/mine", "run.resume=true"]
+    again = shlex.join(["python", str(REPO / "scripts" / "train.py"), *given, *place])
+    assert re.search(r"The checkpoint of meta-step \d is kept\.\nThis resumes it:\n  ", ended.stderr)
+    assert ended.stderr.endswith(f"\n  {again}\n")
+    resumed = command("train.py", *given, *place, cwd=tmp_path, code=2)
+    assert "Resuming from meta-step" in resumed.stdout
+
+
+def test_folder_that_stays_empty_is_removed(tmp_path: Path) -> None:
+    command("train.py", *SMALL, "run.device=cuda:99", "hydra.run.dir=mine", cwd=tmp_path, code=2)
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_device_is_an_error(tmp_path: Path) -> None:
     refused = command("train.py", "run.device=cuda:99", "data=glyphs", cwd=tmp_path, code=2)
     assert "run.device=cuda:99: PyTorch sees" in refused.stderr
@@ -141,6 +168,7 @@ def test_missing_device_is_an_error(tmp_path: Path) -> None:
     ("schema", "override", "message"),
     [
         (GradientsConfig, "lesson=nope", r"lesson=nope: must be one of all, create_graph, .*, pinn, maml"),
+        (GradientsConfig, "lesson=hvpp", r"lesson=hvpp: must be one of all, .*\. Did you mean hvp\?"),
         (GradientsConfig, "lesson=null", r"lesson=null: must be one of all"),
         (GradientsConfig, "leson=hvp", r"leson=hvp: there is no such key\. Did you mean lesson\?"),
         (GradientsConfig, "+extra=1", r"extra=1: there is no such key\. The keys are lesson\."),
