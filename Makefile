@@ -1,6 +1,6 @@
 # Each target builds .venv first if it is missing or out of date.
 #   make train                        second-order MAML with the defaults
-#   make train ARGS="task.ways=20"    any key of `python scripts/train.py --help`
+#   make train ARGS="task.ways=20"    any key of `python scripts/train.py --help-all`
 #   make compare                      first against second order: accuracy, time and memory; a quarter of an hour
 #   make test                         lint, types and tests, JOBS of them at a time
 #   make faults                       every fault of the table in docs/results.md, as often as it says; a quarter of an hour

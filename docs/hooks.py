@@ -12,7 +12,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 _ROOT = Path(__file__).parents[1]
-_OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:outputs/reference|metalearn)/[^)]+)\)")
+_OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:outputs/reference|metalearn)/[^)#]+)")
 _FOLDER = "repository"
 _EQUATION = re.compile(r"\$\$(?P<block>[^$]+)\$\$|\$(?P<inline>[^$\n]+)\$")
 _CODE = re.compile(r"(<pre.*?</pre>|<code.*?</code>|<script.*?</script>)", re.DOTALL)
@@ -29,7 +29,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
     """Lead links to files outside to their copies in the site."""
     up = "../" * page.file.src_uri.count("/")
-    return _OUTSIDE.sub(rf"]({up}{_FOLDER}/\1)", markdown)
+    return _OUTSIDE.sub(rf"]({up}{_FOLDER}/\1", markdown)
 
 
 def on_page_content(content: str, page: Page, config: Any, files: Files) -> str:

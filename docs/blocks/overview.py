@@ -9,16 +9,16 @@ from matplotlib.figure import Figure
 
 from docs.blocks.markdown import REFERENCE, read
 
-_FIRST, _SECOND, _ADJOINT, _GREY = "#D55E00", "#0072B2", "#009E73", "#777777"
+_FIRST, _SECOND, _CHECKPOINT, _GREY = "#D55E00", "#0072B2", "#009E73", "#777777"
 _TASKS = {
     "glyphs-5w1s": "glyphs\n5-way 1-shot",
     "omniglot-5w1s": "Omniglot\n5-way 1-shot",
     "omniglot-20w1s": "Omniglot\n20-way 1-shot",
 }
 _LINES = {  # engine, second order, task_chunk: label, colour
-    ("unroll", True, None): ("second order, unroll", _SECOND),
-    ("checkpoint", True, 4): ("second order, checkpoint, 4 tasks at a time", _ADJOINT),
-    ("unroll", False, None): ("first order", _FIRST),
+    ("unroll", True, None): ("second order, unroll, 16 tasks at a time", _SECOND),
+    ("checkpoint", True, 4): ("second order, checkpoint, 4 at a time", _CHECKPOINT),
+    ("unroll", False, None): ("first order, 16 at a time", _FIRST),
 }
 _LABELS = {("unroll", True): (1.1, 700), ("checkpoint", True): (1.1, 57), ("unroll", False): (1.1, 97)}
 

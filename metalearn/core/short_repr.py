@@ -57,19 +57,28 @@ class _ShortRepr(reprlib.Repr):
     def repr1(self, x: Any, level: int) -> str:
         """Return the repr of one value."""
         if isinstance(x, Tensor):
-            value = f"={x.item():.4g}" if x.ndim == 0 and not (x.is_meta or x.is_complex()) else ""
-            return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}{value}"
+            return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}{_value(x)}"
         if isinstance(x, nn.Module):
             return f"{type(x).__name__}(...)"
         if isinstance(x, torch.device):
             return str(x)
-        if dataclasses.is_dataclass(type(x)) or (isinstance(x, tuple) and hasattr(x, "_fields")):
+        if dataclasses.is_dataclass(type(x)) or (isinstance(x, tuple) and getattr(type(x), "_fields", None)):
             return short_repr(x)
         return super().repr1(x, level)
 
     def repr_function(self, x: Any, level: int) -> str:
         """Return a function's name, without its address."""
         return str(x.__qualname__)
+
+
+def _value(x: Tensor) -> str:
+    """Return the value of a single number, where it has one: not so on the meta device, or within ``torch.vmap``."""
+    if x.ndim or x.is_meta or x.is_complex():
+        return ""
+    try:
+        return f"={x.item():.4g}" if x.is_floating_point() else f"={x.item()}"
+    except RuntimeError:
+        return ""
 
 
 _SHORT = _ShortRepr()

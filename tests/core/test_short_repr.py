@@ -44,7 +44,7 @@ EXAMPLES: list[Any] = [
     ImageSplits("glyphs", IMAGES, IMAGES[:9], IMAGES[:8]),
     ImageSplits("own", IMAGES.flatten(0, 1), IMAGES[0], IMAGES[1], ClassSizes(SIZES, [20], [20])),
     EpisodeSampler(IMAGES.flatten(0, 1), TaskShape(5, 1, 3), 0, "train", SIZES),
-    FolderImages(IMAGES[:, 0], torch.arange(30), NAMES, [Path(f"{name}/image.png") for name in NAMES]),
+    FolderImages(IMAGES[:, 0], NAMES, NAMES, [Path(f"{name}/image.png") for name in NAMES]),
     OmniglotImages(IMAGES, NAMES, NAMES),
 ]
 OTHERS: list[Any] = [
@@ -130,3 +130,15 @@ def test_repr_of_a_pure_function_names_its_module() -> None:
     forward, _ = functionalize(Conv4(5))
     assert isinstance(forward, ModuleForward)
     assert repr(forward) == "ModuleForward(module=Conv4(...))"
+
+
+def test_repr_within_vmap_has_no_value() -> None:
+    texts: list[str] = []
+
+    def note(x: Tensor) -> Tensor:
+        texts.append(repr(MetaGradient(x.sum(), {}, x, x)))
+        return x
+
+    torch.vmap(note)(torch.ones(2, 3))
+    assert texts[0].startswith("MetaGradient(loss=float32[], ")
+    assert "loss=int64[]=12345" in repr(MetaGradient(torch.tensor(12345), {}, torch.ones(1), torch.ones(1)))

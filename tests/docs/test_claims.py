@@ -16,6 +16,8 @@ def test_summary() -> None:
     metrics = read("omniglot-5w1s/maml-second_order-seed0/metrics.json")
     for text in (
         f"{accuracy(metrics)} (95% CI, 600 tasks, 3 inner steps)",
+        accuracy(metrics, "_nontransductive"),
+        "  ".join(f"{k}: {score:.1%}" for k, score in enumerate(metrics["test.accuracy_per_step"])),
         f"{metrics['validation.best_accuracy']:.2%} at meta-step {metrics['validation.best_iteration']}",
         f"7000, {metrics['time.meta_step_ms']:.0f} ms each (median)",
         f"{metrics['memory.peak_mib']:.1f} MiB",

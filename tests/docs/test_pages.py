@@ -7,6 +7,7 @@ import io
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sybil import Example, Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from docs.blocks.pages import PAGES
 from metalearn import Episodes, InnerLoop, functionalize, meta_gradient
@@ -23,6 +25,9 @@ from metalearn.algorithms import ALGORITHMS
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.former_keys import rename_overrides
 from metalearn.config.schema import TrainConfig
+from metalearn.data import omniglot
+from metalearn.data.glyphs import make_glyphs
+from metalearn.data.splits import ImageSplits
 from tests.paths import REPO
 
 README = REPO / "README.md"
@@ -56,10 +61,38 @@ def test_code_prints_what_it_says(place: str) -> None:
     BLOCKS[place].evaluate()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "guides"], ids=NAMES.get)
+OWN_CODE = [page for page in PAGES if page.name.startswith("own-") or page.name == "plain-loop.md"]
+
+
+@pytest.mark.parametrize("page", OWN_CODE, ids=NAMES.get)
 def test_guide_about_own_code_has_a_block_that_runs(page: Path) -> None:
-    if page.name.startswith("own-") or page.name == "plain-loop.md":
-        assert any(place.startswith(NAMES[page]) for place in BLOCKS)
+    assert any(place.startswith(NAMES[page]) for place in BLOCKS)
+
+
+def test_code_of_the_readme_trains(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    glyphs = make_glyphs(classes=20)
+    monkeypatch.setattr(omniglot, "load_omniglot", lambda: ImageSplits("glyphs", glyphs, glyphs, glyphs))
+    blocks = re.findall(r"^```py\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(next(code for code in blocks if "load_omniglot" in code).replace("range(7000)", "range(2)"), names)
+    assert capsys.readouterr().out.startswith("0 1.")
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in names["theta"].values() if p.ndim > 1)
+
+
+def test_lines_about_create_graph_are_the_meta_gradient() -> None:
+    blocks = re.findall(r"^```py\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+    code = next(code for code in blocks if "create_graph=second_order" in code)
+    torch.manual_seed(0)
+    forward, theta = functionalize(nn.Linear(4, 3))
+    x, y = torch.randn(1, 5, 4), torch.randint(3, (1, 5))
+    for second_order in (True, False):
+        leaves = {name: p.clone().requires_grad_() for name, p in theta.items()}
+        names: dict[str, Any] = {"torch": torch, "loss": cross_entropy, "forward": forward, "theta": leaves, "lr": 0.3}
+        names |= {"second_order": second_order, "support_x": x[0], "support_y": y[0], "query_x": x[0], "query_y": y[0]}
+        exec(code.replace("theta.values()", "list(theta.values())"), names)
+        expected = meta_gradient(forward, theta, Episodes(x, y, x, y), InnerLoop(0.3, 1, second_order=second_order))
+        for found, grad in zip(names["meta_grads"], expected.grads.values(), strict=True):
+            torch.testing.assert_close(found, grad)
 
 
 def fenced(page: Path, language: str) -> str:

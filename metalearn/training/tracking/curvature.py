@@ -8,6 +8,7 @@ the largest eigenvalue of d2 L_support: gradient descent with step lr overshoots
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 
@@ -61,12 +62,17 @@ def second_order_metrics(experiment: Experiment, state: TrainState, episodes: Ep
     except NonFiniteError as error:
         log.warning("No second-order metrics at meta-step %d: %s", state.iteration, error)
     except (RuntimeError, ValueError) as error:  # first-order training needs neither the memory nor a second derivative
-        log.warning(
-            "No second-order metrics at meta-step %d: %s The training goes on; log.curvature_every=null "
-            "log.eigenvalue_every=null leave them out.",
-            *(state.iteration, f"{str(error).splitlines()[0].rstrip('.')}."),
-        )
+        _warn_once(f"{str(error).splitlines()[0].rstrip('.')}.")
     return metrics
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    log.warning(
+        "No second-order metrics: %s The training continues; log.curvature_every=null log.eigenvalue_every=null leave "
+        "them out.",
+        reason,
+    )
 
 
 def curvature(
