@@ -79,7 +79,7 @@ class Learner:
     Example: ``metalearn.load(run).adapt(support, ["cat", "cat", "dog"]).predict(images)``
     """
 
-    run_dir: Path
+    run_dir: Path = field(repr=False)
     config: TrainConfig = field(repr=False)
     device: torch.device
     forward: Forward = field(repr=False)
@@ -95,7 +95,7 @@ class Learner:
 
     def __repr__(self) -> str:
         classes = "not adapted" if self._adapted is None else self._adapted.classes
-        return short_repr(self, algorithm=self.algorithm.name, classes=classes)
+        return short_repr(self, model=self.run_dir.name, algorithm=self.algorithm.name, classes=classes)
 
     @property
     def is_regression(self) -> bool:

@@ -11,12 +11,10 @@ import nbclient
 import nbformat
 import pytest
 
-from metalearn.pretrained.model_file import pretrained_models
 from tests.paths import REPO
 
 FOLDER = REPO / "docs" / "notebooks"
-NOTEBOOKS = ["maml_in_40_lines", "memory_of_the_engines", "curvature_along_training"]
-NEEDS_A_MODEL = "adapt_a_shipped_model"
+NOTEBOOKS = ["maml_in_40_lines", "memory_of_the_engines", "curvature_along_training", "adapt_a_shipped_model"]
 OPTIONS = "--NotebookClient.record_timing=False --NotebookClient.coalesce_streams=True"
 AGAIN = f"run it again: jupyter execute --inplace {OPTIONS} FILE"
 
@@ -52,12 +50,6 @@ def test_notebook_runs_and_shows_what_is_committed(name: str, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [], "a notebook leaves no files behind"
 
 
-def test_notebook_with_a_shipped_model_runs(tmp_path: Path) -> None:
-    if not pretrained_models():
-        pytest.skip("no model is shipped in metalearn/pretrained/ yet")
-    execute(read(NEEDS_A_MODEL), tmp_path)
-
-
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_committed_outputs_are_whole(name: str) -> None:
     cells = code_cells(read(name))
@@ -73,7 +65,7 @@ def test_committed_outputs_are_whole(name: str) -> None:
 
 
 def test_every_notebook_is_tested() -> None:
-    assert {path.stem for path in FOLDER.glob("*.ipynb")} == {*NOTEBOOKS, NEEDS_A_MODEL}
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(NOTEBOOKS)
 
 
 def test_maml_has_40_lines() -> None:
