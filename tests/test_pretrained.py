@@ -47,7 +47,7 @@ def test_model_is_as_accurate_on_held_out_classes_as_its_card_says(
     config = dataclasses.replace(
         trained,
         data=relocate_data(trained.data, omniglot_root),
-        eval=dataclasses.replace(trained.eval, episodes=100),
+        eval=dataclasses.replace(trained.eval, episodes=50),
     )
     evaluate_run(config, find_run(name), tmp_path)
     found, card = json.loads((tmp_path / "metrics.json").read_text()), metalearn.load(name, "cpu").card
