@@ -119,9 +119,13 @@ def test_logged_intervals_end_at_0_and_100(tmp_path: Path) -> None:
         tensorboard.log_validation(Evaluation(scores, None), 1)
         tensorboard.log_test(Evaluation(scores, None), 1)
     curves = read_scalars(tmp_path)
-    assert [point.value for point in curves["accuracy/test_by_inner_step_low"]] == pytest.approx([0, 0.408], abs=1e-6)
-    assert [point.value for point in curves["accuracy/test_by_inner_step_high"]] == pytest.approx([0.592, 1], abs=1e-6)
-    assert curves["accuracy/validation_high"][0].value == 1
+    assert [point.value for point in curves["intervals/accuracy/test_by_inner_step_low"]] == pytest.approx(
+        [0, 0.408], abs=1e-6
+    )
+    assert [point.value for point in curves["intervals/accuracy/test_by_inner_step_high"]] == pytest.approx(
+        [0.592, 1], abs=1e-6
+    )
+    assert curves["intervals/accuracy/validation_high"][0].value == 1
 
 
 def test_adapted_accuracies_end_at_0_and_100() -> None:

@@ -95,7 +95,7 @@ def replace_by_pipe(file: Path) -> None:
     ("place", "change", "message"),
     [
         ("images_evaluation", shutil.rmtree, r"incomplete: the folder images_evaluation is missing"),
-        ("images_evaluation/D", shutil.rmtree, r"incomplete: images_evaluation holds 1 characters and not 2"),
+        ("images_evaluation/D", shutil.rmtree, r"incomplete: images_evaluation holds 1 character and not 2"),
         ("images_background/A/c2", shutil.rmtree, r"incomplete: images_background holds 2 characters and not 3"),
         (f"{DRAWING}_20.png", Path.unlink, r"incomplete: images_background/A/c1 holds 19 drawings and not 20"),
         (

@@ -63,7 +63,7 @@ def run(folder: Path, *more: str) -> None:
     training.train(to_dataclass(compose("train", [*SMALL, *more]), TrainConfig), folder)
 
 
-PLACES = {"support": "after 0 inner steps", "query": "after 1 inner steps", "gradient": "back to inner step 1"}
+PLACES = {"support": "after 0 inner steps", "query": "after 1 inner step", "gradient": "back to inner step 1"}
 
 
 @pytest.mark.fault(

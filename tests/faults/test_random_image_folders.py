@@ -53,7 +53,7 @@ def unpack_half(root: Path) -> str:
         half = [name for name in opened.namelist() if name.startswith("images_evaluation/C")]
         opened.extractall(base / ".unpacking-killed", half)
         opened.extractall(base, half)
-    return r"omniglot-py is incomplete: images_evaluation holds 1 characters and not 2.*Remove that folder"
+    return r"omniglot-py is incomplete: images_evaluation holds 1 character and not 2.*Remove that folder"
 
 
 def drop_class(root: Path) -> str:
@@ -62,7 +62,7 @@ def drop_class(root: Path) -> str:
     with zipfile.ZipFile(archive_in(root), "w") as opened:
         for name, content in kept.items():
             opened.writestr(name, content)
-    return r"omniglot-py is incomplete: images_evaluation holds 1 characters and not 2.*Remove that folder"
+    return r"omniglot-py is incomplete: images_evaluation holds 1 character and not 2.*Remove that folder"
 
 
 DAMAGES = [flip_bit_of_archive, cut, add_member_outside, unpack_half, drop_class]

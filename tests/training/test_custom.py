@@ -193,7 +193,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "no mapping": (data("text"), r"data\.target=own_code:text: this made <class 'str'>; it must be a mapping with the"),
     "differs": (data("Restless"), r"Restless, train: tasks\(0, 2\) differ from one call to the next"),
     "labels": (data("Labelled"), r"Labelled, train: labels are torch\.int64 \[2, 5\] from 1 to 5; .* from 0 to 4"),
-    "number": (data("Short"), r"Short, train: tasks\(0, 2\) returned 1 tasks; it must be 2"),
+    "number": (data("Short"), r"Short, train: tasks\(0, 2\) returned 1 task; it must be 2"),
     "targets": (data("Points"), r"Points, train: labels are torch\.float32 .*data\.regression=true"),
     "no targets": (
         [*IMAGES, "data.regression=true"],

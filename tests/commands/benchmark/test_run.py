@@ -310,8 +310,11 @@ def test_unknown_setting_lists_those_of_the_kind(kind: str, setting: str, near: 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["bench.setting=5way_5shot"], r"bench\.setting=5way_5shot: bench\.kind=peers has all, configured, 5way_1shot"),
-        (["bench.kind=sweeps", "bench.setting=configured"], r"bench\.kind=sweeps has all, steps, tasks, ways, width"),
+        (["bench.setting=5way_5shot"], r"The settings of bench\.kind=peers are all, configured, 5way_1shot"),
+        (
+            ["bench.kind=sweeps", "bench.setting=configured"],
+            r"The settings of bench\.kind=sweeps are all, steps, tasks, ways, width",
+        ),
         (["task.ways=4"], r"task\.ways=4: bench\.setting=all defines tasks.*bench\.setting=configured"),
         (["bench.kind=engines", "model=mlp"], r"model\.name=mlp.*bench\.setting=configured"),
     ],

@@ -93,7 +93,7 @@ def test_failure_reason_is_the_last_error(status: int, written: str, reason: str
 
 
 def test_finished_run_is_announced_with_its_accuracy(tmp_path: Path) -> None:
-    (tmp_path / "metrics.json").write_text('{"test.accuracy": 0.856, "test.ci95": 0.014}')
+    (tmp_path / "metrics.json").write_text('{"score": "accuracy", "test.accuracy": 0.856, "test.ci95": 0.014}')
     assert describe_finished(tmp_path) == "finished, test accuracy 85.60% ± 1.40%"
 
 
