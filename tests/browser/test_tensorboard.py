@@ -45,7 +45,7 @@ def curves(card: Locator) -> Locator:
 def test_time_series_overlays_the_variants(page: Page, tensorboard: str, screenshot: Screenshot) -> None:
     visit(page, tensorboard, "timeseries")
     page.locator("metrics-tag-filter-component input").fill("^accuracy/validation$")
-    card = page.locator("scalar-card").filter(has_text=re.compile(r"validation\s*/accuracy(?!_)")).first
+    card = page.locator("scalar-card").filter(has_text=re.compile(r"accuracy\s*/\s*validation(?!_)")).first
     card.wait_for()
     for run in RUNS:
         assert page.locator("runs-table").get_by_text(run, exact=True).count() == 1, "once in the list of runs"

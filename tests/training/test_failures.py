@@ -215,7 +215,7 @@ def first_update(
 @pytest.mark.parametrize(("kind", "steps"), [("query", 1), ("support", 0)])
 def test_deferred_check_names_the_loss(kind: str, steps: int, deferred: None) -> None:
     experiment = build_experiment(config(f"inner.steps={2 if kind == 'support' else 1}"))
-    message = f"the {kind} loss of task 1 is nan after {steps} inner step{"s" * (steps != 1)}"
+    message = f"the {kind} loss of task 1 is nan after {steps} inner step{'s' * (steps != 1)}"
     with pytest.raises(NonFiniteLossError, match=message) as raised:
         first_update(experiment, spoil=f"{kind}_x")
     assert raised.value.task == 1
