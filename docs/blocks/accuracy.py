@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from docs.blocks.markdown import REFERENCE, accuracy, estimate, machine, points, read, table
+from docs.blocks.markdown import REFERENCE, accuracy, estimate, points, read, table
 from metalearn.commands.compare.statistics import seed_ci
 from metalearn.commands.reproduce.table import format_interval, readme_table
+from metalearn.core.text import plural
 
 _COMPARISONS = {
     "glyphs-5w1s": "glyphs, 5-way 1-shot",
@@ -150,4 +151,7 @@ def sinusoids() -> str:
 
 def measured_on(file: str) -> str:
     """Say on what a file of ``outputs/reference/`` was measured."""
-    return machine(read(file)["machine"])
+    about = read(file)["machine"]
+    return (
+        f"{about['cpu']}, {plural(int(about['threads']), 'thread')}, torch {about['torch']}, Python {about['python']}"
+    )

@@ -14,7 +14,7 @@ def lesson(name: str) -> str:
     found = next(one for one in read("lessons/lessons.json")["lessons"] if one["name"] == name)
     plots = [f"![{found['title']}](../../outputs/reference/lessons/{file})" for file in found["figures"]]
     notes = "\n".join(f"- {note}" for note in found["notes"])
-    rows = ((_cell(check["what"]), *map(_cell, format_check(_check(check)))) for check in found["checks"])
+    rows = ((check["what"], *format_check(_check(check))) for check in found["checks"])
     numbers = table(("number", "computed", "expected"), rows)
     parts = [
         found["claim"],
@@ -41,7 +41,3 @@ def lessons_total() -> str:
 
 def _check(entry: dict[str, Any]) -> Check:
     return Check(entry["what"], entry["computed"], entry["expected"], entry["tolerance"], entry["source"])
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "outputs" / "reference"
 
 
+@functools.cache  # a page asks for the same file again and again
 def read(name: str) -> dict[str, Any]:
     """Return a file of ``outputs/reference/``."""
     content: dict[str, Any] = json.loads((REFERENCE / name).read_text(encoding="utf-8"))
@@ -26,7 +28,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def row(*cells: object) -> str:
     """Return a row of a table."""
-    return f"| {' | '.join(map(str, cells))} |"
+    texts = (str(cell).replace("|", "\\|") for cell in cells)
+    return f"| {' | '.join(texts)} |"
 
 
 def estimate(value: dict[str, float]) -> str:
@@ -42,9 +45,3 @@ def points(value: dict[str, float], digits: int) -> str:
 def accuracy(metrics: dict[str, Any], kind: str = "") -> str:
     """Format a run's test accuracy; ``kind`` is ``""`` or ``"_nontransductive"``."""
     return str(MeanCI(metrics[f"test.accuracy{kind}"], metrics[f"test.ci95{kind}"]))
-
-
-def machine(about: dict[str, Any]) -> str:
-    """Say on what was measured."""
-    threads = int(about["threads"])
-    return f"{about['cpu']}, {threads} thread{'s' * (threads > 1)}, torch {about['torch']}, Python {about['python']}"

@@ -8,8 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from docs.blocks.markdown import REFERENCE, read
+from metalearn.lessons.lesson import BLUE, GREEN, VERMILION
 
-_FIRST, _SECOND, _CHECKPOINT, _GREY = "#D55E00", "#0072B2", "#009E73", "#777777"
+_FIRST, _SECOND, _CHECKPOINT = VERMILION, BLUE, GREEN
 _TASKS = {
     "glyphs-5w1s": "glyphs\n5-way 1-shot",
     "omniglot-5w1s": "Omniglot\n5-way 1-shot",

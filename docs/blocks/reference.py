@@ -36,7 +36,7 @@ def keys(command: str) -> str:
     parts = []
     for title, found in _sections(command):
         rows = [
-            (f"`{key}`", f"`{_default(value)}`", _cell(f"{description(hint)} ({describe_allowed(hint)})"))
+            (f"`{key}`", f"`{_default(value)}`", f"{description(hint)} ({describe_allowed(hint)})")
             for key, hint, value in found
             if (title, key) not in trained or trained[title, key] != value
         ]
@@ -54,10 +54,6 @@ def _sections(command: str) -> list[tuple[str, list[tuple[str, Any, Any]]]]:
 
 def _default(value: object) -> str:
     return "required" if value == "???" else format_value(value)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def algorithm(name: str) -> str:

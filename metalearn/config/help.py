@@ -9,7 +9,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from metalearn.config.messages import describe_allowed, description, format_value, hints, section_class, section_classes
+from metalearn.config.messages import (
+    describe_allowed,
+    description,
+    every_key,
+    format_value,
+    hints,
+    section_class,
+    section_classes,
+)
 from metalearn.core.text import wrap
 
 _TRAINING = (
@@ -60,7 +68,7 @@ def help_text(
     paragraphs = "\n\n".join(" ".join(one.split()) for one in inspect.cleandoc(about).split("\n\n"))
     lines = [f"usage: {start} [KEY=VALUE ...]", "", *wrap(paragraphs, width)]
     if main:
-        count = len(_every_key(kind))
+        count = len(set(every_key(kind)))
         lines += ["", f"The keys that matter first; --help-all shows all {count}:"]
         lines += [line for key in main for line in _main_key(key, kind, plain, options, width)]
     else:
@@ -71,15 +79,6 @@ def help_text(
         flags.pop("experiment=NAME")
     lines += ["", "Besides:", *(f"  {name:<20}{text}" for name, text in flags.items())]
     return "\n".join(lines)
-
-
-def _every_key(kind: type) -> set[str]:
-    return {
-        f"{name}.{key}" if classes else name
-        for name, hint in hints(kind).items()
-        for classes in [section_classes(hint)]
-        for key in ({key for c in classes for key in hints(c)} if classes else [name])
-    }
 
 
 def key_sections(

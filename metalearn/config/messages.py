@@ -211,13 +211,18 @@ _OTHER_NAMES = {
 """What other programs call an option of a group, without signs and capitals."""
 
 
+def every_key(kind: type) -> list[str]:
+    """Return the keys of a configuration, those of all options of its groups among them."""
+    return [
+        key
+        for name, hint in hints(kind).items()
+        for key in ([f"{name}.{k}" for c in section_classes(hint) for k in hints(c)] or [name])
+    ]
+
+
 def nearest_key(key: str, kind: type, *, exact: bool = False) -> str | None:
     """Return the key that was probably meant; ``None`` if none is near, or with ``exact`` if it is not one."""
-    every = ["experiment"]
-    for name, hint in hints(kind).items():
-        classes = section_classes(hint)
-        every += [f"{name}.{k}" for c in classes for k in hints(c)] or [name]
-        every += [name] if name in GROUPS else []
+    every = ["experiment", *every_key(kind), *(name for name in hints(kind) if name in GROUPS)]
     word = key.replace("-", "_")
     if word in every or exact:
         return word if word in every else None

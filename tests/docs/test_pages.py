@@ -61,6 +61,10 @@ def test_code_prints_what_it_says(place: str) -> None:
     BLOCKS[place].evaluate()
 
 
+def fenced(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
 OWN_CODE = [page for page in PAGES if page.name.startswith("own-") or page.name == "plain-loop.md"]
 
 
@@ -72,16 +76,16 @@ def test_guide_about_own_code_has_a_block_that_runs(page: Path) -> None:
 def test_code_of_the_readme_trains(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     glyphs = make_glyphs(classes=20)
     monkeypatch.setattr(omniglot, "load_omniglot", lambda: ImageSplits("glyphs", glyphs, glyphs, glyphs))
-    blocks = re.findall(r"^```py\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {}
-    exec(next(code for code in blocks if "load_omniglot" in code).replace("range(7000)", "range(2)"), names)
+    exec(
+        next(code for code in fenced(README, "py") if "load_omniglot" in code).replace("range(7000)", "range(2)"), names
+    )
     assert capsys.readouterr().out.startswith("0 1.")
     assert all(p.grad.isfinite().all() and p.grad.any() for p in names["theta"].values() if p.ndim > 1)
 
 
 def test_lines_about_create_graph_are_the_meta_gradient() -> None:
-    blocks = re.findall(r"^```py\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
-    code = next(code for code in blocks if "create_graph=second_order" in code)
+    code = next(code for code in fenced(README, "py") if "create_graph=second_order" in code)
     torch.manual_seed(0)
     forward, theta = functionalize(nn.Linear(4, 3))
     x, y = torch.randn(1, 5, 4), torch.randint(3, (1, 5))
@@ -95,15 +99,11 @@ def test_lines_about_create_graph_are_the_meta_gradient() -> None:
             torch.testing.assert_close(found, grad)
 
 
-def fenced(page: Path, language: str) -> str:
-    return "\n".join(re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL))
-
-
 COMMANDS = {  # without repetitions
     f"{script} {' '.join(words)}": (script, words)
     for page in PAGES
     for script, arguments in re.findall(
-        r"scripts/(\w+)\.py(.*)$", fenced(page, "bash").replace("\\\n", ""), re.MULTILINE
+        r"scripts/(\w+)\.py(.*)$", "\n".join(fenced(page, "bash")).replace("\\\n", ""), re.MULTILINE
     )
     if (words := shlex.split(arguments, comments=True))
 }
