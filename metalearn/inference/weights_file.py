@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
 from metalearn.core.types import Params
 from metalearn.inner import SEPARATOR
-from metalearn.pretrained.model_file import read_safetensors, tensor_digest
+from metalearn.pretrained.model_file import read_safetensors, safetensors_bytes, tensor_digest
 
 _FORMAT = "metalearn-adapted-1"
 _SUPPORT = f"support{SEPARATOR}x"
@@ -65,7 +64,6 @@ def write_weights(adapted: AdaptedModel, origin: CheckpointOrigin, path: Path, *
         )
     files.check_new_file(path, "adapted.safetensors", overwrite=overwrite)
     tensors = {**adapted.weights, _SUPPORT: adapted.support_x}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     metadata = {
         "format": _FORMAT,
         "classes": json.dumps(adapted.classes),
@@ -77,7 +75,7 @@ def write_weights(adapted: AdaptedModel, origin: CheckpointOrigin, path: Path, *
         "theta.sha256": origin.theta_digest,
         "content.sha256": tensor_digest(tensors),
     }
-    files.atomic_write_bytes(path, safetensors.torch.save(tensors, metadata))
+    files.atomic_write_bytes(path, safetensors_bytes(tensors, metadata))
 
 
 def read_weights(path: Path, origin: CheckpointOrigin) -> AdaptedModel:

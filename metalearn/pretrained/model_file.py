@@ -133,9 +133,6 @@ def read_model(path: Path) -> tuple[Params, ModelRecord]:
 
 def model_bytes(tensors: Params, record: ModelRecord) -> bytes:
     """Return the content of a model file."""
-    import safetensors.torch
-
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     metadata = {
         "format": _FORMAT,
         "config.yaml": record.config_yaml,
@@ -143,7 +140,22 @@ def model_bytes(tensors: Params, record: ModelRecord) -> bytes:
         "validation_score": repr(record.validation_score),
         "card": json.dumps(record.card),
     }
-    return safetensors.torch.save(tensors, {**metadata, _DIGEST: _digest(tensors, metadata)})
+    return safetensors_bytes(tensors, {**metadata, _DIGEST: _digest(tensors, metadata)})
+
+
+def safetensors_bytes(tensors: Params, metadata: Mapping[str, str]) -> bytes:
+    """Return the content of a safetensors file: the same bytes for the same tensors and metadata.
+
+    The library writes metadata in an order that changes from call to call.
+    """
+    import safetensors.torch
+
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    content = safetensors.torch.save(tensors, dict(metadata))
+    end = 8 + int.from_bytes(content[:8], "little")  # a length of 8 bytes, a header of JSON, the tensors
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def read_safetensors(path: Path) -> tuple[Params, dict[str, str]]:

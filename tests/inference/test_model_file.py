@@ -51,6 +51,14 @@ def test_file_predicts_as_the_folder_does(name: str, run: Path, runs: dict[str, 
     assert of_folder.restore(weights).classes_ == of_file.classes_, "both are the same model"
 
 
+def test_the_same_model_has_the_same_bytes(run: Path, tmp_path: Path) -> None:
+    learner = metalearn.load(run, "cpu")
+    assert len({learner.to_bytes() for _ in range(8)}) == 1
+    learner.adapt(*support())
+    saved = [learner.save(tmp_path / f"{i}.safetensors").read_bytes() for i in range(8)]
+    assert len({*saved}) == 1
+
+
 def test_card_is_of_the_test_unless_it_is_given(run: Path, runs: dict[str, Path], tmp_path: Path) -> None:
     learner = metalearn.load(run, "cpu")
     assert learner.card == json.loads((run / "metrics.json").read_text())
