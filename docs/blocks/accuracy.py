@@ -7,7 +7,7 @@ from typing import Any
 
 from docs.blocks.markdown import REFERENCE, accuracy, estimate, points, read, table
 from metalearn.commands.compare.statistics import seed_ci
-from metalearn.commands.reproduce.table import format_interval, readme_table
+from metalearn.commands.reproduce.table import cells, format_interval
 from metalearn.core.text import plural
 
 _COMPARISONS = {
@@ -20,7 +20,21 @@ _FAMILY_NAMES = {"first_order": "maml, first order", "backend-learn2learn": "mam
 
 def reproduction() -> str:
     """Return the rows of the published tables that were trained."""
-    return readme_table(read("omniglot.json")["rows"])
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["ways"], row["shots"], row["experiment"], row["order"] == "first"
+
+    rows = [
+        {
+            "task, `experiment_name=`": f"{row['ways']}-way {row['shots']}-shot, `{row['experiment']}`",
+            "order": row["order"],
+            **cells(row),
+            "meta-steps": f"{row['iterations']:,} of {plural(row['tasks_per_step'], 'task')}",
+        }
+        for row in sorted(read("omniglot.json")["rows"], key=place)
+    ]
+    measured = [head for head in rows[0] if any(row[head] != "-" for row in rows)]
+    return table(measured, ([row[head] for head in measured] for row in rows))
 
 
 def runs_of_both_orders() -> str:

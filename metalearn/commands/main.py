@@ -178,8 +178,8 @@ def reproduce(config: ReproduceConfig, folder: Path) -> None:
 
     The same command resumes the runs that are not finished. The exit code is 0 when all are, 1 if a run failed, and 75
     if the time limit (time_limit_minutes=) was reached first. Results are written to omniglot.json; with
-    update_reference=true also to outputs/reference/omniglot.json and README.md below the current folder, which is
-    meant to be a checkout.
+    update_reference=true also to outputs/reference/omniglot.json below the current folder, which is meant to be a
+    checkout.
     """
     from metalearn.commands.reproduce.run import run_reproduction
 

@@ -230,4 +230,4 @@ class ReproduceConfig(Section):
     ]
     jobs: Annotated[Count, Doc("runs at a time on this machine")]
     overrides: Annotated[list[Text], Doc("more keys of scripts/train.py, for every run")]
-    update_reference: Annotated[Bool, Doc("also write results to outputs/reference/omniglot.json and the README")]
+    update_reference: Annotated[Bool, Doc("also write results to outputs/reference/omniglot.json")]

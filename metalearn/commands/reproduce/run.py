@@ -6,7 +6,7 @@ import logging
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,27 +16,18 @@ from metalearn.commands.compare.launch import launch
 from metalearn.commands.compare.variants import Job, replace_in
 from metalearn.commands.reproduce.plan import TableRow, build_rows, resolve_row
 from metalearn.commands.reproduce.table import (
-    BEGIN,
-    END,
     FILE,
     ROTATED,
-    between_markers,
+    cells,
     check_enough_seeds,
-    format_gain,
-    format_interval,
-    format_published,
     read_metrics,
     read_rotated,
-    read_rows,
-    readme_table,
-    replace_table,
     row_results,
     upsert_row,
 )
 from metalearn.commands.shell import invocation
 from metalearn.config.commands_schema import ReproduceConfig
 from metalearn.config.options import OmniglotConfig
-from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
 from metalearn.core.text import plural
 from metalearn.training.checkpoints import state_paths
@@ -51,8 +42,7 @@ FINISHED, FAILED, UNFINISHED = 0, 1, 75
 """Exit codes; the last is ``EX_TEMPFAIL`` of ``sysexits.h``: try again."""
 
 REFERENCE = Path("outputs/reference") / FILE
-README = Path("README.md")
-"""The files that ``update_reference=true`` updates, below the current directory: a checkout."""
+"""The file that ``update_reference=true`` updates, below the current directory: a checkout."""
 
 
 class TimeLimitReached(BaseException):
@@ -158,41 +148,21 @@ def collect_row(row: TableRow) -> dict[str, Any] | None:
 
 
 def save_row(row: Mapping[str, Any], folder: Path, *, record: bool) -> None:
-    """Write a row into the folder of its runs and, to record it, into the reference results and the README."""
+    """Write a row into the folder of its runs and, to record it, into the reference results."""
     with folder_lock(folder, wait=True):  # the reproduction of another row may write at this moment
         for path in output_files(folder, record=record):
             upsert_row(path, row)
             print_path("Results", path)
         if record:
-            write_readme(read_rows(REFERENCE))
-
-
-def write_readme(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Update the README's table, or print it if its place is not marked."""
-    table, readme = readme_table(rows), README.read_text() if README.exists() else ""
-    if between_markers(readme) is None:
-        print_line(f"{README.name} has no place for the table, which is one {BEGIN} and below it one {END}:\n")
-        print_line(table)
-        return
-    files.atomic_write_text(README, replace_table(readme, table))
-    print_path("Table", README)
+            print_line("The README and the documentation show it after: python -m docs.blocks")
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the finished rows next to the published accuracies."""
     title = f"{rows[0]['experiment']}: {rows[0]['dataset']}, {rows[0]['test_tasks']} test tasks a seed"
-    lines: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "test accuracy": lambda row: format_interval(row["accuracy"]),
-        "gain over first order": lambda row: format_gain(row["gain"]),
-        "non-transductive": lambda row: format_interval(row["nontransductive"]),
-        "rotated test classes": lambda row: format_interval(row["rotated"]),
-        "published": lambda row: format_published(row["published"]),
-        "seeds": lambda row: " ".join(map(str, row["seeds"])),
-        "minutes a seed": lambda row: f"{row['minutes']:.1f}",
-    }
     header = ["", *(f"{row['order']} order" for row in rows)]
-    cells = [[name, *map(text, rows)] for name, text in lines.items()]
-    print_table(title, header, cells)
+    columns = [cells(row) for row in rows]
+    print_table(title, header, [[name, *(column[name] for column in columns)] for name in columns[0]])
 
 
 def print_unfinished(every: Sequence[Job], reasons: Mapping[Path, str]) -> None:

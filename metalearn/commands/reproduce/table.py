@@ -1,4 +1,4 @@
-"""The results of rows, from the metrics of their runs: on disk, and as the README's table."""
+"""The results of rows, from the metrics of their runs: on disk, and as cells of a table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from metalearn.commands.compare.gather import hardware_of
 from metalearn.commands.compare.statistics import difference, seed_ci, task_ci
@@ -169,9 +169,6 @@ ROTATED = "rotated_test"
 FILE = "omniglot.json"
 """The rows, in ``outputs/reproduction/`` and, if they are recorded, in ``outputs/reference/``."""
 
-BEGIN, END = "<!-- reproduction -->", "<!-- /reproduction -->"
-"""The README's table is between these."""
-
 Row = Mapping[str, Any]
 
 
@@ -181,8 +178,9 @@ def read_rows(path: Path) -> list[Row]:
         return []
     try:
         rows: list[Row] = json.loads(path.read_text())["rows"]
-        readme_table(rows)  # fails if something is missing
-    except (OSError, ValueError, KeyError, TypeError, UndefinedError) as error:
+        for row in rows:
+            cells(row)  # fails if something is missing
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is not a file of rows: {error!r}. Move it away, or restore it.") from error
     return rows
 
@@ -212,20 +210,24 @@ def upsert_row(path: Path, row: Row) -> None:
     files.atomic_write_json(path, {"rows": list(rows.values())})
 
 
-def readme_table(rows: Sequence[Row]) -> str:
-    """Return the measured rows as a table, by task and experiment."""
-
-    def place(row: Row) -> tuple[Any, ...]:
-        return row["ways"], row["shots"], row["experiment"], row["order"] == "first"
-
-    return render("table.md.j2", rows=sorted(rows, key=place))
+def cells(row: Row) -> dict[str, str]:
+    """Return what a table says of a row, by the heads of the columns."""
+    return {
+        "accuracy": format_interval(row["accuracy"]),
+        "gain over first order": format_gain(row.get("gain")),
+        "non-transductive": format_interval(row["nontransductive"]),
+        "rotated test classes": format_interval(row.get("rotated")),
+        "published": format_published(row["published"]),
+        "seeds": " ".join(map(str, row["seeds"])),
+        "minutes a seed": f"{row['minutes']:.0f}",
+    }
 
 
 def render(template: str, **values: Any) -> str:
     """Return one of this command's templates, filled in."""
     loader = PackageLoader("metalearn.commands.reproduce")
     environment = Environment(loader=loader, trim_blocks=True, undefined=StrictUndefined)
-    environment.filters.update(interval=format_interval, gain=format_gain, published=format_published)
+    environment.filters.update(interval=format_interval, published=format_published)
     return environment.get_template(template).render(values).rstrip()
 
 
@@ -248,16 +250,3 @@ def format_gain(gain: Row | None) -> str:
 def format_published(reported: Row | None) -> str:
     """Format a published accuracy with its source."""
     return "-" if reported is None else str(Published(**reported))
-
-
-def between_markers(readme: str) -> str | None:
-    """Return the text between the markers; ``None`` unless both are there, once, and in order."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        return None
-    return readme.partition(BEGIN)[2].partition(END)[0].strip()
-
-
-def replace_table(readme: str, table: str) -> str:
-    """Return a README that has both markers, with another table between them."""
-    before, _, rest = readme.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}"

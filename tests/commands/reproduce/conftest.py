@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from metalearn.commands.reproduce.table import BEGIN, END
-
 
 @pytest.fixture(autouse=True)
 def _omniglot_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,5 +18,4 @@ def _omniglot_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Use a temporary folder instead of the repository."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     return tmp_path

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from metalearn.commands.reproduce import run
 from metalearn.commands.reproduce.run import FINISHED, run_reproduction
-from metalearn.commands.reproduce.table import BEGIN, END, ROTATED, between_markers, read_rows, readme_table
+from metalearn.commands.reproduce.table import ROTATED, cells, read_rows
 from metalearn.core.errors import RunError
 from tests.commands.reproduce.factories import ACCURACIES, ROW, configuration, finish
 from tests.paths import REPO
@@ -48,19 +47,15 @@ def test_results_are_over_seeds_and_recorded(recorded: Path) -> None:
     assert second["published"] == {"accuracy": 0.987, "source": "Finn et al. 2017"}
     assert first["published"] == {"accuracy": 0.983, "source": "Nichol et al. 2018"}
 
-    readme = (recorded / "README.md").read_text()
-    assert readme.startswith(f"before\n{BEGIN}\n| task")
-    assert readme.endswith(f"|\n{END}\nafter\n")
-    assert "old" not in readme
-    lines = readme.splitlines()
-    line = (
-        f"| 5-way 1-shot, `{ROW}` | second | 98.30% ± {half:.2%} | +15.00 ± {100 * of_seeds:.2f} | 94.30% ± {half:.2%} "
-        f"| 97.30% ± {half:.2%} | 98.7% (Finn et al. 2017) | 15,000 of 8 tasks, 1 inner | 3 | 11 |"
-    )
-    assert line in lines
-    assert [line.split(" | ")[1] for line in lines if "-way" in line] == ["second", "first"], (
-        "what was run, and no more"
-    )
+    assert cells(second) == {
+        "accuracy": f"98.30% ± {half:.2%}",
+        "gain over first order": f"+15.00 ± {100 * of_seeds:.2f}",
+        "non-transductive": f"94.30% ± {half:.2%}",
+        "rotated test classes": f"97.30% ± {half:.2%}",
+        "published": "98.7% (Finn et al. 2017)",
+        "seeds": "0 1 2",
+        "minutes a seed": "11",
+    }
 
 
 def test_what_was_measured_is_kept_when_it_is_gathered_again(recorded: Path) -> None:
@@ -86,15 +81,6 @@ def test_what_was_measured_is_kept_when_it_is_gathered_again(recorded: Path) -> 
     assert [read_rows(path)[0][name] for name in ("gain", "rotated")] == [None, None], "these are other runs"
 
 
-def test_tasks_of_another_row_come_in_order() -> None:
-    row: dict[str, Any] = {"order": "second", "accuracy": None, "nontransductive": None, "published": None}
-    row |= {"iterations": 1, "inner_steps": 1, "tasks_per_step": 1, "seeds": [0], "minutes": 1.0}
-    settings = [(20, 5), (5, 5), (20, 1), (5, 1)]
-    rows = [{**row, "ways": n, "shots": k, "experiment": f"{n}-{k}"} for n, k in settings]
-    found = [line.split("`")[1] for line in readme_table(rows).splitlines()[2:]]
-    assert found == ["5-1", "5-5", "20-1", "20-5"]
-
-
 @pytest.mark.parametrize("damaged", ["", "{}", "[]", '{"accuracy": [1.0]}', None])
 def test_gain_is_left_out_without_the_tasks(damaged: str | None, recorded: Path) -> None:
     config = configuration("orders=[second,first]")
@@ -111,12 +97,11 @@ def test_interval_is_over_tasks_when_one_seed(recorded: Path) -> None:
     run_reproduction(config, recorded / "rows")
     (row,) = read_rows(recorded / run.REFERENCE)
     assert row["accuracy"] == {"mean": 0.98, "ci95": 0.001, "over": "tasks"}
-    assert "| 98.00% ± 0.10% (over tasks) | - |" in (recorded / "README.md").read_text()
+    assert [cells(row)[name] for name in ("accuracy", "gain over first order")] == ["98.00% ± 0.10% (over tasks)", "-"]
 
 
 def test_row_is_not_replaced_when_it_has_more_seeds(recorded: Path) -> None:
     reference = recorded / run.REFERENCE
-    (recorded / "README.md").write_text("no markers\n")
     two = configuration("seeds=[0,1]", "update_reference=true")
     finish(two, recorded / "rows")
     run_reproduction(two, recorded / "rows")
@@ -135,27 +120,6 @@ def test_row_is_not_replaced_when_it_has_more_seeds(recorded: Path) -> None:
     kept, row = read_rows(reference)
     assert kept == other
     assert row["seeds"] == [0, 1, 2]
-    assert (recorded / "README.md").read_text() == "no markers\n"
-
-
-def test_table_is_printed_when_readme_has_no_markers(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for readme in ("nothing", f"{END}\n{BEGIN}", f"{BEGIN}{BEGIN}{END}"):
-        (recorded / "README.md").write_text(readme)
-        run.write_readme([])
-        assert (recorded / "README.md").read_text() == readme
-        output = capsys.readouterr().out
-        assert "README.md has no place for the table" in output
-        assert readme_table([]) in output
-    (recorded / "README.md").unlink()
-    run.write_readme([])
-    assert not (recorded / "README.md").exists()
-    assert readme_table([]) in capsys.readouterr().out
-
-
-def test_readme_table_equals_committed_results() -> None:
-    readme = (REPO / run.README).read_text()
-    assert BEGIN in readme
-    assert between_markers(readme) == readme_table(read_rows(REPO / run.REFERENCE))
 
 
 def test_recorded_rows_follow_the_protocol() -> None:
