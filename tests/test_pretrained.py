@@ -19,7 +19,7 @@ from metalearn.pretrained.model_file import PRETRAINED, find_run, pretrained_mod
 from metalearn.training.evaluate_run import evaluate_run
 from tests.paths import REPO
 
-SHIPPED = ["omniglot-20w1s", "omniglot-5w1s", "omniglot-5w5s"]
+SHIPPED = ["omniglot-20w1s", "omniglot-20w5s", "omniglot-5w1s", "omniglot-5w5s"]
 
 
 def test_models_are_of_the_recorded_rows() -> None:
