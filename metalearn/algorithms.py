@@ -120,6 +120,8 @@ def maml(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
 def anil(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
     """Build ANIL (almost no inner loop): the head alone is adapted, and all tasks share the features.
 
+        head_{k+1} = head_k - alpha dL_support(head_k, body),    min over head_0 and body
+
     Raghu et al. 2020, arXiv 1909.09157, section 4.
 
     Raises:
@@ -130,6 +132,8 @@ def anil(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
 
 def boil(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
     """Build BOIL (body only in the inner loop): all but the head is adapted, so that features change with the task.
+
+        body_{k+1} = body_k - alpha dL_support(head, body_k),    min over head and body_0
 
     Oh et al. 2021, arXiv 2008.08882, section 3.
 
@@ -173,6 +177,9 @@ def maml_pp(
     per_step_statistics: bool = True,
 ) -> Algorithm:
     """Build MAML++: five improvements, each optional. (The sixth, a cosine schedule, is the meta-optimizer's.)
+
+        theta_{k+1,l} = theta_{k,l} - alpha_{k,l} dL_support(theta_k)_l for a tensor l,
+        min over theta and alpha of the sum over k of w_k L_query(theta_k)
 
     Antoniou, Edwards & Storkey 2019, arXiv 1810.09502, section 4. As in their code, BatchNorm's scale and shift are not
     adapted if they are per step. The two shares replace the paper's numbers of epochs.
@@ -227,6 +234,8 @@ def multi_step_weights(steps: int, progress: float) -> tuple[float, ...]:
 def reptile(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
     """Build Reptile: the mean displacement of adapted parameters, (theta - theta_K) / alpha, is the gradient.
 
+        g = mean over tasks of (theta - theta_K) / alpha,    theta_{k+1} = theta_k - alpha dL(theta_k)
+
     Nichol, Achiam & Schulman 2018, arXiv 1803.02999, section 3. Training tasks adapt to support and query set together.
     """
     return Algorithm("reptile", dataclasses.replace(inner, second_order=False), engine=reptile_gradient)
@@ -268,6 +277,8 @@ def imaml(
 
 def cavia(inner: InnerLoop, parts: ModuleParts) -> Algorithm:
     """Build CAVIA (fast context adaptation): context parameters alone are adapted, from 0; all others are shared.
+
+        c_0 = 0,    c_{k+1} = c_k - alpha dL_support(c_k, theta),    min over theta of L_query(c_K, theta)
 
     Zintgraf et al. 2019, arXiv 1810.03642, algorithm 1, section 3.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from docs.blocks.markdown import ROOT
+from docs.blocks.overview import PICTURE, data_digest
 from docs.blocks.pages import PAGES, blocks, filled
 
 HERE = Path("page.md")
@@ -16,6 +18,11 @@ HERE = Path("page.md")
 def test_blocks_are_up_to_date(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert filled(text, page) == text, "run python -m docs.blocks"
+
+
+def test_overview_is_drawn_from_the_committed_results() -> None:
+    with Image.open(PICTURE) as picture:
+        assert picture.info["Source"] == data_digest(), "run python -m docs.blocks.overview"
 
 
 def test_every_block_is_on_a_page() -> None:
