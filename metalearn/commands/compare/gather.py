@@ -44,8 +44,8 @@ def measure_engine_costs(
 ) -> tuple[list[EngineCost], list[int]]:
     """Return the cost of the engines, and the numbers K of inner steps that were left out to save time.
 
-    What was measured with the same settings on the same machine is loaded. ``inner.steps`` is always measured, and then
-    the other K from the lowest on, as long as that is expected to end within ``budget_s``.
+    What was measured with the same settings on the same machine is loaded, and counts. ``inner.steps`` is always
+    measured, and then the other K from the lowest on, as long as all are expected to take no longer than ``budget_s``.
     """
     steps = {*settings.steps, *([config.inner.steps] if config.inner.steps else [])}
     wanted = sorted(steps, key=lambda k: (k != config.inner.steps, k))
@@ -72,6 +72,7 @@ def measure_engine_costs(
     experiment = build_experiment(config)
     problem = MetaStepProblem(experiment.forward, experiment.theta, experiment.train.batch(0, config.task.meta_batch))
     limit = int(settings.memory_limit_mib * MIB)
+    budget_s -= sum(expected_seconds(rows, k, settings.repeats) for k in {row.steps for row in rows})
     seconds_per_step = 0.0  # of the last measurement, which may take longer than its rounds
     while missing:
         k = missing[0]
@@ -86,7 +87,7 @@ def measure_engine_costs(
         taken = max(time.perf_counter() - started, expected_seconds(rows, k, settings.repeats))
         budget_s, seconds_per_step = budget_s - taken, taken / k
         missing = missing[1:]
-    files.atomic_write_json(path, {**conditions, "rows": [asdict(row) for row in rows]})
+        files.atomic_write_json(path, {**conditions, "rows": [asdict(row) for row in rows]})
     return rows, missing
 
 

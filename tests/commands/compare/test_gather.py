@@ -182,9 +182,11 @@ def test_engines_are_measured_within_the_time_of_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = to_dataclass(compose("compare", SMALL_TASK), CompareConfig)
-    shared, measured = to_train_config(config), list[int]()
+    shared, measured, interrupted = to_train_config(config), list[int](), list[int]()
 
     def measure(problem: object, inners: object, plan: MeasurementPlan, progress: Progress) -> list[EngineCost]:
+        if plan.steps == interrupted:
+            raise KeyboardInterrupt
         measured.append(*plan.steps)
         return [EngineCost(e, True, None, 1, plan.steps[0], 50.0, 100.0 * plan.steps[0]) for e in ("unroll", "adjoint")]
 
@@ -199,10 +201,17 @@ def test_engines_are_measured_within_the_time_of_the_training(
         assert costs(0.0)[1] == [2, 5, 10]
     assert measured == [1], "inner.steps, whatever it takes"
     assert "K = 2, 5, 10 left out" in caplog.text
-    assert costs(4.5)[1] == [5, 10]
+    assert costs(6.7)[1] == [5, 10]
     assert measured == [2], "K = 1 is in cost.json"
+    assert costs(6.7)[1] == [5, 10]
+    assert measured == [], "the same command has no more time than before"
+    interrupted = [10]
+    with pytest.raises(KeyboardInterrupt):
+        costs(1000.0)
+    assert measured == [5]
+    interrupted = []
     rows, left_out = costs(1000.0)
-    assert (measured, left_out) == ([5, 10], [])
+    assert (measured, left_out) == ([10], []), "what was measured before the interruption is kept"
     assert [row.steps for row in rows if row.engine == "unroll"] == [1, 2, 5, 10]
 
 
