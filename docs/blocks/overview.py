@@ -24,7 +24,7 @@ _LINES = {  # engine, second order, task_chunk: label, colour
     ("checkpoint", True, 4): ("second order, checkpoint, 4 at a time", _CHECKPOINT),
     ("unroll", False, None): ("first order, 16 at a time", _FIRST),
 }
-_LABELS = {("unroll", True): (1.1, 700), ("checkpoint", True): (1.1, 57), ("unroll", False): (1.1, 97)}
+_LABELS = {("unroll", True): (1.1, 2250), ("checkpoint", True): (1.1, 57), ("unroll", False): (1.1, 97)}
 
 
 def draw() -> Figure:

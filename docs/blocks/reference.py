@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
+import re
+import types
+import typing
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -27,6 +32,20 @@ def commands() -> str:
         about = inspect.cleandoc(function.__doc__ or "").replace("``", "`")
         parts.append(f"### {name}\n\n```text\nmetalearn {name} [KEY=VALUE ...]\n```\n\n{about}")
     return "\n\n".join(parts)
+
+
+def api_names() -> str:
+    """List what the API page describes, with the first line of each docstring and its file."""
+    rows = []
+    for path in re.findall("^::: (.+)$", (ROOT / "docs/reference/api.md").read_text(encoding="utf-8"), re.MULTILINE):
+        module, _, name = path.rpartition(".")
+        item: Any = getattr(importlib.import_module(module), name)
+        if isinstance(item, types.ModuleType) or typing.get_origin(item) or item is Any:
+            continue  # a module, or a type: it has no docstring of its own
+        about = inspect.cleandoc(item.__doc__ or "").partition("\n\n")[0].replace("\n", " ").replace("``", "`")
+        file = Path(inspect.getfile(item)).relative_to(ROOT).as_posix()
+        rows.append((f"[`{name}`](../../{file})", about))
+    return table(("name", "what it is"), rows)
 
 
 def keys(command: str) -> str:
