@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from metalearn.commands.command_line import FLAGS, FLAGS_WITH_VALUE
 from metalearn.config.messages import nearest_key
 
-_ALONE = {"gradients": "lesson", "evaluate": "run", "adapt": "run", "reproduce": "experiment_name"}
-"""The key that a value is probably meant for which stands alone."""
+_ALONE = {
+    "gradients": ["lesson"],
+    "evaluate": ["run"],
+    "adapt": ["run", "support", "query"],
+    "reproduce": ["experiment_name"],
+}
+"""The keys that values are probably meant for which stand alone, one after another."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Mistake:
 def find_mistakes(command: str, kind: Any, arguments: Sequence[str]) -> list[Mistake]:
     """Return the words of a command line that are neither flags nor ``KEY=VALUE``; ``kind`` is the command's schema."""
     found, rest = [], list(arguments)
+    given = {word.partition("=")[0] for word in arguments}
+    alone = [key for key in _ALONE.get(command, []) if key not in given]
     while rest:
         word = rest.pop(0)
         flag = word.partition("=")[0]
@@ -48,8 +56,10 @@ def find_mistakes(command: str, kind: Any, arguments: Sequence[str]) -> list[Mis
                     words.append(value := rest.pop(0))
             elif rest and _is_value(rest[0]) and nearest_key(word, kind):  # KEY VALUE
                 words.append(value := rest.pop(0))
-            elif command in _ALONE and not nearest_key(word, kind, exact=True):
-                key, value = _ALONE[command], word
+            elif word.endswith((".yaml", ".yml")) and "experiment/" in word:
+                key, value = "experiment", PurePath(word).stem
+            elif alone and not nearest_key(word, kind, exact=True):
+                key, value = alone.pop(0), word
             found.append(Mistake(" ".join(words), _assignment(key, value or "VALUE", kind)))
         elif word.endswith("=") and rest and _is_value(rest[0]):
             found.append(Mistake(f"{word} {rest[0]}", f"{word}{rest.pop(0)}"))
@@ -61,4 +71,6 @@ def _is_value(word: str) -> bool:
 
 
 def _assignment(key: str, value: str, kind: Any) -> str:
+    if key in ("config", "conf", "config_file", "config-file"):
+        return f"experiment={PurePath(value).stem}, of conf/experiment/"
     return f"{nearest_key(key, kind) or key}={value}"

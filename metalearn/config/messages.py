@@ -80,7 +80,8 @@ def describe_allowed(hint: Any, *, plural: bool = False) -> str:
         least = next((limit.min_length for limit in limits if isinstance(limit, MinLen)), 0)
         most = next((limit.max_length for limit in limits if isinstance(limit, MaxLen)), None)
         number = str(least) if least == most else "one or more" if least else "a list of"
-        return f"{number} {describe_allowed(arguments[0], plural=True)}"
+        example = ", as in [3]" if arguments[0] is int or get_args(arguments[0])[:1] == (int,) else ""
+        return f"{number} {describe_allowed(arguments[0], plural=True)}{example}"
     if origin is dict:
         return "names with values, as {width: 32}"
     words = _WORDS[base][plural]

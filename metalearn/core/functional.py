@@ -55,6 +55,9 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
         >>> forward(theta, torch.zeros(4, 3)).shape
         torch.Size([4, 2])
     """
+    if not isinstance(module, nn.Module):
+        kind = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
+        raise TypeError(f"functionalize: this is {kind}, and must be an nn.Module; a function is a forward already.")
     check_module(module)
     check_signature(module)
     defined = vars(type(module))

@@ -121,7 +121,7 @@ def resolve_dataset(name: str, root: str | None, fallback: str | None) -> str:
         raise DataError(
             f"{reason}. Three ways out:\n"
             "  data.root=FOLDER  that holds omniglot-py/; METALEARN_DATA=FOLDER does the same\n"
-            "  mkdir -p FOLDER   an existing folder, or the default one, is filled by download\n"
+            "  a network         an existing FOLDER, or the default one, is then filled by download\n"
             "  data=glyphs       train on the embedded glyphs instead"
         )
     return fallback

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metalearn.core.short_repr import short_repr
 from metalearn.core.text import plural
-from metalearn.core.types import Episodes
+from metalearn.core.types import Episodes, check_tensors
 from metalearn.data.counter_rng import random_keys, task_keys
 
 _LARGEST_KEY = torch.iinfo(torch.int64).max
@@ -60,7 +60,8 @@ class EpisodeSampler:
             ``[total, channels, height, width]``, class after class.
         shape: N, K and Q.
         seed: of the whole stream of tasks.
-        split: name of the split, which makes training and test tasks of one seed independent.
+        split: its name, which makes training and test tasks of one seed independent. It selects no classes: give the
+            images of the split.
         counts: images of each class, if they differ; equal counts give the same tasks as ``None``.
 
     Raises:
@@ -104,6 +105,7 @@ class EpisodeSampler:
 
     def _check_images(self) -> None:
         dims, form = (5, "classes, drawings") if self.counts is None else (4, "total")
+        check_tensors({"EpisodeSampler: images": self.images})
         if self.images.dtype != torch.uint8 or self.images.dim() != dims:
             raise ValueError(
                 f"EpisodeSampler: images must be uint8 [{form}, channels, height, width], got "

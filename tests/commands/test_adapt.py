@@ -197,7 +197,7 @@ def test_adapt_raises_when_folders_are_invalid(run: Path, folders: Path) -> None
     (folders / "support" / "empty").mkdir()
     with pytest.raises(DataError, match=r"support holds no image in empty"):
         adapt(run, folders)
-    with pytest.raises(DataError, match=r"typo: there is no such folder"):
+    with pytest.raises(DataError, match=r"^support=.*typo: there is no such folder"):
         adapt(run, folders, f"support='{folders}/typo'")
     with pytest.raises(DataError, match=r"holds 2 images but no folders of classes"):
         adapt(run, folders, f"support='{folders}/support/d'")

@@ -29,6 +29,10 @@ MISTAKES = [
     ("gradients", "hvp", ["lesson=hvp"]),
     ("evaluate", "outputs/x", ["run=outputs/x"]),
     ("adapt", "omniglot-5w1s support=x --query y", ["run=omniglot-5w1s", "query=y"]),
+    ("adapt", "omniglot-5w1s my/support my/query", ["run=omniglot-5w1s", "support=my/support", "query=my/query"]),
+    ("adapt", "run=omniglot-5w1s my/support my/query", ["support=my/support", "query=my/query"]),
+    ("train", "--config mine.yaml", ["experiment=mine, of conf/experiment/"]),
+    ("train", "conf/experiment/omniglot_5way_1shot.yaml", ["experiment=omniglot_5way_1shot"]),
 ]
 CORRECT = [
     ("train", "inner.lr=0.1 ~eval.every +x=1 ++y=2 -m --cfg job -p run --config-dir here 'data.options={a: 1}'"),

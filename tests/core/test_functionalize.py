@@ -263,3 +263,16 @@ def test_former_names_of_batched_forward_work_and_warn() -> None:
     assert forward.batched_forward is not None
     x = torch.ones(2, 4, 1, 3, 3)
     assert torch.equal(cast(Tensor, forward.batched_forward({"scale": theta["scale"].expand(2, 1, 1, 1)}, x)), -x)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (torch.tanh, "this is builtin_function_or_method, and must be an nn.Module"),
+        (nn.Linear, "this is the class Linear, and must be an nn.Module"),
+        (None, "this is NoneType, and must be"),
+    ],
+)
+def test_what_is_no_module_raises(module: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        functionalize(module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -195,3 +196,9 @@ def test_sinusoid_experiment_equals_finns() -> None:
 def test_image_model_raises() -> None:
     with pytest.raises(ConfigError, match="model=conv4: data=sinusoid has numbers for inputs, and no images"):
         validate_train_config(to_dataclass(compose("train", ["data=sinusoid"]), TrainConfig))
+
+
+def test_images_that_are_no_tensor_raise() -> None:
+    images: Any = [1, 2]
+    with pytest.raises(TypeError, match=r"EpisodeSampler: images is list and must be a Tensor; .*as_tensor"):
+        EpisodeSampler(images, TaskShape(2, 1, 1), seed=0, split="train")

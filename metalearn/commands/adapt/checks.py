@@ -29,7 +29,7 @@ def check_adapt(config: AdaptConfig) -> None:
         )
     support = None
     if config.support is not None:
-        folder = Path(config.support).expanduser()
+        folder = _folder("support", config.support)
         support = _class_names(folder)
         if len(support) < 2:
             raise DataError(
@@ -37,11 +37,18 @@ def check_adapt(config: AdaptConfig) -> None:
                 "It must hold one folder a class."
             )
     if config.query is not None:
-        folder = Path(config.query).expanduser()
+        folder = _folder("query", config.query)
         is_flat = bool(list_images(folder))  # images without classes
         query = [] if is_flat else _class_names(folder)
         if support:
             check_known_classes(query, support, config.query)
+
+
+def _folder(key: str, value: str) -> Path:
+    folder = Path(value).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{key}={value}: {'this is a file' if folder.is_file() else 'there is no such folder'}")
+    return folder
 
 
 def check_known_classes(query: Sequence[str], known: Sequence[str], folder: str) -> None:
