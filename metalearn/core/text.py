@@ -17,6 +17,19 @@ def plural(count: int, noun: str, nouns: str | None = None) -> str:
     return f"{count} {noun if count == 1 else nouns or f'{noun}s'}"
 
 
+def format_number(value: float) -> str:
+    """Format with three digits, or all before the point."""
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:.{digits}f}"
+
+
+def format_duration(seconds: float) -> str:
+    """Format in the unit that suits the length."""
+    if seconds < 120:
+        return f"{format_number(seconds)} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def wrap(text: str, width: int, *, indent: str = "", first: str | None = None) -> list[str]:
     """Break text into lines between words only, so that paths and overrides can be copied.
 

@@ -15,7 +15,7 @@ from metalearn.config.schema import TaskConfig, TrainConfig
 from metalearn.core import serialization as files
 from metalearn.core.profiling.hardware import checkout_commit, describe_hardware
 from metalearn.core.profiling.memory import MIB
-from metalearn.core.text import plural
+from metalearn.core.text import format_duration, plural
 from metalearn.core.types import Params
 from metalearn.training.checkpoints import load_best
 from metalearn.training.evaluation import ACCURACY, MSE, Evaluation, MeanCI, Metric, evaluate
@@ -195,7 +195,7 @@ def cost_rows(metrics: dict[str, Any]) -> dict[str, str]:
         "best validation": f"{metric.format(best)} at meta-step {at}",
         "meta-steps": f"{metrics['iterations']}, {metrics['time.meta_step_ms']:.0f} ms each (median)",
         "peak memory": f"{metrics['memory.peak_mib']:.1f} MiB ({kinds[metrics['memory.kind']]})",
-        "total time": f"{metrics['time.total_s'] / 60:.1f} min",
+        "total time": format_duration(metrics["time.total_s"]),
     }
 
 

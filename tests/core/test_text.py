@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from metalearn.core.text import fit, plural, wrap
+from metalearn.core.text import fit, format_duration, format_number, plural, wrap
 
 PATH = "/a/very-long/path/" + "x" * 30
 
@@ -33,3 +33,8 @@ def test_only_a_terminals_text_is_wrapped(is_terminal: bool, monkeypatch: pytest
     monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
     text = "five words of four characters"
     assert fit(text, stream) == ("five words of four\ncharacters" if is_terminal else text)
+
+
+def test_format_number_and_duration() -> None:
+    assert [format_number(value) for value in (1234.4, 12.34, 0.567)] == ["1234", "12.3", "0.57"]
+    assert [format_duration(value) for value in (35, 378, 8640)] == ["35.0 s", "6.3 min", "2.4 h"]

@@ -78,7 +78,11 @@ def measure_engine_costs(
         k = missing[0]
         expected = max(expected_seconds(rows, k, settings.repeats), seconds_per_step * k) if rows else 0.0
         if expected > budget_s:
-            log.info("K = %s left out: it would take longer than the training did", _join(missing))
+            log.info(
+                "K = %s left out: it would take longer than the training did. "
+                "`metalearn benchmark bench.kind=engines` measures many K.",
+                _join(missing),
+            )
             break
         plan = MeasurementPlan(f"memory and time at K = {k}", [k], [k], settings.repeats, limit)
         started = time.perf_counter()

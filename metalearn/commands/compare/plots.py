@@ -11,7 +11,8 @@ from matplotlib.ticker import MaxNLocator
 
 from metalearn.commands.benchmark.settings import EngineCost
 from metalearn.commands.compare.results import CurvePoint, Results, VariantResult
-from metalearn.commands.compare.tables import format_number, step_costs
+from metalearn.commands.compare.tables import step_costs
+from metalearn.core.text import format_number
 from metalearn.training.evaluation import MeanCI
 from metalearn.training.tracking.plot_style import (
     ENGINE_STYLES,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from metalearn.commands.benchmark.settings import EngineCost, pivot
 from metalearn.commands.compare.results import Difference, Results, RunResult, VariantResult
+from metalearn.core.text import format_duration, format_number
 from metalearn.training.evaluation import MeanCI
 
 
@@ -131,19 +132,6 @@ def _describe_missing(results: Results) -> list[str]:
     return sentences
 
 
-def format_number(value: float) -> str:
-    """Format with three digits, or all before the point."""
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    return f"{value:.{digits}f}"
-
-
-def format_duration(seconds: float) -> str:
-    """Format in the unit that suits the length."""
-    if seconds < 120:
-        return f"{format_number(seconds)} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 Table = tuple[list[str], list[list[str]]]
 _NONE = "-"
 
@@ -167,9 +155,10 @@ def _time_to_target(variant: VariantResult) -> str:
     reached = variant.time_to
     if reached is None:
         return "not reached" if variant.finished else _NONE
-    seeds = f"{reached.seeds} of {len(variant.finished)} seeds"
+    total = len(variant.finished)
+    seeds = "" if reached.seeds == total else f" in {reached.seeds} of {total} seeds"
     at_most = "at most " if variant.curve and reached.iterations == variant.curve[0].iteration else ""
-    return f"{at_most}{format_duration(reached.training_s)}, {reached.iterations:.0f} steps, {seeds}"
+    return f"{at_most}{format_duration(reached.training_s)}{seeds}, {reached.iterations:.0f} steps"
 
 
 def per_step_rows(results: Results) -> Table:

@@ -198,14 +198,13 @@ class TensorBoardLogger(EventWriter):
         self.flush()
 
     def log_test(self, result: Evaluation, iteration: int = 0) -> None:
-        """Log the test score at its meta-step, and with its interval against the number of inner steps."""
+        """Log the test scores at their meta-step, and with its interval against the number of inner steps."""
         name = result.metric.name
         self.log_scalars({f"{name}/test": result.final.mean}, iteration)
         for step, estimate in enumerate(result.per_step):
             self._log_interval(f"{name}/test_by_inner_step", estimate, step, result.metric)
         if result.nontransductive:
-            steps = len(result.per_step) - 1
-            self.log_scalars({f"{name}/test_nontransductive": result.nontransductive.mean}, steps)
+            self.log_scalars({f"{name}/test_nontransductive": result.nontransductive.mean}, iteration)
 
     def _log_interval(self, tag: str, estimate: MeanCI, step: int, metric: Metric) -> None:
         values = estimate.mean, *estimate.ends(0, metric.highest)

@@ -13,10 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from metalearn.commands.compare.plots import PLOTS
 from metalearn.commands.compare.report import ReportLogger, escape, write_report
-from metalearn.commands.compare.results import Results
+from metalearn.commands.compare.results import Results, TimeToAccuracy
 from metalearn.commands.compare.tables import (
-    format_duration,
-    format_number,
     headline,
     memory_rows,
     per_step_rows,
@@ -174,11 +172,13 @@ def test_variant_rows() -> None:
         "ms per meta-step": "48.0",
         "peak MiB": "54.0",
         "training time": "48.0 s",
-        "time to 95.0%": "28.8 s, 600 steps, 3 of 3 seeds",
+        "time to 95.0%": "28.8 s, 600 steps",
         "finished seeds": "3 of 3",
     }
     at_first = dataclasses.replace(variant("fast"), curve=curve(0.98, ms=48.0, band=0.01)[12:])  # from step 600 on
-    assert variant_rows(results([at_first]))[1][0][6] == "at most 28.8 s, 600 steps, 3 of 3 seeds"
+    assert variant_rows(results([at_first]))[1][0][6] == "at most 28.8 s, 600 steps"
+    once = dataclasses.replace(variant("once"), time_to=TimeToAccuracy(28.8, 600, 1))
+    assert variant_rows(results([once]))[1][0][6] == "28.8 s in 1 of 3 seeds, 600 steps"
     slow = dataclasses.replace(variant("slow"), time_to=None)
     assert variant_rows(results([slow]))[1][0][6] == "not reached"
     assert len(variant_rows(results([slow], target=None))[0]) == 7
@@ -286,11 +286,6 @@ def test_report_replaces_earlier_one(tmp_path: Path) -> None:
     assert "plots/cost.png" not in (tmp_path / "report.md").read_text()
     write_report(given, tmp_path)
     assert (tmp_path / "report.html").read_bytes() == first, "the same results give the same page"
-
-
-def test_format_number_and_duration() -> None:
-    assert [format_number(value) for value in (1234.4, 12.34, 0.567)] == ["1234", "12.3", "0.57"]
-    assert [format_duration(value) for value in (35, 378, 8640)] == ["35.0 s", "6.3 min", "2.4 h"]
 
 
 def test_event_file_replaces_an_earlier_one(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_log_test_logs_scores_and_intervals(tmp_path: Path) -> None:
     assert points == {
         "accuracy/test": {400: 0.75},
         "accuracy/test_by_inner_step": {0: 0.2, 1: 0.7, 2: 0.75},
-        "accuracy/test_nontransductive": {2: 0.5},
+        "accuracy/test_nontransductive": {400: 0.5},
     }
 
 
@@ -240,7 +240,7 @@ def test_log_hparams_repeats_no_point(tmp_path: Path) -> None:
     points = {tag: [e.step for e in accumulated(tmp_path / "run").Scalars(tag)] for tag in METRICS}
     assert points == {
         "accuracy/test": [20],
-        "accuracy/test_nontransductive": [1],
+        "accuracy/test_nontransductive": [20],
         "cost/peak_mib": [10, 20],
         "cost/median_meta_step_ms": [20],
     }
