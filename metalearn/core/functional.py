@@ -15,9 +15,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from metalearn.core.deprecation import adopt_former_methods
 from metalearn.core.errors import NonFiniteGradientError
-from metalearn.core.module_checks import check_module, check_signature
+from metalearn.core.module_checks import check_arguments, check_module, module_arguments
 from metalearn.core.short_repr import short_repr
-from metalearn.core.types import Forward, Params, check_tensors
+from metalearn.core.types import Examples, Forward, Params, check_tensors, named_leaves
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,9 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
     where ``models/kernels`` are, unless a subclass overrides ``forward``, a parameter is frozen or a layer has a hook.
 
     Args:
-        module: maps one tensor ``[examples, ...]`` to predictions ``[examples, ...]``, by operations that
-            ``torch.vmap`` can batch: no branch on a tensor's values, no recurrent cuDNN layers.
+        module: maps examples, each tensor ``[examples, ...]``, to predictions ``[examples, ...]``, by operations that
+            ``torch.vmap`` can batch: no branch on a tensor's values, no recurrent cuDNN layers. Examples in a tuple are
+            its arguments, those in a dictionary its arguments by name.
 
     Returns:
         ``(forward, params)``: ``forward(params, x)`` is the module's output for one task under ``params``;
@@ -48,7 +49,7 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
     Raises:
         ValueError: if nothing is trainable, or naming a layer that cannot be part of a pure function: normalisation
             in training mode with running statistics, ``sparse=True``, ``max_norm=``, a gradient hook, scripted, lazy.
-        TypeError: if the module does not take one tensor.
+        TypeError: when it is called, if the module does not take what the examples hold.
 
     Examples:
         >>> forward, theta = functionalize(nn.Linear(3, 2))
@@ -59,7 +60,6 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
         kind = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
         raise TypeError(f"functionalize: this is {kind}, and must be an nn.Module; a function is a forward already.")
     check_module(module)
-    check_signature(module)
     defined = vars(type(module))
     if "forward_of_tasks" in defined and "batched_forward" not in defined:
         adopt_former_methods(
@@ -82,25 +82,36 @@ class ModuleForward:
 
     __repr__ = short_repr
 
-    def __call__(self, params: Params, x: Tensor) -> Tensor:
+    @property
+    def signature_of(self) -> Callable[..., Any]:
+        """The function whose arguments are the module's."""
+        return type(self.module).forward
+
+    def __call__(self, params: Params, x: Examples, **more: Tensor) -> Any:
         """Return the module's predictions for one task under ``params``.
+
+        A tuple of examples becomes the module's arguments, a dictionary its arguments by name, as ``more`` does.
 
         Raises:
             ValueError: if ``params`` has names that the module lacks, or the module was changed to one that
                 ``functionalize`` does not accept.
-            TypeError: if the module does not return one tensor.
+            TypeError: if the module does not take these arguments, or returns anything but tensors.
         """
         check_module(self.module)  # again, as model.train() may have been called since
+        args, kwargs = module_arguments(x)
         kind = type(self.module).__name__
+        kwargs |= more
+        check_arguments(self.module, args, kwargs)
         values = self._replacements(params)
         with _replace_tensors(self.module, values):
-            prediction: Any = self.module(x)
+            prediction = self.module(*args, **kwargs)
         self._warn_about_buffer_writes(values)
-        if not isinstance(prediction, Tensor):
-            raise TypeError(
-                f"functionalize: {kind} returns {type(prediction).__name__} and must return one tensor of "
-                "predictions; wrap it in a module that selects it."
-            )
+        for name, leaf in named_leaves("its prediction", prediction).items():
+            if not isinstance(leaf, Tensor):
+                raise TypeError(
+                    f"functionalize: {kind} returns {type(leaf).__name__} as {name}, and must return a tensor, or a "
+                    "tuple or dictionary of tensors; wrap it in a module that selects them."
+                )
         return prediction
 
     def _warn_about_buffer_writes(self, values: Mapping[int, Tensor]) -> None:
@@ -205,16 +216,16 @@ def check_forward(forward: object) -> None:
         )
 
 
-def check_param_dict(params: object) -> None:
+def check_param_dict(params: object, name: str = "params") -> None:
     """Raise ``TypeError`` unless parameters are a dictionary."""
     if not isinstance(params, (Mapping, nn.ParameterDict)):
         raise TypeError(
-            f"params is {type(params).__name__} and must be a dictionary of tensors, as functionalize gives."
+            f"{name} is {type(params).__name__} and must be a dictionary of tensors, as functionalize gives."
         )
 
 
-def check_params(params: Params) -> None:
-    """Check that meta-parameters can be adapted.
+def check_params(params: Params, *, name: str = "params") -> None:
+    """Check that meta-parameters, called ``name`` in messages, can be adapted.
 
     Raises:
         ValueError: if there is none.
@@ -222,10 +233,10 @@ def check_params(params: Params) -> None:
         TypeError: if this is no dictionary, or naming the one that is not a floating-point tensor.
     """
     check_not_inference_mode()
-    check_param_dict(params)
+    check_param_dict(params, name)
     if not params:
-        raise ValueError("params is empty: there is nothing to adapt.")
-    for name, p in params.items():
+        raise ValueError(f"{name} is empty: there is nothing to adapt.")
+    for key, p in params.items():
         if not isinstance(p, Tensor) or not p.is_floating_point():
             kind = p.dtype if isinstance(p, Tensor) else type(p).__name__
             remedy = (
@@ -233,8 +244,8 @@ def check_params(params: Params) -> None:
                 if isinstance(p, Tensor) and p.is_complex()
                 else "Convert it with .float(), or keep it in the model as a buffer, which is a constant"
             )
-            raise TypeError(f"params[{name!r}] is {kind}: only floating-point tensors have gradients. {remedy}.")
-    check_tensors({f"params[{name!r}]": p for name, p in params.items()})
+            raise TypeError(f"{name}[{key!r}] is {kind}: only floating-point tensors have gradients. {remedy}.")
+    check_tensors({f"{name}[{key!r}]": p for key, p in params.items()})
 
 
 def expand_over_tasks(theta: Params, tasks: int) -> Params:

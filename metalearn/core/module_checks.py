@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +29,33 @@ def check_module(module: nn.Module) -> None:
                 raise ValueError(f"functionalize: parameter '{f'{name}.{p_name}' if name else p_name}' {error}")
 
 
-def check_signature(module: nn.Module) -> None:
-    """Raise ``TypeError`` unless a module takes one tensor."""
-    try:
-        signature = inspect.signature(module.forward)
-    except (TypeError, ValueError):  # of a builtin function
+def module_arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments that examples are for a module: those of a tuple by place, of a dictionary by name."""
+    if isinstance(x, tuple) and not hasattr(x, "_fields"):
+        return x, {}
+    return ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
+
+
+def check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise ``TypeError`` unless a module takes these arguments."""
+    if (signature := _signature(type(module).forward)) is None:
         return
     try:
-        signature.bind(None)
+        signature.bind(module, *args, **kwargs)
     except TypeError as error:
+        given = f"a dictionary of {', '.join(map(repr, kwargs))}" if kwargs else "x" if len(args) == 1 else "a tuple"
         raise TypeError(
-            f"functionalize: {type(module).__name__}.forward{signature} does not take one tensor ({error}), and "
-            "metalearn calls model(x) with one. Wrap it in a module whose forward(x) makes the arguments out of x, for "
-            "example by x[..., :3] and x[..., 3:]."
+            f"functionalize: {type(module).__name__}.forward{signature} is given {given} ({error}). Let the examples x "
+            "be a tuple of its arguments, or a dictionary of them by name."
         ) from None
+
+
+@functools.cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):  # of a builtin function
+        return None
 
 
 def _layer_error(layer: nn.Module) -> str | None:

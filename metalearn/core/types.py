@@ -7,9 +7,13 @@ K inner steps; ``theta`` meta-parameters, ``fast`` adapted parameters ``[T, ...]
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.export import register_dataclass
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from metalearn.core.deprecation import renamed
 from metalearn.core.short_repr import short_repr
@@ -17,11 +21,14 @@ from metalearn.core.short_repr import short_repr
 Params = dict[str, Tensor]
 """Named parameters of one model (``theta``), or of T adapted copies stacked along dimension 0 (``fast``)."""
 
-Forward = Callable[[Params, Tensor], Tensor]
-"""``forward(params, x) -> prediction``: pure, for one task; ``x`` is ``[S or Q, ...]``."""
+Examples = Any
+"""A tensor, or a pytree of tensors: a tuple, list, dictionary or dataclass. Each leads with the examples."""
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""``loss(prediction, target) -> scalar``: for one task, the mean over its examples."""
+Forward = Callable[..., Examples]
+"""``forward(params, x) -> prediction``: pure, of one task, ``x`` ``[S or Q, ...]``. May take meta-learned tensors."""
+
+Loss = Callable[..., Tensor]
+"""``loss(prediction, target) -> scalar``: of one task, the mean over its examples. May take meta-learned tensors."""
 
 
 def check_tensors(values: Mapping[str, object]) -> None:
@@ -33,32 +40,56 @@ def check_tensors(values: Mapping[str, object]) -> None:
             raise ValueError(f"{name} is on the meta device and holds no values; give a tensor on the CPU or a GPU.")
 
 
-def check_examples(name: str, x: Tensor, y: Tensor) -> None:
-    """Check that inputs ``[T, examples, ...]`` and targets of the set ``name`` belong together.
+def named_leaves(name: str, examples: Examples) -> dict[str, Tensor]:
+    """Return the tensors of a pytree by what they are called in messages: ``x``, ``x[0]``, ``x['mask']``, ``x.mask``.
+
+    A dataclass that torch does not know as a pytree is registered with it.
+
+    Examples:
+        >>> list(named_leaves("x", {"tokens": torch.zeros(2), "mask": torch.ones(2)}))
+        ["x['tokens']", "x['mask']"]
+    """
+    leaves, _ = tree_flatten_with_path(examples)
+    if unknown := {type(leaf) for _, leaf in leaves if is_dataclass(leaf)}:
+        for kind in unknown:
+            register_dataclass(kind)
+        return named_leaves(name, examples)
+    return {f"{name}{keystr(path)}": leaf for path, leaf in leaves}
+
+
+def check_examples(name: str, x: Examples, y: Examples) -> None:
+    """Check that inputs and targets of the set ``name``, each tensor ``[T, examples, ...]``, belong together.
 
     Raises:
         TypeError: if one is no tensor.
         ValueError: if the shapes do not match, or a set is empty.
     """
-    check_tensors({f"{name}_x": x, f"{name}_y": y})
-    shapes = {f"{name}_x": tuple(x.shape), f"{name}_y": tuple(y.shape)}
+    leaves = named_leaves(f"{name}_x", x) | named_leaves(f"{name}_y", y)
+    check_tensors(leaves)
+    for side, value in (("x", x), ("y", y)):
+        if not named_leaves("", value):
+            raise ValueError(f"{name}_{side} holds no tensor; give at least one.")
+    shapes = {tensor: tuple(leaf.shape) for tensor, leaf in leaves.items()}
     for tensor, shape in shapes.items():
         if len(shape) < 2:
             raise ValueError(f"{tensor} has shape {shape}; it must lead with [tasks, examples].")
-    if x.shape[:2] != y.shape[:2]:
-        raise ValueError(f"{name}_x and {name}_y must lead with the same numbers of tasks and examples, got {shapes}.")
-    if x.shape[0] == 0 or x.shape[1] == 0:
-        raise ValueError(
-            f"the {name} set is empty, {name}_x has shape {shapes[f'{name}_x']}; give at least one example."
-        )
+    if len({shape[:2] for shape in shapes.values()}) > 1:
+        names = " and ".join([", ".join(list(shapes)[:-1]), list(shapes)[-1]])
+        raise ValueError(f"{names} must lead with the same numbers of tasks and examples, got {shapes}.")
+    first = next(iter(shapes))
+    if 0 in shapes[first][:2]:
+        raise ValueError(f"the {name} set is empty, {first} has shape {shapes[first]}; give at least one example.")
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth to compare by
 class Episodes:
     """A batch of T few-shot tasks; every tensor leads with the task dimension.
 
+    Each of the four may also be a tuple, list, dictionary or dataclass of such tensors, integers among them: a model of
+    several arguments is called with those of a tuple, or by the names of a dictionary.
+
     Args:
-        support_x: inputs to adapt on, ``[T, S, ...]``, floating point.
+        support_x: inputs to adapt on, ``[T, S, ...]``.
         support_y: their targets, ``[T, S]`` int64 class labels or ``[T, S, ...]`` regression targets.
         query_x: inputs that the adapted parameters are judged on, ``[T, Q, ...]``.
         query_y: their targets, ``[T, Q]`` or ``[T, Q, ...]``.
@@ -68,29 +99,40 @@ class Episodes:
         ValueError: if the tensors disagree on T, on S or on Q, or if there is no task or an empty set.
     """
 
-    support_x: Tensor
-    support_y: Tensor
-    query_x: Tensor
-    query_y: Tensor
+    support_x: Examples
+    support_y: Examples
+    query_x: Examples
+    query_y: Examples
 
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_examples("support", self.support_x, self.support_y)
         check_examples("query", self.query_x, self.query_y)
-        shapes = {f.name: tuple(getattr(self, f.name).shape) for f in fields(self)}
+        shapes = {name: tuple(leaf.shape) for name, leaf in self.named_tensors().items()}
         if len({shape[0] for shape in shapes.values()}) != 1:
             raise ValueError(f"Episodes: every tensor must lead with the same number of tasks T, got {shapes}.")
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Return every tensor, by its name in messages."""
+        parts = (named_leaves(f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: leaf for part in parts for name, leaf in part.items()}
 
     @property
     def tasks(self) -> int:
         """T, the number of tasks."""
-        return self.support_x.shape[0]
+        return next(iter(self.named_tensors().values())).shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the inputs."""
+        return next(iter(self.named_tensors().values())).device
 
     def split(self, size: int) -> list[Episodes]:
         """Split into batches of at most ``size`` tasks, in order."""
-        parts = (getattr(self, f.name).split(size) for f in fields(self))
-        return [Episodes(*tensors) for tensors in zip(*parts, strict=True)]
+        parts = [getattr(self, f.name) for f in fields(self)]
+        starts = range(0, self.tasks, size)
+        return [Episodes(*(tree_map(lambda leaf, t=t: leaf[t : t + size], part) for part in parts)) for t in starts]
 
 
 @renamed(figures="diagnostics")
@@ -101,15 +143,17 @@ class MetaGradient:
     Args:
         loss: mean query loss over tasks, a detached scalar.
         grads: d loss / d theta, named and shaped like the parameters; zeros where the loss does not reach.
-        predictions: of the adapted parameters on the query sets, detached, ``[T, Q, ...]``.
+        predictions: of the adapted parameters on the query sets, detached, each tensor ``[T, Q, ...]``.
         support_loss: mean support loss over tasks before each inner step, detached, ``[K]``.
         diagnostics: scalars that the engine reports for logging, by name, detached.
+        meta_grads: d loss / d meta, for the tensors beside theta that were given as ``meta``.
     """
 
     loss: Tensor
     grads: Params
-    predictions: Tensor
+    predictions: Examples
     support_loss: Tensor
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
+    meta_grads: Params = field(default_factory=dict)
 
     __repr__ = short_repr

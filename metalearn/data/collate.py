@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from metalearn.core.types import Episodes
+from metalearn.core.types import Episodes, Examples, named_leaves
 
 _NAMES = tuple(f.name for f in fields(Episodes))
 
@@ -21,8 +22,8 @@ def batches(tasks: Iterable[Any], size: int) -> Iterator[Episodes]:
 
     Args:
         tasks: each ``(support_x, support_y, query_x, query_y)``, a mapping with those keys or an object with those
-            attributes; tensors or numpy arrays ``[S or Q, ...]``, without the task dimension. The tasks of a batch must
-            agree in shapes, types and devices.
+            attributes; tensors or numpy arrays ``[S or Q, ...]``, without the task dimension, or tuples, dictionaries
+            or dataclasses of such. The tasks of a batch must agree in shapes, types and devices.
         size: T, tasks of a batch.
 
     Raises:
@@ -41,15 +42,15 @@ def batches(tasks: Iterable[Any], size: int) -> Iterator[Episodes]:
 
 def _iter_batches(numbered: Iterator[tuple[int, Any]], size: int) -> Iterator[Episodes]:
     while chunk := list(islice(numbered, size)):
-        batch = [_task_tensors(number, item) for number, item in chunk]
+        batch = [_task_parts(number, item) for number, item in chunk]
         first = chunk[0][0]
-        for number, tensors in enumerate(batch[1:], start=first + 1):
-            _check_same_shapes(number, tensors, first, batch[0])
-        yield Episodes(*(torch.stack(column) for column in zip(*batch, strict=True)))
+        for number, parts in enumerate(batch[1:], start=first + 1):
+            _check_same_shapes(number, parts, first, batch[0])
+        yield Episodes(*(tree_map(lambda *leaves: torch.stack(leaves), *column) for column in zip(*batch, strict=True)))
 
 
-def _task_tensors(number: int, item: Any) -> list[Tensor]:
-    """Return the four tensors of a task, in the order of ``Episodes``."""
+def _task_parts(number: int, item: Any) -> list[Examples]:
+    """Return the four parts of a task, in the order of ``Episodes``, with arrays as tensors."""
     values: Sequence[Any]
     if isinstance(item, Mapping) and set(_NAMES) <= item.keys():
         values = [item[name] for name in _NAMES]
@@ -64,7 +65,11 @@ def _task_tensors(number: int, item: Any) -> list[Tensor]:
             f"batches: item {number} is {type(item).__name__}{found} and no task; give ({', '.join(_NAMES)}), or a "
             "mapping or an object with those names."
         )
-    return [_as_tensor(number, name, value) for name, value in zip(_NAMES, values, strict=True)]
+    parts = []
+    for name, value in zip(_NAMES, values, strict=True):
+        leaves = iter(named_leaves(name, value).items())
+        parts.append(tree_map(lambda _, leaves=leaves: _as_tensor(number, *next(leaves)), value))
+    return parts
 
 
 def _as_tensor(number: int, name: str, value: Any) -> Tensor:
@@ -80,8 +85,18 @@ def _as_tensor(number: int, name: str, value: Any) -> Tensor:
     return value
 
 
-def _check_same_shapes(number: int, tensors: list[Tensor], first: int, first_tensors: list[Tensor]) -> None:
-    for name, tensor, expected in zip(_NAMES, tensors, first_tensors, strict=True):
+def _check_same_shapes(number: int, parts: list[Examples], first: int, first_parts: list[Examples]) -> None:
+    leaves, first_leaves = (
+        {name: leaf for part in zip(_NAMES, of, strict=True) for name, leaf in named_leaves(*part).items()}
+        for of in (parts, first_parts)
+    )
+    if leaves.keys() != first_leaves.keys():
+        raise ValueError(
+            f"batches: item {number} has {', '.join(leaves)}, and item {first}, the first of its batch, "
+            f"{', '.join(first_leaves)}; the tasks of a batch must agree."
+        )
+    for name, tensor in leaves.items():
+        expected = first_leaves[name]
         for what, found, wanted in (
             ("shape", tuple(tensor.shape), tuple(expected.shape)),
             ("type", tensor.dtype, expected.dtype),

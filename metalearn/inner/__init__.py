@@ -7,7 +7,16 @@ from metalearn.inner.config import LEARNED_LR_MODES, Initializer, InnerLoop
 from metalearn.inner.diagnostics import check_losses_finite, explain_torch_errors, loss_checks_deferred
 from metalearn.inner.initializers import PrototypeHead, ZeroContext
 from metalearn.inner.loop import adapt, inner_step, support_gradients
-from metalearn.inner.losses import TaskLosses, predict, task_losses, task_predictions, total_support_loss
+from metalearn.inner.losses import (
+    OuterLoss,
+    TaskLosses,
+    predict,
+    query_loss,
+    task_losses,
+    task_predictions,
+    total_support_loss,
+)
+from metalearn.inner.meta_tensors import check_meta, merge_meta, split_meta
 from metalearn.inner.state import (
     InnerState,
     adapted_param_names,
@@ -35,6 +44,7 @@ __all__ = [
     "InnerState",
     "MetaCurvature",
     "Momentum",
+    "OuterLoss",
     "PrototypeHead",
     "TaskLosses",
     "UpdateRule",
@@ -43,15 +53,19 @@ __all__ = [
     "adapted_param_names",
     "apply_update",
     "check_losses_finite",
+    "check_meta",
     "check_params_match_config",
     "explain_torch_errors",
     "init_state",
     "inner_step",
     "loss_checks_deferred",
     "lr_key",
+    "merge_meta",
     "meta_params_at_step",
     "params_at_step",
     "predict",
+    "query_loss",
+    "split_meta",
     "state_key",
     "support_gradients",
     "task_losses",

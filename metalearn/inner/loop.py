@@ -15,10 +15,11 @@ from torch.nn.functional import cross_entropy
 
 from metalearn.core.functional import check_forward, check_params, grad_of
 from metalearn.core.graph_checks import check_twice_differentiable
-from metalearn.core.types import Forward, Loss, Params, check_examples
+from metalearn.core.types import Examples, Forward, Loss, Params, check_examples, named_leaves
 from metalearn.inner.config import InnerLoop
 from metalearn.inner.diagnostics import check_losses_finite, explain_torch_errors
 from metalearn.inner.losses import task_losses
+from metalearn.inner.meta_tensors import check_meta, merge_meta, split_meta
 from metalearn.inner.state import (
     InnerState,
     adapted_param_names,
@@ -30,7 +31,14 @@ from metalearn.inner.state import (
 
 
 def inner_step(
-    forward: Forward, state: InnerState, support_x: Tensor, support_y: Tensor, inner: InnerLoop, *, loss: Loss, k: int
+    forward: Forward,
+    state: InnerState,
+    support_x: Examples,
+    support_y: Examples,
+    inner: InnerLoop,
+    *,
+    loss: Loss,
+    k: int,
 ) -> tuple[InnerState, Tensor]:
     """Take the k-th gradient step of every task.
 
@@ -49,7 +57,14 @@ def inner_step(
 
 
 def support_gradients(
-    forward: Forward, state: InnerState, support_x: Tensor, support_y: Tensor, inner: InnerLoop, *, loss: Loss, k: int
+    forward: Forward,
+    state: InnerState,
+    support_x: Examples,
+    support_y: Examples,
+    inner: InnerLoop,
+    *,
+    loss: Loss,
+    k: int,
 ) -> tuple[Params, Tensor]:
     """Return g_k of every task, for the adapted parameters, and the support losses ``[T]``, detached.
 
@@ -72,21 +87,23 @@ def support_gradients(
 def adapt(
     forward: Forward,
     params: Params,
-    support_x: Tensor,
-    support_y: Tensor,
+    support_x: Examples,
+    support_y: Examples,
     inner: InnerLoop,
     *,
     loss: Loss = cross_entropy,
+    meta: Params | None = None,
 ) -> Params:
     """Adapt the meta-parameters to T tasks.
 
     Args:
         forward: pure model of one task, from ``functionalize``.
         params: meta-parameters theta, each ``[...]``, with learned step sizes if ``inner`` has them.
-        support_x: ``[T, S, ...]``.
-        support_y: ``[T, S, ...]``; int64 labels for the default loss.
+        support_x: ``[T, S, ...]``, or a pytree of such tensors.
+        support_y: ``[T, S, ...]``, likewise; int64 labels for the default loss.
         inner: the settings; with ``second_order`` the result is differentiable through the inner gradients.
         loss: ``loss(prediction, target)``, the mean over one task's examples.
+        meta: tensors that the loss, the model or the rule takes by name, the same for all tasks.
 
     Returns:
         Fast weights of the model, each ``[T, ...]``. They carry a graph back to ``params`` if those require a gradient
@@ -107,12 +124,15 @@ def adapt(
     check_forward(forward)
     check_params(params)
     check_examples("support", support_x, support_y)
+    check_meta(meta, forward, loss, inner.rule.update)
+    params, inner = merge_meta(params, inner, meta)
     check_params_match_config(params, inner)
     support_losses = []
-    with explain_torch_errors({"support_x": support_x, "support_y": support_y}, params):
+    examples = named_leaves("support_x", support_x) | named_leaves("support_y", support_y)
+    with explain_torch_errors(examples, params):
         state = init_state(forward, params, support_x, support_y, inner)
         for k in range(inner.steps):
             state, losses = inner_step(forward, state, support_x, support_y, inner, loss=loss, k=k)
             support_losses.append(losses)
         check_losses_finite(support_losses)
-    return params_at_step(state, inner, inner.steps)
+    return split_meta(params_at_step(state, inner, inner.steps))[0]

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from metalearn.core.functional import check_forward, check_param_dict
-from metalearn.core.types import Forward, Loss, Params, check_tensors
+from metalearn.core.types import Examples, Forward, Loss, Params, check_tensors, named_leaves
 from metalearn.inner.batching import differentiable_layers, over_tasks
 from metalearn.inner.diagnostics import check_no_inplace_writes, explain_torch_errors
+from metalearn.inner.meta_tensors import check_meta, split_meta, taken_by, with_meta
 from metalearn.models.kernels import kernels_support
 
 
 class TaskLosses(NamedTuple):
-    """Losses ``[T]`` and predictions ``[T, examples, ...]`` of T tasks."""
+    """Losses ``[T]`` and predictions, each tensor ``[T, examples, ...]``, of T tasks."""
 
     losses: Tensor
-    predictions: Tensor
+    predictions: Examples
 
 
-def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: Loss) -> TaskLosses:
+def task_losses(forward: Forward, fast: Params, x: Examples, y: Examples, *, loss: Loss) -> TaskLosses:
     """Compute the loss of every task under its own parameters ``fast``, for inputs and targets ``[T, examples, ...]``.
 
     Raises:
@@ -29,22 +31,26 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
         ValueError: if ``loss`` returns more than one number for a task, or if the model changes an input or a parameter
             in place.
     """
+    model, meta = split_meta(fast)
+    to_model, to_loss = taken_by(forward, meta), taken_by(loss, meta)
 
-    def one_task(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        prediction = forward(params, x)
-        check_tensors({"forward's prediction": prediction})
-        return loss_of(prediction, y), prediction
+    def one_task(
+        params: Params, x: Examples, y: Examples, to_model: Params, to_loss: Params
+    ) -> tuple[Tensor, Examples]:
+        prediction = forward(params, x, **to_model)
+        check_tensors(named_leaves("forward's prediction", prediction))
+        return loss_of(prediction, y, to_loss), prediction
 
-    def loss_of(prediction: Tensor, y: Tensor) -> Tensor:
-        value = loss(prediction, y)
+    def loss_of(prediction: Examples, y: Examples, to_loss: Params) -> Tensor:
+        value = loss(prediction, y, **to_loss)
         check_tensors({"the loss": value})
         return value
 
     with check_no_inplace_writes(_named_tensors(fast, x, y)):
-        if (predictions := _batched_predictions(forward, fast, x)) is not None:
-            losses = over_tasks(loss_of, predictions, y, model=forward, loss=loss)
+        if not to_model and (predictions := _batched_predictions(forward, model, x)) is not None:
+            losses = over_tasks(loss_of, predictions, y, to_loss, model=forward, loss=loss)
         else:
-            losses, predictions = over_tasks(one_task, fast, x, y, model=forward, loss=loss)
+            losses, predictions = over_tasks(one_task, model, x, y, to_model, to_loss, model=forward, loss=loss)
     if losses.ndim != 1:
         raise ValueError(
             f"loss: it gave {tuple(losses.shape[1:])} numbers for a task and must give one, the mean over the task's "
@@ -53,39 +59,76 @@ def task_losses(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: L
     return TaskLosses(losses, predictions)
 
 
-def _batched_predictions(forward: Forward, fast: Params, x: Tensor) -> Tensor | None:
+def _batched_predictions(forward: Forward, fast: Params, x: Examples) -> Examples | None:
     """Return every task's predictions without ``vmap``; ``None`` unless the model and the kernels support it."""
-    batched: Callable[[Params, Tensor], Tensor | None] | None = getattr(forward, "batched_forward", None)
-    if not (batched and x.ndim == 5 and kernels_support(fast, x)):
+    batched: Callable[[Params, Tensor], Examples | None] | None = getattr(forward, "batched_forward", None)
+    if not (batched and isinstance(x, Tensor) and x.ndim == 5 and kernels_support(fast, x)):
         return None
     with differentiable_layers():
         return batched(fast, x)
 
 
-def task_predictions(forward: Forward, fast: Params, x: Tensor) -> Tensor:
+def task_predictions(forward: Forward, fast: Params, x: Examples) -> Examples:
     """Return every task's predictions ``[T, examples, ...]``, as ``task_losses`` computes them; differentiable."""
+    model, meta = split_meta(fast)
     with check_no_inplace_writes(_named_tensors(fast, x)):
-        if (predictions := _batched_predictions(forward, fast, x)) is None:
-            predictions = over_tasks(forward, fast, x, model=forward)
+        if taken_by(forward, meta) or (predictions := _batched_predictions(forward, model, x)) is None:
+            predictions = forward_over_tasks(forward, fast, x)
     return predictions
 
 
-def predict(forward: Forward, fast: Params, x: Tensor) -> Tensor:
-    """Predict for inputs ``x`` ``[T, examples, ...]`` of T tasks, each under its own parameters ``[T, ...]``."""
+def forward_over_tasks(forward: Forward, fast: Params, x: Examples) -> Any:
+    """Call the model for every task, ``[T, ...]``, with its own parameters and what else it takes by name."""
+    model, meta = split_meta(fast)
+    return over_tasks(
+        lambda params, x, more: forward(params, x, **more), model, x, taken_by(forward, meta), model=forward
+    )
+
+
+def predict(forward: Forward, fast: Params, x: Examples, *, meta: Params | None = None) -> Any:
+    """Predict for inputs ``x`` ``[T, examples, ...]`` of T tasks, each under its own parameters ``[T, ...]``.
+
+    ``meta`` has the meta-learned tensors that the model takes by name.
+    """
     check_forward(forward)
     check_param_dict(fast)
-    check_tensors({"x": x, **_named_tensors(fast)})
-    with explain_torch_errors({"x": x}, fast), check_no_inplace_writes(_named_tensors(fast, x)):
-        predictions: Tensor = over_tasks(forward, fast, x, model=forward)
-    return predictions
+    check_meta(meta, forward)
+    inputs = named_leaves("x", x)
+    check_tensors({**inputs, **_named_tensors(fast)})
+    with explain_torch_errors(inputs, fast), check_no_inplace_writes(_named_tensors(fast, x)):
+        return forward_over_tasks(forward, with_meta(fast, meta), x)
 
 
-def _named_tensors(fast: Params, *examples: Tensor) -> dict[str, Tensor]:
+def _named_tensors(fast: Params, *examples: Examples) -> dict[str, Tensor]:
     """Return tensors by their names in error messages."""
     named = {f"parameter '{name}'": w for name, w in fast.items()}
-    return named | dict(zip(("the inputs x", "the targets y"), examples, strict=False))
+    for name, part in zip(("the inputs x", "the targets y"), examples, strict=False):
+        named |= named_leaves(name, part)
+    return named
 
 
-def total_support_loss(forward: Forward, fast: Params, x: Tensor, y: Tensor, *, loss: Loss) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class OuterLoss:
+    """A loss for the support set, and another one for the query set."""
+
+    support: Loss
+    query: Loss
+
+    @property
+    def signature_of(self) -> Loss:
+        """The function that a call calls."""
+        return self.support
+
+    def __call__(self, prediction: Examples, y: Examples, **more: Tensor) -> Tensor:
+        """Return the loss of the support set."""
+        return self.support(prediction, y, **more)
+
+
+def query_loss(loss: Loss) -> Loss:
+    """Return the loss for the query set."""
+    return loss.query if isinstance(loss, OuterLoss) else loss
+
+
+def total_support_loss(forward: Forward, fast: Params, x: Examples, y: Examples, *, loss: Loss) -> Tensor:
     """Return the sum of the support losses: its gradient is each task's, its Hessian block-diagonal over tasks."""
     return task_losses(forward, fast, x, y, loss=loss).losses.sum()

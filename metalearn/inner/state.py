@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from metalearn.core.functional import expand_over_tasks
 from metalearn.core.text import plural
-from metalearn.core.types import Forward, Params
+from metalearn.core.types import Examples, Forward, Params
 from metalearn.inner.batch_norm_statistics import is_norm_statistic
 from metalearn.inner.config import InnerLoop
+from metalearn.inner.meta_tensors import split_meta, taken_by
 from metalearn.inner.transforms import GradientTransform
 from metalearn.inner.update_rules import (
     SEPARATOR,
@@ -99,11 +100,14 @@ def with_per_step_params(theta: Params, inner: InnerLoop) -> Params:
     }
 
 
-def init_state(forward: Forward, theta: Params, support_x: Tensor, support_y: Tensor, inner: InnerLoop) -> InnerState:
+def init_state(
+    forward: Forward, theta: Params, support_x: Examples, support_y: Examples, inner: InnerLoop
+) -> InnerState:
     """Return the state of T tasks before the first step; differentiable in theta."""
-    fast = expand_over_tasks({name: p for name, p in theta.items() if not is_norm_statistic(name)}, support_x.shape[0])
+    tasks = tree_leaves(support_x)[0].shape[0]
+    fast = expand_over_tasks({name: p for name, p in theta.items() if not is_norm_statistic(name)}, tasks)
     if inner.initializer is not None:
-        initial = inner.initializer(forward, without_state(fast), support_x, support_y)
+        initial = inner.initializer(forward, split_meta(without_state(fast))[0], support_x, support_y)
         # As views: an inner gradient in one parameter must not run through another that was made from it.
         fast = {name: w.view_as(w) for name, w in {**fast, **initial}.items()}
     adapted = {name: fast[name] for name in adapted_param_names(fast, inner)}
@@ -150,7 +154,7 @@ def apply_update(state: InnerState, grads: Params, inner: InnerLoop, k: int) -> 
     # The direction of the update rule
     rule_state = {n: w for n, w in state.items() if SEPARATOR in n and not n.startswith(_OUTSIDE_THE_RULE)}
     with _check_stateless("rule", inner.rule):
-        output = inner.rule.update(k, grads, rule_state)
+        output = inner.rule.update(k, grads, rule_state, **taken_by(inner.rule.update, split_meta(state)[1]))
     directions, rule_state = _check_rule_output(inner, grads, output)
     # theta_{k+1} = theta_k - alpha * d_k
     fast = {name: state[name] - _lr_at_step(state, name, inner, k) * d for name, d in directions.items()}

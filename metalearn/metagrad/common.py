@@ -7,9 +7,10 @@ from dataclasses import InitVar, dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from metalearn.core.functional import grad_of, vjp
-from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
+from metalearn.core.types import Episodes, Examples, Forward, Loss, MetaGradient, Params
 from metalearn.inner import (
     InnerLoop,
     InnerState,
@@ -18,6 +19,7 @@ from metalearn.inner import (
     init_state,
     inner_step,
     params_at_step,
+    query_loss,
     task_losses,
 )
 from metalearn.metagrad.trajectory import StepCheckpoint, Trajectory
@@ -55,9 +57,9 @@ class ForwardPass:
             at = {name: w.detach().requires_grad_() for name, w in state.items()}
             fast = params_at_step(at, self.inner, k)
             query = self.episodes.query_x, self.episodes.query_y
-            losses, predictions = task_losses(self.forward, fast, *query, loss=self.loss)
+            losses, predictions = task_losses(self.forward, fast, *query, loss=query_loss(self.loss))
             lam = grad_of(weight * losses.mean(), at, create_graph=False)
-        return TaskLosses(weight * losses.detach(), predictions.detach()), lam
+        return TaskLosses(weight * losses.detach(), tree_map(Tensor.detach, predictions)), lam
 
     def add_query_gradient(self, checkpoint: StepCheckpoint, lam: Params) -> Params:
         """Add the gradient of the query loss before a step to the adjoint, if the objective has a weight for it."""
@@ -119,13 +121,13 @@ def take_inner_steps(
     return state, Trajectory(step_fn, inner.steps, checkpoint_every or 1, checkpoints, support_losses)
 
 
-def build_result(grads: Params, losses: Tensor, predictions: Tensor, support_losses: list[Tensor]) -> MetaGradient:
+def build_result(grads: Params, losses: Tensor, predictions: Examples, support_losses: list[Tensor]) -> MetaGradient:
     """Build an engine's result from the objective of each task ``[T]``, and the support losses ``[T]`` of each step."""
     losses = losses.detach()
     return MetaGradient(
         loss=losses.mean(),
         grads=grads,
-        predictions=predictions.detach(),
+        predictions=tree_map(Tensor.detach, predictions),
         support_loss=torch.stack([s.mean() for s in support_losses]) if support_losses else losses.new_empty(0),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from torch.nn.functional import cross_entropy
@@ -10,7 +11,16 @@ from torch.nn.functional import cross_entropy
 from metalearn.core.errors import NonFiniteGradientError
 from metalearn.core.functional import check_forward, check_params, first_nonfinite, is_finite
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
-from metalearn.inner import InnerLoop, check_params_match_config, explain_torch_errors, loss_checks_deferred
+from metalearn.inner import (
+    InnerLoop,
+    OuterLoss,
+    check_meta,
+    check_params_match_config,
+    explain_torch_errors,
+    loss_checks_deferred,
+    merge_meta,
+    split_meta,
+)
 from metalearn.metagrad.adjoint import adjoint
 from metalearn.metagrad.checkpoint import checkpoint
 from metalearn.metagrad.task_chunks import mean_over_passes, tasks_per_pass
@@ -28,6 +38,8 @@ def meta_gradient(
     inner: InnerLoop,
     *,
     loss: Loss = cross_entropy,
+    query_loss: Loss | None = None,
+    meta: Params | None = None,
     engine: Engine | None = None,
 ) -> MetaGradient:
     """Compute the mean query loss over tasks after adaptation, and its gradient in the meta-parameters.
@@ -42,6 +54,10 @@ def meta_gradient(
         inner: the inner loop; ``inner.engine`` selects how the gradient is computed, ``inner.task_chunk`` how many
             tasks are in memory at a time (which changes rounding and dropout masks alone).
         loss: ``loss(prediction, target)``, the mean over one task's examples.
+        query_loss: another one for the query set; ``None``: the same.
+        meta: tensors beside ``params`` that are meta-learned: a loss, the model's forward or the rule's ``update`` has
+            arguments of their names (``def loss(prediction, y, weights)``). All tasks share them, and no step changes
+            them.
         engine: replaces the one that ``inner.engine`` names: ``reptile``, ``Implicit()`` (iMAML). It is given all tasks
             at once, or ``inner.task_chunk``.
 
@@ -49,7 +65,8 @@ def meta_gradient(
     task, to see how many tasks a pass may take: once for each model and shape.
 
     Returns:
-        The loss, the gradients (zeros where the loss does not reach), the query predictions and the support losses.
+        The loss, the gradients in ``params`` and in ``meta`` (``meta_grads``; zeros where the loss does not reach), the
+        query predictions and the support losses.
 
     Raises:
         ValueError: if the engine is ``auto``, a loss depends on no parameter, or the model cannot be batched over tasks
@@ -71,19 +88,23 @@ def meta_gradient(
         )
     check_forward(forward)
     check_params(params)
+    losses = loss if query_loss is None else OuterLoss(loss, query_loss)
+    check_meta(meta, forward, loss, query_loss or loss, inner.rule.update)
+    params, inner = merge_meta(params, inner, meta)
     check_params_match_config(params, inner, training=True)
     one_pass = engine or ENGINES[inner.engine]
 
     def compute(tasks: Episodes) -> MetaGradient:
-        return one_pass(forward, params, tasks, inner, loss)
+        return one_pass(forward, params, tasks, inner, losses)
 
-    with explain_torch_errors(vars(episodes), params):
+    with explain_torch_errors(episodes.named_tensors(), params):
         tasks = tasks_per_pass(forward, params, episodes, inner, engine=engine)
         result = mean_over_passes(compute, params, episodes, tasks)
         if not loss_checks_deferred():
-            locate_step = partial(_last_nonfinite_step, forward, params, inner=inner, loss=loss)
+            locate_step = partial(_last_nonfinite_step, forward, params, inner=inner, loss=losses)
             _check_finite_gradient(result.grads, compute, (lambda _: None) if engine else locate_step, episodes)
-    return result
+    grads, meta_grads = split_meta(result.grads)
+    return replace(result, grads=grads, meta_grads=meta_grads) if meta else result
 
 
 def _check_finite_gradient(

@@ -10,9 +10,11 @@ gradient of the mean loss over tasks, which is joint training; it is meta-learni
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
-from metalearn.inner import InnerLoop, check_losses_finite, params_at_step, task_losses
+from metalearn.inner import InnerLoop, check_losses_finite, params_at_step, query_loss, task_losses
 from metalearn.metagrad.common import build_result, check_unsupported_settings, take_inner_steps
 
 _UNSUPPORTED = {
@@ -42,13 +44,17 @@ def reptile(forward: Forward, params: Params, episodes: Episodes, inner: InnerLo
         NonFiniteLossError: if a loss is NaN or infinite.
     """
     check_unsupported_settings("reptile", "Reptile", inner, _UNSUPPORTED)
-    x = torch.cat([episodes.support_x, episodes.query_x], dim=1)
-    y = torch.cat([episodes.support_y, episodes.query_y], dim=1)
+    x = tree_map(_join_sets, episodes.support_x, episodes.query_x)
+    y = tree_map(_join_sets, episodes.support_y, episodes.query_y)
     together = Episodes(x, y, episodes.query_x, episodes.query_y)
     with torch.no_grad():
         state, trajectory = take_inner_steps(forward, params, together, inner, loss, checkpoint_every=None)
         fast = params_at_step(state, inner, inner.steps)
-        query = task_losses(forward, fast, episodes.query_x, episodes.query_y, loss=loss)
+        query = task_losses(forward, fast, episodes.query_x, episodes.query_y, loss=query_loss(loss))
         grads = {name: (p - state[name]).mean(dim=0) / inner.lr for name, p in params.items()}
     check_losses_finite(trajectory.support_losses, query.losses)
     return build_result(grads, query.losses, query.predictions, trajectory.support_losses)
+
+
+def _join_sets(support: Tensor, query: Tensor) -> Tensor:
+    return torch.cat([support, query], dim=1)

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metalearn.core.errors import NonFiniteLossError, is_out_of_memory
 from metalearn.core.functional import expand_over_tasks
-from metalearn.core.types import Episodes, Forward, MetaGradient, Params
+from metalearn.core.types import Episodes, Examples, Forward, MetaGradient, Params
 from metalearn.inner import InnerLoop, meta_params_at_step
-from metalearn.inner.batching import over_tasks
+from metalearn.inner.losses import forward_over_tasks
 
 _LARGEST_RESULT_BYTES = 8 * 2**20
 """Measured with 4 to 32 tasks a pass on one and on two cores; half of it or twice as much takes up to 10% longer."""
@@ -38,10 +38,12 @@ def tasks_per_pass(
 
     An ``engine`` that replaces the named one may need all tasks at once, and is given them.
     """
-    takes_all = engine is not None or episodes.support_x.device.type != "cpu" or episodes.tasks == 1
+    takes_all = engine is not None or episodes.device.type != "cpu" or episodes.tasks == 1
     if inner.task_chunk is not None or takes_all:
         return min(inner.task_chunk or episodes.tasks, episodes.tasks)
-    most = max(1, _LARGEST_RESULT_BYTES // max(1, _largest_result(forward, params, episodes.support_x[:1], inner)))
+    most = max(
+        1, _LARGEST_RESULT_BYTES // max(1, _largest_result(forward, params, episodes.split(1)[0].support_x, inner))
+    )
     return math.ceil(episodes.tasks / math.ceil(episodes.tasks / most))  # passes of nearly the same size
 
 
@@ -71,7 +73,7 @@ def mean_over_passes(
     return MetaGradient(
         loss=torch.stack(losses).sum(),
         grads=grads,
-        predictions=torch.cat(predictions),
+        predictions=tree_map(lambda *parts: torch.cat(parts), *predictions),
         support_loss=torch.stack(support_losses).sum(dim=0),
         diagnostics=diagnostics,
     )
@@ -101,19 +103,19 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _largest_result(forward: Forward, params: Params, support_x: Tensor, inner: InnerLoop) -> int:
+def _largest_result(forward: Forward, params: Params, support_x: Examples, inner: InnerLoop) -> int:
     """Return the bytes of the largest result in the model's pass over one task, ``[1, examples, ...]``.
 
     0 if the pass fails, which the meta-gradient will explain; memory that runs out is raised here.
     """
     by_shape = _MEASURED.setdefault(getattr(forward, "module", forward), {})
-    key = (support_x.shape, support_x.dtype)
+    key = tuple((leaf.shape, leaf.dtype) for leaf in tree_leaves(support_x))
     if key not in by_shape:
         theta = meta_params_at_step({name: p.detach() for name, p in params.items()}, inner)
         largest = _LargestResult(theta)
         try:
             with torch.random.fork_rng(devices=[]), largest:
-                over_tasks(forward, expand_over_tasks(theta, tasks=1), support_x.detach(), model=forward)
+                forward_over_tasks(forward, expand_over_tasks(theta, tasks=1), tree_map(Tensor.detach, support_x))
         except Exception as error:  # whatever else a model raises, it raises again
             if is_out_of_memory(error):
                 raise

@@ -12,7 +12,15 @@ import torch
 
 from metalearn.core.functional import grad_of
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
-from metalearn.inner import InnerLoop, check_losses_finite, init_state, inner_step, params_at_step, task_losses
+from metalearn.inner import (
+    InnerLoop,
+    check_losses_finite,
+    init_state,
+    inner_step,
+    params_at_step,
+    query_loss,
+    task_losses,
+)
 from metalearn.metagrad.common import build_result
 
 
@@ -29,7 +37,7 @@ def unroll(forward: Forward, params: Params, episodes: Episodes, inner: InnerLoo
                 support_losses.append(losses)
             if weight or k == inner.steps:
                 fast = params_at_step(state, inner, k)
-                query = task_losses(forward, fast, episodes.query_x, episodes.query_y, loss=loss)
+                query = task_losses(forward, fast, episodes.query_x, episodes.query_y, loss=query_loss(loss))
                 objective = weight * query.losses if objective is None else objective + weight * query.losses
         assert objective is not None, "the last step's query loss is always taken"
         check_losses_finite(support_losses, objective)

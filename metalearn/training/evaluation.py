@@ -6,12 +6,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils._pytree import tree_leaves, tree_map
 
-from metalearn.core.types import Episodes, Forward, Loss, Params
+from metalearn.core.types import Episodes, Examples, Forward, Loss, Params
 from metalearn.data.sampler import TaskSampler
 from metalearn.inner import InnerLoop, init_state, inner_step, params_at_step, predict
 from metalearn.inner.batch_norm_statistics import (
@@ -190,7 +192,7 @@ def _some_queries(tasks: Episodes, count: int) -> Episodes:
 
 def predict_nontransductive(
     forward: Forward, fast: Params, episodes: Episodes, statistics: list[ChannelMoments] | None = None
-) -> Tensor:
+) -> Any:
     """Predict every query in a batch of the support set and itself, or by fixed statistics, ``[T, Q, ...]``.
 
     BatchNorm then learns nothing from the other queries (Nichol et al. 2018, arXiv 1803.02999, section 6.1). A model
@@ -199,20 +201,22 @@ def predict_nontransductive(
     if statistics:
         return predict(with_fixed_statistics(forward, statistics), fast, episodes.query_x)
 
-    def one_query(params: Params, support_x: Tensor, query: Tensor) -> Tensor:
-        return forward(params, torch.cat([support_x, query.unsqueeze(0)]))[-1]
+    def one_query(params: Params, support_x: Examples, query: Examples) -> Examples:
+        batch = tree_map(lambda support, one: torch.cat([support, one.unsqueeze(0)]), support_x, query)
+        return tree_map(lambda prediction: prediction[-1], forward(params, batch))
 
-    tasks, support = episodes.support_x.shape[:2]
+    tasks, support = tree_leaves(episodes.support_x)[0].shape[:2]
     queries_per_pass = max(1, _IMAGES_PER_PASS // (tasks * (support + 1)))
     each_query = torch.vmap(one_query, in_dims=(None, None, 0), chunk_size=queries_per_pass, randomness="different")
 
-    def one_task(params: Params, support_x: Tensor, queries: Tensor) -> Tensor:
+    def one_task(params: Params, support_x: Examples, queries: Examples) -> Examples:
         if is_batchable(forward):
             return each_query(params, support_x, queries)
-        return torch.stack([one_query(params, support_x, query) for query in queries])
+        count = len(tree_leaves(queries)[0])
+        each = [one_query(params, support_x, tree_map(lambda leaf, q=q: leaf[q], queries)) for q in range(count)]
+        return tree_map(lambda *predictions: torch.stack(predictions), *each)
 
-    predictions: Tensor = over_tasks(one_task, fast, episodes.support_x, episodes.query_x, model=forward)
-    return predictions
+    return over_tasks(one_task, fast, episodes.support_x, episodes.query_x, model=forward)
 
 
 @torch.no_grad()

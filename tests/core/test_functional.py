@@ -29,9 +29,15 @@ def test_constants_move_with_the_module() -> None:
     assert forward(moved, torch.ones(3, 2, dtype=torch.float64)).dtype == torch.float64
 
 
-def test_forward_raises_when_module_returns_a_tuple() -> None:
-    forward, theta = functionalize(nn.LSTM(2, 2))
-    with pytest.raises(TypeError, match="LSTM returns tuple and must return one tensor of predictions"):
+def test_forward_raises_when_module_returns_more_than_tensors() -> None:
+    class Half(nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            return super().forward(x), 3
+
+    forward, theta = functionalize(Half(2, 2))
+    with pytest.raises(
+        TypeError, match="Half returns int as its prediction\\[1\\], and must return a tensor, or a tuple"
+    ):
         forward(theta, torch.zeros(1, 2))
 
 

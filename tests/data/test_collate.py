@@ -68,7 +68,7 @@ def test_batches_are_lazy() -> None:
 BAD: list[tuple[Any, type[Exception], str]] = [
     (task(4, shots=3), ValueError, r"support_x of item 4 has shape \(3, 3\), and of item 3, .*\(2, 3\)"),
     ((*task(4)[:3], torch.arange(4).int()), ValueError, r"query_y of item 4 has type torch.int32, .* torch.int64"),
-    ((*task(4)[:3], [0, 1, 2, 3]), TypeError, r"query_y of item 4 is list; it must be a tensor or a numpy array"),
+    ((*task(4)[:3], [0, 1, 2, 3]), TypeError, r"query_y\[0\] of item 4 is int; it must be a tensor or a numpy array"),
     ((*task(4)[:3], np.array(["a"])), TypeError, r"query_y of item 4 is an array that torch cannot take"),
     (task(4)[:3], TypeError, r"item 4 is tuple of length 3 and no task; give \(support_x, support_y, query_x"),
     ({"support_x": task(4)[0]}, TypeError, r"item 4 is dict with the keys support_x and no task"),
