@@ -40,7 +40,7 @@ class UpdateRule(Protocol):
     def update(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
         """Return directions, named and shaped like the gradients, and the new state, by differentiable operations.
 
-        ``k`` counts steps from 0; gradients are ``[T, ...]``; ``state`` is from ``init`` or the step before. It may take
+        ``k`` counts steps from 0; gradients are ``[T, ...]``; ``state`` is from ``init`` or the step before. May take
         meta-learned tensors by name as well, each ``[T, ...]``: ``meta_gradient(..., meta={"gain": gain})``.
         """
 
