@@ -22,6 +22,8 @@ from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from metalearn.core.recurrent import RECURRENT
+
 Handler = Callable[..., Any]
 """``handler(func, *args, **kwargs)``: called in place of ``func(*args, **kwargs)``."""
 
@@ -176,6 +178,7 @@ _CORRECTED: dict[str, Handler] = {
     ),
     "register_hook": _unsupported_under_vmap("torch.vmap never calls a hook"),
     "__get__": _graph_property,
+    **RECURRENT,
 }
 
 
