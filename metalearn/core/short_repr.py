@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 def short_repr(self: Any, **more: object) -> str:
@@ -42,8 +43,7 @@ def _changed_fields(item: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _tensors_in(value: object) -> list[Tensor]:
-    members = value.values() if isinstance(value, dict) else [value]
-    return [member for member in members if isinstance(member, Tensor)]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 class _ShortRepr(reprlib.Repr):

@@ -185,9 +185,10 @@ def evaluate(
 
 def _some_queries(tasks: Episodes, count: int) -> Episodes:
     """Return the tasks with at most ``count`` queries, evenly spaced: of every class, as queries come by class."""
-    queries = tasks.query_x.shape[1]
+    queries = tree_leaves(tasks.query_x)[0].shape[1]
     chosen = torch.arange(min(count, queries)) * queries // min(count, queries)
-    return dataclasses.replace(tasks, query_x=tasks.query_x[:, chosen], query_y=tasks.query_y[:, chosen])
+    query_x, query_y = tree_map(lambda leaf: leaf[:, chosen], (tasks.query_x, tasks.query_y))
+    return dataclasses.replace(tasks, query_x=query_x, query_y=query_y)
 
 
 def predict_nontransductive(

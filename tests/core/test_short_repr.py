@@ -67,7 +67,7 @@ def public_classes() -> Iterator[type]:
 def holds_tensors(kind: type) -> bool:
     """Return whether a class has a field that its annotation says to hold a tensor."""
     annotations = inspect.get_annotations(kind).values()
-    return any(word in str(a) for a in annotations for word in ("Tensor", "Params"))
+    return any(word in str(a) for a in annotations for word in ("Tensor", "Params", "Examples"))
 
 
 def test_every_public_class_that_holds_tensors_has_an_example() -> None:
