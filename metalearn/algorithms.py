@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -97,7 +97,13 @@ class Algorithm:
         return dataclasses.replace(self.inner, steps=steps, second_order=False, query_weights=None)
 
     def meta_gradient(
-        self, forward: Forward, theta: Params, episodes: Episodes, *, loss: Loss = cross_entropy, progress: float = 1.0
+        self,
+        forward: Forward,
+        theta: Params,
+        episodes: Episodes | Sequence[Episodes],
+        *,
+        loss: Loss = cross_entropy,
+        progress: float = 1.0,
     ) -> MetaGradient:
         """Compute ``metalearn.meta_gradient`` at a training progress in [0, 1].
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -34,7 +34,7 @@ ENGINES: dict[str, Engine] = {"unroll": unroll, "checkpoint": checkpoint, "adjoi
 def meta_gradient(
     forward: Forward,
     params: Params,
-    episodes: Episodes,
+    episodes: Episodes | Sequence[Episodes],
     inner: InnerLoop,
     *,
     loss: Loss = cross_entropy,
@@ -50,7 +50,8 @@ def meta_gradient(
         forward: pure model of one task, from ``functionalize``.
         params: meta-parameters theta, each ``[...]``, with learned step sizes if ``inner`` has them.
             They need not require gradients and are not changed.
-        episodes: T tasks.
+        episodes: T tasks; or several such, for tasks of unequal size, as ``batches(..., unequal=True)`` makes them.
+            They are computed one after another, and the mean is over all their tasks.
         inner: the inner loop; ``inner.engine`` selects how the gradient is computed, ``inner.task_chunk`` how many
             tasks are in memory at a time (which changes rounding and dropout masks alone).
         loss: ``loss(prediction, target)``, the mean over one task's examples.
@@ -66,7 +67,7 @@ def meta_gradient(
 
     Returns:
         The loss, the gradients in ``params`` and in ``meta`` (``meta_grads``; zeros where the loss does not reach), the
-        query predictions and the support losses.
+        query predictions (a list for several episodes) and the support losses.
 
     Raises:
         ValueError: if the engine is ``auto``, a loss depends on no parameter, or the model cannot be batched over tasks
@@ -95,28 +96,46 @@ def meta_gradient(
     one_pass = engine or ENGINES[inner.engine]
 
     def compute(tasks: Episodes) -> MetaGradient:
-        return one_pass(forward, params, tasks, inner, losses)
+        with explain_torch_errors(tasks.named_tensors(), params):
+            return one_pass(forward, params, tasks, inner, losses)
 
-    with explain_torch_errors(episodes.named_tensors(), params):
-        tasks = tasks_per_pass(forward, params, episodes, inner, engine=engine)
-        result = mean_over_passes(compute, params, episodes, tasks)
-        if not loss_checks_deferred():
-            locate_step = partial(_last_nonfinite_step, forward, params, inner=inner, loss=losses)
-            _check_finite_gradient(result.grads, compute, (lambda _: None) if engine else locate_step, episodes)
+    groups = check_groups(episodes)
+    sizes = [tasks_per_pass(forward, params, group, inner, engine=engine) for group in groups]
+    result = mean_over_passes(compute, params, groups, sizes)
+    if not loss_checks_deferred():
+        locate_step = partial(_last_nonfinite_step, forward, params, inner=inner, loss=losses)
+        _check_finite_gradient(result.grads, compute, (lambda _: None) if engine else locate_step, groups)
     grads, meta_grads = split_meta(result.grads)
-    return replace(result, grads=grads, meta_grads=meta_grads) if meta else result
+    predictions = result.predictions[0] if isinstance(episodes, Episodes) else result.predictions
+    return replace(result, grads=grads, meta_grads=meta_grads, predictions=predictions)
+
+
+def check_groups(episodes: Episodes | Sequence[Episodes]) -> Sequence[Episodes]:
+    """Return groups of tasks, one if there is one ``Episodes``.
+
+    Raises:
+        TypeError: if it is anything else.
+        ValueError: if there is no group.
+    """
+    groups = [episodes] if isinstance(episodes, Episodes) else episodes
+    if not isinstance(groups, Sequence) or any(not isinstance(group, Episodes) for group in groups):
+        kind = type(episodes).__name__
+        raise TypeError(f"meta_gradient: episodes is {kind}; it must be Episodes, or a list of several.")
+    if not groups:
+        raise ValueError("meta_gradient: episodes is an empty list; give at least one Episodes.")
+    return groups
 
 
 def _check_finite_gradient(
     grads: Params,
     compute: Callable[[Episodes], MetaGradient],
     locate_step: Callable[[Episodes], int | None],
-    episodes: Episodes,
+    groups: Sequence[Episodes],
 ) -> None:
     """Check that a meta-gradient is finite by one reduction; else find the task by a meta-gradient for each."""
     if is_finite(grads):
         return
-    for task, episode in enumerate(episodes.split(1)):
+    for task, episode in enumerate(task for group in groups for task in group.split(1)):
         if found := first_nonfinite(compute(episode).grads):
             raise NonFiniteGradientError(found[0], value=found[1], task=task, step=locate_step(episode))
     if found := first_nonfinite(grads):

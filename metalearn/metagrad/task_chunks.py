@@ -9,7 +9,8 @@ max-pooling one. On a GPU a pass takes all tasks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,17 +49,32 @@ def tasks_per_pass(
 
 
 def mean_over_passes(
-    compute: Callable[[Episodes], MetaGradient], params: Params, episodes: Episodes, tasks: int
+    compute: Callable[[Episodes], MetaGradient], params: Params, groups: Sequence[Episodes], sizes: Sequence[int]
 ) -> MetaGradient:
-    """Compute the mean over tasks, diagnostics included, with ``tasks`` of them in a pass."""
-    if tasks >= episodes.tasks:
-        return compute(episodes)
+    """Compute the mean over tasks, diagnostics included, and the predictions of each group of tasks.
+
+    Args:
+        compute: of one pass.
+        params: meta-parameters.
+        groups: tasks; the sets of a group are of the same size.
+        sizes: how many tasks of each group a pass takes.
+    """
+    if len(groups) == 1 and sizes[0] >= groups[0].tasks:
+        result = compute(groups[0])
+        return replace(result, predictions=[result.predictions])
     grads = {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()}
-    losses, support_losses, predictions = [], [], []
+    losses, support_losses = [], []
+    predictions: list[list[Examples]] = [[] for _ in groups]
+    total_tasks = sum(group.tasks for group in groups)
     diagnostics: dict[str, Tensor] = {}
     tasks_done = 0
-    for chunk in episodes.split(tasks):
-        share = chunk.tasks / episodes.tasks
+    passes = [
+        (of_group, chunk)
+        for of_group, group, size in zip(predictions, groups, sizes, strict=True)
+        for chunk in group.split(size)
+    ]
+    for of_group, chunk in passes:
+        share = chunk.tasks / total_tasks
         try:
             result = compute(chunk)
         except NonFiniteLossError as error:
@@ -68,12 +84,12 @@ def mean_over_passes(
             total.add_(result.grads[name], alpha=share)
         losses.append(share * result.loss)
         support_losses.append(share * result.support_loss)
-        predictions.append(result.predictions)
+        of_group.append(result.predictions)
         diagnostics = {name: diagnostics.get(name, 0) + share * value for name, value in result.diagnostics.items()}
     return MetaGradient(
         loss=torch.stack(losses).sum(),
         grads=grads,
-        predictions=tree_map(lambda *parts: torch.cat(parts), *predictions),
+        predictions=[tree_map(lambda *parts: torch.cat(parts), *of_group) for of_group in predictions],
         support_loss=torch.stack(support_losses).sum(dim=0),
         diagnostics=diagnostics,
     )

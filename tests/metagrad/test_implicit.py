@@ -119,7 +119,7 @@ def test_cg_residual_equals_dense_residual() -> None:
     assert residuals.min() > 1e-4, "it was stopped early"
     whole = engine(forward, theta, episodes, inner, cross_entropy)
     chunked = mean_over_passes(
-        lambda tasks: engine(forward, theta, tasks, inner, cross_entropy), theta, episodes, tasks=3
+        lambda tasks: engine(forward, theta, tasks, inner, cross_entropy), theta, [episodes], [3]
     )
     for result, largest in ((whole, residuals.max()), (chunked, (3 * residuals[:3].max() + residuals[3]) / 4)):
         torch.testing.assert_close(result.diagnostics["cg_residual"], residuals.mean())
