@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from metalearn.core.deprecation import adopt_former_methods
 from metalearn.core.errors import NonFiniteGradientError
-from metalearn.core.module_checks import check_arguments, check_module, module_arguments
+from metalearn.core.module_checks import (
+    RUNNING_STATISTICS,
+    BatchNormMode,
+    check_arguments,
+    check_module,
+    module_arguments,
+)
 from metalearn.core.short_repr import short_repr
 from metalearn.core.types import Examples, Forward, Params, check_tensors, named_leaves
 
@@ -25,7 +31,7 @@ _WARNED = WeakIdKeyDictionary()
 """Modules whose buffer writes were logged, as keys."""
 
 
-def functionalize(module: nn.Module) -> tuple[Forward, Params]:
+def functionalize(module: nn.Module, *, batch_norm: BatchNormMode | None = None) -> tuple[Forward, Params]:
     """Split a module into a pure function and its trainable parameters.
 
     Trainable parameters become the dictionary; frozen ones (``requires_grad=False``) and buffers stay in the module as
@@ -41,6 +47,9 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
         module: maps examples, each tensor ``[examples, ...]``, to predictions ``[examples, ...]``, by operations that
             ``torch.vmap`` can batch: no branch on a tensor's values, no recurrent cuDNN layers. Examples in a tuple are
             its arguments, those in a dictionary its arguments by name.
+        batch_norm: for a model with running statistics, as pretrained ones have, in training mode and in ``eval()``
+            alike: ``"task"`` normalises by the mean and variance of the examples that pass, support or query set of one
+            task; ``"frozen"`` by the stored ones, as constants. ``None`` refuses such a model, unless in ``eval()``.
 
     Returns:
         ``(forward, params)``: ``forward(params, x)`` is the module's output for one task under ``params``;
@@ -59,7 +68,9 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
     if not isinstance(module, nn.Module):
         kind = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
         raise TypeError(f"functionalize: this is {kind}, and must be an nn.Module; a function is a forward already.")
-    check_module(module)
+    if batch_norm not in (None, *get_args(BatchNormMode)):
+        raise ValueError(f"functionalize: batch_norm={batch_norm!r}; it must be 'task', 'frozen' or None.")
+    check_module(module, batch_norm)
     defined = vars(type(module))
     if "forward_of_tasks" in defined and "batched_forward" not in defined:
         adopt_former_methods(
@@ -71,7 +82,7 @@ def functionalize(module: nn.Module) -> tuple[Forward, Params]:
             f"functionalize: {type(module).__name__} has no trainable parameter. Set requires_grad=True on the "
             "parameters to adapt."
         )
-    return ModuleForward(module), params
+    return ModuleForward(module, batch_norm), params
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +90,7 @@ class ModuleForward:
     """A module, which no pass changes, as a pure function; can be pickled and copied if the module can."""
 
     module: nn.Module
+    batch_norm: BatchNormMode | None = None
 
     __repr__ = short_repr
 
@@ -97,13 +109,13 @@ class ModuleForward:
                 ``functionalize`` does not accept.
             TypeError: if the module does not take these arguments, or returns anything but tensors.
         """
-        check_module(self.module)  # again, as model.train() may have been called since
+        check_module(self.module, self.batch_norm)  # again, as model.train() may have been called since
         args, kwargs = module_arguments(x)
         kind = type(self.module).__name__
         kwargs |= more
         check_arguments(self.module, args, kwargs)
         values = self._replacements(params)
-        with _replace_tensors(self.module, values):
+        with _replace_tensors(self.module, values, self.batch_norm):
             prediction = self.module(*args, **kwargs)
         self._warn_about_buffer_writes(values)
         for name, leaf in named_leaves("its prediction", prediction).items():
@@ -164,7 +176,9 @@ class ModuleForward:
 
 
 @contextmanager
-def _replace_tensors(module: nn.Module, values: Mapping[int, Tensor]) -> Iterator[None]:
+def _replace_tensors(
+    module: nn.Module, values: Mapping[int, Tensor], batch_norm: BatchNormMode | None
+) -> Iterator[None]:
     """Replace a module's tensors, in all places of each, during a pass, and restore it afterwards, even after an error.
 
     ``torch.func.functional_call`` does not restore a submodule that is reachable under two names
@@ -179,6 +193,9 @@ def _replace_tensors(module: nn.Module, values: Mapping[int, Tensor]) -> Iterato
         for place in places:
             for name, tensor in place.items():
                 place[name] = values.get(id(tensor), tensor)
+        for m in modules:
+            if batch_norm is not None and isinstance(m, RUNNING_STATISTICS):
+                _set_statistics(m, batch_norm)
         yield
     finally:
         for m, attribute in zip(modules, attributes, strict=True):
@@ -193,9 +210,19 @@ def _replace_tensors(module: nn.Module, values: Mapping[int, Tensor]) -> Iterato
         )
 
 
+def _set_statistics(layer: Any, batch_norm: BatchNormMode) -> None:
+    """Let a normalisation take the statistics of what passes, or the stored ones, and write none."""
+    layer.training = False
+    if batch_norm == "task":
+        layer.track_running_stats = False
+        layer._buffers.update(running_mean=None, running_var=None)
+
+
 def _attributes_to_restore(m: nn.Module) -> dict[str, Any]:
     """Return all attributes of torch's own layers (LSTMs keep weights there); a user's may hand some to the loss."""
-    return dict(vars(m)) if str(type(m).forward.__module__).startswith("torch.") else {"training": m.training}
+    if str(type(m).forward.__module__).startswith("torch."):
+        return dict(vars(m))
+    return {name: vars(m)[name] for name in ("training", "track_running_stats") if name in vars(m)}
 
 
 def check_not_inference_mode() -> None:

@@ -5,23 +5,24 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-_RUNNING_STATISTICS = (nn.modules.batchnorm._NormBase,)  # BatchNorm1d..3d, SyncBatchNorm, InstanceNorm1d..3d
+RUNNING_STATISTICS = (nn.modules.batchnorm._NormBase,)  # BatchNorm1d..3d, SyncBatchNorm, InstanceNorm1d..3d
+BatchNormMode = Literal["task", "frozen"]
 _HOOK_ERROR = (
     "has a gradient hook, which is never called, as gradients are taken of tensors that replace the module's. "
     "Remove it (the handle's .remove()), and inspect the gradients that metalearn returns."
 )
 
 
-def check_module(module: nn.Module) -> None:
+def check_module(module: nn.Module, batch_norm: BatchNormMode | None = None) -> None:
     """Raise ``ValueError``, naming the layer and the remedy, if a module cannot be a pure function of parameters."""
     for name, layer in module.named_modules():
-        if error := _layer_error(layer):
+        if error := _layer_error(layer, batch_norm):
             place = f"layer '{name}'" if name else "the module"
             raise ValueError(f"functionalize: {place} ({type(layer).__name__}) {error}")
         for p_name, p in layer._parameters.items():
@@ -58,16 +59,18 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
         return None
 
 
-def _layer_error(layer: nn.Module) -> str | None:
+def _layer_error(layer: nn.Module, batch_norm: BatchNormMode | None) -> str | None:
     """Return why a layer cannot be part of a pure function."""
-    if isinstance(layer, _RUNNING_STATISTICS) and layer.training and layer.running_mean is not None:
-        kind = type(layer).__name__
-        return (
-            "keeps running statistics, which every task would overwrite in place. Build it as "
-            f"{kind}({layer.num_features}, track_running_stats=False), convert the model with "
-            "torch.func.replace_all_batch_norm_modules_(model), or call model.eval() to use the stored statistics as "
-            "constants."
-        )
+    if isinstance(layer, RUNNING_STATISTICS):
+        if layer.running_mean is None:
+            if batch_norm == "frozen" and isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                return "keeps no statistics that could be frozen. Take batch_norm='task'."
+        elif layer.training and batch_norm is None:
+            return (
+                "keeps running statistics, which every task would overwrite in place. Say which to take: "
+                "functionalize(model, batch_norm='task'), those of a task's own examples, or batch_norm='frozen', the "
+                "stored ones of a pretrained model, as constants."
+            )
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         if layer.max_norm is not None:
             return f"shortens its weight in place (max_norm={layer.max_norm}). Build it without max_norm."

@@ -35,7 +35,7 @@ def quantised() -> nn.Module:
     return chain(layer) if layer is not None else pytest.skip("this torch has no quantised layers")
 
 
-STATISTICS = r"layer '1'.*track_running_stats=False.*model\.eval\(\)"
+STATISTICS = r"layer '1'.*batch_norm='task'.*batch_norm='frozen'"
 UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "DataParallel": (lambda: nn.DataParallel(Net()), r"the module \(DataParallel\).*model\.module, unwrapped"),
     "inner DataParallel": (lambda: chain(nn.DataParallel(nn.Linear(5, 5))), r"layer '1' \(DataParallel\)"),
