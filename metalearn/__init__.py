@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     from metalearn.inference.loading import load
     from metalearn.inner import (
         SGD,
+        Adagrad,
         Adam,
         GradientTransform,
         InnerLoop,
         MetaCurvature,
         Momentum,
+        RMSprop,
         UpdateRule,
         adapt,
         predict,
@@ -51,6 +53,7 @@ _SPIN_COUNT = "100000"
 
 __all__ = [
     "SGD",
+    "Adagrad",
     "Adam",
     "Algorithm",
     "Episodes",
@@ -64,6 +67,7 @@ __all__ = [
     "Momentum",
     "NonFiniteLossError",
     "Params",
+    "RMSprop",
     "UpdateRule",
     "adapt",
     "algorithms",
@@ -86,6 +90,7 @@ __all__ = [
 
 _HOMES = {
     "SGD": "inner",
+    "Adagrad": "inner",
     "Adam": "inner",
     "Algorithm": "algorithms",
     "Episodes": "core.types",
@@ -99,6 +104,7 @@ _HOMES = {
     "Momentum": "inner",
     "NonFiniteLossError": "core.errors",
     "Params": "core.types",
+    "RMSprop": "inner",
     "UpdateRule": "inner",
     "adapt": "inner",
     "batches": "data.collate",

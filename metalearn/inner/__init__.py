@@ -31,12 +31,23 @@ from metalearn.inner.state import (
     with_transform,
 )
 from metalearn.inner.transforms import GradientTransform, MetaCurvature
-from metalearn.inner.update_rules import SEPARATOR, SGD, Adam, Momentum, UpdateRule, state_key, without_state
+from metalearn.inner.update_rules import (
+    SEPARATOR,
+    SGD,
+    Adagrad,
+    Adam,
+    Momentum,
+    RMSprop,
+    UpdateRule,
+    state_key,
+    without_state,
+)
 
 __all__ = [
     "LEARNED_LR_MODES",
     "SEPARATOR",
     "SGD",
+    "Adagrad",
     "Adam",
     "GradientTransform",
     "Initializer",
@@ -46,6 +57,7 @@ __all__ = [
     "Momentum",
     "OuterLoss",
     "PrototypeHead",
+    "RMSprop",
     "TaskLosses",
     "UpdateRule",
     "ZeroContext",

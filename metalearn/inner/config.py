@@ -24,7 +24,7 @@ ENGINE_NAMES = ("unroll", "checkpoint", "adjoint")
 """Names for ``InnerLoop.engine``; a test holds them equal to ``metalearn.metagrad.ENGINES``."""
 
 _WHOLE_NUMBERS = ("steps", "task_chunk", "checkpoint_every")
-_NUMBERS = ("lr", "weight_decay", "proximal_weight", "clip_norm")
+_NUMBERS = ("lr", "weight_decay", "decoupled_weight_decay", "proximal_weight", "clip_norm")
 
 Initializer = Callable[[Forward, Params, Tensor, Tensor], Params]
 """``initializer(forward, fast, support_x, support_y)``: the tasks' first parameters, from T copies of theta."""
@@ -62,6 +62,10 @@ class InnerLoop:
         transform: a learned preconditioner of the gradients that the rule is given: ``MetaCurvature()``, or any
             ``GradientTransform``. ``with_transform`` adds what it learns to theta.
         weight_decay: of the adapted parameters, added to the gradients: ``g + weight_decay * theta_k``.
+        decoupled_weight_decay: added to the directions instead: ``d + decoupled_weight_decay * theta_k``; with
+            ``rule=Adam()`` this is AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101).
+        lr_scale: ``lr_scale(k, name)`` multiplies the step size of parameter ``name`` in step k: a schedule, or step
+            sizes by parameter, as ``lambda k, name: 0.1 if name.startswith("body.") else 1.0``.
         clip_norm: largest norm of a task's gradients over all adapted parameters; ``None`` does not clip.
         proximal_weight: of the pull towards the task's first parameters:
             ``g + proximal_weight * (theta_k - theta_0)`` (iMAML).
@@ -85,6 +89,8 @@ class InnerLoop:
     learned_lr: str | None = None
     transform: GradientTransform | None = None
     weight_decay: float = 0.0
+    decoupled_weight_decay: float = 0.0
+    lr_scale: Callable[[int, str], float] | None = None
     clip_norm: float | None = None
     proximal_weight: float = 0.0
     adapted_params: frozenset[str] | None = None
@@ -95,7 +101,7 @@ class InnerLoop:
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
-        lr, decay, proximal, clip = map(_as_float, (self.lr, self.weight_decay, self.proximal_weight, self.clip_norm))
+        lr, decay, decoupled, proximal, clip = (_as_float(getattr(self, name)) for name in _NUMBERS)
         for name, is_valid, needed in (
             ("lr", 0 < lr < math.inf, "a positive number"),
             ("steps", _is_whole(self.steps, least=0), "a whole number, 0 or more"),
@@ -112,6 +118,8 @@ class InnerLoop:
                 f"one of {', '.join(LEARNED_LR_MODES)}, or None",
             ),
             ("weight_decay", 0 <= decay < math.inf, "a number, 0 or more"),
+            ("decoupled_weight_decay", 0 <= decoupled < math.inf, "a number, 0 or more"),
+            ("lr_scale", self.lr_scale is None or callable(self.lr_scale), "a function of k and name, or None"),
             ("proximal_weight", 0 <= proximal < math.inf, "a number, 0 or more"),
             ("clip_norm", self.clip_norm is None or 0 < clip < math.inf, "a positive number, or None"),
         ):
@@ -174,7 +182,7 @@ class InnerLoop:
     @property
     def is_plain_sgd(self) -> bool:
         """True if a step is theta - lr * g with a fixed step size, and nothing else."""
-        extras = (self.learned_lr, self.weight_decay, self.clip_norm, self.proximal_weight)
+        extras = (self.learned_lr, self.lr_scale, *(getattr(self, name) for name in _NUMBERS if name != "lr"))
         return type(self.rule) is SGD and self.transform is None and not any(extras)
 
     @property

@@ -156,6 +156,8 @@ def apply_update(state: InnerState, grads: Params, inner: InnerLoop, k: int) -> 
     with _check_stateless("rule", inner.rule):
         output = inner.rule.update(k, grads, rule_state, **taken_by(inner.rule.update, split_meta(state)[1]))
     directions, rule_state = _check_rule_output(inner, grads, output)
+    if inner.decoupled_weight_decay:
+        directions = {name: d + inner.decoupled_weight_decay * state[name] for name, d in directions.items()}
     # theta_{k+1} = theta_k - alpha * d_k
     fast = {name: state[name] - _lr_at_step(state, name, inner, k) * d for name, d in directions.items()}
     return {**state, **fast, **rule_state}
@@ -214,6 +216,11 @@ def _check_directions(who: str, grads: Params, directions: Params) -> None:
 
 
 def _lr_at_step(state: InnerState, name: str, inner: InnerLoop, k: int) -> Tensor | float:
+    lr = _unscaled_lr(state, name, inner, k)
+    return lr if inner.lr_scale is None else inner.lr_scale(k, name) * lr
+
+
+def _unscaled_lr(state: InnerState, name: str, inner: InnerLoop, k: int) -> Tensor | float:
     if inner.learned_lr is None:
         return inner.lr
     lr = state[lr_key(name)]

@@ -72,17 +72,21 @@ class SGD(_Rule):
 
 @dataclass(frozen=True)
 class Momentum(_Rule):
-    """v_k = mu v_{k-1} + g_k, from v = 0;  d_k = v_k, or with Nesterov's g_k + mu v_k.
+    """v_k = mu v_{k-1} + (1 - tau) g_k, from v_0 = g_0;  d_k = v_k, or with Nesterov's g_k + mu v_k.
 
-    Equals ``torch.optim.SGD`` without dampening (Sutskever et al. 2013, with the step size outside of v). mu =
-    ``momentum`` must be at least 0 and below 1.
+    Equals ``torch.optim.SGD`` (Sutskever et al. 2013, with the step size outside of v). mu = ``momentum`` and tau =
+    ``dampening`` must be at least 0 and below 1; Nesterov's has no dampening.
     """
 
     momentum: float = 0.9
     nesterov: bool = False
+    dampening: float = 0.0
 
     def __post_init__(self) -> None:
         _check_fraction("Momentum", "momentum", self.momentum)
+        _check_fraction("Momentum", "dampening", self.dampening)
+        if self.nesterov and self.dampening:
+            raise ValueError(f"Momentum: dampening={self.dampening!r} with nesterov=True; leave one out.")
 
     def init(self, fast: Params) -> Params:
         """Return zero velocities."""
@@ -90,7 +94,8 @@ class Momentum(_Rule):
 
     def update(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
         """Return the directions and the new velocities."""
-        v = {name: self.momentum * state[state_key("momentum", name)] + g for name, g in grads.items()}
+        share = 1 - self.dampening if k else 1.0
+        v = {name: self.momentum * state[state_key("momentum", name)] + share * g for name, g in grads.items()}
         directions = {name: g + self.momentum * v[name] for name, g in grads.items()} if self.nesterov else v
         return directions, {state_key("momentum", name): w for name, w in v.items()}
 
@@ -113,8 +118,7 @@ class Adam(_Rule):
         object.__setattr__(self, "betas", tuple(self.betas))
         for beta in self.betas:
             _check_fraction("Adam", "betas", beta)
-        if not self.eps > 0:
-            raise ValueError(f"Adam: eps={self.eps!r}; it must be positive.")
+        _check_positive("Adam", "eps", self.eps)
 
     def init(self, fast: Params) -> Params:
         """Return zero averages."""
@@ -131,6 +135,78 @@ class Adam(_Rule):
             root = _sqrt_with_zero_grad(v / (1 - beta_2 ** (k + 1)))
             directions[name] = m / (1 - beta_1 ** (k + 1)) / (root + self.eps)
         return directions, new_state
+
+
+@dataclass(frozen=True)
+class RMSprop(_Rule):
+    """d_k = g_k / (sqrt(v) + eps), with v the average of g^2, or ``centered`` the variance; then momentum.
+
+    Equals ``torch.optim.RMSprop`` (Tieleman & Hinton 2012, lecture 6.5; centered: Graves 2013, arXiv 1308.0850,
+    section 4.2). ``decay`` (torch's alpha) and ``momentum`` must be at least 0 and below 1, and ``eps`` positive; the
+    first direction has the derivative 1 / eps at g = 0, as Adam's.
+    """
+
+    decay: float = 0.99
+    eps: float = 1e-8
+    momentum: float = 0.0
+    centered: bool = False
+
+    def __post_init__(self) -> None:
+        _check_fraction("RMSprop", "decay", self.decay)
+        _check_fraction("RMSprop", "momentum", self.momentum)
+        _check_positive("RMSprop", "eps", self.eps)
+
+    def init(self, fast: Params) -> Params:
+        """Return zero averages."""
+        kinds = ("square", *(["mean"] if self.centered else []), *(["momentum"] if self.momentum else []))
+        return {state_key(kind, name): torch.zeros_like(w) for kind in kinds for name, w in fast.items()}
+
+    def update(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
+        """Return the directions and the new averages."""
+        directions, new_state = {}, {}
+        for name, g in grads.items():
+            square, mean, momentum = (state_key(kind, name) for kind in ("square", "mean", "momentum"))
+            new_state[square] = v = self.decay * state[square] + (1 - self.decay) * g * g
+            if self.centered:
+                new_state[mean] = m = self.decay * state[mean] + (1 - self.decay) * g
+                v = v - m * m
+            d = g / (_sqrt_with_zero_grad(v) + self.eps)
+            if self.momentum:
+                new_state[momentum] = d = self.momentum * state[momentum] + d
+            directions[name] = d
+        return directions, new_state
+
+
+@dataclass(frozen=True)
+class Adagrad(_Rule):
+    """d_k = g_k / (sqrt(v) + eps), with v the sum of the g^2 so far.
+
+    Equals ``torch.optim.Adagrad`` (Duchi, Hazan & Singer 2011, JMLR 12, section 1.3). ``eps`` must be positive, and
+    ``initial_sum`` at least 0: above it, the first directions have small derivatives.
+    """
+
+    eps: float = 1e-10
+    initial_sum: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_positive("Adagrad", "eps", self.eps)
+        if not self.initial_sum >= 0:
+            raise ValueError(f"Adagrad: initial_sum={self.initial_sum!r}; it must be at least 0.")
+
+    def init(self, fast: Params) -> Params:
+        """Return the initial sums."""
+        return {state_key("square", name): torch.full_like(w, self.initial_sum) for name, w in fast.items()}
+
+    def update(self, k: int, grads: Params, state: Params) -> tuple[Params, Params]:
+        """Return the directions and the new sums."""
+        sums = {name: state[state_key("square", name)] + g * g for name, g in grads.items()}
+        directions = {name: g / (_sqrt_with_zero_grad(sums[name]) + self.eps) for name, g in grads.items()}
+        return directions, {state_key("square", name): v for name, v in sums.items()}
+
+
+def _check_positive(rule: str, name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{rule}: {name}={value!r}; it must be positive.")
 
 
 def _check_fraction(rule: str, name: str, value: float) -> None:

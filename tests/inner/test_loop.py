@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from metalearn import InnerLoop, adapt, functionalize
-from metalearn.inner import Adam, Momentum
+from metalearn.inner import Adagrad, Adam, Momentum, RMSprop
 from metalearn.models import MLP
 from tests.metagrad.settings import vectors
 
@@ -29,6 +29,28 @@ RULES: dict[str, tuple[dict[str, Any], Callable[[Iterable[Tensor]], torch.optim.
     "adam, weight decay": (
         {"rule": Adam((0.5, 0.8), 1e-3), "weight_decay": 0.1},
         lambda p: torch.optim.Adam(p, 0.1, betas=(0.5, 0.8), eps=1e-3, weight_decay=0.1),
+    ),
+    "dampening": (
+        {"rule": Momentum(0.8, dampening=0.3)},
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.8, dampening=0.3),
+    ),
+    "adamw": (
+        {"rule": Adam((0.5, 0.8), 1e-3), "decoupled_weight_decay": 0.2},
+        lambda p: torch.optim.AdamW(p, 0.1, betas=(0.5, 0.8), eps=1e-3, weight_decay=0.2),
+    ),
+    "rmsprop": ({"rule": RMSprop()}, lambda p: torch.optim.RMSprop(p, 0.1)),
+    "rmsprop, centered, momentum": (
+        {"rule": RMSprop(0.7, 1e-3, momentum=0.6, centered=True), "weight_decay": 0.1},
+        lambda p: torch.optim.RMSprop(p, 0.1, 0.7, 1e-3, momentum=0.6, centered=True, weight_decay=0.1),
+    ),
+    "adagrad": ({"rule": Adagrad()}, lambda p: torch.optim.Adagrad(p, 0.1)),
+    "adagrad, decreasing": (
+        {"rule": Adagrad(1e-3, 0.2), "lr_scale": lambda k, name: 1 / (1 + 0.5 * k)},
+        lambda p: torch.optim.Adagrad(p, 0.1, eps=1e-3, initial_accumulator_value=0.2, lr_decay=0.5),
+    ),
+    "groups": (
+        {"lr_scale": lambda k, name: 0.3 if name.endswith("bias") else 1.0},
+        lambda p: torch.optim.SGD([{"params": [w], "lr": 0.03 if w.ndim == 1 else 0.1} for w in p]),
     ),
     "clipping": ({"rule": Momentum(0.8), "clip_norm": 0.2}, lambda p: torch.optim.SGD(p, 0.1, momentum=0.8)),
 }
@@ -54,12 +76,13 @@ def test_steps_equal_torch_optimizer(name: str) -> None:
             torch.testing.assert_close(fast[n][t], p.detach(), rtol=1e-9, atol=1e-12)
 
 
-def test_adam_derivative_is_finite_at_zero_gradients() -> None:
+@pytest.mark.parametrize("rule", [Adam(), RMSprop(), RMSprop(centered=True, momentum=0.5), Adagrad()])
+def test_derivative_is_finite_at_zero_gradients(rule: Any) -> None:
     forward, theta = functionalize(nn.Linear(3, 2).double())
     theta = {name: p.requires_grad_() for name, p in theta.items()}
     x, y = torch.randn(2, 4, 3, dtype=torch.float64), torch.tensor([[0, 1, 0, 1]] * 2)
     x[..., 1] = 0  # the weights of this input have no gradient
-    fast = adapt(forward, theta, x, y, InnerLoop(0.1, 2, rule=Adam()))
+    fast = adapt(forward, theta, x, y, InnerLoop(0.1, 2, rule=rule))
     total = torch.stack([w.square().sum() for w in fast.values()]).sum()
     grads = torch.autograd.grad(total, list(theta.values()))
     assert all(torch.isfinite(g).all() for g in grads)

@@ -10,10 +10,12 @@ import torch
 from metalearn import Episodes, Forward, InnerLoop, MetaGradient, Params, functionalize
 from metalearn.core.functional import relative_error
 from metalearn.inner import (
+    Adagrad,
     Adam,
     MetaCurvature,
     Momentum,
     PrototypeHead,
+    RMSprop,
     ZeroContext,
     with_learned_lrs,
     with_per_step_params,
@@ -29,6 +31,16 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     "momentum": {"rule": Momentum(0.8)},
     "nesterov": {"rule": Momentum(0.8, nesterov=True), "weight_decay": 0.1},
     "adam": {"rule": Adam(betas=(0.7, 0.9), eps=1e-2), "lr": 0.05},
+    "dampening": {"rule": Momentum(0.8, dampening=0.4)},
+    "rmsprop": {"rule": RMSprop(0.7, eps=1e-2), "lr": 0.05},
+    "rmsprop, centered, momentum": {"rule": RMSprop(0.7, 1e-1, momentum=0.5, centered=True), "lr": 0.05},
+    "adagrad": {"rule": Adagrad(eps=1e-2), "lr": 0.05},
+    "adamw": {"rule": Adam(betas=(0.7, 0.9), eps=1e-2), "lr": 0.05, "decoupled_weight_decay": 0.4},
+    "decoupled decay, step sizes by step and name": {
+        "decoupled_weight_decay": 0.2,
+        "lr_scale": lambda k, name: (0.3 if name in HEAD else 1.0) / (1 + k),
+    },
+    "schedule of learned rates": {"learned_lr": "layer", "lr_scale": lambda k, name: 0.5**k},
     "weight decay": {"weight_decay": 0.3},
     "clipping": {"clip_norm": 0.3},
     "clipping with momentum": {"rule": Momentum(0.5), "clip_norm": 0.3},
