@@ -199,6 +199,8 @@ def average_over_tasks(one_task: Callable[..., TaskResult], theta: Params, episo
 def sgd_arguments(inner: InnerLoop) -> dict[str, Any]:
     """Return the arguments of a library's SGD for the rules ``SGD`` and ``Momentum``."""
     momentum = inner.rule.momentum if isinstance(inner.rule, Momentum) else 0.0
+    dampening = inner.rule.dampening if isinstance(inner.rule, Momentum) else 0.0
     # torch refuses Nesterov's momentum of 0, which is the same as none
     nesterov = isinstance(inner.rule, Momentum) and inner.rule.nesterov and momentum > 0
-    return {"lr": inner.lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": inner.weight_decay}
+    decay = inner.weight_decay
+    return {"lr": inner.lr, "momentum": momentum, "dampening": dampening, "nesterov": nesterov, "weight_decay": decay}

@@ -17,7 +17,7 @@ from metalearn.metagrad.baselines.common import UnsupportedSettingError, check_s
 from tests.metagrad.baselines.libraries import LIBRARIES, load_library, mlp, smooth
 from tests.metagrad.settings import BODY, HEAD, SETTINGS, assert_equal, model_with_setting, vectors
 
-RULES = ["momentum", "nesterov", "adam", "weight decay"]
+RULES = ["momentum", "nesterov", "dampening", "adam", "weight decay"]
 SUPPORTED = {
     "learn2learn": {"rates of parameters", "head alone", "body alone, learned rates"},
     "higher": {*RULES},
@@ -146,6 +146,8 @@ def test_every_unsupported_setting_raises() -> None:
         "learned_lr": "layer",
         "transform": MetaCurvature(),
         "weight_decay": 0.1,
+        "decoupled_weight_decay": 0.1,
+        "lr_scale": lambda k, name: 0.5,
         "clip_norm": 1.0,
         "proximal_weight": 0.1,
         "adapted_params": HEAD,
