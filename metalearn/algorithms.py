@@ -103,6 +103,8 @@ class Algorithm:
         episodes: Episodes | Sequence[Episodes],
         *,
         loss: Loss = cross_entropy,
+        query_loss: Loss | None = None,
+        meta: Params | None = None,
         progress: float = 1.0,
     ) -> MetaGradient:
         """Compute ``metalearn.meta_gradient`` at a training progress in [0, 1].
@@ -110,7 +112,9 @@ class Algorithm:
         In a hand-written training loop pass ``progress=step / steps`` for annealed algorithms (MAML++).
         """
         inner = self.inner_at(progress)
-        return metagrad.meta_gradient(forward, theta, episodes, inner, loss=loss, engine=self.engine)
+        return metagrad.meta_gradient(
+            forward, theta, episodes, inner, loss=loss, query_loss=query_loss, meta=meta, engine=self.engine
+        )
 
 
 def maml(inner: InnerLoop, parts: ModuleParts) -> Algorithm:

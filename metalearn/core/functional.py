@@ -45,7 +45,7 @@ def functionalize(module: nn.Module, *, batch_norm: BatchNormMode | None = None)
 
     Args:
         module: maps examples, each tensor ``[examples, ...]``, to predictions ``[examples, ...]``, by operations that
-            ``torch.vmap`` can batch: no branch on a tensor's values, no recurrent cuDNN layers. Examples in a tuple are
+            ``torch.vmap`` can batch: no branch on a tensor's values. Examples in a tuple are
             its arguments, those in a dictionary its arguments by name.
         batch_norm: for a model with running statistics, as pretrained ones have, in training mode and in ``eval()``
             alike: ``"task"`` normalises by the mean and variance of the examples that pass, support or query set of one
@@ -112,6 +112,10 @@ class ModuleForward:
         check_module(self.module, self.batch_norm)  # again, as model.train() may have been called since
         args, kwargs = module_arguments(x)
         kind = type(self.module).__name__
+        if clash := kwargs.keys() & more.keys():
+            raise ValueError(
+                f"functionalize: {sorted(clash)} are both examples and meta-learned tensors; give these another name."
+            )
         kwargs |= more
         check_arguments(self.module, args, kwargs)
         values = self._replacements(params)
@@ -212,15 +216,16 @@ def _replace_tensors(
 
 def _set_statistics(layer: Any, batch_norm: BatchNormMode) -> None:
     """Let a normalisation take the statistics of what passes, or the stored ones, and write none."""
-    layer.training = False
-    if batch_norm == "task":
+    if batch_norm == "frozen":
+        layer.training = False
+    else:
         layer.track_running_stats = False
         layer._buffers.update(running_mean=None, running_var=None)
 
 
 def _attributes_to_restore(m: nn.Module) -> dict[str, Any]:
     """Return all attributes of torch's own layers (LSTMs keep weights there); a user's may hand some to the loss."""
-    if str(type(m).forward.__module__).startswith("torch."):
+    if isinstance(m, nn.RNNBase) or str(type(m).forward.__module__).startswith("torch."):
         return dict(vars(m))
     return {name: vars(m)[name] for name in ("training", "track_running_stats") if name in vars(m)}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -39,10 +38,10 @@ def module_arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise ``TypeError`` unless a module takes these arguments."""
-    if (signature := _signature(type(module).forward)) is None:
+    if module._forward_pre_hooks or (signature := _signature(module.forward)) is None:  # hooks may add arguments
         return
     try:
-        signature.bind(module, *args, **kwargs)
+        signature.bind(*args, **kwargs)
     except TypeError as error:
         given = f"a dictionary of {', '.join(map(repr, kwargs))}" if kwargs else "x" if len(args) == 1 else "a tuple"
         raise TypeError(
@@ -51,7 +50,6 @@ def check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         ) from None
 
 
-@functools.cache
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
     try:
         return inspect.signature(function)

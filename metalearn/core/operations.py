@@ -263,8 +263,8 @@ _TORCH_ARGUMENTS = ("input", "weight", "bias", "running_mean", "running_var", "t
 _FUNCTIONAL_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training")
 RUNNING_STATISTICS_ERROR = (
     "the model writes to running statistics at every call, as BatchNorm does in training, and so is another function "
-    "each time. Build the layer with track_running_stats=False, convert the model with "
-    "torch.func.replace_all_batch_norm_modules_(model), or call model.eval() to take the stored statistics."
+    "each time. Say which to take: functionalize(model, batch_norm='task' or 'frozen'); or build the layer with "
+    "track_running_stats=False, or call model.eval() to take the stored statistics."
 )
 STATELESS: dict[str, Handler] = dict.fromkeys(("batch_norm", "instance_norm"), _batch_norm)
 """Used where a model must be a pure function."""

@@ -113,7 +113,7 @@ def _one_direction(
     """
     inputs = functional.linear(x, weights[0], weights[2] if has_biases else None).split(sizes)
     order = range(len(sizes) - 1, -1, -1) if backwards else range(len(sizes))
-    state: State = tuple(s[: sizes[order[0]]] for s in start)
+    state: State = tuple(s[: sizes[order[0]]].to(inputs[0].dtype) for s in start)  # under autocast it is another
     ended: list[State] = []
     outputs: list[Tensor] = []
     for t in order:

@@ -34,6 +34,8 @@ Loss = Callable[..., Tensor]
 def check_tensors(values: Mapping[str, object]) -> None:
     """Raise ``TypeError`` for what is no tensor, and ``ValueError`` for a meta tensor, which holds no values."""
     for name, value in values.items():
+        if value is None:
+            raise TypeError(f"{name} is None and must be a Tensor; give one, or leave it out.")
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is {type(value).__name__} and must be a Tensor; convert it with torch.as_tensor.")
         if value.is_meta:

@@ -33,7 +33,8 @@ def batches(tasks: Iterable[Any], size: int, *, unequal: bool = False) -> Iterat
         size: T, tasks of a batch.
         unequal: whether tasks may differ, in shots, queries or ways: a batch is then a list of episodes, which
             ``meta_gradient`` takes, in each those of its tasks that agree. Nothing is padded, so that a model or a loss
-            that looks at several examples at once (BatchNorm, prototypes) sees those of the task alone.
+            that looks at several examples at once (BatchNorm, prototypes) sees those of the task alone. Errors and
+            predictions count the tasks group by group.
 
     Raises:
         TypeError: if an item is no task, or holds anything but tensors and arrays.

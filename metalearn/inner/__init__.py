@@ -16,7 +16,7 @@ from metalearn.inner.losses import (
     task_predictions,
     total_support_loss,
 )
-from metalearn.inner.meta_tensors import check_meta, merge_meta, split_meta
+from metalearn.inner.meta_tensors import check_meta, merge_meta, split_meta, taken_by
 from metalearn.inner.state import (
     InnerState,
     adapted_param_names,
@@ -80,6 +80,7 @@ __all__ = [
     "split_meta",
     "state_key",
     "support_gradients",
+    "taken_by",
     "task_losses",
     "task_predictions",
     "total_support_loss",

@@ -102,11 +102,19 @@ def with_fixed_statistics(forward: Forward, statistics: list[ChannelMoments]) ->
 
 
 class _ReplaceBatchNorm(TorchFunctionMode):
-    """Calls a function in the place of ``torch.nn.functional.batch_norm``."""
+    """Calls a function in the place of ``torch.nn.functional.batch_norm``, where that takes the batch's statistics."""
 
     def __init__(self, replacement: Callable[..., Tensor]) -> None:
         super().__init__()
         self.replacement = replacement
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (self.replacement if func is functional.batch_norm else func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        replaced = func is functional.batch_norm and not _takes_stored_statistics(*args, **kwargs)
+        return (self.replacement if replaced else func)(*args, **kwargs)
+
+
+def _takes_stored_statistics(
+    x: Tensor, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False, *args: Any, **kw: Any
+) -> bool:
+    return mean is not None and not training

@@ -34,7 +34,8 @@ class PrototypeHead:
         -|f(x) - c_n|^2 = 2 c_n . f(x) - |c_n|^2 - |f(x)|^2
 
     ``weight = 2 c`` and ``bias = -|c|^2`` give the same softmax, as the last term is the same for all classes.
-    The embedding f is the model with the identity in the place of its linear head.
+    A class that a task's support set lacks has probability 0. The embedding f is the model with the identity in the
+    place of its linear head.
 
     Args:
         weight: name of the head's weight, ``[N, D]``.
@@ -55,8 +56,10 @@ class PrototypeHead:
         embedded = embeddings(forward, fast, support_x, self.weight, self.bias)  # [T, S, D]
         classes = torch.arange(ways, device=support_y.device).view(1, -1, 1)
         members = (support_y.unsqueeze(1) == classes).to(embedded.dtype)  # [T, N, S]
-        means = members @ embedded / members.sum(dim=-1, keepdim=True).clamp(min=1)  # 0 for a class without an example
-        return {**fast, self.weight: 2 * means, self.bias: -(means * means).sum(dim=-1)}
+        counts = members.sum(dim=-1)
+        means = members @ embedded / counts.unsqueeze(-1).clamp(min=1)
+        never = torch.finfo(embedded.dtype).min / 2  # the score of a class without an example
+        return {**fast, self.weight: 2 * means, self.bias: torch.where(counts > 0, -(means * means).sum(dim=-1), never)}
 
 
 def embeddings(forward: Forward, fast: Params, x: Tensor, weight: str, bias: str) -> Tensor:

@@ -19,7 +19,7 @@ from metalearn.core.types import Examples, Forward, Loss, Params, check_examples
 from metalearn.inner.config import InnerLoop
 from metalearn.inner.diagnostics import check_losses_finite, explain_torch_errors
 from metalearn.inner.losses import task_losses
-from metalearn.inner.meta_tensors import check_meta, merge_meta, split_meta
+from metalearn.inner.meta_tensors import merge_meta, split_meta, taken_by
 from metalearn.inner.state import (
     InnerState,
     adapted_param_names,
@@ -103,7 +103,7 @@ def adapt(
         support_y: ``[T, S, ...]``, likewise; int64 labels for the default loss.
         inner: the settings; with ``second_order`` the result is differentiable through the inner gradients.
         loss: ``loss(prediction, target)``, the mean over one task's examples.
-        meta: tensors that the loss, the model or the rule takes by name, the same for all tasks.
+        meta: tensors that the loss, the model or the rule takes by name, the same for all tasks; others are left out.
 
     Returns:
         Fast weights of the model, each ``[T, ...]``. They carry a graph back to ``params`` if those require a gradient
@@ -124,8 +124,10 @@ def adapt(
     check_forward(forward)
     check_params(params)
     check_examples("support", support_x, support_y)
-    check_meta(meta, forward, loss, inner.rule.update)
-    params, inner = merge_meta(params, inner, meta)
+    if meta:
+        check_params(meta, name="meta")
+    taken = taken_by(forward, meta) | taken_by(loss, meta) | taken_by(inner.rule.update, meta)
+    params = merge_meta(params, taken)
     check_params_match_config(params, inner)
     support_losses = []
     examples = named_leaves("support_x", support_x) | named_leaves("support_y", support_y)

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from metalearn.core.functional import check_forward, check_param_dict
+from metalearn.core.functional import check_forward, check_param_dict, check_params
 from metalearn.core.types import Examples, Forward, Loss, Params, check_tensors, named_leaves
 from metalearn.inner.batching import differentiable_layers, over_tasks
 from metalearn.inner.diagnostics import check_no_inplace_writes, explain_torch_errors
-from metalearn.inner.meta_tensors import check_meta, split_meta, taken_by, with_meta
+from metalearn.inner.meta_tensors import split_meta, taken_by, with_meta
 from metalearn.models.kernels import kernels_support
 
 
@@ -80,23 +80,28 @@ def task_predictions(forward: Forward, fast: Params, x: Examples) -> Examples:
 def forward_over_tasks(forward: Forward, fast: Params, x: Examples) -> Any:
     """Call the model for every task, ``[T, ...]``, with its own parameters and what else it takes by name."""
     model, meta = split_meta(fast)
-    return over_tasks(
-        lambda params, x, more: forward(params, x, **more), model, x, taken_by(forward, meta), model=forward
-    )
+
+    def one_task(params: Params, x: Examples, more: Params) -> Any:
+        prediction = forward(params, x, **more)
+        named_leaves("prediction", prediction)  # torch gets to know a dataclass
+        return prediction
+
+    return over_tasks(one_task, model, x, taken_by(forward, meta), model=forward)
 
 
 def predict(forward: Forward, fast: Params, x: Examples, *, meta: Params | None = None) -> Any:
     """Predict for inputs ``x`` ``[T, examples, ...]`` of T tasks, each under its own parameters ``[T, ...]``.
 
-    ``meta`` has the meta-learned tensors that the model takes by name.
+    ``meta`` has the meta-learned tensors that the model takes by name; others are left out.
     """
     check_forward(forward)
     check_param_dict(fast)
-    check_meta(meta, forward)
+    if meta:
+        check_params(meta, name="meta")
     inputs = named_leaves("x", x)
     check_tensors({**inputs, **_named_tensors(fast)})
     with explain_torch_errors(inputs, fast), check_no_inplace_writes(_named_tensors(fast, x)):
-        return forward_over_tasks(forward, with_meta(fast, meta), x)
+        return forward_over_tasks(forward, with_meta(fast, taken_by(forward, meta)), x)
 
 
 def _named_tensors(fast: Params, *examples: Examples) -> dict[str, Tensor]:

@@ -9,22 +9,31 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from metalearn.core.functional import check_params, expand_over_tasks
-from metalearn.core.types import Params
+from metalearn.core.types import Forward, Loss, Params
 from metalearn.inner.config import InnerLoop
 
 _PREFIX = "meta/"
 
 
-def merge_meta(params: Params, inner: InnerLoop, meta: Params | None) -> tuple[Params, InnerLoop]:
-    """Return theta with the meta-learned tensors, and the inner loop that adapts what it did without them."""
-    if meta is None:
-        return params, inner
-    names = inner.adapted_params if inner.adapted_params is not None else frozenset(params)
-    return params | {f"{_PREFIX}{name}": w for name, w in meta.items()}, replace(inner, adapted_params=names)
+def merge_meta(params: Params, meta: Params | None) -> Params:
+    """Return theta with the meta-learned tensors.
+
+    Raises:
+        ValueError: if a parameter has a name of that kind.
+    """
+    if wrong := [name for name in params if is_meta(name)]:
+        raise ValueError(f"params: {wrong[0]!r} begins with {_PREFIX!r}, as meta-learned tensors do; rename the layer.")
+    return params | {f"{_PREFIX}{name}": w for name, w in (meta or {}).items()}
+
+
+def is_meta(name: str) -> bool:
+    """Return whether an entry is a meta-learned tensor."""
+    return name.startswith(_PREFIX)
 
 
 def split_meta(params: Params) -> tuple[Params, Params]:
@@ -41,39 +50,59 @@ def with_meta(fast: Params, meta: Params | None) -> Params:
     return fast | expand_over_tasks({f"{_PREFIX}{name}": w for name, w in meta.items()}, tasks)
 
 
-def taken_by(function: Callable[..., Any], meta: Params) -> Params:
-    """Return those of the tensors that a model, a loss or a rule takes by name."""
+def taken_by(function: Callable[..., Any], meta: Params | None) -> Params:
+    """Return those of the tensors that a model, a loss or a rule has arguments for.
+
+    That is by name, after its first two. ``**kwargs`` take none, nor do torch's own functions and layers, whose
+    arguments are settings: ``weight`` of ``cross_entropy`` is given by a function of one's own.
+    """
     if not meta:
-        return meta
-    names = _keywords(getattr(function, "signature_of", function))
-    return meta if names is None else {name: w for name, w in meta.items() if name in names}
+        return {}
+    function = getattr(function, "signature_of", function)
+    function = function.forward if isinstance(function, nn.Module) else function
+    inner = function.func if isinstance(function, functools.partial) else function
+    if str(getattr(inner, "__module__", "")).startswith("torch."):
+        return {}
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # of a builtin function
+        return {}
+    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:2]
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p not in by_place}
+    return {name: w for name, w in meta.items() if name in names}
 
 
-def check_meta(meta: Params | None, *functions: Callable[..., Any]) -> None:
-    """Check meta-learned tensors, and that one of the functions takes each.
+def check_meta(
+    meta: Params | None, forward: Forward, loss: Loss, query_loss: Loss, inner: InnerLoop, *, own_engine: bool
+) -> None:
+    """Check meta-learned tensors, that something takes each, and that it has a gradient.
+
+    Args:
+        meta: the tensors.
+        forward: may take them, as may the other functions.
+        loss: of the support set.
+        query_loss: of the query set.
+        inner: whose rule may take them.
+        own_engine: whether an engine is given, which knows itself what it has a gradient for.
 
     Raises:
         TypeError: if ``meta`` is no dictionary of floating-point tensors.
-        ValueError: naming a tensor that nothing takes.
+        ValueError: naming a tensor that nothing takes, or that has no gradient in first order.
     """
-    if meta is None:
+    if not meta:
         return
     check_params(meta, name="meta")
     for name, w in meta.items():
-        if not any(taken_by(function, {name: w}) for function in functions):
+        takers = [f for f in (forward, loss, query_loss, inner.rule.update) if taken_by(f, {name: w})]
+        if not takers:
             raise ValueError(
                 f"meta: nothing takes {name!r}. Give the loss, the model's forward or the rule's update an argument "
-                f"of that name: def loss(prediction, y, {name})."
+                f"of that name, after its first two: def loss(prediction, y, {name}). Functions of torch take none."
             )
-
-
-@functools.lru_cache(maxsize=256)
-def _keywords(function: Callable[..., Any]) -> frozenset[str] | None:
-    """Return the names of arguments that a function takes by keyword; ``None`` if it takes any."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # of a builtin function
-        return frozenset()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        if not inner.second_order and not own_engine and inner.steps and all(f is loss for f in takers):
+            if loss is query_loss:
+                continue
+            raise ValueError(
+                f"meta: the support loss alone takes {name!r}, and first order has no gradient there, as it takes the "
+                "inner gradients as constants. Take second_order=True."
+            )

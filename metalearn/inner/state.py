@@ -8,8 +8,10 @@ dictionary and needs to know neither the rule nor what is learned.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from metalearn.core.text import plural
 from metalearn.core.types import Examples, Forward, Params
 from metalearn.inner.batch_norm_statistics import is_norm_statistic
 from metalearn.inner.config import InnerLoop
-from metalearn.inner.meta_tensors import split_meta, taken_by
+from metalearn.inner.meta_tensors import is_meta, split_meta, taken_by
 from metalearn.inner.transforms import GradientTransform
 from metalearn.inner.update_rules import (
     SEPARATOR,
@@ -107,7 +109,8 @@ def init_state(
     tasks = tree_leaves(support_x)[0].shape[0]
     fast = expand_over_tasks({name: p for name, p in theta.items() if not is_norm_statistic(name)}, tasks)
     if inner.initializer is not None:
-        initial = inner.initializer(forward, split_meta(without_state(fast))[0], support_x, support_y)
+        initial = inner.initializer(forward, without_state(fast), support_x, support_y)
+        initial = {name: w for name, w in initial.items() if not is_meta(name)}  # it sees them, and changes none
         # As views: an inner gradient in one parameter must not run through another that was made from it.
         fast = {name: w.view_as(w) for name, w in {**fast, **initial}.items()}
     adapted = {name: fast[name] for name in adapted_param_names(fast, inner)}
@@ -124,7 +127,8 @@ def init_state(
 
 def adapted_param_names(state: InnerState, inner: InnerLoop) -> list[str]:
     """Return the names of the parameters that an inner step changes."""
-    return [name for name in without_state(state) if inner.adapted_params is None or name in inner.adapted_params]
+    chosen = inner.adapted_params
+    return [n for n in without_state(state) if not is_meta(n) and (chosen is None or n in chosen)]
 
 
 def params_at_step(state: InnerState, inner: InnerLoop, k: int) -> Params:
@@ -217,7 +221,13 @@ def _check_directions(who: str, grads: Params, directions: Params) -> None:
 
 def _lr_at_step(state: InnerState, name: str, inner: InnerLoop, k: int) -> Tensor | float:
     lr = _unscaled_lr(state, name, inner, k)
-    return lr if inner.lr_scale is None else inner.lr_scale(k, name) * lr
+    if inner.lr_scale is None:
+        return lr
+    scale = inner.lr_scale(k, name)
+    is_number = isinstance(scale, Real) and not isinstance(scale, bool) and 0 <= float(scale) < math.inf
+    if not is_number and not (isinstance(scale, Tensor) and scale.ndim == 0):
+        raise ValueError(f"InnerLoop: lr_scale({k}, {name!r}) is {scale!r}; it must be a number, 0 or more.")
+    return scale * lr
 
 
 def _unscaled_lr(state: InnerState, name: str, inner: InnerLoop, k: int) -> Tensor | float:

@@ -155,6 +155,8 @@ class RMSprop(_Rule):
         _check_fraction("RMSprop", "decay", self.decay)
         _check_fraction("RMSprop", "momentum", self.momentum)
         _check_positive("RMSprop", "eps", self.eps)
+        if self.centered and not self.decay:
+            raise ValueError("RMSprop: decay=0 with centered=True; a variance needs more than the last gradient.")
 
     def init(self, fast: Params) -> Params:
         """Return zero averages."""
@@ -168,8 +170,10 @@ class RMSprop(_Rule):
             square, mean, momentum = (state_key(kind, name) for kind in ("square", "mean", "momentum"))
             new_state[square] = v = self.decay * state[square] + (1 - self.decay) * g * g
             if self.centered:
-                new_state[mean] = m = self.decay * state[mean] + (1 - self.decay) * g
-                v = v - m * m
+                new_state[mean] = self.decay * state[mean] + (1 - self.decay) * g
+                # The average of g^2 less m^2, by a recursion that does not cancel
+                v = self.decay * state[square] + self.decay * (1 - self.decay) * (g - state[mean]) ** 2
+                new_state[square] = v
             d = g / (_sqrt_with_zero_grad(v) + self.eps)
             if self.momentum:
                 new_state[momentum] = d = self.momentum * state[momentum] + d

@@ -22,6 +22,8 @@ from metalearn.inner import (
     InnerState,
     adapted_param_names,
     params_at_step,
+    split_meta,
+    taken_by,
     total_support_loss,
     without_state,
 )
@@ -32,6 +34,7 @@ from metalearn.metagrad.trajectory import StepCheckpoint
 
 _UNSUPPORTED = {
     "learned_lr": "the solution of the inner problem does not depend on step sizes",
+    "decoupled_weight_decay": "the rule may scale the steps, so that they end where no known function is least",
     "transform": "the solution of the inner problem does not depend on a preconditioner of the steps",
     "query_weights": "the query loss is taken at the solution, whatever steps led there",
     "per_step_params": "the inner problem has one solution, and not one for every step",
@@ -44,8 +47,8 @@ class Implicit:
 
     It is exact if theta_K solves the inner problem, for which gradient descent needs enough steps and ``inner.lr``
     below 2 / (rho + the largest curvature), and if the linear system is solved. The result's ``diagnostics`` has
-    ``cg_residual``, the mean over tasks of |b - A x| / |b|, and ``cg_residual_max``, the largest (of a batch in chunks,
-    the mean of the chunks' largest), with A = (1 + damping + weight_decay / rho) I + H/rho.
+    ``cg_residual``, the mean over tasks of |b - A x| / |b|, and ``cg_residual_max``, the largest, with
+    A = (1 + damping + weight_decay / rho) I + H/rho.
 
     Args:
         cg_steps: iterations of conjugate gradients, each one Hessian-vector product for all tasks; at least 1.
@@ -82,7 +85,8 @@ class Implicit:
 
         Raises:
             ValueError: if ``inner.proximal_weight`` is 0, or if ``inner`` has a setting that iMAML has no gradient for:
-                ``learned_lr``, ``transform``, ``query_weights`` or ``per_step_params``.
+                ``learned_lr``, ``transform``, ``decoupled_weight_decay``, ``query_weights`` or ``per_step_params``;
+                or a meta-learned tensor that the rule alone takes.
             NonFiniteLossError: if a loss is NaN or infinite.
         """
         if not inner.proximal_weight:
@@ -92,6 +96,12 @@ class Implicit:
                 "inner.proximal_weight a positive number; the paper takes 2.0."
             )
         check_unsupported_settings("implicit", "iMAML", inner, _UNSUPPORTED)
+        meta = split_meta(params)[1]
+        if only := taken_by(inner.rule.update, meta).keys() - {*taken_by(forward, meta), *taken_by(loss, meta)}:
+            raise ValueError(
+                f"implicit: the rule takes {sorted(only)}, and the solution of the inner problem does not depend on "
+                "the steps to it; iMAML has no gradient there."
+            )
         rho = inner.proximal_weight
         # Solve the inner problem: phi = theta_K
         phi, trajectory = take_inner_steps(forward, params, episodes, inner, loss, checkpoint_every=None)

@@ -90,8 +90,8 @@ def meta_gradient(
     check_forward(forward)
     check_params(params)
     losses = loss if query_loss is None else OuterLoss(loss, query_loss)
-    check_meta(meta, forward, loss, query_loss or loss, inner.rule.update)
-    params, inner = merge_meta(params, inner, meta)
+    check_meta(meta, forward, loss, query_loss or loss, inner, own_engine=engine is not None)
+    params = merge_meta(params, meta)
     check_params_match_config(params, inner, training=True)
     one_pass = engine or ENGINES[inner.engine]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
-from metalearn.inner import InnerLoop, check_losses_finite, params_at_step, query_loss, task_losses
+from metalearn.inner import InnerLoop, check_losses_finite, params_at_step, query_loss, split_meta, task_losses
 from metalearn.metagrad.common import build_result, check_unsupported_settings, take_inner_steps
 
 _UNSUPPORTED = {
@@ -22,6 +22,7 @@ _UNSUPPORTED = {
     "transform": "what it learns is not displaced by an inner step",
     "query_weights": "there is no query set, and so no query loss to weigh",
     "per_step_params": "no step displaces the parameters that the model is given after the last one",
+    "lr_scale": "the displacement is divided by the one step size",
     "initializer": "theta moves towards theta_K, which says nothing if tasks do not start from theta",
 }
 
@@ -40,10 +41,12 @@ def reptile(forward: Forward, params: Params, episodes: Episodes, inner: InnerLo
 
     Raises:
         ValueError: if ``inner`` has a setting that Reptile has no gradient for: ``learned_lr``, ``transform``,
-            ``query_weights``, ``per_step_params`` or ``initializer``.
+            ``query_weights``, ``per_step_params``, ``lr_scale`` or ``initializer``; or meta-learned tensors.
         NonFiniteLossError: if a loss is NaN or infinite.
     """
     check_unsupported_settings("reptile", "Reptile", inner, _UNSUPPORTED)
+    if meta := split_meta(params)[1]:
+        raise ValueError(f"reptile: meta={list(meta)}: no inner step displaces these, so that they have no gradient.")
     x = tree_map(_join_sets, episodes.support_x, episodes.query_x)
     y = tree_map(_join_sets, episodes.support_y, episodes.query_y)
     together = Episodes(x, y, episodes.query_x, episodes.query_y)

@@ -85,7 +85,11 @@ def mean_over_passes(
         losses.append(share * result.loss)
         support_losses.append(share * result.support_loss)
         of_group.append(result.predictions)
-        diagnostics = {name: diagnostics.get(name, 0) + share * value for name, value in result.diagnostics.items()}
+        for name, value in result.diagnostics.items():
+            if name.endswith("_max"):
+                diagnostics[name] = torch.maximum(diagnostics.get(name, value), value)
+            else:
+                diagnostics[name] = diagnostics.get(name, 0) + share * value
     return MetaGradient(
         loss=torch.stack(losses).sum(),
         grads=grads,

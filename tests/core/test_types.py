@@ -26,8 +26,9 @@ X, Y = torch.zeros(2, 5, 3), torch.zeros(2, 5).long()
         ((X, Y, X.to("meta"), Y), ValueError, "query_x is on the meta device and holds no values"),
         *(
             ((X, Y, X, other), TypeError, f"query_y is {type(other).__name__} and must be a Tensor.*as_tensor")
-            for other in (None, Y.numpy(), "labels")
+            for other in (Y.numpy(), "labels")
         ),
+        ((X, Y, X, None), TypeError, "query_y is None and must be a Tensor; give one, or leave it out"),
         ((X, Y, X, Y.tolist()), TypeError, r"query_y\[0\]\[0\] is int and must be a Tensor.*as_tensor"),
     ],
 )

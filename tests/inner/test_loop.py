@@ -88,6 +88,19 @@ def test_derivative_is_finite_at_zero_gradients(rule: Any) -> None:
     assert all(torch.isfinite(g).all() for g in grads)
 
 
+def test_centered_rmsprop_does_not_cancel() -> None:
+    rule = RMSprop(0.5, centered=True)  # torch.optim.RMSprop gives NaN
+    grads = {"w": torch.full((1, 1), 0.3, dtype=torch.float64)}
+    state = rule.init(grads)
+    for k in range(60):
+        directions, state = rule.update(k, grads, state)
+        variance = 0.3**2 * 0.5 ** (k + 1) * (1 - 0.5 ** (k + 1))  # of k + 1 values in an average from 0
+        torch.testing.assert_close(state["square::w"].item(), variance, rtol=1e-9, atol=0)
+    assert directions["w"].isfinite()
+    with pytest.raises(ValueError, match=r"decay=0 with centered=True"):
+        RMSprop(0.0, centered=True)
+
+
 def test_proximal_steps_reach_proximal_optimum() -> None:
     forward, theta = functionalize(nn.Linear(3, 2).double())
     x, y = torch.randn(1, 4, 3, dtype=torch.float64), torch.tensor([[0, 1, 0, 1]])

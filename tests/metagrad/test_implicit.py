@@ -121,9 +121,9 @@ def test_cg_residual_equals_dense_residual() -> None:
     chunked = mean_over_passes(
         lambda tasks: engine(forward, theta, tasks, inner, cross_entropy), theta, [episodes], [3]
     )
-    for result, largest in ((whole, residuals.max()), (chunked, (3 * residuals[:3].max() + residuals[3]) / 4)):
+    for result in (whole, chunked):
         torch.testing.assert_close(result.diagnostics["cg_residual"], residuals.mean())
-        torch.testing.assert_close(result.diagnostics["cg_residual_max"], largest)
+        torch.testing.assert_close(result.diagnostics["cg_residual_max"], residuals.max())
         assert not result.diagnostics["cg_residual"].requires_grad
 
 

@@ -17,7 +17,9 @@ from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gr
 from metalearn.core.functional import relative_error
 from metalearn.core.module_checks import BatchNormMode
 from metalearn.core.profiling.memory import PeakTensorMemory
+from metalearn.inner.batch_norm_statistics import record_statistics
 from metalearn.metagrad.meta_gradient import ENGINES
+from metalearn.training.evaluation import predict_nontransductive
 
 INNER = InnerLoop(lr=0.002, steps=2)
 
@@ -201,3 +203,25 @@ def test_adapted_backbone_predicts_each_query_alone_when_frozen() -> None:
     together = predict(forward, fast, episodes.query_x)
     alone = torch.cat([predict(forward, fast, episodes.query_x[:, i : i + 1]) for i in range(6)], dim=1)
     torch.testing.assert_close(together, alone)
+
+
+def test_recorded_statistics_leave_frozen_ones_alone() -> None:
+    forward, theta = functionalize(build("resnet10"), batch_norm="frozen")
+    episodes = tasks()
+    inner = replace(INNER, steps=1)
+    fast = adapt(forward, theta, episodes.support_x, episodes.support_y, inner)
+    statistics = record_statistics(forward, fast, episodes.query_x)
+    assert statistics == [], "none of a batch are taken"
+    alone = predict_nontransductive(forward, fast, episodes, statistics)
+    torch.testing.assert_close(alone, predict(forward, fast, episodes.query_x))
+
+
+class Dropping(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+def test_layer_of_ones_own_stays_in_training_mode() -> None:
+    forward, theta = functionalize(nn.Sequential(nn.Linear(4, 8), Dropping(8)), batch_norm="task")
+    x = torch.randn(5, 4)
+    assert not torch.equal(forward(theta, x), forward(theta, x))
