@@ -45,8 +45,8 @@ def functionalize(module: nn.Module, *, batch_norm: BatchNormMode | None = None)
 
     Args:
         module: maps examples, each tensor ``[examples, ...]``, to predictions ``[examples, ...]``, by operations that
-            ``torch.vmap`` can batch: no branch on a tensor's values. Examples in a tuple are
-            its arguments, those in a dictionary its arguments by name.
+            ``torch.vmap`` can batch: no branch on a tensor's values. Examples in a tuple are its arguments, those in a
+            dictionary its arguments by name.
         batch_norm: for a model with running statistics, as pretrained ones have, in training mode and in ``eval()``
             alike: ``"task"`` normalises by the mean and variance of the examples that pass, support or query set of one
             task; ``"frozen"`` by the stored ones, as constants. ``None`` refuses such a model, unless in ``eval()``.
@@ -117,10 +117,13 @@ class ModuleForward:
                 f"functionalize: {sorted(clash)} are both examples and meta-learned tensors; give these another name."
             )
         kwargs |= more
-        check_arguments(self.module, args, kwargs)
         values = self._replacements(params)
         with _replace_tensors(self.module, values, self.batch_norm):
-            prediction = self.module(*args, **kwargs)
+            try:
+                prediction = self.module(*args, **kwargs)
+            except TypeError:
+                check_arguments(self.module, args, kwargs)  # says more, where they are at fault
+                raise
         self._warn_about_buffer_writes(values)
         for name, leaf in named_leaves("its prediction", prediction).items():
             if not isinstance(leaf, Tensor):
@@ -197,9 +200,10 @@ def _replace_tensors(
         for place in places:
             for name, tensor in place.items():
                 place[name] = values.get(id(tensor), tensor)
-        for m in modules:
-            if batch_norm is not None and isinstance(m, RUNNING_STATISTICS):
-                _set_statistics(m, batch_norm)
+        if batch_norm is not None:
+            for m in modules:
+                if isinstance(m, RUNNING_STATISTICS):
+                    _set_statistics(m, batch_norm)
         yield
     finally:
         for m, attribute in zip(modules, attributes, strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import register_dataclass
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 from metalearn.core.deprecation import renamed
 from metalearn.core.short_repr import short_repr
@@ -66,11 +66,11 @@ def check_examples(name: str, x: Examples, y: Examples) -> None:
         TypeError: if one is no tensor.
         ValueError: if the shapes do not match, or a set is empty.
     """
-    leaves = named_leaves(f"{name}_x", x) | named_leaves(f"{name}_y", y)
+    sides = {side: named_leaves(side, value) for side, value in ((f"{name}_x", x), (f"{name}_y", y))}
+    leaves = {tensor: leaf for side in sides.values() for tensor, leaf in side.items()}
     check_tensors(leaves)
-    for side, value in (("x", x), ("y", y)):
-        if not named_leaves("", value):
-            raise ValueError(f"{name}_{side} holds no tensor; give at least one.")
+    if empty := [side for side, held in sides.items() if not held]:
+        raise ValueError(f"{empty[0]} holds no tensor; give at least one.")
     shapes = {tensor: tuple(leaf.shape) for tensor, leaf in leaves.items()}
     for tensor, shape in shapes.items():
         if len(shape) < 2:
@@ -123,12 +123,17 @@ class Episodes:
     @property
     def tasks(self) -> int:
         """T, the number of tasks."""
-        return next(iter(self.named_tensors().values())).shape[0]
+        return self._first.shape[0]
 
     @property
     def device(self) -> torch.device:
         """The device of the inputs."""
-        return next(iter(self.named_tensors().values())).device
+        return self._first.device
+
+    @property
+    def _first(self) -> Tensor:
+        first: Tensor = tree_leaves(self.support_x)[0]
+        return first
 
     def split(self, size: int) -> list[Episodes]:
         """Split into batches of at most ``size`` tasks, in order."""

@@ -1,6 +1,6 @@
 """Compute a function of one task for T tasks by ``torch.vmap``, or in a loop where ``vmap`` would fail or be wrong.
 
-``vmap`` cannot batch some models (a branch on a tensor's values, a recurrent layer, a boolean mask) and takes the
+``vmap`` cannot batch some models (a branch on a tensor's values, a boolean mask) and takes the
 derivative of a few operations wrongly. A loop over tasks takes all that torch can differentiate, with the same result.
 """
 

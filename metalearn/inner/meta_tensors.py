@@ -28,7 +28,11 @@ def merge_meta(params: Params, meta: Params | None) -> Params:
     """
     if wrong := [name for name in params if is_meta(name)]:
         raise ValueError(f"params: {wrong[0]!r} begins with {_PREFIX!r}, as meta-learned tensors do; rename the layer.")
-    return params | {f"{_PREFIX}{name}": w for name, w in (meta or {}).items()}
+    return params | _prefixed(meta or {})
+
+
+def _prefixed(meta: Params) -> Params:
+    return {f"{_PREFIX}{name}": w for name, w in meta.items()}
 
 
 def is_meta(name: str) -> bool:
@@ -38,8 +42,8 @@ def is_meta(name: str) -> bool:
 
 def split_meta(params: Params) -> tuple[Params, Params]:
     """Return the model's own entries, and the meta-learned tensors by the names that they were given."""
-    meta = {name.removeprefix(_PREFIX): w for name, w in params.items() if name.startswith(_PREFIX)}
-    return ({name: w for name, w in params.items() if not name.startswith(_PREFIX)}, meta) if meta else (params, meta)
+    meta = {name.removeprefix(_PREFIX): w for name, w in params.items() if is_meta(name)}
+    return ({name: w for name, w in params.items() if not is_meta(name)}, meta) if meta else (params, meta)
 
 
 def with_meta(fast: Params, meta: Params | None) -> Params:
@@ -47,7 +51,7 @@ def with_meta(fast: Params, meta: Params | None) -> Params:
     if not meta:
         return fast
     tasks = next(iter(fast.values())).shape[0]
-    return fast | expand_over_tasks({f"{_PREFIX}{name}": w for name, w in meta.items()}, tasks)
+    return fast | expand_over_tasks(_prefixed(meta), tasks)
 
 
 def taken_by(function: Callable[..., Any], meta: Params | None) -> Params:
@@ -92,16 +96,15 @@ def check_meta(
     if not meta:
         return
     check_params(meta, name="meta")
-    for name, w in meta.items():
-        takers = [f for f in (forward, loss, query_loss, inner.rule.update) if taken_by(f, {name: w})]
-        if not takers:
+    elsewhere = taken_by(forward, meta) | taken_by(query_loss, meta) | taken_by(inner.rule.update, meta)
+    by_support = taken_by(loss, meta)
+    for name in meta:
+        if name not in elsewhere | by_support:
             raise ValueError(
                 f"meta: nothing takes {name!r}. Give the loss, the model's forward or the rule's update an argument "
                 f"of that name, after its first two: def loss(prediction, y, {name}). Functions of torch take none."
             )
-        if not inner.second_order and not own_engine and inner.steps and all(f is loss for f in takers):
-            if loss is query_loss:
-                continue
+        if name not in elsewhere and not inner.second_order and not own_engine and inner.steps:
             raise ValueError(
                 f"meta: the support loss alone takes {name!r}, and first order has no gradient there, as it takes the "
                 "inner gradients as constants. Take second_order=True."

@@ -99,7 +99,7 @@ def meta_gradient(
         with explain_torch_errors(tasks.named_tensors(), params):
             return one_pass(forward, params, tasks, inner, losses)
 
-    groups = check_groups(episodes)
+    groups = _as_groups(episodes)
     sizes = [tasks_per_pass(forward, params, group, inner, engine=engine) for group in groups]
     result = mean_over_passes(compute, params, groups, sizes)
     if not loss_checks_deferred():
@@ -110,7 +110,7 @@ def meta_gradient(
     return replace(result, grads=grads, meta_grads=meta_grads, predictions=predictions)
 
 
-def check_groups(episodes: Episodes | Sequence[Episodes]) -> Sequence[Episodes]:
+def _as_groups(episodes: Episodes | Sequence[Episodes]) -> Sequence[Episodes]:
     """Return groups of tasks, one if there is one ``Episodes``.
 
     Raises:

@@ -11,13 +11,14 @@ import torch
 import torchvision.models as zoo
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy, relu6
+from torch.nn.functional import relu6
 
-from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient, predict
+from metalearn import Episodes, InnerLoop, adapt, functionalize, meta_gradient, predict
 from metalearn.core.functional import relative_error
 from metalearn.core.module_checks import BatchNormMode
 from metalearn.core.profiling.memory import PeakTensorMemory
 from metalearn.inner.batch_norm_statistics import record_statistics
+from metalearn.metagrad.baselines.by_hand import meta_gradient as by_hand
 from metalearn.metagrad.meta_gradient import ENGINES
 from metalearn.training.evaluation import predict_nontransductive
 
@@ -70,23 +71,6 @@ def tasks(count: int = 2, side: int = 32) -> Episodes:
     return Episodes(draw[0], y, draw[1], y)
 
 
-def by_autograd(module: nn.Module, episodes: Episodes, inner: InnerLoop) -> Params:
-    """Return the meta-gradient of a module that ``functional_call`` may call as it is."""
-    theta = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters() if p.requires_grad}
-    total = torch.zeros((), dtype=torch.float64)
-    for t in range(episodes.tasks):
-        fast: dict[str, Tensor] = dict(theta)
-        for _ in range(inner.steps):
-            support = torch.func.functional_call(module, fast, episodes.support_x[t])
-            value = cross_entropy(support, episodes.support_y[t])
-            grads = torch.autograd.grad(value, list(fast.values()), create_graph=inner.second_order, allow_unused=True)
-            fast = {n: w if g is None else w - inner.lr * g for (n, w), g in zip(fast.items(), grads, strict=True)}
-        query = torch.func.functional_call(module, fast, episodes.query_x[t])
-        total = total + cross_entropy(query, episodes.query_y[t]) / episodes.tasks
-    grads = torch.autograd.grad(total, list(theta.values()), allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(theta.items(), grads, strict=True)}
-
-
 class ByDefinition(nn.Module):
     """Hard sigmoid, or hard swish, whose kernels have no second derivative in torch."""
 
@@ -124,7 +108,7 @@ def test_backbone_equals_autograd(name: str, batch_norm: BatchNormMode | None, e
     inner = replace(INNER, engine=engine)
     forward, theta = functionalize(module, batch_norm=batch_norm)
     with sdpa_kernel(SDPBackend.MATH):
-        want = by_autograd(reference(name, batch_norm), episodes, inner)
+        want = by_hand(reference(name, batch_norm), episodes, INNER).grads
     for training in (True, False) if engine == "unroll" else (True,):  # the choice counts, not the mode
         module.train(training)
         assert relative_error(meta_gradient(forward, theta, episodes, inner).grads, want) < 1e-9
