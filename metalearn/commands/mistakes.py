@@ -54,7 +54,7 @@ def find_mistakes(command: str, kind: Any, arguments: Sequence[str]) -> list[Mis
                 value = words[-1].removeprefix("=")
                 if not value and rest:
                     words.append(value := rest.pop(0))
-            elif rest and _is_value(rest[0]) and nearest_key(word, kind):  # KEY VALUE
+            elif rest and _is_value(rest[0]) and "/" not in word and nearest_key(word, kind):  # KEY VALUE, and no path
                 words.append(value := rest.pop(0))
             elif word.endswith((".yaml", ".yml")) and "experiment/" in word:
                 key, value = "experiment", PurePath(word).stem
