@@ -27,6 +27,8 @@ Count = Annotated[Int, Field(ge=1)]
 Steps = Annotated[Int, Field(ge=0)]
 Episodes = Annotated[Int, Field(ge=2)]
 Positive = Annotated[StrictFloat, Field(gt=0)]
+LearningRate = Annotated[StrictFloat, Field(gt=0, le=1e30)]
+"""Not so large that Adam's corrections for its first steps take it out of float32."""
 NonNegative = Annotated[StrictFloat, Field(ge=0)]
 Share = Annotated[StrictFloat, Field(ge=0, le=1)]
 Momentum = Annotated[StrictFloat, Field(ge=0, lt=1)]

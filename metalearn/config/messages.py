@@ -248,6 +248,12 @@ def format_hydra_error(error: Exception, overrides: Sequence[str]) -> str:
         return f"{merging[1]}: this cannot be composed: {str(error.__cause__).partition(chr(10))[0]}"
     text = re.sub(r"^In '\w+': |\nConfig search path:.*", "", str(error), flags=re.DOTALL).strip()
     text = text.replace("'++", "'") or type(error).__name__
+    if found := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
+        key, values = found[1], found[2]
+        return (
+            f"{key}={values}: write a list as {key}=[{values}] and a text that holds commas as \"{key}='{values}'\". "
+            "--multirun runs once for each of the values."
+        )
     if found := re.search(r"Could not find '(\w+)/([^']+)'", text):
         group, name, options = found[1], found[2], re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
         word = re.sub(r"[-_ ]", "", name.lower())

@@ -20,6 +20,7 @@ from metalearn.config.key_types import (
     Device,
     Episodes,
     Int,
+    LearningRate,
     Momentum,
     NonNegative,
     OnError,
@@ -86,7 +87,7 @@ class InnerConfig(Section):
 class OuterConfig(Section):
     """The meta-optimiser."""
 
-    lr: Annotated[Positive, Doc("Adam's learning rate")]
+    lr: Annotated[LearningRate, Doc("Adam's learning rate")]
     iterations: Annotated[Count, Doc("meta-steps")]
     schedule: Annotated[Literal["constant", "cosine"], Doc("learning rate over the run; cosine falls to 0")]
     clip_norm: Annotated[Positive | None, Doc("largest global norm of the meta-gradient; null: not clipped")]
