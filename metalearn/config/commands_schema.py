@@ -9,6 +9,7 @@ from pydantic import Field, StrictFloat
 from typing_extensions import Doc
 
 from metalearn.config.key_types import (
+    BatchNormStatistics,
     Bool,
     Count,
     Device,
@@ -159,6 +160,7 @@ class VerifyModelConfig(Section):
     name: Annotated[Literal["custom"], Doc("a network of your own, beside the built-in ones")]
     target: Annotated[Target | None, Doc("makes the network; null: there is none")]
     options: Annotated[Options, Doc("its keyword arguments")]
+    batch_norm: Annotated[BatchNormStatistics, Doc("of its running statistics, as in a training")]
 
 
 @dataclass(frozen=True)

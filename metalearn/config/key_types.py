@@ -36,6 +36,7 @@ Device = Annotated[
     Text, Field(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]*))?)$", examples=["auto", "cpu", "cuda", "cuda:N"])
 ]
 OnError = Literal["stop", "skip"]
+BatchNormStatistics = Literal["task", "frozen"] | None
 Target = Annotated[Text, Field(examples=["MODULE:NAME"]), AfterValidator(check_target)]
 Options = dict[Annotated[Text, Field(pattern=r"^[^\W\d]\w*$")], Any]
 

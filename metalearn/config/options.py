@@ -10,6 +10,7 @@ from typing_extensions import Doc
 
 from metalearn.config.key_types import (
     LATE,
+    BatchNormStatistics,
     Bool,
     Count,
     Int,
@@ -178,6 +179,11 @@ class CustomModelConfig(CustomOption, ModelConfig):
     """``conf/model/custom.yaml``."""
 
     name: Annotated[Literal["custom"], Doc("the network")]
+    batch_norm: Annotated[
+        BatchNormStatistics,
+        LATE,
+        Doc("running statistics: task normalises by a task's own examples, frozen by the stored ones; null: none kept"),
+    ]
 
 
 AnyModel = Conv4Config | MLPConfig | ResNet12Config | CustomModelConfig

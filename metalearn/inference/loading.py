@@ -12,7 +12,6 @@ from metalearn.config.run_config import load_trusted_config
 from metalearn.config.schema import TrainConfig
 from metalearn.config.target import import_targets
 from metalearn.core.errors import ConfigError
-from metalearn.core.functional import functionalize
 from metalearn.core.module_parts import module_parts
 from metalearn.core.types import Episodes
 from metalearn.inference.inputs import example_shape
@@ -20,7 +19,14 @@ from metalearn.inference.learner import Learner
 from metalearn.pretrained.model_file import find_run, read_card
 from metalearn.training.checkpoints import load_best
 from metalearn.training.evaluation import collect_norm_statistics
-from metalearn.training.experiment import build_algorithm, build_metric, build_model, build_samplers, resolve_device
+from metalearn.training.experiment import (
+    build_algorithm,
+    build_metric,
+    build_model,
+    build_samplers,
+    functionalize_model,
+    resolve_device,
+)
 from metalearn.training.state import preserve_rng_state, seed_all
 
 
@@ -51,7 +57,7 @@ def load(run_dir: str | Path, device: str = "auto", *, trust_code: bool = False)
         outputs = task.query_y.shape[-1] if config.data.is_regression else config.task.ways
         seed_all(config.run.seed)  # as in training: a model may draw more than its parameters
         module = build_model(config, shape, outputs).to(torch_device)
-        forward, params = functionalize(module)
+        forward, params = functionalize_model(config, module)
         algorithm = build_algorithm(config, module)
         like = algorithm.init(params)
         if algorithm.tracks_norm_statistics:

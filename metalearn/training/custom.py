@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import reprlib
 import traceback
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from metalearn.config.schema import TrainConfig
 from metalearn.config.target import call_target, import_target, parameter_names
 from metalearn.core.errors import ConfigError
 from metalearn.core.functional import functionalize
+from metalearn.core.module_checks import BatchNormMode
 from metalearn.core.module_parts import ModuleParts
 from metalearn.core.text import plural
 from metalearn.core.types import Episodes
@@ -47,7 +49,13 @@ def build_custom_model(target: str, options: Mapping[str, Any], example_shape: t
     return module
 
 
-def check_output_shape(module: nn.Module, label: str, example_shape: torch.Size, outputs: int) -> None:
+def check_output_shape(
+    module: nn.Module,
+    label: str,
+    example_shape: torch.Size,
+    outputs: int,
+    batch_norm: BatchNormMode | None = None,
+) -> None:
     """Check by two examples of zeros that a model can be adapted, fits the data, and has an output for each class.
 
     Args:
@@ -55,15 +63,18 @@ def check_output_shape(module: nn.Module, label: str, example_shape: torch.Size,
         label: what to call it, ``model=conv4``.
         example_shape: of one input.
         outputs: size of an output.
+        batch_norm: as ``functionalize`` takes it.
 
     Raises:
         ConfigError: if it does not.
     """
     x = torch.zeros(2, *example_shape)
     try:
-        functionalize(module)
+        functionalize(module, batch_norm=batch_norm)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{label}: {error}") from error
+        reason = re.sub(r"functionalize\(model, batch_norm='task'\)", "model.batch_norm=task", str(error))
+        reason = re.sub(r"(?<!\.)batch_norm='(\w+)'", r"model.batch_norm=\1", reason)
+        raise ConfigError(f"{label}: {reason}") from error
     try:
         with torch.no_grad(), preserve_rng_state():
             output = copy.deepcopy(module)(x)

@@ -179,7 +179,7 @@ def build_experiment(config: TrainConfig) -> Experiment:
     train, validation, test = build_samplers(config, device)
     seed_all(config.run.seed)
     module = build_model(config, train.example_shape, num_outputs(config, train)).to(device)
-    forward, params = functionalize(module)
+    forward, params = functionalize_model(config, module)
     algorithm = build_algorithm(config, module)
     experiment = Experiment(
         *(config, config.data.label, device, module, forward, algorithm.init(params), algorithm, build_metric(config)),
@@ -303,10 +303,18 @@ def build_model(config: TrainConfig, example_shape: torch.Size, outputs: int) ->
     """
     module = _build_module(config, example_shape, outputs)
     if isinstance(config.model, CustomModelConfig):
-        check_output_shape(module, f"model.target={config.model.target}", example_shape, outputs)
+        label, batch_norm = f"model.target={config.model.target}", config.model.batch_norm
+        check_output_shape(module, label, example_shape, outputs, batch_norm)
     elif isinstance(config.data, CustomDataConfig):
         check_output_shape(module, f"model={config.model.name}", example_shape, outputs)
     return module
+
+
+def functionalize_model(config: TrainConfig, module: nn.Module) -> tuple[Forward, Params]:
+    """Return what ``build_model`` has made as a pure function, and its parameters."""
+    return functionalize(
+        module, batch_norm=config.model.batch_norm if isinstance(config.model, CustomModelConfig) else None
+    )
 
 
 def _build_module(config: TrainConfig, example_shape: torch.Size, outputs: int) -> nn.Module:

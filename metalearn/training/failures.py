@@ -28,13 +28,12 @@ from metalearn.core.errors import (
     RunError,
     is_out_of_memory,
 )
-from metalearn.core.functional import functionalize
 from metalearn.core.profiling.memory import MIB
 from metalearn.core.types import Episodes, MetaGradient, Params
 from metalearn.derivatives import available_memory
 from metalearn.inner import InnerLoop
 from metalearn.training.auto_engine import MetaStepProblem, estimate_peak, first_meta_step
-from metalearn.training.experiment import Experiment, build_algorithm, build_metric, build_model
+from metalearn.training.experiment import Experiment, build_algorithm, build_metric, build_model, functionalize_model
 from metalearn.training.state import TrainState, preserve_rng_state, seed_all
 
 FOLDER = "nonfinite"
@@ -123,7 +122,7 @@ def replay_episode(path: Path | str, *, trust_code: bool = False) -> MetaGradien
         import_targets(config.targets())
         seed_all(config.run.seed)  # as in training: a model may draw more than its parameters
         module = build_model(config, episode.support_x.shape[2:], outputs)
-    forward, _ = functionalize(module)
+    forward, _ = functionalize_model(config, module)
     algorithm, progress = build_algorithm(config, module), content["iteration"] / config.outer.iterations
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.run.precision == "bfloat16"):
         return algorithm.meta_gradient(

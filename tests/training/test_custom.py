@@ -60,6 +60,22 @@ def test_own_code_is_trained_resumed_and_loaded(overrides: list[str], tmp_path: 
     assert predicted.shape == episode.query_y[0].shape
 
 
+@pytest.mark.parametrize("mode", ["task", "frozen"])
+def test_running_statistics_of_an_own_model_are_those_that_the_key_names(mode: str, tmp_path: Path) -> None:
+    own = ["data=glyphs", "data.classes=50", "model=custom", "model.target=own_code:Running"]
+    with pytest.raises(
+        ConfigError, match=r"running statistics.*: model\.batch_norm=task, .* or model\.batch_norm=frozen"
+    ):
+        build_experiment(train_config(*FEW, *own))
+    run(tmp_path / "run", *FEW, *own, f"model.batch_norm={mode}")
+    learner = load(tmp_path / "run", trust_code=True)
+    episode = build_experiment(train_config(*FEW, *own, f"model.batch_norm={mode}")).test.tasks(0, 1)
+    learner.adapt(episode.support_x[0], episode.support_y[0])
+    first, second = (learner.predict_proba(episode.query_x[0][:n], transductive=True)[:2] for n in (2, 9))
+    depends_on_the_others = not np.allclose(first, second, atol=1e-6)
+    assert depends_on_the_others == (mode == "task")
+
+
 def test_resume_with_another_target_is_an_error(tmp_path: Path) -> None:
     rule, algorithm = (
         [o for o in overrides if o.startswith(("inner", "algorithm"))] for overrides in (RULE, ALGORITHM)

@@ -5,6 +5,7 @@ All numbers are drawn in float32 on the CPU and then moved, so that every device
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +16,7 @@ from torch.nn.functional import cross_entropy, relu
 
 from metalearn.config.commands_schema import VerifyConfig
 from metalearn.core.functional import functionalize
+from metalearn.core.module_checks import RUNNING_STATISTICS, BatchNormMode
 from metalearn.core.types import Episodes, Forward, Params
 from metalearn.inner import SGD, InnerLoop, UpdateRule, adapt, predict
 from metalearn.metagrad import meta_gradient
@@ -114,6 +116,26 @@ class _StopGradient(nn.Module):
         return logits
 
 
+class _RowLSTM(nn.Module):
+    """Reads every fourth row of an image as a step of a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(28, 5, batch_first=True), nn.Linear(5, _WAYS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.lstm(x[:, 0, ::4])[0][:, -1])
+        return logits
+
+
+def _running_norm() -> nn.Module:
+    norm = nn.BatchNorm2d(4)
+    assert norm.running_var is not None
+    nn.init.uniform_(norm.running_var, 0.1, 0.2)
+    layers = nn.Conv2d(1, 4, kernel_size=5, stride=4), norm, nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, _WAYS)
+    return nn.Sequential(*layers)
+
+
 def _dropout() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, _WAYS))
 
@@ -123,6 +145,8 @@ class ModelCase:
     """A factory of a model to test the engines on, and the engines' settings.
 
     Args:
+        batch_norm: as ``functionalize`` takes it.
+        for_peers: other libraries compute the model, and not the loop by hand alone.
         is_stochastic: the model draws random numbers, which are others in another library or dtype.
         stops_gradient: the model blocks part of the gradient, so that it differs from finite differences.
         rule: the update rule; other libraries are compared with plain gradient steps alone.
@@ -132,6 +156,8 @@ class ModelCase:
     module: Callable[[], nn.Module]
     task_chunk: int | None = None
     checkpoint_every: int = 1
+    batch_norm: BatchNormMode | None = None
+    for_peers: bool = True
     is_stochastic: bool = False
     stops_gradient: bool = False
     example_shape: tuple[int, ...] = (1, 28, 28)
@@ -143,6 +169,9 @@ MODEL_CASES = (
     ModelCase("mlp", lambda: MLP(28 * 28, _WAYS, hidden=(16, 8))),
     ModelCase("attention", lambda: PatchTransformer(_WAYS, patch=14, width=8, heads=2)),
     ModelCase("residual", lambda: ResidualNet(_WAYS, width=4)),
+    ModelCase("lstm", _RowLSTM, for_peers=False),
+    ModelCase("bn task", _running_norm, batch_norm="task"),
+    ModelCase("bn frozen", _running_norm, batch_norm="frozen"),
     ModelCase("in parts", lambda: Conv4(_WAYS, width=4), task_chunk=2, checkpoint_every=2),
     ModelCase("dropout", _dropout, checkpoint_every=2, is_stochastic=True),
     ModelCase("no_grad", _StopGradient, stops_gradient=True),
@@ -160,18 +189,30 @@ def custom_cases(config: VerifyConfig) -> list[ModelCase]:
         return []
     rule_target = config.inner.optimizer_target
     rule = build_custom_rule(rule_target, config.inner.optimizer_options) if rule_target else SGD()
-    target, options, shape = config.model.target, config.model.options, torch.Size(config.verify.example_shape)
+    target, options, batch_norm = config.model.target, config.model.options, config.model.batch_norm
+    shape = torch.Size(config.verify.example_shape)
     labels = [name.partition(":")[2] for name in (target or ":mlp", rule_target) if name]
     if target is None:
         return [replace(next(case for case in MODEL_CASES if case.name == "mlp"), name=", ".join(labels), rule=rule)]
     module = build_custom_model(target, options, shape, _WAYS)
-    check_output_shape(module, f"model.target={target}", shape, _WAYS)
+    check_output_shape(module, f"model.target={target}", shape, _WAYS, batch_norm)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         before = torch.get_rng_state()
         module(torch.zeros(2, *shape))
         draws = not torch.equal(torch.get_rng_state(), before)
     make = partial(build_custom_model, target, options, shape, _WAYS)
-    return [ModelCase(", ".join(labels), make, is_stochastic=draws, example_shape=tuple(shape), rule=rule)]
+    case = ModelCase(", ".join(labels), make, batch_norm=batch_norm, is_stochastic=draws, rule=rule)
+    return [replace(case, example_shape=tuple(shape))]
+
+
+def _settle_statistics(module: nn.Module, batch_norm: BatchNormMode | None) -> nn.Module:
+    """Let a module normalise by itself as ``functionalize`` makes it."""
+    for layer in module.modules():
+        if isinstance(layer, RUNNING_STATISTICS) and batch_norm == "frozen":
+            layer.eval()
+        elif isinstance(layer, RUNNING_STATISTICS) and batch_norm == "task":
+            layer.running_mean = layer.running_var = None
+    return module
 
 
 @dataclass(frozen=True)
@@ -209,7 +250,7 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class VerificationProblem:
-    """A case with its model and tasks."""
+    """A case with its model, as other libraries take it, and tasks."""
 
     case: Case
     setting: NumericSetting
@@ -226,7 +267,9 @@ class VerificationProblem:
         images = torch.rand(2, _TASKS, _WAYS * _EXAMPLES, *case.model.example_shape)
         images = images.to(device=setting.device, dtype=setting.dtype)
         labels = torch.arange(_WAYS, device=setting.device).repeat_interleave(_EXAMPLES).repeat(_TASKS, 1)
-        return cls(case, setting, module, Episodes(images[0], labels, images[1], labels), *functionalize(module))
+        episodes = Episodes(images[0], labels, images[1], labels)
+        settled = _settle_statistics(copy.deepcopy(module), case.model.batch_norm)
+        return cls(case, setting, settled, episodes, *functionalize(module, batch_norm=case.model.batch_norm))
 
     def grads(self, inner: InnerLoop) -> Params:
         """Return the meta-gradient; dropout draws the same masks for every inner loop."""

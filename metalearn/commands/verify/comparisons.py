@@ -1,6 +1,7 @@
 """Compare every engine with independent references.
 
-    |g - g_ref| / |g_ref|                              with g_ref from unroll and other libraries, and in first order
+    |g - g_ref| / |g_ref|       with g_ref from unroll, a loop over tasks by plain autograd, other libraries, and in
+                                first order
     g_ref = 1/T sum_t dL_query,t(theta_K,t)            the query gradients at the adapted weights
 
     <g, v>  and  (L(theta + h v) - L(theta - h v)) / 2h            in second order, with L the mean query loss
@@ -28,13 +29,14 @@ from metalearn.core.types import Params
 from metalearn.derivatives.gradcheck import directional
 from metalearn.inner import SGD
 from metalearn.metagrad import ENGINES
+from metalearn.metagrad.baselines import by_hand
 from metalearn.metagrad.baselines.common import Baseline
 from metalearn.training.runtime.precision import fp32_matmul_precision
 
 ErrorFn = Callable[[Params], float]
 """Returns the relative error of a gradient."""
 
-UNROLL, ADAPTED, DIFFERENCES = "unroll", "adapted weights", "differences"
+UNROLL, BY_HAND, ADAPTED, DIFFERENCES = "unroll", "by hand", "adapted weights", "differences"
 ALL = "all"
 """Engine and reference of the single comparison of a case whose model or tasks could not be created."""
 
@@ -104,7 +106,8 @@ def references(problem: VerificationProblem, peers: Mapping[str, Baseline]) -> d
     elif not case.model.stops_gradient and (not is_stochastic or setting.dtype == torch.float64):
         makers[DIFFERENCES] = lambda: central_differences(problem)
     if not is_stochastic and case.reference_inner.rule == SGD():
-        makers |= {name: partial(_error_against_peer, peer, problem) for name, peer in peers.items()}
+        others = {BY_HAND: by_hand.meta_gradient, **(peers if case.model.for_peers else {})}
+        makers |= {name: partial(_error_against_peer, peer, problem) for name, peer in others.items()}
     return makers
 
 

@@ -15,7 +15,16 @@ import torch
 from rich.text import Text
 
 from metalearn.commands.verify.cases import MODEL_CASES, Case, NumericSetting, custom_cases
-from metalearn.commands.verify.comparisons import ADAPTED, ALL, DIFFERENCES, UNROLL, Comparison, compare, tolerance
+from metalearn.commands.verify.comparisons import (
+    ADAPTED,
+    ALL,
+    BY_HAND,
+    DIFFERENCES,
+    UNROLL,
+    Comparison,
+    compare,
+    tolerance,
+)
 from metalearn.config.commands_schema import VerifyConfig
 from metalearn.core import serialization as files
 from metalearn.core.profiling.hardware import describe_hardware
@@ -26,11 +35,12 @@ from metalearn.training.tracking.console import print_path, print_table, progres
 
 _TRUTH = "truth"
 _LEGEND = (
-    "unroll, checkpoint, adjoint: the engine against unroll on all tasks at once. Other columns: the worst engine "
-    "against that reference. truth: in first order the query gradient at the adapted weights; in second order central "
-    "differences of the loss, always in float64. in parts: conv4 in chunks of two tasks with every other checkpoint; "
-    "dropout draws masks; no_grad stops a gradient midway. -: not compared, as the reference is the same computation "
-    "or draws other random numbers."
+    "A number is the worst of all K. unroll, checkpoint, adjoint: the engine against unroll on all tasks "
+    "at once. Other columns: the worst engine against that reference. by hand: a loop over tasks by plain autograd. "
+    "truth: in first order the query gradient at the adapted weights; in second order central differences of the loss, "
+    "always in float64. bn task, bn frozen: BatchNorm with running statistics. in parts: conv4 in chunks of two tasks "
+    "with every other checkpoint. dropout draws masks; no_grad stops a gradient midway. -: not compared, as the "
+    "reference is the same computation, draws other random numbers or lacks the layer."
 )
 
 
@@ -88,11 +98,12 @@ def write_json(
 
 
 def print_results(results: dict[Case, list[Comparison]], setting: NumericSetting, missing: dict[str, str]) -> None:
-    """Print a row for each case, the tolerances, the failures, and the verdict."""
-    columns = [*ENGINES, *PEERS, _TRUTH]
+    """Print a row for each model and order, the tolerances, the failures, and the verdict."""
+    columns = [*ENGINES, BY_HAND, *PEERS, _TRUTH]
     rows = []
-    for case, row in results.items():
-        label = f"{case.model.name} {'2nd' if case.second_order else '1st'} {case.steps}"
+    for (model, second_order), group in itertools.groupby(results, key=lambda case: (case.model, case.second_order)):
+        row = [comparison for case in group for comparison in results[case]]
+        label = f"{model.name} {'2nd' if second_order else '1st'}"
         rows.append([label, *(_worst_error([c for c in row if _is_in_column(c, column)]) for column in columns)])
     for order, truth in (("1st", ADAPTED), ("2nd", DIFFERENCES)):
         bounds = {column: f"{tolerance(UNROLL, setting.dtype):.0e}" for column in columns}
@@ -100,9 +111,14 @@ def print_results(results: dict[Case, list[Comparison]], setting: NumericSetting
         bounds |= {name: "absent" if why == NOT_INSTALLED else "broken" for name, why in missing.items()}
         rows.append([f"bound, {order}", *bounds.values()])
     title = f"Relative errors of meta-gradients, {str(setting.dtype).removeprefix('torch.')} on {setting.device}"
-    header = {"checkpoint": "check-\npoint", "adjoint": "ad-\njoint", "learn2learn": "learn2\nlearn"}
+    header = {
+        "checkpoint": "check-\npoint",
+        "adjoint": "ad-\njoint",
+        "learn2learn": "learn2\nlearn",
+        BY_HAND: "by\nhand",
+    }
     header |= {"TorchOpt": "Torch\nOpt"}
-    print_table(title, ["model, order, K", *(header.get(column, column) for column in columns)], rows)
+    print_table(title, ["model, order", *(header.get(column, column) for column in columns)], rows)
 
     console = rich.get_console()
     console.print(Text(_LEGEND, style="dim"))

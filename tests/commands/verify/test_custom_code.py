@@ -51,6 +51,7 @@ class Root:
     def update(self, k, grads, state):
         return {name: g / (g * g + self.eps).sqrt() for name, g in grads.items()}, state
 """
+ALL_REFERENCES = {"unroll", "by hand", "adapted weights", "differences", "peer"}
 OWN_MODEL, OWN_RULE = (
     ["model=custom", "model.target=own_verified:Net"],
     words("""
@@ -67,8 +68,8 @@ def _own_code(code_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "name", "references"),
     [
-        (OWN_MODEL, "Net", {"unroll", "adapted weights", "differences", "peer"}),
-        ([*OWN_MODEL, "verify.example_shape=[5]"], "Net", {"unroll", "adapted weights", "differences", "peer"}),
+        (OWN_MODEL, "Net", ALL_REFERENCES),
+        ([*OWN_MODEL, "verify.example_shape=[5]"], "Net", ALL_REFERENCES),
         ([*OWN_MODEL, "model.options.drop=0.3"], "Net", {"unroll", "adapted weights", "differences"}),
         (OWN_RULE, "mlp, Root", {"unroll", "adapted weights", "differences"}),
         ([*OWN_MODEL, *OWN_RULE], "Net, Root", {"unroll", "adapted weights", "differences"}),
