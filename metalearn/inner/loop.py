@@ -37,7 +37,7 @@ def inner_step(
     support_y: Examples,
     inner: InnerLoop,
     *,
-    loss: Loss,
+    loss: Loss = cross_entropy,
     k: int,
 ) -> tuple[InnerState, Tensor]:
     """Take the k-th gradient step of every task.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.nn import functional
 
 from metalearn.core.functional import check_forward, check_param_dict, check_params
 from metalearn.core.types import Examples, Forward, Loss, Params, check_tensors, named_leaves
@@ -42,6 +43,7 @@ def task_losses(forward: Forward, fast: Params, x: Examples, y: Examples, *, los
         return loss_of(prediction, y, to_loss), prediction
 
     def loss_of(prediction: Examples, y: Examples, to_loss: Params) -> Tensor:
+        _check_shapes(loss, prediction, y)
         value = loss(prediction, y, **to_loss)
         check_tensors({"the loss": value})
         return value
@@ -57,6 +59,25 @@ def task_losses(forward: Forward, fast: Params, x: Examples, y: Examples, *, los
             "examples (reduction='mean')."
         )
     return TaskLosses(losses, predictions)
+
+
+_ELEMENTWISE = (functional.mse_loss, functional.l1_loss, functional.smooth_l1_loss, functional.huber_loss)
+
+
+def _check_shapes(loss: Loss, prediction: Examples, y: Examples) -> None:
+    """Refuse what torch computes and nobody means: a loss of broadcast targets, and the cross-entropy of one output."""
+    if not (isinstance(prediction, Tensor) and isinstance(y, Tensor)):
+        return
+    if any(loss is each for each in _ELEMENTWISE) and prediction.shape != y.shape:
+        raise ValueError(
+            f"{loss.__name__}: a task's predictions are {list(prediction.shape)} and its targets {list(y.shape)}, so "
+            "that every prediction would be compared with other targets too. Give targets of the predictions' shape."
+        )
+    if loss is functional.cross_entropy and prediction.ndim > 1 and prediction.shape[1] == 1:
+        raise ValueError(
+            f"cross_entropy: a task's predictions are {list(prediction.shape)}, and for one output it is always 0. "
+            "For targets that are numbers give loss=mse_loss, for two classes two outputs."
+        )
 
 
 def _batched_predictions(forward: Forward, fast: Params, x: Examples) -> Examples | None:
@@ -100,6 +121,13 @@ def predict(forward: Forward, fast: Params, x: Examples, *, meta: Params | None 
         check_params(meta, name="meta")
     inputs = named_leaves("x", x)
     check_tensors({**inputs, **_named_tensors(fast)})
+    tasks = {len(w) for w in fast.values() if w.ndim}
+    for name, part in inputs.items():
+        if len(tasks) == 1 and part.ndim and len(part) not in tasks:
+            raise ValueError(
+                f"predict: {name} is {list(part.shape)}, the examples of {len(part)} tasks, and the parameters are of "
+                f"{tasks.pop()}. It must be [tasks, examples, ...]; of one task it is x[None]."
+            )
     with explain_torch_errors(inputs, fast), check_no_inplace_writes(_named_tensors(fast, x)):
         return forward_over_tasks(forward, with_meta(fast, taken_by(forward, meta)), x)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, l1_loss, mse_loss
 from torch.nn.utils import clip_grad_norm_
 
-from metalearn import InnerLoop, adapt, functionalize
+from metalearn import InnerLoop, adapt, functionalize, predict
 from metalearn.inner import Adagrad, Adam, Momentum, RMSprop
 from metalearn.models import MLP
 from tests.metagrad.settings import vectors
@@ -153,3 +153,24 @@ def test_adapt_raises_without_task_dimension() -> None:
     forward, theta = functionalize(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"support_y has shape \(3,\); it must lead with \[tasks, examples\]"):
         adapt(forward, theta, torch.randn(3, 2), torch.tensor([0, 1, 1]), InnerLoop(lr=0.5, steps=1))
+
+
+def test_predict_raises_for_examples_of_another_number_of_tasks() -> None:
+    forward, theta = functionalize(nn.Linear(2, 2))
+    fast = adapt(forward, theta, torch.randn(4, 3, 2), torch.zeros(4, 3).long(), InnerLoop(lr=0.5, steps=1))
+    with pytest.raises(ValueError, match=r"x is \[50, 2\], the examples of 50 tasks, .* of 4\. .* x\[None\]"):
+        predict(forward, fast, torch.randn(50, 2))
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "message"),
+    [
+        (cross_entropy, (2, 5, 1), r"cross_entropy: .* \[5, 1\], .* always 0\. .*loss=mse_loss"),
+        (mse_loss, (2, 5), r"mse_loss: .*predictions are \[5, 1\] and its targets \[5\]"),
+        (l1_loss, (2, 5, 5), r"l1_loss: .*predictions are \[5, 1\] and its targets \[5, 5\]"),
+    ],
+)
+def test_loss_that_nobody_means_raises(loss: Any, targets: tuple[int, ...], message: str) -> None:
+    forward, theta = functionalize(nn.Linear(3, 1))
+    with pytest.raises(ValueError, match=message):
+        adapt(forward, theta, torch.randn(2, 5, 3), torch.randn(targets), InnerLoop(lr=0.5, steps=1), loss=loss)
