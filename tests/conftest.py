@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from metalearn import configure_malloc
 from tests.paths import REPO
 
 MATHEMATICS = ("core", "derivatives", "models", "inner", "metagrad", "test_algorithms.py")
@@ -40,6 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _one_thread() -> None:
     """Use one thread: the models are small, and on a busy machine threads wait for each other for minutes."""
     torch.set_num_threads(1)
+    configure_malloc()  # as the commands do
 
 
 @pytest.fixture(autouse=True)
