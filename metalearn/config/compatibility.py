@@ -16,10 +16,12 @@ from metalearn.config.options import (
     OmniglotConfig,
     ResNet12Config,
     SinusoidConfig,
+    TorchvisionConfig,
 )
 from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import DataError
-from metalearn.data.image_folder import check_split_sizes, list_splits
+from metalearn.data.class_split import check_split_sizes, read_class_split
+from metalearn.data.image_folder import list_splits
 from metalearn.data.metadata import DRAWINGS_PER_CLASS, GLYPH_SPLIT_FRACTIONS, OMNIGLOT_SPLITS, glyph_split_sizes
 
 _TF32 = (
@@ -166,7 +168,7 @@ def _image_size(config: TrainConfig) -> Iterator[str]:
         least = 2 ** len(model.widths)
     elif isinstance(model, Conv4Config) and model.pool == "max":
         least = 16
-    if isinstance(config.data, ImagesConfig) and config.data.size < least:
+    if isinstance(config.data, (ImagesConfig, TorchvisionConfig)) and config.data.size < least:
         yield (
             f"data.size={config.data.size}: model={model.name} halves images {least.bit_length() - 1} times and needs "
             f"at least {least} pixels a side"
@@ -174,15 +176,17 @@ def _image_size(config: TrainConfig) -> Iterator[str]:
 
 
 def _image_folder(config: TrainConfig) -> Iterator[str]:
-    """List a folder of images; none is read."""
+    """List a folder of images; none is read. Of a data set of torchvision, read the class split."""
     data = config.data
-    if isinstance(data, ImagesConfig):
-        try:
-            splits = list_splits(data.root, fractions=data.fractions, seed=data.seed)
+    try:
+        if isinstance(data, ImagesConfig):
+            splits = list_splits(data.root, fractions=data.fractions, seed=data.seed, class_split=data.class_split)
             sizes = {split: [(one.name, len(one.files)) for one in classes] for split, classes in splits.items()}
-            check_split_sizes(sizes, data.root, ways=config.task.ways, needed=config.images_per_class())
-        except DataError as error:
-            yield str(error)
+            check_split_sizes(sizes, f"data.root={data.root}", ways=config.task.ways, needed=config.images_per_class())
+        elif isinstance(data, TorchvisionConfig) and data.class_split is not None:
+            read_class_split(data.class_split)
+    except DataError as error:
+        yield str(error)
 
 
 def _engine(config: TrainConfig) -> Iterator[str]:

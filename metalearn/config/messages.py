@@ -207,7 +207,10 @@ _OTHER_NAMES = {
     "mc": "algorithm=meta_curvature",
     "prototypical": "algorithm=protonet",
     "proto": "algorithm=protonet",
-    **dict.fromkeys(("miniimagenet", "tieredimagenet", "cifarfs", "cub", "folder"), "data=images data.root=FOLDER"),
+    **dict.fromkeys(("tieredimagenet", "cub", "folder"), "data=images data.root=FOLDER"),
+    "miniimagenet": "data=images data.root=FOLDER data.class_split=mini_imagenet",
+    "cifarfs": "data=torchvision data.dataset=CIFAR100 data.class_split=cifar_fs",
+    "cifar100": "data=torchvision data.dataset=CIFAR100",
 }
 """What other programs call an option of a group, without signs and capitals."""
 

@@ -25,6 +25,7 @@ from metalearn.config.key_types import (
     Target,
     Text,
 )
+from metalearn.data.class_split import PUBLISHED
 
 PlainAlgorithm = Literal["maml", "anil", "boil", "meta_sgd", "meta_curvature", "reptile", "cavia", "protonet"]
 PLAIN_ALGORITHMS = get_args(PlainAlgorithm)
@@ -102,22 +103,57 @@ class GlyphsConfig(DataConfig):
     seed: Annotated[Seed, Doc("of the characters and drawings")]
 
 
+ImageSize = Annotated[Count, Doc("height and width that images are cropped and resized to, in pixels")]
+Channels = Annotated[Literal[1, 3], BeforeValidator(_check_no_boolean), Doc("1: grey; 3: colour")]
+Fractions = Annotated[
+    list[Annotated[StrictFloat, Field(gt=0, le=1)]],
+    Field(min_length=3, max_length=3),
+    AfterValidator(_check_sum),
+]
+SplitSeed = Annotated[Seed, Doc("of the split by fractions")]
+ClassSplit = Annotated[
+    Text | None,
+    Field(examples=[*PUBLISHED, "FILE.json", "null"]),
+    LATE,
+    Doc("names of the classes for training, validation and test, published ones or a file's; null: by data.fractions"),
+]
+
+
 @dataclass(frozen=True)
 class ImagesConfig(DataConfig):
     """``conf/data/images.yaml``."""
 
     name: Annotated[Literal["images"], Doc("the data set")]
     root: Annotated[Text, Doc("folder that holds one folder a class, or train/, val/ and test/ with these")]
-    size: Annotated[Count, Doc("height and width that images are cropped and resized to, in pixels")]
-    channels: Annotated[Literal[1, 3], BeforeValidator(_check_no_boolean), Doc("1: grey; 3: colour")]
+    size: ImageSize
+    channels: Channels
     fractions: Annotated[
-        list[Annotated[StrictFloat, Field(gt=0, le=1)]],
-        Field(min_length=3, max_length=3),
-        AfterValidator(_check_sum),
-        Doc("shares of the classes for training, validation and test, where no folders say so"),
+        Fractions, Doc("shares of the classes for training, validation and test, where no folders say so")
     ]
-    seed: Annotated[Seed, Doc("of the split by fractions")]
+    seed: SplitSeed
+    class_split: ClassSplit
     on_unreadable: Annotated[OnError, Doc("files that cannot be read: stop, or skip with a warning")]
+
+
+@dataclass(frozen=True)
+class TorchvisionConfig(DataConfig):
+    """``conf/data/torchvision.yaml``."""
+
+    name: Annotated[Literal["torchvision"], Doc("the data set")]
+    dataset: Annotated[Text, Doc("class of torchvision.datasets, as CIFAR100; train and test are joined")]
+    root: Annotated[Text | None, Doc("folder that torchvision looks in; null: torchvision/ in the user's cache")]
+    download: Annotated[Bool, Doc("let torchvision download what is missing")]
+    options: Annotated[Options, Doc("keyword arguments of that class; options.split=train takes one part alone")]
+    size: ImageSize
+    channels: Channels
+    fractions: Annotated[Fractions, Doc("shares of the classes for training, validation and test")]
+    seed: SplitSeed
+    class_split: ClassSplit
+
+    @property
+    def label(self) -> str:
+        """Name of the data set."""
+        return self.dataset
 
 
 @dataclass(frozen=True)
@@ -135,7 +171,7 @@ class CustomDataConfig(CustomOption, DataConfig):
     regression: Annotated[Bool, Doc("whether targets are numbers instead of classes")]
 
 
-AnyData = OmniglotConfig | GlyphsConfig | ImagesConfig | SinusoidConfig | CustomDataConfig
+AnyData = OmniglotConfig | GlyphsConfig | ImagesConfig | TorchvisionConfig | SinusoidConfig | CustomDataConfig
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -18,10 +18,18 @@ from metalearn.config.compose import CONF
 from metalearn.config.former_keys import drop_removed_keys, rename_keys
 from metalearn.config.key_types import LATE
 from metalearn.config.messages import GROUPS, hints, section_class
-from metalearn.config.options import AnyData, CustomDataConfig, GlyphsConfig, ImagesConfig, OmniglotConfig
+from metalearn.config.options import (
+    AnyData,
+    CustomDataConfig,
+    GlyphsConfig,
+    ImagesConfig,
+    OmniglotConfig,
+    TorchvisionConfig,
+)
 from metalearn.config.schema import TrainConfig, result_keys
 from metalearn.config.validation import from_dict, validate_train_config
 from metalearn.core.errors import ConfigError, RunError
+from metalearn.data.class_split import PUBLISHED
 from metalearn.data.metadata import omniglot_unavailable_reason, resolve_dataset
 from metalearn.pretrained.model_file import find_run, pretrained_models, read_record
 
@@ -130,17 +138,16 @@ def resolve_data(config: Trained) -> Trained:
     """
     source = config.run.init_from
     if source is not None and (Path(source).exists() or source not in pretrained_models()):
-        source = str(Path(source).expanduser().absolute())
+        source = _absolute(source)
         config = replace(config, run=replace(config.run, init_from=source))
     data = config.data
-    if isinstance(data, ImagesConfig):
-        return replace(config, data=replace(data, root=str(Path(data.root).expanduser().absolute())))
+    if isinstance(data, (ImagesConfig, TorchvisionConfig)):
+        return replace(config, data=_with_paths(data, _absolute))
     if not isinstance(data, OmniglotConfig):
         return config
     name = resolve_dataset(data.name, data.root, data.fallback)
     if name == data.name:
-        root = str(Path(data.root).expanduser().absolute()) if data.root else None
-        return replace(config, data=replace(data, root=root))
+        return replace(config, data=replace(data, root=data.root and _absolute(data.root)))
     log.warning(
         "NO OMNIGLOT: %s. The embedded glyphs are used instead (data.fallback=glyphs); results are not "
         "Omniglot's. METALEARN_DATA=FOLDER or data.root=FOLDER points to a copy.",
@@ -149,6 +156,18 @@ def resolve_data(config: Trained) -> Trained:
     resolved = replace(config, data=GlyphsConfig(**_load(f"data/{name}")))
     validate_train_config(resolved)
     return resolved
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _with_paths(data: ImagesConfig | TorchvisionConfig, new: Callable[[str], str]) -> ImagesConfig | TorchvisionConfig:
+    """Return a data set whose root and file of a class split are what ``new`` makes of them."""
+    paths: dict[str, Any] = {"root": data.root and new(data.root)}
+    if data.class_split is not None and data.class_split not in PUBLISHED:
+        paths["class_split"] = new(data.class_split)
+    return replace(data, **paths)
 
 
 def resolve_resume(config: TrainConfig, run_dir: Path) -> TrainConfig:
@@ -201,8 +220,8 @@ def relocate_data(data: AnyData, root: str | None, *, rotate_test: bool | None =
         if not isinstance(data, OmniglotConfig):
             raise ConfigError(f"data.rotate_test is of Omniglot, and the run was trained on {data.name}; leave it out")
         data = replace(data, rotate_test=rotate_test)
-    if isinstance(data, ImagesConfig):
-        return replace(data, root=root or data.root)
+    if isinstance(data, (ImagesConfig, TorchvisionConfig)):
+        return replace(data, root=root) if root else data
     if not isinstance(data, OmniglotConfig):
         if root:
             kind = "your own data" if isinstance(data, CustomDataConfig) else "embedded"
@@ -217,8 +236,8 @@ def without_paths(config: TrainConfig) -> TrainConfig:
     config = replace(config, run=replace(config.run, init_from=None))
     if isinstance(config.data, OmniglotConfig):
         return replace(config, data=replace(config.data, root=None))
-    if isinstance(config.data, ImagesConfig):
-        return replace(config, data=replace(config.data, root=Path(config.data.root).name))
+    if isinstance(config.data, (ImagesConfig, TorchvisionConfig)):
+        return replace(config, data=_with_paths(config.data, lambda path: Path(path).name))
     return config
 
 

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from metalearn.config.compatibility import find_conflicts
 from metalearn.config.messages import format_errors
-from metalearn.config.options import OmniglotConfig
+from metalearn.config.options import AnyData, OmniglotConfig, TorchvisionConfig
 from metalearn.config.schema import TrainConfig
 from metalearn.config.target import target_errors
 from metalearn.core.errors import ConfigError, DataError
@@ -64,10 +64,20 @@ def validate_train_config(config: TrainConfig, *, trains: bool = True) -> None:
     """
     messages = find_conflicts(config, trains=trains)
     messages += target_errors(config.targets())
-    if not messages and isinstance(config.data, OmniglotConfig):
+    if not messages:
         try:
-            resolve_dataset(config.data.name, config.data.root, config.data.fallback)
+            _check_data(config.data)
         except DataError as error:
             messages.append(str(error))
     if messages:
         raise ConfigError("\n".join(messages))
+
+
+def _check_data(data: AnyData) -> None:
+    """Check that a data set is there, and nothing of what is in it."""
+    if isinstance(data, OmniglotConfig):
+        resolve_dataset(data.name, data.root, data.fallback)
+    elif isinstance(data, TorchvisionConfig):
+        from metalearn.data.torchvision_parts import find_dataset  # torchvision's import is slow
+
+        find_dataset(data.dataset, data.options, download=data.download)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import shutil
 import textwrap
+from collections.abc import Sequence
 from typing import TextIO
+
+MAX_LISTED = 5
+"""Names in a message before the rest is only counted."""
 
 
 def plural(count: int, noun: str, nouns: str | None = None) -> str:
@@ -15,6 +19,12 @@ def plural(count: int, noun: str, nouns: str | None = None) -> str:
         ('1 class', '2 runs')
     """
     return f"{count} {noun if count == 1 else nouns or f'{noun}s'}"
+
+
+def preview_names(names: Sequence[str]) -> str:
+    """Join the first few names, and say how many more there are."""
+    more = f", and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
 
 
 def format_number(value: float) -> str:

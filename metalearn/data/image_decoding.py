@@ -25,25 +25,24 @@ from torch import Tensor
 
 from metalearn.core.errors import DataError
 from metalearn.core.short_repr import short_repr
-from metalearn.core.text import plural
+from metalearn.core.text import MAX_LISTED, plural, preview_names
 from metalearn.data.cache import load_or_build
+from metalearn.data.class_split import check_split_sizes, log_classes_left_out
 from metalearn.data.image_folder import (
-    MAX_LISTED,
     ImageClass,
     check_classes_hold_images,
-    check_split_sizes,
     list_classes,
+    list_entries,
     list_images,
     list_splits,
     overlapping_classes,
-    preview_names,
 )
 from metalearn.data.metadata import cache_dir
 from metalearn.data.splits import ClassSizes, ImageSplits
 
 log = logging.getLogger(__name__)
 
-_DECODING = "lanczos-1"  # part of the cache's key: another way to decode needs another name
+DECODING = "lanczos-1"  # part of the cache's key: another way to decode needs another name
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # whatever the extension; none that runs programs
 _SIXTEEN_BITS = 65535
 
@@ -68,7 +67,7 @@ class FolderImages(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _ImageFormat:
+class ImageFormat:
     """The size and channels of decoded images."""
 
     size: int
@@ -88,6 +87,7 @@ def load_image_splits(
     channels: int = 3,
     fractions: Sequence[float] = (0.6, 0.2, 0.2),
     seed: int = 0,
+    class_split: str | None = None,
     on_unreadable: str = "stop",
     ways: int = 1,
     needed: Mapping[str, int] | None = None,
@@ -100,20 +100,24 @@ def load_image_splits(
         channels: 1 for grey, 3 for colour.
         fractions: of the classes for training, validation and test, if there are no folders of splits.
         seed: of that split.
+        class_split: names of the classes of each split, instead: ``"cifar_fs"``, ``"mini_imagenet"`` or a JSON file.
         on_unreadable: ``"stop"`` at files that cannot be read, or ``"skip"`` them with a warning.
         ways: minimum number of classes in each split.
         needed: minimum number of images in each class of a split, by split; 1 by default.
 
     Raises:
         UnreadableImagesError: listing files that cannot be read.
-        DataError: if the folder is empty, not laid out as above, or too small.
+        DataError: if the folder is empty, not laid out as above, or too small, or the class split does not fit.
         ValueError: if a setting is out of range.
     """
-    fmt = _ImageFormat(size, channels)
+    fmt = ImageFormat(size, channels)
     _check_on_unreadable(on_unreadable)
-    splits = list_splits(root, fractions=fractions, seed=seed)
+    splits = list_splits(root, fractions=fractions, seed=seed, class_split=class_split)
     needed = needed or dict.fromkeys(splits, 1)
-    check_split_sizes(_sizes(splits), root, ways=ways, needed=needed)
+    check_split_sizes(_sizes(splits), f"data.root={root}", ways=ways, needed=needed)
+    if class_split is not None:
+        named = {split: [one.name for one in classes] for split, classes in splits.items()}
+        log_classes_left_out(list_entries(Path(root).expanduser())[0], named, class_split)
     if overlapping := overlapping_classes(splits):
         log.warning(
             "%s: %s in more than one split, so that tests are not of new classes: %s.",
@@ -128,7 +132,7 @@ def load_image_splits(
         split: [ImageClass(one.name, [path for path in one.files if path in row]) for one in classes]
         for split, classes in splits.items()
     }
-    check_split_sizes(_sizes(readable), root, ways=ways, needed=needed)
+    check_split_sizes(_sizes(readable), f"data.root={root}", ways=ways, needed=needed)
     train, validation, test = (
         images[[row[path] for one in classes for path in one.files]] for classes in readable.values()
     )
@@ -148,7 +152,7 @@ def read_folder(
         DataError: if the folder is missing or empty, a class has no images, or there are images outside of classes.
         ValueError: if a setting is out of range.
     """
-    fmt = _ImageFormat(size, channels)
+    fmt = ImageFormat(size, channels)
     _check_on_unreadable(on_unreadable)
     folder = Path(path).expanduser()
     try:
@@ -193,7 +197,7 @@ def _handle_unreadable(paths: Sequence[Path], unreadable: Mapping[int, str], cho
     log.warning("%s", "\n".join([f"{what} and are skipped (data.on_unreadable=skip):", *lines]))
 
 
-def _load_or_decode(root: Path, paths: Sequence[Path], fmt: _ImageFormat) -> tuple[Tensor, dict[int, str]]:
+def _load_or_decode(root: Path, paths: Sequence[Path], fmt: ImageFormat) -> tuple[Tensor, dict[int, str]]:
     """Return ``_decode_all`` from the cache, which has one file per folder and format, or decode the images."""
     fingerprint = _fingerprint(root, paths)
 
@@ -211,7 +215,7 @@ def _load_or_decode(root: Path, paths: Sequence[Path], fmt: _ImageFormat) -> tup
 
 def _fingerprint(root: Path, paths: Sequence[Path]) -> str:
     """Return a digest of the names, sizes and modification times of all images, and of the decoding."""
-    digest = hashlib.sha256(f"{_DECODING}\n".encode())
+    digest = hashlib.sha256(f"{DECODING}\n".encode())
     for path in paths:
         try:
             stat = path.stat()
@@ -222,7 +226,7 @@ def _fingerprint(root: Path, paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _decode_all(paths: Sequence[Path], fmt: _ImageFormat) -> tuple[Tensor, dict[int, str], bool]:
+def _decode_all(paths: Sequence[Path], fmt: ImageFormat) -> tuple[Tensor, dict[int, str], bool]:
     """Return the readable images, the errors of the others by position, and whether these errors lie in the files.
 
     They may lie in a disk or a permission instead, which somebody may fix.
@@ -251,7 +255,7 @@ def _decode_all(paths: Sequence[Path], fmt: _ImageFormat) -> tuple[Tensor, dict[
     return images[readable] if unreadable else images, unreadable, permanent
 
 
-def _decode(path: Path, fmt: _ImageFormat) -> NDArray[np.uint8]:
+def _decode(path: Path, fmt: ImageFormat) -> NDArray[np.uint8]:
     """Decode one image, ``[channels, size, size]``."""
     if not path.is_file():  # reading a pipe would wait for ever
         raise OSError("it is no file, or a broken link")
@@ -260,7 +264,12 @@ def _decode(path: Path, fmt: _ImageFormat) -> NDArray[np.uint8]:
             image.verify()  # compares every checksum, which decoding alone does not do
     with Image.open(path, formats=_FORMATS) as image:
         image.draft(None, (2 * fmt.size, 2 * fmt.size))  # large JPEGs in a fraction of the time
-        plain = _to_8bit(image, "L" if fmt.channels == 1 else "RGB")
+        return to_pixels(image, fmt)
+
+
+def to_pixels(image: Image.Image, fmt: ImageFormat) -> NDArray[np.uint8]:
+    """Return an image's central square, resized, ``[channels, size, size]``."""
+    plain = _to_8bit(image, "L" if fmt.channels == 1 else "RGB")
     square = ImageOps.fit(plain, (fmt.size, fmt.size), Image.Resampling.LANCZOS)
     pixels = np.asarray(square).reshape(fmt.size, fmt.size, fmt.channels)
     return pixels.transpose(2, 0, 1)

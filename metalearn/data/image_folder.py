@@ -9,21 +9,17 @@ Configurations are validated against this listing, so that a folder that is too 
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from metalearn.core.errors import DataError
-from metalearn.core.text import plural
+from metalearn.core.text import plural, preview_names
+from metalearn.data.class_split import split_classes
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Extensions of images, in upper case too: torchvision's list."""
-
-SPLITS = ("train", "validation", "test")
-MAX_LISTED = 5
-"""Names in a message before the rest is only counted."""
 
 _FOLDERS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
 _IGNORED_NAMES = ("__MACOSX",)
@@ -40,22 +36,35 @@ Splits = dict[str, list[ImageClass]]
 """Classes of ``"train"``, ``"validation"`` and ``"test"``, sorted by name."""
 
 
-def list_splits(root: str | Path, *, fractions: Sequence[float] = (0.6, 0.2, 0.2), seed: int = 0) -> Splits:
-    """List the classes of every split, by folder if there is a ``train/``, else by fractions.
+def list_splits(
+    root: str | Path,
+    *,
+    fractions: Sequence[float] = (0.6, 0.2, 0.2),
+    seed: int = 0,
+    class_split: str | None = None,
+) -> Splits:
+    """List the classes of every split: by folder if there is a ``train/``, else as ``split_classes`` divides them.
 
-    A split by fractions depends only on the names of the classes and the seed. Hidden entries and files that are no
-    images are ignored.
+    Hidden entries and files that are no images are ignored.
 
     Raises:
-        DataError: if there is no such folder, no image in it, an image outside of a class, or a split is missing.
+        DataError: if there is no such folder, no image in it, an image outside of a class, or a split is missing, or
+            the class split does not fit.
         ValueError: if the fractions are not three that add up to 1.
     """
     folder = Path(root).expanduser()
     try:
         folders = _split_folders(folder)
+        if folders and class_split is not None:
+            raise DataError(
+                f"data.class_split={class_split}: {root} is split by folders already (train, validation, test). Leave "
+                "data.class_split out, or name a folder whose sub-folders are all the classes"
+            )
         if folders:
             return {split: list_classes(place) for split, place in folders.items()}
-        return _split_by_hash(list_classes(folder), fractions, seed)
+        classes = {one.name: one for one in list_classes(folder)}
+        splits = split_classes([*classes], f"data.root={root}", fractions=fractions, seed=seed, class_split=class_split)
+        return {split: [classes[name] for name in names] for split, names in splits.items()}
     except (OSError, RuntimeError) as error:  # a missing permission, a name too long, the home of an unknown user
         raise DataError(f"{root}: this folder cannot be looked into ({str(error).rstrip('.')})") from error
 
@@ -65,7 +74,7 @@ def list_classes(folder: Path) -> list[ImageClass]:
 
     Raises ``DataError`` without such a folder, without an image in a sub-folder, or with one outside of them.
     """
-    names, loose = _list_entries(folder)
+    names, loose = list_entries(folder)
     if names and loose:
         raise DataError(
             f"{folder} holds classes ({preview_names(names)}) and also images "
@@ -102,39 +111,8 @@ def check_classes_hold_images(folder: Path, classes: Sequence[ImageClass]) -> No
 
 def list_images(folder: Path) -> list[Path] | None:
     """List the images of a folder without classes, sorted; ``None`` if it has sub-folders or no image."""
-    names, loose = _list_entries(folder)
+    names, loose = list_entries(folder)
     return loose if loose and not names else None
-
-
-def check_split_sizes(
-    splits: Mapping[str, Sequence[tuple[str, int]]], root: str | Path, *, ways: int, needed: Mapping[str, int]
-) -> None:
-    """Check that every split has ``ways`` classes, each with as many images as the split needs (K + Q).
-
-    Raises ``DataError``, which lists every split with too few classes and every class with too few images.
-    """
-    errors = []
-    for split, classes in splits.items():
-        if len(classes) < ways:
-            names = f" ({preview_names([name for name, _ in classes])})" if classes else ""
-            errors.append(
-                f"data.root={root}: {split} has {plural(len(classes), 'class', 'classes')}{names}, and a task "
-                f"takes task.ways={ways}; lower task.ways, add classes, or choose data.fractions that give it more"
-            )
-        if small := [f"{name}: {count}" for name, count in classes if count < needed[split]]:
-            errors.append(
-                f"data.root={root}: a task takes {needed[split]} images of each class for {split}, as shots and "
-                f"queries, and {plural(len(small), 'class has', 'classes have')} fewer: {preview_names(small)}. Add "
-                f"images, remove such classes, or lower task.shots or {'task' if split == 'train' else 'eval'}.queries"
-            )
-    if errors:
-        raise DataError("\n".join(errors))
-
-
-def preview_names(names: Sequence[str]) -> str:
-    """Join the first few names, and say how many more there are."""
-    more = f", and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more
 
 
 def overlapping_classes(splits: Splits) -> list[str]:
@@ -145,7 +123,7 @@ def overlapping_classes(splits: Splits) -> list[str]:
 
 def _split_folders(root: Path) -> dict[str, Path] | None:
     """Return the folder of each split, or ``None`` if the root holds classes."""
-    names, _ = _list_entries(root)
+    names, _ = list_entries(root)
     found = {split: [name for name in names if name in choices] for split, choices in _FOLDERS.items()}
     others = [name for name in names if not any(name in choices for choices in _FOLDERS.values())]
     if not found["train"] or (others and not (found["validation"] or found["test"])):  # a class of trains, say
@@ -165,21 +143,7 @@ def _split_folders(root: Path) -> dict[str, Path] | None:
     return {split: root / folders[0] for split, folders in found.items()}
 
 
-def _split_by_hash(classes: list[ImageClass], fractions: Sequence[float], seed: int) -> Splits:
-    """Split classes by the hash of seed and name, so that a class added later changes little."""
-    if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ValueError(
-            f"fractions={list(fractions)}: give three fractions that add up to 1, of classes for training, validation "
-            "and test."
-        )
-    order = sorted(classes, key=lambda one: hashlib.sha256(b"%d %s" % (seed, os.fsencode(one.name))).digest())
-    validation, test = (round(share * len(classes)) for share in fractions[1:])
-    train = len(classes) - validation - test
-    parts = order[:train], order[train : train + validation], order[train + validation :]
-    return {split: sorted(part) for split, part in zip(SPLITS, parts, strict=True)}
-
-
-def _list_entries(folder: Path) -> tuple[list[str], list[Path]]:
+def list_entries(folder: Path) -> tuple[list[str], list[Path]]:
     """Return the names of the sub-folders, and the paths of the images, both sorted."""
     if not folder.is_dir():
         raise DataError(
@@ -202,7 +166,7 @@ def _images_below(folder: Path, seen: set[tuple[int, int]]) -> list[Path]:
     if (here := _identity(folder)) in seen:
         return []
     seen.add(here)
-    names, images = _list_entries(folder)
+    names, images = list_entries(folder)
     return sorted([*images, *(path for name in names for path in _images_below(folder / name, seen))])
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metalearn.config.options import DataConfig, ImagesConfig, SinusoidConfig
+from metalearn.config.options import DataConfig, ImagesConfig, SinusoidConfig, TorchvisionConfig
 from metalearn.core.errors import DataError
 from metalearn.core.text import plural
 from metalearn.data.omniglot import SIZE
@@ -24,7 +24,7 @@ _MAX_LISTED = 5
 
 def example_shape(data: DataConfig) -> torch.Size:
     """Return the shape of one input of a run, ``[channels, height, width]`` or ``[1]``; no data set is read."""
-    if isinstance(data, ImagesConfig):
+    if isinstance(data, (ImagesConfig, TorchvisionConfig)):
         return torch.Size([data.channels, data.size, data.size])
     return torch.Size([1]) if isinstance(data, SinusoidConfig) else torch.Size([1, SIZE, SIZE])
 

@@ -23,6 +23,7 @@ from metalearn.config.options import (
     OmniglotConfig,
     ResNet12Config,
     SinusoidConfig,
+    TorchvisionConfig,
 )
 from metalearn.config.schema import InnerConfig, TrainConfig
 from metalearn.config.target import import_targets
@@ -224,19 +225,16 @@ def load_data(config: TrainConfig) -> ImageSplits:
     data = config.data
     if isinstance(data, OmniglotConfig):
         return load_omniglot(data.root, split=data.split, rotations=data.rotations, rotate_test=data.rotate_test)
-    if isinstance(data, ImagesConfig):
-        return load_image_splits(
-            data.root,
-            size=data.size,
-            channels=data.channels,
-            fractions=data.fractions,
-            seed=data.seed,
-            on_unreadable=data.on_unreadable,
-            ways=config.task.ways,
-            needed=config.images_per_class(),
-        )
+    if isinstance(data, (ImagesConfig, TorchvisionConfig)):
+        from metalearn.data.torchvision_sets import load_torchvision_splits  # torchvision's import is slow
+
+        load = load_image_splits if isinstance(data, ImagesConfig) else load_torchvision_splits
+        settings = {name: value for name, value in vars(data).items() if name != "name"}
+        return load(**settings, ways=config.task.ways, needed=config.images_per_class())
     if not isinstance(data, GlyphsConfig):
-        raise ConfigError(f"data={data.name}: this needs images by class; take data=omniglot, glyphs or images")
+        raise ConfigError(
+            f"data={data.name}: this needs images by class; take data=omniglot, glyphs, images or torchvision"
+        )
     images = make_glyphs(classes=data.classes, jitter=data.jitter, seed=data.seed)
     sizes = glyph_split_sizes(data.classes)
     return ImageSplits(data.name, *images.split([sizes.train, sizes.validation, sizes.test]))

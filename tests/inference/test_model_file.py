@@ -32,7 +32,7 @@ from tests.training.run_folders import SMALL, untrained
 from tests.training.run_folders import run as train
 
 OMNIGLOT = OmniglotConfig("omniglot", "/home/me/drawings", None, "classic", True, False)
-IMAGES = ImagesConfig("images", "/home/me/drawings", 28, 1, [0.6, 0.2, 0.2], 0, "stop")
+IMAGES = ImagesConfig("images", "/home/me/drawings", 28, 1, [0.6, 0.2, 0.2], 0, None, "stop")
 NAMES = ("maml", "meta_sgd", "meta_curvature", "maml_pp", "protonet", "cavia")
 
 

@@ -9,7 +9,8 @@ from metalearn.commands.output_folders import run_dir_errors
 from metalearn.config.commands_schema import AdaptConfig
 from metalearn.config.run_config import load_trusted_config
 from metalearn.core.errors import ConfigError, DataError
-from metalearn.data.image_folder import check_classes_hold_images, list_classes, list_images, preview_names
+from metalearn.core.text import preview_names
+from metalearn.data.image_folder import check_classes_hold_images, list_classes, list_images
 
 
 def check_adapt(config: AdaptConfig) -> None:
