@@ -20,6 +20,7 @@ from metalearn.config.options import (
 )
 from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import DataError
+from metalearn.core.text import plural
 from metalearn.data.class_split import check_split_sizes, read_class_split
 from metalearn.data.image_folder import list_splits
 from metalearn.data.metadata import DRAWINGS_PER_CLASS, GLYPH_SPLIT_FRACTIONS, OMNIGLOT_SPLITS, glyph_split_sizes
@@ -184,7 +185,12 @@ def _image_folder(config: TrainConfig) -> Iterator[str]:
             sizes = {split: [(one.name, len(one.files)) for one in classes] for split, classes in splits.items()}
             check_split_sizes(sizes, f"data.root={data.root}", ways=config.task.ways, needed=config.images_per_class())
         elif isinstance(data, TorchvisionConfig) and data.class_split is not None:
-            read_class_split(data.class_split)
+            for split, names in read_class_split(data.class_split).items():
+                if len(names) < config.task.ways:
+                    yield (
+                        f"data.class_split: {split} has {plural(len(names), 'class', 'classes')}, and a task takes "
+                        f"task.ways={config.task.ways}"
+                    )
     except DataError as error:
         yield str(error)
 

@@ -112,7 +112,7 @@ Fractions = Annotated[
 ]
 SplitSeed = Annotated[Seed, Doc("of the split by fractions")]
 ClassSplit = Annotated[
-    Text | None,
+    Text | dict[Text, list[Text]] | None,
     Field(examples=[*PUBLISHED, "FILE.json", "null"]),
     LATE,
     Doc("names of the classes for training, validation and test, published ones or a file's; null: by data.fractions"),
@@ -140,9 +140,8 @@ class TorchvisionConfig(DataConfig):
     """``conf/data/torchvision.yaml``."""
 
     name: Annotated[Literal["torchvision"], Doc("the data set")]
-    dataset: Annotated[Text, Doc("class of torchvision.datasets, as CIFAR100; train and test are joined")]
+    dataset: Annotated[Text, Doc("class of torchvision.datasets, as CIFAR100; its parts (train, test) are joined")]
     root: Annotated[Text | None, Doc("folder that torchvision looks in; null: torchvision/ in the user's cache")]
-    download: Annotated[Bool, Doc("let torchvision download what is missing")]
     options: Annotated[Options, Doc("keyword arguments of that class; options.split=train takes one part alone")]
     size: ImageSize
     channels: Channels

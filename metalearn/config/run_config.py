@@ -29,7 +29,7 @@ from metalearn.config.options import (
 from metalearn.config.schema import TrainConfig, result_keys
 from metalearn.config.validation import from_dict, validate_train_config
 from metalearn.core.errors import ConfigError, RunError
-from metalearn.data.class_split import PUBLISHED
+from metalearn.data.class_split import PUBLISHED, read_class_split
 from metalearn.data.metadata import omniglot_unavailable_reason, resolve_dataset
 from metalearn.pretrained.model_file import find_run, pretrained_models, read_record
 
@@ -142,7 +142,9 @@ def resolve_data(config: Trained) -> Trained:
         config = replace(config, run=replace(config.run, init_from=source))
     data = config.data
     if isinstance(data, (ImagesConfig, TorchvisionConfig)):
-        return replace(config, data=_with_paths(data, _absolute))
+        if isinstance(data.class_split, str) and data.class_split not in PUBLISHED:  # the run keeps the names
+            data = replace(data, class_split=read_class_split(data.class_split))
+        return replace(config, data=_with_root(data, _absolute))
     if not isinstance(data, OmniglotConfig):
         return config
     name = resolve_dataset(data.name, data.root, data.fallback)
@@ -162,12 +164,8 @@ def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def _with_paths(data: ImagesConfig | TorchvisionConfig, new: Callable[[str], str]) -> ImagesConfig | TorchvisionConfig:
-    """Return a data set whose root and file of a class split are what ``new`` makes of them."""
-    paths: dict[str, Any] = {"root": data.root and new(data.root)}
-    if data.class_split is not None and data.class_split not in PUBLISHED:
-        paths["class_split"] = new(data.class_split)
-    return replace(data, **paths)
+def _with_root(data: ImagesConfig | TorchvisionConfig, new: Callable[[str], str]) -> ImagesConfig | TorchvisionConfig:
+    return replace(data, root=new(data.root)) if data.root else data
 
 
 def resolve_resume(config: TrainConfig, run_dir: Path) -> TrainConfig:
@@ -237,7 +235,7 @@ def without_paths(config: TrainConfig) -> TrainConfig:
     if isinstance(config.data, OmniglotConfig):
         return replace(config, data=replace(config.data, root=None))
     if isinstance(config.data, (ImagesConfig, TorchvisionConfig)):
-        return replace(config, data=_with_paths(config.data, lambda path: Path(path).name))
+        return replace(config, data=_with_root(config.data, lambda root: Path(root).name))
     return config
 
 

@@ -202,7 +202,7 @@ def iter_fields(config: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
 _NOT_COMPARED = (
     *("run.resume", "run.checkpoint_every_s", "run.on_nonfinite", "run.cuda_graph", "run.threads"),
     *("log.every", "log.images", "log.curvature_every", "log.eigenvalue_every"),
-    *("data.root", "data.download"),
+    "data.root",
 )
 
 

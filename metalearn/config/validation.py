@@ -74,10 +74,10 @@ def validate_train_config(config: TrainConfig, *, trains: bool = True) -> None:
 
 
 def _check_data(data: AnyData) -> None:
-    """Check that a data set is there, and nothing of what is in it."""
+    """Check that Omniglot is there, or that torchvision has the data set; nothing is read."""
     if isinstance(data, OmniglotConfig):
         resolve_dataset(data.name, data.root, data.fallback)
     elif isinstance(data, TorchvisionConfig):
         from metalearn.data.torchvision_parts import find_dataset  # torchvision's import is slow
 
-        find_dataset(data.dataset, data.options, download=data.download)
+        find_dataset(data.dataset, data.options)

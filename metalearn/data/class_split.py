@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from metalearn.core.errors import DataError
 from metalearn.core.text import plural, preview_names
@@ -22,11 +23,14 @@ PUBLISHED = tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
 """``cifar_fs``: 64, 16 and 20 classes of CIFAR-100 (Bertinetto et al. 2019, arXiv:1805.08136); ``mini_imagenet``: as
 many of ImageNet, by WordNet id (Ravi & Larochelle 2017)."""
 
+ClassSplit = str | Mapping[str, Sequence[str]] | None
+"""One of ``PUBLISHED``, a JSON file, or what that holds: names of classes by split; ``None``: by fractions."""
+
 _FORM = '{"train": [NAME, ...], "validation": [NAME, ...], "test": [NAME, ...]}'
 
 
 def split_classes(
-    names: Sequence[str], source: str, *, fractions: Sequence[float], seed: int, class_split: str | None = None
+    names: Sequence[str], source: str, *, fractions: Sequence[float], seed: int, class_split: ClassSplit = None
 ) -> dict[str, list[str]]:
     """Divide names into ``"train"``, ``"validation"`` and ``"test"``, each sorted.
 
@@ -35,7 +39,7 @@ def split_classes(
         source: of the names, for messages, ``data.root=PHOTOS``.
         fractions: three, that add up to 1. The split then depends only on the names and the seed.
         seed: of the split by fractions.
-        class_split: one of ``PUBLISHED``, or a file as ``read_class_split`` takes it, in place of fractions.
+        class_split: as ``read_class_split`` takes it, in place of fractions.
 
     Raises:
         DataError: if the file cannot be used, or names a class that there is not.
@@ -46,33 +50,25 @@ def split_classes(
     splits = read_class_split(class_split)
     if absent := sorted({name for chosen in splits.values() for name in chosen} - set(names)):
         raise DataError(
-            f"data.class_split={class_split}: {source} lacks {len(absent)} of its "
+            f"{_key(class_split)}: {source} lacks {len(absent)} of its "
             f"{plural(sum(map(len, splits.values())), 'class', 'classes')}: {preview_names(absent)}. The "
             f"{plural(len(names), 'class', 'classes')} there are {preview_names(sorted(names))}"
         )
     return splits
 
 
-def read_class_split(class_split: str) -> dict[str, list[str]]:
-    """Read a split of ``PUBLISHED``, or a JSON file: the names of the classes for training, validation and test.
+def read_class_split(class_split: str | Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return the names of the classes for training, validation and test, each sorted.
+
+    Args:
+        class_split: one of ``PUBLISHED``, a JSON file, or what it holds.
 
     Raises:
         DataError: if there is no such file, it has another form, or it names a class twice.
     """
-    path = _FOLDER / f"{class_split}.json" if class_split in PUBLISHED else Path(class_split).expanduser()
-    what = f"data.class_split={class_split}"
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        near = difflib.get_close_matches(class_split.lower().replace("-", "_"), PUBLISHED, n=1)
-        meant = f"Did you mean {near[0]}? " if near else ""
-        raise DataError(
-            f"{what}: there is no such file. {meant}The published splits are {', '.join(PUBLISHED)}; a FILE of "
-            f"your own holds {_FORM}"
-        ) from None
-    except (OSError, RuntimeError, ValueError) as error:  # a folder, the home of an unknown user, no JSON
-        raise DataError(f"{what}: this cannot be read ({error}); it must hold JSON, {_FORM}") from error
-    if not isinstance(content, dict) or set(content) != set(SPLITS) or not all(map(_is_names, content.values())):
+    what = _key(class_split)
+    content: Any = _read_json(class_split) if isinstance(class_split, str) else class_split
+    if not isinstance(content, Mapping) or set(content) != set(SPLITS) or not all(map(_is_names, content.values())):
         raise DataError(f"{what}: this must hold {_FORM}, with one name or more in each")
     owners: dict[str, list[str]] = {}
     for split in SPLITS:
@@ -83,11 +79,36 @@ def read_class_split(class_split: str) -> dict[str, list[str]]:
     return {split: sorted(content[split]) for split in SPLITS}
 
 
-def log_classes_left_out(names: Sequence[str], splits: Mapping[str, Sequence[str]], class_split: str | None) -> None:
+def _key(class_split: ClassSplit) -> str:
+    return f"data.class_split={class_split}" if isinstance(class_split, str) else "data.class_split"
+
+
+def _read_json(class_split: str) -> Any:
+    path = _FOLDER / f"{class_split}.json" if class_split in PUBLISHED else Path(class_split).expanduser()
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    except FileNotFoundError:
+        near = difflib.get_close_matches(class_split.lower().replace("-", "_"), PUBLISHED, n=1)
+        meant = f"Did you mean {near[0]}? " if near else ""
+        raise DataError(
+            f"{_key(class_split)}: there is no such file. {meant}The published splits are {', '.join(PUBLISHED)}; a "
+            f"FILE of your own holds {_FORM}"
+        ) from None
+    except (OSError, RuntimeError, ValueError, RecursionError) as error:  # a folder, an unknown user's home, no JSON
+        raise DataError(f"{_key(class_split)}: this cannot be read ({error}); it must hold JSON, {_FORM}") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def log_classes_left_out(names: Sequence[str], splits: Mapping[str, Sequence[str]], class_split: ClassSplit) -> None:
     """Log in one line which of the classes that there are a class split does not name."""
     if left_out := sorted(set(names).difference(*splits.values())):
         count = plural(len(left_out), "class", "classes")
-        log.info("data.class_split=%s leaves out %s: %s", class_split, count, preview_names(left_out))
+        log.info("%s leaves out %s: %s", _key(class_split), count, preview_names(left_out))
 
 
 def check_split_sizes(
@@ -118,7 +139,7 @@ def check_split_sizes(
 
 
 def _is_names(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(name, str) for name in value)
 
 
 def _split_by_hash(names: Sequence[str], fractions: Sequence[float], seed: int) -> dict[str, list[str]]:

@@ -27,7 +27,7 @@ from metalearn.core.errors import DataError
 from metalearn.core.short_repr import short_repr
 from metalearn.core.text import MAX_LISTED, plural, preview_names
 from metalearn.data.cache import load_or_build
-from metalearn.data.class_split import check_split_sizes, log_classes_left_out
+from metalearn.data.class_split import ClassSplit, check_split_sizes, log_classes_left_out
 from metalearn.data.image_folder import (
     ImageClass,
     check_classes_hold_images,
@@ -87,7 +87,7 @@ def load_image_splits(
     channels: int = 3,
     fractions: Sequence[float] = (0.6, 0.2, 0.2),
     seed: int = 0,
-    class_split: str | None = None,
+    class_split: ClassSplit = None,
     on_unreadable: str = "stop",
     ways: int = 1,
     needed: Mapping[str, int] | None = None,
@@ -100,7 +100,7 @@ def load_image_splits(
         channels: 1 for grey, 3 for colour.
         fractions: of the classes for training, validation and test, if there are no folders of splits.
         seed: of that split.
-        class_split: names of the classes of each split, instead: ``"cifar_fs"``, ``"mini_imagenet"`` or a JSON file.
+        class_split: names of the classes of each split, instead: as ``read_class_split`` takes them.
         on_unreadable: ``"stop"`` at files that cannot be read, or ``"skip"`` them with a warning.
         ways: minimum number of classes in each split.
         needed: minimum number of images in each class of a split, by split; 1 by default.

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from metalearn.core.errors import DataError
 from metalearn.core.text import plural, preview_names
-from metalearn.data.class_split import split_classes
+from metalearn.data.class_split import ClassSplit, split_classes
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Extensions of images, in upper case too: torchvision's list."""
@@ -41,7 +41,7 @@ def list_splits(
     *,
     fractions: Sequence[float] = (0.6, 0.2, 0.2),
     seed: int = 0,
-    class_split: str | None = None,
+    class_split: ClassSplit = None,
 ) -> Splits:
     """List the classes of every split: by folder if there is a ``train/``, else as ``split_classes`` divides them.
 
@@ -57,8 +57,8 @@ def list_splits(
         folders = _split_folders(folder)
         if folders and class_split is not None:
             raise DataError(
-                f"data.class_split={class_split}: {root} is split by folders already (train, validation, test). Leave "
-                "data.class_split out, or name a folder whose sub-folders are all the classes"
+                f"data.class_split: {root} is split by folders already (train, validation, test). Leave it out, or "
+                "name a folder whose sub-folders are all the classes"
             )
         if folders:
             return {split: list_classes(place) for split, place in folders.items()}

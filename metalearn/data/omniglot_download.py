@@ -92,20 +92,13 @@ def _download(folder: Path) -> None:
     from torchvision.datasets import Omniglot
 
     log.info("Downloading Omniglot to %s", folder)
-    with quiet_download(), _temporary_folder(folder) as temporary:
-        for background in (True, False):
-            Omniglot(str(temporary), background=background, download=True)
-        os.replace(temporary / "omniglot-py", folder / "omniglot-py")  # atomic; replaces an empty folder
-
-
-@contextmanager
-def quiet_download() -> Iterator[None]:
-    """Let torchvision print nothing, and no server keep it waiting for more than 30 seconds."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
-        with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
-            yield
+        with _temporary_folder(folder) as temporary, open(os.devnull, "w") as quiet, redirect_stdout(quiet):
+            for background in (True, False):
+                Omniglot(str(temporary), background=background, download=True)
+            os.replace(temporary / "omniglot-py", folder / "omniglot-py")  # atomic; replaces an empty folder
     finally:
         socket.setdefaulttimeout(before)
 

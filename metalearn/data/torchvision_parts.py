@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import logging
 import re
 from collections.abc import Mapping
 from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from torchvision import datasets
 
 from metalearn.core.errors import DataError, MetalearnError
 from metalearn.core.text import preview_names
-from metalearn.data.omniglot_download import quiet_download
-
-log = logging.getLogger(__name__)
 
 _SPLITS = ("train", "trainval", "val", "valid", "test")
-_OWN_KEYS = {"root": "data.root", "download": "data.download"}
+_NOT_OPTIONS = {"root": "give data.root instead", "download": "fetch the data set first, with torchvision"}
+_REFUSED = {
+    "Omniglot": "its two parts have different classes; take data=omniglot, which joins them",
+    **dict.fromkeys(("ImageFolder", "DatasetFolder"), "take data=images"),
+    **dict.fromkeys(("LSUN", "LSUNClass"), "it unpickles a file of the working directory, which may run any code"),
+}
 
 
-def find_dataset(dataset: str, options: Mapping[str, Any], *, download: bool = False) -> Any:
+def find_dataset(dataset: str, options: Mapping[str, Any]) -> Any:
     """Return a class of ``torchvision.datasets``; no file is looked for.
 
     Raises:
@@ -39,45 +39,44 @@ def find_dataset(dataset: str, options: Mapping[str, Any], *, download: bool = F
         hint = f"Did you mean {plain[near[0]]}?" if near else f"It has {', '.join(sorted(known))}"
         raise DataError(f"{what}: torchvision.datasets has no such data set. {hint}")
     kind: Any = known[dataset]
-    if kind is datasets.Omniglot:
-        raise DataError(f"{what}: its two parts have different classes; take data=omniglot, which joins them")
+    if dataset in _REFUSED:
+        raise DataError(f"{what}: {_REFUSED[dataset]}")
     parameters = _parameters(kind)
-    taken = [name for name in parameters if name not in _OWN_KEYS and "transform" not in name]
+    code = ("loader", "is_valid_file", "extensions")
+    taken = [name for name in parameters if name not in (*_NOT_OPTIONS, *code) and "transform" not in name]
     for name in options:
-        if name in _OWN_KEYS:
-            raise DataError(f"data.options.{name}: give {_OWN_KEYS[name]} instead")
+        if name in _NOT_OPTIONS:
+            raise DataError(f"data.options.{name}: {_NOT_OPTIONS[name]}")
         if name not in taken:
             raise DataError(f"data.options.{name}: {dataset} has no such argument; it has {', '.join(taken) or 'none'}")
     required = [name for name in taken if parameters[name].default is Parameter.empty]
     if missing := [f"data.options.{name}=VALUE" for name in required if name not in options]:
         raise DataError(f"{what}: it needs more arguments; give {' '.join(missing)}")
-    if download and "download" not in parameters:
-        raise DataError(f"data.download=true: torchvision does not download {dataset}; leave it out")
     return kind
 
 
-def open_parts(kind: Any, folder: Path, options: Mapping[str, Any], *, download: bool = False) -> dict[str, Any]:
+def open_parts(kind: Any, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """Open every part of a data set, or the one that ``train`` or ``split`` in the options chooses.
 
     Returns:
         each part by name.
 
     Raises:
-        DataError: if its files are missing, or it cannot be downloaded.
+        DataError: if its files are missing or damaged, or it does not take the options.
     """
     parameters = _parameters(kind)
     arguments = {"root": str(folder), **options} if "root" in parameters else dict(options)
-    if "train" in parameters and "train" not in options:
+    if "train" in parameters and not {"train", "what"} & {*options}:  # "what" of QMNIST is a part as well
         flags = {"train": True, "test": False}
-        return {name: _open(kind, {**arguments, "train": flag}, download) for name, flag in flags.items()}
+        return {name: _open(kind, {**arguments, "train": flag}, options) for name, flag in flags.items()}
     if "train" in parameters or "split" in options or "split" not in parameters:
-        return {"data": _open(kind, arguments, download)}
+        return {"data": _open(kind, arguments, options)}
     parts: dict[str, Any] = {}
     for name in _SPLITS:
         if name == "trainval" and "train" in parts:
             continue  # it is train and val together
         try:
-            parts[name] = _open(kind, {**arguments, "split": name}, download)
+            parts[name] = _open(kind, {**arguments, "split": name}, options)
         except UnknownSplitError:
             continue
     if not {"train", "trainval"} & {*parts}:
@@ -104,39 +103,30 @@ def _parameters(kind: Any) -> dict[str, Parameter]:
     return found
 
 
-def _open(kind: Any, arguments: Mapping[str, Any], download: bool) -> Any:
-    """Construct a data set from what is on disk, or else let torchvision download it if it may."""
-    name, folder = kind.__name__, arguments.get("root")
-    on_disk = {"download": False} if "download" in _parameters(kind) else {}  # some download unless they are told
+def _open(kind: Any, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """Construct a data set from what is on disk; ``options`` are those of the arguments that the user gave."""
+    can_download = "download" in _parameters(kind)
     try:
-        return kind(**arguments, **on_disk)
+        data = kind(**arguments, **({"download": False} if can_download else {}))  # some download unless they are told
+        len(data)
+        return data
     except MetalearnError:  # a signal
         raise
     except Exception as error:  # each data set raises its own
+        name, folder = kind.__name__, arguments.get("root")
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         if isinstance(error, ValueError) and "argument split" in reason:
             raise UnknownSplitError(f"data.options.split={arguments['split']}: {reason}") from error
-        if isinstance(error, (TypeError, ValueError)) or folder is None:
-            raise DataError(f"data.dataset={name}: torchvision cannot take these data.options ({reason})") from error
-        if isinstance(error, ImportError):
+        if isinstance(error, ImportError) or "pip install" in reason or "h5py" in reason:
             raise DataError(f"data.dataset={name}: torchvision needs another package for it ({reason})") from error
-        if not download:
-            remedy = ", or give data.download=true where there is a network" if on_disk else ""
-            raise DataError(
-                f"data.dataset={name}: torchvision cannot open it ({reason}). It looks in data.root={folder}"
-                f"{_expected_files(kind, Path(folder))}. Put the files there, name another data.root{remedy}"
-            ) from error
-    log.info("Downloading %s to %s", name, folder)
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with FileLock(Path(folder) / ".torchvision.lock"), quiet_download():
-            return kind(**arguments, download=True)
-    except MetalearnError:
-        raise
-    except Exception as error:
+        if folder is None or (options and isinstance(error, (TypeError, ValueError))):
+            raise DataError(f"data.dataset={name}: torchvision cannot take these data.options ({reason})") from error
+        call = f"torchvision.datasets.{name}({folder!r}, ..., download=True)"
         raise DataError(
-            f"data.dataset={name} could not be downloaded to {folder}: {error}. Run again with a network, or copy the "
-            f"files there{_expected_files(kind, Path(folder))}"
+            f"data.dataset={name}: torchvision cannot open it ({reason}). It looks in data.root={folder}"
+            f"{_expected_files(kind, Path(folder))}. "
+            + (f"Fetch what is missing or damaged by {call}" if can_download else "Put the files there")
+            + ", or name another data.root"
         ) from error
 
 

@@ -1,37 +1,27 @@
-"""Data sets of ``torchvision.datasets`` as few-shot classes: all parts (train, test) joined, then split by class.
-
-The images are decoded once, as those of a folder, and kept in one verified file of the cache, sorted by class. It is
-used only while the data set holds what it held then: the same arrays, and files of the same size and time.
-"""
+"""Data sets of ``torchvision.datasets`` as few-shot classes: all parts (train, test) joined, then split by class."""
 
 from __future__ import annotations
 
-import hashlib
 import operator
-import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-import torchvision
 from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
 from metalearn.core.errors import DataError, MetalearnError
-from metalearn.data.cache import load_or_build
-from metalearn.data.class_split import check_split_sizes, log_classes_left_out, split_classes
-from metalearn.data.image_decoding import DECODING, ImageFormat, to_pixels
+from metalearn.data.class_split import ClassSplit, check_split_sizes, log_classes_left_out, split_classes
+from metalearn.data.image_decoding import ImageFormat, to_pixels
 from metalearn.data.metadata import cache_dir
 from metalearn.data.splits import ClassSizes, ImageSplits
 from metalearn.data.torchvision_parts import find_dataset, open_parts
 
-_LARGEST_SHARE = 0.5  # of the free memory: joining and splitting hold the images twice
+_LARGEST_SHARE = 0.5  # of the free memory: while they are split the images are held twice
 _GIB = 2**30
 
 
@@ -40,27 +30,25 @@ def load_torchvision_splits(
     root: str | Path | None = None,
     *,
     options: Mapping[str, Any] | None = None,
-    download: bool = False,
     size: int = 84,
     channels: int = 3,
     fractions: Sequence[float] = (0.6, 0.2, 0.2),
     seed: int = 0,
-    class_split: str | None = None,
+    class_split: ClassSplit = None,
     ways: int = 1,
     needed: Mapping[str, int] | None = None,
 ) -> ImageSplits:
-    """Load a data set of torchvision, split by class.
+    """Load a data set of torchvision, split by class. It is read and decoded at every call.
 
     Args:
         dataset: a class of ``torchvision.datasets`` whose examples are an image and a whole number.
         root: folder that torchvision looks in; ``None`` for ``torchvision`` in the cache.
         options: keyword arguments of the class; ``train`` or ``split`` chooses one part.
-        download: whether torchvision may download what is missing.
         size: height and width to resize to, in pixels.
         channels: 1 for grey, 3 for colour.
         fractions: of the classes for training, validation and test.
         seed: of that split.
-        class_split: names of the classes of each split, instead: ``"cifar_fs"``, ``"mini_imagenet"`` or a JSON file.
+        class_split: names of the classes of each split, instead: as ``read_class_split`` takes them.
         ways: minimum number of classes in each split.
         needed: minimum number of images in each class of a split, by split; 1 by default.
 
@@ -70,34 +58,26 @@ def load_torchvision_splits(
         ValueError: if a setting is out of range.
     """
     fmt, options, source = ImageFormat(size, channels), options or {}, f"data.dataset={dataset}"
-    kind = find_dataset(dataset, options, download=download)
-    folder = Path(root).expanduser().absolute() if root else cache_dir() / "torchvision"
+    kind = find_dataset(dataset, options)
+    try:
+        folder = Path(root).expanduser().absolute() if root else cache_dir() / "torchvision"
+    except RuntimeError as error:  # the home of an unknown user
+        raise DataError(f"data.root={root}: {error}") from error
     if root and not folder.is_dir():
         raise DataError(f"data.root={root}: there is no such folder")
-    parts = open_parts(kind, folder, options, download=download)
-    place = hashlib.sha256(f"{folder}\n{sorted(options.items())}".encode()).hexdigest()[:12]
-    cached = cache_dir() / f"torchvision-{dataset}-{size}px-{channels}c-{place}.pt"
-    fingerprint = _fingerprint(parts)
-
-    def build() -> tuple[dict[str, Any], bool]:
-        images, counts = _read_all(parts, fmt, source)
-        return {"fingerprint": fingerprint, "images": images, "counts": counts}, True
-
-    content = load_or_build(cached, dataset, build, is_current=lambda found: found["fingerprint"] == fingerprint)
-    counts: dict[str, int] = content["counts"]
-    splits = split_classes([*counts], source, fractions=fractions, seed=seed, class_split=class_split)
-    sizes = {split: [(name, counts[name]) for name in names] for split, names in splits.items()}
+    images, by_class = _read_all(open_parts(kind, folder, options), fmt, source)
+    splits = split_classes([*by_class], source, fractions=fractions, seed=seed, class_split=class_split)
+    sizes = {split: [(name, len(by_class[name])) for name in names] for split, names in splits.items()}
     check_split_sizes(sizes, source, ways=ways, needed=needed or dict.fromkeys(splits, 1))
-    log_classes_left_out([*counts], splits, class_split)
-    by_class = dict(zip(counts, content["images"].split([*counts.values()]), strict=True))
-    train, validation, test = (torch.cat([by_class[name] for name in names]) for names in splits.values())
+    log_classes_left_out([*by_class], splits, class_split)
+    train, validation, test = (images[[i for name in names for i in by_class[name]]] for names in splits.values())
     return ImageSplits(
         dataset, train, validation, test, ClassSizes(*([n for _, n in classes] for classes in sizes.values()))
     )
 
 
-def _read_all(parts: Mapping[str, Any], fmt: ImageFormat, source: str) -> tuple[Tensor, dict[str, int]]:
-    """Decode all images, ``[total, channels, size, size]``, class after class; return the size of each class as well.
+def _read_all(parts: Mapping[str, Any], fmt: ImageFormat, source: str) -> tuple[Tensor, dict[str, list[int]]]:
+    """Decode all images, ``[total, channels, size, size]``; return the numbers of those of each class, too.
 
     One after the other: a data set may draw from the global random generator, as FakeData does.
     """
@@ -110,14 +90,12 @@ def _read_all(parts: Mapping[str, Any], fmt: ImageFormat, source: str) -> tuple[
             f"{free / _GIB:.3g} GiB of memory are free, of which at most half is taken. Lower data.size, take "
             "data.channels=1, or one part alone (data.options.train or data.options.split)"
         )
-    images, names = torch.empty(shape, dtype=torch.uint8), []
+    images, by_class = torch.empty(shape, dtype=torch.uint8), dict[str, list[int]]()
     pixels = images.numpy()
-    reading = track(_examples(parts, source), "Reading images (once)", total=total)
-    for number, (image, name) in enumerate(reading):
+    for number, (image, name) in enumerate(track(_examples(parts, source), "Reading images", total=total)):
         pixels[number] = to_pixels(image, fmt)
-        names.append(name)
-    order = sorted(range(total), key=names.__getitem__)
-    return images[order], dict(sorted(Counter(names).items()))
+        by_class.setdefault(name, []).append(number)
+    return images, dict(sorted(by_class.items()))
 
 
 def _examples(parts: Mapping[str, Any], source: str) -> Iterator[tuple[Image.Image, str]]:
@@ -133,7 +111,10 @@ def _examples(parts: Mapping[str, Any], source: str) -> Iterator[tuple[Image.Ima
             except MetalearnError:  # a signal
                 raise
             except Exception as error:  # Pillow's readers raise many kinds for a broken file
-                raise DataError(f"{source}: image {index} of {part} cannot be read ({error}). Replace it") from error
+                reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+                raise DataError(
+                    f"{source}: example {index} of {part} cannot be read ({reason}). Check its file, and data.options"
+                ) from error
             label = _label(example)
             if label is None:
                 values = example if isinstance(example, (tuple, list)) else [example]
@@ -158,45 +139,8 @@ def _label(example: Any) -> int | None:
 
 def _class_names(data: Any) -> tuple[str, ...]:
     """Return the names of a data set's classes by label: those of folders, if they differ; none if there are none."""
-    for attribute in ("wnids", "all_categories", "classes", "categories"):
+    for attribute in ("wnids", "classes", "categories"):
         names = getattr(data, attribute, ())
         if names and all(isinstance(name, str) for name in names) and len({*names}) == len(names):
             return tuple(names)
     return ()
-
-
-def _fingerprint(parts: Mapping[str, Any]) -> str:
-    """Return a digest of what the parts hold, and of the decoding."""
-    digest = hashlib.sha256(f"{DECODING} {torchvision.__version__}\n".encode())
-    for part, data in parts.items():
-        digest.update(part.encode())
-        for key, value in sorted(vars(data).items()):
-            digest.update(key.encode())
-            _digest_value(digest, value)
-    return digest.hexdigest()
-
-
-def _digest_value(digest: Any, value: Any) -> None:
-    """Add arrays by their bytes, files by size and modification time, and other plain values by their text."""
-    if isinstance(value, Tensor):
-        value = value.numpy()
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        digest.update(f"{value.dtype} {value.shape}".encode())
-        digest.update(np.ascontiguousarray(value))
-    elif isinstance(value, Mapping):
-        _digest_value(digest, [*value.items()])
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            _digest_value(digest, each)
-    elif isinstance(value, (str, int, float, Path)):
-        digest.update(os.fsencode(f"{value}\n"))
-        if isinstance(value, Path) or (isinstance(value, str) and os.sep in value):
-            digest.update(_file_state(value))
-
-
-def _file_state(path: str | Path) -> bytes:
-    try:
-        stat = os.stat(path)
-    except (OSError, ValueError):  # it is no path after all
-        return b""
-    return f"{stat.st_size} {stat.st_mtime_ns}\n".encode() if S_ISREG(stat.st_mode) else b""

@@ -226,9 +226,9 @@ def load_data(config: TrainConfig) -> ImageSplits:
     if isinstance(data, OmniglotConfig):
         return load_omniglot(data.root, split=data.split, rotations=data.rotations, rotate_test=data.rotate_test)
     if isinstance(data, (ImagesConfig, TorchvisionConfig)):
-        from metalearn.data.torchvision_sets import load_torchvision_splits  # torchvision's import is slow
-
-        load = load_image_splits if isinstance(data, ImagesConfig) else load_torchvision_splits
+        load: Callable[..., ImageSplits] = load_image_splits
+        if isinstance(data, TorchvisionConfig):  # torchvision's import is slow
+            from metalearn.data.torchvision_sets import load_torchvision_splits as load
         settings = {name: value for name, value in vars(data).items() if name != "name"}
         return load(**settings, ways=config.task.ways, needed=config.images_per_class())
     if not isinstance(data, GlyphsConfig):

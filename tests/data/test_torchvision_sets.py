@@ -1,4 +1,4 @@
-"""data=torchvision and data.class_split: parts joined, splits by name, the cache, and data sets that cannot be used."""
+"""data=torchvision and data.class_split: parts joined, splits by name, and data sets that cannot be used."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from torchvision import datasets
 
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.options import TorchvisionConfig
-from metalearn.config.run_config import relocate_data, resolve_data, without_paths
+from metalearn.config.run_config import changed_keys, relocate_data, resolve_data, without_paths
 from metalearn.config.schema import TrainConfig, result_keys
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError, DataError
-from metalearn.data import torchvision_sets
 from metalearn.data.class_split import PUBLISHED, SPLITS, read_class_split, split_classes
 from metalearn.data.splits import ImageSplits
+from metalearn.data.torchvision_parts import open_parts
 from metalearn.data.torchvision_sets import load_torchvision_splits
 from metalearn.inference.loading import load
 from metalearn.training.evaluate_run import evaluate_run
@@ -118,38 +118,33 @@ def test_split_by_fractions_depends_on_names_and_seed_only(cifar: Path) -> None:
     assert torch.equal(small.test[::2, 0], load_torchvision_splits("CIFAR100", cifar, size=8).test[::3, 0])
 
 
-def test_cached_images_have_the_same_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_images_are_the_same_at_every_call() -> None:
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    first = fake()
+    first, again = fake(), fake()
     assert torch.equal(state, torch.get_rng_state()), "the global generator is not moved"
-    fake(options={**FAKE, "random_offset": 9})  # has a file of its own
-    monkeypatch.setattr(torchvision_sets, "_read_all", None)
-    again = fake()
     assert first.counts == again.counts
     assert all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(again), strict=True))
-    monkeypatch.undo()
-    monkeypatch.setenv("METALEARN_CACHE", str(tmp_path / "other cache"))
-    assert all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(fake()), strict=True))
 
 
 @pytest.mark.parametrize("changed", [{"options": {**FAKE, "random_offset": 9}}, {"size": 9}, {"channels": 1}])
-def test_other_images_are_not_taken_from_the_cache(changed: dict[str, Any]) -> None:
+def test_settings_change_the_images(changed: dict[str, Any]) -> None:
     first, second = fake(), fake(**changed)
     assert first.train.shape != second.train.shape or not torch.equal(first.train, second.train)
 
 
-def test_changed_files_are_read_again(cifar: Path, tmp_path: Path) -> None:
-    assert load_torchvision_splits("CIFAR100", cifar, size=8).train[:, 2].unique().tolist() == [0]
-    make_cifar(cifar, shift=7)
-    assert load_torchvision_splits("CIFAR100", cifar, size=8).train[:, 2].unique().tolist() == [7]
-    make_classes(tmp_path / "folder", dict.fromkeys("abcde", 2))
-    before = load_torchvision_splits("ImageFolder", tmp_path / "folder", size=8)
-    for path in (tmp_path / "folder").rglob("*.png"):
-        Image.new("RGB", (9, 9), "white").save(path)
-    after = load_torchvision_splits("ImageFolder", tmp_path / "folder", size=8)
-    assert before.train.max() < 255
-    assert after.train.min() == 255
+def test_no_part_is_opened_twice() -> None:
+    class Opened:
+        def __init__(self, root: str, what: str | None = None, train: bool = True) -> None:
+            opened.append((what, train))
+
+        def __len__(self) -> int:
+            return 1
+
+    opened: list[tuple[str | None, bool]] = []
+    assert [*open_parts(Opened, Path("x"), {"what": "nist"})] == ["data"]
+    assert [*open_parts(Opened, Path("x"), {})] == ["train", "test"]
+    assert opened == [("nist", True), (None, True), (None, False)]
 
 
 def test_parts_are_those_that_a_data_set_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,10 +187,22 @@ def test_whole_numbers_of_any_type_are_labels(label: Any, monkeypatch: pytest.Mo
 
 
 def test_unreadable_image_raises(tmp_path: Path) -> None:
-    root = make_classes(tmp_path / "root", dict.fromkeys("abcde", 1))
-    (root / "c" / "000.png").write_text("no image")
-    with pytest.raises(DataError, match=r"ImageFolder: image 2 of data cannot be read \(cannot identify"):
-        load_torchvision_splits("ImageFolder", root, size=8)
+    make_classes(tmp_path / "eurosat" / "2750", dict.fromkeys("abcde", 1))
+    assert len(load_torchvision_splits("EuroSAT", tmp_path, size=8).train) == 3
+    (tmp_path / "eurosat" / "2750" / "c" / "000.png").write_text("no image")
+    with pytest.raises(DataError, match=r"EuroSAT: example 2 of data cannot be read \(cannot identify"):
+        load_torchvision_splits("EuroSAT", tmp_path, size=8)
+
+
+def test_empty_file_is_no_fault_of_the_options(tmp_path: Path) -> None:
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (folder / f"{name}-ubyte").touch()
+    with pytest.raises(
+        DataError, match=r"cannot open it .*Fetch what is missing or damaged by torchvision\.datasets\.M"
+    ):
+        load_torchvision_splits("MNIST", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -209,14 +216,19 @@ def test_unreadable_image_raises(tmp_path: Path) -> None:
         ("EMNIST", {}, r"give data\.options\.split=VALUE"),
         ("CIFAR100", {"trian": True}, r"data\.options\.trian: CIFAR100 has no such argument; it has train"),
         ("CIFAR100", {"root": "x"}, r"data\.options\.root: give data\.root instead"),
-        ("CIFAR100", {"download": True}, r"data\.options\.download: give data\.download instead"),
+        ("CIFAR100", {"download": True}, r"data\.options\.download: fetch the data set first"),
         ("Flowers102", {"split": "x"}, r"data\.options\.split=x: Unknown value .*'train', 'val', 'test'"),
-        ("CIFAR100", {}, r"looks in data\.root=.*; missing: .*cifar-100-python/train, .*/test\. .*data\.download"),
+        ("CIFAR100", {}, r"looks in data\.root=.*; missing: .*/train, .*/test\. Fetch .*CIFAR100\(.*download=True\)"),
         ("KMNIST", {}, r"It looks in data\.root=.* \(.*KMNIST/raw/train-images-idx3-ubyte"),
         ("SEMEION", {}, r"It looks in data\.root="),  # which downloads unless it is told not to
         ("StanfordCars", {"split": "test"}, r"cannot open it \(Dataset not found"),
         ("Imagenette", {"size": "x"}, r"cannot take these data\.options \(Unknown value 'x' for argument size"),
-        ("FakeData", {"image_size": 3}, r"image 0 of data cannot be read \(.* must be an iterable, not int\)"),
+        ("FakeData", {"image_size": 3}, r"example 0 of data cannot be read \(.* iterable, not int\)\. .*data\.options"),
+        ("FakeData", {"size": "many"}, r"FakeData: torchvision cannot take these data\.options"),
+        ("FakeData", {"size": -5}, r"FakeData: torchvision cannot take these data\.options"),
+        ("ImageFolder", {}, "take data=images"),
+        ("LSUN", {}, "it unpickles a file"),
+        ("Caltech256", {"loader": "x"}, r"data\.options\.loader: Caltech256 has no such argument"),
     ],
 )  # fmt: skip
 def test_data_set_that_cannot_be_opened_raises(
@@ -241,28 +253,6 @@ def test_segmentation_raises(tmp_path: Path) -> None:
     (folder / "ImageSets" / "Segmentation" / "train.txt").write_text("a\n")
     with pytest.raises(DataError, match=r"VOCSegmentation: example 0 of data is \(Image, PngImageFile\)"):
         load_torchvision_splits("VOCSegmentation", tmp_path)
-
-
-def test_download_is_torchvisions(cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_network(*_: object, **__: object) -> None:
-        raise OSError("no network")
-
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    monkeypatch.setattr(datasets.cifar, "download_and_extract_archive", no_network)
-    load_torchvision_splits("CIFAR100", cifar, download=True, size=8)  # nothing is missing
-    with pytest.raises(DataError, match=r"not be downloaded to .*empty: no network\. .*; missing: .*python/train"):
-        load_torchvision_splits("CIFAR100", empty, download=True)
-    monkeypatch.setattr(
-        datasets.cifar, "download_and_extract_archive", lambda url, root, **_: make_cifar(Path(root), shift=3)
-    )
-    with pytest.raises(DataError, match=r"or give data\.download=true"):
-        load_torchvision_splits("CIFAR100", empty)
-    assert load_torchvision_splits("CIFAR100", empty, download=True, size=8).test[0, 2, 0, 0] == 3
-    with pytest.raises(DataError, match=r"data\.download=true: torchvision does not download FakeData"):
-        fake(download=True)
-    with pytest.raises(DataError, match=r"data\.root=/nowhere: there is no such folder"):
-        load_torchvision_splits("CIFAR100", "/nowhere", download=True)
 
 
 def test_set_larger_than_the_memory_raises(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +284,10 @@ def test_set_that_does_not_fit_the_task_raises(settings: dict[str, Any], message
         ("data.dataset=PhotoTour", r"give data\.options\.name=VALUE"),
         ("data.dataset=CIFAR100 data.class_split=cifar", r"data\.class_split=cifar: there is no such file"),
         ("data.dataset=CIFAR100 data.fractions=[0.5,0.5]", "must be 3 numbers above 0"),
-        ("data.dataset=CIFAR100 data.download=yes", r"data\.download=yes: must be true or false"),
+        (
+            "data.dataset=CIFAR100 task.ways=17 data.class_split=cifar_fs",
+            r"data\.class_split: validation has 16 classes",
+        ),
         ("data.dataset=CIFAR100 model=resnet12 data.size=15", r"data\.size=15: model=resnet12 halves images 4 times"),
         ("data.size=28", r"data\.dataset is required"),
     ],
@@ -306,32 +299,34 @@ def test_config_that_is_wrong_raises_before_reading(override: str, message: str)
 
 def test_paths_are_resolved_relocated_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    split = {"train": ["a"], "validation": ["b"], "test": ["c"]}
+    split = {"train": ["a", "d"], "validation": ["b", "e"], "test": ["c", "f"]}
     (tmp_path / "split.json").write_text(json.dumps(split))
     config = configured("data.dataset=CIFAR100", "data.root=data", "data.class_split=split.json")
-    data = resolve_data(config).data
+    before = resolve_data(config)
+    data = before.data
     assert isinstance(data, TorchvisionConfig)
-    assert (data.root, data.class_split) == (str(tmp_path / "data"), str(tmp_path / "split.json"))
+    assert (data.root, data.class_split) == (str(tmp_path / "data"), split)
+    (tmp_path / "split.json").write_text(json.dumps({**split, "train": ["c", "f"], "test": ["a", "d"]}))
+    assert "data.class_split.test" in changed_keys(result_keys(resolve_data(config)), result_keys(before))
     assert relocate_data(data, None) == data
     assert relocate_data(data, "/elsewhere") == dataclasses.replace(data, root="/elsewhere")
-    shipped = without_paths(resolve_data(config)).data
-    assert shipped == dataclasses.replace(data, root="data", class_split="split.json")
+    assert without_paths(before).data == dataclasses.replace(data, root="data")
     for published in PUBLISHED:
         resolved = resolve_data(configured("data.dataset=CIFAR100", f"data.class_split={published}")).data
         assert isinstance(resolved, TorchvisionConfig)
         assert (resolved.root, resolved.class_split, resolved.label) == (None, published, "CIFAR100")
-    assert result_keys(config).keys() & {"data.root", "data.download"} == set()
+    assert "data.root" not in result_keys(config)
 
 
 def test_yaml_and_signature_have_equal_defaults() -> None:
     data = dataclasses.asdict(configured("data.dataset=CIFAR100", "data.size=84").data)
     signature = {name: p.default for name, p in inspect.signature(load_torchvision_splits).parameters.items()}
-    for name in ("root", "download", "size", "channels", "seed", "class_split"):
+    for name in ("root", "size", "channels", "seed", "class_split"):
         assert data[name] == signature[name]
     assert (tuple(data["fractions"]), data["options"]) == (signature["fractions"], {})
 
 
-def test_run_is_trained_resumed_evaluated_and_adapted(tmp_path: Path) -> None:
+def test_run_is_trained_evaluated_and_adapted(tmp_path: Path) -> None:
     small = [
         *("data.dataset=FakeData", "data.options={size: 90, image_size: [3, 28, 28], num_classes: 10}"),
         *("model.width=4", "outer.iterations=2", "eval.every=2", "eval.validation_episodes=2", "eval.episodes=2"),
@@ -341,7 +336,6 @@ def test_run_is_trained_resumed_evaluated_and_adapted(tmp_path: Path) -> None:
     assert torch.equal(*(build_samplers(config, torch.device("cpu"))[2].tasks(0, 2).query_x for _ in range(2)))
     run = tmp_path / "run"
     train(config, run)
-    train(dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True)), run)
     evaluate_run(config, run, tmp_path / "evaluation")
     tested = [json.loads((place / "metrics.json").read_text()) for place in (run, tmp_path / "evaluation")]
     assert tested[0]["test.accuracy_per_step"] == tested[1]["test.accuracy_per_step"]
