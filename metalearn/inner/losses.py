@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from metalearn.core.functional import check_forward, check_param_dict, check_params
@@ -61,21 +61,31 @@ def task_losses(forward: Forward, fast: Params, x: Examples, y: Examples, *, los
     return TaskLosses(losses, predictions)
 
 
-_ELEMENTWISE = (functional.mse_loss, functional.l1_loss, functional.smooth_l1_loss, functional.huber_loss)
+_ELEMENTWISE = {
+    functional.mse_loss: nn.MSELoss,
+    functional.l1_loss: nn.L1Loss,
+    functional.smooth_l1_loss: nn.SmoothL1Loss,
+    functional.huber_loss: nn.HuberLoss,
+}
 
 
 def _check_shapes(loss: Loss, prediction: Examples, y: Examples) -> None:
-    """Refuse what torch computes and nobody means: a loss of broadcast targets, and the cross-entropy of one output."""
+    """Check, for torch's losses, that targets have the predictions' shape, and that cross-entropy has two outputs."""
+    if isinstance(loss, OuterLoss):
+        loss = loss.support
     if not (isinstance(prediction, Tensor) and isinstance(y, Tensor)):
         return
-    if any(loss is each for each in _ELEMENTWISE) and prediction.shape != y.shape:
+    name = getattr(loss, "__name__", type(loss).__name__)
+    is_elementwise = any(loss is function or isinstance(loss, module) for function, module in _ELEMENTWISE.items())
+    if is_elementwise and prediction.shape != y.shape:
         raise ValueError(
-            f"{loss.__name__}: a task's predictions are {list(prediction.shape)} and its targets {list(y.shape)}, so "
+            f"{name}: a task's predictions are {list(prediction.shape)} and its targets {list(y.shape)}, so "
             "that every prediction would be compared with other targets too. Give targets of the predictions' shape."
         )
-    if loss is functional.cross_entropy and prediction.ndim > 1 and prediction.shape[1] == 1:
+    is_cross_entropy = loss is functional.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)
+    if is_cross_entropy and prediction.ndim > 1 and prediction.shape[1] == 1:
         raise ValueError(
-            f"cross_entropy: a task's predictions are {list(prediction.shape)}, and for one output it is always 0. "
+            f"{name}: a task's predictions are {list(prediction.shape)}, and for one output it is always 0. "
             "For targets that are numbers give loss=mse_loss, for two classes two outputs."
         )
 

@@ -235,7 +235,7 @@ def test_predict_raises_for_mismatched_inputs() -> None:
     forward, theta = LINEAR
     fast = adapt(forward, theta, X, Y, InnerLoop(lr=0.1, steps=1))
     wrong: list[tuple[Any, Any, str]] = [
-        (fast, X[:2], r"Given: x \[2, 6, 4\].*weight \[3, 3, 4\]"),
+        (fast, X[:2], r"predict: x is \[2, 6, 4\], the examples of 2 tasks, .* of 3\."),
         (fast, X.tolist(), r"^x\[0\]\[0\]\[0\] is float and must be a Tensor"),
         (fast | {"weight": fast["weight"].numpy()}, X, r"'weight' is ndarray and must be a Tensor"),
         (list(fast), X, r"^params is list and must be a dictionary"),

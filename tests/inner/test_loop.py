@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, l1_loss, mse_loss
 from torch.nn.utils import clip_grad_norm_
 
-from metalearn import InnerLoop, adapt, functionalize, predict
+from metalearn import Episodes, InnerLoop, adapt, functionalize, meta_gradient, predict
 from metalearn.inner import Adagrad, Adam, Momentum, RMSprop
 from metalearn.models import MLP
 from tests.metagrad.settings import vectors
@@ -162,15 +162,22 @@ def test_predict_raises_for_examples_of_another_number_of_tasks() -> None:
         predict(forward, fast, torch.randn(50, 2))
 
 
+@pytest.mark.parametrize("with_query_loss", [False, True])
 @pytest.mark.parametrize(
     ("loss", "targets", "message"),
     [
         (cross_entropy, (2, 5, 1), r"cross_entropy: .* \[5, 1\], .* always 0\. .*loss=mse_loss"),
+        (nn.CrossEntropyLoss(), (2, 5, 1), r"CrossEntropyLoss: .* always 0"),
         (mse_loss, (2, 5), r"mse_loss: .*predictions are \[5, 1\] and its targets \[5\]"),
         (l1_loss, (2, 5, 5), r"l1_loss: .*predictions are \[5, 1\] and its targets \[5, 5\]"),
+        (nn.MSELoss(), (2, 5), r"MSELoss: .*predictions are \[5, 1\] and its targets \[5\]"),
     ],
 )
-def test_loss_that_nobody_means_raises(loss: Any, targets: tuple[int, ...], message: str) -> None:
+def test_loss_of_other_shapes_raises(loss: Any, targets: tuple[int, ...], message: str, with_query_loss: bool) -> None:
     forward, theta = functionalize(nn.Linear(3, 1))
+    x, y = torch.randn(2, 5, 3), torch.randn(targets)
+    query_loss = (lambda prediction, y: prediction.mean()) if with_query_loss else None
     with pytest.raises(ValueError, match=message):
-        adapt(forward, theta, torch.randn(2, 5, 3), torch.randn(targets), InnerLoop(lr=0.5, steps=1), loss=loss)
+        meta_gradient(
+            forward, theta, Episodes(x, y, x, y), InnerLoop(lr=0.5, steps=1), loss=loss, query_loss=query_loss
+        )
