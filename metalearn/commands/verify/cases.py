@@ -146,7 +146,6 @@ class ModelCase:
 
     Args:
         batch_norm: as ``functionalize`` takes it.
-        for_peers: other libraries compute the model, and not the loop by hand alone.
         is_stochastic: the model draws random numbers, which are others in another library or dtype.
         stops_gradient: the model blocks part of the gradient, so that it differs from finite differences.
         rule: the update rule; other libraries are compared with plain gradient steps alone.
@@ -157,7 +156,6 @@ class ModelCase:
     task_chunk: int | None = None
     checkpoint_every: int = 1
     batch_norm: BatchNormMode | None = None
-    for_peers: bool = True
     is_stochastic: bool = False
     stops_gradient: bool = False
     example_shape: tuple[int, ...] = (1, 28, 28)
@@ -169,7 +167,7 @@ MODEL_CASES = (
     ModelCase("mlp", lambda: MLP(28 * 28, _WAYS, hidden=(16, 8))),
     ModelCase("attention", lambda: PatchTransformer(_WAYS, patch=14, width=8, heads=2)),
     ModelCase("residual", lambda: ResidualNet(_WAYS, width=4)),
-    ModelCase("lstm", _RowLSTM, for_peers=False),
+    ModelCase("lstm", _RowLSTM),
     ModelCase("bn task", _running_norm, batch_norm="task"),
     ModelCase("bn frozen", _running_norm, batch_norm="frozen"),
     ModelCase("in parts", lambda: Conv4(_WAYS, width=4), task_chunk=2, checkpoint_every=2),
@@ -205,8 +203,8 @@ def custom_cases(config: VerifyConfig) -> list[ModelCase]:
     return [replace(case, example_shape=tuple(shape))]
 
 
-def _settle_statistics(module: nn.Module, batch_norm: BatchNormMode | None) -> nn.Module:
-    """Let a module normalise by itself as ``functionalize`` makes it."""
+def _with_statistics(module: nn.Module, batch_norm: BatchNormMode | None) -> nn.Module:
+    """Let a module itself normalise as ``functionalize`` makes it, for references that take no ``batch_norm``."""
     for layer in module.modules():
         if isinstance(layer, RUNNING_STATISTICS) and batch_norm == "frozen":
             layer.eval()
@@ -268,8 +266,8 @@ class VerificationProblem:
         images = images.to(device=setting.device, dtype=setting.dtype)
         labels = torch.arange(_WAYS, device=setting.device).repeat_interleave(_EXAMPLES).repeat(_TASKS, 1)
         episodes = Episodes(images[0], labels, images[1], labels)
-        settled = _settle_statistics(copy.deepcopy(module), case.model.batch_norm)
-        return cls(case, setting, settled, episodes, *functionalize(module, batch_norm=case.model.batch_norm))
+        peer_module = _with_statistics(copy.deepcopy(module), case.model.batch_norm)
+        return cls(case, setting, peer_module, episodes, *functionalize(module, batch_norm=case.model.batch_norm))
 
     def grads(self, inner: InnerLoop) -> Params:
         """Return the meta-gradient; dropout draws the same masks for every inner loop."""

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
@@ -106,7 +107,7 @@ def references(problem: VerificationProblem, peers: Mapping[str, Baseline]) -> d
     elif not case.model.stops_gradient and (not is_stochastic or setting.dtype == torch.float64):
         makers[DIFFERENCES] = lambda: central_differences(problem)
     if not is_stochastic and case.reference_inner.rule == SGD():
-        others = {BY_HAND: by_hand.meta_gradient, **(peers if case.model.for_peers else {})}
+        others = {BY_HAND: by_hand.meta_gradient, **peers}
         makers |= {name: partial(_error_against_peer, peer, problem) for name, peer in others.items()}
     return makers
 
@@ -146,8 +147,19 @@ def _error_against(expected: Params) -> ErrorFn:
 
 
 def _error_against_peer(peer: Baseline, problem: VerificationProblem) -> ErrorFn:
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+    with sdpa_kernel(SDPBackend.MATH), _without_cudnn():  # fused attention and cuDNN's LSTM have no second derivative
         return _error_against(peer(problem.module, problem.episodes, problem.case.reference_inner).grads)
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Switch cuDNN off; ``cudnn.flags`` sets more, and raises after ``fp32_precision`` was set."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 T = TypeVar("T")

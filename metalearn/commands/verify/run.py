@@ -40,7 +40,7 @@ _LEGEND = (
     "truth: in first order the query gradient at the adapted weights; in second order central differences of the loss, "
     "always in float64. bn task, bn frozen: BatchNorm with running statistics. in parts: conv4 in chunks of two tasks "
     "with every other checkpoint. dropout draws masks; no_grad stops a gradient midway. -: not compared, as the "
-    "reference is the same computation, draws other random numbers or lacks the layer."
+    "reference is the same computation or draws other random numbers."
 )
 
 
