@@ -87,7 +87,7 @@ class EvaluateEvalConfig(Section):
 class EvaluateDataConfig(Section):
     """Where the data lies now, and which protocol is tested."""
 
-    root: Annotated[Text | None, Doc("holds omniglot-py/; null: as in the run, or METALEARN_DATA if it is not there")]
+    root: Annotated[Text | None, Doc("folder of the data set; null: as in the run, or for Omniglot METALEARN_DATA")]
     rotate_test: Annotated[Bool | None, Doc("of Omniglot: rotate test classes as well; null: as in the run")]
 
 

@@ -115,7 +115,7 @@ def find_conflicts(config: TrainConfig, *, trains: bool = True) -> list[str]:
     messages = [message.format(c=config) for is_wrong, message in _CONFLICTS if is_wrong(config)]
     if trains and config.run.device == "cpu" and config.run.precision == "tf32":
         messages.append(_TF32.format("a CPU"))
-    for check in (_batch_norm, _ways, _drawings, _image_size, _image_folder, _engine, _backend):
+    for check in (_batch_norm, _ways, _drawings, _image_size, _classes_of_images, _engine, _backend):
         messages += check(config)
     return messages
 
@@ -176,8 +176,8 @@ def _image_size(config: TrainConfig) -> Iterator[str]:
         )
 
 
-def _image_folder(config: TrainConfig) -> Iterator[str]:
-    """List a folder of images; none is read. Of a data set of torchvision, read the class split."""
+def _classes_of_images(config: TrainConfig) -> Iterator[str]:
+    """List a folder of images; none is read. Of a set of torchvision's, count the classes of its class split."""
     data = config.data
     try:
         if isinstance(data, ImagesConfig):
