@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.paths import REPO
+from tests.faults.processes import run_script
 
 
 def words(text: str) -> list[str]:
@@ -39,6 +39,7 @@ def command(
     script: str, *arguments: str, cwd: Path, code: int = 0, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a script to its end; check its exit code, and that no error has a stack trace."""
-    done = python(str(REPO / "scripts" / script), *arguments, cwd=cwd, code=code, **variables)
+    done = run_script(script, *arguments, cwd=cwd, environment=environment(**variables))
+    assert done.returncode == code, done.stderr + done.stdout
     assert code == 0 or "Traceback" not in done.stderr + done.stdout
     return done

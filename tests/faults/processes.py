@@ -8,8 +8,9 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from metalearn.training.checkpoints import load_latest, state_paths
 from tests.paths import REPO
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["metalearn.training.trainer", "tests.faults.runs"])
+_CONTEXT.set_forkserver_preload(
+    ["metalearn.training.trainer", "tests.faults.runs", "matplotlib.pyplot", "tensorboard", "torch._dynamo"]
+)
 _LONGEST_S = 120.0
 
 
@@ -36,10 +39,22 @@ def start_training(
     ``environment`` is added to that of the process.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "output.txt").touch()
+    (folder / "output.txt").write_text("")
     process = _CONTEXT.Process(target=_command, args=(arguments, folder, before, args, dict(environment or {})))
     process.start()
     return process
+
+
+def run_script(
+    script: str, *arguments: str, cwd: Path, environment: Mapping[str, str], timeout_s: float = 300.0
+) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end, in this environment alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = _CONTEXT.Process(target=_run_script, args=(script, arguments, cwd, output, dict(environment)))
+        process.start()
+        code = wait_for_exit(process, timeout_s=timeout_s)
+        return subprocess.CompletedProcess([script, *arguments], code, *(path.read_text() for path in output))
 
 
 def wait_for_exit(process: ForkServerProcess, *, timeout_s: float = _LONGEST_S) -> int:
@@ -62,21 +77,38 @@ def _command(
     args: tuple[Any, ...],
     environment: dict[str, str],
 ) -> None:
+    os.environ.pop("METALEARN_DATA", None)
+    os.environ.update(environment)
+    _prepare(folder, folder / "output.txt", folder / "output.txt")
+    if before is not None:
+        before(*args)
+    _run("train.py", arguments)
+
+
+def _run_script(
+    script: str, arguments: Sequence[str], folder: Path, output: Sequence[Path], environment: dict[str, str]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    _prepare(folder, *output)
+    _run(script, arguments)
+
+
+def _prepare(folder: Path, stdout: Path, stderr: Path) -> None:
+    """Make a forked process like one that a shell has started in a folder."""
     import torch
 
     os.chdir(folder)
-    terminal = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(terminal, 1)
-    os.dup2(terminal, 2)
+    for descriptor, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have told the tests to ignore it
-    os.environ.pop("METALEARN_DATA", None)
-    os.environ.update(environment)
     torch.set_num_threads(1)
-    if before is not None:
-        before(*args)
-    script = str(REPO / "scripts" / "train.py")
-    sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
+
+
+def _run(script: str, arguments: Sequence[str]) -> None:
+    path = str(REPO / "scripts" / script)
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
 
 
 def wait_for_checkpoint(run_dir: Path, iteration: int, process: ForkServerProcess | subprocess.Popen[str]) -> None:
