@@ -153,13 +153,13 @@ def _error_against_peer(peer: Baseline, problem: VerificationProblem) -> ErrorFn
 
 @contextmanager
 def _without_cudnn() -> Iterator[None]:
-    """Switch cuDNN off; ``cudnn.flags`` sets more, and raises after ``fp32_precision`` was set."""
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
+    """Switch cuDNN off: ``cudnn.flags`` reads TF32 as well, and raises once ``fp32_precision`` of a part was set."""
+    before = torch._C._get_cudnn_enabled()
+    torch._C._set_cudnn_enabled(False)
     try:
         yield
     finally:
-        torch.backends.cudnn.enabled = before
+        torch._C._set_cudnn_enabled(before)
 
 
 T = TypeVar("T")
