@@ -27,6 +27,11 @@ def preview_names(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_LISTED]) + more
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if that is empty."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def format_number(value: float) -> str:
     """Format with three digits, or all before the point."""
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2

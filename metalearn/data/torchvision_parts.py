@@ -13,7 +13,7 @@ from typing import Any
 from torchvision import datasets
 
 from metalearn.core.errors import DataError, MetalearnError
-from metalearn.core.text import preview_names
+from metalearn.core.text import first_line, preview_names
 
 _SPLITS = ("train", "trainval", "val", "valid", "test")
 _NOT_OPTIONS = {"root": "give data.root instead", "download": "fetch the data set first, with torchvision"}
@@ -114,7 +114,7 @@ def _open(kind: Any, arguments: Mapping[str, Any], options: Mapping[str, Any]) -
         raise
     except Exception as error:  # each data set raises its own
         name, folder = kind.__name__, arguments.get("root")
-        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        reason = first_line(error).rstrip(".")
         if isinstance(error, ValueError) and "argument split" in reason:
             raise UnknownSplitError(f"data.options.split={arguments['split']}: {reason}") from error
         if isinstance(error, ImportError) or "pip install" in reason or "h5py" in reason:

@@ -15,6 +15,7 @@ from rich.progress import track
 from torch import Tensor
 
 from metalearn.core.errors import DataError, MetalearnError
+from metalearn.core.text import first_line
 from metalearn.data.class_split import ClassSplit, check_split_sizes, log_classes_left_out, split_classes
 from metalearn.data.image_decoding import ImageFormat, to_pixels
 from metalearn.data.metadata import cache_dir
@@ -111,7 +112,7 @@ def _examples(parts: Mapping[str, Any], source: str) -> Iterator[tuple[Image.Ima
             except MetalearnError:  # a signal
                 raise
             except Exception as error:  # Pillow's readers raise many kinds for a broken file
-                reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+                reason = first_line(error).rstrip(".")
                 raise DataError(
                     f"{source}: example {index} of {part} cannot be read ({reason}). Check its file, and data.options"
                 ) from error

@@ -25,14 +25,14 @@ from metalearn.core.errors import ConfigError
 from metalearn.core.functional import functionalize
 from metalearn.core.module_checks import BatchNormMode
 from metalearn.core.module_parts import ModuleParts
-from metalearn.core.text import plural
+from metalearn.core.text import first_line, plural
 from metalearn.core.types import Episodes
+from metalearn.data.class_split import SPLITS
 from metalearn.data.sampler import EpisodeSampler, TaskSampler, TaskShape
 from metalearn.inner import InnerLoop, UpdateRule
 from metalearn.training.state import preserve_rng_state, seed_all
 
 _PACKAGE = Path(metalearn.__file__).parent
-SPLITS = ("train", "validation", "test")
 
 
 def build_custom_model(target: str, options: Mapping[str, Any], example_shape: torch.Size, outputs: int) -> nn.Module:
@@ -72,14 +72,14 @@ def check_output_shape(
     try:
         functionalize(module, batch_norm=batch_norm)
     except (TypeError, ValueError) as error:
-        reason = re.sub(r"functionalize\(model, batch_norm='task'\)", "model.batch_norm=task", str(error))
-        reason = re.sub(r"(?<!\.)batch_norm='(\w+)'", r"model.batch_norm=\1", reason)
+        reason = re.sub(r"functionalize\(model, (.*?)\)", r"\1", str(error))  # as the command line says it
+        reason = re.sub(r"batch_norm='(\w+)'", r"model.batch_norm=\1", reason)
         raise ConfigError(f"{label}: {reason}") from error
     try:
         with torch.no_grad(), preserve_rng_state():
             output = copy.deepcopy(module)(x)
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         frames = traceback.extract_tb(error.__traceback__)
         own = [f for f in frames if not {Path(torch.__file__).parent, _PACKAGE} & set(Path(f.filename).parents)]
         place = f", {own[-1].filename} line {own[-1].lineno}" if own else ""
