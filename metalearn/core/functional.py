@@ -23,6 +23,7 @@ from metalearn.core.module_checks import (
     module_arguments,
 )
 from metalearn.core.short_repr import short_repr
+from metalearn.core.threads import one_thread_at_a_time
 from metalearn.core.types import Examples, Forward, Params, check_tensors, named_leaves
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ _WARNED = WeakIdKeyDictionary()
 """Modules whose buffer writes were logged, as keys."""
 
 
+@one_thread_at_a_time()
 def functionalize(module: nn.Module, *, batch_norm: BatchNormMode | None = None) -> tuple[Forward, Params]:
     """Split a module into a pure function and its trainable parameters.
 
@@ -99,6 +101,7 @@ class ModuleForward:
         """The function whose arguments are the module's."""
         return type(self.module).forward
 
+    @one_thread_at_a_time()
     def __call__(self, params: Params, x: Examples, **more: Tensor) -> Any:
         """Return the module's predictions for one task under ``params``.
 

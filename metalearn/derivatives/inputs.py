@@ -26,6 +26,7 @@ from metalearn.core.operations import (
     CorrectedOperations,
     Handler,
 )
+from metalearn.core.threads import one_thread_at_a_time
 from metalearn.core.types import Params
 
 Input = TypeVar("Input", Tensor, Params)
@@ -41,6 +42,7 @@ def as_scalar_function(f: ScalarFunction, operations: Mapping[str, Handler] | No
     def checked(x: Any) -> Tensor:
         # Attention by its formula, as the fused kernels have no second derivative.
         with (
+            one_thread_at_a_time(),
             forbid_activation_checkpointing(),
             sdpa_kernel(SDPBackend.MATH),
             CorrectedOperations(STATELESS, {"add_": _add_inplace}, operations or {}),
@@ -116,6 +118,7 @@ def vjp(f: Callable[[Any], Tensor], x: Any) -> tuple[Tensor, Callable[[Tensor], 
     return value, lambda cotangent: vjp_fn(cotangent, retain_graph=False, create_graph=True)[0]
 
 
+@one_thread_at_a_time()
 def jvp(f: Callable[[Any], Any], x: Any, v: Any, *, has_aux: bool = False) -> Any:
     """Return the value and the derivative along v by ``torch.func.jvp``, and the auxiliary output of ``f``."""
     _warm_up_forward_mode()

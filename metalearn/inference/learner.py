@@ -30,6 +30,7 @@ from metalearn.core import serialization as files
 from metalearn.core.errors import DataError, MetalearnError, RunError
 from metalearn.core.functional import expand_over_tasks
 from metalearn.core.short_repr import short_repr
+from metalearn.core.threads import one_thread_at_a_time
 from metalearn.core.types import Episodes, Forward, Params
 from metalearn.data.image_decoding import FolderImages, UnreadableImagesError, read_folder
 from metalearn.data.omniglot import SIZE
@@ -189,7 +190,7 @@ class Learner:
                 head=self.head,
             )
         x, y = x.to(self.device), y.to(self.device)
-        with torch.no_grad(), precision_context(self.config.run.precision, self.device):
+        with one_thread_at_a_time(), torch.no_grad(), precision_context(self.config.run.precision, self.device):
             fast = adapt(self.forward, self.theta, x[None], y[None], inner, loss=build_metric(self.config).loss)
         weights = {name: w[0] for name, w in fast.items()}
         self._adapted = AdaptedModel(weights, x, classes, inner.steps).contiguous_copy()
@@ -203,12 +204,12 @@ class Learner:
 
         ``transductive`` is as for ``predict_proba``.
         """
-        outputs = self._outputs(images, transductive)
+        adapted = self._state()
+        outputs = self._outputs(adapted, images, transductive)
         if self.is_regression:
             numbers: list[Any] = (outputs.squeeze(1) if self.outputs == 1 else outputs).tolist()
             return numbers
-        classes = self.classes_
-        return [classes[i] for i in outputs.argmax(dim=-1).tolist()]
+        return [adapted.classes[i] for i in outputs.argmax(dim=-1).tolist()]
 
     def predict_proba(
         self, images: Examples, *, transductive: bool = False, progress: Callable[[int], None] = lambda done: None
@@ -229,18 +230,19 @@ class Learner:
         """
         if self.is_regression:
             raise RunError("a regression (data=sinusoid) has no classes, and so no probabilities; use predict.")
-        return self._outputs(images, transductive, progress).softmax(dim=-1)
+        return self._outputs(self._state(), images, transductive, progress).softmax(dim=-1)
 
     def score(self, images: Examples, labels: Examples | Iterable[Any], *, transductive: bool = False) -> float:
         """Return the accuracy on images ``[Q, ...]``; for a regression the mean squared error, as in ``metrics.json``.
 
         ``labels`` are the true ones, each in ``classes_``, or the targets; ``transductive`` as for ``predict_proba``.
         """
-        outputs = self._outputs(images, transductive)
+        adapted = self._state()
+        outputs = self._outputs(adapted, images, transductive)
         if self.is_regression:
             y = as_targets(labels, len(outputs), self.outputs)
         else:
-            y = class_indices(as_labels(labels, len(outputs)), self.classes_)
+            y = class_indices(as_labels(labels, len(outputs)), adapted.classes)
         return build_metric(self.config).per_task(outputs[None], y[None]).item()
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -321,12 +323,16 @@ class Learner:
 
     @torch.no_grad()
     def _outputs(
-        self, images: Examples, transductive: bool, progress: Callable[[int], None] = lambda done: None
+        self,
+        adapted: AdaptedModel,
+        images: Examples,
+        transductive: bool,
+        progress: Callable[[int], None] = lambda done: None,
     ) -> Tensor:
         """Return the model's output for each image, ``[Q, N]`` (or ``[Q, 1]``) float32 on the CPU."""
-        adapted, x = self._state(), self._inputs(images).to(self.device)
+        x = self._inputs(images).to(self.device)
         fast = expand_over_tasks(adapted.weights, 1)
-        with precision_context(self.config.run.precision, self.device):
+        with one_thread_at_a_time(), precision_context(self.config.run.precision, self.device):
             if transductive:
                 outputs = predict(self.forward, fast, x[None])
                 progress(len(x))

@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from metalearn.core.errors import OUT_OF_MEMORY
 from metalearn.core.graph_checks import ACTIVATION_CHECKPOINT_ERROR, forbid_activation_checkpointing
 from metalearn.core.operations import STATELESS, CorrectedOperations
+from metalearn.core.threads import one_thread_at_a_time
 from metalearn.models.kernels import STACKED_LAYERS
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def is_batchable(model: object, loss: object = None) -> bool:
     return (loss or model) not in _UNBATCHABLE.get(model, ())
 
 
+@one_thread_at_a_time()
 def over_tasks(function: Callable[..., Any], *stacked: Any, model: object, loss: object = None) -> Any:
     """Compute a function of one task for all tasks; differentiable. Dropout draws a mask for every task.
 
@@ -128,5 +130,5 @@ def differentiable_layers() -> Iterator[None]:
         ValueError: if activations are checkpointed inside, or running statistics written.
     """
     operations = CorrectedOperations(STATELESS, kernels=STACKED_LAYERS)
-    with forbid_activation_checkpointing(), sdpa_kernel(SDPBackend.MATH), operations:
+    with one_thread_at_a_time(), forbid_activation_checkpointing(), sdpa_kernel(SDPBackend.MATH), operations:
         yield

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from metalearn.core.functional import grad_of, vjp
+from metalearn.core.threads import one_thread_at_a_time
 from metalearn.core.types import Episodes, Examples, Forward, Loss, MetaGradient, Params
 from metalearn.inner import (
     InnerLoop,
@@ -113,11 +114,12 @@ def take_inner_steps(
     with torch.no_grad():
         state = init_state(forward, theta, episodes.support_x, episodes.support_y, inner)
     checkpoints, support_losses = [], []
-    for k in range(inner.steps):
-        if checkpoint_every is not None and k % checkpoint_every == 0:
-            checkpoints.append(StepCheckpoint.of(k, state))
-        state, losses = step_fn(k, state)
-        support_losses.append(losses)
+    with one_thread_at_a_time():  # whose random numbers are drawn again from a checkpoint
+        for k in range(inner.steps):
+            if checkpoint_every is not None and k % checkpoint_every == 0:
+                checkpoints.append(StepCheckpoint.of(k, state))
+            state, losses = step_fn(k, state)
+            support_losses.append(losses)
     return state, Trajectory(step_fn, inner.steps, checkpoint_every or 1, checkpoints, support_losses)
 
 

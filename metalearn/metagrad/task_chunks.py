@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from metalearn.core.errors import NonFiniteLossError, is_out_of_memory
 from metalearn.core.functional import expand_over_tasks
+from metalearn.core.threads import one_thread_at_a_time
 from metalearn.core.types import Episodes, Examples, Forward, MetaGradient, Params
 from metalearn.inner import InnerLoop, meta_params_at_step
 from metalearn.inner.losses import forward_over_tasks
@@ -134,7 +135,7 @@ def _largest_result(forward: Forward, params: Params, support_x: Examples, inner
         theta = meta_params_at_step({name: p.detach() for name, p in params.items()}, inner)
         largest = _LargestResult(theta)
         try:
-            with torch.random.fork_rng(devices=[]), largest:
+            with one_thread_at_a_time(), torch.random.fork_rng(devices=[]), largest:
                 forward_over_tasks(forward, expand_over_tasks(theta, tasks=1), tree_map(Tensor.detach, support_x))
         except Exception as error:  # whatever else a model raises, it raises again
             if is_out_of_memory(error):

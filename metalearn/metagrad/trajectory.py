@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from metalearn.core.threads import one_thread_at_a_time
 from metalearn.inner import InnerState, loss_checks_deferred
 
 _TOLERANCE, _TOLERANCE_LOW_PRECISION = 1e-3, 5e-2
@@ -47,7 +48,7 @@ class StepCheckpoint:
     @contextmanager
     def replay_rng(self) -> Iterator[None]:
         """Draw the step's random numbers again inside; the generators are unchanged afterwards."""
-        with torch.random.fork_rng(devices=self.cuda_devices):
+        with one_thread_at_a_time(), torch.random.fork_rng(devices=self.cuda_devices):
             torch.set_rng_state(self.cpu_rng)
             set_device_states(self.cuda_devices, self.cuda_rng)
             yield

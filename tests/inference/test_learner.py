@@ -24,6 +24,7 @@ from metalearn.inference.new_head import CurvatureOfNewHead
 from metalearn.inner import MetaCurvature, predict
 from metalearn.inner.batch_norm_statistics import statistics_at, with_fixed_statistics
 from tests.inference.factories import NAMES, checkpoint, network, query, scaled, support
+from tests.threads import CALLS, in_threads
 from tests.training.run_folders import untrained
 
 
@@ -144,6 +145,31 @@ def test_learner_can_be_pickled_and_copied(
     inputs = torch.linspace(-5, 5, 10)
     regression = metalearn.load(sinusoid, "cpu").adapt(inputs, inputs.sin())
     assert send(regression).predict(inputs) == regression.predict(inputs)
+
+
+def test_threads_that_share_a_model_get_their_own_answers(run: Path) -> None:
+    learner = metalearn.load(run, "cpu")
+
+    def answer(i: int) -> Tensor:
+        return copy.copy(learner).adapt(*support(), steps=1 + i % 3).predict_proba(query())
+
+    torch.testing.assert_close(in_threads(answer), [answer(i) for i in range(CALLS)], rtol=0, atol=0)
+
+
+def test_labels_are_those_of_the_classes_that_were_predicted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = support()
+    learner = metalearn.load(run, "cpu").adapt(images, labels)
+    alone, score, outputs = learner.predict(query()), learner.score(images, labels), Learner._outputs
+
+    def and_adapted_by_another_thread(self: Learner, *args: object) -> Tensor:
+        result = outputs(self, *args)  # type: ignore[arg-type]
+        self.adapt(images, [f"{label} of another" for label in labels])
+        return result
+
+    monkeypatch.setattr(Learner, "_outputs", and_adapted_by_another_thread)
+    assert learner.predict(query()) == alone
+    learner.adapt(images, labels)
+    assert learner.score(images, labels) == score
 
 
 def test_regression_equals_hand_written_loop(sinusoid: Path, tmp_path: Path) -> None:
