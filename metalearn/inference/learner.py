@@ -45,7 +45,7 @@ from metalearn.inference.inputs import (
 )
 from metalearn.inference.inversion import apply_inversion, should_invert, warn_if_inverted
 from metalearn.inference.new_head import inner_for_ways
-from metalearn.inference.weights_file import AdaptedModel, CheckpointOrigin, read_weights, write_weights
+from metalearn.inference.weights_file import SUPPORT_X, AdaptedModel, CheckpointOrigin, read_weights, write_weights
 from metalearn.inner import adapt, meta_params_at_step, predict
 from metalearn.inner.batch_norm_statistics import is_norm_statistic, statistics_at
 from metalearn.pretrained.model_file import ModelRecord, model_bytes, tensor_digest
@@ -300,8 +300,11 @@ class Learner:
         like = meta_params_at_step(model, self.algorithm.inner, saved.steps)
         if self.head and not self.is_regression:  # as many outputs as classes
             like |= {name: like[name].new_empty(len(saved.classes), *like[name].shape[1:]) for name in self.head}
+        like[SUPPORT_X] = torch.empty(*saved.support_x.shape[:1], *self.example_shape, device="meta")
         try:
-            check_same_shapes(saved.weights, like)
+            check_same_shapes({**saved.weights, SUPPORT_X: saved.support_x}, like)
+            if self.is_regression == bool(saved.classes):
+                raise RunError(f"its classes are {list(saved.classes)}, which do not fit the run.")
         except RunError as error:
             raise RunError(f"{source}: {error}") from None
         weights = {name: w.to(self.device) for name, w in saved.weights.items()}

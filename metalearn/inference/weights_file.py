@@ -1,12 +1,14 @@
 """Save and load adapted weights as a safetensors file that records which run they belong to.
 
 The file holds every weight by its name, the support inputs as ``support::x`` (for non-transductive prediction), and as
-metadata the classes, the steps, and the SHA-256 of its content and of the meta-parameters that were adapted.
+metadata the classes, the steps, and the SHA-256 of the whole content and of the meta-parameters that were adapted.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +21,12 @@ from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
 from metalearn.core.types import Params
 from metalearn.inner import SEPARATOR
-from metalearn.pretrained.model_file import read_safetensors, safetensors_bytes, tensor_digest
+from metalearn.pretrained.model_file import check_digest, read_safetensors, safetensors_bytes, tensor_digest
 
-_FORMAT = "metalearn-adapted-1"
-_SUPPORT = f"support{SEPARATOR}x"
+_FORMAT = "metalearn-adapted-2"
+_FORMER_FORMAT = "metalearn-adapted-1"  # its SHA-256 is that of the tensors alone
+SUPPORT_X = f"support{SEPARATOR}x"
+"""The name of the support inputs in the file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +67,7 @@ def write_weights(adapted: AdaptedModel, origin: CheckpointOrigin, path: Path, *
             "such labels."
         )
     files.check_new_file(path, "adapted.safetensors", overwrite=overwrite)
-    tensors = {**adapted.weights, _SUPPORT: adapted.support_x}
+    tensors = {**adapted.weights, SUPPORT_X: adapted.support_x}
     metadata = {
         "format": _FORMAT,
         "classes": json.dumps(adapted.classes),
@@ -73,7 +77,6 @@ def write_weights(adapted: AdaptedModel, origin: CheckpointOrigin, path: Path, *
         "config": json.dumps(origin.keys),
         "config.sha256": origin.config_digest,
         "theta.sha256": origin.theta_digest,
-        "content.sha256": tensor_digest(tensors),
     }
     files.atomic_write_bytes(path, safetensors_bytes(tensors, metadata))
 
@@ -84,25 +87,42 @@ def read_weights(path: Path, origin: CheckpointOrigin) -> AdaptedModel:
     Raises:
         RunError: if the file is missing, damaged or another format, or of another run; then with the differences.
     """
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("format") == _FORMAT:
+        check_digest(tensors, metadata, path)
+    elif metadata.get("format") != _FORMER_FORMAT:
+        raise RunError(f"{path} holds no adapted weights of metalearn; name a file that a learner has saved.")
+    elif metadata.get("content.sha256") != tensor_digest(tensors):
+        raise RunError(f"{path} is damaged: the SHA-256 in it is that of other weights. Adapt again, or copy it again.")
     try:
-        tensors, metadata = read_safetensors(path)
-        if metadata.get("format") != _FORMAT:
-            raise RunError(f"{path} holds no adapted weights of metalearn; name a file that a learner has saved.")
-        if tensor_digest(tensors) != metadata["content.sha256"]:
-            raise RunError(
-                f"{path} is damaged: the SHA-256 in it is that of other weights. Adapt again, or copy it again."
-            )
         _check_same_run(path, metadata, origin)
-        support_x = tensors.pop(_SUPPORT)
-        return AdaptedModel(tensors, support_x, tuple(json.loads(metadata["classes"])), int(metadata["steps"]))
-    except (KeyError, ValueError, TypeError) as error:
-        raise RunError(f"{path} is damaged: its metadata are incomplete ({error}). Adapt again.") from error
+        support_x = tensors.pop(SUPPORT_X)
+        return AdaptedModel(tensors, support_x, _parse_classes(metadata["classes"]), _parse_steps(metadata["steps"]))
+    except (KeyError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged: its metadata are incomplete or wrong ({error}). Adapt again.") from error
+
+
+def _parse_classes(text: str) -> tuple[Any, ...]:
+    classes = json.loads(text)
+    if type(classes) is not list or not all(type(one) in (str, int) for one in classes):
+        raise ValueError(f"classes={reprlib.repr(classes)}: must be a list of strings or integers")
+    if len({*classes}) < len(classes):
+        raise ValueError(f"classes={reprlib.repr(classes)}: one stands there twice")
+    return tuple(classes)
+
+
+def _parse_steps(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError(f"steps={reprlib.repr(text)}: must be a whole number from 0 to 999999999")
+    return int(text)
 
 
 def _check_same_run(path: Path, metadata: Mapping[str, str], origin: CheckpointOrigin) -> None:
     if metadata["theta.sha256"] == origin.theta_digest:
         return
     theirs, ours = json.loads(metadata["config"]), json.loads(json.dumps(origin.keys))
+    if not isinstance(theirs, dict):
+        raise ValueError(f"config={reprlib.repr(theirs)}: must be keys and their values")
     differ = [
         f"  {name}: {theirs.get(name)} in the file, {ours.get(name)} in the run"
         for name in sorted({*theirs, *ours})

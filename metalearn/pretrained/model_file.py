@@ -126,8 +126,7 @@ def read_model(path: Path) -> tuple[Params, ModelRecord]:
     """
     tensors, metadata = read_safetensors(path)
     record = _parse(metadata, path)
-    if metadata.get(_DIGEST) != _digest(tensors, metadata):
-        raise RunError(f"{path} is damaged: the SHA-256 in it is that of another content. Copy it again.")
+    check_digest(tensors, metadata, path)
     return tensors, record
 
 
@@ -140,18 +139,18 @@ def model_bytes(tensors: Params, record: ModelRecord) -> bytes:
         "validation_score": repr(record.validation_score),
         "card": json.dumps(record.card),
     }
-    return safetensors_bytes(tensors, {**metadata, _DIGEST: _digest(tensors, metadata)})
+    return safetensors_bytes(tensors, metadata)
 
 
 def safetensors_bytes(tensors: Params, metadata: Mapping[str, str]) -> bytes:
-    """Return the content of a safetensors file: the same bytes for the same tensors and metadata.
+    """Return the content of a safetensors file with its digest: the same bytes for the same tensors and metadata.
 
     The library writes metadata in an order that changes from call to call.
     """
     import safetensors.torch
 
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    content = safetensors.torch.save(tensors, dict(metadata))
+    content = safetensors.torch.save(tensors, {**metadata, _DIGEST: _digest(tensors, metadata)})
     end = 8 + int.from_bytes(content[:8], "little")  # a length of 8 bytes, a header of JSON, the tensors
     header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
@@ -169,16 +168,24 @@ def read_safetensors(path: Path) -> tuple[Params, dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except FileNotFoundError:
         raise RunError(f"{path}: there is no such file.") from None
-    except (safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError, RuntimeError, TypeError) as error:  # torch has no tensor of that size
         raise _unreadable(path, error) from error
+
+
+def check_digest(tensors: Params, metadata: Mapping[str, str], path: Path) -> None:
+    """Raise ``RunError`` if what was read from a file of ``safetensors_bytes`` is not what was written."""
+    if metadata.get(_DIGEST) != _digest(tensors, metadata):
+        raise RunError(f"{path} is damaged: the SHA-256 in it is that of another content. Copy it, or make it, again.")
 
 
 def tensor_digest(tensors: Params) -> str:
     """Return the SHA-256 of names, dtypes, shapes and bits."""
+    import torch
+
     sha = hashlib.sha256()
     for name, t in sorted(tensors.items()):
         sha.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\n".encode())
-        sha.update(t.detach().cpu().contiguous().numpy().tobytes())
+        sha.update(t.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())  # numpy lacks bfloat16
     return sha.hexdigest()
 
 

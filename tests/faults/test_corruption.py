@@ -7,12 +7,16 @@ import os
 import pickle
 import random
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import metalearn
+from metalearn.core.errors import MetalearnError
+from metalearn.pretrained.model_file import read_model
 from metalearn.training.checkpoints import best_path, load_best, load_latest, state_paths
 from metalearn.training.tracking.event_files import EVENT_FILES
 from tests.faults.cases import cases
@@ -26,6 +30,7 @@ from tests.faults.runs import (
     tensors_to_bytes,
     train_and_kill,
 )
+from tests.inference.factories import query, support
 
 CPU = torch.device("cpu")
 
@@ -68,6 +73,33 @@ def test_flipped_bit(seed: int, finished_run: Path, caplog: pytest.LogCaptureFix
     else:
         assert tensors_to_bytes(latest) == tensors_to_bytes(torch.load(before, weights_only=True))
     assert named in caplog.text
+
+
+@pytest.mark.fault("one flipped bit in adapted weights, an exported model", "never another answer", cases=400)
+@pytest.mark.parametrize("kind", ["adapted weights", "exported model"])
+def test_flipped_bit_in_safetensors(kind: str, uninterrupted_run: Path, tmp_path: Path) -> None:
+    # Three of four in the header, of which the labels are a third.
+    learner = metalearn.load(uninterrupted_run, "cpu")
+    images, names = support()
+    learner.adapt(images, [f"{name} {'long' * 50}" for name in names])
+    path = tmp_path / kind
+
+    def read() -> list[Any]:
+        if kind == "exported model":
+            params, record = read_model(path)
+            return [tensors_to_bytes(params), record]
+        learner.restore(path)
+        return [learner.classes_, learner.steps_, learner.predict_proba(query()).tolist()]
+
+    whole = (learner.export(path) if kind == "exported model" else learner.save(path)).read_bytes()
+    expected, rng = read(), random.Random(0)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for position in [*rng.choices(range(header), k=300), *rng.choices(range(header, len(whole)), k=100)]:
+        changed = bytearray(whole)
+        changed[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(changed)
+        with suppress(MetalearnError):
+            assert read() == expected, f"byte {position}"
 
 
 @pytest.mark.fault("checkpoint cut at 0, 10, 50, 90, 99%", FALLS_BACK)

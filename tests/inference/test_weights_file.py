@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -13,7 +14,7 @@ import metalearn
 from metalearn import Params
 from metalearn.core.errors import RunError
 from metalearn.inference.learner import NotAdaptedError
-from metalearn.pretrained.model_file import tensor_digest
+from metalearn.pretrained.model_file import read_safetensors, safetensors_bytes, tensor_digest
 from tests.inference.factories import query, support
 
 
@@ -81,7 +82,7 @@ def test_restore_raises_when_file_is_damaged(saved: Path, run: Path, tmp_path: P
     learner, path, data = metalearn.load(run, "cpu"), tmp_path / "a", bytearray(saved.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
-    with pytest.raises(RunError, match=r"a is damaged: the SHA-256 in it is that of other weights"):
+    with pytest.raises(RunError, match=r"a is damaged: the SHA-256 in it is that of another content"):
         learner.restore(path)
     path.write_bytes(data[:-5])
     with pytest.raises(RunError, match=r"a cannot be read as a safetensors file"):
@@ -97,21 +98,82 @@ def test_restore_raises_when_file_is_damaged(saved: Path, run: Path, tmp_path: P
 
 def write_modified(saved: Path, path: Path, tensors: Params | None = None, **other: str) -> Path:
     """Write the file with other metadata or weights, and the SHA-256 of its new content."""
-    with safetensors.safe_open(saved, framework="pt") as file:
-        metadata = file.metadata()
-    weights = {**safetensors.torch.load_file(saved), **(tensors or {})}
-    path.write_bytes(safetensors.torch.save(weights, {**metadata, "content.sha256": tensor_digest(weights), **other}))
+    weights, metadata = read_safetensors(saved)
+    path.write_bytes(safetensors_bytes({**weights, **(tensors or {})}, {**metadata, **other}))
     return path
 
 
-def test_restore_raises_when_metadata_do_not_match(saved: Path, run: Path, tmp_path: Path) -> None:
-    learner = metalearn.load(run, "cpu")
-    assert learner.restore(write_modified(saved, tmp_path / "a")).classes_ == ["b", "c", "d", "e", "f"]
-    for message, tensors, metadata in (
-        (r"'head\.bias' is \(5,\) in it and \(2,\)", {}, {"classes": '["x", "y"]'}),
-        ("its metadata are incomplete", {}, {"classes": "["}),
-        (r"'features\.0\.0\.weight' is \(1,\) in it", {"features.0.0.weight": torch.zeros(1)}, {}),
-    ):
-        path = write_modified(saved, tmp_path / "a", tensors, **metadata)
-        with pytest.raises(RunError, match=message):
+NESTED = "[" * 100_000
+HOSTILE: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
+    "other classes": (r"'head\.bias' is \(5,\) in it and \(2,\)", {}, {"classes": '["x", "y"]'}),
+    "no class": (r"'head\.bias' is \(5,\) in it and \(0,\)", {}, {"classes": "[]"}),
+    "broken classes": ("its metadata are incomplete or wrong", {}, {"classes": "["}),
+    "nested classes": ("its metadata are incomplete or wrong .*recursion", {}, {"classes": NESTED}),
+    "unhashable classes": (r"classes=\[\['a'\], 'b'\]: must be a list of strings", {}, {"classes": '[["a"], "b"]'}),
+    "numbers as classes": (r"classes=\[1\.5, True, None\]: must be", {}, {"classes": "[1.5, true, null]"}),
+    "text as classes": ("classes='abcde': must be a list", {}, {"classes": '"abcde"'}),
+    "one class twice": ("one stands there twice", {}, {"classes": '["a", "b", "c", "d", "a"]'}),
+    "negative steps": ("steps='-1': must be a whole number from 0 to 999999999", {}, {"steps": "-1"}),
+    "endless steps": ("steps='1000000000000': must be a whole number", {}, {"steps": "1000000000000"}),
+    "long steps": (r"steps='1{9,12}\.\.\.1{9,15}': must be", {}, {"steps": "1" * 100_000}),
+    "steps that are no number": ("steps='two': must be a whole number", {}, {"steps": "two"}),
+    "nested configuration": ("its metadata are .*recursion", {}, {"config": NESTED, "theta.sha256": "0"}),
+    "configuration that is no JSON": ("its metadata are .*Expecting", {}, {"config": "lr: 1", "theta.sha256": "0"}),
+    "configuration of no keys": (r"config=\[1\]: must be keys", {}, {"config": "[1]", "theta.sha256": "0"}),
+    "other weights": (r"'features\.0\.0\.weight' is \(1,\) in it", {"features.0.0.weight": torch.zeros(1)}, {}),
+    "bfloat16": (r"'more' is \(1,\) in it and missing", {"more": torch.zeros(1, dtype=torch.bfloat16)}, {}),
+    "other support images": (r"'support::x' is \(3,\) in it and \(3, 1, 28, 28\)", {"support::x": torch.zeros(3)}, {}),
+    "an earlier format": (
+        "the SHA-256 in it is that of other weights",
+        {},
+        {"format": "metalearn-adapted-1"},
+    ),
+    "another format": ("holds no adapted weights of metalearn", {}, {"format": "metalearn-adapted-3"}),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_restore_raises_when_content_is_hostile(case: str, saved: Path, run: Path, tmp_path: Path) -> None:
+    message, tensors, metadata = HOSTILE[case]
+    path = write_modified(saved, tmp_path / "a", tensors, **metadata)
+    with pytest.raises(RunError, match=message) as error:
+        metalearn.load(run, "cpu").restore(path)
+    assert str(path) in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+def test_restore_raises_when_digest_is_missing_or_forged(saved: Path, run: Path, tmp_path: Path) -> None:
+    learner, path = metalearn.load(run, "cpu"), tmp_path / "a"
+    weights, metadata = read_safetensors(saved)
+    for digest in ({}, {"sha257": metadata["sha256"]}, {"sha256": tensor_digest(weights)}):
+        rest = {name: text for name, text in metadata.items() if name != "sha256"}
+        path.write_bytes(safetensors.torch.save(weights, {**rest, **digest}))
+        with pytest.raises(RunError, match=r"a is damaged: the SHA-256 in it is that of another content"):
             learner.restore(path)
+    assert learner.restore(write_modified(saved, path)).classes_ == ["b", "c", "d", "e", "f"]
+
+
+def test_weights_of_an_earlier_release_are_restored(saved: Path, run: Path, tmp_path: Path) -> None:
+    weights, metadata = read_safetensors(saved)
+    metadata = {**metadata, "format": "metalearn-adapted-1", "content.sha256": tensor_digest(weights)}
+    del metadata["sha256"]
+    path = tmp_path / "a"
+    path.write_bytes(safetensors.torch.save(weights, metadata))
+    former, now = (metalearn.load(run, "cpu").restore(one) for one in (path, saved))
+    assert (former.classes_, former.steps_) == (now.classes_, now.steps_)
+    assert torch.equal(former.predict_proba(query()), now.predict_proba(query()))
+
+
+def test_size_that_no_tensor_has_is_an_error(tmp_path: Path) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(RunError, match="a cannot be read as a safetensors file"):
+        read_safetensors(tmp_path / "a")
+
+
+def test_classes_of_a_regression_are_an_error(sinusoid: Path, tmp_path: Path) -> None:
+    learner = metalearn.load(sinusoid, "cpu").adapt([0.0, 1.0], [0.0, 1.0])
+    saved = learner.save(tmp_path / "saved")
+    assert learner.restore(saved).classes_ == []
+    with pytest.raises(RunError, match=r"its classes are \['a'\], which do not fit the run"):
+        learner.restore(write_modified(saved, tmp_path / "a", classes='["a"]'))
