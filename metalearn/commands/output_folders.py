@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from metalearn.config.run_config import parse_record
+from metalearn.config.yaml_limits import read_yaml
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.data.metadata import resolve_dataset
 from metalearn.pretrained.model_file import find_run
@@ -101,7 +102,7 @@ def is_unfinished(folder: Path) -> bool:
 def read_record(folder: Path) -> dict[str, Any]:
     """Read the configuration in a comparison's folder; empty if it cannot be read."""
     try:
-        return parse_record((folder / COMPARISON_FILE).read_text())
+        return parse_record(read_yaml(folder / COMPARISON_FILE))
     except (OSError, UnicodeDecodeError, ConfigError):
         return {}
 

@@ -28,12 +28,17 @@ from metalearn.config.options import (
 )
 from metalearn.config.schema import TrainConfig, result_keys
 from metalearn.config.validation import from_dict, validate_train_config
+from metalearn.config.yaml_limits import check_yaml, read_yaml
 from metalearn.core.errors import ConfigError, RunError
+from metalearn.core.text import cut, preview_names
 from metalearn.data.class_split import PUBLISHED, read_class_split
 from metalearn.data.metadata import omniglot_unavailable_reason, resolve_dataset
 from metalearn.pretrained.model_file import find_run, pretrained_models, read_record
 
 log = logging.getLogger(__name__)
+
+_MAX_KEYS = 100
+"""More than any section has."""
 
 Trained = TypeVar("Trained", bound=TrainConfig)
 
@@ -45,7 +50,7 @@ def load_run_config(path: Path) -> TrainConfig:
         ConfigError: if it does not fit the schema.
     """
     try:
-        return parse_run_config(path.read_text(), path)
+        return parse_run_config(read_yaml(path), path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not the configuration of a run: {error}") from error
 
@@ -77,7 +82,7 @@ def check_trusted(config: TrainConfig, source: object, *, trust_code: bool, how:
     """
     if (targets := config.targets()) and not trust_code:
         options = {name: repr(value) for name, value in result_keys(config).items() if "options" in name and value}
-        named = ", ".join(f"{key}={value}" for key, value in {**targets, **options}.items())
+        named = cut(", ".join(f"{key}={value}" for key, value in {**targets, **options}.items()))
         raise ConfigError(
             f"{source} names code to run: {named}. Whoever wrote that file chose it. If you trust what has this name "
             f"on this machine, give {how}"
@@ -92,8 +97,8 @@ def parse_run_config(text: str, path: Path) -> TrainConfig:
     """
     try:
         return from_dict(parse_record(text), TrainConfig, {})
-    except ConfigError as error:
-        raise ConfigError(f"{path} is not the configuration of a run: {error}") from error
+    except (ConfigError, ValueError) as error:  # the latter, of an integer of too many digits to print
+        raise ConfigError(f"{path} is not the configuration of a run: {cut(str(error))}") from error
 
 
 def parse_record(text: str) -> dict[str, Any]:
@@ -102,14 +107,20 @@ def parse_record(text: str) -> dict[str, Any]:
     Former keys have their present names. Keys that came later (``LATE``) have their defaults, as that run was trained.
 
     Raises:
-        ConfigError: if it is no YAML, or not made of sections.
+        ConfigError: if it is no YAML, not made of sections, or larger than a configuration.
     """
     try:
+        check_yaml(text)
         plain: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)  # ${...} in it is text
     except (AssertionError, AttributeError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(str(error)) from error
     if not isinstance(plain, dict) or "data" not in plain or not all(isinstance(n, dict) for n in plain.values()):
         raise ConfigError("it is empty, or not whole")
+    for names in (plain, *plain.values()):
+        if len(names) > _MAX_KEYS:
+            raise ConfigError(f"it has {len(names):,} keys in one place: {preview_names([*map(str, names)])}")
+        if odd := [name for name in names if not isinstance(name, str)]:
+            raise ConfigError(f"{odd[0]!r} is the name of a key, and no text")
     rename_keys(plain, warn=False)
     drop_removed_keys(plain)
     return {section: {**_late_defaults(section, node), **node} for section, node in plain.items()}
@@ -240,5 +251,14 @@ def without_paths(config: TrainConfig) -> TrainConfig:
 
 
 def to_yaml(config: Any) -> str:
-    """Format a configuration object as YAML, every key resolved."""
-    return OmegaConf.to_yaml(asdict(config))
+    """Format a configuration object as YAML, every key resolved.
+
+    Raises:
+        ConfigError: if it is so large that it would not be read again.
+    """
+    text = OmegaConf.to_yaml(asdict(config))
+    try:
+        check_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"the configuration is too large: {error}; shorten data.class_split or options") from error
+    return text

@@ -27,6 +27,16 @@ def preview_names(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_LISTED]) + more
 
 
+def cut(text: str, limit: int = 2000) -> str:
+    """Return text, or the beginning of one that is too long for a message.
+
+    Example:
+        >>> cut("0123456789", limit=4)
+        '0123... (10 characters)'
+    """
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class if that is empty."""
     return str(error).partition("\n")[0] or type(error).__name__
