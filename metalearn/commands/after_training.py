@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from metalearn.commands.command_line import command_again, is_sweep
 from metalearn.config.schema import TrainConfig
+from metalearn.core.json_files import read_metrics
 from metalearn.training.evaluate_run import format_test
 from metalearn.training.tracking.console import print_line, print_table
 
@@ -36,9 +36,7 @@ def print_runs(runs: Sequence[tuple[Sequence[str], Path]]) -> None:
     """
     rows = []
     for overrides, folder in runs:
-        try:
-            metrics = json.loads((folder / "metrics.json").read_text())
-        except FileNotFoundError:  # of a command that tests nothing
+        if (metrics := read_metrics(folder)) is None:  # of a command that tests nothing
             continue
         own = [one for one in overrides if not all(one in others for others, _ in runs)]
         minutes = f"{metrics['time.total_s'] / 60:.1f}" if "time.total_s" in metrics else ""

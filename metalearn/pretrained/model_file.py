@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 
 from metalearn.core.errors import RunError
+from metalearn.core.json_files import read_metrics
 
 if TYPE_CHECKING:
     from metalearn.core.types import Params
@@ -107,14 +108,7 @@ def read_card(run: Path, iteration: int) -> Mapping[str, Any]:
     """
     if run.is_file():
         return read_record(run).card
-    path = run / "metrics.json"
-    try:
-        metrics = dict(json.loads(path.read_text())) if path.exists() else {}
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(
-            f"{path} does not hold the metrics of a finished run ({error}). Restore it; or remove it, and resume the "
-            "run, which tests it again."
-        ) from error
+    metrics = read_metrics(run) or {}
     return metrics if metrics.get("validation.best_iteration") == iteration else {}
 
 

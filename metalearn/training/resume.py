@@ -12,6 +12,7 @@ import torch
 from metalearn.config.run_config import load_trusted_config, resolve_resume, to_yaml
 from metalearn.config.schema import TrainConfig, iter_fields
 from metalearn.core.errors import ConfigError, RunError
+from metalearn.core.json_files import read_metrics
 from metalearn.core.types import Params
 from metalearn.pretrained.model_file import find_run
 from metalearn.training.checkpoints import claim_folder, load_best, load_latest, remove_unfinished, restore_best
@@ -55,12 +56,13 @@ def open_run(config: TrainConfig, run_dir: Path, *, theta: Params, device: torch
 
     Raises:
         RunExistsError: if the folder holds another run.
-        RunError: if the configuration differs, every checkpoint is damaged, or ``run.init_from`` cannot be used.
+        RunError: if the configuration differs, ``metrics.json`` or every checkpoint is damaged, or ``run.init_from``
+            cannot be used.
     """
     resolve_resume(config, run_dir)  # again: another process may have started the run since
     remove_unfinished(run_dir)
     started = config.run.resume is not False and (run_dir / "config.yaml").exists()
-    is_finished = started and (run_dir / "metrics.json").exists()
+    is_finished = started and read_metrics(run_dir) is not None
     checkpoint = load_latest(run_dir) if started else None
     initial = None
     if config.run.init_from is not None and checkpoint is None and not is_finished:

@@ -15,14 +15,15 @@ import pytest
 import torch
 
 import metalearn
-from metalearn.core.errors import MetalearnError
+from metalearn.core.errors import MetalearnError, RunError
 from metalearn.pretrained.model_file import read_model
 from metalearn.training.checkpoints import best_path, load_best, load_latest, state_paths
 from metalearn.training.tracking.event_files import EVENT_FILES
 from tests.faults.cases import cases
-from tests.faults.processes import load_state, read_output
+from tests.faults.processes import load_state, read_output, start_training, wait_for_exit
 from tests.faults.runs import (
     RUN,
+    SMALL_RUN,
     STEPS,
     assert_runs_equal,
     assert_steps_increase,
@@ -158,3 +159,21 @@ def test_cut_event_file(percent: int, tmp_path: Path, uninterrupted_run: Path) -
     assert "its curves lack points that were shown before" in " ".join(read_output(tmp_path).split())
     ours, theirs = load_state(run_dir)["state"], load_state(uninterrupted_run)["state"]
     assert ours["iteration"] == theirs["iteration"]
+
+
+@pytest.mark.fault("metrics.json empty, cut, of zeros, of another content", "one error that names it and what to do")
+@pytest.mark.parametrize("text", cases(["", '{"test.ci95', "\0" * 4096, "[1]", "{}", "[" * 100_000], quick=[0]))
+def test_damaged_metrics(text: str, finished_run: Path, tmp_path: Path, uninterrupted_run: Path) -> None:
+    path = finished_run / "metrics.json"
+    path.write_text(text)
+    with pytest.raises(RunError, match="does not hold the metrics of a finished run") as error:
+        metalearn.load(finished_run, "cpu")
+    assert str(path) in str(error.value)
+    process = start_training([*SMALL_RUN, "run.resume=true"], tmp_path)
+    assert wait_for_exit(process) == 2
+    said = " ".join(read_output(tmp_path).split())
+    assert "Traceback" not in said
+    assert "metrics.json does not hold the metrics of a finished run" in said
+    assert "Remove the file" in said
+    path.unlink()
+    assert_runs_equal(resume(tmp_path), uninterrupted_run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import statistics
@@ -24,6 +23,7 @@ from metalearn.config.commands_schema import CompareSettings
 from metalearn.config.schema import TrainConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
+from metalearn.core.json_files import read_json, read_metrics
 from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.core.profiling.memory import MIB
 from metalearn.inner import InnerLoop
@@ -35,6 +35,11 @@ from metalearn.training.tracking.event_files import ScalarEvent, read_scalars
 log = logging.getLogger(__name__)
 
 COST_FILE = "cost.json"
+METRICS = (
+    *("test.accuracy", "test.ci95", "test.accuracy_per_step", "test.ci95_per_step"),
+    *("test.accuracy_nontransductive", "test.ci95_nontransductive", "time.meta_step_ms", "memory.peak_mib"),
+)
+"""Metrics that a comparison needs of a run."""
 Scalars = dict[str, list[ScalarEvent]]
 _ROUNDING = 1e-6  # event files hold float32
 
@@ -58,13 +63,8 @@ def measure_engine_costs(
         "rounds": settings.repeats,
         "limit_mib": settings.memory_limit_mib,
     }
-    path, rows = folder / COST_FILE, list[EngineCost]()
-    if path.exists():
-        content = json.loads(path.read_text())
-        saved = content.pop("rows")
-        if content == conditions:
-            rows = [EngineCost(**{**row, "quartiles_ms": (q := row["quartiles_ms"]) and tuple(q)}) for row in saved]
-    rows = [row for row in rows if row.steps in wanted]
+    path = folder / COST_FILE
+    rows = [row for row in _read_costs(path, conditions) if row.steps in wanted]
     missing = [k for k in wanted if k not in {row.steps for row in rows}]
     if not missing:
         return rows, []
@@ -93,6 +93,21 @@ def measure_engine_costs(
         missing = missing[1:]
         files.atomic_write_json(path, {**conditions, "rows": [asdict(row) for row in rows]})
     return rows, missing
+
+
+def _read_costs(path: Path, conditions: Mapping[str, Any]) -> list[EngineCost]:
+    """Return the costs in a file that were measured under these conditions; none of a damaged one."""
+    try:
+        content = read_json(path, "costs", "They are measured again.", required=["rows"])
+        saved = content.pop("rows")
+        if content != conditions:
+            return []
+        return [EngineCost(**{**row, "quartiles_ms": (q := row["quartiles_ms"]) and tuple(q)}) for row in saved]
+    except FileNotFoundError:
+        return []
+    except (RunError, KeyError, TypeError) as error:
+        log.warning("%s: %s", path, error)
+        return []
 
 
 _EXTRA_ROUNDS = 4  # one to warm up, and about three for the memory and the comparison of the gradients
@@ -171,9 +186,8 @@ def _read_curves(folder: Path) -> Scalars:
 def load_run(job: Job, reason: str | None) -> RunResult:
     """Return a run's state and metrics; ``reason`` is why it failed, if it did."""
     seed, name = job.config.run.seed, job.folder.name
-    path = job.folder / "metrics.json"
-    if path.exists():
-        return RunResult(seed, name, "finished", metrics=json.loads(path.read_text()))
+    if (metrics := read_metrics(job.folder, required=METRICS)) is not None:
+        return RunResult(seed, name, "finished", metrics=metrics)
     return RunResult(seed, name, "failed" if reason else "unfinished", reason)
 
 
@@ -236,13 +250,23 @@ def differences(variants: Sequence[Variant], results: Sequence[VariantResult], f
         if not seeds:
             continue
         paired = _test_tasks(variants[0]) == _test_tasks(variant)
-        a, b = ([json.loads((folder / of[seed] / "test_tasks.json").read_text()) for seed in seeds] for of in folders)
+        a, b = ([_read_tasks(folder / of[seed]) for seed in seeds] for of in folders)
         (accuracy, per_seed), (nontransductive, _) = (
             difference([run[name] for run in a], [run[name] for run in b], paired=paired)
             for name in ("accuracy", "accuracy_nontransductive")
         )
         found.append(Difference(first.name, other.name, accuracy, nontransductive, seeds, per_seed, paired))
     return found
+
+
+def _read_tasks(run_dir: Path) -> dict[str, Any]:
+    """Return the accuracy of every test task of a finished run."""
+    path = run_dir / "test_tasks.json"
+    remedy = f"Remove {run_dir / 'metrics.json'}, and the same command tests the run again; or restore it."
+    try:
+        return read_json(path, "the accuracies of a test", remedy, required=["accuracy", "accuracy_nontransductive"])
+    except FileNotFoundError:
+        raise RunError(f"{path}: there is no such file. {remedy}") from None
 
 
 def _test_tasks(variant: Variant) -> tuple[Any, ...]:

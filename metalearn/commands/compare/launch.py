@@ -6,7 +6,6 @@ every variant is a ``scripts/train.py --multirun`` over the seeds, and the launc
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import signal
@@ -18,6 +17,8 @@ from rich.progress import Progress
 
 from metalearn.commands.compare.variants import Job, format_override
 from metalearn.commands.processes import METALEARN, ProcessPool
+from metalearn.core.errors import RunError
+from metalearn.core.json_files import read_metrics
 from metalearn.core.profiling.hardware import num_cores
 from metalearn.training.evaluate_run import format_test
 from metalearn.training.experiment import resolve_device
@@ -116,13 +117,16 @@ def sweep(jobs: Sequence[Job], launcher: Sequence[str], folder: Path) -> list[st
 
 def describe_finished(folder: Path) -> str:
     """Return that a run is finished, with its test score."""
-    return f"finished, test {format_test(json.loads((folder / 'metrics.json').read_text()))}"
+    return f"finished, test {format_test(read_metrics(folder) or {})}"
 
 
 def failure_reason(status: int, output: str, folder: Path) -> str | None:
     """Return why a run failed: its last error; ``None`` if it has written its metrics."""
-    if (folder / "metrics.json").exists():
-        return None
+    try:
+        if read_metrics(folder) is not None:
+            return None
+    except RunError as error:
+        return str(error)
     if status < 0:
         name = signal.Signals(-status).name
         hint = "; the system does this when memory runs out" if name == "SIGKILL" else ""

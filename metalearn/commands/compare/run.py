@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import sys
@@ -11,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from metalearn.commands.command_line import launcher_overrides
-from metalearn.commands.compare.gather import collect_results, differences, hardware_of, measure_engine_costs
+from metalearn.commands.compare.gather import METRICS, collect_results, differences, hardware_of, measure_engine_costs
 from metalearn.commands.compare.launch import launch, launch_with_hydra, runs_at_a_time
 from metalearn.commands.compare.report import print_results, write_results
 from metalearn.commands.compare.results import Results
@@ -37,6 +36,7 @@ from metalearn.config.run_config import changed_keys, resolve_resume, to_yaml
 from metalearn.config.schema import TrainConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import ConfigError, RunError
+from metalearn.core.json_files import read_json, read_metrics
 from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.core.text import plural
 from metalearn.training.experiment import resolve_device
@@ -81,7 +81,7 @@ def run_comparison(config: CompareConfig, folder: Path) -> bool:
 
 
 def _is_finished(job: Job) -> bool:
-    return (job.folder / "metrics.json").exists()
+    return read_metrics(job.folder, required=METRICS) is not None
 
 
 def open_comparison(config: CompareConfig, every: Sequence[Job], folder: Path) -> None:
@@ -138,9 +138,14 @@ def train_missing(every: Sequence[Job], at_a_time: int | None, folder: Path) -> 
 def mark_incomplete(folder: Path) -> None:
     """Mark the results of an earlier command, which stay in place, as incomplete."""
     path = folder / RESULTS_FILE
-    if path.exists():
-        content = json.loads(path.read_text())
-        files.atomic_write_json(path, {**content, "complete": False})
+    try:
+        content = read_json(path, "results", "It will be written again.")
+    except FileNotFoundError:
+        return
+    except RunError as error:
+        log.warning("%s", error)
+        content = {}
+    files.atomic_write_json(path, {**content, "complete": False})
 
 
 def collect(

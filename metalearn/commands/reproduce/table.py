@@ -16,6 +16,7 @@ from metalearn.commands.compare.statistics import difference, seed_ci, task_ci
 from metalearn.commands.compare.tables import format_points
 from metalearn.commands.compare.variants import Job, replace_in
 from metalearn.commands.reproduce.plan import Published, TableRow, published
+from metalearn.core import json_files
 from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
 from metalearn.training.evaluation import MeanCI
@@ -38,8 +39,6 @@ _OF_RUN = {
 def read_metrics(job: Job) -> Metrics | None:
     """Return a finished run's metrics, else ``None``; raise ``RunError`` if they are damaged or another run's."""
     path = job.folder / "metrics.json"
-    if not path.exists():
-        return None
     config = job.config
     expected = {
         "dataset": config.data.name,
@@ -50,18 +49,13 @@ def read_metrics(job: Job) -> Metrics | None:
         "iterations": config.outer.iterations,
         "test.episodes": config.eval.episodes,
     }
-    try:
-        metrics: Metrics = json.loads(path.read_text())
-        found = {name: metrics[name] for name in (*expected, "test.accuracy", "test.ci95")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{path} does not hold the metrics of a finished run ({type(error).__name__}: {error}). Remove the file, "
-            "and the same command tests that run again."
-        ) from error
+    metrics = json_files.read_metrics(job.folder, required=(*expected, "test.accuracy", "test.ci95"))
+    if metrics is None:
+        return None
     for name, value in expected.items():
-        if found[name] != value:
+        if metrics[name] != value:
             raise RunError(
-                f"{path} is of another run: its {name} is {found[name]}, but {value} is requested. Use another "
+                f"{path} is of another run: its {name} is {metrics[name]}, but {value} is requested. Use another "
                 "folder with hydra.run.dir=PATH, or remove this run's."
             )
     return metrics

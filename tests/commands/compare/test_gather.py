@@ -19,10 +19,13 @@ from metalearn.commands.compare import gather
 from metalearn.commands.compare.gather import choose_target, collect_results, differences, measure_engine_costs
 from metalearn.commands.compare.launch import describe_finished, failure_reason
 from metalearn.commands.compare.results import TimeToAccuracy
+from metalearn.commands.compare.run import mark_incomplete, train_missing
 from metalearn.commands.compare.statistics import difference, seed_ci
 from metalearn.commands.compare.variants import Job, Variant, jobs, parse_variants, to_train_config
+from metalearn.commands.output_folders import RESULTS_FILE
 from metalearn.config.commands_schema import CompareConfig
 from metalearn.config.compose import compose, to_dataclass
+from metalearn.core.errors import RunError
 
 SMALL_TASK = ["data=glyphs", "data.classes=50", "model.width=8", "task.meta_batch=2"]
 
@@ -98,7 +101,7 @@ def test_finished_run_is_announced_with_its_accuracy(tmp_path: Path) -> None:
 
 
 def test_run_with_metrics_is_finished_whatever_its_status(tmp_path: Path) -> None:
-    (tmp_path / "metrics.json").write_text("{}")
+    (tmp_path / "metrics.json").write_text('{"test.ci95": 0.1}')
     assert failure_reason(-9, "RunError: x", tmp_path) is None
 
 
@@ -272,3 +275,50 @@ def test_no_target_when_nothing_is_finished(comparison: tuple[list[Variant], lis
     found, target = collect_results(variants, every, {}, None)
     assert target is None
     assert all(not variant.finished for variant in found)
+
+
+DAMAGED = ["", "{", "[]", "[" * 100_000, '{"test.ci95": 0.01}', "\0" * 4096]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_damaged_metrics_are_named_before_anything_is_trained(
+    text: str, comparison: tuple[list[Variant], list[Job]], tmp_path: Path
+) -> None:
+    _, every = comparison
+    (every[-1].folder / "metrics.json").write_text(text)
+    with pytest.raises(RunError, match=r"first_order-seed1/metrics\.json does not hold .*Remove the file, and"):
+        train_missing(every, None, tmp_path)
+    with pytest.raises(RunError, match=r"first_order-seed1/metrics\.json does not hold"):
+        collect_results(*comparison, {}, None)
+
+
+@pytest.mark.parametrize("text", [None, *DAMAGED])
+def test_damaged_test_tasks_are_named(
+    text: str | None, comparison: tuple[list[Variant], list[Job]], tmp_path: Path
+) -> None:
+    variants, every = comparison
+    found, _ = collect_results(variants, every, {}, None)
+    path = every[0].folder / "test_tasks.json"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(RunError, match=r"second_order-seed0/test_tasks\.json.*Remove .*seed0/metrics\.json, and the"):
+        differences(variants, found, tmp_path)
+
+
+@pytest.mark.parametrize("text", [*DAMAGED, '{"rows": 3}', '{"rows": [{}]}'])
+def test_damaged_costs_are_measured_again(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / gather.COST_FILE).write_text(text)
+    assert gather._read_costs(tmp_path / gather.COST_FILE, {}) == []
+    assert gather.COST_FILE in caplog.text
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_damaged_results_are_marked_incomplete(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / RESULTS_FILE).write_text(text)
+    mark_incomplete(tmp_path)
+    assert json.loads((tmp_path / RESULTS_FILE).read_text())["complete"] is False
+    assert (RESULTS_FILE in caplog.text) == (text != DAMAGED[4])
+
+
+def test_run_that_leaves_damaged_metrics_has_failed(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text("")
+    assert "metrics.json does not hold the metrics" in str(failure_reason(0, "fine", tmp_path))
