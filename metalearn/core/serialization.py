@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import time
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,14 @@ def remove(path: Path) -> None:
     _digest_path(path).unlink(missing_ok=True)
 
 
-def remove_temporary_files(folder: Path) -> None:
-    """Remove the files of killed writers from a folder; no other process may be writing there."""
+def remove_temporary_files(folder: Path, *, unused_s: float | None = None) -> None:
+    """Remove the files of killed writers from a folder.
+
+    Where other processes may be writing, ``unused_s`` is for how many seconds a file was not written to.
+    """
     for path in folder.glob(".*"):
-        if re.fullmatch(r"\..+\.[0-9a-f]{16}", path.name):
+        is_temporary = re.fullmatch(r"\..+\.[0-9a-f]{16}", path.name)
+        if is_temporary and (unused_s is None or time.time() - path.stat().st_mtime > unused_s):
             path.unlink(missing_ok=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from metalearn.core import serialization as files
 
 log = logging.getLogger(__name__)
+
+_UNUSED_S = 3600.0  # no writer takes so long for the few MB of a file
 
 
 def load_or_build(
@@ -23,6 +26,8 @@ def load_or_build(
 
     ``build`` returns the content, and whether to save it; ``what`` is its name in the warning if that fails.
     """
+    with contextlib.suppress(OSError):  # another process has removed them, or may alone
+        files.remove_temporary_files(path.parent, unused_s=_UNUSED_S)
     try:
         if is_current(content := files.load_checked(path)):
             return content

@@ -293,3 +293,23 @@ def test_read_flat_folder_has_no_labels(tmp_path: Path) -> None:
         read_folder(tmp_path, size=8, channels=1)
     with pytest.raises(DataError, match="there is no such folder"):
         read_folder(tmp_path / "gone", size=8, channels=1)
+
+
+def test_file_of_a_killed_writer_is_removed_from_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+    replace = os.replace
+
+    def record(source: Path, target: Path) -> None:
+        written.append(source)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", record)
+    splits(folder)
+    (*_, killed) = written
+    at_work = killed.with_name(f"{killed.name[:-16]}{'0' * 16}")
+    killed.touch()
+    at_work.touch()
+    os.utime(killed, (0, 0))
+    splits(folder)
+    assert at_work.exists(), "another process is writing it"
+    assert not killed.exists()
