@@ -43,7 +43,7 @@ def api_names() -> str:
         if isinstance(item, types.ModuleType) or typing.get_origin(item) or item is Any:
             continue  # a module, or a type: it has no docstring of its own
         about = inspect.cleandoc(item.__doc__ or "").partition("\n\n")[0].replace("\n", " ").replace("``", "`")
-        file = Path(inspect.getfile(item)).relative_to(ROOT).as_posix()
+        file = Path(inspect.getfile(inspect.unwrap(item))).relative_to(ROOT).as_posix()
         rows.append((f"[`{name}`](../../{file})", about))
     return table(("name", "what it is"), rows)
 
@@ -68,7 +68,7 @@ def _sections(command: str) -> list[tuple[str, list[tuple[str, Any, Any]]]]:
     kinds = {**vars(commands_schema), "TrainConfig": schema.TrainConfig}
     kind = kinds[f"{command.capitalize()}Config"]
     plain: Any = OmegaConf.to_container(compose(command), resolve=False)
-    return list(key_sections(kind, plain, group_defaults(command, kind)))
+    return list(key_sections(kind, plain, group_defaults(kind)))
 
 
 def _default(value: object) -> str:

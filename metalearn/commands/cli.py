@@ -118,7 +118,7 @@ def command(
 
 def _help(name: str, kind: type[Config], about: str, main: Sequence[str]) -> str:
     width = min(shutil.get_terminal_size().columns, _WIDEST_HELP)
-    start, options = shlex.join(invocation(name)), group_defaults(name, kind)
+    start, options = shlex.join(invocation(name)), group_defaults(kind)
     return help_text(compose(name), kind, start, about, options, main=main, width=width)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -102,12 +103,15 @@ def search_folders(overrides: Sequence[str], config_dir: str | None = None) -> l
     return [*map(Path, named), *([Path(config_dir)] if config_dir else []), CONF]
 
 
-def group_defaults(name: str, kind: type) -> dict[str, DictConfig]:
+def group_defaults(kind: type) -> Mapping[str, DictConfig]:
     """Return the section of every option of every group, as ``GROUP=OPTION``; none if the command has no groups."""
-    if not issubclass(kind, TrainConfig):
-        return {}
+    return _group_sections() if issubclass(kind, TrainConfig) else {}
+
+
+@functools.cache  # composing twenty configurations takes seconds
+def _group_sections() -> Mapping[str, DictConfig]:
     choices = [f"{group}={option}" for group in GROUPS for option in options(group)]
-    return {choice: compose(name, [choice])[choice.partition("=")[0]] for choice in choices}
+    return {choice: compose("train", [choice])[choice.partition("=")[0]] for choice in choices}
 
 
 def options(group: str, config_dir: str | None = None) -> list[str]:

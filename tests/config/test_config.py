@@ -92,7 +92,7 @@ def test_four_classic_experiments_exist() -> None:
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_help_explains_every_key(name: str) -> None:
     kind: Any = SCHEMAS[name]
-    whole = help_text(compose(name), kind, f"python scripts/{name}.py", "Does it.", group_defaults(name, kind))
+    whole = help_text(compose(name), kind, f"python scripts/{name}.py", "Does it.", group_defaults(kind))
     assert max(map(len, whole.splitlines())) <= 80
     text = re.sub(r"\s+", " ", whole)
     keys = {key: hint for key, hint in hints(kind).items() if not section_classes(hint)}
@@ -112,7 +112,7 @@ def test_help_explains_every_key(name: str) -> None:
 @pytest.mark.parametrize("name", MAIN_KEYS)
 def test_short_help_has_a_screen_of_keys(name: str) -> None:
     kind: Any = SCHEMAS[name]
-    options = group_defaults(name, kind)
+    options = group_defaults(kind)
     text = help_text(compose(name), kind, f"metalearn {name}", "Does it.", options, main=MAIN_KEYS[name])
     assert max(map(len, text.splitlines())) <= 80
     assert len(text.splitlines()) <= 50
