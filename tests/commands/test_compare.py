@@ -76,27 +76,32 @@ def test_comparison_reports_and_resumes(tmp_path: Path) -> None:
     assert "already holds a run" in onto.stderr
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_comparison_resumes_when_interrupted(sent: signal.Signals, tmp_path: Path) -> None:
-    long = [o for o in SMALL if "iterations" not in o and "jobs" not in o] + ["outer.iterations=40", "compare.jobs=1"]
-    process = start(*long, cwd=tmp_path)
+LONG = [o for o in SMALL if "iterations" not in o and "jobs" not in o] + ["outer.iterations=40", "compare.jobs=1"]
+
+
+def wait_for_state(run: str, process: subprocess.Popen[str], cwd: Path) -> Path:
+    """Wait until a run has saved a state; return the comparison's folder."""
     deadline = time.monotonic() + 120
-    while not any(tmp_path.glob("outputs/comparisons/*/*/first_order-seed0/checkpoints/state-*.pt")):
+    while not (found := list(cwd.glob(f"outputs/comparisons/*/*/{run}/checkpoints/state-*.pt"))):
         assert process.poll() is None, process.stdout and process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    return found[0].parents[2]
+
+
+def test_comparison_resumes_when_killed(tmp_path: Path) -> None:
+    process = start(*LONG, cwd=tmp_path)
+    folder = wait_for_state("first_order-seed0", process, tmp_path)
     children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(sent)
-    if sent != signal.SIGTERM:  # which the parent passes on; otherwise its runs end too, as if the machine went down
-        for child in children:
-            with suppress(psutil.NoSuchProcess):
-                child.kill()
-    assert process.wait(60) == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
-    (folder,) = tmp_path.glob("outputs/comparisons/*/*")
+    process.kill()
+    for child in children:  # its runs end too, as if the machine went down
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    assert process.wait(60) == -signal.SIGKILL
     assert not (folder / "results.json").exists()
     finished = (folder / "second_order-seed0" / "metrics.json").stat().st_mtime_ns
 
-    done = command("compare.py", *long, cwd=tmp_path)
+    done = command("compare.py", *LONG, cwd=tmp_path)
     assert list(tmp_path.glob("outputs/comparisons/*/*")) == [folder], "the same folder, found by its configuration"
     assert "1 of 2 runs are finished already" in done.stdout
     assert (folder / "second_order-seed0" / "metrics.json").stat().st_mtime_ns == finished
@@ -104,8 +109,21 @@ def test_comparison_resumes_when_interrupted(sent: signal.Signals, tmp_path: Pat
     assert re.search(r"from meta-step [1-9]", log)
     assert results(folder)["complete"]
 
-    fresh = command("compare.py", *long, "--cfg", "hydra", cwd=tmp_path)
+    fresh = command("compare.py", *LONG, "--cfg", "hydra", cwd=tmp_path)
     assert folder.name not in fresh.stdout, "a finished comparison is not resumed"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_comparison_stops_with_its_runs(sent: signal.Signals, tmp_path: Path) -> None:
+    process = start(*LONG, cwd=tmp_path)
+    folder = wait_for_state("second_order-seed0", process, tmp_path)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(sent)
+    assert process.wait(60) == 128 + sent
+    assert not any(child.is_running() for child in children), "it has waited for them"
+    assert process.stdout is not None
+    assert "0 of 2 runs are finished. The same command resumes here." in " ".join(process.stdout.read().split())
+    assert not (folder / "results.json").exists()
 
 
 def test_other_variants_finish_when_one_fails(tmp_path: Path) -> None:
@@ -132,11 +150,14 @@ def test_other_variants_finish_when_one_fails(tmp_path: Path) -> None:
 
 
 def test_concurrent_comparisons_use_different_folders(tmp_path: Path) -> None:
-    processes = [start(*SMALL, cwd=tmp_path) for _ in range(2)]
-    for process in processes:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-    folders = list(tmp_path.glob("outputs/comparisons/*/*"))
-    assert len(folders) == 2
-    for folder in folders:
-        assert results(folder)["complete"]
+    processes = [start(*LONG, cwd=tmp_path) for _ in range(2)]
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("outputs/comparisons/*/*/second_order-seed0/config.yaml"))) < 2:
+            assert all(process.poll() is None for process in processes)
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.communicate(timeout=60)
