@@ -288,7 +288,7 @@ def test_csv_escapes_formulas(tmp_path: Path) -> None:
     write_csv(one, tmp_path / "p.csv")
     with (tmp_path / "p.csv").open(encoding="utf-8", newline="") as file:
         found = list(csv.reader(file))
-    assert [row[0] for row in found[1:]] == ["'=1+1", "'+1", "'-1", "'@x", "'\tx", "a,b\n=c", 'q"', "safe"]
+    assert [row[0] for row in found[1:]] == ["'=1+1", "'+1", "'-1", "'@x", "'\tx", "a,b\n'=c", 'q"', "safe"]
     assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) for row in found for cell in row)
     assert found[1][1:4] == ["'=a", "1.000000", "'=a"]
 

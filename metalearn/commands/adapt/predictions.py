@@ -6,7 +6,9 @@ import csv
 import io
 import math
 import os
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,17 +196,44 @@ def print_predictions(predictions: Predictions) -> None:
 def write_csv(predictions: Predictions, path: Path) -> None:
     """Write all rows as UTF-8: file, predicted, probability, true (empty if unknown), and each class's probability.
 
-    A name that a spreadsheet would evaluate as a formula (it begins with =, +, -, @, a tab or a line break) is prefixed
-    with '.
+    A name that a spreadsheet would evaluate as a formula is prefixed with '.
     """
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "predicted", "probability", "true", *(f"p({name})" for name in predictions.classes)])
+    header = ["file", "predicted", "probability", "true", *(f"p({name})" for name in predictions.classes)]
+    rows = [_format_row(map(_escape_csv_formulas, header))]
     for (name, one, probability, true), row in zip(predictions.rows(), predictions.probabilities.tolist(), strict=True):
-        file, predicted, label = map(_escape_csv_formula, (name, one, true))
-        writer.writerow([file, predicted, f"{probability:.6f}", label, *(f"{p:.6f}" for p in row)])
-    files.atomic_write_text(path, text.getvalue())
+        file, predicted, label = map(_escape_csv_formulas, (name, one, true))
+        rows.append(_format_row([file, predicted, f"{probability:.6f}", label, *(f"{p:.6f}" for p in row)]))
+    files.atomic_write_text(path, "".join(rows))
 
 
-def _escape_csv_formula(text: str) -> str:
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
+def _format_row(cells: Iterable[str]) -> str:
+    """Format a line of a CSV file, in which a cell with a line break of any kind is quoted."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\r\n").writerow(cells)  # which has both breaks quoted
+    return text.getvalue()[:-2] + "\n"
+
+
+_FORMULA_SIGNS = "=+-@\N{MINUS SIGN}"
+_BLANK_LETTERS = "\N{HANGUL CHOSEONG FILLER}\N{HANGUL JUNGSEONG FILLER}\N{BRAILLE PATTERN BLANK}"
+
+
+def _escape_csv_formulas(text: str) -> str:
+    """Put ' before what a spreadsheet would evaluate, and before a tab or a line break at the beginning.
+
+    Where the separator is a semicolon or a tab (Excel in many languages), a cell begins after these too, and quotation
+    marks do not hold it together with the line breaks in it.
+    """
+    cells = re.split(r"([;\t\r\n])", text)
+    escaped = "".join(f"'{cell}" if _is_formula(cell) else cell for cell in cells)
+    return f"'{escaped}" if escaped.startswith(("\t", "\r", "\n")) else escaped
+
+
+def _is_formula(cell: str) -> bool:
+    """Return whether the first character that is not blank is a formula's sign, of any width."""
+    for character in cell:
+        plain = unicodedata.normalize("NFKD", character)[:1]
+        if plain in _FORMULA_SIGNS:
+            return True
+        if unicodedata.category(plain)[0] not in "ZCM" and plain not in _BLANK_LETTERS:
+            return False
+    return False
