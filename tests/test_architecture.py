@@ -43,6 +43,7 @@ ONLY_IN = {
         "commands/output_folders.py",
     },
     "hydra._internal": set[str](),
+    "shlex": {"core/quoting.py", "commands/output_folders.py"},
     "pydantic": {
         "config/commands_schema.py",
         "config/messages.py",

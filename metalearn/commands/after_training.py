@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from metalearn.commands.command_line import command_again, is_sweep
+from metalearn.commands.shell import tensorboard
 from metalearn.config.schema import TrainConfig
 from metalearn.core.json_files import read_metrics
 from metalearn.training.evaluate_run import format_test
@@ -19,9 +19,7 @@ def print_next_steps(config: TrainConfig, run_dir: Path) -> None:
     """Print the command for TensorBoard, and that of the same run in the other order; after one run, not a sweep."""
     if is_sweep():
         return
-    folder = run_dir.parent
-    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    print_line(f"To see its plots:\n  tensorboard --logdir {shlex.quote(str(shown))}")
+    print_line(f"To see its plots:\n  {tensorboard(run_dir.parent)}")
     if config.algorithm.name not in _WITHOUT_ORDERS and config.inner.steps > 0:
         other = not config.inner.second_order
         again = command_again("train", f"inner.second_order={str(other).lower()}")

@@ -14,7 +14,6 @@ import errno
 import functools
 import logging
 import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -43,6 +42,7 @@ from metalearn.config.compose import (
 from metalearn.config.former_keys import rename_overrides
 from metalearn.config.help import MAIN_KEYS, help_text
 from metalearn.core.errors import ConfigError, MetalearnError, RunError, TerminatedError
+from metalearn.core.quoting import format_assignment, quote_command, quote_word
 from metalearn.core.text import fit
 from metalearn.training.run_folder import check_no_run_in
 from metalearn.training.runtime import torchrun
@@ -118,7 +118,7 @@ def command(
 
 def _help(name: str, kind: type[Config], about: str, main: Sequence[str]) -> str:
     width = min(shutil.get_terminal_size().columns, _WIDEST_HELP)
-    start, options = shlex.join(invocation(name)), group_defaults(kind)
+    start, options = quote_command(invocation(name)), group_defaults(kind)
     return help_text(compose(name), kind, start, about, options, main=main, width=width)
 
 
@@ -161,6 +161,10 @@ def _check_is_folder(overrides: Sequence[str]) -> None:
 def _check_writable(folder: str) -> None:
     """Check that the folder can be written before Hydra does, which would print a stack trace."""
     path = Path(folder).absolute()
+    if "${" in str(path):  # of the folder that the command runs in, perhaps
+        raise ConfigError(
+            f"hydra.run.dir={path}: Hydra takes ${{ in a name for the name of a key; choose another folder"
+        )
     there = next(p for p in (path, *path.parents) if p.is_dir())
     try:
         with tempfile.TemporaryDirectory(dir=there):
@@ -202,7 +206,7 @@ def _report_errors(name: str, output_dir: Path | None = None) -> Iterator[None]:
         if error.errno not in _OS_ERROR_HINTS:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _exit_with_error(RunError(f"{error.strerror}{where}; {_written(output_dir)} {_OS_ERROR_HINTS[error.errno]}"))
+        _exit_with_error(RunError(f"{error.strerror}{where}; {_written(output_dir)}\n{_OS_ERROR_HINTS[error.errno]}"))
     except KeyboardInterrupt:
         _print_error(f"Interrupted; {_written(output_dir)}")
         sys.exit(130)
@@ -213,14 +217,15 @@ def _how_to_resume(name: str, error: MetalearnError) -> str:
     if not isinstance(error, RunError) or error.resumable is None or torchrun.rank():
         return ""
     under = ", started by torchrun as before" if torchrun.world_size() > 1 else ""
-    command = command_again(name, f"hydra.run.dir={error.resumable}", "run.resume=true")
+    command = command_again(name, format_assignment("hydra.run.dir", error.resumable), "run.resume=true")
     return f"\nThis resumes it{under}:\n  {command}"
 
 
 def _written(output_dir: Path | None) -> str:
     _remove_if_empty(output_dir)
-    there = output_dir is not None and output_dir.exists()
-    return f"what was written so far lies in {output_dir}." if there else "nothing was written."
+    if output_dir is None or not output_dir.exists():
+        return "nothing was written."
+    return f"what was written so far lies in\n  {quote_word(output_dir)}"
 
 
 def _remove_if_empty(folder: Path | None) -> None:

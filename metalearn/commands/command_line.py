@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 
 import hydra
@@ -23,6 +22,7 @@ from metalearn.commands.shell import invocation
 from metalearn.config.compose import compose, search_folders, user_conf_dir
 from metalearn.config.messages import format_hydra_error
 from metalearn.core.errors import ConfigError
+from metalearn.core.quoting import quote_command
 
 _SWITCHES = (
     *(("--help", "-h"), ("--help-all",), ("--hydra-help",), ("--resolve",), ("--run", "-r"), ("--multirun", "-m")),
@@ -44,7 +44,7 @@ def parse_flags(name: str, arguments: Sequence[str] | None = None) -> argparse.N
         name: of the command.
         arguments: of the command line; ``None`` takes those of this process.
     """
-    start = shlex.join(invocation(name))
+    start = quote_command(invocation(name))
     parser = argparse.ArgumentParser(start, add_help=False, usage="%(prog)s [KEY=VALUE ...] [FLAG ...]; see --help")
     parser.add_argument("overrides", nargs="*")
     for flags in _SWITCHES:
@@ -66,7 +66,7 @@ def requested_jobs(name: str, flags: argparse.Namespace) -> Iterator[tuple[list[
         ConfigError: for a flag or an override that cannot be composed.
     """
     register_resolvers()  # also for what Hydra itself prints
-    parsed = _parsed(flags.overrides)
+    parsed = parse_overrides(flags.overrides)
     _check_flags(name, flags, has_searchpath=any(one.key_or_group == "hydra.searchpath" for one in parsed))
     if flags.info or flags.shell_completion or flags.hydra_help:
         return
@@ -96,7 +96,8 @@ def _check_flags(name: str, flags: argparse.Namespace, *, has_searchpath: bool) 
         raise ConfigError("\n".join(errors))
 
 
-def _parsed(overrides: Sequence[str]) -> list[Override]:
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Parse overrides as Hydra does; raise ``ConfigError`` for one that is not in its grammar."""
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
@@ -136,7 +137,7 @@ def command_again(name: str, *more: str) -> str:
     sources = HydraConfig.get().runtime.config_sources
     folders = [source.path for source in sources if source.provider == "command-line"]
     flags = [f"--config-dir={folder}" for folder in folders if folder != user_conf_dir(given)]
-    return shlex.join([*invocation(name), *flags, *kept, *more])
+    return quote_command([*invocation(name), *flags, *kept, *more])
 
 
 def is_sweep() -> bool:
@@ -157,7 +158,7 @@ def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
         ConfigError: for an override that cannot be parsed.
     """
     choices: dict[str, list[str]] = {}
-    for one in _parsed(overrides):
+    for one in parse_overrides(overrides):
         key = one.get_key_element()
         try:
             values = one.sweep_string_iterator() if one.is_sweep_override() else []

@@ -6,7 +6,6 @@ import inspect
 import io
 import logging
 import math
-import shlex
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -25,12 +24,13 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
+from metalearn.commands.shell import tensorboard
 from metalearn.config.commands_schema import GradientsConfig
 from metalearn.core import serialization as files
 from metalearn.core.profiling.hardware import describe_hardware, one_thread
 from metalearn.core.text import wrap
 from metalearn.lessons import LESSONS, Check, Lesson
-from metalearn.training.tracking.console import print_path, print_table, progress_bar
+from metalearn.training.tracking.console import print_line, print_path, print_table, progress_bar
 from metalearn.training.tracking.tensorboard import EventWriter
 
 DPI = 120
@@ -155,7 +155,7 @@ def print_lesson(result: LessonResult, output_dir: Path) -> None:
     console.print(Text(lesson.title, style="bold"), Text(lesson.claim), sep="\n\n")
     code = Syntax(fit_code(lesson.code, console.width - 4), "python", theme="ansi_dark", background_color="default")
     console.print(Padding(code, (1, 2)))
-    print_path("  the whole lesson", inspect.getsourcefile(LESSONS[result.name]) or result.name)
+    print_path("  the whole lesson", Path(inspect.getsourcefile(LESSONS[result.name]) or result.name))
     table = Table()
     table.add_column("what", overflow="fold")
     table.add_column("computed", overflow="fold")
@@ -220,7 +220,7 @@ def print_summary(results: list[LessonResult], output_dir: Path) -> None:
         if result.error:
             console.print(Text(f"{result.name} raised {result.error}", style="bold red"))
     print_path("Written to", output_dir / "lessons.json")
-    print_path("TensorBoard", f"tensorboard --logdir {shlex.quote(str(output_dir))}")
+    print_line(f"TensorBoard:\n  {tensorboard(output_dir)}")
 
 
 class LessonLogger(EventWriter):

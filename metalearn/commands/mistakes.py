@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from metalearn.commands.command_line import FLAGS, FLAGS_WITH_VALUE
+from metalearn.commands.command_line import FLAGS, FLAGS_WITH_VALUE, parse_overrides
 from metalearn.config.messages import nearest_key
+from metalearn.core.errors import ConfigError
+from metalearn.core.quoting import format_assignment, quote_word
 
 _ALONE = {
     "gradients": ["lesson"],
@@ -73,4 +75,9 @@ def _is_value(word: str) -> bool:
 def _assignment(key: str, value: str, kind: Any) -> str:
     if key in ("config", "conf", "config_file", "config-file"):
         return f"experiment={PurePath(value).stem}, of conf/experiment/"
-    return f"{nearest_key(key, kind) or key}={value}"
+    key = nearest_key(key, kind) or key
+    try:
+        parse_overrides([assignment := f"{key}={value}"])
+    except ConfigError:  # a path with an equals sign, say
+        assignment = format_assignment(key, value)
+    return quote_word(assignment)

@@ -1,4 +1,4 @@
-"""The words that started the command, and a clean exit when its output is closed (``| head``)."""
+"""The words that start a command, and a clean exit when its output is closed (``| head``)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
+
+from metalearn.core.quoting import quote_word
 
 _SIGPIPE_EXIT = 128 + 13
 """The status that a shell reports for a program that SIGPIPE has ended; Python ignores that signal."""
@@ -19,6 +21,12 @@ def invocation(command: str) -> list[str]:
     if program.name == "__main__.py":
         return ["python", "-m", "metalearn", command]
     return ["metalearn", command] if program.stem == "metalearn" else ["python", sys.argv[0]]
+
+
+def tensorboard(folder: Path) -> str:
+    """Return the command line that shows the plots in a folder."""
+    near = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    return f"tensorboard --logdir {quote_word(folder if str(near).startswith(('-', '~')) else near)}"
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from metalearn.config.messages import GROUPS, file_setting, format_hydra_error
 from metalearn.config.schema import TrainConfig
 from metalearn.config.validation import from_dict
 from metalearn.core.errors import ConfigError
+from metalearn.core.quoting import format_override
 
 _REFUSALS = (
     *(HydraException, OmegaConfBaseException, YAMLError),
@@ -92,8 +93,7 @@ def allow_new_options(overrides: Iterable[str]) -> list[str]:
 
 def searchpath_override(config_dir: str | None) -> list[str]:
     """Return the flag ``--config-dir`` as the override that means the same."""
-    folder = str(Path(config_dir).absolute()).replace("'", "\\'") if config_dir else ""
-    return [f"hydra.searchpath=['file://{folder}']"] if config_dir else []
+    return [f"hydra.searchpath={format_override([f'file://{Path(config_dir).absolute()}'])}"] if config_dir else []
 
 
 def search_folders(overrides: Sequence[str], config_dir: str | None = None) -> list[Path]:

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from typing_extensions import Doc
 
 from metalearn.config.key_types import LARGEST_SEED
+from metalearn.core.quoting import format_override, quote_word
 
 GROUPS = ("algorithm", "data", "model")
 _WORDS: dict[Any, tuple[str, str]] = {
@@ -254,7 +255,8 @@ def format_hydra_error(error: Exception, overrides: Sequence[str]) -> str:
     if found := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
         key, values = found[1], found[2]
         return (
-            f"{key}={values}: write a list as {key}=[{values}] and a text that holds commas as \"{key}='{values}'\". "
+            f"{key}={values}: write a list as {quote_word(f'{key}=[{values}]')} and a text that holds commas as "
+            f"{quote_word(f'{key}={format_override(values)}')}. "
             "--multirun runs once for each of the values."
         )
     if found := re.search(r"Could not find '(\w+)/([^']+)'", text):

@@ -30,6 +30,7 @@ from metalearn.config.schema import TrainConfig, result_keys
 from metalearn.config.validation import from_dict, validate_train_config
 from metalearn.config.yaml_limits import check_yaml, read_yaml
 from metalearn.core.errors import ConfigError, RunError
+from metalearn.core.quoting import format_assignment, quote_word
 from metalearn.core.text import cut, preview_names
 from metalearn.data.class_split import PUBLISHED, read_class_split
 from metalearn.data.metadata import omniglot_unavailable_reason, resolve_dataset
@@ -201,8 +202,8 @@ def resolve_resume(config: TrainConfig, run_dir: Path) -> TrainConfig:
         raise RunError(
             f"{run_dir} holds a run with another configuration, which would be mixed with this one:\n"
             + "\n".join(changed.values())
-            + "\nResume with the same values, choose another folder, or start a new run from this one's parameters: "
-            f"run.init_from={run_dir} with another hydra.run.dir."
+            + "\nResume with the same values, choose another folder, or start a new run from this one's parameters, "
+            f"with another hydra.run.dir and\n  {quote_word(format_assignment('run.init_from', run_dir))}"
         )
     return config
 

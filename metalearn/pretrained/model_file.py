@@ -18,6 +18,7 @@ import safetensors
 
 from metalearn.core.errors import RunError
 from metalearn.core.json_files import read_metrics
+from metalearn.core.quoting import quote_word
 
 if TYPE_CHECKING:
     from metalearn.core.types import Params
@@ -84,7 +85,9 @@ def _runs_below(folder: Path) -> str:
     latest = sorted(found, key=lambda file: file.stat().st_mtime, reverse=True)[:_MAX_LISTED]
     if not latest:
         return "name one that training has made."
-    return "\n".join(["name one of those in it, the latest first:", *(f"  {file.parent}" for file in latest)])
+    return "\n".join(
+        ["name one of those in it, the latest first:", *(f"  {quote_word(file.parent)}" for file in latest)]
+    )
 
 
 def read_record(path: Path) -> ModelRecord:

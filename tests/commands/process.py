@@ -43,3 +43,12 @@ def command(
     assert done.returncode == code, done.stderr + done.stdout
     assert code == 0 or "Traceback" not in done.stderr + done.stdout
     return done
+
+
+def bash(lines: str, *, cwd: Path) -> list[list[str]]:
+    """Paste lines into a shell; return the words of each that begins with the name of one of these programs."""
+    programs = "".join(f'{name}() {{ words {name} "$@"; }}\n' for name in ("python", "tensorboard", "path"))
+    script = f"words() {{ printf '%s\\0' \"$@\" END; }}\n{programs}{lines}"
+    done = subprocess.run(["bash", "-c", script], cwd=cwd, capture_output=True, check=True)
+    commands = os.fsdecode(done.stdout).split("\0END\0")[:-1]
+    return [command.split("\0") for command in commands]

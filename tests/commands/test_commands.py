@@ -13,7 +13,8 @@ import pytest
 from metalearn.config.commands_schema import GradientsConfig, VerifyConfig
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.core.errors import ConfigError
-from tests.commands.process import SMALL, command
+from metalearn.core.quoting import format_override
+from tests.commands.process import SMALL, bash, command
 from tests.paths import REPO
 
 
@@ -143,15 +144,20 @@ def test_help(script: str, line: str, tmp_path: Path) -> None:
     assert (whole != printed) == (script == "train.py")
 
 
-def test_run_that_ends_early_names_the_command_that_resumes_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["mine", "a b=c 'd' \"e\" $f (g) \\ é"])
+def test_run_that_ends_early_names_the_command_that_resumes_it(folder: str, tmp_path: Path) -> None:
     given = [*SMALL, "eval.every=1", "outer.lr=1e30", "outer.schedule=constant"]
-    ended = command("train.py", *given, "hydra.run.dir=mine", cwd=tmp_path, code=2)
-    place = [f"hydra.run.dir={tmp_path}/mine", "run.resume=true"]
-    again = shlex.join(["python", str(REPO / "scripts" / "train.py"), *given, *place])
-    assert re.search(r"The checkpoint of meta-step \d is kept\.\nThis resumes it:\n  ", ended.stderr)
-    assert ended.stderr.endswith(f"\n  {again}\n")
-    resumed = command("train.py", *given, *place, cwd=tmp_path, code=2)
+    ended = command("train.py", *given, f"hydra.run.dir={format_override(folder)}", cwd=tmp_path, code=2)
+    assert re.search(r"The checkpoint of meta-step \d is kept\.\nThis resumes it:\n  .*\n$", ended.stderr)
+    (printed,) = re.findall(r"^Run folder: (.*)$", ended.stdout, flags=re.MULTILINE)
+    shown, again = bash(f"path {printed}\n{ended.stderr.splitlines()[-1]}", cwd=tmp_path)
+    assert shown == ["path", str(tmp_path / folder)]
+    *start, place, resume = again
+    assert start == ["python", str(REPO / "scripts" / "train.py"), *given]
+    assert resume == "run.resume=true"
+    resumed = command("train.py", *given, place, resume, cwd=tmp_path, code=2)
     assert "Resuming from meta-step" in resumed.stdout
+    assert [path.name for path in tmp_path.iterdir()] == [folder]
 
 
 def test_folder_that_stays_empty_is_removed(tmp_path: Path) -> None:

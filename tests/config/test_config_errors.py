@@ -66,7 +66,7 @@ ERRORS = [
     ("r2", r"^r2: Error parsing override 'r2'\nmissing EQUAL at '<EOF>'\nWrite KEY=VALUE"),
     (
         "inner.lr=0.1,0.2",
-        r"^inner\.lr=0\.1,0\.2: write a list as inner\.lr=\[0\.1,0\.2\] and a text .*--multirun runs once",
+        r"^inner\.lr=0\.1,0\.2: write a list as 'inner\.lr=\[0\.1,0\.2\]' and a text .*--multirun runs once",
     ),
     ("outer.lr=1e38", r"^outer\.lr=1e\+38: must be a number above 0 and at most 1e\+30"),
     ("run.resume=maybe", r"run\.resume=maybe: must be one of false, true, auto"),

@@ -15,11 +15,12 @@ from pathlib import Path
 from joblib import Parallel, delayed
 from rich.progress import Progress
 
-from metalearn.commands.compare.variants import Job, format_override
+from metalearn.commands.compare.variants import Job
 from metalearn.commands.processes import METALEARN, ProcessPool
 from metalearn.core.errors import RunError
 from metalearn.core.json_files import read_metrics
 from metalearn.core.profiling.hardware import num_cores
+from metalearn.core.quoting import format_override
 from metalearn.training.evaluate_run import format_test
 from metalearn.training.experiment import resolve_device
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import io
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,7 @@ from metalearn.commands.compare.results import Results
 from metalearn.commands.compare.tables import headline, missing_runs, variant_rows
 from metalearn.commands.compare.variants import Job
 from metalearn.commands.output_folders import RESULTS_FILE
+from metalearn.commands.shell import tensorboard
 from metalearn.config.schema import result_keys
 from metalearn.core import serialization as files
 from metalearn.training.tracking.console import print_line, print_path, print_table
@@ -106,7 +106,7 @@ def render_markdown(results: Results, folder: Path, images: Mapping[str, str]) -
         other_machine=cost_machine.get("gpu", cost_machine.get("cpu")) if measured_elsewhere else None,
         images=images,
         plots=PLOTS,
-        tensorboard=f"tensorboard --logdir {shlex.quote(str(folder))}",
+        tensorboard=tensorboard(folder),
     )
 
 
@@ -174,7 +174,7 @@ def print_results(results: Results, folder: Path) -> None:
     if not results.complete:
         print_line("Not every run is finished. The same command tries those again, and trains no other.")
     print_path("Report", folder / "report.html")
-    print_line(f"TensorBoard: tensorboard --logdir {shlex.quote(str(folder))}")
+    print_line(f"TensorBoard:\n  {tensorboard(folder)}")
 
 
 class ReportLogger(EventWriter):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -38,6 +37,7 @@ from metalearn.core import serialization as files
 from metalearn.core.errors import ConfigError, RunError
 from metalearn.core.json_files import read_json, read_metrics
 from metalearn.core.profiling.hardware import describe_hardware
+from metalearn.core.quoting import quote_command
 from metalearn.core.text import plural
 from metalearn.training.experiment import resolve_device
 from metalearn.training.run_folder import COMPARISON_FILE, check_no_run_in, folder_lock
@@ -168,7 +168,7 @@ def collect(
     return Results(
         title=f"{shared.data.label}, {shared.task.ways}-way {shared.task.shots}-shot",
         dataset=shared.data.label,
-        command=shlex.join([*invocation("compare"), *sys.argv[1:]]),
+        command=quote_command([*invocation("compare"), *sys.argv[1:]]),
         config=to_yaml(config),
         machine=dict(hardware_of(metrics) or here),
         memory_kind=" / ".join(memory_kinds),

@@ -7,7 +7,6 @@ on ``task.shots``) follows. A run is then ``scripts/train.py`` with every key sp
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from metalearn.config.run_config import resolve_data
 from metalearn.config.schema import TrainConfig, iter_fields
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError
+from metalearn.core.quoting import format_override
 
 _COMPARISON_KEYS = ("run.seed", "run.resume", "compare", "hydra")
 """Beginnings of keys that a variant may not override."""
@@ -129,18 +129,3 @@ def jobs(variants: list[Variant], seeds: list[int], folder: Path) -> list[Job]:
         for seed in seeds
         for variant in variants
     ]
-
-
-def format_override(value: Any) -> str:
-    """Format a value in Hydra's grammar."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, list):
-        return f"[{','.join(format_override(v) for v in value)}]"
-    if isinstance(value, dict):
-        keys = (re.sub(r"([\\()\[\]{}:=, ])", r"\\\1", str(key)) for key in value)
-        return f"{{{','.join(f'{k}:{format_override(v)}' for k, v in zip(keys, value.values(), strict=True))}}}"
-    if isinstance(value, str):
-        quoted = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value, count=0)
-        return f"'{quoted}'"
-    return repr(value)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from metalearn.commands.compare.variants import Job, format_override, replace_in, replace_section
+from metalearn.commands.compare.variants import Job, replace_in, replace_section
 from metalearn.config.commands_schema import ReproduceConfig
 from metalearn.config.compose import compose, options, to_dataclass, user_conf_dir
 from metalearn.config.options import OmniglotConfig
@@ -17,6 +16,7 @@ from metalearn.config.run_config import resolve_data, resolve_resume
 from metalearn.config.schema import TrainConfig
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError, RunError
+from metalearn.core.quoting import format_override, quote_command
 
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
 """Ways and shots of the published table."""
@@ -98,7 +98,7 @@ class TableRow:
         overrides = [f"overrides={format_override(self.overrides)}"] if self.overrides else []
         seeds = ",".join(map(str, self.seeds))
         arguments = [f"experiment_name={self.experiment}", f"orders=[{self.order}]", f"seeds=[{seeds}]", *overrides]
-        return shlex.join(["python", "scripts/reproduce.py", *arguments])
+        return quote_command(["python", "scripts/reproduce.py", *arguments])
 
 
 def check_reproduce(config: ReproduceConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from metalearn.commands.shell import invocation
 from metalearn.config.commands_schema import ReproduceConfig
 from metalearn.config.options import OmniglotConfig
 from metalearn.core.errors import RunError
+from metalearn.core.quoting import quote_command
 from metalearn.core.text import plural
 from metalearn.training.checkpoints import state_paths
 from metalearn.training.evaluate_run import evaluate_run
@@ -178,4 +178,4 @@ def print_unfinished(every: Sequence[Job], reasons: Mapping[Path, str]) -> None:
         f"{len(every) - len(left)} of {plural(len(every), 'run is', 'runs are')} finished. "
         "The same command resumes here:"
     )
-    print_line(f"  {shlex.join([*invocation('reproduce'), *sys.argv[1:]])}")
+    print_line(f"  {quote_command([*invocation('reproduce'), *sys.argv[1:]])}")

@@ -23,6 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from metalearn.core.quoting import quote_word
 from metalearn.core.text import fit
 
 
@@ -98,14 +99,18 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     console.print(table)
 
 
-def print_path(what: str, path: Path | str) -> None:
-    """Print where something was written, or a command, on one line that can be copied."""
-    rich.get_console().print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
+def print_path(what: str, path: Path) -> None:
+    """Print where something was written, on one line, as a word that can be pasted into a shell."""
+    _print_plain(f"{what}: {quote_word(path)}")
 
 
 def print_line(text: str) -> None:
     """Print a sentence without highlighting or markup."""
-    rich.get_console().print(fit(text, sys.stdout), soft_wrap=True, highlight=False, markup=False)
+    _print_plain(fit(text, sys.stdout))
+
+
+def _print_plain(text: str) -> None:
+    rich.get_console().print(text, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 class ConsoleHandler(logging.Handler):

@@ -14,12 +14,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from metalearn.commands.compare.launch import sweep
-from metalearn.commands.compare.variants import check_compare, format_override, jobs, parse_variants
+from metalearn.commands.compare.variants import check_compare, jobs, parse_variants
 from metalearn.commands.output_folders import comparison_dir_name, running_twin, variant_names
 from metalearn.config.commands_schema import CompareConfig
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import ConfigError
+from metalearn.core.quoting import format_override
 from metalearn.training.run_folder import folder_lock
 
 

@@ -57,7 +57,7 @@ def test_recorded_row_may_override_how_it_is_computed(tmp_path: Path) -> None:
     assert row.overrides == ["inner.engine=adjoint"], "the location of the data is left out"
     assert row.command == (
         f"python scripts/reproduce.py experiment_name={ROW} 'orders=[second]' 'seeds=[0,1,2]' "
-        """'overrides=['"'"'inner.engine=adjoint'"'"']'"""
+        "\"overrides=['inner.engine=adjoint']\""
     )
 
 
