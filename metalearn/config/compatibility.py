@@ -22,7 +22,7 @@ from metalearn.config.schema import TrainConfig
 from metalearn.core.errors import DataError
 from metalearn.core.text import plural
 from metalearn.data.class_split import check_split_sizes, read_class_split
-from metalearn.data.image_folder import list_splits
+from metalearn.data.image_folder import class_sizes, list_splits
 from metalearn.data.metadata import DRAWINGS_PER_CLASS, GLYPH_SPLIT_FRACTIONS, OMNIGLOT_SPLITS, glyph_split_sizes
 
 _TF32 = (
@@ -182,8 +182,8 @@ def _classes_of_images(config: TrainConfig) -> Iterator[str]:
     try:
         if isinstance(data, ImagesConfig):
             splits = list_splits(data.root, fractions=data.fractions, seed=data.seed, class_split=data.class_split)
-            sizes = {split: [(one.name, len(one.files)) for one in classes] for split, classes in splits.items()}
-            check_split_sizes(sizes, f"data.root={data.root}", ways=config.task.ways, needed=config.images_per_class())
+            source, needed = f"data.root={data.root}", config.images_per_class()
+            check_split_sizes(class_sizes(splits), source, ways=config.task.ways, needed=needed)
         elif isinstance(data, TorchvisionConfig) and data.class_split is not None:
             for split, names in read_class_split(data.class_split).items():
                 if len(names) < config.task.ways:

@@ -29,15 +29,18 @@ from metalearn.core.text import MAX_LISTED, plural, preview_names
 from metalearn.data.cache import load_or_build
 from metalearn.data.class_split import ClassSplit, check_split_sizes, log_classes_left_out
 from metalearn.data.image_folder import (
-    ImageClass,
     check_classes_hold_images,
+    class_sizes,
     list_classes,
     list_entries,
     list_images,
+    list_passed_over,
     list_splits,
+    log_passed_over,
     overlapping_classes,
 )
 from metalearn.data.metadata import cache_dir
+from metalearn.data.pillow_warnings import collect_pillow_warnings, warnings_of
 from metalearn.data.splits import ClassSizes, ImageSplits
 
 log = logging.getLogger(__name__)
@@ -95,7 +98,7 @@ def load_image_splits(
     """Load a folder of images, one sub-folder a class, split by class.
 
     Args:
-        root: holds the classes, or folders ``train``, ``val`` (or ``valid``, ``validation``) and ``test`` of classes.
+        root: holds the classes, or folders ``train``, ``val`` and ``test`` of classes, as in ``image_folder``.
         size: height and width to resize to, in pixels.
         channels: 1 for grey, 3 for colour.
         fractions: of the classes for training, validation and test, if there are no folders of splits.
@@ -114,10 +117,12 @@ def load_image_splits(
     _check_on_unreadable(on_unreadable)
     splits = list_splits(root, fractions=fractions, seed=seed, class_split=class_split)
     needed = needed or dict.fromkeys(splits, 1)
-    check_split_sizes(_sizes(splits), f"data.root={root}", ways=ways, needed=needed)
+    check_split_sizes(class_sizes(splits), f"data.root={root}", ways=ways, needed=needed)
+    folder = Path(root).expanduser()
+    log_passed_over(folder, list_passed_over(folder, splits))
     if class_split is not None:
         named = {split: [one.name for one in classes] for split, classes in splits.items()}
-        log_classes_left_out(list_entries(Path(root).expanduser())[0], named, class_split)
+        log_classes_left_out(list_entries(folder).names, named, class_split)
     if overlapping := overlapping_classes(splits):
         log.warning(
             "%s: %s in more than one split, so that tests are not of new classes: %s.",
@@ -125,14 +130,14 @@ def load_image_splits(
         )
     # Sorted by path, which no setting of the split changes, so that one cache serves all splits.
     paths = sorted(path for classes in splits.values() for one in classes for path in one.files)
-    images, unreadable = _load_or_decode(Path(root).expanduser(), paths, fmt)
+    images, unreadable = _load_or_decode(folder, paths, fmt)
     _handle_unreadable(paths, unreadable, on_unreadable)
     row = {path: i for i, path in enumerate(p for j, p in enumerate(paths) if j not in unreadable)}
     readable = {
-        split: [ImageClass(one.name, [path for path in one.files if path in row]) for one in classes]
+        split: [one._replace(files=[path for path in one.files if path in row]) for one in classes]
         for split, classes in splits.items()
     }
-    check_split_sizes(_sizes(readable), f"data.root={root}", ways=ways, needed=needed)
+    check_split_sizes(class_sizes(readable), f"data.root={root}", ways=ways, needed=needed)
     train, validation, test = (
         images[[row[path] for one in classes for path in one.files]] for classes in readable.values()
     )
@@ -161,6 +166,7 @@ def read_folder(
         check_classes_hold_images(folder, classes)
     except OSError as error:
         raise DataError(f"{folder}: this folder cannot be looked into ({error})") from error
+    log_passed_over(folder, list_entries(folder).others if flat else [path for one in classes for path in one.others])
     paths = flat or [file for one in classes for file in one.files]
     labels = [label for label, one in enumerate(classes) for _ in one.files]
     images, unreadable, _ = _decode_all(paths, fmt)
@@ -179,22 +185,23 @@ def _check_on_unreadable(choice: str) -> None:
         raise ValueError(f"images: on_unreadable={choice!r}; it must be 'stop' or 'skip'.")
 
 
-def _sizes(splits: Mapping[str, Sequence[ImageClass]]) -> dict[str, list[tuple[str, int]]]:
-    return {split: [(one.name, len(one.files)) for one in classes] for split, classes in splits.items()}
-
-
 def _handle_unreadable(paths: Sequence[Path], unreadable: Mapping[int, str], choice: str) -> None:
     """Raise if files could not be read, or log a warning if they are skipped."""
     if not unreadable:
         return
-    lines = [f"  {paths[i]}: {why}" for i, why in list(unreadable.items())[:MAX_LISTED]]
-    lines += [f"  and {len(unreadable) - MAX_LISTED} more"] if len(unreadable) > MAX_LISTED else []
+    lines = _lines({paths[i]: why for i, why in unreadable.items()})
     what = f"{len(unreadable)} of {len(paths)} images cannot be read"
     if choice == "stop":
         raise UnreadableImagesError(
             "\n".join([f"{what}:", *lines, "Replace or remove them, or pass them over with data.on_unreadable=skip."])
         )
     log.warning("%s", "\n".join([f"{what} and are skipped (data.on_unreadable=skip):", *lines]))
+
+
+def _lines(notes: Mapping[Path, str]) -> list[str]:
+    """Return a line for each of the first few files, and how many more there are."""
+    more = [f"  and {len(notes) - MAX_LISTED} more"] if len(notes) > MAX_LISTED else []
+    return [f"  {path}: {note}" for path, note in list(notes.items())[:MAX_LISTED]] + more
 
 
 def _load_or_decode(root: Path, paths: Sequence[Path], fmt: ImageFormat) -> tuple[Tensor, dict[int, str]]:
@@ -238,19 +245,23 @@ def _decode_all(paths: Sequence[Path], fmt: ImageFormat) -> tuple[Tensor, dict[i
 
     def decode(number: int) -> Exception | None:
         try:
-            pixels[number] = _decode(paths[number], fmt)
+            with warnings_of(paths[number]):
+                pixels[number] = _decode(paths[number], fmt)
         except MemoryError:
             raise
         except Exception as error:  # Pillow's readers raise many kinds for a broken file
             return error
         return None
 
-    with ThreadPoolExecutor() as pool:
+    with collect_pillow_warnings() as warned, ThreadPoolExecutor() as pool:
         reading = track(pool.map(decode, range(len(paths))), "Reading images (once)", total=len(paths))
         for number, error in enumerate(reading):
             if error is not None:
                 unreadable[number] = str(error).rstrip(".") or type(error).__name__
                 permanent = permanent and not (isinstance(error, OSError) and error.errno is not None)
+    if notes := {path: warned[path] for i, path in enumerate(paths) if path in warned and i not in unreadable}:
+        what = f"Pillow warns of {plural(len(notes), 'image')}, and reads them all the same:"
+        log.warning("%s", "\n".join([what, *_lines(notes)]))
     readable = [i for i in range(len(paths)) if i not in unreadable]
     return images[readable] if unreadable else images, unreadable, permanent
 

@@ -28,6 +28,7 @@ from metalearn.core.text import plural
 from metalearn.data.cache import load_or_build
 from metalearn.data.metadata import DRAWINGS_PER_CLASS, OMNIGLOT_PARTS, OMNIGLOT_SPLITS, cache_dir, omniglot_base
 from metalearn.data.omniglot_download import ensure_omniglot
+from metalearn.data.pillow_warnings import collect_pillow_warnings, warnings_of
 from metalearn.data.splits import ImageSplits, with_rotations
 
 SIZE = 28
@@ -142,7 +143,7 @@ def _decode(drawings: list[Path]) -> Tensor:
     """Return ``[classes, 20, 1, 28, 28]`` uint8, ink white, after comparing all pixels with their digest."""
     digests = {part: hashlib.sha256() for part in OMNIGLOT_PARTS}
     images = []
-    with ThreadPoolExecutor() as pool:
+    with collect_pillow_warnings(), ThreadPoolExecutor() as pool:  # every fault is an error here
         reading = track(pool.map(_read_drawing, drawings), "Reading and checking Omniglot (once)", total=len(drawings))
         for path, (bits, image) in zip(drawings, reading, strict=True):
             digests[path.parts[-4]].update(bits)
@@ -167,9 +168,9 @@ def _read_drawing(path: Path) -> tuple[bytes, NDArray[np.uint8]]:
     ``verify`` compares every checksum in the file, which decoding alone does not do.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with warnings_of(path), Image.open(path, formats=["PNG"]) as image:
             image.verify()
-        with Image.open(path, formats=["PNG"]) as image:
+        with warnings_of(path), Image.open(path, formats=["PNG"]) as image:
             if image.size != (105, 105):
                 raise ValueError(f"it measures {image.size} pixels and not (105, 105)")
             bits = image.convert("1").tobytes()

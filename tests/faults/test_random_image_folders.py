@@ -249,7 +249,7 @@ def damage_folder(base: Path, case: Case) -> bool:
     cases=20,
 )
 @pytest.mark.parametrize("number", cases(range(10), quick=[0]))
-@pytest.mark.filterwarnings("ignore")  # Pillow's, of the sizes that headers claim
+@pytest.mark.filterwarnings("error")  # Pillow's, of the sizes that headers claim
 def test_random_image_folders(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, tmp_path / "cache")
     intact = make_root(tmp_path / "intact")

@@ -85,6 +85,6 @@ def _key_errors(config: AdaptConfig) -> list[str]:
 def _class_names(folder: Path) -> list[str]:
     classes = list_classes(folder)
     check_classes_hold_images(folder, classes)
-    if empty := [one.name for one in classes if not one.files]:
+    if empty := [one.label for one in classes if not one.files]:
         raise DataError(f"{folder} holds no image in {preview_names(empty)}. Add images there, or remove such classes.")
     return [one.name for one in classes]
