@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 _WARNED = WeakIdKeyDictionary()
 """Modules whose buffer writes were logged, as keys."""
+
+_ASSIGNED = WeakIdKeyDictionary()
+"""Of each module, what its last pass assigned: layer, name, earlier attribute (none or one), and the tensor."""
 
 
 @one_thread_at_a_time()
@@ -194,7 +198,9 @@ def _replace_tensors(
     ``torch.func.functional_call`` does not restore a submodule that is reachable under two names
     (https://github.com/pytorch/pytorch/issues/164759).
     """
+    _restore_assigned(module)
     modules = list(module.modules())
+    before = [dict(vars(m)) for m in modules]
     places: list[dict[str, Any]] = [place for m in modules for place in (m._parameters, m._buffers)]
     saved, attributes = [dict(place) for place in places], [_attributes_to_restore(m) for m in modules]
     constants = [p for m in modules for p in m._parameters.values() if p is not None and id(p) not in values]
@@ -214,11 +220,25 @@ def _replace_tensors(
         for place, tensors in zip(places, saved, strict=True):
             place.clear()
             place.update(tensors)
+        _ASSIGNED[module] = [
+            (weakref.ref(m), name, {n: v for n, v in earlier.items() if n == name}, weakref.ref(value))
+            for m, earlier in zip(modules, before, strict=True)
+            for name, value in vars(m).items()
+            if isinstance(value, Tensor) and value is not earlier.get(name)
+        ]
     if [p._version for p in constants if not p.is_inference()] != versions:
         raise ValueError(
             f"{type(module).__name__} changes a frozen parameter in place, so that every later pass sees something "
             "else. Compute a new tensor, or keep it as a buffer, of which every pass changes a copy."
         )
+
+
+def _restore_assigned(module: nn.Module) -> None:
+    """Take back what the last pass assigned, which a loss may have read: another pass must not take it for its own."""
+    for layer, name, earlier, value in _ASSIGNED.pop(module, ()):
+        if (m := layer()) is not None and name in vars(m) and vars(m)[name] is value():
+            vars(m).pop(name)
+            vars(m).update(earlier)
 
 
 def _set_statistics(layer: Any, batch_norm: BatchNormMode) -> None:
@@ -284,6 +304,11 @@ def check_params(params: Params, *, name: str = "params") -> None:
                 else "Convert it with .float(), or keep it in the model as a buffer, which is a constant"
             )
             raise TypeError(f"{name}[{key!r}] is {kind}: only floating-point tensors have gradients. {remedy}.")
+        if p.is_inference():
+            raise RuntimeError(
+                f"{name}[{key!r}] was made inside torch.inference_mode() and can have no gradient; give p.clone(), or make "
+                "it under torch.no_grad()."
+            )
     check_tensors({f"{name}[{key!r}]": p for key, p in params.items()})
 
 

@@ -31,13 +31,21 @@ Loss = Callable[..., Tensor]
 """``loss(prediction, target) -> scalar``: of one task, the mean over its examples. May take meta-learned tensors."""
 
 
+_DENSE = {False: "x.to_dense()", True: "tasks of unequal size as a list of Episodes, or padded"}
+
+
 def check_tensors(values: Mapping[str, object]) -> None:
-    """Raise ``TypeError`` for what is no tensor, and ``ValueError`` for a meta tensor, which holds no values."""
+    """Raise ``TypeError`` for what is no dense tensor, and ``ValueError`` for a meta tensor, which holds no values."""
     for name, value in values.items():
         if value is None:
             raise TypeError(f"{name} is None and must be a Tensor; give one, or leave it out.")
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is {type(value).__name__} and must be a Tensor; convert it with torch.as_tensor.")
+        if value.is_nested or value.layout is not torch.strided:
+            kind = "a nested tensor" if value.is_nested else f"stored as {value.layout}"
+            raise TypeError(
+                f"{name} is {kind}, which torch.vmap cannot batch; give it dense: {_DENSE[value.is_nested]}."
+            )
         if value.is_meta:
             raise ValueError(f"{name} is on the meta device and holds no values; give a tensor on the CPU or a GPU.")
 

@@ -54,6 +54,12 @@ def test_forward_raises_on_unknown_names() -> None:
         *((p, TypeError, f"params is {type(p).__name__} and must be a dictionary of") for p in (None, [1], "theta")),
         (nn.Linear(2, 2), TypeError, "params is Linear and must be a dictionary of tensors"),
         ({"w": torch.zeros(2, device="meta")}, ValueError, r"params\['w'\] is on the meta device and holds no values"),
+        ({"w": torch.eye(2).to_sparse()}, TypeError, r"params\['w'\] is stored as torch\.sparse_coo.*x\.to_dense\(\)"),
+        (
+            {"w": torch.inference_mode()(torch.zeros)(2)},
+            RuntimeError,
+            r"params\['w'\] was made inside torch\.inference_mode.*p\.clone",
+        ),
         (
             {"w": torch.zeros(2, dtype=torch.complex64)},
             TypeError,

@@ -11,10 +11,12 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 from torch.nn.utils import prune
 
-from metalearn import InnerLoop, functionalize, meta_gradient
+from metalearn import Episodes, InnerLoop, functionalize, meta_gradient
 from metalearn.core.functional import ModuleForward
+from metalearn.metagrad import ENGINES
 from metalearn.models import Conv4
 from tests.core.networks import TASKS, Net, X, chain
 
@@ -224,6 +226,49 @@ def test_attributes_set_in_forward_are_kept() -> None:
     forward, theta = functionalize(module)
     forward({**theta, "a.weight": torch.ones(5, 5)}, X)
     assert module.penalty == 25
+
+
+class Caches(nn.Module):
+    """Keeps what it computes of its weight, as a user may who calls it with one weight only."""
+
+    def __init__(self, *, batchable: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(3, dtype=torch.float64))
+        self.cache: Tensor | None = None
+        self.batchable = batchable
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.cache is None:
+            self.cache = self.weight.exp()
+        assert self.batchable or x.sum() < 1e9  # vmap does not know it
+        return x @ self.cache
+
+
+def test_pass_does_not_find_what_an_earlier_one_has_assigned() -> None:
+    module = Caches()
+    forward, theta = functionalize(module)
+    x = torch.ones(2, 3, dtype=torch.float64)
+    for scale in (1.0, 2.0):
+        weight = scale * theta["weight"]
+        assert torch.equal(forward({"weight": weight}, x), x @ weight.exp())
+        assert module.cache is not None, "a loss may read it"
+        assert torch.equal(module.cache, weight.exp())
+    module.cache = kept = torch.zeros(3, 3, dtype=torch.float64)
+    forward(theta, x)
+    assert module.cache is kept, "the user's own"
+
+
+@pytest.mark.parametrize("batchable", [True, False])
+def test_tasks_do_not_find_what_another_has_assigned(batchable: bool) -> None:
+    forward, theta = functionalize(Caches(batchable=batchable))
+    x = torch.randn(2, 4, 5, 3, dtype=torch.float64)
+    tasks = Episodes(x[0], x[0], x[1], x[1])
+    want = meta_gradient(
+        lambda params, x: x @ params["weight"].exp(), theta, tasks, InnerLoop(lr=0.1, steps=2), loss=mse_loss
+    )
+    for engine in ENGINES:
+        found = meta_gradient(forward, theta, tasks, InnerLoop(lr=0.1, steps=2, engine=engine), loss=mse_loss)
+        torch.testing.assert_close(found.grads, want.grads)
 
 
 @pytest.mark.parametrize("send", [lambda f: pickle.loads(pickle.dumps(f)), copy.deepcopy])

@@ -24,6 +24,12 @@ X, Y = torch.zeros(2, 5, 3), torch.zeros(2, 5).long()
         ((X, Y[:, 0], X, Y), ValueError, r"support_y has shape \(2,\); it must lead with \[tasks, examples\]"),
         # vmap would compute with memory that nobody wrote to: a loss of 6e-311, and no error.
         ((X, Y, X.to("meta"), Y), ValueError, "query_x is on the meta device and holds no values"),
+        (
+            (X.to_sparse(), Y, X, Y),
+            TypeError,
+            r"support_x is stored as torch\.sparse_coo, .*give it dense: x\.to_dense",
+        ),
+        ((torch.nested.nested_tensor(list(X)), Y, X, Y), TypeError, "support_x is a nested tensor.*list of Episodes"),
         *(
             ((X, Y, X, other), TypeError, f"query_y is {type(other).__name__} and must be a Tensor.*as_tensor")
             for other in (Y.numpy(), "labels")
