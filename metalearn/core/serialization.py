@@ -24,7 +24,7 @@ _READS = 3  # a file may be replaced between the reading of it and of its digest
 
 
 class CorruptFileError(RunError):
-    """A file not written by ``save_checked``: its digest is missing or differs, or it holds more than tensors."""
+    """A file not written by ``save_checked``, or another than its name says: its digest differs, it holds code, …"""
 
 
 def check_new_file(path: Path, example: str, *, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 ``state-ITERATION.pt`` is everything that a resumed training needs, the best parameters included; the last two are kept,
 so that there is a fallback for a damaged one. ``best.pt`` holds the best parameters once more, for the test.
+Both hold the configuration of their run, so that those of another run are not taken.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from typing import Any
 
 import torch
 
+from metalearn.config.run_config import changed_keys, parse_run_config
+from metalearn.config.schema import result_keys
 from metalearn.core import serialization as files
-from metalearn.core.errors import RunError
+from metalearn.core.errors import ConfigError, RunError
+from metalearn.core.text import preview_names
 from metalearn.core.types import Params
 from metalearn.pretrained.model_file import read_model
 from metalearn.training.run_folder import TRAINING_FILES, check_no_run_in
-from metalearn.training.state import BestCheckpoint, TrainState, check_same_shapes
+from metalearn.training.state import BestCheckpoint, TrainState, check_same_shapes, equal_params
 from metalearn.training.tracking.meter import Meter
 from metalearn.training.tracking.tensorboard import TensorBoardLogger
 
@@ -68,7 +72,7 @@ class Checkpointer:
             }
             save_state(content, state.iteration, self.run_dir)
             if state.best and state.best.iteration != self._saved_best:
-                save_best(state.best, self.run_dir)
+                save_best(state.best, self.run_dir, self.config_yaml)
                 self._saved_best = state.best.iteration
         self._saved_at = time.perf_counter()
 
@@ -133,7 +137,11 @@ def remove_unfinished(run_dir: Path) -> None:
 
 
 def load_latest(run_dir: Path) -> dict[str, Any] | None:
-    """Load the newest undamaged state; ``None`` if there is none yet. Raise ``RunError`` if all are damaged."""
+    """Load the run's newest undamaged state; ``None`` if there is none yet.
+
+    Raises:
+        RunError: if all are damaged or another run's.
+    """
     damaged: list[str] = []
     for path in state_paths(run_dir):
         try:
@@ -143,6 +151,9 @@ def load_latest(run_dir: Path) -> dict[str, Any] | None:
             continue
         if not isinstance(content, dict) or not {"format", "state", "meter"} <= content.keys():
             damaged.append(f"{path} is refused: it is no state of a training.")
+            continue
+        if reason := _other_run(content, run_dir):
+            damaged.append(f"{path} is refused: {reason}.")
             continue
         if content["format"] != _FORMAT:
             raise RunError(
@@ -154,29 +165,29 @@ def load_latest(run_dir: Path) -> dict[str, Any] | None:
         return content
     if damaged:
         raise RunError(
-            f"{run_dir}: every checkpoint is damaged, so there is nothing to resume from. Restore one from a copy, or "
-            "start a new run in another folder.\n" + "\n".join(damaged)
+            f"{run_dir}: every checkpoint is damaged or another run's, so there is nothing to resume from. Restore one "
+            "from a copy, or start a new run in another folder.\n" + "\n".join(damaged)
         )
     return None
 
 
-def save_best(best: BestCheckpoint, run_dir: Path) -> None:
+def save_best(best: BestCheckpoint, run_dir: Path, config_yaml: str) -> None:
     """Write ``best.pt`` atomically."""
     content = {"params": best.params, "iteration": best.iteration, "validation_accuracy": best.validation_score}
-    files.save_checked(content, best_path(run_dir))
+    files.save_checked({"config": config_yaml, **content}, best_path(run_dir))
 
 
-def restore_best(best: BestCheckpoint | None, run_dir: Path) -> None:
+def restore_best(best: BestCheckpoint | None, run_dir: Path, config_yaml: str) -> None:
     """Write ``best.pt`` as a restored state has it, if it differs: a kill may have come between writing the two."""
     if best is None:
         files.remove(best_path(run_dir))
         return
     try:
-        found = files.load_checked(best_path(run_dir))["iteration"]
+        found = _read_best(run_dir)
     except (FileNotFoundError, files.CorruptFileError):
         found = None
-    if found != best.iteration:
-        save_best(best, run_dir)
+    if found is None or found[:2] != best[:2] or not equal_params(found.params, best.params):
+        save_best(best, run_dir, config_yaml)
 
 
 def load_best(run: Path, *, like: Params, device: torch.device) -> BestCheckpoint:
@@ -200,16 +211,43 @@ def load_best(run: Path, *, like: Params, device: torch.device) -> BestCheckpoin
 
 
 def _load_best_of_folder(run_dir: Path) -> BestCheckpoint:
-    path = best_path(run_dir)
     try:
-        content: dict[str, Any] = files.load_checked(path)
-        return BestCheckpoint(content["iteration"], content["validation_accuracy"], content["params"])
+        return _read_best(run_dir)
     except (FileNotFoundError, files.CorruptFileError) as error:
         missing = isinstance(error, FileNotFoundError)
-        reason = f"{path} does not exist." if missing else str(error)
+        reason = f"{best_path(run_dir)} does not exist." if missing else str(error)
         state = load_latest(run_dir)
         if state is None or state["state"]["best"] is None:
             why = " The run has not reached its first validation, or was copied without it." if missing else ""
             raise RunError(reason + why) from None
         log.warning("%s The best parameters are taken from the state instead.", reason)
         return BestCheckpoint(*state["state"]["best"])
+
+
+def _read_best(run_dir: Path) -> BestCheckpoint:
+    path = best_path(run_dir)
+    content: dict[str, Any] = files.load_checked(path)
+    if not isinstance(content, dict) or not {"params", "iteration", "validation_accuracy"} <= content.keys():
+        raise files.CorruptFileError(f"{path} is refused: it holds no best parameters.")
+    if reason := _other_run(content, run_dir):
+        raise files.CorruptFileError(f"{path} is refused: {reason}.")
+    return BestCheckpoint(content["iteration"], content["validation_accuracy"], content["params"])
+
+
+def _other_run(content: dict[str, Any], run_dir: Path) -> str:
+    """Return why a checkpoint cannot be this run's: its configuration has another seed, say; empty if it may be.
+
+    Two runs with one configuration are the same run, bit by bit. ``best.pt`` of earlier releases has none.
+    """
+    path, recorded = run_dir / "config.yaml", content.get("config")
+    if recorded is None or not path.exists():
+        return ""
+    here = path.read_text()
+    if recorded == here:
+        return ""
+    try:
+        there = result_keys(parse_run_config(recorded, path))
+    except ConfigError:
+        return "its configuration cannot be read"
+    names = list(changed_keys(result_keys(parse_run_config(here, path)), there))
+    return f"another run wrote it, with another {preview_names(names)}" if names else ""

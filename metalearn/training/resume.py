@@ -99,7 +99,7 @@ def _describe_model(run: Path) -> str:
     return f" It was trained with {keys.strip()}."
 
 
-def restore_run(state: TrainState, meter: Meter, status: RunStatus) -> None:
+def restore_run(state: TrainState, meter: Meter, status: RunStatus, config_yaml: str) -> None:
     """Restore the latest checkpoint, or else copy the parameters that the run starts from.
 
     A run that starts from another's parameters validates them before its first meta-step. Raise ``RunError`` if the
@@ -115,4 +115,4 @@ def restore_run(state: TrainState, meter: Meter, status: RunStatus) -> None:
         state.load_params(status.initial.params)
         state.last_validated = -1
     if status.started:
-        restore_best(state.best, status.run_dir)
+        restore_best(state.best, status.run_dir, config_yaml)

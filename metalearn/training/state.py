@@ -140,6 +140,11 @@ def check_same_shapes(found: Params, expected: Params) -> None:
             )
 
 
+def equal_params(a: Params, b: Params) -> bool:
+    """Return whether two trees of parameters are equal, bit by bit but for the sign of zeros."""
+    return a.keys() == b.keys() and all(torch.equal(p.cpu(), b[name].cpu()) for name, p in a.items())
+
+
 def seed_all(seed: int) -> None:
     """Seed Python's, numpy's and torch's generators; numpy's takes the lower 32 bits."""
     random.seed(seed)

@@ -99,11 +99,11 @@ def _train_main(
 
     # Restore the state and send it to the workers.
     state, meter = TrainState.create(experiment.theta, config.outer), Meter(experiment.device)
-    restore_run(state, meter, status)
+    config_yaml = to_yaml(config)
+    restore_run(state, meter, status, config_yaml)
     ranks.broadcast(BroadcastState(run_dir, config, state.state_dict(), experiment.kernels_on_gpus))
 
     # Train, test, and log the result.
-    config_yaml = to_yaml(config)
     keys, metric = result_keys(config), experiment.metric.name
     layout = build_layout(
         metric,

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import metalearn
+from metalearn.core import serialization as files
 from metalearn.core.errors import MetalearnError, RunError
 from metalearn.pretrained.model_file import read_model
 from metalearn.training.checkpoints import best_path, load_best, load_latest, state_paths
@@ -29,6 +30,7 @@ from tests.faults.runs import (
     assert_steps_increase,
     resume,
     tensors_to_bytes,
+    train,
     train_and_kill,
 )
 from tests.inference.factories import query, support
@@ -177,3 +179,48 @@ def test_damaged_metrics(text: str, finished_run: Path, tmp_path: Path, uninterr
     assert "Remove the file" in said
     path.unlink()
     assert_runs_equal(resume(tmp_path), uninterrupted_run)
+
+
+@pytest.fixture(scope="session")
+def other_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the same training with another seed, so that every shape is the same."""
+    return train(tmp_path_factory.mktemp("other"), "run.seed=1")
+
+
+@pytest.mark.fault("files of another run in the place of this one's", "refused by the key that differs")
+@pytest.mark.parametrize("places", [("newest",), ("newest", "before"), ("best",)], ids="-".join)
+def test_files_of_another_run(
+    places: tuple[str, ...], untested_run: Path, tmp_path: Path, uninterrupted_run: Path, other_run: Path
+) -> None:
+    expected = load_best(uninterrupted_run, like=load_state(uninterrupted_run)["state"]["params"], device=CPU)
+    for place in places:
+        of = {run: [*state_paths(run), best_path(run)] for run in (untested_run, other_run)}
+        here, there = (paths[["newest", "before", "best"].index(place)] for paths in of.values())
+        for suffix in ("", ".sha256"):
+            shutil.copy(f"{there}{suffix}", f"{here}{suffix}")
+    best = load_best(untested_run, like=expected.params, device=CPU) if len(places) == 1 else expected
+    assert tensors_to_bytes(best) == tensors_to_bytes(expected)
+    if places == ("newest", "before"):
+        assert wait_for_exit(start_training([*SMALL_RUN, "run.resume=true"], tmp_path)) == 2
+        assert "every checkpoint is damaged or another run's" in " ".join(read_output(tmp_path).split())
+    else:
+        assert_runs_equal(resume(tmp_path), uninterrupted_run)
+    if "newest" in places:
+        assert "another run wrote it, with another run.seed" in " ".join(read_output(tmp_path).split())
+
+
+@pytest.mark.fault("a run that an earlier release saved", "resumes to the same bits")
+def test_best_parameters_without_configuration(untested_run: Path, tmp_path: Path, uninterrupted_run: Path) -> None:
+    content = files.load_checked(best_path(untested_run))
+    assert content.pop("config") == (untested_run / "config.yaml").read_text()
+    files.save_checked(content, best_path(untested_run))
+    assert load_best(untested_run, like=content["params"], device=CPU).iteration == content["iteration"]
+    assert_runs_equal(resume(tmp_path), uninterrupted_run)
+
+
+def test_state_in_the_place_of_best_parameters(finished_run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    best, (newest, _) = best_path(finished_run), state_paths(finished_run)
+    for suffix in ("", ".sha256"):
+        shutil.copy(f"{newest}{suffix}", f"{best}{suffix}")
+    load_best(finished_run, like=load_state(finished_run)["state"]["params"], device=CPU)
+    assert "it holds no best parameters. The best parameters are taken from the state instead." in caplog.text

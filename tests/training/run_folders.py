@@ -64,5 +64,5 @@ def untrained(folder: Path, *overrides: str, base: list[str] = SMALL) -> Path:
     theta = build_experiment(config).theta
     generator = torch.Generator().manual_seed(1)
     moved = {name: p * (1 + 0.1 * torch.rand(p.shape, generator=generator)) for name, p in theta.items()}
-    save_best(BestCheckpoint(7, 0.5, moved), folder)
+    save_best(BestCheckpoint(7, 0.5, moved), folder, to_yaml(config))
     return folder

@@ -76,18 +76,18 @@ def test_load_latest_raises_when_all_states_are_damaged(tmp_path: Path) -> None:
 
 
 def test_restore_best_follows_the_state(tmp_path: Path) -> None:
-    save_best(BestCheckpoint(20, 0.9, params(2.0)), tmp_path)  # later than the state
-    restore_best(BestCheckpoint(10, 0.8, params(1.0)), tmp_path)
+    save_best(BestCheckpoint(20, 0.9, params(2.0)), tmp_path, "")  # later than the state
+    restore_best(BestCheckpoint(10, 0.8, params(1.0)), tmp_path, "")
     best = load_best(tmp_path, like=params(0.0), device=CPU)
     assert (best.iteration, best.validation_score) == (10, 0.8)
     assert torch.equal(best.params["w"], params(1.0)["w"])
-    restore_best(None, tmp_path)
+    restore_best(None, tmp_path, "")
     assert not best_path(tmp_path).exists()
 
 
 def test_load_best_falls_back_to_the_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     best = BestCheckpoint(10, 0.8, params(1.0))
-    save_best(best, tmp_path)
+    save_best(best, tmp_path, "")
     best_path(tmp_path).write_bytes(b"x")
     with pytest.raises(RunError, match=r"best\.pt is damaged"):
         load_best(tmp_path, like=params(0.0), device=CPU)
@@ -101,7 +101,7 @@ def test_load_best_falls_back_to_the_state(tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_load_best_raises_for_another_model(tmp_path: Path) -> None:
-    save_best(BestCheckpoint(10, 0.8, params(1.0)), tmp_path)
+    save_best(BestCheckpoint(10, 0.8, params(1.0)), tmp_path, "")
     with pytest.raises(RunError, match=r"parameter 'w' is \(2,\) in it and \(3,\)"):
         load_best(tmp_path, like={"w": torch.zeros(3)}, device=CPU)
 
