@@ -10,7 +10,6 @@ function once, or once a job under ``--multirun``, and prints errors that a user
 from __future__ import annotations
 
 import argparse
-import errno
 import functools
 import logging
 import os
@@ -29,7 +28,7 @@ from omegaconf import DictConfig
 from metalearn.commands.command_line import command_again, parse_flags, requested_jobs
 from metalearn.commands.mistakes import find_mistakes
 from metalearn.commands.output_folders import RUN_FILES
-from metalearn.commands.shell import exit_when_stdout_closes, invocation
+from metalearn.commands.shell import discard, exit_when_stdout_closes, invocation
 from metalearn.config.compose import (
     CONF,
     Config,
@@ -41,12 +40,12 @@ from metalearn.config.compose import (
 )
 from metalearn.config.former_keys import rename_overrides
 from metalearn.config.help import MAIN_KEYS, help_text
-from metalearn.core.errors import ConfigError, MetalearnError, RunError, TerminatedError
+from metalearn.core.errors import OS_ERROR_HINTS, ConfigError, MetalearnError, RunError, TerminatedError
 from metalearn.core.quoting import format_assignment, quote_command, quote_word
 from metalearn.core.text import fit
 from metalearn.training.run_folder import check_no_run_in
 from metalearn.training.runtime import torchrun
-from metalearn.training.runtime.signals import sigterm_as_exception
+from metalearn.training.runtime.signals import signals_as_exceptions
 
 _WIDEST_HELP = 100
 
@@ -194,7 +193,7 @@ def _report_errors(name: str, output_dir: Path | None = None) -> Iterator[None]:
     An output folder that is still empty is removed; ``None`` for a process that writes nothing.
     """
     try:
-        with sigterm_as_exception():
+        with signals_as_exceptions():
             yield
     except TerminatedError as error:
         _print_error(f"{error}{_how_to_resume(name, error)}")
@@ -203,10 +202,12 @@ def _report_errors(name: str, output_dir: Path | None = None) -> Iterator[None]:
         _remove_if_empty(output_dir)
         _exit_with_error(error, _how_to_resume(name, error))
     except OSError as error:
-        if error.errno not in _OS_ERROR_HINTS:
+        of_output = output_dir and Path(str(error.filename)).is_relative_to(output_dir)
+        if error.errno not in OS_ERROR_HINTS and not of_output:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _exit_with_error(RunError(f"{error.strerror}{where}; {_written(output_dir)}\n{_OS_ERROR_HINTS[error.errno]}"))
+        hint = OS_ERROR_HINTS.get(error.errno or 0, "Run again; resume a training with run.resume=true.")
+        _exit_with_error(RunError(f"{error.strerror}{where}; {_written(output_dir)}\n{hint}"))
     except KeyboardInterrupt:
         _print_error(f"Interrupted; {_written(output_dir)}")
         sys.exit(130)
@@ -214,7 +215,7 @@ def _report_errors(name: str, output_dir: Path | None = None) -> Iterator[None]:
 
 def _how_to_resume(name: str, error: MetalearnError) -> str:
     """Return the whole command that resumes a run from its checkpoint; empty if there is none."""
-    if not isinstance(error, RunError) or error.resumable is None or torchrun.rank():
+    if error.resumable is None or torchrun.rank():
         return ""
     under = ", started by torchrun as before" if torchrun.world_size() > 1 else ""
     command = command_again(name, format_assignment("hydra.run.dir", error.resumable), "run.resume=true")
@@ -234,17 +235,6 @@ def _remove_if_empty(folder: Path | None) -> None:
             os.rmdir(folder)
 
 
-_OS_ERROR_HINTS = {
-    errno.ENOSPC: "The disk is full: make room and run again; resume a training with run.resume=true.",
-    errno.EDQUOT: "The disk quota is used up: make room and run again; resume a training with run.resume=true.",
-    errno.EROFS: "The disk is read-only: choose a folder on another, with hydra.run.dir=PATH.",
-    errno.EACCES: "You may not write there: choose another folder with hydra.run.dir=PATH.",
-    errno.EPERM: "You may not write there: choose another folder with hydra.run.dir=PATH.",
-    errno.EIO: "The disk has failed: copy what is there, and resume elsewhere.",
-}
-"""Errors of the system that a user can fix, and how."""
-
-
 def _exit_with_error(error: MetalearnError, how_to_resume: str = "") -> NoReturn:
     who = f"[process {torchrun.rank()}] " if torchrun.rank() else ""
     message = f"{who}{type(error).__name__}: {error}{how_to_resume}"
@@ -254,4 +244,9 @@ def _exit_with_error(error: MetalearnError, how_to_resume: str = "") -> NoReturn
 
 
 def _print_error(message: str) -> None:
-    print(fit(message, sys.stderr), file=sys.stderr)
+    if sys.stderr is None:  # the shell has closed it: 2>&-
+        return
+    try:
+        print(fit(message, sys.stderr), file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it any more, and the exit code still tells
+        discard(sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,14 @@ def tensorboard(folder: Path) -> str:
     """Return the command line that shows the plots in a folder."""
     near = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     return f"tensorboard --logdir {quote_word(folder if str(near).startswith(('-', '~')) else near)}"
+
+
+def discard(stream: TextIO) -> None:
+    """Drop what is written to a stream that is closed at its other end.
+
+    What is buffered still has to go somewhere: https://docs.python.org/3/library/signal.html#note-on-sigpipe
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager
@@ -59,16 +68,17 @@ class _Stdout:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
-            self._exit()
+        except OSError as error:
+            self._exit(error)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except BrokenPipeError:
-            self._exit()
+        except OSError as error:
+            self._exit(error)
 
-    def _exit(self) -> NoReturn:
-        # What is buffered still has to go somewhere: https://docs.python.org/3/library/signal.html#note-on-sigpipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+    def _exit(self, error: OSError) -> NoReturn:
+        if error.errno not in (errno.EPIPE, errno.EIO):  # EIO is a terminal's that is gone
+            raise error
+        discard(self._stream)
         sys.exit(_SIGPIPE_EXIT)

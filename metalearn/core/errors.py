@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import signal
 from pathlib import Path
@@ -14,11 +15,29 @@ OUT_OF_MEMORY = r"(?i)out of memory|not enough memory|can('t|not) allocate memor
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether a GPU's or a CPU's allocator failed."""
-    return isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)) is not None
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error)) is not None
+    )
+
+
+OS_ERROR_HINTS = {
+    errno.ENOSPC: "The disk is full: make room and run again; resume a training with run.resume=true.",
+    errno.EDQUOT: "The disk quota is used up: make room and run again; resume a training with run.resume=true.",
+    errno.EROFS: "The disk is read-only: choose a folder on another, with hydra.run.dir=PATH.",
+    errno.EACCES: "You may not write there: choose another folder with hydra.run.dir=PATH.",
+    errno.EPERM: "You may not write there: choose another folder with hydra.run.dir=PATH.",
+    errno.EIO: "The disk has failed: copy what is there, and resume elsewhere.",
+}
+"""Errors of the system that last until a user does something about them, and what; others may pass by themselves."""
 
 
 class MetalearnError(Exception):
-    """Base of the errors whose message says what is wrong and what to do."""
+    """Base of the errors whose message says what is wrong and what to do.
+
+    ``resumable``: the folder of the run, if it holds a checkpoint from which the same command resumes.
+    """
+
+    resumable: Path | None = None
 
 
 class ConfigError(MetalearnError):
@@ -30,12 +49,7 @@ class DataError(MetalearnError):
 
 
 class RunError(MetalearnError):
-    """A run folder or file that cannot be used as requested, or training that cannot continue.
-
-    ``resumable``: the folder of the run, if it holds a checkpoint from which the same command resumes.
-    """
-
-    resumable: Path | None = None
+    """A run folder or file that cannot be used as requested, or training that cannot continue."""
 
 
 class NonFiniteError(MetalearnError, ArithmeticError):

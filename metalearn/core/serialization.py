@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from metalearn.core.errors import RunError
+from metalearn.core.errors import OS_ERROR_HINTS, RunError
 
+_PAUSES_S = (0.2, 2.0)  # before another try to write
 _READS = 3  # a file may be replaced between the reading of it and of its digest
 
 
@@ -110,7 +111,18 @@ def _digest_path(path: Path) -> Path:
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Write bytes like ``atomic_write_text``."""
+    """Write bytes like ``atomic_write_text``; try again where the system's error may pass by itself."""
+    for pause in (*_PAUSES_S, None):
+        try:
+            _write_bytes(path, data)
+            return
+        except OSError as error:
+            if pause is None or error.errno in OS_ERROR_HINTS:
+                raise
+            time.sleep(pause)
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:

@@ -18,7 +18,7 @@ import torch
 from metalearn.config.run_config import changed_keys, parse_run_config
 from metalearn.config.schema import result_keys
 from metalearn.core import serialization as files
-from metalearn.core.errors import ConfigError, RunError
+from metalearn.core.errors import OS_ERROR_HINTS, ConfigError, RunError
 from metalearn.core.text import preview_names
 from metalearn.core.types import Params
 from metalearn.pretrained.model_file import read_model
@@ -49,6 +49,7 @@ class Checkpointer:
     started_at: float
     _saved_at: float = field(default_factory=time.perf_counter)
     _saved_best: int | None = None
+    _failed: bool = False
 
     @property
     def is_due(self) -> bool:
@@ -61,7 +62,26 @@ class Checkpointer:
         return time.perf_counter() - self.started_at
 
     def save(self, state: TrainState) -> None:
-        """Save the state, between two meta-steps."""
+        """Save the state, between two meta-steps; after an error that may pass by itself, warn and wait for the next.
+
+        Raises:
+            OSError: if the user has to do something about it, as where the disk is full.
+        """
+        try:
+            self._save(state)
+        except OSError as error:
+            if error.errno in OS_ERROR_HINTS:
+                raise
+            self._failed = True
+            self._saved_at = time.perf_counter()
+            log.warning("The state after meta-step %d is not saved; the training goes on: %s", state.iteration, error)
+
+    def finish(self, state: TrainState) -> None:
+        """Save the state at the end if that failed the last time; raise ``OSError`` if it still does."""
+        if self._failed:
+            self._save(state)
+
+    def _save(self, state: TrainState) -> None:
         with self.meter.checkpoint():
             content = {
                 "config": self.config_yaml,
@@ -74,22 +94,22 @@ class Checkpointer:
             if state.best and state.best.iteration != self._saved_best:
                 save_best(state.best, self.run_dir, self.config_yaml)
                 self._saved_best = state.best.iteration
+        self._failed = False
         self._saved_at = time.perf_counter()
 
     def save_on_exit(self, state: TrainState) -> None:
         """Save the state of a run that stops early, unless the parameters are inconsistent or not finite."""
-        if not (state.is_consistent and state.is_finite()):
-            return
         try:
-            self.save(state)
-        except OSError as error:
+            if state.is_consistent and state.is_finite():
+                self._save(state)
+        except Exception as error:  # of any kind, as it must not hide why the run ends
             log.warning("The state after meta-step %d could not be saved: %s", state.iteration, error)
 
     def describe_latest(self) -> str:
         """Return a sentence that names the latest checkpoint; empty if there is none."""
         try:
             content = load_latest(self.run_dir)
-        except RunError:  # all are damaged, which must not hide why the run ends
+        except Exception:  # all are damaged, or memory lacks, which must not hide why the run ends
             content = None
         if content is None:
             return ""

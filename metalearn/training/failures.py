@@ -8,12 +8,10 @@ replay_episode("RUN_FOLDER/nonfinite/meta-step-00000123.pt")      # raises the s
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from traceback import clear_frames
 
 import torch
 
@@ -35,6 +33,8 @@ from metalearn.inner import InnerLoop
 from metalearn.training.auto_engine import MetaStepProblem, estimate_peak, first_meta_step
 from metalearn.training.experiment import Experiment, build_algorithm, build_metric, build_model, functionalize_model
 from metalearn.training.state import TrainState, preserve_rng_state, seed_all
+
+log = logging.getLogger(__name__)
 
 FOLDER = "nonfinite"
 MAX_DUMPS = 20
@@ -130,19 +130,18 @@ def replay_episode(path: Path | str, *, trust_code: bool = False) -> MetaGradien
         )
 
 
-@contextmanager
-def explain_out_of_memory(experiment: Experiment, *, processes: int = 1) -> Iterator[None]:
-    """Replace torch's out-of-memory error by a ``RunError`` with a meta-step's memory and the keys that lower it."""
-    reason = ""
+def explain_out_of_memory(error: BaseException, experiment: Experiment, *, processes: int = 1) -> RunError:
+    """Return an error with a meta-step's memory and the keys that lower it, in the place of torch's out-of-memory one.
+
+    Measuring takes memory itself: save first what must not be lost.
+    """
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        clear_frames(error.__traceback__)  # which the with statement keeps, and with it the activations
-    if reason:  # raised out here, for the same reason
-        raise RunError(_out_of_memory_message(experiment, reason, processes))
+        return RunError(_out_of_memory_message(experiment, reason, processes))
+    except Exception:  # of any kind, as it must not hide the first
+        log.debug("The memory of a meta-step could not be measured", exc_info=True)
+        keys = "inner.engine=adjoint, inner.task_chunk=1"
+        return RunError(f"Out of memory ({reason}). The same gradient takes less with {keys}, or inner.engine=auto.")
 
 
 def _out_of_memory_message(experiment: Experiment, reason: str, processes: int) -> str:

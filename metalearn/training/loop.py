@@ -165,7 +165,6 @@ def validate(context: TrainContext, state: TrainState) -> float:
     if state.best is None or metric.is_better(mean, state.best.validation_score):
         params = {name: p.detach().clone() for name, p in state.params.items()}
         state.best = BestCheckpoint(state.iteration, mean, params)
-    state.last_validated = state.iteration
 
     # Log and save.
     if checkpointer:
@@ -175,6 +174,7 @@ def validate(context: TrainContext, state: TrainState) -> float:
             checkpointer.tensorboard.log_validation(result, state.iteration)
             checkpointer.tensorboard.log_lr_histograms(state.params, state.iteration)
             log_task_images(experiment, state, checkpointer.tensorboard)
+    state.last_validated = state.iteration  # once it is logged
     tune_threads(context, state)
     context.meter.open_window()  # before the state is saved, so that no meta-step's time includes the validation
     if checkpointer:

@@ -10,11 +10,12 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any, NamedTuple
 
 from metalearn.config.run_config import changed_keys, to_yaml
 from metalearn.config.schema import TrainConfig, result_keys
-from metalearn.core.errors import ConfigError, RunError, TerminatedError
+from metalearn.core.errors import ConfigError, MetalearnError, RunError, TerminatedError, is_out_of_memory
 from metalearn.core.profiling.hardware import checkout_commit, configure_malloc
 from metalearn.training.auto_engine import choose_kernels, resolve_auto_engine
 from metalearn.training.checkpoints import Checkpointer
@@ -34,7 +35,7 @@ from metalearn.training.resume import RunStatus, open_run, restore_run
 from metalearn.training.run_folder import folder_lock, is_part_of_more
 from metalearn.training.runtime.distributed import DistributedContext, init_distributed
 from metalearn.training.runtime.precision import check_precision
-from metalearn.training.runtime.signals import StopRequest
+from metalearn.training.runtime.signals import StopRequest, terminated_by
 from metalearn.training.runtime.threads import ThreadTuner
 from metalearn.training.state import BestCheckpoint, TrainState
 from metalearn.training.step import local_tasks
@@ -175,22 +176,34 @@ def train_and_test(context: TrainContext, state: TrainState) -> tuple[BestCheckp
 
     The state is not saved if training has diverged, because the checkpoint before is the better one.
     """
-    ranks, checkpointer = context.ranks, context.checkpointer
+    ranks, checkpointer, latest = context.ranks, context.checkpointer, ""
     try:
-        with explain_out_of_memory(context.experiment, processes=ranks.size):
-            train_loop(context, state)
-            assert state.best is not None, "the last meta-step is followed by validation"
-            return state.best, context.evaluate(state.best.params, test=True)
-    except RunError as error:
+        train_loop(context, state)
+        assert state.best is not None, "the last meta-step is followed by validation"
+        result = context.evaluate(state.best.params, test=True)
+        if checkpointer:
+            checkpointer.finish(state)
+        return state.best, result
+    except (Exception, SystemExit) as raised:
+        error: BaseException = raised
+        if is_out_of_memory(error):
+            clear_frames(error.__traceback__)  # which hold the activations
         if checkpointer:
             if not isinstance(error, DivergedError):
                 checkpointer.save_on_exit(state)
-            if latest := checkpointer.describe_latest():
-                error.args, error.resumable = (f"{error} {latest}",), context.run_dir
-        if isinstance(error, TerminatedError):
-            ranks.wait_for_main()  # torchrun ends the other processes as soon as one has ended
-        raise
-    raise AssertionError("explain_out_of_memory raises what it catches")
+            latest = checkpointer.describe_latest()
+    # Explain it, now that nothing can be lost.
+    if is_out_of_memory(error):
+        error = explain_out_of_memory(error, context.experiment, processes=ranks.size)
+    elif isinstance(error, SystemExit):
+        error = terminated_by(error) or error
+    if latest and isinstance(error, MetalearnError):
+        error.args, error.resumable = (f"{error} {latest}",), context.run_dir
+    elif latest:
+        log.warning("%s ends the training. %s run.resume=true resumes it.", type(error).__name__, latest)
+    if isinstance(error, TerminatedError):
+        ranks.wait_for_main()  # torchrun ends the other processes as soon as one has ended
+    raise error
 
 
 def check_tasks_per_process(config: TrainConfig, ranks: DistributedContext) -> None:

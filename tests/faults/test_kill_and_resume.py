@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import random
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -145,20 +146,94 @@ def test_kill_during_save(seed: int, tmp_path: Path, uninterrupted_run: Path) ->
     assert_runs_equal(run_dir, uninterrupted_run)
 
 
-@pytest.mark.fault("SIGTERM, SIGINT", "saved, right exit code, resumes bitwise")
-@pytest.mark.parametrize("number", cases([signal.SIGTERM, signal.SIGINT] * 10, quick=[0, 1]))
+STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
+
+
+@pytest.mark.fault("SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU", "saved, right exit code, resumes bitwise")
+@pytest.mark.parametrize("number", cases(STOPS * 4, quick=[0, 1, 2, 5]))
 def test_stop_by_signal(number: signal.Signals, tmp_path: Path, uninterrupted_run: Path) -> None:
     process = start_training([*SMALL_RUN, "run.checkpoint_every_s=null"], tmp_path)
     wait_for_checkpoint(
         tmp_path / RUN, 8, process
     )  # saved by the first validation; nothing else saves without a request
     os.kill(process.pid or 0, number)
-    assert wait_for_exit(process) == {signal.SIGTERM: 143, signal.SIGINT: 130}[number], read_output(tmp_path)
+    assert wait_for_exit(process) == 128 + number, read_output(tmp_path)
     kept = load_state(tmp_path / RUN)["state"]["iteration"]
     assert f"Stopped by {number.name}" in read_output(tmp_path)
     assert f"checkpoint of meta-step {kept} is kept" in read_output(tmp_path)
     assert "Traceback" not in read_output(tmp_path)
     assert_runs_equal(resume(tmp_path), uninterrupted_run)
+
+
+def close_output(descriptors: Sequence[int], line: int) -> None:
+    """Have nobody read what this process prints, from one of its validations on."""
+
+    class Closing(logging.Filter):
+        lines = 0
+
+        def filter(self, record: logging.LogRecord) -> bool:
+            self.lines += 1
+            if self.lines == line:
+                reader, writer = os.pipe()
+                os.close(reader)
+                for descriptor in descriptors:
+                    os.dup2(writer, descriptor)
+            return True
+
+    logging.getLogger("metalearn.training.loop").addFilter(Closing())
+
+
+@pytest.mark.fault("output that is closed, as by | head", "saved, exit code 141, resumes bitwise")
+@pytest.mark.parametrize(("descriptors", "line"), [((1,), 1), ((1,), 2), ((1, 2), 2)], ids=["first", "one", "both"])
+def test_closed_output(descriptors: Sequence[int], line: int, tmp_path: Path, uninterrupted_run: Path) -> None:
+    arguments = [*SMALL_RUN, "run.checkpoint_every_s=null"]
+    process = start_training(arguments, tmp_path, before=close_output, args=(descriptors, line))
+    assert wait_for_exit(process) == 128 + signal.SIGPIPE, read_output(tmp_path)
+    if 2 not in descriptors:
+        said = " ".join(read_output(tmp_path).split())
+        assert f"Stopped by SIGPIPE. The checkpoint of meta-step {8 * line} is kept. This resumes it" in said
+        assert "Traceback" not in said
+    assert_runs_equal(resume(tmp_path), uninterrupted_run)
+
+
+def fail_saving(number: int, first: int, last: int) -> None:
+    """Make ``os.fsync`` fail in a range of its calls; nothing waits before another try."""
+    calls = 0
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        nonlocal calls
+        calls += 1
+        if first <= calls <= last:
+            raise OSError(number, os.strerror(number))
+        real(handle)
+
+    files.os.fsync = fsync  # type: ignore[attr-defined]
+    files._PAUSES_S = (0.0, 0.0)
+
+
+PASSING = [errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EMFILE, errno.EINTR, errno.ENFILE, errno.EAGAIN]
+
+
+@pytest.mark.fault(
+    "an error of a file system that passes by itself", "tried again; then said, and the training goes on"
+)
+@pytest.mark.parametrize("fails", ["once", "one save", "the last saves", "for good"])
+@pytest.mark.parametrize("number", cases(PASSING, quick=[0]))
+def test_passing_write_error(number: int, fails: str, tmp_path: Path, uninterrupted_run: Path) -> None:
+    # Three calls write config.yaml, and a save makes six or, with the best parameters, twice as many.
+    first, last = {"once": (50, 50), "one save": (50, 52), "the last saves": (126, 140), "for good": (50, 10**6)}[fails]
+    process = start_training(SMALL_RUN, tmp_path, before=fail_saving, args=(number, first, last))
+    code, said = wait_for_exit(process), " ".join(read_output(tmp_path).split())
+    assert ("is not saved; the training goes on" in said) is (fails != "once"), said
+    assert fails == "once" or os.strerror(number) in said
+    if fails == "for good":
+        assert code == 2, said
+        assert "Traceback" not in said
+        resume(tmp_path)
+    else:
+        assert code == 0, said
+    assert_runs_equal(tmp_path / RUN, uninterrupted_run)
 
 
 CHANGED = [["inner.lr=0.2"], ["task.shots=2", "outer.lr=0.1"], ["model.hidden=[9]"]]

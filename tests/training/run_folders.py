@@ -27,6 +27,10 @@ SMALL = ["data=glyphs", "data.classes=50", "model.width=8", "task.meta_batch=4"]
 SINUSOID = ["experiment=sinusoid", "model.hidden=[8]", "task.meta_batch=4"]
 
 
+class PowerCut(BaseException):
+    """The end of a process that can do nothing more; no code but a test's catches it."""
+
+
 def run(folder: Path, *overrides: str) -> dict[str, Any]:
     """Train, or resume with ``run.resume``, as ``scripts/train.py`` does; return ``metrics.json``."""
     train(resolve_resume(resolve_data(train_config(*overrides)), folder), folder)
@@ -39,12 +43,12 @@ def run_interrupted(folder: Path, iteration: int, *overrides: str) -> None:
 
     def fail(experiment: Experiment, at: int, ranks: DistributedContext) -> Episodes:
         if at == iteration:
-            raise SystemExit("power")
+            raise PowerCut
         return local_tasks(experiment, at, ranks)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "local_tasks", fail)
-        with pytest.raises(SystemExit):
+        with pytest.raises(PowerCut):
             run(folder, *overrides)
     assert not (folder / "metrics.json").exists()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import functools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metalearn.config.schema import TrainConfig
-from metalearn.core.errors import NonFiniteError, NonFiniteLossError, RemoteNonFiniteError, RunError
+from metalearn.core.errors import DataError, NonFiniteError, NonFiniteLossError, RemoteNonFiniteError, RunError
 from metalearn.core.types import Episodes, Params
 from metalearn.metagrad import meta_gradient
-from metalearn.training import loop, step
+from metalearn.training import failures, loop, step
 from metalearn.training.auto_engine import first_meta_step
 from metalearn.training.checkpoints import best_path, state_paths
 from metalearn.training.experiment import Experiment, build_experiment
@@ -37,8 +39,8 @@ from metalearn.training.tracking.event_files import read_scalars
 from metalearn.training.tracking.meter import Meter
 from metalearn.training.trainer import train
 from tests.config.factories import train_config
-from tests.faults.processes import load_state
-from tests.faults.runs import assert_runs_equal, metrics_without_times
+from tests.faults.processes import load_state, read_output, start_training, wait_for_exit
+from tests.faults.runs import RUN, SMALL_RUN, assert_runs_equal, metrics_without_times, resume
 from tests.training.run_folders import AT_VALIDATIONS
 
 
@@ -152,12 +154,10 @@ def test_too_many_skips_in_a_row_stop_the_training(tmp_path: Path, monkeypatch: 
 )
 def test_out_of_memory_names_the_estimate_and_the_keys(error: Exception) -> None:
     experiment = build_experiment(config("inner.steps=5"))
-    with pytest.raises(RunError) as raised, explain_out_of_memory(experiment):
-        raise error
+    explained = explain_out_of_memory(error, experiment)
     words = ["inner.engine=unroll, 3 of 3 tasks at a time", "MiB are free now", "  inner.engine=adjoint   about"]
     for text in (*words, "  inner.task_chunk=1   about", "inner.engine=auto"):
-        assert text in str(raised.value)
-    assert raised.value.__cause__ is None, "its trace would keep the activations"
+        assert text in str(explained)
 
 
 def test_memory_estimate_equals_a_measured_meta_step() -> None:
@@ -167,21 +167,69 @@ def test_memory_estimate_equals_a_measured_meta_step() -> None:
     assert _estimate_mib(problem, experiment.inner, 8) == pytest.approx(measured, rel=0.05)
 
 
-def test_explain_out_of_memory_keeps_other_errors() -> None:
-    with pytest.raises(RuntimeError, match="shapes cannot"), explain_out_of_memory(build_experiment(config())):
-        raise RuntimeError("shapes cannot be multiplied")
+def fail_at(iteration: int, fail: Callable[[], object]) -> None:
+    """Have a meta-step of this process fail."""
 
-
-def test_out_of_memory_in_a_meta_step_saves_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_much(experiment: Experiment, state: TrainState, *args: Any, **more: Any) -> MetaUpdate:
-        if state.iteration == 11:
-            torch.empty(2**60)
+    def fail_or_compute(experiment: Experiment, state: TrainState, *args: Any, **more: Any) -> MetaUpdate:
+        if state.iteration == iteration:
+            fail()
         return compute_meta_update(experiment, state, *args, **more)
 
-    monkeypatch.setattr(loop, "compute_meta_update", too_much)
-    with pytest.raises(RunError, match=r"(?s)Out of memory.*inner\.task_chunk=1.*checkpoint of meta-step 11 is kept"):
-        train(config(), tmp_path)
+    pytest.MonkeyPatch().setattr(loop, "compute_meta_update", fail_or_compute)
+
+
+@pytest.mark.fault("lack of memory, once more in its explanation", "saved before it is explained")
+@pytest.mark.parametrize("again", [None, MemoryError(), SystemExit("killed")], ids=["once", "again", "killed"])
+def test_out_of_memory_in_a_meta_step_saves_the_state(
+    again: BaseException | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explain(*args: Any) -> str:
+        assert load_state(tmp_path)["state"]["iteration"] == 11
+        raise again or AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "compute_meta_update", compute_meta_update)  # so that it is restored
+        fail_at(11, lambda: torch.empty(2**60))
+        if again:
+            patch.setattr(failures, "_out_of_memory_message", explain)
+        with pytest.raises(BaseException, match=r"(?s)Out of memory.*task_chunk=1.*step 11 is kept|killed") as raised:
+            train(config(), tmp_path)
+    assert raised.value.__context__ is None, "its trace would keep the activations"
+    assert isinstance(raised.value, SystemExit if isinstance(again, SystemExit) else RunError)
     assert load_state(tmp_path)["state"]["iteration"] == 11
+
+
+def raise_error(kind: type[Exception], *args: object) -> None:
+    raise kind(*args)
+
+
+@pytest.mark.fault("an error of another kind than this project's in a meta-step", "saved, said, resumes bitwise")
+@pytest.mark.parametrize(
+    ("kind", "args", "says"),
+    [
+        (ValueError, ("of the user's model",), "ValueError: of the user's model"),
+        (DataError, ("photo.png is damaged.",), "DataError: photo.png is damaged."),
+        (OSError, (errno.ESTALE, "Stale file handle", "photo.png"), "photo.png"),
+        (SystemExit, (3,), "SystemExit ends the training"),
+    ],
+    ids=["ValueError", "DataError", "OSError", "SystemExit"],
+)
+def test_error_of_another_kind(
+    kind: type[Exception], args: tuple[object, ...], says: str, tmp_path: Path, uninterrupted_run: Path
+) -> None:
+    process = start_training(
+        [*SMALL_RUN, "run.checkpoint_every_s=null"],
+        tmp_path,
+        before=fail_at,
+        args=(11, functools.partial(raise_error, kind, *args)),
+    )
+    assert wait_for_exit(process) == {ValueError: 1, DataError: 2, OSError: 1, SystemExit: 3}[kind]
+    said = " ".join(read_output(tmp_path).split())
+    assert says in said
+    assert "checkpoint of meta-step 11 is kept" in said
+    assert "run.resume=true" in said
+    assert load_state(tmp_path / RUN)["state"]["iteration"] == 11
+    assert_runs_equal(resume(tmp_path), uninterrupted_run)
 
 
 def test_inconsistent_state_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

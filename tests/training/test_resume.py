@@ -26,7 +26,7 @@ from metalearn.training.state import TrainState, seed_all
 from metalearn.training.tracking.event_files import read_scalars
 from tests.config.factories import train_config
 from tests.faults.runs import assert_runs_equal, assert_steps_increase, metrics_without_times
-from tests.training.run_folders import AT_VALIDATIONS, SMALL, run, run_interrupted
+from tests.training.run_folders import AT_VALIDATIONS, SMALL, PowerCut, run, run_interrupted
 
 
 def modified(folder: Path) -> dict[Path, int]:
@@ -90,11 +90,11 @@ def test_power_cut_between_two_writes_loses_nothing(
     def fail(*args: Any, **kwargs: Any) -> None:
         calls.append(name)
         if len(calls) == call:
-            raise SystemExit("power")
+            raise PowerCut
         write(*args, **kwargs)
 
     monkeypatch.setattr(module, name, fail)
-    with pytest.raises(SystemExit):
+    with pytest.raises(PowerCut):
         run(tmp_path, *AT_VALIDATIONS)
     files.remove(best_path(tmp_path))  # as if it had not been written either
     run(tmp_path, *AT_VALIDATIONS, "run.resume=true")

@@ -41,7 +41,7 @@ from metalearn.core.quoting import quote_command
 from metalearn.core.text import plural
 from metalearn.training.experiment import resolve_device
 from metalearn.training.run_folder import COMPARISON_FILE, check_no_run_in, folder_lock
-from metalearn.training.runtime.signals import SIGHUP, sigterm_as_exception
+from metalearn.training.runtime.signals import signals_as_exceptions
 from metalearn.training.tracking.console import print_line, print_path, progress_bar
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def run_comparison(config: CompareConfig, folder: Path) -> bool:
         except ConfigError as error:
             raise ConfigError(f"compare.variants, {' '.join(variant.overrides)!r}: {error}") from error
     every = jobs(variants, config.compare.seeds, folder)
-    with folder_lock(folder, wait=False), sigterm_as_exception(*SIGHUP):
+    with folder_lock(folder, wait=False), signals_as_exceptions():
         open_comparison(config, every, folder)
         print_path("Comparison folder", folder)
         try:

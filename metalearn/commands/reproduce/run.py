@@ -33,7 +33,7 @@ from metalearn.core.text import plural
 from metalearn.training.checkpoints import state_paths
 from metalearn.training.evaluate_run import evaluate_run
 from metalearn.training.run_folder import folder_lock
-from metalearn.training.runtime.signals import SIGHUP, sigterm_as_exception
+from metalearn.training.runtime.signals import signals_as_exceptions
 from metalearn.training.tracking.console import print_line, print_path, print_table, progress_bar
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def run_reproduction(config: ReproduceConfig, folder: Path) -> int:
     rows = [resolve_row(row) for row in build_rows(config, folder)]
     every = [job for row in rows for job in row.jobs]
     reasons: dict[Path, str] = {}
-    with folder_lock(folder / config.experiment_name, wait=False), sigterm_as_exception(*SIGHUP):
+    with folder_lock(folder / config.experiment_name, wait=False), signals_as_exceptions():
         for row in rows:
             for path in output_files(folder, record=config.update_reference):
                 check_enough_seeds(path, row.experiment, row.order, row.seeds)

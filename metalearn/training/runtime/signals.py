@@ -1,4 +1,4 @@
-"""Graceful shutdown: a first SIGTERM or SIGINT stops between two meta-steps, a second one at once."""
+"""Graceful shutdown: a first signal stops between two meta-steps, a second SIGTERM or SIGINT at once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import NoReturn
 
 from metalearn.core.errors import TerminatedError
 
-SIGHUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
-"""Sent when a terminal is closed; unknown to Windows."""
+_INSISTENT = (signal.SIGTERM, signal.SIGINT)
+_NAMES = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+_OTHERS = tuple(number for number in signal.Signals if number.name in _NAMES)
+"""Sent when a terminal is closed, and by batch systems before a limit of time. Windows knows none of them."""
 
 _SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 
@@ -23,9 +25,10 @@ _swallowed: list[int] = []
 
 
 class StopRequest:
-    """Records a first SIGTERM or SIGINT, and ends the process at a second; a context manager.
+    """Records a signal that asks the process to end, and ends it at a second SIGTERM or SIGINT; a context manager.
 
-    Outside the main thread, where Python delivers no signals, it records none.
+    The other signals may come in numbers: a closed terminal sends two, a limit of CPU time one every second. Outside
+    the main thread, where Python delivers no signals, it records none.
     """
 
     def __init__(self) -> None:
@@ -35,7 +38,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self.signal = _swallowed.pop() if _swallowed else None
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (*_INSISTENT, *_unhandled()):
                 self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
@@ -54,22 +57,33 @@ class StopRequest:
             raise TerminatedError(self.signal)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if number in _INSISTENT and self.signal in _INSISTENT:
             if sys.stdout.isatty():
                 os.write(1, _SHOW_CURSOR.encode())
             os.write(2, b"\nAsked a second time: ended at once, without a checkpoint.\n")
             os._exit(128 + number)
-        self.signal = number
+        if number in _INSISTENT or self.signal is None:
+            self.signal = number
+
+
+def terminated_by(error: SystemExit) -> TerminatedError | None:
+    """Return the error of a process that ends as a shell reports a signal, as where its output is closed (SIGPIPE)."""
+    number = error.code - 128 if isinstance(error.code, int) else 0
+    return TerminatedError(number) if number in set(signal.Signals) else None
+
+
+def _unhandled() -> list[int]:
+    """Return the other signals that would end the process: nobody ignores them (``nohup``) or has a use for them."""
+    return [number for number in _OTHERS if signal.getsignal(number) in (signal.SIG_DFL, _exit)]
 
 
 @contextmanager
-def sigterm_as_exception(*others: int) -> Iterator[None]:
-    """Turn SIGTERM, and others that are not ignored, into ``SystemExit``, so that children and files are cleaned up."""
+def signals_as_exceptions() -> Iterator[None]:
+    """Turn SIGTERM, and the others that would end the process, into ``SystemExit``, so that children end as well."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [signal.SIGTERM, *(n for n in others if signal.getsignal(n) != signal.SIG_IGN)]
-    previous_handlers = {n: signal.signal(n, _exit) for n in numbers}
+    previous_handlers = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, *_unhandled())}
     try:
         yield
     finally:

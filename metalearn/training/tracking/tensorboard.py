@@ -115,8 +115,12 @@ class EventWriter:
     def __enter__(self: Writer) -> Writer:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.close()
+        except OSError:
+            if error is None:  # must not hide another
+                raise
 
     def close(self) -> None:
         """Write what is left and close the file."""
@@ -188,8 +192,14 @@ class TensorBoardLogger(EventWriter):
         self._tags.update(values)
 
     def file_sizes(self) -> dict[str, int]:
-        """Return the bytes of every event file, after writing everything logged so far."""
-        self.flush()
+        """Return the bytes of every event file, after writing everything logged so far.
+
+        What cannot be written is lost to the curves, and must not keep the training's state from being saved.
+        """
+        try:
+            self.flush()
+        except OSError as error:
+            log.warning("What was logged last could not be written to the event file: %s", error)
         return {path.name: path.stat().st_size for path in sorted(self._run_dir.glob(EVENT_FILES))}
 
     def log_validation(self, result: Evaluation, iteration: int) -> None:

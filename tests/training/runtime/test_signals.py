@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,23 @@ from metalearn.training import loop
 from metalearn.training.evaluate_run import evaluate_distributed
 from metalearn.training.evaluation import Evaluation
 from metalearn.training.run_folder import folder_lock
-from metalearn.training.runtime.signals import SIGHUP, StopRequest, sigterm_as_exception
+from metalearn.training.runtime.signals import StopRequest, signals_as_exceptions
 from tests.faults.processes import load_state, read_output, start_training, wait_for_exit
 from tests.faults.runs import RUN, SMALL_RUN, assert_runs_equal, resume
 
+OTHERS = [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+
+@pytest.fixture(autouse=True)
+def _default_handlers() -> Iterator[None]:
+    """Handle the signals as a shell leaves them; nohup may have told the tests to ignore one."""
+    before = [(number, signal.signal(number, signal.SIG_DFL)) for number in OTHERS]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, *OTHERS])
 def test_first_signal_is_recorded_and_handlers_are_restored(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopRequest() as stop:
@@ -40,7 +52,7 @@ def test_no_signal_is_handled_outside_the_main_thread() -> None:
     seen: list[bool] = []
 
     def elsewhere() -> None:
-        with StopRequest() as stop, sigterm_as_exception():
+        with StopRequest() as stop, signals_as_exceptions():
             seen.append(stop.requested)
 
     thread = threading.Thread(target=elsewhere)
@@ -49,21 +61,36 @@ def test_no_signal_is_handled_outside_the_main_thread() -> None:
     assert seen == [False]
 
 
-def test_sigterm_as_exception_raises_system_exit() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have told the tests to ignore it
-    try:
-        with pytest.raises(SystemExit) as ended, sigterm_as_exception(*SIGHUP):
-            os.kill(os.getpid(), signal.SIGHUP)
-        assert ended.value.code == 128 + signal.SIGHUP
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with sigterm_as_exception(*SIGHUP):
-            os.kill(os.getpid(), signal.SIGHUP)  # stays ignored
-    finally:
-        signal.signal(signal.SIGHUP, before)
+@pytest.mark.parametrize("number", OTHERS)
+def test_signals_as_exceptions_raises_system_exit(number: signal.Signals) -> None:
+    with pytest.raises(SystemExit) as ended, signals_as_exceptions():
+        os.kill(os.getpid(), number)
+    assert ended.value.code == 128 + number
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", OTHERS)
+def test_signal_that_is_ignored_or_used_is_left_alone(number: signal.Signals) -> None:
+    received: list[int] = []
+    for handler in (signal.SIG_IGN, lambda number, frame: received.append(number)):
+        signal.signal(number, handler)
+        with signals_as_exceptions(), StopRequest() as stop:
+            os.kill(os.getpid(), number)
+            assert not stop.requested
+    assert received == [number]
+
+
+def test_only_sigterm_and_sigint_insist() -> None:
+    with signals_as_exceptions(), StopRequest() as stop:
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGXCPU):  # of a closed terminal, its shell, a limit
+            os.kill(os.getpid(), number)
+            assert stop.signal == signal.SIGHUP
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
 
 
 def test_swallowed_exit_is_obeyed_later() -> None:
-    with sigterm_as_exception():
+    with signals_as_exceptions():
         with contextlib.suppress(SystemExit):  # as some import might
             os.kill(os.getpid(), signal.SIGTERM)
         with StopRequest() as stop:
