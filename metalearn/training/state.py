@@ -63,6 +63,7 @@ class TrainState:
         best: the parameters that will be tested.
         is_consistent: false while an update is under way.
         threads: number of CPU threads at the checkpoint that was loaded; with another, sums are rounded differently.
+        thread_choices: numbers that ``run.threads=auto`` chooses from.
     """
 
     params: Params
@@ -75,6 +76,7 @@ class TrainState:
     best: BestCheckpoint | None = None
     is_consistent: bool = True
     threads: int | None = None
+    thread_choices: tuple[int, ...] | None = None
 
     @classmethod
     def create(cls, theta: Params, outer: OuterConfig) -> TrainState:
@@ -102,6 +104,7 @@ class TrainState:
             "best": [self.best.iteration, self.best.validation_score, self.best.params] if self.best else None,
             "random": get_rng_state(),
             "threads": torch.get_num_threads(),
+            "thread_choices": None if self.thread_choices is None else list(self.thread_choices),
         }
 
     def load_state_dict(self, content: Mapping[str, Any]) -> None:
@@ -119,7 +122,9 @@ class TrainState:
                 iteration, score, {name: best[name].to(p.device) for name, p in self.params.items()}
             )
         set_rng_state(content["random"])
-        self.threads = content.get("threads")  # checkpoints of earlier releases lack it
+        self.threads = content.get("threads")  # checkpoints of earlier releases lack both
+        choices = content.get("thread_choices")
+        self.thread_choices = None if choices is None else tuple(choices)
 
     @torch.no_grad()
     def load_params(self, params: Params) -> None:

@@ -120,7 +120,7 @@ def _train_main(
         progress_bar() as progress,
     ):
         checkpointer = Checkpointer(run_dir, config_yaml, meter, tensorboard, config.run.checkpoint_every_s, started_at)
-        threads = build_thread_tuner(experiment, state)
+        threads = build_thread_tuner(experiment, state, ranks)
         context = TrainContext(experiment, run_dir, meter, stop, progress, ranks, threads, checkpointer)
         best, result = train_and_test(context, state)
         metrics = {
@@ -160,15 +160,24 @@ def train_worker(config: TrainConfig) -> None:
         state.load_state_dict(start.state)
         with StopRequest() as stop, experiment.precision(), progress_bar(visible=False) as progress:
             meter = Meter(experiment.device)
-            threads = build_thread_tuner(experiment, state)
+            threads = build_thread_tuner(experiment, state, ranks)
             context = TrainContext(experiment, start.run_dir, meter, stop, progress, ranks, threads, checkpointer=None)
             train_and_test(context, state)
 
 
-def build_thread_tuner(experiment: Experiment, state: TrainState) -> ThreadTuner:
+def build_thread_tuner(experiment: Experiment, state: TrainState, ranks: DistributedContext) -> ThreadTuner:
     """Set the number of CPU threads as ``run.threads`` says, and as the checkpoint that is resumed had it."""
     run = experiment.config.run
-    return ThreadTuner.create(run.threads, experiment.device, deterministic=run.deterministic, resumed=state.threads)
+    tuner = ThreadTuner.create(
+        run.threads,
+        experiment.device,
+        deterministic=run.deterministic,
+        resumed=state.threads,
+        resumed_choices=state.thread_choices,
+        processes=ranks.size,
+    )
+    state.thread_choices = tuner.choices
+    return tuner
 
 
 def train_and_test(context: TrainContext, state: TrainState) -> tuple[BestCheckpoint, Evaluation]:

@@ -7,13 +7,13 @@ operations, and one thread alone may be several times faster; on a quiet machine
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from metalearn.core.profiling.hardware import set_num_threads
+from metalearn.core.profiling.hardware import num_cores, set_num_threads
 from metalearn.core.text import plural
 
 log = logging.getLogger(__name__)
@@ -40,19 +40,30 @@ class ThreadTuner:
 
     @classmethod
     def create(
-        cls, setting: int | Literal["auto"], device: torch.device, *, deterministic: bool, resumed: int | None = None
+        cls,
+        setting: int | Literal["auto"],
+        device: torch.device,
+        *,
+        deterministic: bool,
+        resumed: int | None = None,
+        resumed_choices: Sequence[int] | None = None,
+        processes: int = 1,
     ) -> ThreadTuner:
         """Set the number of threads that ``run.threads`` names, or choose by measurement for ``auto``.
 
         ``auto`` leaves torch's own number on a GPU, which does the work, and with ``run.deterministic``, as sums are
-        rounded differently with another. A resumed run begins with the number of its checkpoint, ``resumed``, where
-        that is one of the choices, so that it computes the same bits; a warning says if it is not.
+        rounded differently with another. A resumed run begins with the number of its checkpoint, ``resumed``, and has
+        the choices that it had, as far as there are cores for them in each of the ``processes``, so that it computes
+        the same bits; a warning says if it cannot.
         """
-        most, on_cpu = torch.get_num_threads(), device.type == "cpu"
-        tuner = cls((1, most) if setting == "auto" and on_cpu and most > 1 and not deterministic else ())
+        most, on_cpu, cores = torch.get_num_threads(), device.type == "cpu", num_cores() // processes
+        choices: Sequence[int] = (1, most) if most > 1 and not deterministic else ()
+        if resumed_choices is not None:
+            choices = [threads for threads in resumed_choices if threads <= cores]
+        tuner = cls(tuple(choices) if setting == "auto" and on_cpu else ())
         if setting != "auto":
             set_num_threads(setting)
-        elif resumed in tuner.choices:
+        elif on_cpu and resumed is not None and resumed <= cores:
             torch.set_num_threads(resumed)
         if on_cpu and resumed not in (None, torch.get_num_threads()):
             log.warning(

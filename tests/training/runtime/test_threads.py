@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from metalearn.core.profiling import hardware
+from metalearn.training.runtime import threads as threads_module
 from metalearn.training.runtime.threads import ThreadTuner
 from tests.faults.runs import metrics_without_times
 from tests.training.run_folders import AT_VALIDATIONS, run, run_interrupted
@@ -109,16 +111,52 @@ def test_resumed_run_begins_with_the_number_of_its_checkpoint(tmp_path: Path, mo
     assert numbers == [2, 1, 1], "not measured where it resumes, but at the next validation"
 
 
-def test_another_number_than_the_checkpoints_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    torch.set_num_threads(2)
-    for setting, deterministic, resumed, threads in (("auto", False, 1, 1), ("auto", True, 2, 2), (1, False, 1, 1)):
+def test_another_number_than_the_checkpoints_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(threads_module, "num_cores", lambda: 4)
+    for setting, deterministic, resumed, threads in (
+        *(("auto", False, 1, 1), ("auto", True, 2, 2), (1, False, 1, 1)),
+        *(("auto", False, 3, 3), ("auto", True, 1, 1)),  # no choice of this process
+    ):
         torch.set_num_threads(2)
         ThreadTuner.create(setting, CPU, deterministic=deterministic, resumed=resumed)  # type: ignore[arg-type]
         assert torch.get_num_threads() == threads
     assert not caplog.messages
     torch.set_num_threads(2)
-    ThreadTuner.create("auto", CPU, deterministic=False, resumed=8)
-    assert caplog.messages[0].startswith("The checkpoint was written with 8 CPU threads, and now it is 2 threads")
+    for resumed, processes in ((8, 1), (4, 2)):
+        ThreadTuner.create("auto", CPU, deterministic=False, resumed=resumed, processes=processes)
+        told = f"The checkpoint was written with {resumed} CPU threads, and now it is 2 threads"
+        assert caplog.messages.pop().startswith(told)
+        caplog.clear()
+
+
+@pytest.mark.fault("a run resumed with another number of threads", "the number and the choices of its checkpoint")
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_resumed_run_has_the_choices_that_it_had(
+    before: int, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # A process of one thread measures nothing; resumed on two, it would choose the faster at the next validation.
+    seen: list[tuple[int, tuple[int, ...]]] = []
+
+    def tune(tuner: ThreadTuner, seconds_of_step: Callable[[], float]) -> None:
+        seen.append((torch.get_num_threads(), tuner.choices))
+
+    def create(*args: Any, **more: Any) -> ThreadTuner:
+        tuner = make(*args, **more)
+        seen.append((torch.get_num_threads(), tuner.choices))
+        return tuner
+
+    make = ThreadTuner.create
+    monkeypatch.setattr(threads_module, "num_cores", lambda: 2)
+    monkeypatch.setattr(ThreadTuner, "tune", tune)
+    monkeypatch.setattr(ThreadTuner, "create", create)
+    torch.set_num_threads(before)
+    run_interrupted(tmp_path, 10, *AT_VALIDATIONS)
+    torch.set_num_threads(after)
+    run(tmp_path, *AT_VALIDATIONS, "run.resume=true")
+    assert set(seen) == {(before, (1, 2) if before == 2 else ())}
+    assert "sums are rounded differently" not in caplog.text
 
 
 def test_more_threads_than_cores_are_warned_of(
