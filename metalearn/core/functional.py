@@ -306,8 +306,8 @@ def check_params(params: Params, *, name: str = "params") -> None:
             raise TypeError(f"{name}[{key!r}] is {kind}: only floating-point tensors have gradients. {remedy}.")
         if p.is_inference():
             raise RuntimeError(
-                f"{name}[{key!r}] was made inside torch.inference_mode() and can have no gradient; give p.clone(), or make "
-                "it under torch.no_grad()."
+                f"{name}[{key!r}] was made inside torch.inference_mode() and can have no gradient; give p.clone(), "
+                "or make it under torch.no_grad()."
             )
     check_tensors({f"{name}[{key!r}]": p for key, p in params.items()})
 

@@ -31,9 +31,6 @@ Loss = Callable[..., Tensor]
 """``loss(prediction, target) -> scalar``: of one task, the mean over its examples. May take meta-learned tensors."""
 
 
-_DENSE = {False: "x.to_dense()", True: "tasks of unequal size as a list of Episodes, or padded"}
-
-
 def check_tensors(values: Mapping[str, object]) -> None:
     """Raise ``TypeError`` for what is no dense tensor, and ``ValueError`` for a meta tensor, which holds no values."""
     for name, value in values.items():
@@ -43,9 +40,8 @@ def check_tensors(values: Mapping[str, object]) -> None:
             raise TypeError(f"{name} is {type(value).__name__} and must be a Tensor; convert it with torch.as_tensor.")
         if value.is_nested or value.layout is not torch.strided:
             kind = "a nested tensor" if value.is_nested else f"stored as {value.layout}"
-            raise TypeError(
-                f"{name} is {kind}, which torch.vmap cannot batch; give it dense: {_DENSE[value.is_nested]}."
-            )
+            remedy = "tasks of unequal size as a list of Episodes, or padded" if value.is_nested else "x.to_dense()"
+            raise TypeError(f"{name} is {kind}, which torch.vmap cannot batch; give it dense: {remedy}.")
         if value.is_meta:
             raise ValueError(f"{name} is on the meta device and holds no values; give a tensor on the CPU or a GPU.")
 
