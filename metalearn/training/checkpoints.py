@@ -64,11 +64,14 @@ class Checkpointer:
     def save(self, state: TrainState) -> None:
         """Save the state, between two meta-steps; after an error that may pass by itself, warn and wait for the next.
 
+        A parameter that is not finite is not saved: the training will stop for it, and resume from the state before.
+
         Raises:
             OSError: if the user has to do something about it, as where the disk is full.
         """
         try:
-            self._save(state)
+            if state.is_finite():
+                self._save(state)
         except OSError as error:
             if error.errno in OS_ERROR_HINTS:
                 raise
