@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from metalearn.config.run_config import parse_record
 from metalearn.config.yaml_limits import read_yaml
 from metalearn.core.errors import ConfigError, RunError
+from metalearn.core.paths import expand_home
 from metalearn.data.metadata import resolve_dataset
 from metalearn.pretrained.model_file import find_run
 from metalearn.training.run_folder import COMPARISON_FILE, TRAINING_FILES, is_locked
@@ -158,7 +159,7 @@ def _comparison_name(*, _root_: Any) -> str:
 
 def run_dir_errors(run: str) -> list[str]:
     """Return what is wrong with ``run.dir`` as a run's folder, a model file or the name of a shipped model."""
-    if (Path(run).expanduser() / COMPARISON_FILE).is_file():
+    if (expand_home(run) / COMPARISON_FILE).is_file():
         return [f"run.dir={run}: a comparison's folder; name one of the runs in it"]
     try:
         find_run(run)
@@ -169,5 +170,5 @@ def run_dir_errors(run: str) -> list[str]:
 
 def _evaluations_dir(run: str) -> str:
     """Return the folder of a run's tests: in the run's own, or below outputs/ for one that is a file."""
-    path = Path(run).expanduser()
+    path = expand_home(run)
     return f"{path}/evaluations" if (path / "config.yaml").is_file() else f"outputs/evaluations/{path.stem}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ def exit_when_stdout_closes() -> Iterator[None]:
     if stream is None:  # the shell has closed it: >&-
         yield
         return
+    if isinstance(stream, io.TextIOWrapper) and not (stream.encoding == "utf-8" and stream.errors == "surrogateescape"):
+        stream.reconfigure(errors="replace")  # as ± in an ASCII locale
     sys.stdout = _Stdout(stream)
     try:
         yield

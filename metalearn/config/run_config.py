@@ -30,6 +30,7 @@ from metalearn.config.schema import TrainConfig, result_keys
 from metalearn.config.validation import from_dict, validate_train_config
 from metalearn.config.yaml_limits import check_yaml, read_yaml
 from metalearn.core.errors import ConfigError, RunError
+from metalearn.core.paths import expand_home
 from metalearn.core.quoting import format_assignment, quote_word
 from metalearn.core.text import cut, preview_names
 from metalearn.data.class_split import PUBLISHED, read_class_split
@@ -173,7 +174,7 @@ def resolve_data(config: Trained) -> Trained:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+    return str(expand_home(path).absolute())
 
 
 def _with_root(data: ImagesConfig | TorchvisionConfig, new: Callable[[str], str]) -> ImagesConfig | TorchvisionConfig:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from metalearn.core.errors import DataError
+from metalearn.core.paths import expand_home
 from metalearn.core.text import plural, preview_names
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def _key(class_split: ClassSplit) -> str:
 
 
 def _read_json(class_split: str) -> Any:
-    path = _FOLDER / f"{class_split}.json" if class_split in PUBLISHED else Path(class_split).expanduser()
+    path = _FOLDER / f"{class_split}.json" if class_split in PUBLISHED else expand_home(class_split)
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except FileNotFoundError:

@@ -24,6 +24,7 @@ from rich.progress import track
 from torch import Tensor
 
 from metalearn.core.errors import DataError
+from metalearn.core.paths import expand_home
 from metalearn.core.short_repr import short_repr
 from metalearn.core.text import MAX_LISTED, plural, preview_names
 from metalearn.data.cache import load_or_build
@@ -118,7 +119,7 @@ def load_image_splits(
     splits = list_splits(root, fractions=fractions, seed=seed, class_split=class_split)
     needed = needed or dict.fromkeys(splits, 1)
     check_split_sizes(class_sizes(splits), f"data.root={root}", ways=ways, needed=needed)
-    folder = Path(root).expanduser()
+    folder = expand_home(root)
     log_passed_over(folder, list_passed_over(folder, splits))
     if class_split is not None:
         named = {split: [one.name for one in classes] for split, classes in splits.items()}
@@ -159,7 +160,7 @@ def read_folder(
     """
     fmt = ImageFormat(size, channels)
     _check_on_unreadable(on_unreadable)
-    folder = Path(path).expanduser()
+    folder = expand_home(path)
     try:
         flat = list_images(folder) if may_be_flat else None
         classes = [] if flat else list_classes(folder)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from metalearn.core.errors import DataError
+from metalearn.core.paths import expand_home
 from metalearn.core.text import plural, preview_names
 from metalearn.data.class_split import ClassSplit, split_classes
 
@@ -76,7 +77,7 @@ def list_splits(
             the class split does not fit.
         ValueError: if the fractions are not three that add up to 1.
     """
-    folder = Path(root).expanduser()
+    folder = expand_home(root)
     try:
         folders = _split_folders(folder)
         if folders and class_split is not None:

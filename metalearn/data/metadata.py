@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from metalearn.core.errors import DataError
+from metalearn.core.paths import expand_home
 
 DRAWINGS_PER_CLASS = 20
 """Images of each class, in Omniglot and in glyphs."""
@@ -50,14 +51,14 @@ def glyph_split_sizes(classes: int) -> SplitSizes:
 def cache_dir() -> Path:
     """Return the folder of verified tensors: ``$METALEARN_CACHE``, or metalearn's folder in the user's cache."""
     if folder := os.environ.get("METALEARN_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "metalearn"
+        return expand_home(folder)
+    return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "set METALEARN_CACHE=FOLDER") / "metalearn"
 
 
 def omniglot_root(root: str | None) -> Path:
     """Return the folder to look in: ``root``, else ``$METALEARN_DATA``, else the default one."""
     named = root or os.environ.get("METALEARN_DATA")
-    return Path(named).expanduser() if named else cache_dir() / "data"
+    return expand_home(named) if named else cache_dir() / "data"
 
 
 def omniglot_base(root: str | None) -> Path:
@@ -86,7 +87,9 @@ def omniglot_source(root: str | None) -> str:
         if len(missing) < len(OMNIGLOT_PARTS):
             return "disk"  # if a part is missing, reading it raises
     except (OSError, RuntimeError) as error:  # a name too long, a missing permission, the home of an unknown user
-        raise DataError(f"{named}: this folder cannot be looked into ({str(error).rstrip('.')})") from error
+        raise DataError(
+            f"{named or 'data.root'}: this folder cannot be looked into ({str(error).rstrip('.')})"
+        ) from error
     if _has_network():
         return "download"
     raise DataError(f"{named or folder}: this folder holds no Omniglot, and it cannot be downloaded from here")

@@ -15,6 +15,7 @@ from rich.progress import track
 from torch import Tensor
 
 from metalearn.core.errors import DataError, MetalearnError
+from metalearn.core.paths import expand_home
 from metalearn.core.text import first_line
 from metalearn.data.class_split import ClassSplit, check_split_sizes, log_classes_left_out, split_classes
 from metalearn.data.image_decoding import ImageFormat, to_pixels
@@ -61,7 +62,7 @@ def load_torchvision_splits(
     fmt, options, source = ImageFormat(size, channels), options or {}, f"data.dataset={dataset}"
     kind = find_dataset(dataset, options)
     try:
-        folder = Path(root).expanduser().absolute() if root else cache_dir() / "torchvision"
+        folder = expand_home(root).absolute() if root else cache_dir() / "torchvision"
     except RuntimeError as error:  # the home of an unknown user
         raise DataError(f"data.root={root}: {error}") from error
     if root and not folder.is_dir():

@@ -29,6 +29,7 @@ from metalearn.config.schema import TrainConfig, result_keys
 from metalearn.core import serialization as files
 from metalearn.core.errors import DataError, MetalearnError, RunError
 from metalearn.core.functional import expand_over_tasks
+from metalearn.core.paths import expand_home
 from metalearn.core.short_repr import short_repr
 from metalearn.core.threads import one_thread_at_a_time
 from metalearn.core.types import Episodes, Forward, Params
@@ -253,7 +254,7 @@ class Learner:
         Raises:
             RunError: if the file exists and ``overwrite`` is false, or if labels are neither strings nor integers.
         """
-        target = Path(path).expanduser()
+        target = expand_home(path)
         write_weights(self._state(), self._origin, target, overwrite=overwrite)
         return target
 
@@ -271,7 +272,7 @@ class Learner:
         Raises:
             RunError: if the file exists and ``overwrite`` is false, or the card holds values that JSON has not.
         """
-        target = Path(path).expanduser()
+        target = expand_home(path)
         files.check_new_file(target, "model.safetensors", overwrite=overwrite)
         files.atomic_write_bytes(target, self.to_bytes(card))
         return target
@@ -294,7 +295,7 @@ class Learner:
         Raises:
             RunError: if the file is missing or damaged, or of another run; then with the differences.
         """
-        source = Path(path).expanduser()
+        source = expand_home(path)
         saved = read_weights(source, self._origin)
         model = {name: p for name, p in self.theta.items() if not is_norm_statistic(name)}
         like = meta_params_at_step(model, self.algorithm.inner, saved.steps)

@@ -18,6 +18,7 @@ import safetensors
 
 from metalearn.core.errors import RunError
 from metalearn.core.json_files import read_metrics
+from metalearn.core.paths import NoHomeError, expand_home
 from metalearn.core.quoting import quote_word
 
 if TYPE_CHECKING:
@@ -62,9 +63,9 @@ def find_run(run: str | Path) -> Path:
         RunError: if it is neither.
     """
     try:
-        path = Path(run).expanduser()
-    except RuntimeError as error:  # the home of an unknown user
-        raise RunError(f"{run}: {error}") from None
+        path = expand_home(run)
+    except NoHomeError as error:
+        raise RunError(str(error)) from None
     if path.is_file() or (path / "config.yaml").is_file():
         return path
     shipped = pretrained_models()

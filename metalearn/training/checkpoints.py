@@ -17,6 +17,7 @@ import torch
 
 from metalearn.config.run_config import changed_keys, parse_run_config
 from metalearn.config.schema import result_keys
+from metalearn.config.yaml_limits import read_yaml
 from metalearn.core import serialization as files
 from metalearn.core.errors import OS_ERROR_HINTS, ConfigError, RunError
 from metalearn.core.text import preview_names
@@ -265,7 +266,7 @@ def _other_run(content: dict[str, Any], run_dir: Path) -> str:
     path, recorded = run_dir / "config.yaml", content.get("config")
     if recorded is None or not path.exists():
         return ""
-    here = path.read_text()
+    here = read_yaml(path)
     if recorded == here:
         return ""
     try:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import io
+import locale
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -194,6 +198,36 @@ def test_closed_output(descriptors: Sequence[int], line: int, tmp_path: Path, un
         assert f"Stopped by SIGPIPE. The checkpoint of meta-step {8 * line} is kept. This resumes it" in said
         assert "Traceback" not in said
     assert_runs_equal(resume(tmp_path), uninterrupted_run)
+
+
+def use_ascii() -> None:
+    """Print and write in an ASCII locale, as ``LC_ALL=C`` without Python's UTF-8 mode."""
+    locale.setlocale(locale.LC_CTYPE, "C")
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(encoding="ascii", errors="surrogateescape")
+
+
+@pytest.mark.fault("an ASCII locale", "finished, with the characters that it has")
+def test_ascii_locale(tmp_path: Path, uninterrupted_run: Path) -> None:
+    assert wait_for_exit(start_training(SMALL_RUN, tmp_path, before=use_ascii)) == 0, read_output(tmp_path)
+    assert "Logging error" not in read_output(tmp_path)
+    assert re.search(r"validation accuracy \S+% \? \S+%", read_output(tmp_path))
+    assert "% ± " in (tmp_path / RUN / "train.log").read_text(encoding="utf-8")
+    assert_runs_equal(tmp_path / RUN, uninterrupted_run)
+
+
+@pytest.mark.fault("the home folder of an unknown user", "one error that names it")
+@pytest.mark.parametrize("place", ["cache", "run.init_from", "data.root"])
+def test_unknown_home(place: str, tmp_path: Path) -> None:
+    arguments = {"data.root": ["data=images", "data.root='~nobody-here/x'"]}.get(place, SMALL_RUN)
+    arguments = [*arguments, *(["run.init_from='~nobody-here/x'"] if place == "run.init_from" else [])]
+    environment = {"METALEARN_CACHE": "~nobody-here/x"} if place == "cache" else {}
+    if place == "cache":
+        arguments = ["data=torchvision", "data.dataset=MNIST"]
+    assert wait_for_exit(start_training(arguments, tmp_path, environment=environment)) == 2
+    said = " ".join(read_output(tmp_path).split())
+    assert "~nobody-here/x: no home folder is known for the ~ in it" in said
+    assert "Traceback" not in said
 
 
 def fail_saving(number: int, first: int, last: int) -> None:

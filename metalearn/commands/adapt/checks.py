@@ -9,6 +9,7 @@ from metalearn.commands.output_folders import run_dir_errors
 from metalearn.config.commands_schema import AdaptConfig
 from metalearn.config.run_config import load_trusted_config
 from metalearn.core.errors import ConfigError, DataError
+from metalearn.core.paths import expand_home
 from metalearn.core.text import preview_names
 from metalearn.data.image_folder import check_classes_hold_images, list_classes, list_images
 
@@ -46,7 +47,7 @@ def check_adapt(config: AdaptConfig) -> None:
 
 
 def _folder(key: str, value: str) -> Path:
-    folder = Path(value).expanduser()
+    folder = expand_home(value)
     if not folder.is_dir():
         raise DataError(f"{key}={value}: {'this is a file' if folder.is_file() else 'there is no such folder'}")
     return folder
@@ -74,10 +75,10 @@ def _key_errors(config: AdaptConfig) -> list[str]:
             (support is not None, f" with support={support}: give one; weights are adapted already"),
             (steps is not None, f" with steps={steps}: no steps are taken; leave one out"),
             (config.query is None, " without query: there is nothing to do; give query=DIR"),
-            (not Path(weights).expanduser().is_file(), ": there is no such file"),
+            (not expand_home(weights).is_file(), ": there is no such file"),
         )
         errors = [f"weights={weights}{message}" for is_wrong, message in checks if is_wrong]
-    if save is not None and Path(save).expanduser().exists():
+    if save is not None and expand_home(save).exists():
         errors.append(f"save={save}: this exists, and is not overwritten; remove it, or choose another name")
     return errors
 

@@ -17,6 +17,7 @@ from metalearn.commands.adapt.predictions import (
     write_picture,
 )
 from metalearn.config.commands_schema import AdaptConfig
+from metalearn.core.paths import expand_home
 from metalearn.core.text import plural
 from metalearn.data.image_decoding import FolderImages
 from metalearn.inference.inversion import apply_inversion, should_invert
@@ -97,6 +98,6 @@ def _predict(learner: Learner, query: FolderImages, images: Tensor, folder: str)
     truth = None
     if query.labels is not None:
         truth = [classes.index(label) for label in query.labels]
-    root = Path(folder).expanduser()
+    root = expand_home(folder)
     names = [printable_name(path.relative_to(root)) for path in query.paths]
     return Predictions(names, probabilities, [printable_name(one) for one in classes], truth)
