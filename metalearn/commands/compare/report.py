@@ -153,7 +153,8 @@ def write_results(results: Results, every: Sequence[Job], folder: Path) -> None:
         path.stem: np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob(f"{_PLOTS_DIR}/*.png"))
     }
     runs = [result_keys(job.config) for job in every]
-    ReportLogger(folder / REPORT_RUN).log_report(render_summary(results), pictures, runs=runs)
+    with ReportLogger(folder / REPORT_RUN) as tensorboard_logger:
+        tensorboard_logger.log_report(render_summary(results), pictures, runs=runs)
     content = {"complete": results.complete, "torch": str(torch.__version__), **asdict(results)}
     files.atomic_write_json(folder / RESULTS_FILE, content)
 
@@ -178,11 +179,10 @@ def print_results(results: Results, folder: Path) -> None:
 
 
 class ReportLogger(EventWriter):
-    """Writes the event file of a comparison's report, over that of an earlier report."""
+    """Writes the event file of a comparison's report, and then removes that of an earlier report."""
 
     def __init__(self, folder: Path) -> None:
-        for path in folder.glob(EVENT_FILES):
-            path.unlink()
+        self._earlier = [*folder.glob(EVENT_FILES)]
         super().__init__(folder)
 
     def log_report(
@@ -193,3 +193,6 @@ class ReportLogger(EventWriter):
         self.log_text("report", markdown)
         for name, image in images.items():
             self.log_image(f"report/{name}", image)
+        self.flush()
+        for path in self._earlier:
+            path.unlink()

@@ -288,6 +288,27 @@ def test_report_replaces_earlier_one(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").read_bytes() == first, "the same results give the same page"
 
 
+def test_event_file_of_an_earlier_report_stays_until_there_is_another(tmp_path: Path) -> None:
+    class PowerCut(BaseException):
+        pass
+
+    def cut(*args: object) -> None:
+        raise PowerCut
+
+    with ReportLogger(tmp_path) as tensorboard:
+        tensorboard.log_report("old", {}, runs=[])
+    (earlier,) = tmp_path.glob(EVENT_FILES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReportLogger, "log_text", cut)
+        with pytest.raises(PowerCut), ReportLogger(tmp_path) as tensorboard:
+            tensorboard.log_report("new", {}, runs=[])
+    assert earlier.exists()
+    with ReportLogger(tmp_path) as tensorboard:
+        tensorboard.log_report("new", {}, runs=[])
+    (latest,) = tmp_path.glob(EVENT_FILES)
+    assert latest != earlier
+
+
 def test_event_file_replaces_an_earlier_one(tmp_path: Path) -> None:
     image = np.full((4, 6, 3), 200, dtype=np.uint8)
     for text, names in (("| old |\n|---|", ["accuracy", "gone"]), ("| new |\n|---|", ["accuracy"])):
