@@ -43,7 +43,7 @@ from metalearn.config.help import MAIN_KEYS, help_text
 from metalearn.core.errors import OS_ERROR_HINTS, ConfigError, MetalearnError, RunError, TerminatedError
 from metalearn.core.quoting import format_assignment, quote_command, quote_word
 from metalearn.core.text import fit
-from metalearn.training.run_folder import check_no_run_in
+from metalearn.training.run_folder import check_holds_files, check_is_no_link, check_no_run_in
 from metalearn.training.runtime import torchrun
 from metalearn.training.runtime.signals import signals_as_exceptions
 
@@ -102,6 +102,9 @@ def command(
         def job(config: DictConfig) -> None:
             output_dir = Path(HydraConfig.get().runtime.output_dir)
             with _report_errors(name, output_dir):
+                for folder in (output_dir, output_dir / "checkpoints"):
+                    check_holds_files(folder)
+                check_is_no_link(output_dir / f"{HydraConfig.get().job.name}.log")
                 checked = to_dataclass(config, kind, HydraConfig.get().overrides.task)
                 check(checked)
                 if not may_continue(checked):

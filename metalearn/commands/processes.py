@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from metalearn.training.run_folder import check_is_no_link
+
 METALEARN = (
     sys.executable,
     "-c",
@@ -68,6 +70,7 @@ class ProcessPool:
             ChildProcessError: if the pool is closing.
         """
         console.parent.mkdir(parents=True, exist_ok=True)
+        check_is_no_link(console)
         limit = {"OMP_NUM_THREADS": str(threads)} if threads else {}
         environment = {**limit, **os.environ, "COLUMNS": "160", "PYTHONUNBUFFERED": "1"}
         written = ""

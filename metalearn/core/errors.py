@@ -27,6 +27,10 @@ OS_ERROR_HINTS = {
     errno.EACCES: "You may not write there: choose another folder with hydra.run.dir=PATH.",
     errno.EPERM: "You may not write there: choose another folder with hydra.run.dir=PATH.",
     errno.EIO: "The disk has failed: copy what is there, and resume elsewhere.",
+    **dict.fromkeys(
+        (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP),
+        "Something else is in the place of a file or folder: move it away and run again, or choose another folder.",
+    ),
 }
 """Errors of the system that last until a user does something about them, and what; others may pass by themselves."""
 

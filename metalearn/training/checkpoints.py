@@ -170,7 +170,7 @@ def load_latest(run_dir: Path) -> dict[str, Any] | None:
     for path in state_paths(run_dir):
         try:
             content: dict[str, Any] = files.load_checked(path)
-        except files.CorruptFileError as error:
+        except (files.CorruptFileError, FileNotFoundError) as error:  # a link to nowhere is not found
             damaged.append(str(error))
             continue
         if not isinstance(content, dict) or not {"format", "state", "meter"} <= content.keys():

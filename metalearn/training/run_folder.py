@@ -42,6 +42,29 @@ def check_no_run_in(folder: Path, files: Iterable[str]) -> None:
             raise RunExistsError(folder, file, can_resume=file in TRAINING_FILES)
 
 
+def check_is_no_link(path: Path) -> None:
+    """Check that a file to which lines are appended is no link, so that they are not written to somewhere else.
+
+    Files that are written at once need no check: a new one takes the place of the link.
+
+    Raises:
+        RunError: naming the link and where it points.
+    """
+    if path.is_symlink():
+        raise RunError(f"{path} is a link to {path.readlink()}, which would be written to. Remove it and run again.")
+
+
+def check_holds_files(folder: Path) -> None:
+    """Check that a folder holds nothing that reading would wait for, as a named pipe.
+
+    Raises:
+        RunError: naming it.
+    """
+    for path in folder.glob("*"):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise RunError(f"{path} is a pipe, a socket or a device, and no file. Remove it and run again.")
+
+
 @contextmanager
 def folder_lock(folder: Path, *, wait: bool) -> Iterator[None]:
     """Make this process the only one that works in a folder.

@@ -16,6 +16,15 @@ logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it logs every file r
 EVENT_FILES = "events.out.tfevents.*"
 
 
+def event_files(run_dir: Path) -> list[Path]:
+    """Return a run's event files in the order in which TensorBoard reads them: their names go on with a second.
+
+    Others' names, as of a copy that somebody has put aside, are not TensorBoard's.
+    """
+    found = (path for path in run_dir.glob(EVENT_FILES) if path.name.split(".")[3].isdecimal() and path.is_file())
+    return sorted(found, key=lambda path: path.name)
+
+
 class ScalarEvent(NamedTuple):
     """A point of a curve; ``wall_time`` in seconds since 1970."""
 
@@ -30,7 +39,7 @@ def read_scalars(run_dir: Path) -> dict[str, list[ScalarEvent]]:
     A resumed run has several event files; points after the meta-step that it resumed from are dropped. Sub-folders,
     such as those of evaluations, are other runs. Raise ``RunError`` if the folder holds no event file.
     """
-    if not any(run_dir.glob(EVENT_FILES)):
+    if not event_files(run_dir):
         raise RunError(
             f"{run_dir} holds no event file ({EVENT_FILES}): the run has not started, or was copied without it."
         )

@@ -33,7 +33,7 @@ from torch.utils.tensorboard.summary import hparams as torch_hparams
 from metalearn.core.types import Params
 from metalearn.inner import lr_key
 from metalearn.training.evaluation import Evaluation, MeanCI, Metric
-from metalearn.training.tracking.event_files import EVENT_FILES, read_scalars
+from metalearn.training.tracking.event_files import event_files, read_scalars
 from metalearn.training.tracking.tags import describe_tag
 
 log = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ class TensorBoardLogger(EventWriter):
         self._run_dir = run_dir
         self._logged: dict[tuple[str, int], float] = {}
         _warn_truncated(run_dir, file_sizes or {})
-        is_first = resumed_at is None or not any(run_dir.glob(EVENT_FILES))
+        is_first = resumed_at is None or not event_files(run_dir)
         if resumed_at is not None and not is_first:
             curves = read_scalars(run_dir)
             self._logged = {(tag, p.step): p.value for tag in curves for p in curves[tag] if p.step <= resumed_at}
@@ -200,7 +200,7 @@ class TensorBoardLogger(EventWriter):
             self.flush()
         except OSError as error:
             log.warning("What was logged last could not be written to the event file: %s", error)
-        return {path.name: path.stat().st_size for path in sorted(self._run_dir.glob(EVENT_FILES))}
+        return {path.name: path.stat().st_size for path in event_files(self._run_dir)}
 
     def log_validation(self, result: Evaluation, iteration: int) -> None:
         """Log the score on validation tasks with the ends of its interval."""
@@ -309,7 +309,7 @@ def _warn_truncated(run_dir: Path, file_sizes: Mapping[str, int]) -> None:
 
 def _wait_for_next_second(run_dir: Path) -> None:
     """Wait until a new event file sorts after the others: names begin with the second, and set the reading order."""
-    newest = int(max(path.name for path in run_dir.glob(EVENT_FILES)).split(".")[3])
+    newest = int(event_files(run_dir)[-1].name.split(".")[3])
     if (ahead := newest + 1 - time.time()) > _LONGEST_WAIT_S:
         log.warning("This machine's clock is %.0f s behind that of the latest event file: curves may look cut", ahead)
     elif ahead > 0:
