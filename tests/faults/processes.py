@@ -101,7 +101,8 @@ def _prepare(folder: Path, stdout: Path, stderr: Path) -> None:
     os.chdir(folder)
     for descriptor, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have told the tests to ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have told the tests to ignore these
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     torch.set_num_threads(1)
 
 

@@ -15,7 +15,7 @@ from metalearn.core.errors import ConfigError, MetalearnError
 from tests.config.factories import train_config
 from tests.faults.cases import cases
 from tests.inference.factories import support
-from tests.training.run_folders import untrained
+from tests.training.run_folders import replace_config, untrained
 
 SECRET = "${oc.env:SECRET}"
 
@@ -92,13 +92,13 @@ def test_environment_of_who_loads(value: str, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("SECRET", "hidden")
     run = untrained(tmp_path / "run")
     text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(text.replace("init_from: null", f"init_from: '{value}'"))
+    replace_config(run, text.replace("init_from: null", f"init_from: '{value}'"))
     learner = metalearn.load(run, "cpu").adapt(*support())
     saved = [learner.save(tmp_path / "weights"), learner.export(tmp_path / "model")]
     assert learner.config.run.init_from == value
     assert value.encode() in saved[0].read_bytes(), "it is kept as it was written"
     assert not any(b"hidden" in path.read_bytes() for path in saved)
-    (run / "config.yaml").write_text(text.replace("init_from: null", f"init_from: ['{value}']"))
+    replace_config(run, text.replace("init_from: null", f"init_from: ['{value}']"))
     with pytest.raises(MetalearnError) as error:
         metalearn.load(run, "cpu")
     assert value in str(error.value)

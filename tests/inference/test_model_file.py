@@ -27,7 +27,7 @@ from metalearn.pretrained.model_file import find_run, pretrained_models
 from metalearn.training.checkpoints import load_best
 from tests.config.factories import train_config
 from tests.inference.factories import query, support
-from tests.training.run_folders import SMALL, untrained
+from tests.training.run_folders import SMALL, replace_config, untrained
 from tests.training.run_folders import run as train
 
 OMNIGLOT = OmniglotConfig("omniglot", "/home/me/drawings", None, "classic", True, False)
@@ -87,7 +87,7 @@ def test_file_is_not_overwritten(run: Path, tmp_path: Path) -> None:
 def test_file_holds_no_path_of_this_machine(data: AnyData, tmp_path: Path) -> None:
     folder = untrained(tmp_path / "run", *SMALL)
     config = dataclasses.replace(train_config(*SMALL, "run.init_from=/home/me/run"), data=data)
-    (folder / "config.yaml").write_text(to_yaml(config))
+    replace_config(folder, to_yaml(config))
     assert (folder / "config.yaml").read_text().count("/home/me") == 2
     path = metalearn.load(folder, "cpu").export(tmp_path / "model.safetensors")
     assert b"/home/me" not in path.read_bytes()

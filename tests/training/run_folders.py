@@ -13,7 +13,7 @@ from metalearn.config.run_config import resolve_data, resolve_resume, to_yaml
 from metalearn.core import serialization as files
 from metalearn.core.types import Episodes
 from metalearn.training import loop
-from metalearn.training.checkpoints import save_best
+from metalearn.training.checkpoints import best_path, save_best
 from metalearn.training.experiment import Experiment, build_experiment
 from metalearn.training.runtime.distributed import DistributedContext
 from metalearn.training.state import BestCheckpoint
@@ -70,3 +70,10 @@ def untrained(folder: Path, *overrides: str, base: list[str] = SMALL) -> Path:
     moved = {name: p * (1 + 0.1 * torch.rand(p.shape, generator=generator)) for name, p in theta.items()}
     save_best(BestCheckpoint(7, 0.5, moved), folder, to_yaml(config))
     return folder
+
+
+def replace_config(run_dir: Path, text: str) -> None:
+    """Give a run another configuration, as if it had been trained with it."""
+    (run_dir / "config.yaml").write_text(text)
+    content = files.load_checked(best_path(run_dir))
+    files.save_checked({**content, "config": text}, best_path(run_dir))
