@@ -156,7 +156,8 @@ def _check_is_folder(overrides: Sequence[str]) -> None:
     for override in overrides:
         name, _, value = override.partition("=")
         path = Path(value.strip("'\""))
-        if name in ("hydra.run.dir", "hydra.sweep.dir") and any(p.is_file() for p in (path, *path.parents)):
+        there = next((p for p in (path, *path.parents) if os.path.lexists(p)), path)
+        if name in ("hydra.run.dir", "hydra.sweep.dir") and os.path.lexists(there) and not there.is_dir():
             raise ConfigError(f"{override}: this is a file, or lies below one; name a folder")
 
 
@@ -167,8 +168,10 @@ def _check_writable(folder: str) -> None:
         raise ConfigError(
             f"hydra.run.dir={path}: Hydra takes ${{ in a name for the name of a key; choose another folder"
         )
-    there = next(p for p in (path, *path.parents) if p.is_dir())
+    there = next(p for p in (path, *path.parents) if os.path.isdir(p))  # not Path's, which raises on long names
     try:
+        with suppress(FileNotFoundError):
+            os.lstat(path)
         with tempfile.TemporaryDirectory(dir=there):
             pass
     except OSError as error:

@@ -87,6 +87,9 @@ class Checkpointer:
 
     def _save(self, state: TrainState) -> None:
         with self.meter.checkpoint():
+            if not (path := self.run_dir / "config.yaml").exists():
+                log.warning("%s is gone; it is written again, as the run cannot be resumed without it", path)
+                files.atomic_write_text(path, self.config_yaml)
             content = {
                 "config": self.config_yaml,
                 "state": state.state_dict(),

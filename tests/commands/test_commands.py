@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -71,6 +72,23 @@ def test_run_dir_is_honoured_and_never_shared(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     third = command("train.py", *SMALL, "hydra.run.dir=file", cwd=tmp_path, code=2)
     assert "hydra.run.dir=file: this is a file, or lies below one; name a folder" in third.stderr
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("pipe", "this is a file, or lies below one; name a folder"),
+        ("pipe/below", "this is a file, or lies below one; name a folder"),
+        ("/dev/null", "this is a file, or lies below one; name a folder"),
+        ("dangling", "this is a file, or lies below one; name a folder"),
+        ("x" * 300, "nothing can be written to .* (File name too long); choose another folder"),
+    ],
+)
+def test_what_is_no_folder_is_named(place: str, message: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    done = command("train.py", *SMALL, f"hydra.run.dir={place}", cwd=tmp_path, code=2)
+    assert re.search(message.replace("(", r"\(").replace(")", r"\)"), " ".join(done.stderr.split()))
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.json", "checkpoints", "benchmark.json"])

@@ -18,14 +18,18 @@ from metalearn.config.run_config import load_run_config
 from metalearn.config.schema import TrainConfig
 from metalearn.core import serialization as files
 from metalearn.core.errors import RunError
-from metalearn.training import checkpoints, trainer
+from metalearn.core.types import Episodes
+from metalearn.training import checkpoints, loop, trainer
 from metalearn.training.checkpoints import best_path, state_paths
 from metalearn.training.experiment import Experiment, build_experiment
 from metalearn.training.run_folder import folder_lock, is_locked
+from metalearn.training.runtime.distributed import DistributedContext
 from metalearn.training.state import TrainState, seed_all
+from metalearn.training.step import local_tasks
 from metalearn.training.tracking.event_files import read_scalars
 from tests.config.factories import train_config
-from tests.faults.runs import assert_runs_equal, assert_steps_increase, metrics_without_times
+from tests.faults.runs import SMALL as MLP_RUN
+from tests.faults.runs import STEPS, assert_runs_equal, assert_steps_increase, metrics_without_times
 from tests.training.run_folders import AT_VALIDATIONS, SMALL, PowerCut, run, run_interrupted
 
 
@@ -203,3 +207,23 @@ def test_run_from_before_init_from_can_be_resumed(finished: Path, tmp_path: Path
     assert "  init_from: null\n" in text
     (folder / "config.yaml").write_text(text.replace("  init_from: null\n", "  accept: []\n"))
     run(folder, *AT_VALIDATIONS, "run.resume=true")
+
+
+def test_folder_that_was_removed_can_be_resumed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+
+    def remove(experiment: Experiment, at: int, ranks: DistributedContext) -> Episodes:
+        if at == 3:
+            shutil.rmtree(folder)
+        if at == 9:
+            raise PowerCut
+        return local_tasks(experiment, at, ranks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "local_tasks", remove)
+        with pytest.raises(PowerCut):
+            run(folder, *MLP_RUN)
+    assert "config.yaml is gone; it is written again" in caplog.text
+    assert run(folder, *MLP_RUN, "run.resume=true")["iterations"] == STEPS
