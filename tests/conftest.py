@@ -51,9 +51,10 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the tests away from the user's cache; they share an empty one."""
+    """Keep the tests away from the user's cache; all workers share an empty one, as reading Omniglot takes long."""
+    base = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METALEARN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("METALEARN_CACHE", str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"))
         yield
 
 

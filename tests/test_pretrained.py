@@ -41,7 +41,9 @@ def test_models_are_of_the_recorded_rows() -> None:
         assert card["test.accuracy"] in found
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "omniglot-20w5s" else ()) for n in SHIPPED]
+)
 def test_model_is_as_accurate_on_held_out_classes_as_its_card_says(
     name: str, omniglot_root: str, tmp_path: Path
 ) -> None:

@@ -272,7 +272,7 @@ def test_clip_norm_bounds_the_update_at_a_constant_rate(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_trains(name: str, tmp_path: Path) -> None:
     small = ["task.meta_batch=2", "outer.iterations=2", "eval.validation_episodes=2", "eval.episodes=2", "eval.every=2"]
-    small += ["eval.queries=1", "inner.eval_steps=1"]  # of 20 ways the test takes longest
+    small += ["eval.queries=1", "inner.steps=1", "inner.eval_steps=1"]  # of 20 ways the test takes longest
     small += [] if name == "sinusoid" else ["model.width=4"]
     metrics = run(tmp_path / "run", f"experiment={name}", *small)
     assert metrics["iterations"] == 2
