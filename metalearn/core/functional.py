@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metalearn.core.deprecation import adopt_former_methods
@@ -33,7 +33,7 @@ _WARNED = WeakIdKeyDictionary()
 """Modules whose buffer writes were logged, as keys."""
 
 _ASSIGNED = WeakIdKeyDictionary()
-"""Of each module, what its last pass assigned: layer, name, earlier attribute (none or one), and the tensor."""
+"""Of each layer, what the last pass assigned: name, earlier attribute (none or one), and the tensor, or one in it."""
 
 
 @one_thread_at_a_time()
@@ -198,8 +198,9 @@ def _replace_tensors(
     ``torch.func.functional_call`` does not restore a submodule that is reachable under two names
     (https://github.com/pytorch/pytorch/issues/164759).
     """
-    _restore_assigned(module)
     modules = list(module.modules())
+    for m in modules:
+        _restore_assigned(m)
     before = [dict(vars(m)) for m in modules]
     places: list[dict[str, Any]] = [place for m in modules for place in (m._parameters, m._buffers)]
     saved, attributes = [dict(place) for place in places], [_attributes_to_restore(m) for m in modules]
@@ -220,12 +221,13 @@ def _replace_tensors(
         for place, tensors in zip(places, saved, strict=True):
             place.clear()
             place.update(tensors)
-        _ASSIGNED[module] = [
-            (weakref.ref(m), name, {n: v for n, v in earlier.items() if n == name}, weakref.ref(value))
-            for m, earlier in zip(modules, before, strict=True)
-            for name, value in vars(m).items()
-            if isinstance(value, Tensor) and value is not earlier.get(name)
-        ]
+        for m, earlier in zip(modules, before, strict=True):
+            if assigned := [
+                (name, {n: v for n, v in earlier.items() if n == name}, weakref.ref(tensor))
+                for name, value in vars(m).items()
+                if value is not earlier.get(name) and (tensor := _first_tensor(value)) is not None
+            ]:
+                _ASSIGNED[m] = assigned
     if [p._version for p in constants if not p.is_inference()] != versions:
         raise ValueError(
             f"{type(module).__name__} changes a frozen parameter in place, so that every later pass sees something "
@@ -233,12 +235,16 @@ def _replace_tensors(
         )
 
 
-def _restore_assigned(module: nn.Module) -> None:
+def _restore_assigned(layer: nn.Module) -> None:
     """Take back what the last pass assigned, which a loss may have read: another pass must not take it for its own."""
-    for layer, name, earlier, value in _ASSIGNED.pop(module, ()):
-        if (m := layer()) is not None and name in vars(m) and vars(m)[name] is value():
-            vars(m).pop(name)
-            vars(m).update(earlier)
+    for name, earlier, tensor in _ASSIGNED.pop(layer, ()):
+        if (left := _first_tensor(vars(layer).get(name))) is not None and left is tensor():
+            vars(layer).pop(name)
+            vars(layer).update(earlier)
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    return next((leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)), None)
 
 
 def _set_statistics(layer: Any, batch_norm: BatchNormMode) -> None:

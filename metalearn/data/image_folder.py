@@ -187,7 +187,10 @@ def _split_folders(root: Path) -> dict[str, Path] | None:
     names = list_entries(root).names
     found = {split: [name for name in names if _split_of(name) == split] for split in _FOLDERS}
     others = [name for name in names if not _split_of(name)]
-    if sum(map(bool, found.values())) < 2 and (others or not found["train"]):  # a class of trains, say
+    kinds = sum(map(bool, found.values()))
+    if kinds < 2 and (others or not found["train"]):  # a class of trains, say
+        return None
+    if kinds < len(found) and others and not any(name.casefold() == "train" for name in names):  # and of trainings
         return None
     for split, folders in found.items():
         if len(folders) != 1:

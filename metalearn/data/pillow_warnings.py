@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 _reading = threading.local()
+_LOCK = threading.Lock()  # Python's filters of warnings are one a process, and are restored in reverse order
 
 
 @contextmanager
 def collect_pillow_warnings() -> Iterator[dict[Path, str]]:
     """Yield the first warning of each file that the threads of the block read, each in ``warnings_of(path)``."""
     found: dict[Path, str] = {}
-    with warnings.catch_warnings():
+    with _LOCK, warnings.catch_warnings():
         warnings.simplefilter("always")
         show = warnings.showwarning
 

@@ -14,7 +14,8 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,7 @@ class Learner:
                 head=self.head,
             )
         x, y = x.to(self.device), y.to(self.device)
-        with one_thread_at_a_time(), torch.no_grad(), precision_context(self.config.run.precision, self.device):
+        with self._computing(), torch.no_grad():
             fast = adapt(self.forward, self.theta, x[None], y[None], inner, loss=build_metric(self.config).loss)
         weights = {name: w[0] for name, w in fast.items()}
         self._adapted = AdaptedModel(weights, x, classes, inner.steps).contiguous_copy()
@@ -325,6 +326,12 @@ class Learner:
         warn_if_inverted(x, self.config.data)
         return x
 
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Compute in the run's precision, which is a setting of the process."""
+        with one_thread_at_a_time(), precision_context(self.config.run.precision, self.device):
+            yield
+
     @torch.no_grad()
     def _outputs(
         self,
@@ -336,21 +343,22 @@ class Learner:
         """Return the model's output for each image, ``[Q, N]`` (or ``[Q, 1]``) float32 on the CPU."""
         x = self._inputs(images).to(self.device)
         fast = expand_over_tasks(adapted.weights, 1)
-        with one_thread_at_a_time(), precision_context(self.config.run.precision, self.device):
-            if transductive:
+        if transductive:
+            with self._computing():
                 outputs = predict(self.forward, fast, x[None])
-                progress(len(x))
-                return outputs[0].float().cpu()
-            statistics, support_x = statistics_at(self.theta, adapted.steps), adapted.support_x[None]
-            chunk = max(1, _PIXELS_PER_PASS // (x[0].numel() * (len(adapted.support_x) + 1)))
-            no_targets = x.new_zeros(1, max(len(x), len(adapted.support_x)))  # never read
-            parts = []
-            for first in range(0, len(x), chunk):
-                part = x[None, first : first + chunk]
-                support_y, query_y = no_targets[:, : support_x.shape[1]], no_targets[:, : part.shape[1]]
+            progress(len(x))
+            return outputs[0].float().cpu()
+        statistics, support_x = statistics_at(self.theta, adapted.steps), adapted.support_x[None]
+        chunk = max(1, _PIXELS_PER_PASS // (x[0].numel() * (len(adapted.support_x) + 1)))
+        no_targets = x.new_zeros(1, max(len(x), len(adapted.support_x)))  # never read
+        parts = []
+        for first in range(0, len(x), chunk):
+            part = x[None, first : first + chunk]
+            support_y, query_y = no_targets[:, : support_x.shape[1]], no_targets[:, : part.shape[1]]
+            with self._computing():
                 tasks = Episodes(support_x, support_y, part, query_y)
                 parts.append(predict_nontransductive(self.forward, fast, tasks, statistics))
-                progress(first + part.shape[1])
+            progress(first + part.shape[1])
         return torch.cat(parts, dim=1)[0].float().cpu()
 
     @functools.cached_property

@@ -179,14 +179,14 @@ def load_latest(run_dir: Path) -> dict[str, Any] | None:
         if not isinstance(content, dict) or not {"format", "state", "meter"} <= content.keys():
             damaged.append(f"{path} is refused: it is no state of a training.")
             continue
-        if reason := _other_run(content, run_dir):
-            damaged.append(f"{path} is refused: {reason}.")
-            continue
         if content["format"] != _FORMAT:
             raise RunError(
                 f"{path}: its format is {content['format']}, and this version of metalearn reads {_FORMAT}; resume "
                 "with the version that wrote it."
             )
+        if reason := _other_run(content, run_dir):
+            damaged.append(f"{path} is refused: {reason}.")
+            continue
         for message in damaged:
             log.warning("%s The one before it is taken: %s.", message, path.name)
         return content
@@ -254,7 +254,8 @@ def _load_best_of_folder(run_dir: Path) -> BestCheckpoint:
 def _read_best(run_dir: Path) -> BestCheckpoint:
     path = best_path(run_dir)
     content: dict[str, Any] = files.load_checked(path)
-    if not isinstance(content, dict) or not {"params", "iteration", "validation_accuracy"} <= content.keys():
+    keys = {"params", "iteration", "validation_accuracy"}
+    if not isinstance(content, dict) or not keys <= content.keys() or not isinstance(content["params"], dict):
         raise files.CorruptFileError(f"{path} is refused: it holds no best parameters.")
     if reason := _other_run(content, run_dir):
         raise files.CorruptFileError(f"{path} is refused: {reason}.")
@@ -264,7 +265,8 @@ def _read_best(run_dir: Path) -> BestCheckpoint:
 def _other_run(content: dict[str, Any], run_dir: Path) -> str:
     """Return why a checkpoint cannot be this run's: its configuration has another seed, say; empty if it may be.
 
-    Two runs with one configuration are the same run, bit by bit. ``best.pt`` of earlier releases has none.
+    Two runs with one configuration are the same run, bit by bit; where the run is and what it began with may be given
+    another place. ``best.pt`` of earlier releases has no configuration.
     """
     path, recorded = run_dir / "config.yaml", content.get("config")
     if recorded is None or not path.exists():
@@ -273,8 +275,11 @@ def _other_run(content: dict[str, Any], run_dir: Path) -> str:
     if recorded == here:
         return ""
     try:
+        if not isinstance(recorded, str):
+            raise ConfigError("it is no text")
         there = result_keys(parse_run_config(recorded, path))
     except ConfigError:
         return "its configuration cannot be read"
-    names = list(changed_keys(result_keys(parse_run_config(here, path)), there))
+    changed = changed_keys(result_keys(parse_run_config(here, path)), there)
+    names = [name for name in changed if name not in ("run.init_from", "run.device")]
     return f"another run wrote it, with another {preview_names(names)}" if names else ""

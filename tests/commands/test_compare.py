@@ -115,7 +115,7 @@ def test_comparison_resumes_when_killed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_comparison_stops_with_its_runs(sent: signal.Signals, tmp_path: Path) -> None:
-    process = start(*LONG, cwd=tmp_path)
+    process = start(*LONG, "outer.iterations=100000", cwd=tmp_path)
     folder = wait_for_state("second_order-seed0", process, tmp_path)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(sent)
@@ -150,7 +150,7 @@ def test_other_variants_finish_when_one_fails(tmp_path: Path) -> None:
 
 
 def test_concurrent_comparisons_use_different_folders(tmp_path: Path) -> None:
-    processes = [start(*LONG, cwd=tmp_path) for _ in range(2)]
+    processes = [start(*LONG, "outer.iterations=100000", cwd=tmp_path) for _ in range(2)]
     try:
         deadline = time.monotonic() + 120
         while len(list(tmp_path.glob("outputs/comparisons/*/*/second_order-seed0/config.yaml"))) < 2:

@@ -235,13 +235,15 @@ class Caches(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.eye(3, dtype=torch.float64))
         self.cache: Tensor | None = None
+        self.both: tuple[str, Tensor] | None = None
         self.batchable = batchable
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.cache is None:
+        if self.cache is None or self.both is None:
             self.cache = self.weight.exp()
+            self.both = "a tensor in a tuple", self.weight.exp()
         assert self.batchable or x.sum() < 1e9  # vmap does not know it
-        return x @ self.cache
+        return x @ (self.cache + self.both[1]) / 2
 
 
 def test_pass_does_not_find_what_an_earlier_one_has_assigned() -> None:
@@ -253,9 +255,12 @@ def test_pass_does_not_find_what_an_earlier_one_has_assigned() -> None:
         assert torch.equal(forward({"weight": weight}, x), x @ weight.exp())
         assert module.cache is not None, "a loss may read it"
         assert torch.equal(module.cache, weight.exp())
-    module.cache = kept = torch.zeros(3, 3, dtype=torch.float64)
+    weight = 3.0 * theta["weight"]
+    whole, of_whole = functionalize(nn.Sequential(module))
+    assert torch.equal(whole(dict.fromkeys(of_whole, weight), x), x @ weight.exp()), "as a part of another module"
+    module.cache, module.both = kept = torch.zeros(3, 3, dtype=torch.float64), ("", torch.zeros(3, 3).double())
     forward(theta, x)
-    assert module.cache is kept, "the user's own"
+    assert (module.cache, module.both) == kept, "the user's own"
 
 
 @pytest.mark.parametrize("batchable", [True, False])

@@ -209,6 +209,32 @@ def test_files_of_another_run(
         assert "another run wrote it, with another run.seed" in " ".join(read_output(tmp_path).split())
 
 
+def test_run_may_be_moved_with_what_it_began_with(untested_run: Path, uninterrupted_run: Path) -> None:
+    text = (untested_run / "config.yaml").read_text()
+    moved = text.replace("init_from: null", "init_from: /moved/run").replace("device: cpu", "device: auto")
+    assert moved.count("/moved/run") == moved.count("device: auto") == 1
+    (untested_run / "config.yaml").write_text(moved)
+    like = load_state(uninterrupted_run)["state"]["params"]
+    assert tensors_to_bytes(load_best(untested_run, like=like, device=CPU)) == tensors_to_bytes(
+        load_best(uninterrupted_run, like=like, device=CPU)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"config": 7}, "its configuration cannot be read"),
+        ({"config": "["}, "its configuration cannot be read"),
+        ({"config": "of a later release", "format": 2}, "its format is 2.*resume with the version that wrote it"),
+    ],
+)
+def test_state_with_an_odd_configuration(changed: dict[str, Any], message: str, untested_run: Path) -> None:
+    for path in state_paths(untested_run):
+        files.save_checked({**files.load_checked(path), **changed}, path)
+    with pytest.raises(RunError, match=message):
+        load_latest(untested_run)
+
+
 @pytest.mark.fault("a run that an earlier release saved", "resumes to the same bits")
 def test_best_parameters_without_configuration(untested_run: Path, tmp_path: Path, uninterrupted_run: Path) -> None:
     content = files.load_checked(best_path(untested_run))

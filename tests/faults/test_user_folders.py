@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import warnings
 from pathlib import Path
 
@@ -96,6 +97,15 @@ def test_names_of_splits(tmp_path: Path) -> None:
             (tmp_path / "aside").rename(root / name)
 
 
+@pytest.mark.parametrize(
+    "names", [("running", "training", "testing", "walking", "swim"), ("apple", "pear", "val", "test", "fig")]
+)
+def test_classes_that_are_called_like_splits(names: tuple[str, ...], tmp_path: Path) -> None:
+    make_classes(tmp_path, dict.fromkeys(names, 1))
+    found = [one.name for classes in list_splits(tmp_path).values() for one in classes]
+    assert sorted(found) == sorted(names)
+
+
 @pytest.mark.fault(
     "links that lead to themselves, to one another or nowhere: in a class, in place of an image, in place of a class",
     "named in a warning, or in the list of images that cannot be read",
@@ -128,3 +138,20 @@ def test_pillow_warning(root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pyt
         with collect_pillow_warnings():
             warnings.warn("of another kind", stacklevel=1)
         assert [str(one.message) for one in printed] == ["of another kind"]
+
+
+def test_warnings_are_as_before_after_two_reads_at_once() -> None:
+    shown, filters, inside = warnings.showwarning, list(warnings.filters), threading.Event()
+
+    def read(wait: threading.Event) -> None:
+        with collect_pillow_warnings():
+            inside.set()
+            wait.wait(0.2)
+
+    threads = [threading.Thread(target=read, args=[threading.Event()]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        assert inside.wait(10)
+    for thread in threads:
+        thread.join(10)
+    assert (warnings.showwarning, list(warnings.filters)) == (shown, filters)

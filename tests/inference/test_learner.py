@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,19 @@ def test_threads_that_share_a_model_get_their_own_answers(run: Path) -> None:
         return copy.copy(learner).adapt(*support(), steps=1 + i % 3).predict_proba(query())
 
     torch.testing.assert_close(in_threads(answer), [answer(i) for i in range(CALLS)], rtol=0, atol=0)
+
+
+def test_progress_may_wait_for_another_thread(run: Path) -> None:
+    learner = metalearn.load(run, "cpu").adapt(*support())
+    with ThreadPoolExecutor(1) as other:
+        answers = []
+
+        def ask_another(done: int) -> None:
+            answers.append(other.submit(learner.predict, query()).result(timeout=60))
+
+        learner.predict_proba(query(), progress=ask_another)
+        learner.predict_proba(query(), transductive=True, progress=ask_another)
+    assert answers[0] == answers[-1] == learner.predict(query())
 
 
 def test_labels_are_those_of_the_classes_that_were_predicted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

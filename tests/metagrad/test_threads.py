@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from typing import Any
 
@@ -107,3 +109,23 @@ def test_a_thread_waits_for_another_and_not_for_itself() -> None:
         done.append("first")
     thread.join(10)
     assert done == ["first", "other"]
+
+
+def test_forked_process_does_not_wait_for_threads_that_it_lacks() -> None:
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with one_thread_at_a_time():
+            held.set()
+            release.wait(0.3)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(10)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)  # ends it if it waits
+        with one_thread_at_a_time():
+            os._exit(0)
+    thread.join(10)
+    assert os.waitpid(child, 0)[1] == 0

@@ -79,16 +79,20 @@ class ThreadTuner:
         Args:
             seconds_of_step: takes a step that changes nothing, with torch's present number of threads.
         """
-        if not self.choices:
-            return
         present, times = torch.get_num_threads(), dict[int, float]()
+        numbers = dict.fromkeys((*self.choices, present))  # a resumed run may be on another than its choices
+        if not self.choices or len(numbers) == 1:
+            return
         if self._logged is None:
             log.info("run.threads=auto measures meta-steps; this takes some seconds beside other work")
-        for threads in self.choices:
-            torch.set_num_threads(threads)
-            first = seconds_of_step()  # starts the threads, and is slower for it
-            is_hopeless = bool(times) and first > _HOPELESS * min(times.values())
-            times[threads] = first if is_hopeless else min(seconds_of_step() for _ in range(_REPEATS))
+        try:
+            for threads in numbers:
+                torch.set_num_threads(threads)
+                first = seconds_of_step()  # starts the threads, and is slower for it
+                is_hopeless = bool(times) and first > _HOPELESS * min(times.values())
+                times[threads] = first if is_hopeless else min(seconds_of_step() for _ in range(_REPEATS))
+        finally:
+            torch.set_num_threads(present)
         best = min(times, key=times.__getitem__)
         chosen = best if times[present] > _ADVANTAGE * times[best] else present
         torch.set_num_threads(chosen)

@@ -71,6 +71,24 @@ def test_slow_number_is_measured_once_on_a_busy_machine() -> None:
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.parametrize(("resumed", "choices"), [(8, [1, 8]), (4, None), (2, [1, 4]), (1, [1, 2])])
+def test_number_that_is_no_choice_is_measured_too(
+    resumed: int, choices: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads_module, "num_cores", lambda: 3)
+    torch.set_num_threads(2)
+    tuner = ThreadTuner.create("auto", CPU, deterministic=False, resumed=resumed, resumed_choices=choices)
+    tuner.tune(taking({1: 0.3, 2: 1.0, 3: 1.0, 4: 1.0, 8: 1.0}))
+    assert torch.get_num_threads() == 1
+
+
+def test_number_is_that_of_before_after_an_error() -> None:
+    torch.set_num_threads(2)
+    with pytest.raises(ZeroDivisionError):
+        ThreadTuner.create("auto", CPU, deterministic=False).tune(lambda: 1 / 0)
+    assert torch.get_num_threads() == 2
+
+
 def test_number_is_left_alone_where_it_must_not_change() -> None:
     torch.set_num_threads(2)
     assert ThreadTuner.create("auto", torch.device("cuda"), deterministic=False).choices == ()
