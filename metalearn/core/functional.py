@@ -294,8 +294,8 @@ def check_params(params: Params, *, name: str = "params") -> None:
 
     Raises:
         ValueError: if there is none.
-        RuntimeError: inside ``torch.inference_mode()``.
-        TypeError: if this is no dictionary, or naming the one that is not a floating-point tensor.
+        RuntimeError: inside ``torch.inference_mode()``, or naming one that was made there.
+        TypeError: if this is no dictionary, or naming the one that is not a dense floating-point tensor.
     """
     check_not_inference_mode()
     check_param_dict(params, name)
