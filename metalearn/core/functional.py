@@ -293,8 +293,8 @@ def check_params(params: Params, *, name: str = "params") -> None:
     """Check that meta-parameters, called ``name`` in messages, can be adapted.
 
     Raises:
-        ValueError: if there is none.
-        RuntimeError: inside ``torch.inference_mode()``, or naming one that was made there.
+        ValueError: if there is none, or naming one that was made inside ``torch.inference_mode()``.
+        RuntimeError: inside ``torch.inference_mode()``.
         TypeError: if this is no dictionary, or naming the one that is not a dense floating-point tensor.
     """
     check_not_inference_mode()
@@ -311,7 +311,7 @@ def check_params(params: Params, *, name: str = "params") -> None:
             )
             raise TypeError(f"{name}[{key!r}] is {kind}: only floating-point tensors have gradients. {remedy}.")
         if p.is_inference():
-            raise RuntimeError(
+            raise ValueError(
                 f"{name}[{key!r}] was made inside torch.inference_mode() and can have no gradient; give p.clone(), "
                 "or make it under torch.no_grad()."
             )

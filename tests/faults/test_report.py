@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -16,8 +17,9 @@ def test_report_has_every_case() -> None:
     cases: Counter[str] = Counter()
     for path in Path(__file__).parent.glob("test_*.py"):
         for name, function in vars(importlib.import_module(f"tests.faults.{path.stem}")).items():
-            marks = {mark.name: mark for mark in getattr(function, "pytestmark", [])}
-            if "fault" in marks:
-                tried = len(marks["parametrize"].args[1]) if "parametrize" in marks else 1
-                cases[name.removeprefix("test_")] = tried * marks["fault"].kwargs.get("cases", 1)
+            marks = getattr(function, "pytestmark", [])
+            tried = math.prod(len(mark.args[1]) for mark in marks if mark.name == "parametrize")
+            for mark in marks:
+                if mark.name == "fault":
+                    cases[name.removeprefix("test_")] = tried * mark.kwargs.get("cases", 1)
     assert cases == {name: row["tries"] for name, row in REPORT.items()}

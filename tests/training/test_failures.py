@@ -178,7 +178,6 @@ def fail_at(iteration: int, fail: Callable[[], object]) -> None:
     pytest.MonkeyPatch().setattr(loop, "compute_meta_update", fail_or_compute)
 
 
-@pytest.mark.fault("lack of memory, once more in its explanation", "saved before it is explained")
 @pytest.mark.parametrize("again", [None, MemoryError(), SystemExit("killed")], ids=["once", "again", "killed"])
 def test_out_of_memory_in_a_meta_step_saves_the_state(
     again: BaseException | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -203,7 +202,6 @@ def raise_error(kind: type[Exception], *args: object) -> None:
     raise kind(*args)
 
 
-@pytest.mark.fault("an error of another kind than this project's in a meta-step", "saved, said, resumes bitwise")
 @pytest.mark.parametrize(
     ("kind", "args", "says"),
     [

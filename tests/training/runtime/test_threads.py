@@ -149,7 +149,6 @@ def test_another_number_than_the_checkpoints_is_told(
         caplog.clear()
 
 
-@pytest.mark.fault("a run resumed with another number of threads", "the number and the choices of its checkpoint")
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_resumed_run_has_the_choices_that_it_had(
     before: int, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
