@@ -203,7 +203,7 @@ def _replace_tensors(
         _restore_assigned(m)
     before = [dict(vars(m)) for m in modules]
     places: list[dict[str, Any]] = [place for m in modules for place in (m._parameters, m._buffers)]
-    saved, attributes = [dict(place) for place in places], [_attributes_to_restore(m) for m in modules]
+    saved = [dict(place) for place in places]
     constants = [p for m in modules for p in m._parameters.values() if p is not None and id(p) not in values]
     versions = [p._version for p in constants if not p.is_inference()]
     try:
@@ -216,8 +216,8 @@ def _replace_tensors(
                     _set_statistics(m, batch_norm)
         yield
     finally:
-        for m, attribute in zip(modules, attributes, strict=True):
-            vars(m).update(attribute)
+        for m, earlier in zip(modules, before, strict=True):
+            vars(m).update(_attributes_to_restore(m, earlier))
         for place, tensors in zip(places, saved, strict=True):
             place.clear()
             place.update(tensors)
@@ -256,11 +256,11 @@ def _set_statistics(layer: Any, batch_norm: BatchNormMode) -> None:
         layer._buffers.update(running_mean=None, running_var=None)
 
 
-def _attributes_to_restore(m: nn.Module) -> dict[str, Any]:
-    """Return all attributes of torch's own layers (LSTMs keep weights there); a user's may hand some to the loss."""
+def _attributes_to_restore(m: nn.Module, earlier: dict[str, Any]) -> dict[str, Any]:
+    """Return what torch's own layers had before (LSTMs keep weights there); a user's may hand some to the loss."""
     if isinstance(m, nn.RNNBase) or str(type(m).forward.__module__).startswith("torch."):
-        return dict(vars(m))
-    return {name: vars(m)[name] for name in ("training", "track_running_stats") if name in vars(m)}
+        return earlier
+    return {name: earlier[name] for name in ("training", "track_running_stats") if name in earlier}
 
 
 def check_not_inference_mode() -> None:
