@@ -18,7 +18,6 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
-from rich.markup import escape
 from rich.padding import Padding
 from rich.syntax import Syntax
 from rich.table import Table
@@ -147,7 +146,7 @@ def _check_entry(check: Check) -> dict[str, Any]:
 def print_lesson(result: LessonResult, output_dir: Path) -> None:
     """Print a lesson: title, claim, the code that ran, every number, the notes, and the verdict."""
     console = rich.get_console()
-    console.rule(f"[bold]{result.name}", align="left")
+    console.rule(Text(result.name, style="bold"), align="left")
     lesson = result.lesson
     if lesson is None:
         console.print(Text(f"{result.name} raised {result.error}", style="bold red"))
@@ -165,7 +164,7 @@ def print_lesson(result: LessonResult, output_dir: Path) -> None:
         table.add_row(Text(check.name), *(Text(cell) for cell in format_check(check)), _verdict(check.passed))
     console.print(table)
     for note in lesson.notes:
-        console.print(Padding(f"- {escape(note)}", (0, 2)), highlight=False)
+        console.print(Padding(Text(f"- {note}"), (0, 2)), highlight=False)
     for file in result.files.values():
         print_path("  plot", output_dir / file)
     console.print(Text(f"{result.name}: ").append(_verdict(result.passed)))

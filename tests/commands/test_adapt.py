@@ -276,10 +276,11 @@ def test_table_has_at_most_30_rows(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_markup_in_a_name_is_printed_literally(capsys: pytest.CaptureFixture[str]) -> None:
-    print_predictions(Predictions(["x[/y].png"], torch.eye(2)[:1], ["[b]", "c"], [1]))
+    print_predictions(Predictions(["x[/y].png"], torch.eye(2)[:1], ["[b]", ":ok:"], [1]))
     output = capsys.readouterr().out
     assert "x[/y].png" in output
     assert "[b]" in output
+    assert ":ok:" in output
 
 
 def test_csv_escapes_formulas(tmp_path: Path) -> None:

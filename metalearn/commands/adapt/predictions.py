@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-from rich.markup import escape
 from torch import Tensor
 
 from metalearn.core import serialization as files
@@ -187,7 +186,7 @@ def print_predictions(predictions: Predictions) -> None:
         f"Predictions{more if len(rows) > _MAX_ROWS else ''}",
         ["file", "predicted", "probability", *(["true"] if known else [])],
         [
-            [escape(name), escape(one), f"{probability:.3f}", *([escape(true)] if known else [])]
+            [name, one, f"{probability:.3f}", *([true] if known else [])]
             for name, one, probability, true in rows[:_MAX_ROWS]
         ],
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.markup import escape
 from torch import Tensor
 
 from metalearn.commands.adapt.checks import check_known_classes
@@ -62,7 +61,7 @@ def run_adapt(config: AdaptConfig, output_dir: Path) -> None:
     facts = {
         "checkpoint": f"{learner.algorithm.name}, meta-step {learner.iteration}",
         "adapted to": f"{len(learner.classes_)} classes, "
-        + (plural(len(support.images), "image") if support else f"from {escape(str(config.weights))}"),
+        + (plural(len(support.images), "image") if support else f"from {config.weights}"),
         "inner steps": str(learner.steps_),
         "images": f"{'x'.join(map(str, learner.example_shape))}, {'inverted' if inverted else 'not inverted'}",
     }

@@ -100,7 +100,7 @@ def write_json(
 def print_results(results: dict[Case, list[Comparison]], setting: NumericSetting, missing: dict[str, str]) -> None:
     """Print a row for each model and order, the tolerances, the failures, and the verdict."""
     columns = [*ENGINES, BY_HAND, *PEERS, _TRUTH]
-    rows = []
+    rows: list[list[str | Text]] = []
     for (model, second_order), group in itertools.groupby(results, key=lambda case: (case.model, case.second_order)):
         row = [comparison for case in group for comparison in results[case]]
         label = f"{model.name} {'2nd' if second_order else '1st'}"
@@ -139,12 +139,12 @@ def _is_in_column(comparison: Comparison, column: str) -> bool:
     return comparison.reference in ((ADAPTED, DIFFERENCES) if column == _TRUTH else (column,))
 
 
-def _worst_error(comparisons: Sequence[Comparison]) -> str:
+def _worst_error(comparisons: Sequence[Comparison]) -> str | Text:
     if not comparisons:
         return "-"
     worst = max(comparisons, key=error_over_tolerance)
     text = "raised" if worst.error is None else f"{worst.error:.0e}" if worst.error else "0"
-    return text if worst.passed else f"[bold red]{text}[/]"
+    return text if worst.passed else Text(text, style="bold red")
 
 
 def error_over_tolerance(comparison: Comparison) -> float:

@@ -22,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from metalearn.core.quoting import quote_word
 from metalearn.core.text import fit
@@ -79,22 +80,25 @@ def _progress_console() -> Console:
 
 
 def print_summary(title: str, rows: Mapping[str, str]) -> None:
-    """Print two columns of names and values."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    """Print two columns of names and values, plain text as in ``print_table``."""
+    table = Table(title=Text(title, style="table.title"), show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))
     rich.get_console().print(table)
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under a header; every column but the first holds numbers."""
-    console, table = rich.get_console(), Table(title=title, title_justify="left")
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
+    """Print rows under a header; every column but the first holds numbers.
+
+    Text is printed as it is: names may look like markup or an emoji code, ``[b]`` or ``:ok:``; a ``Text`` has a style.
+    """
+    console, table = rich.get_console(), Table(title=Text(title, style="table.title"), title_justify="left")
     for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left", overflow="fold", min_width=6 if i else None)
+        table.add_column(Text(name), justify="right" if i else "left", overflow="fold", min_width=6 if i else None)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     table.collapse_padding = table.__rich_measure__(console, console.options.update(width=1000)).maximum > console.width
     console.print(table)
 
