@@ -80,8 +80,8 @@ _CONFLICTS: tuple[tuple[Callable[[TrainConfig], object], str], ...] = (
         "inner.steps=0 with algorithm={c.algorithm.name}: it learns from where the steps lead; take 1 or more",
     ),
     (
-        lambda c: c.algorithm.name == "reptile" and c.inner.second_order,
-        "inner.second_order=true with algorithm=reptile: it has no second order; leave it at false",
+        lambda c: c.algorithm.name in ("reptile", "protonet") and c.inner.second_order,
+        "inner.second_order=true with algorithm={c.algorithm.name}: it has no second order; leave it at false",
     ),
     (
         lambda c: (

@@ -180,6 +180,7 @@ def test_failed_process_reports_the_same_metric_names(monkeypatch: pytest.Monkey
         (["algorithm.backend=learn2learn", "inner.optimizer=adam"], "inner.optimizer=adam with algorithm.backend"),
         (["algorithm=protonet", "inner.optimizer=adam"], "no step is taken by it"),
         (["algorithm=reptile", "inner.second_order=true"], "inner.second_order=true with algorithm=reptile"),
+        (["algorithm=protonet", "inner.second_order=true"], "inner.second_order=true with algorithm=protonet"),
         (["algorithm=imaml", "inner.engine=auto"], "inner.engine=auto with algorithm=imaml"),
         (["algorithm=maml_pp", "model=mlp", "model.batch_norm=false"], "algorithm.per_step_affine=true with model.ba"),
     ],
