@@ -50,6 +50,16 @@ def test_file_predicts_as_the_folder_does(name: str, run: Path, runs: dict[str, 
     assert of_folder.restore(weights).classes_ == of_file.classes_, "both are the same model"
 
 
+def test_loaded_model_does_not_change_with_its_file(run: Path, tmp_path: Path) -> None:
+    path = metalearn.load(run, "cpu").export(tmp_path / "model.safetensors")
+    learner = metalearn.load(path, "cpu")
+    before = {name: t.clone() for name, t in learner.theta.items()}
+    with path.open("r+b") as file:  # as cp does, in place
+        file.write(bytes(path.stat().st_size))
+    assert all(torch.equal(t, before[name]) for name, t in learner.theta.items())
+    assert all(t.data_ptr() % 64 == 0 for t in learner.theta.values()), "aligned as tensors of a run's folder are"
+
+
 def test_the_same_model_has_the_same_bytes(run: Path, tmp_path: Path) -> None:
     learner = metalearn.load(run, "cpu")
     assert len({learner.to_bytes() for _ in range(8)}) == 1
