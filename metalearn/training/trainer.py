@@ -33,6 +33,7 @@ from metalearn.training.failures import DivergedError, explain_out_of_memory
 from metalearn.training.loop import TrainContext, train_loop
 from metalearn.training.resume import RunStatus, open_run, restore_run
 from metalearn.training.run_folder import folder_lock, is_part_of_more
+from metalearn.training.runtime import torchrun
 from metalearn.training.runtime.distributed import DistributedContext, init_distributed
 from metalearn.training.runtime.precision import check_precision
 from metalearn.training.runtime.signals import StopRequest, terminated_by
@@ -75,8 +76,8 @@ def train(config: TrainConfig, run_dir: Path) -> None:
     started_at = time.perf_counter()
     configure_malloc()
     checkout_commit()  # of the code that trains, not of what lies there when it ends
+    check_tasks_per_process(config, torchrun.world_size())
     with init_distributed(training_device(config)) as ranks:
-        check_tasks_per_process(config, ranks)
         experiment = resolve_auto_engine(build_experiment(config))
         built_at = time.perf_counter()
         with folder_lock(run_dir, wait=config.run.resume is not False), StopRequest() as stop:
@@ -148,8 +149,8 @@ def _train_main(
 
 def train_worker(config: TrainConfig) -> None:
     """Train as one of the processes other than the main one: take the same meta-steps, and write nothing."""
+    check_tasks_per_process(config, torchrun.world_size())
     with init_distributed(training_device(config)) as ranks:
-        check_tasks_per_process(config, ranks)
         experiment = build_experiment(config)
         start: BroadcastState | None = ranks.broadcast(None)
         if start is None:  # the run is finished
@@ -215,16 +216,19 @@ def train_and_test(context: TrainContext, state: TrainState) -> tuple[BestCheckp
     raise error
 
 
-def check_tasks_per_process(config: TrainConfig, ranks: DistributedContext) -> None:
-    """Raise ``ConfigError``, naming the key, if there is not a task for every process."""
+def check_tasks_per_process(config: TrainConfig, processes: int) -> None:
+    """Raise ``ConfigError``, naming the key, if there is not a task for every process.
+
+    Call it before the processes meet: one that ends while others connect leaves them an error of the network.
+    """
     for name, tasks in (
         ("task.meta_batch", config.task.meta_batch),
         ("eval.validation_episodes", config.eval.validation_episodes),
         ("eval.episodes", config.eval.episodes),
     ):
-        if tasks < ranks.size:
+        if tasks < processes:
             raise ConfigError(
-                f"{name}={tasks}: {ranks.size} processes share these tasks; take as many, or fewer processes"
+                f"{name}={tasks}: {processes} processes share these tasks; take as many, or fewer processes"
             )
 
 

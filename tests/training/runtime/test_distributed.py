@@ -279,8 +279,10 @@ def test_init_from_is_read_by_the_main_process(tmp_path: Path, uninterrupted_run
 
 
 def test_more_processes_than_tasks_raise(tmp_path: Path) -> None:
-    train_together(2, tmp_path, "task.meta_batch=1", codes=(2, 2))
-    assert "task.meta_batch=1: 2 processes share these tasks" in read_output(tmp_path / "0")
+    alone = environment(0, 2, 1)  # the other process is never there: the error comes before they meet
+    process = start_training([*SMALL, "task.meta_batch=1"], tmp_path, environment=alone)
+    assert wait_for_exit(process) == 2
+    assert "task.meta_batch=1: 2 processes share these tasks" in read_output(tmp_path)
 
 
 def test_multirun_with_torchrun_raises(tmp_path: Path) -> None:
