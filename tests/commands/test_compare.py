@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from metalearn.training.run_folder import COMPARISON_FILE
 from tests.commands.process import SMALL, command, environment, words
 from tests.paths import REPO
 
@@ -42,40 +44,6 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_comparison_reports_and_resumes(tmp_path: Path) -> None:
-    done = command("compare.py", *SMALL, "hydra.run.dir=mine", cwd=tmp_path)
-    folder = tmp_path / "mine"
-    output = " ".join(done.stdout.split())
-    assert "second_order" in output
-    assert "percentage points" in output
-    written = {path.name for path in folder.iterdir()}
-    assert {"report.md", "report.html", "results.json", "cost.json", "plots", "report"} <= written
-    content = results(folder)
-    assert content["complete"]
-    assert [v["name"] for v in content["variants"]] == ["second_order", "first_order"]
-    assert {r["engine"] for r in content["cost"]} == {"unroll", "checkpoint", "adjoint"}
-    (difference,) = content["differences"]
-    metrics = [
-        json.loads((folder / f"{v}-seed0" / "metrics.json").read_text()) for v in ("second_order", "first_order")
-    ]
-    assert difference["accuracy"]["mean"] == pytest.approx(metrics[0]["test.accuracy"] - metrics[1]["test.accuracy"])
-
-    times = {path: path.stat().st_mtime_ns for path in folder.glob("*-seed0/*.json")}
-    more = [override for override in SMALL if "seeds" not in override]
-    again = command("compare.py", *more, "compare.seeds=[0,1]", "hydra.run.dir=mine", cwd=tmp_path)
-    assert "2 of 4 runs are finished already" in again.stdout
-    assert times == {path: path.stat().st_mtime_ns for path in folder.glob("*-seed0/*.json")}
-    assert results(folder)["differences"][0]["seeds"] == [0, 1]
-
-    other = command("compare.py", *SMALL, "inner.lr=0.1", "hydra.run.dir=mine", cwd=tmp_path, code=2)
-    assert "inner.lr: 0.4 in the folder, 0.1 now" in other.stderr
-    assert results(folder)["complete"], "an error changes nothing"
-    few = command("compare.py", *SMALL, "hydra.run.dir=mine", cwd=tmp_path)
-    assert "left out of the report: first_order-seed1, second_order-seed1" in " ".join(few.stdout.split())
-    onto = command("compare.py", *SMALL, "hydra.run.dir=mine/first_order-seed0", cwd=tmp_path, code=2)
-    assert "already holds a run" in onto.stderr
-
-
 LONG = [o for o in SMALL if "iterations" not in o and "jobs" not in o] + ["outer.iterations=40", "compare.jobs=1"]
 
 
@@ -89,7 +57,7 @@ def wait_for_state(run: str, process: subprocess.Popen[str], cwd: Path) -> Path:
     return found[0].parents[2]
 
 
-def test_comparison_resumes_when_killed(tmp_path: Path) -> None:
+def test_killed_comparison_resumes_and_reports(tmp_path: Path) -> None:
     process = start(*LONG, cwd=tmp_path)
     folder = wait_for_state("first_order-seed0", process, tmp_path)
     children = psutil.Process(process.pid).children(recursive=True)
@@ -107,10 +75,40 @@ def test_comparison_resumes_when_killed(tmp_path: Path) -> None:
     assert (folder / "second_order-seed0" / "metrics.json").stat().st_mtime_ns == finished
     log = (folder / "first_order-seed0" / "train.log").read_text()
     assert re.search(r"from meta-step [1-9]", log)
-    assert results(folder)["complete"]
+    output = " ".join(done.stdout.split())
+    assert "second_order" in output
+    assert "percentage points" in output
+    written = {path.name for path in folder.iterdir()}
+    assert {"report.md", "report.html", "results.json", "cost.json", "plots", "report"} <= written
+    content = results(folder)
+    assert content["complete"]
+    assert [v["name"] for v in content["variants"]] == ["second_order", "first_order"]
+    assert {r["engine"] for r in content["cost"]} == {"unroll", "checkpoint", "adjoint"}
+    (difference,) = content["differences"]
+    metrics = [
+        json.loads((folder / f"{v}-seed0" / "metrics.json").read_text()) for v in ("second_order", "first_order")
+    ]
+    assert difference["accuracy"]["mean"] == pytest.approx(
+        metrics[0]["test.accuracy"] - metrics[1]["test.accuracy"], abs=1e-6
+    )
 
     fresh = command("compare.py", *LONG, "--cfg", "hydra", cwd=tmp_path)
     assert folder.name not in fresh.stdout, "a finished comparison is not resumed"
+    here = f"hydra.run.dir={folder}"
+    other = command("compare.py", *LONG, "inner.lr=0.1", here, cwd=tmp_path, code=2)
+    assert "inner.lr: 0.4 in the folder, 0.1 now" in other.stderr
+    assert results(folder)["complete"], "an error changes nothing"
+    onto = command("compare.py", *LONG, f"{here}/first_order-seed0", cwd=tmp_path, code=2)
+    assert "already holds a run" in onto.stderr
+    for order in ("second_order", "first_order"):  # as if this seed had been trained as well
+        copy = shutil.copytree(folder / f"{order}-seed0", folder / f"{order}-seed1")
+        config = re.sub(r"(run:\n(?:  .*\n)*?  seed:) 0", r"\1 1", (copy / "config.yaml").read_text())
+        (copy / "config.yaml").write_text(config)
+    more = command("compare.py", *LONG, "compare.seeds=[0,1]", here, cwd=tmp_path)
+    assert "4 of 4 runs are finished already" in more.stdout
+    assert results(folder)["differences"][0]["seeds"] == [0, 1]
+    few = command("compare.py", *LONG, here, cwd=tmp_path)
+    assert "left out of the report: first_order-seed1, second_order-seed1" in " ".join(few.stdout.split())
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -153,7 +151,7 @@ def test_concurrent_comparisons_use_different_folders(tmp_path: Path) -> None:
     processes = [start(*LONG, "outer.iterations=100000", cwd=tmp_path) for _ in range(2)]
     try:
         deadline = time.monotonic() + 120
-        while len(list(tmp_path.glob("outputs/comparisons/*/*/second_order-seed0/config.yaml"))) < 2:
+        while len(list(tmp_path.glob(f"outputs/comparisons/*/*/{COMPARISON_FILE}"))) < 2:
             assert all(process.poll() is None for process in processes)
             assert time.monotonic() < deadline
             time.sleep(0.02)

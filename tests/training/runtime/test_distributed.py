@@ -176,13 +176,13 @@ def test_processes_share_tasks_of_own_code(tmp_path: Path) -> None:
         torch.testing.assert_close(shared[name], p, rtol=1e-3, atol=1e-4)
 
 
-def signal_itself_at(iteration: int) -> None:
+def signal_itself_at(iteration: int, sent: signal.Signals = signal.SIGTERM) -> None:
     """Have this process signal itself when it samples that meta-step's tasks."""
     sample = loop.local_tasks  # type: ignore[attr-defined]  # possibly another patch of it
 
     def signal_and_sample(experiment: Experiment, at: int, ranks: DistributedContext) -> Episodes:
         if at == iteration:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), sent)
         episodes: Episodes = sample(experiment, at, ranks)
         return episodes
 
@@ -193,6 +193,21 @@ def test_all_processes_stop_after_the_same_meta_step(tmp_path: Path) -> None:
     run_dir = train_together(2, tmp_path, before=partial(signal_itself_at, 4), codes=(143, 143))
     assert load_state(run_dir)["state"]["iteration"] == 5
     assert "checkpoint of meta-step 5 is kept" in " ".join(read_output(tmp_path / "0").split())
+
+
+def test_a_lost_process_ends_the_run_which_one_resumes(uninterrupted_run: Path, tmp_path: Path) -> None:
+    kill = partial(signal_itself_at, 4, signal.SIGKILL)
+    run_dir = train_together(2, tmp_path, before=kill, codes=(2, -signal.SIGKILL))
+    said = " ".join(read_output(tmp_path / "0").split())
+    assert "process 0 of 2: another process of this run has ended" in said
+    assert "run.resume=true" in said
+    assert load_state(run_dir)["state"]["iteration"] == 4
+    train_together(1, tmp_path, "run.resume=true")
+    ours, theirs = load_state(run_dir)["state"], load_state(uninterrupted_run)["state"]
+    assert ours["iteration"] == theirs["iteration"]
+    for name, p in theirs["params"].items():  # sums over tasks are rounded differently
+        torch.testing.assert_close(ours["params"][name], p, rtol=1e-3, atol=1e-4)
+    assert_steps_increase(run_dir)
 
 
 def save_slowly() -> None:
