@@ -15,8 +15,8 @@ from metalearn.algorithms import ALGORITHMS, anil, boil, cavia, imaml, maml_pp, 
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.options import PLAIN_ALGORITHMS
 from metalearn.config.schema import TrainConfig
-from metalearn.core.functional import relative_error
 from metalearn.core.module_parts import module_parts
+from metalearn.core.params import relative_error
 from metalearn.inner import apply_update, init_state
 from metalearn.inner.batch_norm_statistics import (
     is_norm_statistic,

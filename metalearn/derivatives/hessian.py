@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
-from metalearn.core.functional import check_finite, is_finite
 from metalearn.core.operations import unsupported
+from metalearn.core.params import check_finite, is_finite
 from metalearn.derivatives.inputs import Input, ScalarFunction, as_input, as_scalar_function
 
 _CHUNK_SIZE = 64  # rows

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from metalearn.core.functional import check_finite, is_finite
 from metalearn.core.graph_checks import check_twice_differentiable
 from metalearn.core.operations import SECOND_DERIVATIVE, CorrectedOperations
+from metalearn.core.params import check_finite, is_finite
 from metalearn.derivatives.inputs import (
     Input,
     ScalarFunction,

@@ -15,7 +15,6 @@ from torch.autograd.forward_ad import dual_level, make_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from metalearn.core.functional import check_not_inference_mode
 from metalearn.core.graph_checks import forbid_activation_checkpointing
 from metalearn.core.operations import (
     FORWARD_MODE,
@@ -26,6 +25,7 @@ from metalearn.core.operations import (
     CorrectedOperations,
     Handler,
 )
+from metalearn.core.params import check_not_inference_mode
 from metalearn.core.threads import one_thread_at_a_time
 from metalearn.core.types import Params
 

@@ -29,7 +29,7 @@ from metalearn.config.run_config import to_yaml, without_paths
 from metalearn.config.schema import TrainConfig, result_keys
 from metalearn.core import serialization as files
 from metalearn.core.errors import DataError, MetalearnError, RunError
-from metalearn.core.functional import expand_over_tasks
+from metalearn.core.params import expand_over_tasks
 from metalearn.core.paths import expand_home
 from metalearn.core.short_repr import short_repr
 from metalearn.core.threads import one_thread_at_a_time

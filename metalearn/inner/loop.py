@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from metalearn.core.functional import check_forward, check_params, grad_of
+from metalearn.core.functional import check_forward
 from metalearn.core.graph_checks import check_twice_differentiable
+from metalearn.core.params import check_params, grad_of
 from metalearn.core.types import Examples, Forward, Loss, Params, check_examples, named_leaves
 from metalearn.inner.config import InnerLoop
 from metalearn.inner.diagnostics import check_losses_finite, explain_torch_errors

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metalearn.core.functional import check_forward, check_param_dict, check_params
+from metalearn.core.functional import check_forward
+from metalearn.core.params import check_param_dict, check_params
 from metalearn.core.types import Examples, Forward, Loss, Params, check_tensors, named_leaves
 from metalearn.inner.batching import differentiable_layers, over_tasks
 from metalearn.inner.diagnostics import check_no_inplace_writes, explain_torch_errors

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from metalearn.core.functional import check_params, expand_over_tasks
+from metalearn.core.params import check_params, expand_over_tasks
 from metalearn.core.types import Forward, Loss, Params
 from metalearn.inner.config import InnerLoop
 

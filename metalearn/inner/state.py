@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from metalearn.core.functional import expand_over_tasks
+from metalearn.core.params import expand_over_tasks
 from metalearn.core.text import plural
 from metalearn.core.types import Examples, Forward, Params
 from metalearn.inner.batch_norm_statistics import is_norm_statistic

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from metalearn.core.functional import expand_over_tasks
+from metalearn.core.params import expand_over_tasks
 from metalearn.core.types import Params
 from metalearn.inner import InnerLoop, inner_step, task_losses
 from metalearn.lessons.graph_drawing import depth, draw, inputs, is_leaf, name_of, nodes, paths

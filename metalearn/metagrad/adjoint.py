@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from metalearn.core.functional import vjp
+from metalearn.core.params import vjp
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
 from metalearn.derivatives.hvp import value_and_hvp
 from metalearn.inner import (

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metalearn.core.functional import vjp
+from metalearn.core.params import vjp
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
 from metalearn.inner import InnerLoop, InnerState
 from metalearn.metagrad.common import run_forward

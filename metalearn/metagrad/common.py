@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from metalearn.core.functional import grad_of, vjp
+from metalearn.core.params import grad_of, vjp
 from metalearn.core.threads import one_thread_at_a_time
 from metalearn.core.types import Episodes, Examples, Forward, Loss, MetaGradient, Params
 from metalearn.inner import (

@@ -9,7 +9,8 @@ from functools import partial
 from torch.nn.functional import cross_entropy
 
 from metalearn.core.errors import NonFiniteGradientError
-from metalearn.core.functional import check_forward, check_params, first_nonfinite, is_finite
+from metalearn.core.functional import check_forward
+from metalearn.core.params import check_params, first_nonfinite, is_finite
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
 from metalearn.inner import (
     InnerLoop,

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metalearn.core.errors import NonFiniteLossError, is_out_of_memory
-from metalearn.core.functional import expand_over_tasks
+from metalearn.core.params import expand_over_tasks
 from metalearn.core.threads import one_thread_at_a_time
 from metalearn.core.types import Episodes, Examples, Forward, MetaGradient, Params
 from metalearn.inner import InnerLoop, meta_params_at_step

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from metalearn.core.functional import grad_of
+from metalearn.core.params import grad_of
 from metalearn.core.types import Episodes, Forward, Loss, MetaGradient, Params
 from metalearn.inner import (
     InnerLoop,

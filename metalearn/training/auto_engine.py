@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from metalearn.core.errors import RunError, is_out_of_memory
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.core.profiling.memory import MIB, MemoryLimitError, peak_bytes
 from metalearn.core.profiling.timing import seconds
 from metalearn.core.types import Episodes, Forward, Loss, Params

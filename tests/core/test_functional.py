@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient, predict
-from metalearn.core.functional import check_params, expand_over_tasks, global_norm, grad_of
+from metalearn.core.params import check_params, expand_over_tasks, global_norm, grad_of
 
 
 def test_params_are_copies() -> None:

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from metalearn import Episodes, InnerLoop, functionalize, gradcheck, meta_gradient
 from metalearn.core import recurrent
-from metalearn.core.functional import relative_error
 from metalearn.core.operations import CorrectedOperations
+from metalearn.core.params import relative_error
 
 LAYERS: dict[str, Any] = {
     "LSTM": nn.LSTM,

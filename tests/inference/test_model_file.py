@@ -21,7 +21,7 @@ from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.options import AnyData, ImagesConfig, OmniglotConfig
 from metalearn.config.run_config import load_trusted_config, resolve_data, to_yaml
 from metalearn.core.errors import MetalearnError, RunError
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.pretrained import model_file
 from metalearn.pretrained.model_file import find_run, pretrained_models
 from metalearn.training.checkpoints import load_best

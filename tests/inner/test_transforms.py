@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metalearn import InnerLoop, Params, adapt, functionalize, meta_gradient, with_transform
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.inner import SGD, MetaCurvature
 from metalearn.models import Conv4
 from tests.factories import image_episodes

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from metalearn import Episodes, Forward, InnerLoop, MetaGradient, Params, functionalize
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.inner import (
     Adagrad,
     Adam,

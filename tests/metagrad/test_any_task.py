@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map
 
 from metalearn import SGD, Episodes, InnerLoop, Params, adapt, batches, functionalize, gradcheck, meta_gradient, predict
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.core.profiling.memory import PeakTensorMemory
 from metalearn.training.evaluation import predict_nontransductive
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from metalearn import InnerLoop, Params, meta_gradient
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.inner import SGD, UpdateRule, state_key
 from metalearn.metagrad import ENGINES
 from tests.metagrad.settings import small_mlp, vectors

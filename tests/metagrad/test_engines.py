@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from metalearn import Episodes, InnerLoop, Params, functionalize, meta_gradient
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.derivatives.hvp import value_and_hvp
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.adjoint import _warn_once, adjoint

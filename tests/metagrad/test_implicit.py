@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from metalearn import Episodes, Forward, InnerLoop, Params, functionalize
 from metalearn.core.errors import NonFiniteLossError
-from metalearn.core.functional import grad_of, relative_error
+from metalearn.core.params import grad_of, relative_error
 from metalearn.core.profiling.memory import PeakTensorMemory
 from metalearn.derivatives import hessian
 from metalearn.inner import MetaCurvature, adapt, task_losses

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from metalearn import Episodes, InnerLoop, Loss, functionalize, meta_gradient
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.metagrad.baselines.by_hand import meta_gradient as by_hand
 from metalearn.metagrad.meta_gradient import ENGINES
 

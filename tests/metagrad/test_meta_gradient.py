@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, mse_loss
 
 from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient
-from metalearn.core.functional import grad_of, relative_error
+from metalearn.core.params import grad_of, relative_error
 from metalearn.inner import task_losses
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.baselines.by_hand import meta_gradient as by_hand

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient, predict
 from metalearn.algorithms import anil, imaml, reptile
-from metalearn.core.functional import relative_error
 from metalearn.core.module_parts import module_parts
+from metalearn.core.params import relative_error
 from metalearn.inner import PrototypeHead
 
 INNER = InnerLoop(lr=0.3, steps=2)

@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import relu6
 
 from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient, predict
-from metalearn.core.functional import relative_error
 from metalearn.core.module_checks import BatchNormMode
+from metalearn.core.params import relative_error
 from metalearn.core.profiling.memory import PeakTensorMemory
 from metalearn.inner.batch_norm_statistics import record_statistics
 from metalearn.metagrad.baselines.by_hand import meta_gradient as by_hand

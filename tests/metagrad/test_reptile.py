@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from metalearn import Episodes, InnerLoop, functionalize
 from metalearn.core.errors import NonFiniteLossError
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.inner import Adam, MetaCurvature, Momentum, ZeroContext
 from metalearn.metagrad.reptile import reptile
 from metalearn.models import MLP

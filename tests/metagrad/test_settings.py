@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from metalearn import Episodes, InnerLoop, Params, adapt, meta_gradient
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.inner import (
     apply_update,
     init_state,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metalearn import Episodes, InnerLoop, MetaGradient, functionalize, meta_gradient
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.core.profiling.memory import MemoryLimitError, PeakTensorMemory
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.task_chunks import tasks_per_pass

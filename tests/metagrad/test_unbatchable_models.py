@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, spectral_norm
 
 from metalearn import Episodes, InnerLoop, Loss, Params, adapt, functionalize, meta_gradient, predict
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.inner.batching import is_batchable
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.baselines.by_hand import meta_gradient as by_hand

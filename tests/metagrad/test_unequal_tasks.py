@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from metalearn import Episodes, InnerLoop, NonFiniteLossError, batches, functionalize, meta_gradient
 from metalearn.algorithms import imaml, maml_pp, protonet, reptile
-from metalearn.core.functional import relative_error
 from metalearn.core.module_parts import module_parts
+from metalearn.core.params import relative_error
 from metalearn.metagrad.baselines.by_hand import meta_gradient as by_hand
 from metalearn.metagrad.meta_gradient import ENGINES
 

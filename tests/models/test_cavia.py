@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, max_pool2d, mse_loss, relu
 
 from metalearn import Episodes, InnerLoop, Loss, Params, functionalize, meta_gradient, module_parts
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.inner import ZeroContext, adapt
 from metalearn.metagrad import ENGINES
 from metalearn.models import ContextConv4, ContextMLP, Conv4

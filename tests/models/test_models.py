@@ -16,7 +16,7 @@ from metalearn import Episodes, InnerLoop, Params, functionalize, meta_gradient
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.options import ResNet12Config
 from metalearn.config.schema import TrainConfig
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.derivatives import gradcheck
 from metalearn.metagrad import ENGINES
 from metalearn.models import MLP, ContextConv4, ContextMLP, Conv4, ResNet12

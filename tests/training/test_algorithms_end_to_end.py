@@ -18,7 +18,7 @@ from metalearn.commands.reproduce.plan import build_rows, published
 from metalearn.config.commands_schema import CompareConfig, ReproduceConfig
 from metalearn.config.compose import compose, to_dataclass
 from metalearn.core.errors import ConfigError, NonFiniteLossError
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.metagrad import meta_gradient
 from metalearn.metagrad.baselines.common import installed_peers
 from metalearn.training import step

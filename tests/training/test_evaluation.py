@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from metalearn import Forward, InnerLoop, Params, adapt, functionalize
-from metalearn.core.functional import expand_over_tasks
+from metalearn.core.params import expand_over_tasks
 from metalearn.data.glyphs import make_glyphs
 from metalearn.data.sampler import EpisodeSampler, TaskShape
 from metalearn.inner import predict

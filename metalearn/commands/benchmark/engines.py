@@ -16,7 +16,8 @@ from metalearn.commands.benchmark.report import Report, plot_memory, print_engin
 from metalearn.commands.benchmark.settings import ENGINE_SETTINGS, EngineBenchmark, EngineCost, selected
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core.errors import RunError
-from metalearn.core.functional import functionalize, relative_error
+from metalearn.core.functional import functionalize
+from metalearn.core.params import relative_error
 from metalearn.core.profiling.memory import MIB, MemoryLimitError, peak_bytes
 from metalearn.core.profiling.timing import quartiles, ratios, time_interleaved
 from metalearn.core.types import Episodes, Params

@@ -22,7 +22,7 @@ from metalearn.commands.benchmark.methods import BY_HAND, build_methods, order_n
 from metalearn.commands.benchmark.settings import FLOAT32_SETTINGS, MetaStepSpec, pivot, selected
 from metalearn.config.commands_schema import BenchmarkConfig
 from metalearn.core import serialization as files
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.core.profiling.hardware import describe_hardware
 from metalearn.data.sampler import TaskShape
 from metalearn.data.splits import ImageSplits

@@ -17,7 +17,8 @@ from torch.optim import Adam
 
 from metalearn.commands.benchmark.methods import JAX, OURS, Method
 from metalearn.commands.benchmark.settings import MetaStepSpec, TaskSpec
-from metalearn.core.functional import expand_over_tasks, functionalize
+from metalearn.core.functional import functionalize
+from metalearn.core.params import expand_over_tasks
 from metalearn.core.profiling.flops import StepFlops
 from metalearn.core.profiling.memory import MIB, peak_bytes
 from metalearn.core.profiling.timing import quartiles, ratios, seconds, time_interleaved

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from metalearn.core.errors import RunError
-from metalearn.core.functional import functionalize, relative_error
+from metalearn.core.functional import functionalize
+from metalearn.core.params import relative_error
 from metalearn.core.types import Episodes, MetaGradient, Params
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import ENGINES, meta_gradient

@@ -15,7 +15,8 @@ from torch import nn
 
 from metalearn.commands.benchmark.measure import MetaStep
 from metalearn.commands.benchmark.methods import OURS, PLAIN, DisagreementError, Method
-from metalearn.core.functional import functionalize, relative_error
+from metalearn.core.functional import functionalize
+from metalearn.core.params import relative_error
 from metalearn.core.types import Episodes, Params
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import meta_gradient

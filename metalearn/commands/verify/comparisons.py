@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metalearn.commands.verify.cases import Case, NumericSetting, VerificationProblem
-from metalearn.core.functional import grad_of, relative_error
+from metalearn.core.params import grad_of, relative_error
 from metalearn.core.profiling.hardware import one_thread
 from metalearn.core.types import Params
 from metalearn.derivatives.gradcheck import directional

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from metalearn.core.errors import ConfigError
-from metalearn.core.functional import check_params, grad_of
+from metalearn.core.params import check_params, grad_of
 from metalearn.core.types import Episodes, Loss, MetaGradient, Params
 from metalearn.inner import SGD, InnerLoop, Momentum, check_params_match_config, without_state
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from metalearn.core.functional import grad_of
+from metalearn.core.params import grad_of
 from metalearn.core.types import Episodes, Loss, MetaGradient, Params
 from metalearn.inner import SGD, Adam, InnerLoop, Momentum
 from metalearn.metagrad.baselines.common import (

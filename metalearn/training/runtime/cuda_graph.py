@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metalearn.core.functional import global_norm, relative_error
+from metalearn.core.params import global_norm, relative_error
 from metalearn.core.types import Episodes, MetaGradient, Params
 from metalearn.inner.diagnostics import defer_loss_checks
 from metalearn.metagrad.trajectory import StepCheckpoint

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from metalearn.config.compatibility import tf32_error
 from metalearn.core.errors import ConfigError, NonFiniteError, RunError
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.core.types import Episodes, Forward, Loss, Params
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import Engine, meta_gradient

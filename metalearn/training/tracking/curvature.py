@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from metalearn.core.errors import NonFiniteError
-from metalearn.core.functional import expand_over_tasks
+from metalearn.core.params import expand_over_tasks
 from metalearn.core.types import Episodes, Forward, Loss, Params
 from metalearn.derivatives import top_eigenvalues
 from metalearn.inner import InnerLoop, meta_params_at_step, total_support_loss, without_state

@@ -21,7 +21,7 @@ from metalearn.commands.benchmark.methods import (
     build_methods,
     check_gradients_equal,
 )
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.core.profiling.flops import StepFlops, count_flops, meta_gradient_flops, peak_matmul_flops
 from metalearn.core.profiling.timing import quartiles, ratios, seconds, time_interleaved
 from metalearn.metagrad import ENGINES

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from metalearn import Episodes, InnerLoop, Params, adapt, functionalize, meta_gradient
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.derivatives import hvp
 from metalearn.metagrad.baselines.by_hand import meta_gradient as by_hand
 

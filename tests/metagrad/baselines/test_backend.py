@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from metalearn import InnerLoop, Loss, functionalize, meta_gradient
 from metalearn.commands.verify.cases import PatchTransformer
 from metalearn.core.errors import ConfigError
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.inner import Adam, with_learned_lrs
 from metalearn.metagrad.baselines.backend import backend
 from metalearn.metagrad.baselines.common import UnsupportedSettingError

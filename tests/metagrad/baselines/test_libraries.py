@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from metalearn import InnerLoop, functionalize, meta_gradient
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.inner import with_learned_lrs
 from metalearn.metagrad import ENGINES
 from metalearn.metagrad.baselines.common import Baseline, UnsupportedSettingError

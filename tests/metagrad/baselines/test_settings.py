@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metalearn import InnerLoop, functionalize, meta_gradient
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.inner import SGD, Adam, MetaCurvature, Momentum, with_learned_lrs
 from metalearn.metagrad.baselines.common import UnsupportedSettingError, check_supported
 from tests.metagrad.baselines.libraries import LIBRARIES, load_library, mlp, smooth

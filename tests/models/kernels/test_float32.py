@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 from torch.func import vmap
 
 from metalearn import Episodes, InnerLoop, functionalize, meta_gradient
-from metalearn.core.functional import relative_error
 from metalearn.core.operations import CorrectedOperations
+from metalearn.core.params import relative_error
 from metalearn.data.glyphs import make_glyphs
 from metalearn.data.sampler import EpisodeSampler, TaskShape
 from metalearn.metagrad.baselines import by_hand

@@ -14,8 +14,9 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vjp, vmap
 from torch.nn import functional
 
-from metalearn.core.functional import functionalize, relative_error
+from metalearn.core.functional import functionalize
 from metalearn.core.operations import CorrectedOperations
+from metalearn.core.params import relative_error
 from metalearn.core.types import Episodes
 from metalearn.inner import InnerLoop
 from metalearn.metagrad import meta_gradient

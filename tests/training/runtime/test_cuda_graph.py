@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from metalearn import Episodes, InnerLoop, MetaGradient, Params, functionalize, meta_gradient
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.inner.diagnostics import defer_loss_checks
 from metalearn.training.experiment import build_experiment
 from metalearn.training.runtime.cuda_graph import (

@@ -14,7 +14,7 @@ from metalearn.config.compose import compose, to_dataclass
 from metalearn.config.schema import TrainConfig
 from metalearn.config.validation import validate_train_config
 from metalearn.core.errors import ConfigError, RunError
-from metalearn.core.functional import relative_error
+from metalearn.core.params import relative_error
 from metalearn.metagrad import ENGINES, Engine
 from metalearn.metagrad.unroll import unroll
 from metalearn.models import Conv4

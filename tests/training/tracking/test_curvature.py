@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from metalearn import Episodes, Forward, InnerLoop, Params, functionalize, meta_gradient
-from metalearn.core.functional import expand_over_tasks
+from metalearn.core.params import expand_over_tasks
 from metalearn.derivatives import hessian, top_eigenvalues
 from metalearn.inner import total_support_loss
 from metalearn.training.tracking.curvature import curvature, support_eigenvalue
