@@ -11,7 +11,7 @@ def start(command: str | None = None) -> None:
     try:
         from metalearn.commands.main import COMMANDS, main
     except ModuleNotFoundError as error:
-        sys.exit(f"{error} in {sys.executable}: activate the environment that metalearn is installed in.")
+        sys.exit(f"{error} in {sys.executable}: activate the environment that has it, as with `. .venv/bin/activate`.")
     except KeyboardInterrupt:
         _interrupted()
     try:

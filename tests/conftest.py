@@ -50,6 +50,14 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _activated() -> Iterator[None]:
+    """Find this environment's programs first, as a shell does in which it is activated."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the tests away from the user's cache; all workers share an empty one, as reading Omniglot takes long."""
     base = tmp_path_factory.getbasetemp()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,14 +22,27 @@ def invocation(command: str) -> list[str]:
     """Return the words that start the command again, without its arguments."""
     program = Path(sys.argv[0])
     if program.name == "__main__.py":
-        return ["python", "-m", "metalearn", command]
-    return ["metalearn", command] if program.stem == "metalearn" else ["python", sys.argv[0]]
+        return [_program("python"), "-m", "metalearn", command]
+    return [_program("metalearn"), command] if program.stem == "metalearn" else [_program("python"), sys.argv[0]]
 
 
 def tensorboard(folder: Path) -> str:
     """Return the command line that shows the plots in a folder."""
-    near = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    return f"tensorboard --logdir {quote_word(folder if str(near).startswith(('-', '~')) else near)}"
+    near = _near(folder)
+    program = quote_word(_program("tensorboard"))
+    return f"{program} --logdir {quote_word(folder if str(near).startswith(('-', '~')) else near)}"
+
+
+def _program(name: str) -> str:
+    """Return the name of a program of this environment, or its path where a shell would find another one or none."""
+    found, ours = shutil.which(name), Path(sys.executable).with_name(name)
+    if (found and Path(found).absolute() == ours) or not ours.exists():
+        return name
+    return str(_near(ours))
+
+
+def _near(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def discard(stream: TextIO) -> None:

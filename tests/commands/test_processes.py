@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from metalearn.commands.processes import METALEARN, ProcessPool
-from metalearn.commands.shell import invocation
+from metalearn.commands.shell import invocation, tensorboard
+from metalearn.core.quoting import quote_command
 from tests.paths import REPO
 
 
@@ -28,6 +29,23 @@ from tests.paths import REPO
 def test_invocation_names_what_was_typed(program: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", [program, "inner.steps=1"])
     assert invocation("train") == words
+
+
+def test_printed_programs_are_those_of_an_environment_that_is_not_activated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    environment = Path(sys.executable).parent
+    monkeypatch.setattr("sys.argv", ["scripts/train.py"])
+    for name in ("python", "tensorboard"):  # another one is found first
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path)
+    assert invocation("train") == [str(environment / "python"), "scripts/train.py"]
+    assert tensorboard(tmp_path) == quote_command([str(environment / "tensorboard"), "--logdir", "."])
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(environment.parent)
+    assert invocation("train") == [f"{environment.name}/python", "scripts/train.py"]
 
 
 @pytest.mark.parametrize(
