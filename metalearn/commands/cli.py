@@ -250,9 +250,20 @@ def _exit_with_error(error: MetalearnError, how_to_resume: str = "") -> NoReturn
 
 
 def _print_error(message: str) -> None:
+    _add_to_log(message)
     if sys.stderr is None:  # the shell has closed it: 2>&-
         return
     try:
         print(fit(message, sys.stderr), file=sys.stderr, flush=True)
     except OSError:  # nobody reads it any more, and the exit code still tells
         discard(sys.stderr)
+
+
+def _add_to_log(message: str) -> None:
+    """Write what ends a command into its log, if that has begun: nobody may see the terminal any more."""
+    record = logging.LogRecord(__name__, logging.ERROR, "", 0, message, None, None)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler) and handler.stream is not None:
+            with suppress(OSError, ValueError):  # no space is left, or it is closed
+                handler.stream.write(f"{handler.format(record)}\n")
+                handler.flush()

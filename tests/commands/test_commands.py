@@ -170,6 +170,8 @@ def test_run_that_ends_early_names_the_command_that_resumes_it(folder: str, tmp_
     (printed,) = re.findall(r"^Run folder: (.*)$", ended.stdout, flags=re.MULTILINE)
     shown, again = bash(f"path {printed}\n{ended.stderr.splitlines()[-1]}", cwd=tmp_path)
     assert shown == ["path", str(tmp_path / folder)]
+    log = (tmp_path / folder / "train.log").read_text()
+    assert ended.stderr.splitlines()[-1] in log, "nobody may see the terminal any more"
     *start, place, resume = again
     assert start == ["python", str(REPO / "scripts" / "train.py"), *given]
     assert resume == "run.resume=true"
