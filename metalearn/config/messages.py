@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from typing_extensions import Doc
 
 from metalearn.config.key_types import LARGEST_SEED
-from metalearn.core.quoting import format_override, quote_word
+from metalearn.core.quoting import format_assignment, format_override, quote_word
 
 GROUPS = ("algorithm", "data", "model")
 _WORDS: dict[Any, tuple[str, str]] = {
@@ -238,14 +238,20 @@ def nearest_key(key: str, kind: type, *, exact: bool = False) -> str | None:
     return next(iter([*same, *([synonym] if synonym in every else []), *close]), None)
 
 
+def _readable_override(override: str) -> str:
+    key, _, value = override.partition("=")
+    if not value or key != key.strip() or value != value.lstrip():
+        return "Write KEY=VALUE without spaces."
+    if value.startswith(("[", "{")):
+        return "Close its brackets, and quote the texts in it, as in \"KEY=['a=1','b=2']\"."
+    return f"If the text is meant as it is, quote it: {quote_word(format_assignment(key, value))}"
+
+
 def format_hydra_error(error: Exception, overrides: Sequence[str]) -> str:
     """Return what Hydra or OmegaConf could not compose: the override or file, and what to write."""
     if isinstance(error, OverrideParseException):
-        override, reason = str(error.override).lstrip("+"), str(error).replace("'++", "'").partition("\nSee ")[0]
-        return (
-            f"{override}: {reason}\nWrite KEY=VALUE without spaces, and quote a value that holds ~, = or commas, "
-            "as in \"KEY=['a=1','b=2']\"."
-        )
+        override = str(error.override).lstrip("+")
+        return f"{override}: Hydra cannot read this.\n{_readable_override(override)}"
     if isinstance(error, yaml.YAMLError):
         return f"a YAML file cannot be read: {error}"
     if merging := re.match(r"Error merging override \+*(.*)", str(error)):
