@@ -104,7 +104,7 @@ class EvaluateConfig(Section):
 class AdaptRunConfig(Section):
     """Which run, and where to compute."""
 
-    dir: Annotated[Text, Doc("a run's folder, an exported file, or a shipped model (run= is short); only read")]
+    dir: Annotated[Text, Doc("a run's folder, an exported file, or a shipped model; run= is short for it")]
     device: Annotated[Device, Doc("auto: the GPU if there is one")]
     trust_code: TrustCode
 

@@ -105,7 +105,7 @@ class ModuleForward:
 
     @one_thread_at_a_time()
     def __call__(self, params: Params, x: Examples, **more: Tensor) -> Any:
-        """Return the module's predictions for one task under ``params``.
+        """Return the module's predictions for one task under ``params``; a parameter that they lack keeps its value.
 
         A tuple of examples becomes the module's arguments, a dictionary its arguments by name, as ``more`` does.
 

@@ -83,7 +83,7 @@ def folder_lock(folder: Path, *, wait: bool) -> Iterator[None]:
     except Timeout:
         if not wait:
             raise RunError(f"{folder}: another process is at work in this folder. Wait for it or stop it.") from None
-        log.info("Another process is at work in %s: waiting for it to end", folder)
+        log.info("Another process is at work in %s: waiting for it to end (Ctrl-C gives up)", folder)
         lock.acquire()
     try:
         yield

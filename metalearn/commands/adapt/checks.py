@@ -49,7 +49,8 @@ def check_adapt(config: AdaptConfig) -> None:
 def _folder(key: str, value: str) -> Path:
     folder = expand_home(value)
     if not folder.is_dir():
-        raise DataError(f"{key}={value}: {'this is a file' if folder.is_file() else 'there is no such folder'}")
+        what = "this is a file; name its folder" if folder.is_file() else "there is no such folder"
+        raise DataError(f"{key}={value}: {what}")
     return folder
 
 

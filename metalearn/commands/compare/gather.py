@@ -80,7 +80,7 @@ def measure_engine_costs(
         if expected > budget_s:
             log.info(
                 "K = %s left out: it would take longer than the training did. "
-                "`metalearn benchmark bench.kind=engines` measures many K.",
+                "The benchmark measures many K: bench.kind=engines.",
                 _join(missing),
             )
             break
