@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -225,7 +225,9 @@ def _how_to_resume(name: str, error: MetalearnError) -> str:
         return ""
     under = ", started by torchrun as before" if torchrun.world_size() > 1 else ""
     command = command_again(name, format_assignment("hydra.run.dir", error.resumable), "run.resume=true")
-    return f"\nThis resumes it{under}:\n  {command}"
+    resume = f"\nThis resumes it{under}:\n  {command}"
+    _add_to_log(f"{type(error).__name__}: {error}{resume}", error.resumable)
+    return resume
 
 
 def _written(output_dir: Path | None) -> str:
@@ -250,7 +252,6 @@ def _exit_with_error(error: MetalearnError, how_to_resume: str = "") -> NoReturn
 
 
 def _print_error(message: str) -> None:
-    _add_to_log(message)
     if sys.stderr is None:  # the shell has closed it: 2>&-
         return
     try:
@@ -259,11 +260,12 @@ def _print_error(message: str) -> None:
         discard(sys.stderr)
 
 
-def _add_to_log(message: str) -> None:
-    """Write what ends a command into its log, if that has begun: nobody may see the terminal any more."""
-    record = logging.LogRecord(__name__, logging.ERROR, "", 0, message, None, None)
+def _add_to_log(message: str, run_dir: Path) -> None:
+    """Write what ended a run into its log as well, if that is open: nobody may see the terminal any more."""
+    record = logging.LogRecord(__name__, logging.WARNING, "", 0, message, None, None)
     for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.FileHandler) and handler.stream is not None:
-            with suppress(OSError, ValueError):  # no space is left, or it is closed
-                handler.stream.write(f"{handler.format(record)}\n")
-                handler.flush()
+        if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).parent == run_dir.absolute():
+            with suppress(OSError), handler.lock or nullcontext():  # perhaps no space is left
+                if handler.stream is not None:
+                    handler.stream.write(f"{handler.format(record)}\n")
+                    handler.flush()

@@ -17,6 +17,7 @@ from metalearn.config.run_config import changed_keys, to_yaml
 from metalearn.config.schema import TrainConfig, result_keys
 from metalearn.core.errors import ConfigError, MetalearnError, RunError, TerminatedError, is_out_of_memory
 from metalearn.core.profiling.hardware import checkout_commit, configure_malloc
+from metalearn.core.text import first_line
 from metalearn.training.auto_engine import choose_kernels, resolve_auto_engine
 from metalearn.training.checkpoints import Checkpointer
 from metalearn.training.evaluate_run import (
@@ -210,7 +211,8 @@ def train_and_test(context: TrainContext, state: TrainState) -> tuple[BestCheckp
     if latest and isinstance(error, MetalearnError):
         error.args, error.resumable = (f"{error} {latest}",), context.run_dir
     elif latest:
-        log.warning("%s ends the training. %s run.resume=true resumes it.", type(error).__name__, latest)
+        what = f"{type(error).__name__}: {first_line(error)}"
+        log.warning("%s ends the training. %s run.resume=true resumes it.", what, latest)
     if isinstance(error, TerminatedError):
         ranks.wait_for_main()  # torchrun ends the other processes as soon as one has ended
     raise error

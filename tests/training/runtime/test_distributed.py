@@ -293,11 +293,22 @@ def test_init_from_is_read_by_the_main_process(tmp_path: Path, uninterrupted_run
         torch.testing.assert_close(params[name], p, rtol=1e-3, atol=1e-4)
 
 
-def test_more_processes_than_tasks_raise(tmp_path: Path) -> None:
-    alone = environment(0, 2, 1)  # the other process is never there: the error comes before they meet
+@pytest.mark.parametrize("rank", [0, 1])
+def test_more_processes_than_tasks_raise(rank: int, tmp_path: Path) -> None:
+    alone = environment(rank, 2, 1)  # the other process is never there: the error comes before they meet
     process = start_training([*SMALL, "task.meta_batch=1"], tmp_path, environment=alone)
     assert wait_for_exit(process) == 2
     assert "task.meta_batch=1: 2 processes share these tasks" in read_output(tmp_path)
+
+
+def test_torchrun_sums_up_the_error_of_every_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    training = [*command, str(REPO / "scripts" / "train.py"), "inner.lr=-1"]
+    done = subprocess.run(training, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    _, summary = done.stderr.split("Failures:")
+    for who in ("ConfigError", "[process 1] ConfigError"):
+        assert f": {who}: inner.lr=-1: must be a number above 0" in summary
 
 
 def test_multirun_with_torchrun_raises(tmp_path: Path) -> None:
