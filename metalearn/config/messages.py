@@ -240,11 +240,15 @@ def nearest_key(key: str, kind: type, *, exact: bool = False) -> str | None:
 
 def _readable_override(override: str) -> str:
     key, _, value = override.partition("=")
-    if not value or key != key.strip() or value != value.lstrip():
-        return "Write KEY=VALUE without spaces."
-    if value.startswith(("[", "{")):
-        return "Close its brackets, and quote the texts in it, as in \"KEY=['a=1','b=2']\"."
-    return f"If the text is meant as it is, quote it: {quote_word(format_assignment(key, value))}"
+    if not _KEY.fullmatch(key) or not value or value[0] in " =":
+        return "Write KEY=VALUE without spaces, and KEY as a section and a name, with a dot between them."
+    if value[0] in "[{" and value[-1] in "]}":
+        return f"Quote the texts in it, as in \"{key}=['a=1','b=2']\"."
+    text = format_assignment(key, value) if "${" not in value or "'" in value else f"{key}='{value}'"
+    return f"A text is quoted twice, for Hydra and for the shell:\n  {quote_word(text)}"
+
+
+_KEY = re.compile(r"~?[\w@:/-]+(\.[\w@:/-]+)*")
 
 
 def format_hydra_error(error: Exception, overrides: Sequence[str]) -> str:
@@ -261,9 +265,8 @@ def format_hydra_error(error: Exception, overrides: Sequence[str]) -> str:
     if found := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
         key, values = found[1], found[2]
         return (
-            f"{key}={values}: write a list as {quote_word(f'{key}=[{values}]')} and a text that holds commas as "
-            f"{quote_word(f'{key}={format_override(values)}')}. "
-            "--multirun runs once for each of the values."
+            f"{key}={values}: a list is written\n  {quote_word(f'{key}=[{values}]')}\nand a text that holds commas\n"
+            f"  {quote_word(f'{key}={format_override(values)}')}\n--multirun runs once for each of the values."
         )
     if found := re.search(r"Could not find '(\w+)/([^']+)'", text):
         group, name, options = found[1], found[2], re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
