@@ -35,10 +35,23 @@ def tensorboard(folder: Path) -> str:
 
 def _program(name: str) -> str:
     """Return the name of a program of this environment, or its path where a shell would find another one or none."""
-    found, ours = shutil.which(name), Path(sys.executable).with_name(name)
-    if (found and Path(found).absolute() == ours) or not ours.exists():
+    if not sys.executable:  # where Python is embedded in another program
         return name
-    return str(_near(ours))
+    ours = Path(sys.executable).with_name(name)
+    if name == "python" and not ours.exists():
+        ours = Path(sys.executable)  # python3 alone
+    found = shutil.which(ours.name)
+    # pipx links scripts from another folder; the python of a virtual environment is a link to the system's
+    if found and (
+        Path(found).parent.resolve() == ours.parent.resolve() or (name != "python" and _is_same(Path(found), ours))
+    ):
+        return ours.name
+    near = str(_near(ours))
+    return name if not ours.exists() else near if "/" in near and "=" not in near else str(ours)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def _near(path: Path) -> Path:

@@ -43,9 +43,21 @@ def test_printed_programs_are_those_of_an_environment_that_is_not_activated(
     monkeypatch.chdir(tmp_path)
     assert invocation("train") == [str(environment / "python"), "scripts/train.py"]
     assert tensorboard(tmp_path) == quote_command([str(environment / "tensorboard"), "--logdir", "."])
+    (tmp_path / "tensorboard").unlink()
+    (tmp_path / "tensorboard").symlink_to(environment / "tensorboard")  # as pipx does
+    assert tensorboard(tmp_path) == "tensorboard --logdir ."
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.chdir(environment.parent)
     assert invocation("train") == [f"{environment.name}/python", "scripts/train.py"]
+    monkeypatch.chdir(environment)
+    assert invocation("train") == [str(environment / "python"), "scripts/train.py"], "a shell looks for names on PATH"
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python3"))  # and no python beside it
+    (tmp_path / "python").rename(tmp_path / "python3")
+    assert invocation("train") == [str(tmp_path / "python3"), "scripts/train.py"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert invocation("train") == ["python3", "scripts/train.py"]
+    monkeypatch.setattr("sys.executable", "")
+    assert invocation("train") == ["python", "scripts/train.py"]
 
 
 @pytest.mark.parametrize(
