@@ -80,10 +80,6 @@ _CONFLICTS: tuple[tuple[Callable[[TrainConfig], object], str], ...] = (
         "inner.steps=0 with algorithm={c.algorithm.name}: it learns from where the steps lead; take 1 or more",
     ),
     (
-        lambda c: c.algorithm.name in ("reptile", "protonet") and c.inner.second_order,
-        "inner.second_order=true with algorithm={c.algorithm.name}: it has no second order; leave it at false",
-    ),
-    (
         lambda c: (
             c.run.cuda_graph is True
             and isinstance(c.algorithm, MAMLPPConfig)
@@ -113,6 +109,8 @@ def find_conflicts(config: TrainConfig, *, trains: bool = True) -> list[str]:
         trains: as in ``validate_train_config``.
     """
     messages = [message.format(c=config) for is_wrong, message in _CONFLICTS if is_wrong(config)]
+    if trains and config.inner.second_order and (name := config.algorithm.name) in ("reptile", "protonet"):
+        messages.append(f"inner.second_order=true with algorithm={name}: it has no second order; set it to false")
     if trains and config.run.device == "cpu" and config.run.precision == "tf32":
         messages.append(_TF32.format("a CPU"))
     for check in (_batch_norm, _ways, _drawings, _image_size, _classes_of_images, _engine, _backend):
