@@ -1,4 +1,4 @@
-"""Dictionaries of parameters: checks, gradients and norms."""
+"""Dictionaries of parameters: checks, copies for every task, gradients, norms, finiteness."""
 
 from __future__ import annotations
 

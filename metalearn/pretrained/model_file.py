@@ -158,19 +158,21 @@ def safetensors_bytes(tensors: Params, metadata: Mapping[str, str]) -> bytes:
 def read_safetensors(path: Path) -> tuple[Params, dict[str, str]]:
     """Read the tensors and the metadata of any safetensors file.
 
-    The tensors are copies. The library's lie in the mapped file: they change with it, and at odd addresses, where the
-    last bits of a product may differ from those of the same tensors in memory of torch's own.
+    The tensors are copies. The library's lie in the mapped file: they change with it, and at addresses that are no
+    multiple of 64, where the last bits of a product may differ from those of the same tensors in torch's own memory.
 
     Raises:
         RunError: if it is missing or cannot be read.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except FileNotFoundError:
         raise RunError(f"{path}: there is no such file.") from None
     except (safetensors.SafetensorError, OSError, RuntimeError, TypeError) as error:  # torch has no tensor of that size
         raise _unreadable(path, error) from error
+    return {name: t.clone() for name, t in tensors.items()}, metadata
 
 
 def check_digest(tensors: Params, metadata: Mapping[str, str], path: Path) -> None:

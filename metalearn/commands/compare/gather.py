@@ -80,7 +80,7 @@ def measure_engine_costs(
         if expected > budget_s:
             log.info(
                 "K = %s left out: it would take longer than the training did. "
-                "The benchmark measures many K: bench.kind=engines.",
+                "bench.kind=engines of the benchmark command measures many K.",
                 _join(missing),
             )
             break
