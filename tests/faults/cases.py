@@ -1,4 +1,4 @@
-"""Cases of a fault (some or none in every run, all in ``make faults``), random ones by hypothesis, and the errors allowed."""
+"""Cases of a fault (few or none in every run, all in ``make faults``), random ones by hypothesis, errors allowed."""
 
 from __future__ import annotations
 
