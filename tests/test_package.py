@@ -56,6 +56,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(environment: Path, *command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     shell = {name: value for name, value in os.environ.items() if name not in ("METALEARN_DATA", "PYTHONPATH")}
+    shell["PATH"] = f"{environment}{os.pathsep}{shell['PATH']}"  # it is activated
     program = str(environment / command[0])
     return subprocess.run(
         [program, *command[1:]],

@@ -12,8 +12,8 @@ RUNS = [f"{variant}-seed{seed}" for variant in VARIANTS for seed in SEEDS]
 INNER_STEPS = 2
 
 _LONGER = f"""
-inner.steps={INNER_STEPS} outer.iterations=20 eval.every=5 eval.validation_episodes=8 log.every=5
-log.curvature_every=10 log.eigenvalue_every=20 compare.seeds=[{",".join(map(str, SEEDS))}] compare.steps=[1,2]
+inner.steps={INNER_STEPS} outer.iterations=40 eval.every=10 eval.validation_episodes=8 log.every=5
+log.curvature_every=10 log.eigenvalue_every=10 compare.seeds=[{",".join(map(str, SEEDS))}] compare.steps=[1,2]
 compare.repeats=2
 """.split()
 

@@ -34,28 +34,34 @@ def test_invocation_names_what_was_typed(program: str, words: list[str], monkeyp
 def test_printed_programs_are_those_of_an_environment_that_is_not_activated(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    environment = Path(sys.executable).parent
+    ours, others = tmp_path / "env" / "bin", tmp_path / "others"
+    for folder in (ours, others):
+        folder.mkdir(parents=True)
+        for name in ("python", "tensorboard"):
+            (folder / name).write_text("#!/bin/sh\n")
+            (folder / name).chmod(0o755)
     monkeypatch.setattr("sys.argv", ["scripts/train.py"])
-    for name in ("python", "tensorboard"):  # another one is found first
-        (tmp_path / name).write_text("#!/bin/sh\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("sys.executable", str(ours / "python"))
+    monkeypatch.setenv("PATH", str(others))
+    monkeypatch.chdir(others)
+    assert invocation("train") == [str(ours / "python"), "scripts/train.py"]
+    assert tensorboard(others) == quote_command([str(ours / "tensorboard"), "--logdir", "."])
     monkeypatch.chdir(tmp_path)
-    assert invocation("train") == [str(environment / "python"), "scripts/train.py"]
-    assert tensorboard(tmp_path) == quote_command([str(environment / "tensorboard"), "--logdir", "."])
-    (tmp_path / "tensorboard").unlink()
-    (tmp_path / "tensorboard").symlink_to(environment / "tensorboard")  # as pipx does
-    assert tensorboard(tmp_path) == "tensorboard --logdir ."
-    monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.chdir(environment.parent)
-    assert invocation("train") == [f"{environment.name}/python", "scripts/train.py"]
-    monkeypatch.chdir(environment)
-    assert invocation("train") == [str(environment / "python"), "scripts/train.py"], "a shell looks for names on PATH"
-    monkeypatch.setattr("sys.executable", str(tmp_path / "python3"))  # and no python beside it
-    (tmp_path / "python").rename(tmp_path / "python3")
-    assert invocation("train") == [str(tmp_path / "python3"), "scripts/train.py"]
-    monkeypatch.setenv("PATH", str(tmp_path))
+    assert invocation("train") == ["env/bin/python", "scripts/train.py"]
+    monkeypatch.chdir(ours)
+    assert invocation("train") == [str(ours / "python"), "scripts/train.py"], "a shell looks for names on PATH"
+
+    (others / "tensorboard").unlink()
+    (others / "tensorboard").symlink_to(ours / "tensorboard")  # as pipx does
+    assert tensorboard(ours) == "tensorboard --logdir ."
+    monkeypatch.setenv("PATH", str(ours), prepend=os.pathsep)
+    assert invocation("train") == ["python", "scripts/train.py"]
+
+    (ours / "python").rename(ours / "python3")  # and no python beside it
+    monkeypatch.setattr("sys.executable", str(ours / "python3"))
     assert invocation("train") == ["python3", "scripts/train.py"]
+    monkeypatch.setenv("PATH", str(others))
+    assert invocation("train") == [str(ours / "python3"), "scripts/train.py"]
     monkeypatch.setattr("sys.executable", "")
     assert invocation("train") == ["python", "scripts/train.py"]
 
