@@ -211,8 +211,8 @@ def train_and_test(context: TrainContext, state: TrainState) -> tuple[BestCheckp
     if latest and isinstance(error, MetalearnError):
         error.args, error.resumable = (f"{error} {latest}",), context.run_dir
     elif latest:
-        what = f"{type(error).__name__}: {first_line(error)}"
-        log.warning("%s ends the training. %s run.resume=true resumes it.", what, latest)
+        kind, message = type(error).__name__, first_line(error)
+        log.warning("%s ends the training (%s). %s run.resume=true resumes it.", kind, message, latest)
     if isinstance(error, TerminatedError):
         ranks.wait_for_main()  # torchrun ends the other processes as soon as one has ended
     raise error

@@ -208,7 +208,7 @@ def raise_error(kind: type[Exception], *args: object) -> None:
         (ValueError, ("of the user's model",), "ValueError: of the user's model"),
         (DataError, ("photo.png is damaged.",), "DataError: photo.png is damaged."),
         (OSError, (errno.ESTALE, "Stale file handle", "photo.png"), "photo.png"),
-        (SystemExit, (3,), "SystemExit ends the training"),
+        (SystemExit, (3,), "SystemExit ends the training (3)"),
     ],
     ids=["ValueError", "DataError", "OSError", "SystemExit"],
 )
