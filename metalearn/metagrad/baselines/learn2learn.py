@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 from learn2learn.algorithms import MAML, MetaSGD
@@ -53,7 +54,9 @@ def meta_gradient(
         return TaskResult(loss(prediction, query_y), prediction, support_losses, theta)
 
     try:
-        return average_over_tasks(one_task, theta, episodes)
+        with warnings.catch_warnings():  # once for every clone of a recurrent layer
+            warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
+            return average_over_tasks(one_task, theta, episodes)
     finally:
         _restore_buffers(module, buffers)
 

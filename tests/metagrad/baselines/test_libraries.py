@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metalearn import InnerLoop, functionalize, meta_gradient
 from metalearn.core.params import relative_error
@@ -40,6 +40,22 @@ def test_every_engine_equals_the_library(name: str, model: str, second_order: bo
         assert_equal(ours, theirs)
     other_order = load_library(name)(module, episodes, dataclasses.replace(inner, second_order=not second_order))
     assert (relative_error(other_order.grads, theirs.grads) > 1e-3) == (steps > 0)  # by lr * H * lam, not rounding
+
+
+class RowsLSTM(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(28, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.lstm(x[:, 0])[0][:, -1])
+        return logits
+
+
+@pytest.mark.filterwarnings("error")
+def test_learn2learn_clones_recurrent_layers_without_a_warning(learn2learn: Baseline) -> None:
+    module, episodes, inner = RowsLSTM().double(), image_episodes(), InnerLoop(lr=0.1, steps=2)
+    assert_equal(meta_gradient(*functionalize(module), episodes, inner), learn2learn(module, episodes, inner))
 
 
 @pytest.mark.parametrize("second_order", [True, False])
