@@ -202,11 +202,15 @@ def _report_errors(name: str, output_dir: Path | None = None) -> Iterator[None]:
         with signals_as_exceptions():
             yield
     except TerminatedError as error:
-        _print_error(f"{error}{_how_to_resume(name, error)}")
+        how_to_resume = _how_to_resume(name, error)
+        _add_to_log(error, how_to_resume)
+        _print_error(f"{error}{how_to_resume}")
         sys.exit(128 + error.signal)
     except MetalearnError as error:
         _remove_if_empty(output_dir)
-        _exit_with_error(error, _how_to_resume(name, error))
+        how_to_resume = _how_to_resume(name, error)
+        _add_to_log(error, how_to_resume)
+        _exit_with_error(error, how_to_resume)
     except OSError as error:
         of_output = output_dir and Path(str(error.filename)).is_relative_to(output_dir)
         if error.errno not in OS_ERROR_HINTS and not of_output:
@@ -225,9 +229,7 @@ def _how_to_resume(name: str, error: MetalearnError) -> str:
         return ""
     under = ", started by torchrun as before" if torchrun.world_size() > 1 else ""
     command = command_again(name, format_assignment("hydra.run.dir", error.resumable), "run.resume=true")
-    resume = f"\nThis resumes it{under}:\n  {command}"
-    _add_to_log(f"{type(error).__name__}: {error}{resume}", error.resumable)
-    return resume
+    return f"\nThis resumes it{under}:\n  {command}"
 
 
 def _written(output_dir: Path | None) -> str:
@@ -260,8 +262,11 @@ def _print_error(message: str) -> None:
         discard(sys.stderr)
 
 
-def _add_to_log(message: str, run_dir: Path) -> None:
+def _add_to_log(error: MetalearnError, how_to_resume: str) -> None:
     """Write what ended a run into its log as well, if that is open: nobody may see the terminal any more."""
+    if error.resumable is None:  # no run, or another process's
+        return
+    message, run_dir = f"{type(error).__name__}: {error}{how_to_resume}", error.resumable
     record = logging.LogRecord(__name__, logging.WARNING, "", 0, message, None, None)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).parent == run_dir.absolute():
