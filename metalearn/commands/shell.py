@@ -41,17 +41,12 @@ def _program(name: str) -> str:
     if name == "python" and not ours.exists():
         ours = Path(sys.executable)  # python3 alone
     found = shutil.which(ours.name)
-    # pipx links scripts from another folder; the python of a virtual environment is a link to the system's
-    if found and (
-        Path(found).parent.resolve() == ours.parent.resolve() or (name != "python" and _is_same(Path(found), ours))
-    ):
+    if not ours.exists() or (found and Path(found).parent.resolve() == ours.parent.resolve()):
         return ours.name
+    if found and name != "python" and ours.samefile(found):  # as pipx links scripts; all pythons may link to one
+        return name
     near = str(_near(ours))
-    return name if not ours.exists() else near if "/" in near and "=" not in near else str(ours)
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    return one.exists() and other.exists() and one.samefile(other)
+    return near if "/" in near and "=" not in near else str(ours)  # else a shell takes it for another thing
 
 
 def _near(path: Path) -> Path:
