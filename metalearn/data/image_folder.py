@@ -208,13 +208,17 @@ def _split_folders(root: Path) -> dict[str, Path] | None:
     return {split: root / folders[0] for split, folders in found.items()}
 
 
+def why_no_folder(path: Path) -> str:
+    """Return what is wrong with a path that is no folder."""
+    return "this is a file; name its folder" if path.is_file() else "there is no such folder"
+
+
 def list_entries(folder: Path) -> Entries:
     """Return what a folder holds, without hidden entries and helper folders of file systems; links are followed."""
     found = Entries([], [], [])
     try:
         if not folder.is_dir():
-            what = "this is a file; name its folder" if folder.is_file() else "there is no such folder"
-            raise DataError(f"{folder}: {what}")
+            raise DataError(f"{folder}: {why_no_folder(folder)}")
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith(".") or entry.name.casefold() in _IGNORED_NAMES:

@@ -11,7 +11,7 @@ from metalearn.config.run_config import load_trusted_config
 from metalearn.core.errors import ConfigError, DataError
 from metalearn.core.paths import expand_home
 from metalearn.core.text import preview_names
-from metalearn.data.image_folder import check_classes_hold_images, list_classes, list_images
+from metalearn.data.image_folder import check_classes_hold_images, list_classes, list_images, why_no_folder
 
 
 def check_adapt(config: AdaptConfig) -> None:
@@ -49,8 +49,7 @@ def check_adapt(config: AdaptConfig) -> None:
 def _folder(key: str, value: str) -> Path:
     folder = expand_home(value)
     if not folder.is_dir():
-        what = "this is a file; name its folder" if folder.is_file() else "there is no such folder"
-        raise DataError(f"{key}={value}: {what}")
+        raise DataError(f"{key}={value}: {why_no_folder(folder)}")
     return folder
 
 
